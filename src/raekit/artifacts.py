@@ -1,0 +1,90 @@
+"""Shareable models: folders of `config.json` + `model.safetensors`.
+
+A model folder holds up to three artifacts: `encoder/` (only one that raekit pretrained), `autoencoder/`
+(decoder and latent statistics; the encoder by name) and `denoiser/`. Each is written whole or not at all,
+and read strictly: a missing, unexpected or misshapen tensor is an error.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from raekit.config import read_json, to_dict, to_json
+from raekit.distributed import World
+from raekit.errors import UserError
+from raekit.weights import find_folder, read_weights
+
+STATISTICS = "statistics.safetensors"
+
+
+def find(name: str, kind: str) -> tuple[Path, dict[str, Any]]:
+    """The folder and configuration of the artifact of `kind` in the model, run or Hub repository `name`.
+
+    UserError, telling where it was looked for, if there is none.
+    """
+    folder = find_folder(name)
+    for path in (folder / "artifact" / kind, folder / kind, folder):
+        if (path / "config.json").is_file():
+            values = read_json(path / "config.json")
+            if isinstance(values, dict) and values.pop("kind", None) == kind:
+                return path, values
+    hint = "; this run has saved none yet" if (folder / "checkpoints").is_dir() else ""
+    raise UserError(f"{name}: holds no {kind} (looked for {kind}/config.json of kind {kind!r} in {folder}){hint}")
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """The artifact's weights in float32, whatever they are stored in."""
+    return {key: value.float() for key, value in read_weights(path / "model.safetensors").items()}
+
+
+def write(
+    folder: Path,
+    kind: str,
+    config: object,
+    module: nn.Module,
+    world: World,
+    *,
+    dtype: torch.dtype | None = None,
+    statistics: dict[str, Tensor] | None = None,
+) -> None:
+    """Write one artifact, replacing the one in `folder`. Called by all processes, done by the first.
+
+    `dtype` converts the floating-point weights, by default kept as they are. `statistics` are not converted:
+    variances span more orders of magnitude than float16 holds.
+    """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(module, options=options)
+    if not world.is_main:
+        return
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    (partial / "config.json").write_text(to_json({"kind": kind, **to_dict(config)}))
+    save_file(
+        {k: v.to(dtype if dtype and v.is_floating_point() else v.dtype).contiguous() for k, v in state.items()},
+        partial / "model.safetensors",
+    )
+    if statistics:
+        write_statistics(partial / STATISTICS, **statistics)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def write_statistics(path: Path, var: Tensor, mean: Tensor | None = None) -> None:
+    """Write latent statistics, each (C, H, W); a mean of None is left out."""
+    tensors = {"var": var} | ({} if mean is None else {"mean": mean})
+    save_file({key: value.float().cpu().contiguous() for key, value in tensors.items()}, path)
+
+
+def read_statistics(path: Path, shape: tuple[int, ...]) -> tuple[Tensor | None, Tensor]:
+    """(mean or None, var) of latents of `shape`; UserError if they are of another."""
+    tensors = read_weights(path)
+    if "var" not in tensors or any(tensor.shape != shape for tensor in tensors.values()):
+        found = {key: tuple(value.shape) for key, value in tensors.items()}
+        raise UserError(f"{path}: needs `var` (and `mean`) of shape {shape}, holds {found}; measure the latents again")
+    return tensors.get("mean"), tensors["var"]

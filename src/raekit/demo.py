@@ -1,0 +1,270 @@
+"""The whole pipeline on built-in images, in the time of a coffee: two trainings, samples, scores, a report."""
+
+import base64
+import io
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Protocol
+
+import jinja2
+import torch
+
+from raekit import __version__
+from raekit.config import configclass, from_dict, read_json, to_dict, to_json
+from raekit.data.loader import Loader
+from raekit.distributed import World
+from raekit.errors import UserError
+from raekit.flow.guidance import Guidance
+from raekit.inference import Model, Sampling, generate, load, reconstruct
+from raekit.pictures import grid, to_pil
+from raekit.recipes import find
+from raekit.scoring import Scores, score
+from raekit.stages.generation import GenerationConfig
+from raekit.stages.reconstruction import ReconstructionConfig
+from raekit.stages.run import StageConfig, train
+from raekit.train.tracking import read_metrics
+
+GUIDANCE = Guidance(scale=2.0, start=0.1, end=0.9)
+CALIBRATION_STEPS = 8
+PER_CLASS = 8
+
+
+class Progress(Protocol):
+    """Called with what is being done, how much of how much, a remark, and the images in one unit of it."""
+
+    def __call__(self, what: str, done: int, total: int, text: str = "", unit: int = 1) -> None: ...
+
+
+@configclass
+class Plan:
+    """What a demo does, settled when it starts, so that a restart goes on with the same."""
+
+    minutes: float
+    quick: bool
+    decoder_steps: int
+    denoiser_steps: int
+    samples: int
+    sampling_steps: int
+
+
+def run_demo(run: Path, minutes: float, quick: bool, progress: Progress) -> bool:
+    """Do all of it in `run`, or go on where it stopped; False if a signal stopped it again.
+
+    Leaves RUN/decoder, RUN/denoiser (runs), RUN/pictures, RUN/scores.json and RUN/report.html.
+    Raises UserError if `run` was begun with other options.
+    """
+    if minutes <= 0:
+        raise UserError(f"--minutes: {minutes} must be positive")
+    world = World(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    decoder, denoiser = _recipes(run)
+    plan = _plan(run, minutes, quick, decoder, denoiser, world, progress)
+    for name, config, steps in (("decoder", decoder, plan.decoder_steps), ("denoiser", denoiser, plan.denoiser_steps)):
+        if not _train(name, _for_steps(config, steps), run / name, world, progress):
+            return False
+    model = load(str(run / "denoiser"), world.device)
+    _pictures(run, model, plan, decoder, world, progress)
+    _report(run, plan, _scores(run, model, plan, denoiser, world, progress))
+    return True
+
+
+def _recipes(run: Path) -> tuple[ReconstructionConfig, GenerationConfig]:
+    decoder, denoiser = find("emoji_decoder").config, find("emoji_dit_dh").config
+    assert isinstance(decoder, ReconstructionConfig)
+    assert isinstance(denoiser, GenerationConfig)
+    return decoder, replace(denoiser, autoencoder=str(run / "decoder"))
+
+
+def _for_steps(config: Any, steps: int) -> Any:
+    """A recipe cut to `steps`, its schedule and average with it."""
+    return replace(
+        config,
+        train=replace(config.train, steps=steps, checkpoint_every=max(steps // 10, 10), log_every=max(steps // 100, 1)),
+        optim=replace(config.optim, warmup_steps=min(config.optim.warmup_steps, steps // 10), decay_end=steps),
+        ema=tuple(min(decay, 1 - 20 / max(steps, 40)) for decay in config.ema),
+    )
+
+
+def _plan(
+    run: Path,
+    minutes: float,
+    quick: bool,
+    decoder: ReconstructionConfig,
+    denoiser: GenerationConfig,
+    world: World,
+    progress: Progress,
+) -> Plan:
+    """Read RUN/plan.json, or settle and write it: how much this machine can do in `minutes`."""
+    path = run / "plan.json"
+    if path.is_file():
+        plan = from_dict(Plan, read_json(path), path)
+        if (plan.minutes, plan.quick) != (minutes, quick):
+            raise UserError(
+                f"{run}: was begun with --minutes {plan.minutes:g}{' --quick' if plan.quick else ''}; "
+                "give the same, or another --run"
+            )
+        return plan
+    if quick:
+        plan = Plan(minutes=minutes, quick=True, decoder_steps=60, denoiser_steps=60, samples=200, sampling_steps=6)
+    else:
+        with TemporaryDirectory() as scratch:
+            first = Path(scratch) / "decoder"
+            trial = _seconds_per_step(
+                decoder, first, world, lambda n: progress("time a step", n, 2 * CALIBRATION_STEPS)
+            )
+            second = _seconds_per_step(
+                replace(denoiser, autoencoder=str(first)),
+                Path(scratch) / "denoiser",
+                world,
+                lambda n: progress("time a step", CALIBRATION_STEPS + n, 2 * CALIBRATION_STEPS),
+            )
+        seconds = 60 * minutes
+        plan = Plan(
+            minutes=minutes,
+            quick=False,
+            decoder_steps=max(int(0.25 * seconds / trial), 20),
+            denoiser_steps=max(int(0.5 * seconds / second), 20),
+            samples=256,
+            sampling_steps=25,
+        )
+    run.mkdir(parents=True, exist_ok=True)
+    path.write_text(to_json(to_dict(plan)))
+    return plan
+
+
+def _seconds_per_step(config: Any, run: Path, world: World, done: Callable[[int], None]) -> float:
+    times: list[float] = []
+
+    def report(step: int, values: dict[str, float]) -> None:
+        times.append(time.perf_counter())
+        done(step)
+
+    trial = _for_steps(config, CALIBRATION_STEPS)
+    train(replace(trial, train=replace(trial.train, checkpoint_every=10**9)), run, world, report)
+    gaps = sorted(b - a for a, b in pairwise(times))
+    return gaps[len(gaps) // 2]
+
+
+def _train(name: str, config: StageConfig, run: Path, world: World, progress: Progress) -> bool:
+    def report(step: int, values: dict[str, float]) -> None:
+        progress(name, step, config.train.steps, f"loss {values[f'{name}/loss']:.4f}", config.train.batch_size)
+
+    return train(config, run, world, report)
+
+
+def _pictures(run: Path, model: Model, plan: Plan, config: StageConfig, world: World, progress: Progress) -> None:
+    """Reconstructions beside their originals, and a row of samples for each class, without and with guidance."""
+    folder = run / "pictures"
+    folder.mkdir(exist_ok=True)
+    held_out = Loader(replace(config.data, split="heldout"), seed=0)
+    batch = next(iter(held_out.stream(0, 2 * PER_CLASS, World()))).to(world.device)
+    pairs = zip(batch.pixels(), reconstruct(model.autoencoder, batch.pixels()), strict=True)
+    _save(grid([to_pil(image) for pair in pairs for image in pair], columns=PER_CLASS), folder / "reconstructions.png")
+    labels = [label for label in range(len(model.classes)) for _ in range(PER_CLASS)]
+    for name, guidance in (("samples", None), ("guided", GUIDANCE)):
+        if (folder / f"{name}.png").is_file():
+            continue
+        images = []
+        sampling = Sampling(steps=plan.sampling_steps, guidance=guidance)
+        for samples in generate(model, labels, seed=1, sampling=sampling, batch_size=24, world=world):
+            images += [to_pil(image) for image in samples.images]
+            progress(f"{name} picture", len(images), len(labels))
+        _save(grid(images, columns=PER_CLASS), folder / f"{name}.png")
+
+
+def _save(picture: Any, path: Path) -> None:
+    """Whole or not at all: a picture that is there is taken for done."""
+    partial = path.with_suffix(".partial")
+    picture.save(partial, format="PNG")
+    partial.rename(path)
+
+
+def _scores(run: Path, model: Model, plan: Plan, config: GenerationConfig, world: World, progress: Progress) -> Scores:
+    path = run / "scores.json"
+    if path.is_file():
+        return read_json(path)
+    guided = f"samples, CFG {GUIDANCE.scale:g} in {GUIDANCE.start:g}-{GUIDANCE.end:g}"
+    scores = score(
+        model,
+        config.data,
+        {
+            "samples": Sampling(steps=plan.sampling_steps),
+            guided: Sampling(steps=plan.sampling_steps, guidance=GUIDANCE),
+        },
+        count=plan.samples,
+        world=world,
+        progress=progress,
+    )
+    path.write_text(to_json(scores))
+    return scores
+
+
+def _report(run: Path, plan: Plan, scores: Scores) -> None:
+    """Write RUN/report.html, with all it needs inside."""
+    model = load(str(run / "denoiser"))
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("raekit", "assets"),
+        autoescape=True,
+        trim_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    records = {name: read_metrics(run / name) for name in ("decoder", "denoiser")}
+    html = environment.get_template("report.html").render(
+        version=__version__,
+        plan=to_dict(plan),
+        classes=model.classes,
+        scores=scores,
+        metrics=list(dict.fromkeys(metric for row in scores.values() for metric in row)),
+        pictures={path.stem: _embed(path.read_bytes()) for path in sorted((run / "pictures").glob("*.png"))},
+        curves={name: _embed(_curve(name, rows)) for name, rows in records.items()},
+        timings={name: _seconds(rows, run / name) for name, rows in records.items()},
+        parameters={
+            "encoder": _count(model.autoencoder.encoder),
+            "decoder": _count(model.autoencoder.decoder),
+            "denoiser": _count(model.denoiser),
+        },
+        machine=f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+        + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
+        settings={name: to_json(read_json(run / name / "config.json")) for name in records},
+        per_class=PER_CLASS,
+    )
+    partial = run / "report.partial"
+    partial.write_text(html)
+    partial.rename(run / "report.html")
+
+
+def _count(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _seconds(records: list[dict[str, float]], run: Path) -> float:
+    """Time spent in training steps: restarts and pauses are not counted."""
+    batch = read_json(run / "config.json")["train"]["batch_size"]
+    total, before = 0.0, 0.0
+    for record in records:
+        if "images_per_second" in record:
+            total += (record["step"] - before) * batch / record["images_per_second"]
+            before = record["step"]
+    return total
+
+
+def _embed(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+def _curve(name: str, records: list[dict[str, float]]) -> bytes:
+    """The loss over the steps, as a PNG."""
+    from matplotlib.figure import Figure  # imported late: it is slow, and only this needs it
+
+    points = [(r["step"], r[f"{name}/loss"]) for r in records if f"{name}/loss" in r]
+    figure = Figure(figsize=(5, 2.6), dpi=160, layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="L1" if name == "decoder" else "velocity MSE", title=name)
+    axes.plot(*zip(*points, strict=True), linewidth=1.2)
+    axes.grid(alpha=0.3)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()

@@ -1,0 +1,100 @@
+"""Ranks: one process is a world of one, so nothing else has a second version for many."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of this job, as seen from one of them."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = CPU
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of `tensor` over all processes, on its own device; the argument is left alone."""
+        if self.size == 1:
+            return tensor
+        total = tensor.to(self.device, copy=True)
+        dist.all_reduce(total)
+        return total.to(tensor.device)
+
+    def gather(self, value: object) -> list:
+        """Every process's (picklable, small) `value`, in the order of ranks."""
+        if self.size == 1:
+            return [value]
+        values: list = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """True on all processes if it is on one."""
+        return bool(self.sum(torch.tensor(float(flag))).item())
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Run the block on rank zero first, then on the others: for downloads and caches."""
+        if not self.is_main:
+            self.barrier()
+        yield
+        if self.is_main:
+            self.barrier()
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def shard(self, module: nn.Module, blocks: list[nn.Module]) -> None:
+        """Distribute `module` in place with FSDP2: replicated in float32, gradients averaged over processes.
+
+        `blocks` are sharded as units of their own, so that communication overlaps computation. A world of
+        one needs nothing of it and leaves the module alone.
+        """
+        if self.size == 1:
+            return
+        mesh = init_device_mesh(self.device.type, (self.size, 1), mesh_dim_names=("replicate", "shard"))
+        for block in [*blocks, module]:
+            fully_shard(block, mesh=mesh)
+
+
+def set_gradient_sync(module: nn.Module, enabled: bool) -> None:
+    """Whether the next backward pass averages gradients over processes (off for all micro-batches but the last)."""
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(enabled)
+
+
+@contextmanager
+def world(device: str | None = None) -> Iterator[World]:
+    """Enter the world that `torchrun` describes in the environment; without it, a world of one.
+
+    `device` is "cpu", "cuda" or None for the best there is.
+    """
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    this = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        torch.cuda.set_device(this)
+    if size == 1:
+        yield World(device=this)
+        return
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(minutes=30))
+    try:
+        yield World(rank=dist.get_rank(), size=size, device=this)
+    finally:
+        dist.destroy_process_group()

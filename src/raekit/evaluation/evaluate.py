@@ -1,0 +1,80 @@
+"""One pass of a stream of images through metrics, and the references that the metrics compare with."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from raekit.distributed import World
+from raekit.errors import UserError
+from raekit.evaluation.features import FeatureNetwork, Images
+from raekit.evaluation.metrics import Accumulator
+from raekit.moments import Moments
+
+# Called after each batch with the number of images that this process has done.
+Progress = Callable[[int], None]
+
+
+@torch.no_grad()
+def evaluate(
+    stream: Iterable[Images],
+    accumulators: Sequence[Accumulator],
+    world: World,
+    progress: Progress | None = None,
+) -> dict[str, float]:
+    """Score the images of `stream`, each process its own share, and return {metric: value} on every process.
+
+    Features are computed once for all metrics that share a network. An accumulator serves one evaluation.
+    UserError if no process has an image.
+    """
+    for batch in _counted(stream, world, progress):
+        for accumulator in accumulators:
+            accumulator.update(batch)
+    results: dict[str, float] = {}
+    for accumulator in accumulators:
+        accumulator.reduce(world)
+        values = accumulator.result()
+        if taken := results.keys() & values.keys():
+            raise ValueError(f"two metrics report {', '.join(sorted(taken))}: give one another name")
+        results |= values
+    return results
+
+
+@torch.no_grad()
+def reference_moments(
+    stream: Iterable[Images], network: FeatureNetwork, world: World, progress: Progress | None = None
+) -> Moments:
+    """The moments of the features of all processes' images: what a Frechet distance is taken from."""
+    moments = Moments(network.width)
+    for batch in _counted(stream, world, progress):
+        moments.update(batch.features(network))
+    return moments.reduce(world)
+
+
+@torch.no_grad()
+def feature_bank(
+    stream: Iterable[Images], network: FeatureNetwork, world: World, progress: Progress | None = None
+) -> tuple[Tensor, Tensor]:
+    """The features (N, width) float32 and labels (N,) of all processes' images, in the order of ranks.
+
+    Every process has all of them, on its device, for `NearestNeighbours` to search. `Moments(network.width)`
+    updated with the features are the moments of the same images without a second pass.
+    """
+    features, labels = [torch.empty(0, network.width)], [torch.empty(0, dtype=torch.int64)]
+    for batch in _counted(stream, world, progress):
+        features.append(batch.features(network).cpu())
+        labels.append(batch.labels.cpu())
+    shares = world.gather(torch.cat(features)), world.gather(torch.cat(labels))
+    return torch.cat(shares[0]).to(world.device), torch.cat(shares[1]).to(world.device)
+
+
+def _counted(stream: Iterable[Images], world: World, progress: Progress | None) -> Iterator[Images]:
+    """Pass the batches on, report progress after each, and refuse a stream that is empty on all processes."""
+    done = 0
+    for batch in stream:
+        yield batch
+        done += len(batch)
+        if progress:
+            progress(done)
+    if not world.any(done > 0):
+        raise UserError("there are no images to evaluate")

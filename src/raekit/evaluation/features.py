@@ -1,0 +1,92 @@
+"""What evaluation streams, and the networks in whose features images are compared."""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from raekit.models.encoders import Encoder
+
+
+class FeatureNetwork(Protocol):
+    """A frozen network, images (B, 3, H, W) in [0, 1] -> features (B, width) float32."""
+
+    @property
+    def name(self) -> str: ...  # stands in the names of the metrics that use it
+    @property
+    def width(self) -> int: ...
+    def __call__(self, images: Tensor, /) -> Tensor: ...
+
+
+def quantize(images: Tensor) -> Tensor:
+    """Round float images in [0, 1] to the 256 levels of an 8-bit file; values outside are clamped."""
+    return images.clamp(0, 1).mul(255).round().div(255)
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """A batch to score. Construction rounds its images to 8 bits, the one place where evaluation does so:
+    what is streamed from a model scores as it would after saving and reading back.
+
+    images: (B, 3, H, W), float in [0, 1].
+    labels: (B,) int64, the intended classes; -1 where there is none.
+    originals: what the images are reconstructions of, in the same order and shape.
+    """
+
+    images: Tensor
+    labels: Tensor
+    originals: Tensor | None = None
+    _features: dict[FeatureNetwork, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.images.shape)
+        if len(shape) != 4 or shape[1] != 3 or not self.images.is_floating_point():
+            raise ValueError(f"images must be float (B, 3, H, W), not {self.images.dtype} {shape}")
+        if self.labels.shape != self.images.shape[:1]:
+            raise ValueError(f"{len(self.images)} images with labels of shape {tuple(self.labels.shape)}")
+        if self.originals is not None and self.originals.shape != self.images.shape:
+            raise ValueError(f"images {shape} with originals {tuple(self.originals.shape)}")
+        object.__setattr__(self, "images", quantize(self.images))
+        if self.originals is not None:
+            object.__setattr__(self, "originals", quantize(self.originals))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def features(self, network: FeatureNetwork) -> Tensor:
+        """The features (B, width) of the images, computed once for all metrics that share `network`."""
+        if network not in self._features:
+            self._features[network] = network(self.images)
+        return self._features[network]
+
+
+class EncoderFeatures:
+    """The mean over an encoder's patch tokens, of images resized (bicubic, antialiased) to its input size.
+
+    `name` is the encoder's with underscores for what is no letter or digit: "vit-tiny" and "builtin:vit-tiny"
+    are `vit_tiny`, so that their Frechet distance is reported as `fd_vit_tiny`. An encoder from a local
+    folder is named by the folder; one used at another input size than its own has the size in its name.
+    """
+
+    def __init__(self, encoder: Encoder):
+        self.encoder, self.width = encoder, encoder.spec.width
+        name = encoder.name.removeprefix("builtin:")
+        if Path(name).is_absolute() or Path(name).is_dir():
+            name = Path(name).resolve().name
+        if encoder.input_size != encoder.spec.image_size:
+            name = f"{name}_{encoder.input_size}"
+        self.name = re.sub("[^0-9A-Za-z]+", "_", name).strip("_")
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        size = (self.encoder.input_size, self.encoder.input_size)
+        # A stream that samples under autocast leaves it on between its batches: features stay float32.
+        with torch.autocast(images.device.type, enabled=False):
+            images = images.float()
+            if images.shape[2:] != size:
+                images = F.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
+            return self.encoder(images).mean(1)

@@ -1,0 +1,181 @@
+"""Using trained models: lazy streams of batches, one seed for each sample."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from raekit import randomness
+from raekit.data.loader import Batch
+from raekit.data.transforms import center_crop, to_rgb
+from raekit.distributed import World
+from raekit.errors import UserError
+from raekit.flow.guidance import Guidance, classifier_free
+from raekit.flow.solvers import SOLVERS, Grid, SolverName, time_grid
+from raekit.models.autoencoder import Autoencoder
+from raekit.models.denoiser import Denoiser
+from raekit.moments import Moments
+
+
+@dataclass(frozen=True)
+class Model:
+    """A denoiser with the autoencoder of its latents: all that generation needs."""
+
+    autoencoder: Autoencoder
+    denoiser: Denoiser
+
+    def __post_init__(self) -> None:
+        ours, theirs = self.denoiser.config.latent_shape, self.autoencoder.latent_shape
+        if ours != theirs:
+            raise UserError(f"the denoiser is for latents {ours}, the autoencoder has {theirs}")
+
+    @property
+    def device(self) -> torch.device:
+        return self.autoencoder.var.device
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names by id; ids as names where they are not known; empty if the model is unconditional."""
+        config = self.denoiser.config
+        return config.class_names or tuple(map(str, range(config.num_classes)))
+
+    def class_id(self, name: str) -> int:
+        """The id of a class given by name or number; UserError, listing the classes, if there is none."""
+        if name in self.classes:
+            return self.classes.index(name)
+        if name.isdecimal() and int(name) < len(self.classes):
+            return int(name)
+        if not self.classes:
+            raise UserError(f"class {name!r}: this model is unconditional, it has no classes")
+        raise UserError(f"class {name!r}: no such class; there are {', '.join(self.classes)}")
+
+
+def load(name: str, device: torch.device | str = "cpu") -> Model:
+    """Load a model: `builtin:emoji`, a model folder, a stage-2 run, or OWNER/NAME on the Hub."""
+    return Model(Autoencoder.load(name).to(device), Denoiser.load(name).to(device))
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample. `steps` on a `full` grid are so many solver steps; `published` is the official grid (spec 3)."""
+
+    steps: int = 50
+    solver: SolverName = "euler"
+    grid: Grid = "full"
+    guidance: Guidance | None = None
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Generated images (B, 3, S, S) in [0, 1], the class ids (B,) asked for (-1 if none), and sample numbers (B,)."""
+
+    images: Tensor
+    labels: Tensor
+    indices: Tensor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+def generate(
+    model: Model,
+    labels: Sequence[int] | None = None,
+    *,
+    count: int | None = None,
+    seed: int = 0,
+    sampling: Sampling | None = None,
+    batch_size: int = 64,
+    world: World | None = None,
+    start: int = 0,
+) -> Iterator[Samples]:
+    """Yield generated images, batch by batch.
+
+    `labels` has a class id for each sample; None generates `count` samples without a class. Sample i has
+    its own noise, a function of `seed` and i, so it is the same for any batch size or number of processes.
+    Processes take turns: each yields every `world.size`-th batch. `start` leaves out the samples before it,
+    to go on with an interrupted generation. Raises UserError for labels outside the model's classes.
+    """
+    sampling = sampling or Sampling()
+    world = world or World(device=model.device)
+    classes = model.denoiser.config.num_classes
+    if (labels is None) == (count is None):
+        raise UserError("generate: give either labels, one for each sample, or count")
+    if labels is not None and (wrong := [label for label in labels if not 0 <= label < classes]):
+        raise UserError(f"labels: {wrong[0]} is not among the model's {classes} classes")
+    total = len(labels) if labels is not None else count or 0
+    if sampling.guidance and labels is None:
+        raise UserError("guidance: classifier-free guidance needs labels, and none are given")
+    for first in range(start + world.rank * batch_size, total, world.size * batch_size):
+        indices = torch.arange(first, min(first + batch_size, total))
+        chosen = None if labels is None else torch.tensor(labels[first : first + batch_size], device=world.device)
+        latents = sample_latents(model.denoiser, chosen, indices, seed, sampling, world.device)
+        with torch.no_grad():
+            images = model.autoencoder.decode(latents)
+        yield Samples(images, torch.full_like(indices, -1) if chosen is None else chosen, indices)
+
+
+@torch.no_grad()
+def sample_latents(
+    denoiser: Denoiser,
+    labels: Tensor | None,
+    indices: Tensor,
+    seed: int,
+    sampling: Sampling,
+    device: torch.device | str,
+) -> Tensor:
+    """Whitened latents (B, C, H, W) of samples number `indices`, over the time grid shifted as in training.
+
+    The noise is drawn on the CPU, so that it does not depend on the device.
+    """
+
+    def field(given: Tensor | None) -> Callable[[Tensor, float], Tensor]:
+        return lambda x, t: denoiser(x, torch.full((len(x),), t, device=x.device), given).float()
+
+    noise = randomness.normal(seed, "sample", indices, denoiser.config.latent_shape).to(device)
+    velocity = field(labels)
+    if sampling.guidance:
+        velocity = classifier_free(velocity, field(None), sampling.guidance)
+    return SOLVERS[sampling.solver](velocity, noise, time_grid(sampling.steps, denoiser.config.shift, sampling.grid))
+
+
+@torch.no_grad()
+def measure_latents(
+    tokens: Callable[[Tensor], Tensor],
+    batches: Iterable[Batch],
+    latent_shape: tuple[int, int, int],
+    world: World,
+    mirror: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Mean and population variance, each (C, H, W), of `tokens(images)` over all processes' batches.
+
+    Exact in one pass, in float64: independent of batch size, order and number of processes. `mirror` counts
+    each image a second time, flipped left to right. `tokens` gives un-whitened latents (B, C, H, W).
+    """
+    moments = Moments(torch.Size(latent_shape).numel(), diagonal=True)
+    for batch in batches:
+        images = batch.to(world.device).pixels()
+        for view in (images, images.flip(-1)) if mirror else (images,):
+            moments.update(tokens(view).float())
+    moments.reduce(world)
+    mean, variance = moments.mean.view(latent_shape), moments.variance.view(latent_shape)
+    return mean.float().to(world.device), variance.float().to(world.device)
+
+
+@torch.no_grad()
+def reconstruct(autoencoder: Autoencoder, images: Tensor) -> Tensor:
+    """Encode and decode images (B, 3, H, W) in [0, 1]; gives (B, 3, S, S) in [0, 1], S the decoder's size."""
+    return autoencoder.decode(autoencoder.encode(images))
+
+
+def read_image(path: Path, size: int) -> Image.Image:
+    """The picture in `path`, of any format and mode, centre-cropped to size x size; UserError if it is unreadable."""
+    try:
+        with Image.open(path) as image:
+            return center_crop(to_rgb(image), size)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: not a readable image ({error})") from None

@@ -1,0 +1,107 @@
+"""The representation autoencoder: frozen encoder, whitening, trained decoder (spec 1.1, 1.3)."""
+
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from raekit import artifacts
+from raekit.config import configclass, from_dict
+from raekit.distributed import World
+from raekit.models.decoder import Decoder, DecoderConfig
+from raekit.models.encoders import Encoder, load_encoder
+from raekit.models.layers import to_grid
+from raekit.weights import load_strict
+
+VARIANCE_EPS = 1e-5
+
+
+@configclass
+class AutoencoderConfig:
+    """`encoder` is a registered name, builtin:NAME or a folder; `encoder_size` the side it resizes images to."""
+
+    encoder: str
+    encoder_size: int | None = None
+    decoder: DecoderConfig
+
+
+class Autoencoder(nn.Module):
+    """Images to whitened latents and back.
+
+    The statistics `mean` (None if it is not used: scale-only whitening) and `var`, both (C, H, W), are
+    zeros and ones until `set_statistics` is called.
+    """
+
+    mean: Tensor | None
+    var: Tensor
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def __init__(self, config: AutoencoderConfig, encoder: Encoder) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = encoder
+        self.decoder = Decoder(config.decoder)
+        shape = (encoder.spec.width, *encoder.grid)
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("var", torch.ones(shape))
+
+    @classmethod
+    def load(cls, name: str) -> Self:
+        """Load `builtin:NAME`, a model folder, a run, or OWNER/NAME on the Hub; UserError if it is not whole."""
+        path, values = artifacts.find(name, "autoencoder")
+        config = from_dict(AutoencoderConfig, values, path / "config.json")
+        own = path.parent / "encoder"
+        model = cls(config, load_encoder(str(own) if own.is_dir() else config.encoder, config.encoder_size))
+        load_strict(model.decoder, artifacts.read(path), path)
+        model.set_statistics(*artifacts.read_statistics(path / artifacts.STATISTICS, model.latent_shape))
+        return model.eval()
+
+    def save(self, folder: Path, world: World | None = None, dtype: torch.dtype | None = None) -> None:
+        """Write FOLDER/autoencoder (and FOLDER/encoder, for an encoder from a local folder), for `load`."""
+        world = world or World()
+        statistics = {"var": self.var} | ({} if self.mean is None else {"mean": self.mean})
+        target = folder / "autoencoder"
+        artifacts.write(target, "autoencoder", self.config, self.decoder, world, dtype=dtype, statistics=statistics)
+        if Path(self.encoder.name).is_dir():
+            self.encoder.save(folder, world, dtype)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        return (self.encoder.spec.width, *self.encoder.grid)
+
+    @property
+    def image_size(self) -> int:
+        """Side of the decoded images in pixels."""
+        return self.config.decoder.grid[0] * self.config.decoder.patch_size
+
+    def set_statistics(self, mean: Tensor | None, var: Tensor) -> None:
+        """Whiten by these, each (C, H, W), from now on. A mean of None stays None: nothing is subtracted."""
+        self.mean = None if mean is None else mean.to(self.var)
+        self.var = var.to(self.var)
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] -> the encoder's latents (B, C, h, w), not whitened."""
+        return to_grid(self.encoder(images), self.encoder.grid)
+
+    def whiten(self, latents: Tensor) -> Tensor:
+        centred = latents if self.mean is None else latents - self.mean
+        return centred / (self.var + VARIANCE_EPS).sqrt()
+
+    def unwhiten(self, latents: Tensor) -> Tensor:
+        scaled = latents * (self.var + VARIANCE_EPS).sqrt()
+        return scaled if self.mean is None else scaled + self.mean
+
+    def to_pixels(self, decoded: Tensor) -> Tensor:
+        """The decoder's output, in the encoder's normalised colours, as pixels; about [0, 1], not clamped."""
+        return decoded.float() * self.encoder.std + self.encoder.mean
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] -> whitened latents (B, C, h, w). Adds no noise."""
+        return self.whiten(self.tokens(images).float())
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Whitened latents (B, C, h, w) -> images (B, 3, S, S) in [0, 1]."""
+        return self.to_pixels(self.decoder(self.unwhiten(latents))).clamp(0, 1)

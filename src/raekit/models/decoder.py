@@ -1,0 +1,60 @@
+"""The ViT decoder: encoder tokens back to pixels (spec 1.5)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from raekit.config import configclass
+from raekit.errors import UserError
+from raekit.models.layers import ViTBlock, sincos_positions, to_grid, to_tokens, unpatchify
+
+
+@configclass
+class DecoderConfig:
+    """A plain ViT in the shape of ViT-MAE's decoder. `grid` is the token grid that it is built for."""
+
+    token_dim: int
+    grid: tuple[int, int]
+    patch_size: int = 16
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    hidden: int = 3072
+    norm_eps: float = 1e-12
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads or self.width % 4:
+            raise UserError(f"decoder.width: {self.width} must be a multiple of 4 and of decoder.heads = {self.heads}")
+
+
+class Decoder(nn.Module):
+    """Tokens to pixels in the encoder's normalised colour space."""
+
+    positions: Tensor
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Linear(config.token_dim, config.width)
+        self.cls_token = nn.Parameter(torch.zeros(config.width))
+        self.register_buffer("positions", sincos_positions(config.width, config.grid), persistent=False)
+        self.blocks = nn.ModuleList(
+            ViTBlock(config.width, config.heads, config.hidden, config.norm_eps) for _ in range(config.depth)
+        )
+        self.norm = nn.LayerNorm(config.width, config.norm_eps)
+        self.out = nn.Linear(config.width, 3 * config.patch_size**2)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Un-whitened latents (B, token_dim, H, W) -> (B, 3, grid*patch_size), neither de-normalised nor clamped.
+
+        Another grid than the built one is resampled bilinearly to it after the embedding (spec 1.5, step 2).
+        """
+        x = self.embed(to_tokens(latents))
+        if latents.shape[2:] != self.config.grid:
+            grid = (latents.shape[2], latents.shape[3])
+            x = to_tokens(F.interpolate(to_grid(x, grid), self.config.grid, mode="bilinear", align_corners=False))
+        cls_token = self.cls_token.to(x.dtype).expand(len(x), 1, -1)  # its position embedding is zero
+        x = torch.cat([cls_token, x + self.positions.to(x.dtype)], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return unpatchify(self.out(self.norm(x[:, 1:])), self.config.patch_size, self.config.grid)

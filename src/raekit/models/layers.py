@@ -1,0 +1,172 @@
+"""The pieces that the networks share."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Rotary = tuple[Tensor, Tensor]
+"""Cosines and sines (N, head_dim / 2) of each token's rotation angles."""
+
+
+def patchify(images: Tensor, size: int) -> Tensor:
+    """(B, C, H*size, W*size) -> (B, H*W, size*size*C): rows first, and inside a patch pixels before channels."""
+    b, c, height, width = images.shape
+    x = images.reshape(b, c, height // size, size, width // size, size)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(b, -1, size * size * c)
+
+
+def unpatchify(patches: Tensor, size: int, grid: tuple[int, int]) -> Tensor:
+    """The inverse of `patchify` for a grid of (H, W) patches."""
+    x = patches.unflatten(1, grid).unflatten(-1, (size, size, -1))
+    return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+
+def to_grid(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Tokens (B, H*W, C) -> latents (B, C, H, W)."""
+    return tokens.transpose(1, 2).unflatten(2, grid)
+
+
+def to_tokens(latents: Tensor) -> Tensor:
+    """Latents (B, C, H, W) -> tokens (B, H*W, C)."""
+    return latents.flatten(2).transpose(1, 2)
+
+
+def sincos_positions(width: int, grid: tuple[int, int]) -> Tensor:
+    """Fixed 2-D position embedding (H*W, width): the first half encodes the column, the second the row (spec 2.3)."""
+    frequencies = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
+    angles = [p.flatten()[:, None] * frequencies for p in (columns, rows)]
+    return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1).float()
+
+
+def rotary_table(head_dim: int, grid: tuple[int, int]) -> Rotary:
+    """Axial 2-D rotation angles: a quarter of the head's channel pairs... rows first, then columns (spec 2.3)."""
+    quarter = head_dim // 4
+    frequencies = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+    rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
+    angles = torch.cat([p.flatten()[:, None] * frequencies for p in (rows, columns)], dim=1)
+    return angles.cos().float(), angles.sin().float()
+
+
+def rotate(x: Tensor, rotary: Rotary) -> Tensor:
+    """Rotate channel i against channel i + head_dim/2 of x (B, heads, N, head_dim).
+
+    Contiguous halves, where the published code interleaves the pairs: the same attention after a fixed
+    permutation of the query and key channels, which `raekit.published` applies, and cheaper in eager mode.
+    """
+    cos, sin = (table.to(x.dtype) for table in rotary)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with a learned weight; statistics in float32 whatever the input's type."""
+
+    def __init__(self, width: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with a fused projection; `qk_norm` bounds the softmax's input."""
+
+    def __init__(self, width: int, heads: int, qk_norm: bool = False) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.q_norm = RMSNorm(width // heads) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(width // heads) if qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, rotary: Rotary | None = None) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class SwiGLU(nn.Module):
+    """w_out(silu(gate) * value), the two from one projection (gate first)."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.w_in = nn.Linear(width, 2 * hidden)
+        self.w_out = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.w_in(x).chunk(2, dim=-1)
+        return self.w_out(F.silu(gate) * value)
+
+
+class ViTBlock(nn.Module):
+    """Pre-norm transformer block with LayerNorm and exact GELU: of the encoder that we pretrain, and of the decoder."""
+
+    def __init__(self, width: int, heads: int, hidden: int, eps: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps)
+        self.attention = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps)
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return x * (1 + scale) + shift
+
+
+class DiTBlock(nn.Module):
+    """LightningDiT block: RMSNorm, rotary attention, SwiGLU, adaLN-zero from the condition (spec 2.3).
+
+    The condition is (B, 1, width), one for all tokens, or (B, N, width), one for each (the wide head).
+    """
+
+    def __init__(self, width: int, heads: int, hidden: int, qk_norm: bool) -> None:
+        super().__init__()
+        self.norm1 = RMSNorm(width)
+        self.attention = Attention(width, heads, qk_norm)
+        self.norm2 = RMSNorm(width)
+        self.mlp = SwiGLU(width, hidden)
+        self.modulation = nn.Linear(width, 6 * width)
+
+    def forward(self, x: Tensor, condition: Tensor, rotary: Rotary | None) -> Tensor:
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(F.silu(condition)).chunk(6, dim=-1)
+        x = x + gate_a * self.attention(modulate(self.norm1(x), shift_a, scale_a), rotary)
+        return x + gate_m * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
+
+
+class FinalLayer(nn.Module):
+    """Norm, shift and scale from the condition, and the projection to the output."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.norm = RMSNorm(width)
+        self.modulation = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, out)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        shift, scale = self.modulation(F.silu(condition)).chunk(2, dim=-1)
+        return self.out(modulate(self.norm(x), shift, scale))
+
+
+class TimeEmbedding(nn.Module):
+    """Random Fourier features of the time in [0, 1], and a small network; float32 under autocast too."""
+
+    def __init__(self, width: int, frequencies: int = 256) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", torch.randn(frequencies))
+        self.mlp = nn.Sequential(nn.Linear(2 * frequencies, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: Tensor) -> Tensor:
+        with torch.autocast(t.device.type, enabled=False):
+            angles = 2 * math.pi * t.float()[:, None] * self.frequencies
+            return self.mlp(torch.cat([angles.sin(), angles.cos()], dim=-1))

@@ -1,0 +1,268 @@
+"""Reading the formats of the official RAE release, version 1 (spec 1.3, 7.2 to 7.5).
+
+Each function turns published names, shapes or layouts into ours and passes on what it does not know, so
+that `weights.load_strict` names whatever is left over. Nothing here touches a file or builds a network.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from raekit.config import configclass, from_dict
+from raekit.errors import UserError
+from raekit.models.autoencoder import VARIANCE_EPS
+from raekit.models.decoder import DecoderConfig
+from raekit.models.denoiser import DenoiserConfig, TransformerConfig
+from raekit.models.layers import rotary_table, sincos_positions
+
+State = Mapping[str, Tensor]
+
+# Tables are computed in float32 by some versions and may have passed through bfloat16; another grid, base
+# of the frequencies or order of the axes is off by about one.
+TABLE_TOLERANCE = 5e-3
+
+
+def unwrap(checkpoint: Any) -> dict[str, Tensor]:
+    """The state dict in a checkpoint: `ema` if there is one, else `model`, else the checkpoint itself.
+
+    Prefixes that wrappers leave behind (`module.`, `_orig_mod.`) are removed. UserError if it is none.
+    """
+    state = checkpoint
+    if isinstance(checkpoint, Mapping):
+        state = next((checkpoint[key] for key in ("ema", "model") if isinstance(checkpoint.get(key), Mapping)), state)
+    if not isinstance(state, Mapping) or not state:
+        raise UserError("checkpoint: holds no state dict, neither bare nor under `ema` or `model`")
+    if foreign := sorted(str(key) for key, value in state.items() if not isinstance(value, Tensor)):
+        raise UserError(f"checkpoint: no state dict, as these are no tensors: {', '.join(foreign[:8])}")
+    return {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in state.items()}
+
+
+def statistics(values: Mapping[str, Any], eps: float = VARIANCE_EPS) -> tuple[Tensor | None, Tensor]:
+    """Mean (None: not subtracted) and variance, each (C, H, W), of a statistics file {"mean", "var"}.
+
+    `eps` is what the publisher adds to the variance; where it is not ours the difference goes into the
+    variance. UserError if a field is missing, foreign or of another shape.
+    """
+    mean, var = values.get("mean"), values.get("var")
+    if unknown := sorted(values.keys() - {"mean", "var"}):
+        raise UserError(f"statistics: unknown {', '.join(unknown)}; expected mean and var alone")
+    if not isinstance(var, Tensor) or var.ndim != 3:
+        raise UserError("statistics: var must be a tensor of shape (C, H, W)")
+    if mean is not None and not (isinstance(mean, Tensor) and mean.shape == var.shape):
+        raise UserError(f"statistics: mean must be None or a tensor of var's shape {tuple(var.shape)}")
+    return (None if mean is None else mean.float()), var.float() + (eps - VARIANCE_EPS)
+
+
+def decoder_config(values: Mapping[str, Any], token_dim: int, grid: tuple[int, int], patch_size: int) -> DecoderConfig:
+    """The decoder of a ViT-MAE style `config.json`, for tokens of `token_dim` channels on `grid`.
+
+    As in the release, the file's own `hidden_size`, `image_size` and `patch_size` are not used.
+    """
+    for field, built in (("hidden_act", "gelu"), ("qkv_bias", True), ("num_channels", 3)):
+        if (value := values.get(field, built)) != built:
+            raise UserError(f"decoder config: {field} = {value!r} is not supported, only {built!r}")
+    ours = {
+        "width": "decoder_hidden_size",
+        "depth": "decoder_num_hidden_layers",
+        "heads": "decoder_num_attention_heads",
+        "hidden": "decoder_intermediate_size",
+        "norm_eps": "layer_norm_eps",
+    }
+    if missing := [name for name in ours.values() if name not in values]:
+        raise UserError(f"decoder config: {', '.join(missing)} missing")
+    sizes = {field: values[name] for field, name in ours.items()}
+    return from_dict(
+        DecoderConfig, {"token_dim": token_dim, "grid": grid, "patch_size": patch_size, **sizes}, "decoder config"
+    )
+
+
+_DECODER = {
+    "decoder_embed": "embed",
+    "decoder_norm": "norm",
+    "decoder_pred": "out",
+}
+_DECODER_BLOCK = {
+    "attention.output.dense": "attention.out",
+    "intermediate.dense": "mlp.0",
+    "output.dense": "mlp.2",
+    "layernorm_before": "norm1",
+    "layernorm_after": "norm2",
+}
+
+
+def decoder_state(state: State, config: DecoderConfig) -> dict[str, Tensor]:
+    """Our Decoder's state dict from the published one. UserError if its position table is not ours."""
+    positions = sincos_positions(config.width, config.grid)
+    state = _without_tables(state, {"decoder_pos_embed": torch.cat([torch.zeros(1, config.width), positions])[None]})
+    ours = {}
+    for key, value in state.items():
+        if key == "trainable_cls_token":
+            ours["cls_token"] = value.flatten()
+        elif match := re.fullmatch(r"decoder_layers\.(\d+)\.(.+)", key):
+            ours[f"blocks.{match[1]}.{_rename(match[2], _DECODER_BLOCK)}"] = value
+        else:
+            ours[_rename(key, _DECODER)] = value
+    for index in range(config.depth):
+        prefix = f"blocks.{index}.attention"
+        for kind in ("weight", "bias"):
+            parts = [f"{prefix}.attention.{part}.{kind}" for part in ("query", "key", "value")]
+            if all(part in ours for part in parts):
+                ours[f"{prefix}.qkv.{kind}"] = torch.cat([ours.pop(part) for part in parts])
+    return ours
+
+
+@configclass
+class PublishedDenoiser:
+    """The arguments of the published networks (spec 7.5): pairs (backbone, head) for DiT^DH, numbers for DiT.
+
+    The switches have the one value that we build. `class_dropout_prob` belongs to training.
+    """
+
+    input_size: int
+    in_channels: int
+    hidden_size: int | tuple[int, int]
+    depth: int | tuple[int, int]
+    num_heads: int | tuple[int, int]
+    patch_size: int | tuple[int, int] = 1
+    mlp_ratio: float = 4.0
+    class_dropout_prob: float = 0.1
+    num_classes: int = 1000
+    use_qknorm: bool = False
+    use_swiglu: Literal[True] = True
+    use_rope: Literal[True] = True
+    use_rmsnorm: Literal[True] = True
+    use_pos_embed: Literal[True] = True
+    wo_shift: Literal[False] = False
+
+
+def denoiser_config(values: Mapping[str, Any]) -> DenoiserConfig:
+    """Our configuration of a published denoiser, from its arguments.
+
+    UserError names the fields that are unknown, and the switches that we do not build. A network narrower
+    than the token dimension is read as it is.
+    """
+    published = from_dict(PublishedDenoiser, dict(values), "published denoiser")
+    wide = isinstance(published.hidden_size, tuple)
+    widths, depths, heads, patches = map(
+        _pair, (published.hidden_size, published.depth, published.num_heads, published.patch_size)
+    )
+    if isinstance(published.depth, tuple) != wide:
+        raise UserError("published denoiser: hidden_size and depth must both be pairs, or both numbers")
+    if patches[0] != patches[1] or (wide and patches[0] != 1):
+        raise UserError(f"published denoiser: patch_size = {published.patch_size} is not supported with a wide head")
+    parts = [TransformerConfig(width=widths[i], depth=depths[i], heads=heads[i]) for i in range(2 if wide else 1)]
+    return DenoiserConfig(
+        channels=published.in_channels,
+        grid=(published.input_size, published.input_size),
+        backbone=parts[0],
+        head=parts[1] if wide else None,
+        num_classes=published.num_classes,
+        patch_size=patches[0],
+        mlp_ratio=published.mlp_ratio,
+        qk_norm=published.use_qknorm,
+        allow_narrow=parts[-1].width < published.in_channels * patches[0] ** 2,
+    )
+
+
+_DENOISER = {
+    "s_projector": "head_condition",
+    "t_embedder.W": "time.frequencies",
+    "t_embedder.mlp": "time.mlp",
+    "y_embedder.embedding_table": "label",
+    "final_layer.norm_final": "final.norm",
+    "final_layer.linear": "final.out",
+    "final_layer.adaLN_modulation.1": "final.modulation",
+}
+_DIT = {"x_embedder.proj": "embed"}
+_DIT_DH = {"s_embedder.proj": "embed", "x_embedder.proj": "head_embed"}
+_DENOISER_BLOCK = {
+    "attn.qkv": "attention.qkv",
+    "attn.q_norm": "attention.q_norm",
+    "attn.k_norm": "attention.k_norm",
+    "attn.proj": "attention.out",
+    "mlp.w12": "mlp.w_in",
+    "mlp.w3": "mlp.w_out",
+    "adaLN_modulation.1": "modulation",
+}
+
+
+def denoiser_state(state: State, config: DenoiserConfig) -> dict[str, Tensor]:
+    """Our Denoiser's state dict from the published one of a DiT or a DiT^DH.
+
+    UserError if its position or rotary tables are not ours. A network trained without class dropout has no
+    null class: its row of the label table becomes zero.
+    """
+    ours = {}
+    for key, value in _without_tables(state, _denoiser_tables(config)).items():
+        match = re.fullmatch(r"blocks\.(\d+)\.(.+)", key)
+        if not match:
+            value = _patch_matrix(value) if key.endswith("_embedder.proj.weight") else value
+            if key == "y_embedder.embedding_table.weight" and len(value) == config.num_classes:
+                value = torch.cat([value, torch.zeros_like(value[:1])])
+            ours[_rename(key, _DENOISER | (_DIT_DH if config.head else _DIT))] = value
+            continue
+        index, name = int(match[1]), match[2]
+        part, prefix = config.backbone, f"blocks.{index}"
+        if config.head and index >= part.depth:
+            part, prefix = config.head, f"head_blocks.{index - config.backbone.depth}"
+        if name.startswith("attn.qkv."):
+            value = torch.cat([*(_halves(x, part) for x in value.chunk(3)[:2]), *value.chunk(3)[2:]])
+        elif name in ("attn.q_norm.weight", "attn.k_norm.weight"):
+            value = _halves(value, part)
+        ours[f"{prefix}.{_rename(name, _DENOISER_BLOCK)}"] = value
+    return ours
+
+
+def _denoiser_tables(config: DenoiserConfig) -> dict[str, Tensor]:
+    """The fixed tables under their published names and in their published layout."""
+    grid = (config.grid[0] // config.patch_size, config.grid[1] // config.patch_size)
+    tables = {"pos_embed": sincos_positions(config.backbone.width, grid)[None]}
+    parts = (
+        {"enc_feat_rope": config.backbone, "dec_feat_rope": config.head}
+        if config.head
+        else {"feat_rope": config.backbone}
+    )
+    for name, part in parts.items():
+        for suffix, table in zip(("cos", "sin"), rotary_table(part.width // part.heads, grid), strict=True):
+            tables[f"{name}.freqs_{suffix}"] = table.repeat_interleave(2, dim=1)
+    return tables
+
+
+def _without_tables(state: State, tables: State) -> dict[str, Tensor]:
+    """`state` without the fixed tables, which have to be equal to `tables` where they are given."""
+    for key in tables.keys() & state.keys():
+        given, table = state[key].float(), tables[key]
+        if given.shape != table.shape:
+            raise UserError(f"{key}: is {tuple(given.shape)}, expected {tuple(table.shape)} for the configured grid")
+        if not torch.allclose(given, table, rtol=0, atol=TABLE_TOLERANCE):
+            raise UserError(f"{key}: not the fixed sine-cosine table of spec 2.3; learned positions are not supported")
+    return {key: value for key, value in state.items() if key not in tables}
+
+
+def _rename(key: str, names: Mapping[str, str]) -> str:
+    """`key` with the beginning that `names` lists replaced; another key stays as it is."""
+    for theirs, ours in names.items():
+        if key == theirs or key.startswith(theirs + "."):
+            return ours + key.removeprefix(theirs)
+    return key
+
+
+def _patch_matrix(kernel: Tensor) -> Tensor:
+    """A patch embedding's convolution (d, C, p, p) as a matrix (d, p*p*C) over `layers.patchify`'s order."""
+    return kernel.permute(0, 2, 3, 1).flatten(1) if kernel.ndim == 4 else kernel
+
+
+def _halves(rows: Tensor, part: TransformerConfig) -> Tensor:
+    """Reorder each head's rows from interleaved rotary pairs (0 1) (2 3) .. to halves (0 2 ..) (1 3 ..).
+
+    Rows that do not divide into heads are left for `load_strict` to report.
+    """
+    pairs = part.width // part.heads // 2
+    return rows if len(rows) % (2 * pairs) else rows.unflatten(0, (-1, pairs, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    return value if isinstance(value, tuple) else (value, value)

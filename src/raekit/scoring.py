@@ -1,0 +1,119 @@
+"""The scores of a model beside the baselines that give them a meaning."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+
+import torch
+
+from raekit import randomness
+from raekit.data.loader import Batch, DataConfig, Loader
+from raekit.distributed import World
+from raekit.evaluation.evaluate import evaluate, feature_bank
+from raekit.evaluation.features import EncoderFeatures, Images
+from raekit.evaluation.metrics import FrechetDistance, NearestNeighbours, PairMean, psnr, ssim
+from raekit.inference import Model, Sampling, generate, reconstruct
+from raekit.models.encoders import load_encoder
+from raekit.moments import Moments
+
+Scores = dict[str, dict[str, float]]
+"""{row: {metric: value}}, as `score` returns them."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being scored, the number of images done, and their total."""
+
+BATCH = 64
+
+
+def balanced_labels(loader: Loader, count: int) -> list[int]:
+    """`count` labels in the proportions of the loader's images, shuffled by a fixed seed."""
+    labels = torch.cat([batch.labels for batch in loader.once(BATCH, World())])
+    order = randomness.numpy_generator(0, "labels", 0).permutation(len(labels))
+    return [int(labels[order[i % len(order)]]) for i in range(count)]
+
+
+def images_of(batches: Iterable[Batch], world: World) -> Iterator[Images]:
+    """Real images as evaluation streams them."""
+    for batch in batches:
+        batch = batch.to(world.device)
+        yield Images(batch.pixels(), batch.labels)
+
+
+def score(
+    model: Model,
+    data: DataConfig,
+    samplings: dict[str, Sampling],
+    *,
+    count: int = 1000,
+    seed: int = 0,
+    features: str = "builtin:vit-tiny",
+    world: World | None = None,
+    progress: Progress = lambda what, done, total: None,
+) -> Scores:
+    """Score each of `samplings` with `count` images, and the baselines: real, reconstructed, and decoded noise.
+
+    All distances are to the held-out images of `data`, in the features of the registered encoder `features`.
+    `knn_accuracy_*` is the share of images whose nearest training images have the class that was asked for,
+    `nearest_distance_*` the median distance to the nearest training image.
+    """
+    world = world or World()
+    train = Loader(_of_split(data, "train"), seed)
+    heldout = Loader(_of_split(data, "heldout"), seed)
+    network = EncoderFeatures(load_encoder(features).to(world.device))
+
+    def shown(what: str, total: int) -> Callable[[int], None]:
+        return lambda done: progress(what, min(done * world.size, total), total)
+
+    bank, bank_labels = feature_bank(
+        images_of(train.once(BATCH, world), world), network, world, shown("training images", len(train))
+    )
+    near, _ = feature_bank(
+        images_of(heldout.once(BATCH, world), world), network, world, shown("held-out images", len(heldout))
+    )
+    reference = Moments(network.width)
+    reference.update(near)
+
+    def accumulators() -> list:
+        return [FrechetDistance(network, reference), NearestNeighbours(network, bank, bank_labels)]
+
+    def scored(what: str, stream: Iterable[Images], metrics: list, total: int) -> dict[str, float]:
+        return evaluate(stream, metrics, world, shown(what, total))
+
+    def reconstructed() -> Iterator[Images]:
+        for batch in heldout.once(BATCH, world):
+            images = batch.to(world.device).pixels()
+            yield Images(reconstruct(model.autoencoder, images), batch.labels, images)
+
+    def decoded_noise() -> Iterator[Images]:
+        for first in range(world.rank * BATCH, count, world.size * BATCH):
+            indices = range(first, min(first + BATCH, count))
+            noise = randomness.normal(seed, "noise baseline", indices, model.autoencoder.latent_shape)
+            with torch.no_grad():
+                images = model.autoencoder.decode(noise.to(world.device))
+            yield Images(images, torch.full((len(images),), -1))
+
+    def samples(sampling: Sampling) -> Iterator[Images]:
+        labels = balanced_labels(train, count) if model.denoiser.config.num_classes else None
+        number = None if labels else count
+        for batch in generate(model, labels, count=number, seed=seed, sampling=sampling, batch_size=BATCH, world=world):
+            yield Images(batch.images, batch.labels)
+
+    heldout_metrics = [NearestNeighbours(network, bank, bank_labels)]
+    training_metrics = [FrechetDistance(network, reference)]
+    pairs = [PairMean("psnr", psnr), PairMean("ssim", ssim)]
+    scores = {
+        "held-out images": scored(
+            "held-out images", images_of(heldout.once(BATCH, world), world), heldout_metrics, len(heldout)
+        ),
+        "training images": scored(
+            "training images", images_of(train.once(BATCH, world), world), training_metrics, len(train)
+        ),
+        "reconstructions": scored("reconstructions", reconstructed(), [*accumulators(), *pairs], len(heldout)),
+        "decoded noise": scored("decoded noise", decoded_noise(), [FrechetDistance(network, reference)], count),
+    }
+    for name, sampling in samplings.items():
+        scores[name] = scored(name, samples(sampling), accumulators(), count)
+    return scores
+
+
+def _of_split(data: DataConfig, split: str) -> DataConfig:
+    return replace(data, split=split, flip=False, crop="center")  # type: ignore[arg-type]

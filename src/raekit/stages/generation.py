@@ -1,0 +1,140 @@
+"""Stage 2: a denoiser that learns flow matching on whitened latents (spec 2)."""
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from raekit import randomness
+from raekit.config import configclass
+from raekit.data.loader import Batch, DataConfig, Loader
+from raekit.distributed import World
+from raekit.errors import UserError
+from raekit.flow import path
+from raekit.models.autoencoder import Autoencoder
+from raekit.models.denoiser import Denoiser, DenoiserConfig, TransformerConfig
+from raekit.stages.stage import Stage
+from raekit.train.objective import Metrics, Objective
+from raekit.train.optim import OptimConfig
+from raekit.train.trainer import TrainConfig
+
+
+@configclass
+class DenoiserSize:
+    """The denoiser's transformers; channels, grid and classes follow from the autoencoder and the data."""
+
+    backbone: TransformerConfig
+    head: TransformerConfig | None = None
+    patch_size: int = 1
+    qk_norm: bool = False
+    allow_narrow: bool = False
+
+
+@configclass
+class GenerationConfig:
+    """`autoencoder` is builtin:NAME, a model folder, a stage-1 run, or OWNER/NAME on the Hub.
+
+    `conditional` False trains without classes; else labels are dropped with probability `class_dropout`.
+    Times follow `time_law`, shifted by sqrt(dimension / `shift_base`).
+    """
+
+    stage: Literal["generation"] = "generation"
+    data: DataConfig
+    autoencoder: str
+    denoiser: DenoiserSize
+    conditional: bool = True
+    class_dropout: float = 0.1
+    time_law: path.TimeLaw = "uniform"
+    shift_base: int = path.SHIFT_BASE
+    train: TrainConfig
+    optim: OptimConfig
+    ema: tuple[float, ...] = (0.9995,)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.class_dropout < 1:
+            raise UserError(f"class_dropout: {self.class_dropout} must be at least 0 and below 1")
+
+
+def flow_matching_loss(
+    denoiser: torch.nn.Module,
+    latents: Tensor,
+    labels: Tensor | None,
+    positions: Tensor,
+    *,
+    seed: int,
+    time_law: path.TimeLaw,
+    alpha: float,
+) -> Tensor:
+    """Mean squared error of the predicted velocity, in float32; noise and times addressed by `positions`."""
+    u = randomness.uniform(seed, "time", positions, (), latents.device)
+    t = path.sample_times(u, time_law, alpha)
+    noise = randomness.normal(seed, "noise", positions, latents.shape[1:], latents.device)
+    predicted = denoiser(path.interpolate(latents, noise, t), t, labels)
+    return (predicted.float() - path.velocity(latents, noise)).square().mean()
+
+
+def build(config: GenerationConfig, run: Path, world: World) -> Stage:
+    """The denoiser's objective; the artifact is a model folder with autoencoder and averaged denoiser."""
+    loader = Loader(config.data, config.train.seed)
+    autoencoder = Autoencoder.load(config.autoencoder).to(world.device)
+    if autoencoder.image_size != config.data.image_size:
+        raise UserError(
+            f"data.image_size: {config.data.image_size}, but {config.autoencoder} is for {autoencoder.image_size}"
+        )
+    if config.conditional and not loader.classes:
+        raise UserError(f"data.source: {config.data.source} has no classes; set --no-conditional to train without")
+    channels, *grid = autoencoder.latent_shape
+    size = config.denoiser
+    alpha = path.shift_factor(autoencoder.latent_shape, config.shift_base)
+    model = Denoiser(
+        DenoiserConfig(
+            channels=channels,
+            grid=(grid[0], grid[1]),
+            backbone=size.backbone,
+            head=size.head,
+            num_classes=len(loader.classes) if config.conditional else 0,
+            patch_size=size.patch_size,
+            qk_norm=size.qk_norm,
+            allow_narrow=size.allow_narrow,
+            shift=alpha,
+            class_names=loader.classes if config.conditional else (),
+        )
+    )
+    seed = config.train.seed
+
+    def loss(batch: Batch, step: int) -> tuple[Tensor, Metrics]:
+        latents = autoencoder.encode(batch.pixels())
+        labels = None
+        if config.conditional:
+            dropped = (
+                randomness.uniform(seed, "class dropout", batch.positions, (), world.device) < config.class_dropout
+            )
+            labels = batch.labels.masked_fill(dropped, model.config.null_label)
+        return (
+            flow_matching_loss(
+                model, latents, labels, batch.positions, seed=seed, time_law=config.time_law, alpha=alpha
+            ),
+            {},
+        )
+
+    objective = Objective(
+        name="denoiser",
+        module=model,
+        loss=loss,
+        optim=config.optim,
+        blocks=[*model.blocks, *(model.head_blocks if size.head else [])],
+        ema=config.ema,
+    )
+
+    def export(folder: Path) -> None:
+        averaged = objective.averaged
+        assert isinstance(averaged, Denoiser)
+        averaged.save(folder, world)
+        autoencoder.save(folder, world)
+
+    return Stage(
+        objectives=[objective],
+        batches=lambda start: loader.stream(start, config.train.batch_size, world),
+        export=export,
+    )

@@ -1,0 +1,115 @@
+"""Pretraining of a small encoder as a masked autoencoder (He et al., 2021), for data of one's own."""
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from raekit import randomness
+from raekit.config import configclass
+from raekit.data.loader import Batch, DataConfig, Loader
+from raekit.distributed import World
+from raekit.errors import UserError
+from raekit.models.encoders import Encoder, ViT, ViTConfig
+from raekit.models.layers import ViTBlock, patchify, sincos_positions
+from raekit.stages.stage import Stage
+from raekit.train.objective import Metrics, Objective
+from raekit.train.optim import OptimConfig
+from raekit.train.trainer import TrainConfig
+
+TARGET_VARIANCE_EPS = 1e-2
+"""Keeps flat patches (a white background) from being blown up to unit variance."""
+
+
+@configclass
+class RepresentationConfig:
+    """`mask_ratio` of the patches is hidden; the pixel decoder of the pretext task is thrown away after."""
+
+    stage: Literal["representation"] = "representation"
+    data: DataConfig
+    encoder: ViTConfig
+    mask_ratio: float = 0.75
+    decoder_width: int = 128
+    decoder_depth: int = 2
+    decoder_heads: int = 4
+    train: TrainConfig
+    optim: OptimConfig
+    ema: tuple[float, ...] = (0.999,)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.mask_ratio < 1:
+            raise UserError(f"mask_ratio: {self.mask_ratio} must lie between 0 and 1")
+        if self.data.image_size != self.encoder.image_size:
+            raise UserError(
+                f"data.image_size: {self.data.image_size} differs from encoder.image_size = {self.encoder.image_size}"
+            )
+
+
+class MaskedAutoencoder(nn.Module):
+    """The encoder on the visible patches, and a light decoder that predicts the hidden ones."""
+
+    positions: Tensor
+
+    def __init__(self, config: RepresentationConfig) -> None:
+        super().__init__()
+        self.encoder = ViT(config.encoder)
+        size = config.encoder.patch_size
+        side = config.encoder.image_size // size
+        width = config.decoder_width
+        self.embed = nn.Linear(config.encoder.width, width)
+        self.mask_token = nn.Parameter(torch.zeros(width))
+        self.register_buffer("positions", sincos_positions(width, (side, side)), persistent=False)
+        self.blocks = nn.ModuleList(
+            ViTBlock(width, config.decoder_heads, 4 * width, eps=1e-6) for _ in range(config.decoder_depth)
+        )
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.out = nn.Linear(width, 3 * size**2)
+
+    def forward(self, pixels: Tensor, keep: Tensor) -> Tensor:
+        """Normalised pixels (B, 3, H, W), visible patches (B, K) -> predicted patches (B, N, 3 * patch_size^2)."""
+        visible = self.embed(self.encoder(pixels, keep))
+        x = self.mask_token.to(visible.dtype).expand(len(pixels), len(self.positions), -1)
+        x = x.scatter(1, keep[:, :, None].expand(-1, -1, x.shape[2]), visible) + self.positions
+        for block in self.blocks:
+            x = block(x)
+        return self.out(self.norm(x)).float()
+
+
+def build(config: RepresentationConfig, run: Path, world: World) -> Stage:
+    """The stage's objective and data; its artifact is the averaged encoder."""
+    loader = Loader(config.data, config.train.seed)
+    model = MaskedAutoencoder(config)
+    mean, std = (torch.tensor(v, device=world.device).view(3, 1, 1) for v in (config.encoder.mean, config.encoder.std))
+    patches = len(model.positions)
+    visible = patches - round(config.mask_ratio * patches)
+
+    def loss(batch: Batch, step: int) -> tuple[Tensor, Metrics]:
+        pixels = (batch.pixels() - mean) / std
+        order = randomness.uniform(config.train.seed, "mask", batch.positions, (patches,), world.device).argsort(1)
+        predicted = model(pixels, order[:, :visible])
+        target = patchify(pixels, config.encoder.patch_size)
+        centred = target - target.mean(-1, keepdim=True)
+        target = centred / (target.var(-1, keepdim=True, correction=0) + TARGET_VARIANCE_EPS).sqrt()
+        hidden = order[:, visible:, None].expand(-1, -1, target.shape[2])
+        return (predicted.gather(1, hidden) - target.gather(1, hidden)).square().mean(), {}
+
+    objective = Objective(
+        name="encoder",
+        module=model,
+        loss=loss,
+        optim=config.optim,
+        blocks=[*model.encoder.blocks, *model.blocks],
+        ema=config.ema,
+    )
+
+    def export(folder: Path) -> None:
+        averaged = objective.averaged
+        assert isinstance(averaged, MaskedAutoencoder)
+        Encoder(str(folder), config.encoder.spec, averaged.encoder).save(folder, world)
+
+    return Stage(
+        objectives=[objective],
+        batches=lambda start: loader.stream(start, config.train.batch_size, world),
+        export=export,
+    )

@@ -1,0 +1,54 @@
+"""What a stage hands to the trainer."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor, nn
+
+from raekit.train.optim import OptimConfig
+
+Metrics = dict[str, Tensor]
+
+
+class TrainingBatch(Protocol):
+    """What the trainer has to know of a batch."""
+
+    def __len__(self) -> int: ...
+    def to(self, device: torch.device) -> Self: ...
+    def split(self, size: int) -> list[Self]: ...
+
+
+@dataclass(kw_only=True)
+class Objective:
+    """A module and the loss that trains it.
+
+    `loss(batch, step)` returns the mean loss of a (micro-)batch and detached metrics to log. All its
+    randomness is addressed by the batch's positions, so that it depends on neither the number of processes
+    nor the size of the micro-batches. `blocks` are the module's repeated units: compiled and distributed
+    one by one. The objective is active from step `start` on; its schedule counts from there.
+    `ema` lists decays, and `averages` holds a copy of the module for each.
+    """
+
+    name: str
+    module: nn.Module
+    loss: Callable[[Any, int], tuple[Tensor, Metrics]]
+    optim: OptimConfig
+    blocks: Sequence[nn.Module] = ()
+    ema: tuple[float, ...] = ()
+    start: int = 0
+    averages: dict[float, nn.Module] = field(default_factory=dict, init=False)
+
+    @property
+    def averaged(self) -> nn.Module:
+        """The module to use for evaluation: the first average, or the trained module if there is none."""
+        return self.averages[self.ema[0]] if self.ema else self.module
+
+
+@dataclass(frozen=True, kw_only=True)
+class Periodic:
+    """`call(step)`, every `every` steps and after the last; the scalars that it returns are logged."""
+
+    every: int
+    call: Callable[[int], dict[str, float]]

@@ -1,0 +1,64 @@
+"""Where scalars and pictures go: always metrics.jsonl and PNG files, TensorBoard as well if it is wanted."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from raekit.errors import UserError
+
+
+def read_metrics(run: Path) -> list[dict[str, float]]:
+    """The records of a run's metrics.jsonl, each with its `step`; a torn last line is left out."""
+    path = run / "metrics.jsonl"
+    records = []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break  # the process was killed while it wrote this line
+    return records
+
+
+class Tracker:
+    """Logs of one run. Opened at `step`, it drops the records of later steps, which will be written again."""
+
+    def __init__(self, run: Path, step: int, tensorboard: bool = False) -> None:
+        self.run = run
+        kept = [record for record in read_metrics(run) if record["step"] <= step]
+        path = run / "metrics.jsonl"
+        replacement = path.with_suffix(".partial")
+        replacement.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        replacement.rename(path)
+        self._file = path.open("a")
+        self._writer = None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise UserError(
+                    "train.tensorboard: TensorBoard is not installed; pip install 'raekit[track]'"
+                ) from None
+            self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        if self._writer:
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+
+    def image(self, step: int, name: str, image: Image.Image) -> None:
+        """Save a picture as RUN/samples/NAME-STEP.png."""
+        folder = self.run / "samples"
+        folder.mkdir(exist_ok=True)
+        image.save(folder / f"{name}-{step:08d}.png")
+        if self._writer:
+            self._writer.add_image(name, np.asarray(image), step, dataformats="HWC")
+
+    def close(self) -> None:
+        self._file.close()
+        if self._writer:
+            self._writer.close()

@@ -1,0 +1,248 @@
+"""The training loop, for any list of objectives and any number of processes."""
+
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn, optim
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor
+
+from raekit.config import configclass
+from raekit.distributed import World, set_gradient_sync
+from raekit.errors import UserError
+from raekit.train import checkpoint, ema
+from raekit.train.objective import Metrics, Objective, Periodic, TrainingBatch
+from raekit.train.optim import adamw, learning_rate
+from raekit.train.tracking import Tracker
+
+Precision = Literal["auto", "fp32", "bf16"]
+Report = Callable[[int, dict[str, float]], None]
+"""Called with the number of steps done and the latest metrics."""
+
+
+@configclass
+class TrainConfig:
+    """`batch_size` is the global batch; `micro_batch`, the images at once on a process, by default all its share."""
+
+    steps: int
+    batch_size: int
+    micro_batch: int | None = None
+    precision: Precision = "auto"
+    compile: bool = False
+    seed: int = 0
+    log_every: int = 50
+    checkpoint_every: int = 1000
+    keep: int = 2
+    max_skipped: int = 20
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "log_every", "checkpoint_every", "keep", "max_skipped"):
+            if getattr(self, name) < 1:
+                raise UserError(f"train.{name}: {getattr(self, name)} must be at least 1")
+
+
+def autocast(precision: Precision, device: torch.device):
+    """The precision's context. `auto` is bf16 where the hardware multiplies it fast, else float32."""
+    fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+    if precision == "bf16" or (precision == "auto" and fast):
+        return torch.autocast(device.type, torch.bfloat16)
+    return nullcontext()
+
+
+class Trainer:
+    """Trains `objectives` on `batches(images_seen)`, an endless stream of this process's shares.
+
+    State lives in `run`; a trainer built on a run that has checkpoints goes on from the newest.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        config: TrainConfig,
+        objectives: Sequence[Objective],
+        batches: Callable[[int], Iterator[TrainingBatch]],
+        world: World,
+        periodics: Sequence[Periodic] = (),
+    ) -> None:
+        share, rest = divmod(config.batch_size, world.size)
+        if rest or share % (config.micro_batch or share):
+            raise UserError(
+                f"train.batch_size: {config.batch_size} must divide into {world.size} processes with whole "
+                f"micro-batches of train.micro_batch = {config.micro_batch}"
+            )
+        self.run, self.config, self.world = run, config, world
+        self.objectives, self.batches, self.periodics = list(objectives), batches, periodics
+        self.micro_batch = config.micro_batch or share
+        self.step = 0
+        self.skipped = {o.name: torch.zeros(2, device=world.device) for o in self.objectives}  # in all, in a row
+        self.optimizers: dict[str, optim.AdamW] = {}
+        for objective in self.objectives:
+            self._prepare(objective)
+        self.folder = run / "checkpoints"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if saved := checkpoint.checkpoints(self.folder):
+            self._load(saved[-1])
+
+    def _prepare(self, objective: Objective) -> None:
+        module = objective.module.to(self.world.device)
+        objective.averages = {decay: ema.averaged_copy(module) for decay in objective.ema}
+        names = [name for name, m in module.named_modules() if any(m is block for block in objective.blocks)]
+        for replica in (module, *objective.averages.values()):
+            blocks = [replica.get_submodule(name) for name in names]
+            self.world.shard(replica, blocks)
+            if self.config.compile:
+                for block in blocks or [replica]:
+                    block.compile()
+        self.optimizers[objective.name] = adamw(objective.optim, module.parameters())
+
+    def fit(self, report: Report = lambda step, metrics: None) -> bool:
+        """Train to the last step. False if a signal stopped it; either way the state is saved."""
+        tracker = Tracker(self.run, self.step, self.config.tensorboard) if self.world.is_main else None
+        self.tracker = tracker
+        totals: dict[str, Tensor] = {}
+        since, began = self.step, time.perf_counter()
+        try:
+            with _stop_signals() as stopped:
+                stream = self.batches(self.step * self.config.batch_size)
+                while self.step < self.config.steps:
+                    batch = next(stream).to(self.world.device)
+                    for objective in self.objectives:
+                        if self.step >= objective.start:
+                            for name, value in self._train(objective, batch).items():
+                                totals[name] = totals.get(name, 0) + value
+                    self.step += 1
+                    last = self.step == self.config.steps
+                    if self.step % self.config.log_every == 0 or last:
+                        values = self._summary(totals, self.step - since)
+                        values["images_per_second"] = (
+                            (self.step - since) * self.config.batch_size / (time.perf_counter() - began)
+                        )
+                        if tracker:
+                            tracker.scalars(self.step, values)
+                        report(self.step, values)
+                        totals, since, began = {}, self.step, time.perf_counter()
+                    # A checkpoint comes first, so that a kill during an evaluation costs nothing.
+                    if self.step % self.config.checkpoint_every == 0 or last:
+                        self.save()
+                    for periodic in self.periodics:
+                        if self.step % periodic.every == 0 or last:
+                            values = periodic.call(self.step)
+                            if tracker and values:
+                                tracker.scalars(self.step, values)
+                            began = time.perf_counter() if since == self.step else began
+                    # Several processes agree every tenth step, since each agreement waits for the slowest.
+                    if (self.world.size == 1 or self.step % 10 == 0) and self.world.any(bool(stopped)) and not last:
+                        self.save()
+                        return False
+            return True
+        finally:
+            if tracker:
+                tracker.close()
+
+    def _train(self, objective: Objective, batch: TrainingBatch) -> Metrics:
+        """One optimizer step of `objective` on this process's share of the batch."""
+        module, optimizer = objective.module, self.optimizers[objective.name]
+        module.train()
+        parts = batch.split(self.micro_batch)
+        totals: Metrics = {}
+        for part in parts:
+            set_gradient_sync(module, part is parts[-1])
+            with autocast(self.config.precision, self.world.device):
+                loss, metrics = objective.loss(part, self.step)
+            (loss / len(parts)).backward()
+            for name, value in ({"loss": loss} | metrics).items():
+                name = f"{objective.name}/{name}"
+                totals[name] = totals.get(name, 0) + value.detach().float() / len(parts)
+        norm = nn.utils.clip_grad_norm_(module.parameters(), objective.optim.clip or float("inf"))
+        lr = learning_rate(objective.optim, self.step - objective.start)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        # The fused kernel skips the step by itself where the gradient is not finite: the host need not wait.
+        failed = 1 - norm.isfinite().float()
+        optimizer.found_inf = failed  # type: ignore[attr-defined]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        for decay, average in objective.averages.items():
+            ema.update(average, module, decay)
+        failed = failed.to_local() if isinstance(failed, DTensor) else failed
+        skipped = self.skipped[objective.name]
+        skipped[0] += failed
+        skipped[1] = (skipped[1] + 1) * failed
+        totals[f"{objective.name}/grad_norm"] = norm.to_local() if isinstance(norm, DTensor) else norm
+        return totals
+
+    def _summary(self, totals: dict[str, Tensor], steps: int) -> dict[str, float]:
+        """Means over steps and processes; raises UserError if too many steps in a row were skipped."""
+        names = sorted(totals)
+        means = self.world.sum(torch.stack([totals[name] for name in names])) / (steps * self.world.size)
+        values = dict(zip(names, means.tolist(), strict=True))
+        for objective in self.objectives:
+            if self.step > objective.start:
+                values[f"{objective.name}/lr"] = learning_rate(objective.optim, self.step - 1 - objective.start)
+            skipped, in_a_row = self.skipped[objective.name].tolist()
+            values[f"{objective.name}/skipped"] = skipped
+            if in_a_row >= self.config.max_skipped:
+                raise UserError(
+                    f"{objective.name}: the gradient was not finite for {int(in_a_row)} steps in a row up to step "
+                    f"{self.step}. Lower its lr, set train.precision fp32, or denoiser.qk_norm; the last good state "
+                    f"is the newest in {self.folder}"
+                )
+        return values
+
+    def _state(self) -> dict[str, Any]:
+        state: dict[str, Any] = {"trainer": {"step": self.step, "skipped": self.skipped}}
+        for objective in self.objectives:
+            state[objective.name] = {
+                "module": get_model_state_dict(objective.module),
+                "optimizer": get_optimizer_state_dict(objective.module, self.optimizers[objective.name]),
+                "averages": {str(decay): get_model_state_dict(m) for decay, m in objective.averages.items()},
+            }
+        return state
+
+    def save(self) -> None:
+        """Checkpoint the present step, unless it is there already."""
+        checkpoint.save(self.folder, self.step, self._state(), self.config.keep, self.world)
+
+    def _load(self, path: Path) -> None:
+        state = self._state()
+        checkpoint.load(path, state, self.world)
+        self.step, self.skipped = state["trainer"]["step"], state["trainer"]["skipped"]
+        for objective in self.objectives:
+            saved = state[objective.name]
+            set_model_state_dict(objective.module, saved["module"])
+            set_optimizer_state_dict(objective.module, self.optimizers[objective.name], saved["optimizer"])
+            for decay, module in objective.averages.items():
+                set_model_state_dict(module, saved["averages"][str(decay)])
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """A list that receives SIGINT and SIGTERM instead of their default actions. A second SIGINT interrupts at once."""
+    received: list[int] = []
+
+    def receive(number: int, frame: object) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    try:
+        previous = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread: signals are not ours to take
+        yield received
+        return
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,360 @@
+import gzip
+import hashlib
+import io
+import itertools
+import pickle
+import sys
+from collections import Counter
+from importlib import resources
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from raekit.data.sources import Emoji, UnreadableImage, code_points, open_source
+from raekit.errors import UserError
+
+ASSETS = Path(str(resources.files("raekit").joinpath("assets")))
+
+
+def write_image(path: Path, value: int, mode: str = "RGB"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, (6, 5), (value,) * len(mode)).save(path)
+
+
+def values(source):
+    """The first pixel's red value of every image, in order."""
+    return [source[i][0].getpixel((0, 0))[0] for i in range(len(source))]
+
+
+def labels(source):
+    return [source[i][1] for i in range(len(source))]
+
+
+@pytest.fixture
+def classed(tmp_path):
+    """Forty images in classes cat and dog: value i is dog for odd i."""
+    for i in range(40):
+        write_image(tmp_path / ("cat", "dog")[i % 2] / f"deep/{i:02}.png", i)
+    return tmp_path
+
+
+# Emoji
+
+
+def test_emoji_are_labelled_rgb_images_of_nine_sorted_classes():
+    source = open_source("emoji", "all")
+    assert (source.name, len(source)) == ("emoji", 3760)
+    assert len(source.classes) == 9
+    assert list(source.classes) == sorted(source.classes)
+    counts = Counter(labels(source))
+    assert counts[source.classes.index("people-body")] == 747
+    assert counts[source.classes.index("flags")] == 523
+    image, _ = source[17]
+    assert (image.mode, image.size) == ("RGB", (64, 64))
+
+
+def test_no_emoji_is_in_both_splits():
+    train, heldout = open_source("emoji"), open_source("emoji", "heldout")
+    assert isinstance(train, Emoji)
+    assert isinstance(heldout, Emoji)
+    assert not set(map(code_points, train.files)) & set(map(code_points, heldout.files))
+    assert len(train) + len(heldout) == 3760
+    assert 0.08 < len(heldout) / 3760 < 0.12
+    assert set(labels(heldout)) == set(labels(train)) == set(range(9))
+
+
+def test_two_drawings_of_one_emoji_have_equal_code_points():
+    assert code_points("symbols/noto-0023-fe0f-20e3.webp") == code_points("symbols/fluent3d-0023-20e3.webp")
+    assert code_points("flags/noto-1f1e6-1f1e8.webp") == "1f1e6-1f1e8"
+
+
+def test_an_emoji_given_out_can_be_changed_without_harm():
+    source = open_source("emoji")
+    before = source[3][0].tobytes()
+    source[3][0].paste((1, 2, 3), (0, 0, 64, 64))
+    assert source[3][0].tobytes() == before
+
+
+def test_the_packed_emoji_are_small_and_their_licences_are_with_them():
+    assert sum(file.stat().st_size for file in (ASSETS / "emoji").rglob("*")) <= 15e6
+    notice = (ASSETS / "NOTICE").read_text()
+    assert "Apache License, Version 2.0" in notice
+    assert "Copyright (c) Microsoft Corporation" in notice
+
+
+# Folders
+
+
+def test_a_folder_has_a_class_for_each_sub_folder(classed):
+    source = open_source(f"folder:{classed}", "all")
+    assert source.classes == ("cat", "dog")
+    assert values(source) == [*range(0, 40, 2), *range(1, 40, 2)]
+    assert labels(source) == [0] * 20 + [1] * 20
+
+
+@pytest.mark.parametrize("scheme", ["folder", "flat"])
+def test_a_tenth_is_held_out_by_a_hash_of_the_path_within(classed, scheme):
+    train, heldout = (open_source(f"{scheme}:{classed}", split) for split in ("train", "heldout"))
+
+    def is_held_out(i):
+        path = f"{('cat', 'dog')[i % 2]}/deep/{i:02}.png"
+        return int.from_bytes(hashlib.blake2b(path.encode(), digest_size=8).digest()) % 10 == 0
+
+    assert sorted(values(heldout)) == [i for i in range(40) if is_held_out(i)] != []
+    assert sorted(values(train)) == [i for i in range(40) if not is_held_out(i)]
+    if scheme == "folder":
+        assert train.classes == heldout.classes == ("cat", "dog")
+
+
+def test_folders_train_and_val_are_the_splits(tmp_path):
+    for i, path in enumerate(["train/b/0.png", "train/a/1.png", "val/b/2.png", "val/c/3.png", "test/d/4.png"]):
+        write_image(tmp_path / path, i)
+    uri = f"folder:{tmp_path}"
+    train, heldout, both = open_source(uri), open_source(uri, "heldout"), open_source(uri, "all")
+    assert train.classes == heldout.classes == both.classes == ("a", "b", "c")
+    assert (values(train), labels(train)) == ([1, 0], [0, 1])
+    assert (values(heldout), labels(heldout)) == ([2, 3], [1, 2])
+    assert values(both) == [1, 0, 2, 3]
+
+
+def test_a_flat_folder_is_read_to_its_depth_in_order_and_has_no_labels(tmp_path):
+    write_image(tmp_path / "b.PNG", 1)
+    write_image(tmp_path / "a/z.jpeg", 2)
+    write_image(tmp_path / "ä ö.webp", 3)
+    for hidden in (".hidden.png", "._b.PNG", ".cache/c.png"):
+        write_image(tmp_path / hidden, 9)
+    (tmp_path / "readme.txt").write_text("no image")
+    source = open_source(f"flat:{tmp_path}", "all")
+    assert source.classes == ()
+    assert labels(source) == [-1, -1, -1]
+    assert values(source) == pytest.approx([2, 1, 3], abs=1)
+
+
+def test_links_to_folders_are_followed(tmp_path, classed):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "animals").symlink_to(classed / "cat")
+    assert len(open_source(f"flat:{tmp_path / 'other'}", "all")) == 20
+
+
+def test_images_of_files_are_converted_to_rgb(tmp_path):
+    write_image(tmp_path / "a.png", 0, "LA")
+    assert values(open_source(f"flat:{tmp_path}", "all")) == [255]
+
+
+@pytest.mark.parametrize("damage", ["empty", "text", "truncated png", "truncated jpeg", "gone", "bits"])
+def test_a_damaged_image_is_named_with_the_reason(tmp_path, damage):
+    path = tmp_path / ("a.jpg" if damage == "truncated jpeg" else "a.png")
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    image.save(path)
+    content = path.read_bytes()
+    source = open_source(f"flat:{tmp_path}", "all")
+    if damage == "gone":
+        path.unlink()
+    else:
+        middle = len(content) // 2
+        damaged = {
+            "empty": b"",
+            "text": b"<html>",
+            "bits": content[:middle] + b"x" * 99 + content[middle + 99 :],
+        }
+        path.write_bytes(damaged.get(damage, content[:middle]))
+    with pytest.raises(UnreadableImage) as error:
+        source[0]
+    assert error.value.path == str(path)
+    assert error.value.reason
+
+
+@pytest.mark.parametrize("scheme", ["folder", "flat"])
+def test_a_folder_without_images_is_refused_with_the_extensions(tmp_path, scheme):
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "a.txt").write_text("no image")
+    with pytest.raises(UserError, match=rf"{tmp_path}.*no image.*\.jpg.*\.png.*\.webp"):
+        open_source(f"{scheme}:{tmp_path}")
+
+
+def test_a_folder_without_classes_is_refused_with_what_to_use(tmp_path):
+    write_image(tmp_path / "a.png", 1)
+    with pytest.raises(UserError, match=f"flat:{tmp_path}"):
+        open_source(f"folder:{tmp_path}")
+
+
+def test_an_empty_split_is_refused(tmp_path):
+    write_image(tmp_path / "train/a/0.png", 1)
+    write_image(tmp_path / "val/1.png", 1)  # not in a class
+    with pytest.raises(UserError, match="no image in its split 'heldout'"):
+        open_source(f"folder:{tmp_path}", "heldout")
+
+
+@pytest.mark.parametrize("scheme", ["folder", "flat", "idx", "hf"])
+def test_a_missing_folder_is_refused(tmp_path, scheme):
+    with pytest.raises(UserError, match=rf"'{scheme}:.*there is no folder .*/nowhere"):
+        open_source(f"{scheme}:{tmp_path}/nowhere")
+
+
+@pytest.mark.parametrize("uri", ["emojis", "folder", "folder:", "emoji:x", "s3:bucket", ""])
+def test_an_unknown_source_is_refused_with_the_known_ones(uri):
+    with pytest.raises(UserError, match=f"'{uri}'.*emoji, folder:DIR, flat:DIR, idx:DIR, hf:DIR"):
+        open_source(uri)
+
+
+# IDX
+
+
+def idx(array) -> bytes:
+    array = np.asarray(array, np.uint8)
+    return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.tobytes()
+
+
+def write_idx(folder, packed=False):
+    """Images of 2 rows and 3 columns: 0, 1, 2 for training, 3 and 4 held out; the label is 9 - value."""
+    for part, numbers in (("train", [0, 1, 2]), ("t10k", [3, 4])):
+        images = np.array(numbers)[:, None, None] * np.ones((1, 2, 3))
+        files = {f"{part}-images-idx3-ubyte": images, f"{part}-labels-idx1-ubyte": 9 - np.array(numbers)}
+        for name, array in files.items():
+            content = idx(array)
+            (folder / (name + ".gz" * packed)).write_bytes(gzip.compress(content) if packed else content)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("split", "expected"), [("train", [0, 1, 2]), ("heldout", [3, 4]), ("all", [*range(5)])])
+def test_idx_files_are_grey_images_with_labels(tmp_path, packed, split, expected):
+    write_idx(tmp_path, packed)
+    source = open_source(f"idx:{tmp_path}", split)
+    assert source.classes == tuple("0123456789")
+    assert values(source) == expected
+    assert labels(source) == [9 - value for value in expected]
+    assert (source[0][0].mode, source[0][0].size) == ("RGB", (3, 2))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (idx(np.zeros((3, 2, 3)))[:-1], "has 17 bytes of data, its header says 18"),
+        (idx(np.zeros((3, 2, 3))) + b"x", "has 19 bytes of data, its header says 18"),
+        (idx(np.zeros((3, 2, 3)))[:9], "not an IDX file"),
+        (b"", "not an IDX file"),
+        (idx(np.zeros(18)), "not an IDX file of bytes in 3"),
+        (b"\0\0\x0d\3" + idx(np.zeros((3, 2, 3)))[4:], "not an IDX file of bytes"),
+        (idx(np.zeros((2, 2, 3))), "2 images but 3 labels"),
+        (None, "no such file"),
+    ],
+)
+def test_a_faulty_idx_file_is_refused_by_name(tmp_path, content, message):
+    write_idx(tmp_path)
+    file = tmp_path / "train-images-idx3-ubyte"
+    file.unlink() if content is None else file.write_bytes(content)
+    with pytest.raises(UserError, match=f"train.*{message}"):
+        open_source(f"idx:{tmp_path}")
+
+
+@pytest.mark.parametrize("damage", ["cut", "text", "bits"])
+def test_a_damaged_gzip_file_is_refused_by_name(tmp_path, damage):
+    write_idx(tmp_path, packed=True)
+    file = tmp_path / "t10k-labels-idx1-ubyte.gz"
+    content = file.read_bytes()
+    file.write_bytes({"cut": content[:-9], "text": b"<html>", "bits": content[:-8] + bytes(8)}[damage])
+    with pytest.raises(UserError, match=r"t10k-labels-idx1-ubyte\.gz: cannot be read"):
+        open_source(f"idx:{tmp_path}", "heldout")
+
+
+# Hugging Face datasets
+
+
+def rows(numbers):
+    features = datasets.Features(
+        {
+            "id": datasets.Value("string"),
+            "picture": datasets.Image(),
+            "kind": datasets.ClassLabel(names=["x", "y"]),
+        }
+    )
+    images = [Image.new("L", (4, 3), number) for number in numbers]
+    columns = {"id": [str(n) for n in numbers], "picture": images, "kind": [n % 2 for n in numbers]}
+    return datasets.Dataset.from_dict(columns, features=features)
+
+
+def test_a_saved_dataset_is_read_and_a_tenth_held_out_by_row(tmp_path):
+    rows(range(50)).save_to_disk(tmp_path)
+    train, heldout, everything = (open_source(f"hf:{tmp_path}", s) for s in ("train", "heldout", "all"))
+    assert train.classes == heldout.classes == ("x", "y")
+    assert values(everything) == [*range(50)]
+    assert labels(everything) == [n % 2 for n in range(50)]
+    assert sorted(values(train) + values(heldout)) == [*range(50)]
+    assert 1 <= len(heldout) <= 12
+    assert (everything[0][0].mode, everything[0][0].size) == ("RGB", (4, 3))
+
+
+def test_splits_of_a_saved_dataset_dict_are_kept(tmp_path):
+    parts = {"test": rows([7]), "train": rows([1, 2, 3]), "validation": rows([4, 5])}
+    datasets.DatasetDict(**parts).save_to_disk(tmp_path)
+    train, heldout, both = (open_source(f"hf:{tmp_path}", split) for split in ("train", "heldout", "all"))
+    assert values(train) == [1, 2, 3]
+    assert values(heldout) == [4, 5]
+    assert values(both) == [1, 2, 3, 4, 5]
+    assert labels(heldout) == [0, 1]
+
+
+def test_a_dataset_dict_of_only_train_is_split_by_row(tmp_path):
+    datasets.DatasetDict({"train": rows(range(30))}).save_to_disk(tmp_path)
+    train, heldout = (open_source(f"hf:{tmp_path}", split) for split in ("train", "heldout"))
+    assert sorted(values(train) + values(heldout)) == [*range(30)]
+
+
+def test_a_dataset_without_labels_or_with_damage_is_read(tmp_path):
+    good = io.BytesIO()
+    Image.new("RGB", (2, 2), (5, 5, 5)).save(good, "PNG")
+    column = [{"bytes": good.getvalue(), "path": None}, {"bytes": b"broken", "path": None}, None]
+    features = datasets.Features({"image": datasets.Image()})
+    datasets.Dataset.from_dict({"image": column}, features=features).save_to_disk(tmp_path)
+    source = open_source(f"hf:{tmp_path}", "all")
+    assert source.classes == ()
+    assert (source[0][0].getpixel((0, 0)), source[0][1]) == ((5, 5, 5), -1)
+    for row, reason in ((1, "no known image format"), (2, "no image in this row")):
+        with pytest.raises(UnreadableImage, match=f"row {row}: {reason}"):
+            source[row]
+
+
+def test_a_dataset_dict_without_train_or_without_images_is_refused(tmp_path):
+    datasets.DatasetDict({"other": rows([1])}).save_to_disk(tmp_path / "a")
+    with pytest.raises(UserError, match="no split 'train', only other"):
+        open_source(f"hf:{tmp_path / 'a'}")
+    datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "b")
+    with pytest.raises(UserError, match="no column of images, only text"):
+        open_source(f"hf:{tmp_path / 'b'}")
+
+
+def test_a_folder_that_is_no_saved_dataset_is_refused(tmp_path):
+    with pytest.raises(UserError, match=f"{tmp_path}: not a dataset"):
+        open_source(f"hf:{tmp_path}")
+
+
+def test_the_missing_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match=r"pip install 'raekit\[data\]'"):
+        open_source(f"hf:{tmp_path}")
+
+
+# All
+
+
+def test_every_source_can_be_pickled(tmp_path, classed):
+    for name in ("idx", "hf"):
+        (tmp_path / name).mkdir()
+    write_idx(tmp_path / "idx")
+    rows(range(30)).save_to_disk(tmp_path / "hf")
+    uris = [
+        "emoji",
+        f"folder:{classed}",
+        f"flat:{classed}",
+        f"idx:{tmp_path / 'idx'}",
+        f"hf:{tmp_path / 'hf'}",
+    ]
+    for uri, split in itertools.product(uris, ("train", "all")):
+        source = open_source(uri, split)
+        copy = pickle.loads(pickle.dumps(source))
+        assert (copy.name, copy.classes, len(copy)) == (source.name, source.classes, len(source))
+        assert copy[1][0].tobytes() == source[1][0].tobytes()
+        assert copy[1][1] == source[1][1]

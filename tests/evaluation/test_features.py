@@ -1,0 +1,117 @@
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from raekit.data.loader import Batch
+from raekit.evaluation.features import EncoderFeatures, Images, quantize
+from raekit.models.encoders import Encoder, EncoderSpec
+
+
+class FakeEncoder(nn.Module):
+    """Tokens (B, 4, 5): a linear map of the four quadrants' mean colours."""
+
+    def __init__(self, name: str = "vit-tiny", input_size: int = 16):
+        super().__init__()
+        self.name, self.input_size = name, input_size
+        self.spec = EncoderSpec(
+            family="vit", width=5, patch_size=8, image_size=16, prefix_tokens=0, mean=(0, 0, 0), std=(1, 1, 1)
+        )
+        self.linear = nn.Linear(3, 5)
+        self.shapes: list[Any] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.shapes.append(tuple(images.shape))
+        assert images.min() >= 0
+        assert images.max() <= 1
+        return self.linear(nn.functional.adaptive_avg_pool2d(images, 2).flatten(2).transpose(1, 2))
+
+
+def network(name: str = "vit-tiny", input_size: int = 16) -> tuple[EncoderFeatures, FakeEncoder]:
+    encoder = FakeEncoder(name, input_size)
+    return EncoderFeatures(cast(Encoder, encoder)), encoder
+
+
+def test_features_are_the_mean_over_tokens():
+    features, encoder = network()
+    images = torch.rand(3, 3, 16, 16)
+    result = features(images)
+    assert result.shape == (3, features.width)
+    assert not result.requires_grad
+    torch.testing.assert_close(result, encoder.linear(images.mean((2, 3))))
+
+
+def test_other_sizes_are_resized_without_aliasing():
+    features, encoder = network()
+    stripes = torch.zeros(1, 3, 64, 64)
+    stripes[..., ::2] = 1
+    torch.testing.assert_close(features(stripes), encoder.linear(torch.full((1, 3), 0.5)), atol=1e-3, rtol=0)
+    assert encoder.shapes == [(1, 3, 16, 16)]
+
+
+def test_features_stay_float32_under_autocast():
+    features, _ = network()
+    images = torch.rand(2, 3, 16, 16)
+    exact = features(images)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(features(images), exact)
+
+
+def test_names_say_which_encoder(tmp_path):
+    folder = tmp_path / "my.encoder-2"
+    names = {
+        "vit-tiny": "vit_tiny",
+        "builtin:vit-tiny": "vit_tiny",
+        "someone/their--model": "someone_their_model",
+        str(folder): "my_encoder_2",
+        f"{folder}/": "my_encoder_2",
+    }
+    assert {name: network(name)[0].name for name in names} == names
+    assert network("vit-tiny", input_size=32)[0].name == "vit_tiny_32"
+
+
+def test_a_relative_folder_is_named_by_its_last_part(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "first").mkdir(parents=True)
+    assert network("runs/first")[0].name == "first"
+
+
+def test_quantize_rounds_to_the_levels_that_files_have():
+    levels = torch.arange(256, dtype=torch.uint8)
+    loaded = Batch(levels.expand(1, 3, 1, 256), torch.zeros(1).long(), torch.zeros(1).long()).pixels()
+    assert torch.equal(quantize(loaded), loaded)
+    assert torch.equal(quantize(loaded + 0.49 / 255), loaded)
+    assert torch.equal(quantize(torch.tensor([-0.2, 1.3, 0.6 / 255])), torch.tensor([0, 1, 1 / 255]))
+
+
+def test_images_are_rounded_and_their_features_computed_once():
+    features, encoder = network()
+    raw = torch.rand(2, 3, 16, 16)
+    batch = Images(raw, torch.zeros(2).long(), originals=raw)
+    assert len(batch) == 2
+    assert torch.equal(batch.images, quantize(raw))
+    assert batch.originals is not None
+    assert torch.equal(batch.originals, batch.images)
+    assert batch.features(features) is batch.features(features)
+    assert len(encoder.shapes) == 1
+    batch.features(network()[0])
+    assert len(encoder.shapes) == 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "labels", "originals", "dtype"),
+    [
+        ((2, 1, 8, 8), 2, None, torch.float32),
+        ((2, 3, 8, 8), 2, None, torch.uint8),
+        ((2, 3, 8, 8), 3, None, torch.float32),
+        ((2, 3, 8, 8), 2, (2, 3, 4, 4), torch.float32),
+    ],
+)
+def test_malformed_batches_are_refused(shape, labels, originals, dtype):
+    with pytest.raises(ValueError, match="images"):
+        Images(
+            torch.zeros(shape, dtype=dtype),
+            torch.zeros(labels).long(),
+            None if originals is None else torch.zeros(originals),
+        )

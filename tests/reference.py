@@ -1,0 +1,303 @@
+"""Compare the library with reference cases of the published implementations.
+
+    python -m tests.reference FILE.npz [...]
+
+prints, for each output of each case, the relative error ||ours - theirs|| / ||theirs||, and `ok` or `FAIL`.
+The exit status is the number of failures (at most 255). A case holds a configuration (`config`, JSON),
+inputs and expected outputs. Its weights are a function of each parameter's published name, so a case
+checks the reading of published formats (`raekit.published`) as well as the arithmetic. Whatever is in a
+file and has not been used is a failure, never passed over.
+"""
+
+import json
+import math
+import sys
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from raekit.errors import UserError
+from raekit.flow.guidance import Guidance, classifier_free
+from raekit.flow.path import shift_factor
+from raekit.flow.solvers import euler, time_grid
+from raekit.models.autoencoder import Autoencoder, AutoencoderConfig
+from raekit.models.decoder import Decoder, DecoderConfig
+from raekit.models.denoiser import Denoiser
+from raekit.models.encoders import FAMILIES, HALF, IMAGENET, Encoder, EncoderSpec
+from raekit.published import decoder_config, decoder_state, denoiser_config, denoiser_state, statistics
+from raekit.weights import load_strict
+
+TOLERANCE = 1e-5
+TOLERANCES = {"ode_sample": 1e-4}
+NOT_BUILT = ("ditdh_v2", "encoder_layers", "lpips", "disc", "gan", "lr", "inception", "metrics")
+
+# Published class name -> our family, prefix tokens before the patches (without registers), mean and std.
+ENCODERS = {
+    "Dinov2withNorm": ("dinov2_with_registers", 1, IMAGENET),
+    "SigLIP2wNorm": ("siglip", 0, HALF),
+    "MAEwNorm": ("vit_mae", 1, IMAGENET),
+}
+
+
+def fill_array(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The float32 values of the parameter `name`: normals from a PCG64 seeded with the CRC-32 of the name.
+
+    With two dimensions or more, divided by sqrt(fan-in), the product of all but the first. Otherwise a
+    tenth of them, around 1 if the name ends in "weight", else around 0.
+    """
+    rng = np.random.Generator(np.random.PCG64(zlib.crc32(name.encode())))
+    normals = rng.standard_normal(math.prod(shape), dtype=np.float32).reshape(shape)
+    if len(shape) > 1:
+        return normals / np.float32(math.sqrt(max(math.prod(shape[1:]), 1)))
+    return np.float32(name.endswith("weight")) + np.float32(0.1) * normals
+
+
+def fixed_table(name: str, shape: tuple[int, ...]) -> np.ndarray | None:
+    """The values that the tables of positions keep in a published state dict; None for any other parameter.
+
+    Written anew from spec 1.5 and 2.3, not by `raekit.models.layers`, for square grids.
+    """
+    kind = name.rsplit(".", 1)[-1]
+    if kind not in ("pos_embed", "decoder_pos_embed", "freqs_cos", "freqs_sin"):
+        return None
+    tokens, width = shape[-2:]
+    leading = tokens - math.isqrt(tokens) ** 2  # the class token's row of zeros
+    row, column = np.divmod(np.arange(tokens - leading), math.isqrt(tokens))
+    frequency = 10000.0 ** (-np.arange(width // 4) / (width // 4))
+    if kind.startswith("freqs"):
+        angles = np.concatenate([np.outer(row, frequency), np.outer(column, frequency)], 1).repeat(2, 1)
+        return (np.cos if kind == "freqs_cos" else np.sin)(angles).astype(np.float32)
+    x, y = np.outer(column, frequency), np.outer(row, frequency)
+    table = np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], 1)
+    return np.concatenate([np.zeros((leading, width)), table])[None].astype(np.float32)
+
+
+def state_dict(shapes: Mapping[str, list[int]]) -> dict[str, Tensor]:
+    """A published state dict, from the names and shapes that a case lists."""
+    state = {}
+    for name, shape in shapes.items():
+        table = fixed_table(name, tuple(shape))
+        state[name] = torch.from_numpy(fill_array(name, tuple(shape)) if table is None else table)
+    return state
+
+
+class Case:
+    """A file's configuration and arrays; remembers which of them nobody has asked for."""
+
+    def __init__(self, path: Path) -> None:
+        with np.load(path) as data:
+            self.config: dict[str, Any] = json.loads(str(data["config"]))
+            self.arrays = {name: data[name] for name in data.files if name != "config"}
+        self.unused = {*self.config, *self.arrays}
+
+    def field(self, name: str) -> Any:
+        self.unused.discard(name)
+        if name not in self.config:
+            raise UserError(f"no field {name} in config")
+        return self.config[name]
+
+    def rest(self) -> dict[str, Any]:
+        """All fields that have not been asked for."""
+        names = self.config.keys() & self.unused
+        self.unused -= names
+        return {name: self.config[name] for name in self.config if name in names}
+
+    def array(self, name: str) -> Tensor:
+        self.unused.discard(name)
+        if name not in self.arrays:
+            raise UserError(f"no array {name}")
+        return torch.from_numpy(np.asarray(self.arrays[name]))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.arrays
+
+
+Outputs = Iterator[tuple[str, Tensor]]
+
+
+def denoiser(case: Case) -> Outputs:
+    """DiT and DiT^DH: v, v_cfg and ode_sample, those of them that the file has."""
+    state = state_dict(case.field("shapes"))
+    if "state_dict_keys" in case.config and set(case.field("state_dict_keys")) != state.keys():
+        raise UserError("state_dict_keys are others than those of shapes")
+    config = denoiser_config(case.rest())
+    model = Denoiser(config).eval()
+    load_strict(model, denoiser_state(state, config), "reference case")
+    if "v" in case:
+        yield "v", model(case.array("x"), case.array("t"), case.array("y"))
+    if "v_cfg" in case:
+        yield "v_cfg", _guided(model, case)
+    if "ode_sample" in case:
+        z, labels = case.array("z"), case.array("y")
+        alpha = shift_factor(config.latent_shape, int(case.array("shift_base").item()))
+        if "shift" in case and abs(case.array("shift").item() - alpha) > 1e-6 * alpha:
+            raise UserError(
+                f"shift is {case.array('shift').item()}, but shift_base and the latent's shape give {alpha}"
+            )
+        times = time_grid(int(case.array("ode_num_steps").item()), alpha, "published")
+        yield "ode_sample", euler(lambda x, t: model(x, torch.full((len(x),), t), labels), z, times)
+
+
+def _guided(model: Denoiser, case: Case) -> Tensor:
+    """Classifier-free guidance, sample by sample: ours has one time for a whole batch."""
+    interval = case.array("cfg_interval").float().tolist() if "cfg_interval" in case else (0.0, 1.0)
+    guidance = Guidance(scale=case.array("cfg_scale").item(), start=interval[0], end=interval[1])
+    rows = []
+    for x, t, label in zip(case.array("x"), case.array("t"), case.array("y"), strict=True):
+        guided = classifier_free(
+            lambda x, t, label=label: model(x, torch.tensor([t]), label[None]),
+            lambda x, t: model(x, torch.tensor([t])),
+            guidance,
+        )
+        rows.append(guided(x[None], t.item()))
+    return torch.cat(rows)
+
+
+def timegrid(case: Case) -> Outputs:
+    alpha = shift_factor((case.field("dim"),), case.field("base"))
+    yield "t", torch.tensor(time_grid(case.field("num_steps"), alpha, "published"))
+
+
+def decoder(case: Case) -> Outputs:
+    """The decoder alone. Its own grid is that of its position table; the latent's may be another."""
+    state = state_dict(case.field("shapes"))
+    side = case.field("grid")
+    config = DecoderConfig(
+        token_dim=case.field("token_dim"),
+        grid=(side, side),
+        patch_size=case.field("patch"),
+        width=case.field("decoder_hidden_size"),
+        depth=case.field("layers"),
+        heads=case.field("heads"),
+        hidden=case.field("intermediate"),
+        norm_eps=case.field("layer_norm_eps"),
+    )
+    model = Decoder(config).eval()
+    load_strict(model, decoder_state(state, config), "reference case")
+    yield "img", model(case.array("z"))
+
+
+def rae(case: Case) -> Outputs:
+    """The whole autoencoder: whitened latents, and the reconstruction without clamping."""
+    encoder = _encoder(case)
+    state = state_dict(case.field("decoder_shapes"))
+    config = AutoencoderConfig(
+        encoder=encoder.name,
+        encoder_size=encoder.input_size,
+        decoder=decoder_config(
+            case.field("decoder"), encoder.spec.width, encoder.grid, case.field("decoder_patch_size")
+        ),
+    )
+    model = Autoencoder(config, encoder).eval()
+    load_strict(model.decoder, decoder_state(state, config.decoder), "reference case: decoder")
+    model.set_statistics(*_statistics(case, model.latent_shape))
+    z = model.encode(case.array("x"))
+    yield "z", z
+    if "rec" in case:
+        yield "rec", model.to_pixels(model.decoder(model.unwhiten(z)))
+
+
+def _encoder(case: Case) -> Encoder:
+    """The case's encoder: built by transformers from `encoder_config`, filled by its own parameters' names."""
+    import transformers
+
+    name = case.field("encoder")
+    if name not in ENCODERS:
+        raise UserError(f"encoder {name} is none of {', '.join(ENCODERS)}")
+    family, prefix, (mean, std) = ENCODERS[name]
+    values, shapes = case.field("encoder_config"), case.field("encoder_shapes")
+    values = values.get("vision_config", values)  # of a SigLIP with its text tower
+    model_class = getattr(transformers, FAMILIES[family].model_class)
+    config = model_class.config_class(**values)
+    for field, value in FAMILIES[family].config.items():
+        setattr(config, field, value)
+    model = model_class(config)
+    if family == "siglip":  # its pooling head, which nothing here uses, may be listed or not
+        shapes = {key: shape for key, shape in shapes.items() if not key.startswith("head.")}
+    load_strict(model, state_dict(shapes), "reference case: encoder")
+    size = case.field("encoder_input_size")
+    spec = EncoderSpec(
+        family=family,
+        width=config.hidden_size,
+        patch_size=config.patch_size,
+        image_size=size,
+        prefix_tokens=prefix + getattr(config, "num_register_tokens", 0),
+        mean=mean,
+        std=std,
+    )
+    return Encoder(name, spec, model)
+
+
+def _statistics(case: Case, shape: tuple[int, ...]) -> tuple[Tensor | None, Tensor]:
+    """Mean and variance; either may be absent: nothing is subtracted, or the variance is one."""
+    eps = case.field("eps") if "eps" in case.config else 1e-5
+    values = {name: case.array(name) for name in ("mean", "var") if name in case}
+    for name in {"mean", "var"} - values.keys():
+        if name in case.config and case.field(name) is not None:
+            raise UserError(f"{name} stands in config and is not null")
+    return statistics({"var": torch.ones(shape), **values}, eps if values else 0.0)
+
+
+KINDS: dict[str, Callable[[Case], Outputs]] = {
+    "ditdh": denoiser,
+    "dit": denoiser,
+    "timegrid": timegrid,
+    "decoder": decoder,
+    "rae": rae,
+}
+
+
+@torch.no_grad()
+def check(path: Path) -> Iterator[tuple[str, str, str]]:
+    """Yield (`ok`, `FAIL`, `skip` or `note`; the output; its error, or the reason) for each output of a case."""
+    done = set()
+    try:
+        case = Case(path)
+        if "note" in case.config:
+            yield "note", "", str(case.config.pop("note"))
+            case.unused.discard("note")
+        kind = case.field("kind") if "kind" in case.config else None
+        if kind is None and case.config.keys() == {"dim", "base", "num_steps"}:
+            kind = "timegrid"
+        if kind in NOT_BUILT:
+            yield "skip", "", f"(kind {kind}, not built yet)"
+            return
+        if kind not in KINDS:
+            raise UserError(f"kind {kind!r} is not known")
+        for name, ours in KINDS[kind](case):
+            done.add(name)
+            theirs = case.array(name)
+            if ours.shape != theirs.shape:
+                yield "FAIL", name, f"shape {tuple(ours.shape)}, expected {tuple(theirs.shape)}"
+                continue
+            ours, theirs = ours.double(), theirs.double()
+            error = ((ours - theirs).norm() / theirs.norm().clamp_min(torch.finfo(torch.float64).tiny)).item()
+            yield ("ok" if error <= TOLERANCES.get(name, TOLERANCE) else "FAIL"), name, f"{error:.2e}"
+        if case.unused:
+            raise UserError(f"not understood: {', '.join(sorted(case.unused))}")
+        if not done:
+            raise UserError("no output to compare")
+    except Exception as error:  # a case that cannot be run is a failure like any other, and the next one follows
+        yield "FAIL", "", f"{type(error).__name__}: {error}"
+
+
+def main(paths: list[str]) -> int:
+    """Check the files, print the table, and return the number of failures."""
+    failures = 0
+    for path in paths:
+        for status, what, detail in check(Path(path)):
+            failures += status == "FAIL"
+            print(f"{status:5} {Path(path).stem:24} {what:11} {detail}", flush=True)
+    print(f"{failures} failed")
+    return failures
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
+    sys.exit(min(main(sys.argv[1:]), 255))

@@ -1,0 +1,92 @@
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from raekit.distributed import World
+from raekit.errors import UserError
+from raekit.moments import Moments
+
+
+def correlated(count: int, dim: int, seed: int = 0) -> Tensor:
+    """Float32 rows with a mean far from zero beside their deviation."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(dim, dim, generator=generator)
+    return torch.randn(count, dim, generator=generator) @ mixing + 50
+
+
+def collect(batches: tuple[Tensor, ...], dim: int, diagonal: bool = False) -> Moments:
+    moments = Moments(dim, diagonal=diagonal)
+    for batch in batches:
+        moments.update(batch)
+    return moments
+
+
+@pytest.mark.parametrize("size", [1, 7, 64, 1000])
+def test_batches_of_any_size_and_order_give_numpys_moments(size):
+    rows = correlated(500, 12)
+    moments = collect(rows.flip(0).split(size), 12)
+    exact = rows.double().numpy()
+    assert moments.count == 500
+    np.testing.assert_allclose(moments.mean, exact.mean(0), rtol=1e-13)
+    np.testing.assert_allclose(moments.covariance, np.cov(exact, rowvar=False), rtol=1e-11, atol=1e-11)
+    np.testing.assert_allclose(moments.variance, exact.var(0), rtol=1e-12)
+
+
+@pytest.mark.parametrize("size", [7, 64])
+def test_diagonal_moments_flatten_latents(size):
+    latents = correlated(300, 4 * 3 * 3).reshape(300, 4, 3, 3)
+    moments = collect(latents.split(size), 36, diagonal=True)
+    exact = latents.double().flatten(1).numpy()
+    np.testing.assert_allclose(moments.mean, exact.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(moments.variance, exact.var(0), rtol=1e-12)
+
+
+def test_a_large_mean_costs_no_digits():
+    rows = torch.randn(4000, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    near, far = collect(rows.split(100), 3), collect((rows + 1e6).split(100), 3)
+    torch.testing.assert_close(far.covariance, near.covariance, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_merging_equals_one_pass(diagonal):
+    rows = correlated(100, 6)
+    whole = collect((rows,), 6, diagonal)
+    first, rest = collect((rows[:30],), 6, diagonal), collect((rows[30:],), 6, diagonal)
+    empty = Moments(6, diagonal=diagonal)
+    for part in (empty, first, Moments(6, diagonal=diagonal), rest):
+        empty.merge(part)
+    assert empty.count == 100
+    torch.testing.assert_close(empty.scatter, whole.scatter, rtol=1e-12, atol=0)
+
+
+def test_wrong_sizes_and_too_few_samples_are_refused():
+    moments = Moments(3)
+    moments.update(torch.zeros(0, 3))
+    assert moments.count == 0
+    with pytest.raises(ValueError, match="4 elements"):
+        moments.update(torch.zeros(2, 4))
+    with pytest.raises(ValueError, match="merged"):
+        moments.merge(Moments(3, diagonal=True))
+    with pytest.raises(UserError, match="at least one sample"):
+        _ = moments.variance
+    moments.update(torch.zeros(1, 3))
+    with pytest.raises(UserError, match="at least two samples"):
+        _ = moments.covariance
+
+
+def reduced(world: World, rows: Tensor) -> list[Tensor]:
+    """Full, diagonal, and one-sided (the second process sees nothing) moments over the processes."""
+    mine = rows[world.rank :: world.size].split(7)
+    full = collect(mine, rows.shape[1]).reduce(world)
+    diagonal = collect(mine, rows.shape[1], diagonal=True).reduce(world)
+    sided = collect(rows.split(7) if world.is_main else (), rows.shape[1]).reduce(world)
+    assert full.count == diagonal.count == sided.count == len(rows)
+    return [full.mean, full.covariance, diagonal.mean, diagonal.variance, sided.mean, sided.covariance]
+
+
+def test_two_processes_give_what_one_gives(run_ranks):
+    rows = correlated(150, 10)
+    one = reduced(World(), rows)
+    for two in run_ranks(reduced, 2, rows):
+        torch.testing.assert_close(two, one, rtol=1e-12, atol=1e-10)
