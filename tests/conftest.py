@@ -14,8 +14,8 @@ from torch.multiprocessing.spawn import spawn
 from raekit.distributed import world
 
 
-@pytest.fixture
-def run_ranks(tmp_path: Path) -> Callable[..., list[Any]]:
+@pytest.fixture(scope="session")
+def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any]]:
     """`run_ranks(function, size, *args)`: call `function(world, *args)` in `size` new CPU processes joined by
     gloo, as `torchrun` would start them, and return what they return, by rank.
 
@@ -26,8 +26,9 @@ def run_ranks(tmp_path: Path) -> Callable[..., list[Any]]:
     def run(function: Callable[..., Any], size: int, *args: Any) -> list[Any]:
         # Port 0 and a store that stays here: no other process can take the port between choice and use.
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        spawn(_rank, (size, store.port, tmp_path, function, args), nprocs=size)
-        return [pickle.loads((tmp_path / f"rank{rank}.pkl").read_bytes()) for rank in range(size)]
+        folder = tmp_path_factory.mktemp("ranks")
+        spawn(_rank, (size, store.port, folder, function, args), nprocs=size)
+        return [pickle.loads((folder / f"rank{rank}.pkl").read_bytes()) for rank in range(size)]
 
     return run
 

@@ -200,10 +200,7 @@ def train(arguments: list[str]) -> None:
     recipe = find(arguments[0])
 
     def command(
-        config: Annotated[Any, tyro.conf.arg(name="")],
-        run: Path = Path("runs") / recipe.name,
-        dry_run: bool = False,
-        device: Device | None = None,
+        run: Path = Path("runs") / recipe.name, dry_run: bool = False, device: Device | None = None, config: Any = None
     ) -> None:
         from raekit.distributed import world
         from raekit.inspection import describe_config
@@ -213,19 +210,22 @@ def train(arguments: list[str]) -> None:
             if dry_run:
                 _out.print(describe_config(config, run, here), markup=False)
                 return
+            total, batch = config.train.steps, config.train.batch_size
             with _Progress(quiet=not here.is_main) as progress:
-                total, batch = config.train.steps, config.train.batch_size
-                finished = fit(
-                    config, run, here, lambda step, values: progress(recipe.name, step, total, _headline(values), batch)
-                )
+
+                def report(step: int, values: dict[str, float]) -> None:
+                    progress(recipe.name, step, total, _headline(values), batch)
+
+                finished = fit(config, run, here, report)
             if not finished:
                 _stopped()
             if here.is_main:
                 _out.print(f"artifact: {run / 'artifact'}")
 
+    # tyro derives the options from the recipe's own type and values.
     command.__annotations__["config"] = Annotated[type(recipe.config), tyro.conf.arg(name="")]
+    command.__defaults__ = (*(command.__defaults__ or ())[:-1], recipe.config)
     command.__doc__ = recipe.about
-    command.__defaults__ = (recipe.config, *command.__defaults__[-3:]) if command.__defaults__ else None
     tyro.cli(command, prog=f"raekit train {recipe.name}", args=arguments[1:])
 
 

@@ -6,9 +6,9 @@ from dataclasses import replace
 import torch
 
 from raekit import randomness
-from raekit.data.loader import Batch, DataConfig, Loader
+from raekit.data.loader import DataConfig, Loader
 from raekit.distributed import World
-from raekit.evaluation.evaluate import evaluate, feature_bank
+from raekit.evaluation.evaluate import BATCH, evaluate, feature_bank, images_of
 from raekit.evaluation.features import EncoderFeatures, Images
 from raekit.evaluation.metrics import FrechetDistance, NearestNeighbours, PairMean, psnr, ssim
 from raekit.inference import Model, Sampling, generate, reconstruct
@@ -21,21 +21,12 @@ Scores = dict[str, dict[str, float]]
 Progress = Callable[[str, int, int], None]
 """Called with what is being scored, the number of images done, and their total."""
 
-BATCH = 64
-
 
 def balanced_labels(loader: Loader, count: int) -> list[int]:
     """`count` labels in the proportions of the loader's images, shuffled by a fixed seed."""
     labels = torch.cat([batch.labels for batch in loader.once(BATCH, World())])
     order = randomness.numpy_generator(0, "labels", 0).permutation(len(labels))
     return [int(labels[order[i % len(order)]]) for i in range(count)]
-
-
-def images_of(batches: Iterable[Batch], world: World) -> Iterator[Images]:
-    """Real images as evaluation streams them."""
-    for batch in batches:
-        batch = batch.to(world.device)
-        yield Images(batch.pixels(), batch.labels)
 
 
 def score(

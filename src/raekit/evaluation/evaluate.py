@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from raekit.data.loader import Batch
 from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.evaluation.features import FeatureNetwork, Images
@@ -13,6 +14,17 @@ from raekit.moments import Moments
 
 # Called after each batch with the number of images that this process has done.
 Progress = Callable[[int], None]
+
+
+# Images at once where nothing is trained; no score depends on it.
+BATCH = 64
+
+
+def images_of(batches: Iterable[Batch], world: World) -> Iterator[Images]:
+    """Real images, as a loader gives them, on this process's device."""
+    for batch in batches:
+        batch = batch.to(world.device)
+        yield Images(batch.pixels(), batch.labels)
 
 
 @torch.no_grad()

@@ -9,23 +9,24 @@ from raekit.stages.generation import DenoiserSize, GenerationConfig
 from raekit.train.optim import OptimConfig
 from raekit.train.trainer import TrainConfig
 
-STEPS = 4000
+STEPS = 3300
 
 
 def config() -> GenerationConfig:
     return GenerationConfig(
-        data=DataConfig(source="emoji", image_size=64, flip=True),
+        data=DataConfig(source="emoji", image_size=64),
         autoencoder="builtin:emoji",
         denoiser=DenoiserSize(
-            backbone=TransformerConfig(width=192, depth=8, heads=4),
+            backbone=TransformerConfig(width=192, depth=6, heads=4),
             head=TransformerConfig(width=256, depth=2, heads=4),
             qk_norm=True,
         ),
-        train=TrainConfig(steps=STEPS, batch_size=64, checkpoint_every=500),
+        time_law="logit-normal",
+        train=TrainConfig(steps=STEPS, batch_size=32, checkpoint_every=250, compile=True),
         optim=OptimConfig(
-            lr=1e-3,
+            lr=7e-4,
             final_lr=2e-5,
-            warmup_steps=200,
+            warmup_steps=100,
             warmup_from_zero=True,
             decay="cosine",
             decay_end=STEPS,

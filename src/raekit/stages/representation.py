@@ -1,5 +1,6 @@
 """Pretraining of a small encoder as a masked autoencoder (He et al., 2021), for data of one's own."""
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -11,10 +12,13 @@ from raekit.config import configclass
 from raekit.data.loader import Batch, DataConfig, Loader
 from raekit.distributed import World
 from raekit.errors import UserError
+from raekit.evaluation.evaluate import BATCH, evaluate, feature_bank, images_of
+from raekit.evaluation.features import EncoderFeatures
+from raekit.evaluation.metrics import NearestNeighbours
 from raekit.models.encoders import Encoder, ViT, ViTConfig
 from raekit.models.layers import ViTBlock, patchify, sincos_positions
 from raekit.stages.stage import Stage
-from raekit.train.objective import Metrics, Objective
+from raekit.train.objective import Metrics, Objective, Periodic
 from raekit.train.optim import OptimConfig
 from raekit.train.trainer import TrainConfig
 
@@ -36,6 +40,7 @@ class RepresentationConfig:
     train: TrainConfig
     optim: OptimConfig
     ema: tuple[float, ...] = (0.999,)
+    score_every: int = 1000
 
     def __post_init__(self) -> None:
         if not 0 < self.mask_ratio < 1:
@@ -94,6 +99,11 @@ def build(config: RepresentationConfig, run: Path, world: World) -> Stage:
         hidden = order[:, visible:, None].expand(-1, -1, target.shape[2])
         return (predicted.gather(1, hidden) - target.gather(1, hidden)).square().mean(), {}
 
+    def accuracy(step: int) -> dict[str, float]:
+        averaged = objective.averaged
+        assert isinstance(averaged, MaskedAutoencoder)
+        return class_accuracy(Encoder("trained", config.encoder.spec, averaged.encoder), config.data, world)
+
     objective = Objective(
         name="encoder",
         module=model,
@@ -112,4 +122,38 @@ def build(config: RepresentationConfig, run: Path, world: World) -> Stage:
         objectives=[objective],
         batches=lambda start: loader.stream(start, config.train.batch_size, world),
         export=export,
+        periodics=[Periodic(every=config.score_every, call=accuracy)] if loader.classes else [],
     )
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Raw pixels as features, (B, 3 * size^2) around zero: what an encoder has to beat."""
+
+    size: int
+    name: str = "pixels"
+
+    @property
+    def width(self) -> int:
+        return 3 * self.size**2
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return images.flatten(1) - 0.5
+
+
+def class_accuracy(encoder: Encoder, data: DataConfig, world: World) -> dict[str, float]:
+    """Share of held-out images of `data` whose 10 nearest training images vote for their class.
+
+    In the mean tokens of `encoder`, beside those of an encoder with random weights and raw pixels.
+    """
+    assert isinstance(encoder.model, ViT)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        untrained = Encoder("random", encoder.spec, ViT(encoder.model.config)).to(world.device)
+    scores = {}
+    for network in (EncoderFeatures(encoder), EncoderFeatures(untrained), Pixels(data.image_size)):
+        train, heldout = (Loader(replace(data, split=split), seed=0) for split in ("train", "heldout"))
+        bank, labels = feature_bank(images_of(train.once(BATCH, world), world), network, world)
+        neighbours = NearestNeighbours(network, bank, labels)
+        scores |= evaluate(images_of(heldout.once(BATCH, world), world), [neighbours], world)
+    return {name: value for name, value in scores.items() if name.startswith("knn_accuracy")}

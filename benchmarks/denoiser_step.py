@@ -1,0 +1,58 @@
+"""How fast is a training step of DiT^DH? Forward, backward, clipping and AdamW on 768 x 16 x 16 latents.
+
+    python benchmarks/denoiser_step.py [--size S] [--batch 2] [--precision bf16] [--repeats 5] [--out step.json]
+
+Eager and compiled steps alternate in one process; the ratio is given with its range.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from harness import compiled, denoiser, interleaved, report
+from raekit.models.denoiser import Denoiser
+from raekit.stages.generation import flow_matching_loss
+from raekit.train.optim import OptimConfig, adamw
+from raekit.train.trainer import autocast
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="S", choices=["S", "B", "L", "XL"])
+    parser.add_argument("--batch", type=int, help="default: 2 on a CPU, 64 on a GPU")
+    parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path, help="JSON file for the figures")
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    batch = arguments.batch or (64 if device.type == "cuda" else 2)
+    latents = torch.randn(batch, 768, 16, 16, device=device)
+    labels = torch.randint(1000, (batch,), device=device)
+
+    def stepper(model: Denoiser):
+        optimizer = adamw(OptimConfig(), model.parameters())
+
+        def step() -> None:
+            with autocast(arguments.precision, device):
+                loss = flow_matching_loss(
+                    model, latents, labels, torch.arange(batch), seed=0, time_law="uniform", alpha=6.93
+                )
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        return step
+
+    variants = {
+        "eager": stepper(denoiser(arguments.size, device)),
+        "compiled": stepper(compiled(denoiser(arguments.size, device))),
+    }
+    times = interleaved(variants, arguments.repeats, device)
+    title = f"training step, DiT^DH-{arguments.size}, 768x16x16, batch {batch}, {arguments.precision}"
+    report(title, times, batch, device, arguments.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""What every benchmark here shares: interleaved timing, peak memory, a table, and JSON."""
+
+import json
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from raekit.models.denoiser import Denoiser, DenoiserConfig, TransformerConfig
+
+SIZES = {
+    "S": TransformerConfig(width=384, depth=12, heads=6),
+    "B": TransformerConfig(width=768, depth=12, heads=12),
+    "L": TransformerConfig(width=1024, depth=24, heads=16),
+    "XL": TransformerConfig(width=1152, depth=28, heads=16),
+}
+
+
+def denoiser(size: str, device: torch.device) -> Denoiser:
+    """DiT^DH of the paper on DINOv2-B latents at 256 pixels: 768 x 16 x 16, head of 2 x 2048."""
+    config = DenoiserConfig(
+        channels=768, grid=(16, 16), backbone=SIZES[size], head=TransformerConfig(width=2048, depth=2, heads=16)
+    )
+    torch.manual_seed(0)
+    model = Denoiser(config).to(device)
+    torch.nn.init.normal_(model.final.out.weight, std=0.02)  # a zero output would be a fixed point of sampling
+    return model
+
+
+def compiled(model: Denoiser) -> Denoiser:
+    """Compile the blocks, as the trainer does."""
+    for block in [*model.blocks, *model.head_blocks]:
+        block.compile()
+    return model
+
+
+def interleaved(
+    variants: Mapping[str, Callable[[], object]], repeats: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Seconds of each variant, run in turns after one warm-up each, so that a busy machine slows all alike."""
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for turn in range(repeats + 1):
+        for name, run in variants.items():
+            synchronise(device)
+            began = time.perf_counter()
+            run()
+            synchronise(device)
+            if turn:
+                times[name].append(time.perf_counter() - began)
+    return times
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB: of the device's allocator on CUDA, of the process's resident set on the CPU (both so far)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def report(title: str, times: Mapping[str, list[float]], images: int, device: torch.device, out: Path | None) -> None:
+    """Print a table (median, images/s, ratio to the first variant with its range over turns), and write JSON."""
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{title}\n{machine}, torch {torch.__version__}, peak memory {peak_memory(device):.2f} GiB")
+    print(f"{'':24}{'ms':>10}{'images/s':>12}{'speed-up':>12}   range")
+    first = next(iter(times.values()))
+    rows = {}
+    for name, seconds in times.items():
+        ratios = [a / b for a, b in zip(first, seconds, strict=True)]
+        median = statistics.median(seconds)
+        rows[name] = {"seconds": seconds, "images_per_second": images / median, "speed_up": statistics.median(ratios)}
+        print(
+            f"{name:24}{1000 * median:10.1f}{images / median:12.3f}{statistics.median(ratios):12.2f}"
+            f"   {min(ratios):.2f}-{max(ratios):.2f}"
+        )
+    if out:
+        values = {
+            "title": title,
+            "machine": machine,
+            "platform": platform.platform(),
+            "torch": torch.__version__,
+            "peak_memory_gib": peak_memory(device),
+            "images": images,
+            "variants": rows,
+        }
+        out.write_text(json.dumps(values, indent=2) + "\n")

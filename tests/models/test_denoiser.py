@@ -1,0 +1,195 @@
+import math
+
+import pytest
+import torch
+
+from raekit.errors import UserError
+from raekit.models.denoiser import Denoiser, DenoiserConfig, TransformerConfig
+
+BACKBONE = TransformerConfig(width=16, depth=2, heads=2)
+HEAD = TransformerConfig(width=24, depth=1, heads=3)
+SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
+
+
+def tiny(head: TransformerConfig | None = HEAD, **changes) -> Denoiser:
+    values = {"channels": 8, "grid": (3, 4), "backbone": BACKBONE, "num_classes": 5, **changes}
+    return Denoiser(DenoiserConfig(head=head, **values)).eval()
+
+
+def randomised(model: Denoiser) -> Denoiser:
+    """With noise on every parameter, so that the zeros of the start hide nothing."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def inputs(model: Denoiser, batch: int = 3):
+    return torch.randn(batch, *model.config.latent_shape), torch.rand(batch), torch.arange(batch)
+
+
+KINDS = pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"head": None},
+        {"qk_norm": True},
+        {"head": None, "patch_size": 2, "grid": (4, 6), "allow_narrow": True},
+        {"head": TransformerConfig(width=16, depth=1, heads=4)},
+        {"num_classes": 0},
+    ],
+    ids=["wide head", "plain", "qk-norm", "patches of 2", "head as wide as the backbone", "unconditional"],
+)
+
+
+@KINDS
+def test_fresh_network_gives_exactly_zero(options: dict):
+    model = tiny(**options)
+    out = model(*inputs(model))
+    assert out.shape == (3, *model.config.latent_shape)
+    assert not out.any()
+
+
+@KINDS
+def test_samples_of_a_batch_do_not_mix(options: dict):
+    model = randomised(tiny(**options))
+    x, t, labels = inputs(model)
+    whole = model(x, t, labels)
+    for i in range(3):
+        assert torch.allclose(model(x[i : i + 1], t[i : i + 1], labels[i : i + 1]), whole[i : i + 1], atol=1e-5)
+
+
+@KINDS
+def test_every_parameter_learns(options: dict):
+    model = randomised(tiny(**options))
+    model(*inputs(model)).square().mean().backward()
+    idle = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not idle
+
+
+@KINDS
+def test_output_depends_on_time_and_on_the_whole_input(options: dict):
+    model = randomised(tiny(**options))
+    x, t, labels = inputs(model, 1)
+    before = model(x, t, labels)
+    assert not torch.allclose(model(x, t / 2, labels), before, atol=1e-4)
+    changed = x.clone()
+    changed[..., 0, 0] += 1
+    assert not torch.allclose(model(changed, t, labels)[..., -1, -1], before[..., -1, -1], atol=1e-6)
+
+
+@pytest.mark.parametrize("head", [None, HEAD], ids=["plain", "wide head"])
+def test_no_labels_means_the_null_class(head: TransformerConfig | None):
+    model = randomised(tiny(head))
+    x, t, labels = inputs(model)
+    assert torch.equal(model(x, t), model(x, t, torch.full((3,), model.config.null_label)))
+    assert not torch.allclose(model(x, t), model(x, t, labels), atol=1e-4)
+
+
+def test_unconditional_network_has_no_labels():
+    model = randomised(tiny(num_classes=0))
+    x, t, labels = inputs(model)
+    assert model.label is None
+    assert torch.equal(model(x, t), model(x, t, labels))
+
+
+def on_meta(config: DenoiserConfig) -> Denoiser:
+    with torch.device("meta"):
+        return Denoiser(config)
+
+
+def published_count(model: Denoiser) -> float:
+    """Parameters in millions as the release counts them: with its table of positions and its 256 frequencies."""
+    return (sum(p.numel() for p in model.parameters()) + 256 * model.config.backbone.width + 256) / 1e6
+
+
+@pytest.mark.parametrize(
+    ("size", "millions", "tensors"), [("S", 196.5, 190), ("B", 294.3, 190), ("L", 621.7, 334), ("XL", 838.7, 382)]
+)
+def test_published_sizes_of_dit_dh(size: str, millions: float, tensors: int):
+    width, depth, heads = SIZES[size]
+    model = on_meta(
+        DenoiserConfig(
+            channels=768,
+            grid=(16, 16),
+            backbone=TransformerConfig(width=width, depth=depth, heads=heads),
+            head=TransformerConfig(width=2048, depth=2, heads=16),
+        )
+    )
+    assert round(published_count(model), 1) == millions
+    assert len(model.state_dict()) == tensors - 5  # the release stores the table of positions and four rotary ones
+
+
+def test_published_sizes_of_lightning_dit_xl():
+    width, depth, heads = SIZES["XL"]
+    backbone = TransformerConfig(width=width, depth=depth, heads=heads)
+    for channels, millions in ((768, 677.2), (384, 676.4)):
+        model = on_meta(DenoiserConfig(channels=channels, grid=(16, 16), backbone=backbone))
+        assert abs(published_count(model) - millions) <= 0.1
+
+
+@pytest.mark.parametrize(("width", "hidden"), [(384, 1024), (768, 2048), (1024, 2730), (1152, 3072), (2048, 5461)])
+def test_hidden_width_of_the_mlp(width: int, hidden: int):
+    backbone = TransformerConfig(width=width, depth=1, heads=4)
+    model = on_meta(DenoiserConfig(channels=8, grid=(2, 2), backbone=backbone))
+    assert model.state_dict()["blocks.0.mlp.w_out.weight"].shape == (width, hidden)
+
+
+def test_narrow_network_is_refused_with_the_bound():
+    with pytest.raises(UserError, match=r"denoiser.backbone.width: 16 is below the token dimension 32.* below 0.500 "):
+        tiny(None, channels=32)
+    with pytest.raises(UserError, match=r"denoiser.head.width: 24 is below the token dimension 32.* below 0.250 "):
+        tiny(channels=32)
+    with pytest.raises(UserError, match="denoiser.allow_narrow"):
+        tiny(None, channels=5, grid=(4, 4), patch_size=2)
+
+
+def test_narrow_network_can_be_had():
+    assert tiny(None, channels=32, allow_narrow=True).config.token_dim == 32
+
+
+def test_wide_head_makes_a_narrow_backbone_allowed():
+    assert tiny(channels=24).config.output_width == 24
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"patch_size": 2}, r"denoiser.patch_size: 2 does not divide the grid \(3, 4\)"),
+        ({"num_classes": -1}, "denoiser.num_classes: -1"),
+    ],
+)
+def test_impossible_configurations_are_named(changes: dict, message: str):
+    with pytest.raises(UserError, match=message):
+        tiny(**changes)
+
+
+def test_width_must_divide_into_heads():
+    with pytest.raises(UserError, match="width: 18 over heads = 3"):
+        TransformerConfig(width=18, depth=1, heads=3)
+
+
+def test_initial_weights():
+    torch.manual_seed(0)
+    plain, wide = (tiny(head, num_classes=1000).state_dict() for head in (None, HEAD))
+    for state in (plain, wide):
+        assert abs(state["label.weight"].std() - 0.02) < 0.002
+        assert abs(state["time.mlp.0.weight"].std() - 0.02) < 0.002
+        assert not state["embed.bias"].any()
+        assert state["embed.weight"].abs().max() <= math.sqrt(6 / (8 + 16))
+    # Xavier-uniform with zero biases in the plain network, torch's default in the wide one.
+    weight = "blocks.0.mlp.w_out.weight"
+    hidden = plain[weight].shape[1]
+    assert plain[weight].abs().max() == pytest.approx(math.sqrt(6 / (16 + hidden)), rel=0.05)
+    assert wide[weight].abs().max() == pytest.approx(math.sqrt(1 / hidden), rel=0.05)
+    assert not plain["blocks.0.mlp.w_out.bias"].any()
+    assert wide["blocks.0.mlp.w_out.bias"].any()
+
+
+def test_velocity_is_float32_under_autocast():
+    model = randomised(tiny())
+    x, t, labels = inputs(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(x, t, labels)
+    assert out.dtype == torch.float32
+    assert (out - model(x, t, labels)).norm() < 0.03 * out.norm()

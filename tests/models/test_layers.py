@@ -1,0 +1,224 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from raekit.models.layers import (
+    Attention,
+    DiTBlock,
+    FinalLayer,
+    RMSNorm,
+    SwiGLU,
+    TimeEmbedding,
+    ViTBlock,
+    patchify,
+    rotary_table,
+    rotate,
+    sincos_positions,
+    to_grid,
+    to_tokens,
+    unpatchify,
+)
+
+
+@pytest.mark.parametrize(("size", "grid"), [(1, (3, 3)), (2, (2, 3)), (4, (3, 1))])
+def test_patchify_round_trip(size: int, grid: tuple[int, int]):
+    images = torch.randn(2, 5, grid[0] * size, grid[1] * size)
+    patches = patchify(images, size)
+    assert patches.shape == (2, grid[0] * grid[1], size * size * 5)
+    assert torch.equal(unpatchify(patches, size, grid), images)
+
+
+def test_patchify_order():
+    images = torch.randn(1, 3, 4, 6)
+    patches = patchify(images, 2)
+    for token in range(6):
+        row, column = divmod(token, 3)
+        for pixel in range(4):
+            y, x = divmod(pixel, 2)
+            expected = images[0, :, 2 * row + y, 2 * column + x]
+            assert torch.equal(patches[0, token, 3 * pixel : 3 * pixel + 3], expected)
+
+
+def test_tokens_are_row_major():
+    latents = torch.randn(2, 5, 3, 4)
+    tokens = to_tokens(latents)
+    assert torch.equal(tokens[:, 4 * 2 + 1], latents[:, :, 2, 1])
+    assert torch.equal(to_grid(tokens, (3, 4)), latents)
+
+
+def test_sincos_positions_against_the_formula():
+    width, (height, columns) = 24, (3, 5)
+    table = sincos_positions(width, (height, columns)).numpy()
+    expected = np.zeros((height * columns, width))
+    quarter = width // 4
+    for token in range(height * columns):
+        row, column = divmod(token, columns)
+        for k in range(quarter):
+            frequency = 10000 ** (-k / quarter)
+            for part, value in enumerate(
+                (
+                    math.sin(column * frequency),
+                    math.cos(column * frequency),
+                    math.sin(row * frequency),
+                    math.cos(row * frequency),
+                )
+            ):
+                expected[token, part * quarter + k] = value
+    np.testing.assert_allclose(table, expected, atol=1e-7)
+
+
+def interleaved_rotation(x: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """Pairs (0 1) (2 3) .. of x (N, head_dim), turned by the row (first half of them) or the column."""
+    out = np.empty_like(x)
+    pairs = x.shape[1] // 2
+    for token in range(len(x)):
+        row, column = divmod(token, grid[1])
+        for pair in range(pairs):
+            k, position = pair % (pairs // 2), row if pair < pairs // 2 else column
+            angle = position * 10000 ** (-2 * k / pairs)
+            a, b = x[token, 2 * pair], x[token, 2 * pair + 1]
+            out[token, 2 * pair] = a * math.cos(angle) - b * math.sin(angle)
+            out[token, 2 * pair + 1] = b * math.cos(angle) + a * math.sin(angle)
+    return out
+
+
+def test_rotation_is_the_published_one_after_a_permutation():
+    head_dim, grid = 16, (3, 4)
+    x = np.random.default_rng(0).standard_normal((12, head_dim))
+    permutation = [*range(0, head_dim, 2), *range(1, head_dim, 2)]
+    cos, sin = rotary_table(head_dim, grid)
+    ours = rotate(torch.from_numpy(x[:, permutation]), (cos, sin)).numpy()
+    np.testing.assert_allclose(ours, interleaved_rotation(x, grid)[:, permutation], atol=1e-6)
+
+
+def test_rotated_products_depend_on_relative_positions_alone():
+    grid = (4, 5)
+    rotary = rotary_table(8, grid)
+    q, k = (torch.randn(8).expand(20, 8) for _ in range(2))
+    products = (rotate(q, rotary) @ rotate(k, rotary).T).view(*grid, *grid)
+    assert torch.allclose(products[0, 0, 2, 3], products[1, 1, 3, 4], atol=1e-5)
+    assert torch.allclose(products[2, 0, 0, 3], products[3, 1, 1, 4], atol=1e-5)
+    assert not torch.allclose(products[0, 0, 2, 3], products[0, 0, 3, 2], atol=1e-3)
+
+
+def test_rms_norm():
+    norm = RMSNorm(6)
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(3, 6)
+    expected = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight
+    assert torch.allclose(norm(x), expected, atol=1e-6)
+
+
+def test_rms_norm_has_float32_statistics_in_float16():
+    x = torch.full((1, 8), 1000.0, dtype=torch.float16)  # whose square overflows
+    out = RMSNorm(8)(x)
+    assert out.dtype == torch.float16
+    assert torch.allclose(out, torch.ones_like(out))
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_attention_against_the_formula(qk_norm: bool):
+    width, heads, grid = 16, 2, (2, 3)
+    layer = Attention(width, heads, qk_norm)
+    if qk_norm:
+        for norm in (layer.q_norm, layer.k_norm):
+            assert isinstance(norm, RMSNorm)
+            torch.nn.init.normal_(norm.weight)
+    x = torch.randn(2, 6, width)
+    rotary = rotary_table(width // heads, grid)
+    q, k, v = F.linear(x, layer.qkv.weight, layer.qkv.bias).chunk(3, dim=-1)
+    out = []
+    for head in range(heads):
+        channels = slice(head * 8, head * 8 + 8)
+        qh = rotate(layer.q_norm(q[..., channels]), rotary)
+        kh = rotate(layer.k_norm(k[..., channels]), rotary)
+        out.append((qh @ kh.mT / math.sqrt(8)).softmax(-1) @ v[..., channels])
+    expected = F.linear(torch.cat(out, -1), layer.out.weight, layer.out.bias)
+    assert torch.allclose(layer(x, rotary), expected, atol=1e-5)
+
+
+def test_qk_norm_bounds_the_logits():
+    # Scaled inputs change nothing but the values: the attention pattern stays.
+    layer = Attention(8, 2, qk_norm=True)
+    torch.nn.init.zeros_(layer.qkv.bias)
+    torch.nn.init.zeros_(layer.out.bias)
+    x = torch.randn(1, 5, 8) * 10
+    assert torch.allclose(layer(100 * x), 100 * layer(x), rtol=1e-3, atol=1e-3)
+
+
+def test_swiglu():
+    layer = SwiGLU(6, 10)
+    x = torch.randn(3, 6)
+    gate, value = (x @ layer.w_in.weight.T + layer.w_in.bias).split(10, dim=-1)
+    expected = (gate * gate.sigmoid() * value) @ layer.w_out.weight.T + layer.w_out.bias
+    assert torch.allclose(layer(x), expected, atol=1e-6)
+
+
+def test_vit_block_against_the_formula():
+    block = ViTBlock(8, 2, 12, eps=1e-6)
+    x = torch.randn(2, 5, 8)
+    y = x + block.attention(F.layer_norm(x, (8,), block.norm1.weight, block.norm1.bias, 1e-6))
+    hidden = F.linear(F.layer_norm(y, (8,), block.norm2.weight, block.norm2.bias, 1e-6), *parameters(block.mlp[0]))
+    gelu = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
+    assert torch.allclose(block(x), y + F.linear(gelu, *parameters(block.mlp[2])), atol=1e-5)
+
+
+def parameters(layer: torch.nn.Module) -> tuple[Tensor, Tensor]:
+    assert isinstance(layer, torch.nn.Linear)
+    return layer.weight, layer.bias
+
+
+def test_dit_block_without_modulation_passes_its_input():
+    block = DiTBlock(8, 2, 12, qk_norm=False)
+    torch.nn.init.zeros_(block.modulation.weight)
+    torch.nn.init.zeros_(block.modulation.bias)
+    x = torch.randn(2, 6, 8)
+    assert torch.equal(block(x, torch.randn(2, 1, 8), None), x)
+
+
+def test_one_condition_for_all_tokens_equals_the_same_for_each():
+    block, final = DiTBlock(8, 2, 12, qk_norm=True), FinalLayer(8, 4)
+    x, condition = torch.randn(2, 6, 8), torch.randn(2, 1, 8)
+    assert torch.allclose(block(x, condition, None), block(x, condition.expand(-1, 6, -1), None), atol=1e-6)
+    assert torch.allclose(final(x, condition), final(x, condition.expand(-1, 6, -1)), atol=1e-6)
+
+
+def test_each_token_follows_its_own_condition():
+    block = DiTBlock(8, 2, 12, qk_norm=False)
+    with torch.no_grad():
+        block.attention.out.weight.zero_()  # no exchange between tokens
+    x, condition = torch.randn(1, 4, 8), torch.randn(1, 4, 8)
+    changed = condition.clone()
+    changed[:, 2] += 1
+    same = (block(x, condition, None) == block(x, changed, None)).all(-1)[0]
+    assert same.tolist() == [True, True, False, True]
+
+
+def test_dit_block_against_the_formula():
+    # Shift, scale, gate of the attention, then of the MLP.
+    block = DiTBlock(8, 2, 12, qk_norm=False)
+    x, condition = torch.randn(1, 4, 8), torch.randn(1, 1, 8)
+    m = F.linear(F.silu(condition), *parameters(block.modulation)).split(8, dim=-1)
+    y = x + m[2] * block.attention(block.norm1(x) * (1 + m[1]) + m[0])
+    expected = y + m[5] * block.mlp(block.norm2(y) * (1 + m[4]) + m[3])
+    assert torch.allclose(block(x, condition, None), expected, atol=1e-6)
+
+
+def test_time_embedding_features():
+    embedding = TimeEmbedding(4, frequencies=3)
+    t = torch.tensor([0.25, 1.0])
+    angles = 2 * math.pi * t[:, None] * embedding.frequencies
+    expected = embedding.mlp(torch.cat([angles.sin(), angles.cos()], 1))
+    assert torch.allclose(embedding(t), expected, atol=1e-6)
+
+
+def test_time_embedding_is_float32_under_autocast():
+    embedding, t = TimeEmbedding(8), torch.rand(3)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = embedding(t)
+    assert out.dtype == torch.float32
+    assert torch.equal(out, embedding(t))

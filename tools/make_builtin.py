@@ -1,0 +1,26 @@
+"""Turn the artifacts of finished runs into the package's built-in models, in float16.
+
+    python tools/make_builtin.py encoder runs/emoji_encoder
+    python tools/make_builtin.py autoencoder runs/emoji_decoder
+    python tools/make_builtin.py denoiser runs/emoji_dit_dh
+"""
+
+import sys
+
+import torch
+
+from raekit.models.autoencoder import Autoencoder
+from raekit.models.denoiser import Denoiser
+from raekit.models.encoders import load_encoder
+from raekit.weights import ASSETS
+
+kind, run = sys.argv[1:]
+match kind:
+    case "encoder":
+        load_encoder(run).save(ASSETS / "vit-tiny", dtype=torch.float16)
+    case "autoencoder":
+        Autoencoder.load(run).save(ASSETS / "emoji", dtype=torch.float16)
+    case "denoiser":
+        Denoiser.load(run).save(ASSETS / "emoji", dtype=torch.float16)
+    case _:
+        sys.exit(__doc__)
