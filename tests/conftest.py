@@ -2,16 +2,24 @@
 
 import os
 import pickle
-from collections.abc import Callable
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.multiprocessing.spawn import spawn
 
 from raekit.distributed import world
+from raekit.models.autoencoder import Autoencoder, AutoencoderConfig
+from raekit.models.decoder import DecoderConfig
+from raekit.models.denoiser import Denoiser, DenoiserConfig, TransformerConfig
+from raekit.models.encoders import Encoder, ViT, ViTConfig, load_encoder
 
 
 @pytest.fixture(scope="session")
@@ -46,6 +54,55 @@ def _rank(rank: int, size: int, port: int, folder: Path, function: Callable[...,
     }
     with world("cpu") as here:
         (folder / f"rank{rank}.pkl").write_bytes(pickle.dumps(function(here, *args)))
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The address of a source of 30 training and 9 held-out pictures in three classes, each around a colour."""
+    root = tmp_path_factory.mktemp("images")
+    for split, count in (("train", 30), ("val", 9)):
+        for i in range(count):
+            path = root / split / ("blue", "green", "red")[i % 3] / f"{i:02}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = np.random.default_rng([i, count]).integers(0, 128, (18 + i % 3, 16 + i % 5, 3), dtype=np.uint8)
+            pixels[..., 2 - i % 3] += 127
+            Image.fromarray(pixels).save(path)
+    return f"folder:{root}"
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder of random weights: images of 16 pixels, latents (16, 4, 4), classes blue, green and red."""
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    vit = ViTConfig(image_size=16, patch_size=4, width=16, depth=1, heads=2)
+    Encoder("vit", vit.spec, ViT(vit)).save(folder)
+    decoder = DecoderConfig(token_dim=16, grid=(4, 4), patch_size=4, width=16, depth=1, heads=2, hidden=32)
+    autoencoder = Autoencoder(AutoencoderConfig(encoder="vit", decoder=decoder), load_encoder(str(folder)))
+    autoencoder.set_statistics(0.1 * torch.randn(16, 4, 4), 0.5 + torch.rand(16, 4, 4))
+    autoencoder.save(folder)
+    part = TransformerConfig(width=16, depth=1, heads=2)
+    denoiser = Denoiser(
+        DenoiserConfig(
+            channels=16, grid=(4, 4), backbone=part, head=part, num_classes=3, class_names=("blue", "green", "red")
+        )
+    )
+    for parameter in denoiser.parameters():  # at first its output is zero
+        torch.nn.init.normal_(parameter, std=0.2)
+    denoiser.save(folder)
+    return folder
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of four MiB, empty at first; the test is skipped where it may not be mounted."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a small tmpfs cannot be mounted here")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 @pytest.fixture

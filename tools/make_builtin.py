@@ -1,8 +1,8 @@
 """Turn the artifacts of finished runs into the package's built-in models, in float16.
 
-    python tools/make_builtin.py encoder runs/emoji_encoder
-    python tools/make_builtin.py autoencoder runs/emoji_decoder
-    python tools/make_builtin.py denoiser runs/emoji_dit_dh
+python tools/make_builtin.py encoder runs/emoji_encoder
+python tools/make_builtin.py autoencoder runs/emoji_decoder
+python tools/make_builtin.py denoiser runs/emoji_dit_dh
 """
 
 import sys

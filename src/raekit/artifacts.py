@@ -5,7 +5,6 @@ A model folder holds up to three artifacts: `encoder/` (only one that raekit pre
 and read strictly: a missing, unexpected or misshapen tensor is an error.
 """
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from raekit.config import read_json, to_dict, to_json
 from raekit.distributed import World
 from raekit.errors import UserError
+from raekit.files import whole
 from raekit.weights import find_folder, read_weights
 
 STATISTICS = "statistics.safetensors"
@@ -58,27 +58,25 @@ def write(
     variances span more orders of magnitude than float16 holds.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = get_model_state_dict(module, options=options)
+    state: dict[str, Tensor] = get_model_state_dict(module, options=options)  # type: ignore[assignment]
     if not world.is_main:
         return
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    (partial / "config.json").write_text(to_json({"kind": kind, **to_dict(config)}))
-    save_file(
-        {k: v.to(dtype if dtype and v.is_floating_point() else v.dtype).contiguous() for k, v in state.items()},
-        partial / "model.safetensors",
-    )
-    if statistics:
-        write_statistics(partial / STATISTICS, **statistics)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    with whole(folder) as partial:
+        partial.mkdir()
+        (partial / "config.json").write_text(to_json({"kind": kind, **to_dict(config)}))
+        save_file(
+            {k: v.to(dtype if dtype and v.is_floating_point() else v.dtype).contiguous() for k, v in state.items()},
+            partial / "model.safetensors",
+        )
+        if statistics:
+            write_statistics(partial / STATISTICS, **statistics)
 
 
 def write_statistics(path: Path, var: Tensor, mean: Tensor | None = None) -> None:
-    """Write latent statistics, each (C, H, W); a mean of None is left out."""
+    """Write latent statistics, each (C, H, W); a mean of None is left out. UserError if it cannot be written."""
     tensors = {"var": var} | ({} if mean is None else {"mean": mean})
-    save_file({key: value.float().cpu().contiguous() for key, value in tensors.items()}, path)
+    with whole(path) as partial:
+        save_file({key: value.float().cpu().contiguous() for key, value in tensors.items()}, partial)
 
 
 def read_statistics(path: Path, shape: tuple[int, ...]) -> tuple[Tensor | None, Tensor]:

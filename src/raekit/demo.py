@@ -19,6 +19,7 @@ from raekit.config import configclass, from_dict, read_json, to_dict, to_json
 from raekit.data.loader import Loader
 from raekit.distributed import World
 from raekit.errors import UserError
+from raekit.files import whole
 from raekit.flow.guidance import Guidance
 from raekit.inference import Model, Sampling, generate, load, reconstruct
 from raekit.pictures import grid, to_pil
@@ -109,7 +110,7 @@ def _plan(
             )
         return plan
     if quick:
-        plan = Plan(minutes=minutes, quick=True, decoder_steps=60, denoiser_steps=60, samples=200, sampling_steps=6)
+        plan = Plan(minutes=minutes, quick=True, decoder_steps=40, denoiser_steps=40, samples=200, sampling_steps=6)
     else:
         with TemporaryDirectory() as scratch:
             first = Path(scratch) / "decoder"
@@ -126,13 +127,13 @@ def _plan(
         plan = Plan(
             minutes=minutes,
             quick=False,
-            decoder_steps=max(int(0.25 * seconds / trial), 20),
-            denoiser_steps=max(int(0.5 * seconds / second), 20),
+            decoder_steps=max(int(0.2 * seconds / trial), 20),
+            denoiser_steps=max(int(0.55 * seconds / second), 20),
             samples=256,
             sampling_steps=25,
         )
-    run.mkdir(parents=True, exist_ok=True)
-    path.write_text(to_json(to_dict(plan)))
+    with whole(path) as partial:
+        partial.write_text(to_json(to_dict(plan)))
     return plan
 
 
@@ -177,10 +178,8 @@ def _pictures(run: Path, model: Model, plan: Plan, config: StageConfig, world: W
 
 
 def _save(picture: Any, path: Path) -> None:
-    """Whole or not at all: a picture that is there is taken for done."""
-    partial = path.with_suffix(".partial")
-    picture.save(partial, format="PNG")
-    partial.rename(path)
+    with whole(path) as partial:
+        picture.save(partial, format="PNG")
 
 
 def _scores(run: Path, model: Model, plan: Plan, config: GenerationConfig, world: World, progress: Progress) -> Scores:
@@ -199,7 +198,8 @@ def _scores(run: Path, model: Model, plan: Plan, config: GenerationConfig, world
         world=world,
         progress=progress,
     )
-    path.write_text(to_json(scores))
+    with whole(path) as partial:
+        partial.write_text(to_json(scores))
     return scores
 
 
@@ -232,9 +232,8 @@ def _report(run: Path, plan: Plan, scores: Scores) -> None:
         settings={name: to_json(read_json(run / name / "config.json")) for name in records},
         per_class=PER_CLASS,
     )
-    partial = run / "report.partial"
-    partial.write_text(html)
-    partial.rename(run / "report.html")
+    with whole(run / "report.html") as partial:
+        partial.write_text(html)
 
 
 def _count(module: torch.nn.Module) -> int:

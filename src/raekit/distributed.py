@@ -9,6 +9,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
@@ -70,7 +71,14 @@ class World:
             return
         mesh = init_device_mesh(self.device.type, (self.size, 1), mesh_dim_names=("replicate", "shard"))
         for block in [*blocks, module]:
-            fully_shard(block, mesh=mesh)
+            # By default the root stays gathered after a forward pass without a backward pass, and an average
+            # that was evaluated would from then on be updated in a temporary copy.
+            fully_shard(block, mesh=mesh, reshard_after_forward=True)
+
+
+def full_state(module: nn.Module) -> dict[str, Tensor]:
+    """The whole weights and buffers of a module that may be distributed; all processes call it and get them."""
+    return get_model_state_dict(module, options=StateDictOptions(full_state_dict=True))  # type: ignore[return-value]
 
 
 def set_gradient_sync(module: nn.Module, enabled: bool) -> None:

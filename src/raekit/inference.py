@@ -14,6 +14,7 @@ from raekit.data.transforms import center_crop, to_rgb
 from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.flow.guidance import Guidance, classifier_free
+from raekit.flow.path import to_velocity
 from raekit.flow.solvers import SOLVERS, Grid, SolverName, time_grid
 from raekit.models.autoencoder import Autoencoder
 from raekit.models.denoiser import Denoiser
@@ -105,6 +106,8 @@ def generate(
         raise UserError("generate: give either labels, one for each sample, or count")
     if labels is not None and (wrong := [label for label in labels if not 0 <= label < classes]):
         raise UserError(f"labels: {wrong[0]} is not among the model's {classes} classes")
+    if batch_size < 1:
+        raise UserError(f"batch_size: {batch_size} must be at least 1")
     total = len(labels) if labels is not None else count or 0
     if sampling.guidance and labels is None:
         raise UserError("guidance: classifier-free guidance needs labels, and none are given")
@@ -132,7 +135,11 @@ def sample_latents(
     """
 
     def field(given: Tensor | None) -> Callable[[Tensor, float], Tensor]:
-        return lambda x, t: denoiser(x, torch.full((len(x),), t, device=x.device), given).float()
+        def velocity(x: Tensor, t: float) -> Tensor:
+            times = torch.full((len(x),), t, device=x.device)
+            return to_velocity(x, denoiser(x, times, given), times, denoiser.config.prediction)
+
+        return velocity
 
     noise = randomness.normal(seed, "sample", indices, denoiser.config.latent_shape).to(device)
     velocity = field(labels)

@@ -79,7 +79,7 @@ def test_an_emoji_given_out_can_be_changed_without_harm():
 
 
 def test_the_packed_emoji_are_small_and_their_licences_are_with_them():
-    assert sum(file.stat().st_size for file in (ASSETS / "emoji").rglob("*")) <= 15e6
+    assert sum(file.stat().st_size for file in (ASSETS / "emoji/data").iterdir()) <= 15e6
     notice = (ASSETS / "NOTICE").read_text()
     assert "Apache License, Version 2.0" in notice
     assert "Copyright (c) Microsoft Corporation" in notice

@@ -68,8 +68,8 @@ def test_parse_names_the_text_and_the_form(text: str):
         ("cfg:2@0.9-0.1", "interval 0.9-0.1"),
         ("cfg:2@0.5-1.5", "interval 0.5-1.5"),
         ("cfg:1", "scale of 1 has no effect"),
-        ("cfg:nan", "scale nan"),
-        ("cfg:inf", "scale inf"),
+        ("cfg:nan", "scale of nan"),
+        ("cfg:inf", "scale of inf"),
         ("cfg:2@nan-1", "interval nan-1"),
     ],
 )

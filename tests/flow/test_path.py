@@ -36,7 +36,9 @@ def test_conversions_round_trip(x: float, noise: float, t: float):
     x_t, v = interpolate(data, eps, time), velocity(data, eps)
     assert to_data(x_t, v, time).item() == pytest.approx(x, abs=1e-12)
     assert to_noise(x_t, v, time).item() == pytest.approx(noise, abs=1e-12)
-    assert interpolate(to_data(x_t, v, time), to_noise(x_t, v, time), time).item() == pytest.approx(x_t.item(), abs=1e-12)
+    assert interpolate(to_data(x_t, v, time), to_noise(x_t, v, time), time).item() == pytest.approx(
+        x_t.item(), abs=1e-12
+    )
 
 
 @pytest.mark.parametrize(

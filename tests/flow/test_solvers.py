@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -31,7 +32,7 @@ def test_last_evaluation_of_the_published_grid():
 
 def test_grid_without_shift_is_even():
     assert time_grid(4, 1.0) == pytest.approx([1, 0.75, 0.5, 0.25, 0])
-    assert time_grid(3, 1.0, "published") == pytest.approx([1, 0.5005, 0.001])
+    assert time_grid(3, 1.0, "published") == pytest.approx([1, 0.5005, 0.001], abs=1e-7)
 
 
 @pytest.mark.parametrize(("grid", "evaluations"), [("full", 50), ("published", 49)])
@@ -75,7 +76,7 @@ def test_order_of_convergence(solver, order: int):
     # dx/dt = x cos(3t), whose solution is x(0) = x(1) exp(-sin(3)/3).
     exact = 2.0 * math.exp(-math.sin(3) / 3)
     errors = [abs(solve(solver, lambda x, t: x * math.cos(3 * t), 2.0, n) - exact) for n in (64, 128, 256)]
-    for coarse, fine in zip(errors, errors[1:], strict=False):
+    for coarse, fine in itertools.pairwise(errors):
         assert math.log2(coarse / fine) == pytest.approx(order, abs=0.1)
 
 

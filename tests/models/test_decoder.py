@@ -63,11 +63,13 @@ def test_class_token_takes_part():
     latents = torch.randn(1, 12, 3, 3)
     before = model(latents)
     with torch.no_grad():
-        model.cls_token += torch.randn(16)
+        model.cls_token.add_(torch.randn(16))
     assert not torch.allclose(model(latents), before, atol=1e-4)
 
 
 @pytest.mark.parametrize(("width", "heads"), [(30, 4), (18, 3)])
 def test_impossible_width_is_named(width: int, heads: int):
-    with pytest.raises(UserError, match=f"decoder.width: {width} must be a multiple of 4 and of decoder.heads = {heads}"):
+    with pytest.raises(
+        UserError, match=f"decoder.width: {width} must be a multiple of 4 and of decoder.heads = {heads}"
+    ):
         tiny(width=width, heads=heads)

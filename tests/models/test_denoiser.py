@@ -140,7 +140,7 @@ def test_narrow_network_is_refused_with_the_bound():
         tiny(None, channels=32)
     with pytest.raises(UserError, match=r"denoiser.head.width: 24 is below the token dimension 32.* below 0.250 "):
         tiny(channels=32)
-    with pytest.raises(UserError, match="denoiser.allow_narrow"):
+    with pytest.raises(UserError, match=r"set denoiser\.allow_narrow"):
         tiny(None, channels=5, grid=(4, 4), patch_size=2)
 
 

@@ -1,5 +1,6 @@
 """Guidance as functions over velocity predictions: a velocity field in, a velocity field out."""
 
+import math
 from collections.abc import Callable
 
 from torch import Tensor
@@ -22,6 +23,8 @@ class Guidance:
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.end <= 1:
             raise UserError(f"guidance: the interval {self.start}-{self.end} must lie in 0-1, start before end")
+        if not math.isfinite(self.scale):
+            raise UserError(f"guidance: a scale of {self.scale} is no number to guide by")
         if self.scale == 1:
             raise UserError("guidance: a scale of 1 has no effect; leave guidance out")
 

@@ -15,6 +15,9 @@ from raekit.errors import UserError
 SHIFT_BASE = 4096
 TIME_CAP = 0.999
 TimeLaw = Literal["uniform", "logit-normal"]
+Prediction = Literal["velocity", "data"]
+"""What a network predicts: the velocity (RAE v1), or the data, from which the velocity follows (RAE v2)."""
+DATA_PREDICTION_FLOOR = 0.05
 
 
 def interpolate(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -26,6 +29,17 @@ def interpolate(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
 def velocity(x: Tensor, noise: Tensor) -> Tensor:
     """The target of flow matching."""
     return noise - x
+
+
+def to_velocity(x_t: Tensor, predicted: Tensor, t: Tensor, prediction: Prediction) -> Tensor:
+    """The velocity that a network's output (B, ...) at (x_t, t) stands for.
+
+    From predicted data it is (x_t - data) / max(t, 0.05) (spec II.5): near the data the division would blow up
+    the error. The target of training is formed the same way, with the true data.
+    """
+    if prediction == "velocity":
+        return predicted
+    return (x_t - predicted) / _per_sample(t, x_t).clamp_min(DATA_PREDICTION_FLOOR)
 
 
 def to_data(x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:

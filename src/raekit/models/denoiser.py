@@ -1,7 +1,7 @@
 """The diffusion transformer: DiT, and DiT^DH with its shallow, wide head (spec 2.3, 2.4)."""
 
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +42,7 @@ class DenoiserConfig:
 
     `num_classes` = 0 makes it unconditional. `allow_narrow` lifts the refusal of a width below the token
     dimension, for experiments on that very limit. For its sampler it keeps `shift`, the time shift that it is
-    trained with, and for its users `class_names`, if they are known.
+    trained with, and `prediction`, what its output stands for; for its users `class_names`, if they are known.
     """
 
     channels: int
@@ -55,6 +55,7 @@ class DenoiserConfig:
     qk_norm: bool = False
     allow_narrow: bool = False
     shift: float = 1.0
+    prediction: Literal["velocity", "data"] = "velocity"
     class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -94,9 +95,13 @@ class DenoiserConfig:
 
 
 class Denoiser(nn.Module):
-    """Predicts the velocity of noisy latents."""
+    """Predicts the velocity of noisy latents, or the data behind them (`config.prediction`)."""
 
     positions: Tensor
+    rotary_cos: Tensor
+    rotary_sin: Tensor
+    head_rotary_cos: Tensor
+    head_rotary_sin: Tensor
 
     def __init__(self, config: DenoiserConfig) -> None:
         super().__init__()
@@ -136,7 +141,7 @@ class Denoiser(nn.Module):
             self.register_buffer(f"{name}_{suffix}", table, persistent=False)
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Noisy latents (B, C, H, W), times (B,) in [0, 1] (1 is noise), class ids (B,) -> velocity (B, C, H, W).
+        """Noisy latents (B, C, H, W), times (B,) in [0, 1] (1 is noise), class ids (B,) -> prediction (B, C, H, W).
 
         `labels` None means the null class for all.
         """
@@ -187,8 +192,9 @@ def _initialise(model: Denoiser) -> None:
         nn.init.zeros_(embed.bias)
     if model.label is not None:
         nn.init.normal_(model.label.weight, std=0.02)
-    for layer in (model.time.mlp[0], model.time.mlp[2]):
-        nn.init.normal_(layer.weight, std=0.02)
+    for layer in model.time.mlp:
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, std=0.02)
     blocks = [*model.blocks, *(model.head_blocks if model.config.head else [])]
     for zero in [block.modulation for block in blocks] + [model.final.modulation, model.final.out]:
         nn.init.zeros_(zero.weight)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from raekit import artifacts
@@ -124,7 +125,7 @@ FAMILIES = {
 def _order(model: Any, pixels: Tensor) -> Tensor:
     size = model.config.patch_size
     patches = (pixels.shape[2] // size) * (pixels.shape[3] // size)
-    return torch.arange(patches, device=pixels.device, dtype=pixels.dtype).expand(len(pixels), -1)
+    return torch.arange(patches, device=pixels.device).expand(len(pixels), -1)
 
 
 @configclass
@@ -247,12 +248,16 @@ def load_encoder(name: str, input_size: int | None = None) -> Encoder:
 
         family = FAMILIES[spec.family]
         try:
-            model = getattr(transformers, family.model_class).from_pretrained(spec.hub_id, **family.config)
-        except OSError as error:
+            model, found = getattr(transformers, family.model_class).from_pretrained(
+                spec.hub_id, dtype=torch.float32, output_loading_info=True, **family.config
+            )
+        except (OSError, RuntimeError, SafetensorError) as error:  # absent, of other shapes, damaged
             raise UserError(
                 f"encoder {name}: {spec.hub_id} could not be loaded ({str(error).splitlines()[0]}); "
                 f"run `hf download {spec.hub_id}` where there is a network"
             ) from None
+        if missing := sorted(found["missing_keys"]):  # which transformers would fill with random numbers
+            raise UserError(f"encoder {name}: {spec.hub_id} lacks {', '.join(missing[:8])}; download it again")
         return Encoder(name, spec, model, input_size)
     try:
         path, values = artifacts.find(name, "encoder")

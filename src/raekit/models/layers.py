@@ -161,6 +161,8 @@ class FinalLayer(nn.Module):
 class TimeEmbedding(nn.Module):
     """Random Fourier features of the time in [0, 1], and a small network; float32 under autocast too."""
 
+    frequencies: Tensor
+
     def __init__(self, width: int, frequencies: int = 256) -> None:
         super().__init__()
         self.register_buffer("frequencies", torch.randn(frequencies))

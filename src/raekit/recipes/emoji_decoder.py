@@ -8,17 +8,17 @@ from raekit.stages.reconstruction import DecoderSize, ReconstructionConfig
 from raekit.train.optim import OptimConfig
 from raekit.train.trainer import TrainConfig
 
-STEPS = 2500
+STEPS = 1200
 
 
 def config() -> ReconstructionConfig:
     return ReconstructionConfig(
         data=DataConfig(source="emoji", image_size=64),
         encoder="builtin:vit-tiny",
-        decoder=DecoderSize(width=192, depth=6, heads=4, hidden=768, patch_size=8),
-        # Half of the published 0.8: these tokens have 192 channels for 192 pixel values, and so little to spare.
-        noise=0.4,
-        train=TrainConfig(steps=STEPS, batch_size=32, checkpoint_every=500, compile=True),
+        decoder=DecoderSize(width=256, depth=5, heads=4, hidden=1024, patch_size=16),
+        # Below the published 0.8: these tokens have 256 channels for 768 pixel values, and so little to spare.
+        noise=0.3,
+        train=TrainConfig(steps=STEPS, batch_size=64, checkpoint_every=500),
         optim=OptimConfig(
             lr=1e-3,
             final_lr=2e-5,

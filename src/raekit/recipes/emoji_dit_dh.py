@@ -9,7 +9,7 @@ from raekit.stages.generation import DenoiserSize, GenerationConfig
 from raekit.train.optim import OptimConfig
 from raekit.train.trainer import TrainConfig
 
-STEPS = 3300
+STEPS = 3000
 
 
 def config() -> GenerationConfig:
@@ -17,14 +17,16 @@ def config() -> GenerationConfig:
         data=DataConfig(source="emoji", image_size=64),
         autoencoder="builtin:emoji",
         denoiser=DenoiserSize(
-            backbone=TransformerConfig(width=192, depth=6, heads=4),
+            backbone=TransformerConfig(width=192, depth=7, heads=4),
             head=TransformerConfig(width=256, depth=2, heads=4),
             qk_norm=True,
+            # As RAE v2: the head is no wider than a token, which leaves a velocity, noise and all, little room.
+            prediction="data",
         ),
         time_law="logit-normal",
-        train=TrainConfig(steps=STEPS, batch_size=32, checkpoint_every=250, compile=True),
+        train=TrainConfig(steps=STEPS, batch_size=64, checkpoint_every=250),
         optim=OptimConfig(
-            lr=7e-4,
+            lr=8e-4,
             final_lr=2e-5,
             warmup_steps=100,
             warmup_from_zero=True,

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from raekit import randomness
@@ -29,6 +28,7 @@ class DenoiserSize:
     patch_size: int = 1
     qk_norm: bool = False
     allow_narrow: bool = False
+    prediction: path.Prediction = "velocity"
 
 
 @configclass
@@ -57,7 +57,7 @@ class GenerationConfig:
 
 
 def flow_matching_loss(
-    denoiser: torch.nn.Module,
+    denoiser: Denoiser,
     latents: Tensor,
     labels: Tensor | None,
     positions: Tensor,
@@ -66,12 +66,15 @@ def flow_matching_loss(
     time_law: path.TimeLaw,
     alpha: float,
 ) -> Tensor:
-    """Mean squared error of the predicted velocity, in float32; noise and times addressed by `positions`."""
+    """Mean squared error of the velocity, in float32; noise and times addressed by `positions`."""
     u = randomness.uniform(seed, "time", positions, (), latents.device)
     t = path.sample_times(u, time_law, alpha)
     noise = randomness.normal(seed, "noise", positions, latents.shape[1:], latents.device)
-    predicted = denoiser(path.interpolate(latents, noise, t), t, labels)
-    return (predicted.float() - path.velocity(latents, noise)).square().mean()
+    x_t = path.interpolate(latents, noise, t)
+    prediction = denoiser.config.prediction
+    predicted = path.to_velocity(x_t, denoiser(x_t, t, labels), t, prediction)
+    exact = latents if prediction == "data" else path.velocity(latents, noise)
+    return (predicted - path.to_velocity(x_t, exact, t, prediction)).square().mean()
 
 
 def build(config: GenerationConfig, run: Path, world: World) -> Stage:
@@ -98,6 +101,7 @@ def build(config: GenerationConfig, run: Path, world: World) -> Stage:
             qk_norm=size.qk_norm,
             allow_narrow=size.allow_narrow,
             shift=alpha,
+            prediction=size.prediction,
             class_names=loader.classes if config.conditional else (),
         )
     )

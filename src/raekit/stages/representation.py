@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from raekit import randomness
 from raekit.config import configclass
 from raekit.data.loader import Batch, DataConfig, Loader
-from raekit.distributed import World
+from raekit.distributed import World, full_state
 from raekit.errors import UserError
 from raekit.evaluation.evaluate import BATCH, evaluate, feature_bank, images_of
 from raekit.evaluation.features import EncoderFeatures
@@ -28,12 +28,17 @@ TARGET_VARIANCE_EPS = 1e-2
 
 @configclass
 class RepresentationConfig:
-    """`mask_ratio` of the patches is hidden; the pixel decoder of the pretext task is thrown away after."""
+    """`mask_ratio` of the patches is hidden; the pixel decoder of the pretext task is thrown away after.
+
+    `visible_weight` adds the error on the visible patches, which the original leaves out: it keeps pixel
+    detail in the tokens, for the sake of reconstruction.
+    """
 
     stage: Literal["representation"] = "representation"
     data: DataConfig
     encoder: ViTConfig
     mask_ratio: float = 0.75
+    visible_weight: float = 0.0
     decoder_width: int = 128
     decoder_depth: int = 2
     decoder_heads: int = 4
@@ -43,8 +48,19 @@ class RepresentationConfig:
     score_every: int = 1000
 
     def __post_init__(self) -> None:
-        if not 0 < self.mask_ratio < 1:
-            raise UserError(f"mask_ratio: {self.mask_ratio} must lie between 0 and 1")
+        if self.encoder.image_size % self.encoder.patch_size:
+            raise UserError(
+                f"encoder.patch_size: {self.encoder.patch_size} does not divide encoder.image_size = "
+                f"{self.encoder.image_size}"
+            )
+        patches = (self.encoder.image_size // self.encoder.patch_size) ** 2
+        if not 0 < self.mask_ratio < 1 or round(self.mask_ratio * patches) in (0, patches):
+            raise UserError(f"mask_ratio: {self.mask_ratio} must hide some of the {patches} patches, and not all")
+        if self.decoder_width % self.decoder_heads or self.decoder_width % 4:
+            raise UserError(
+                f"decoder_width: {self.decoder_width} must be a multiple of 4 and of decoder_heads = "
+                f"{self.decoder_heads}"
+            )
         if self.data.image_size != self.encoder.image_size:
             raise UserError(
                 f"data.image_size: {self.data.image_size} differs from encoder.image_size = {self.encoder.image_size}"
@@ -96,13 +112,19 @@ def build(config: RepresentationConfig, run: Path, world: World) -> Stage:
         target = patchify(pixels, config.encoder.patch_size)
         centred = target - target.mean(-1, keepdim=True)
         target = centred / (target.var(-1, keepdim=True, correction=0) + TARGET_VARIANCE_EPS).sqrt()
-        hidden = order[:, visible:, None].expand(-1, -1, target.shape[2])
-        return (predicted.gather(1, hidden) - target.gather(1, hidden)).square().mean(), {}
+        error = (predicted - target).square().mean(-1).gather(1, order)
+        seen, hidden = error[:, :visible].mean(), error[:, visible:].mean()
+        return hidden + config.visible_weight * seen, {"hidden": hidden, "visible": seen}
+
+    def trained(name: str) -> Encoder:
+        """The averaged encoder: a copy, for among several processes a part of a module cannot run without it."""
+        prefix, vit = "encoder.", ViT(config.encoder).to(world.device)
+        state = full_state(objective.averaged)
+        vit.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+        return Encoder(name, config.encoder.spec, vit)
 
     def accuracy(step: int) -> dict[str, float]:
-        averaged = objective.averaged
-        assert isinstance(averaged, MaskedAutoencoder)
-        return class_accuracy(Encoder("trained", config.encoder.spec, averaged.encoder), config.data, world)
+        return class_accuracy(trained("trained"), config.data, world)
 
     objective = Objective(
         name="encoder",
@@ -114,9 +136,7 @@ def build(config: RepresentationConfig, run: Path, world: World) -> Stage:
     )
 
     def export(folder: Path) -> None:
-        averaged = objective.averaged
-        assert isinstance(averaged, MaskedAutoencoder)
-        Encoder(str(folder), config.encoder.spec, averaged.encoder).save(folder, world)
+        trained(str(folder)).save(folder, world)
 
     return Stage(
         objectives=[objective],

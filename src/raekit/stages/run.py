@@ -7,6 +7,7 @@ import torch
 from raekit.config import differences, read_json, to_dict, to_json
 from raekit.distributed import World
 from raekit.errors import UserError
+from raekit.files import whole
 from raekit.stages import generation, reconstruction, representation
 from raekit.stages.stage import Stage
 from raekit.train.trainer import Report, Trainer
@@ -29,17 +30,16 @@ def train(config: StageConfig, run: Path, world: World, report: Report = lambda 
     """Train `config` in the folder `run`, or go on where a run of the same configuration stopped.
 
     False if a signal stopped it. Either way RUN/artifact holds the present model. Raises UserError, listing
-    the fields, if `run` belongs to another configuration.
+    the fields, if `run` belongs to another configuration, or if its disk is full.
     """
     with world.main_first():
         claim(run, config, world)
     stage = build(config, run, world)
     stage.prepare()
     trainer = Trainer(run, config.train, stage.objectives, stage.batches, world, stage.periodics)
-    try:
-        return trainer.fit(report)
-    finally:
-        stage.export(run / "artifact")
+    finished = trainer.fit(report)
+    stage.export(run / "artifact")
+    return finished
 
 
 def claim(run: Path, config: StageConfig, world: World) -> None:
@@ -54,5 +54,5 @@ def claim(run: Path, config: StageConfig, world: World) -> None:
             )
         return
     if world.is_main:
-        run.mkdir(parents=True, exist_ok=True)
-        path.write_text(to_json(values))
+        with whole(path) as partial:
+            partial.write_text(to_json(values))

@@ -31,7 +31,8 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int, world: World
     """
     final, partial = folder / _name(step), folder / f"{_name(step)}.partial"
     if world.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
+        for torn in folder.glob("step-*.partial"):  # a process was killed while it wrote this
+            shutil.rmtree(torn, ignore_errors=True)
     world.barrier()
     failure = None
     try:

@@ -14,9 +14,9 @@ from raekit.errors import UserError
 class OptimConfig:
     """AdamW and its schedule, counted in optimizer steps.
 
-    The rate is `lr` during `warmup_steps` (or climbs to it from 0 with `warmup_from_zero`), then goes to
-    `final_lr` at step `decay_end` along `decay`, and stays there. `clip` bounds the global gradient norm;
-    0 turns clipping off.
+    The rate is `lr` during `warmup_steps` (or climbs to it by lr / warmup_steps a step, `warmup_from_zero`),
+    then goes to `final_lr` at step `decay_end` along `decay`, and stays there. `clip` bounds the global
+    gradient norm; 0 turns clipping off.
     """
 
     lr: float = 2e-4
@@ -41,7 +41,7 @@ class OptimConfig:
 def learning_rate(config: OptimConfig, step: int) -> float:
     """The rate of step `step`, counted from 0."""
     if step < config.warmup_steps:
-        return config.lr * (step / config.warmup_steps if config.warmup_from_zero else 1.0)
+        return config.lr * ((step + 1) / config.warmup_steps if config.warmup_from_zero else 1.0)
     if config.decay == "constant":
         return config.lr
     progress = min((step - config.warmup_steps) / (config.decay_end - config.warmup_steps), 1.0)

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from raekit.errors import UserError
+from raekit.files import whole
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
@@ -28,11 +29,8 @@ class Tracker:
     def __init__(self, run: Path, step: int, tensorboard: bool = False) -> None:
         self.run = run
         kept = [record for record in read_metrics(run) if record["step"] <= step]
-        path = run / "metrics.jsonl"
-        replacement = path.with_suffix(".partial")
-        replacement.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        replacement.rename(path)
-        self._file = path.open("a")
+        with whole(run / "metrics.jsonl") as partial:
+            partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
         self._writer = None
         if tensorboard:
             try:
@@ -44,8 +42,13 @@ class Tracker:
             self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        """Append a record; UserError if the disk is full."""
+        path = self.run / "metrics.jsonl"
+        try:
+            with path.open("a") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+        except OSError as error:
+            raise UserError(f"{path}: could not be written ({error.strerror})") from None
         if self._writer:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
@@ -59,6 +62,5 @@ class Tracker:
             self._writer.add_image(name, np.asarray(image), step, dataformats="HWC")
 
     def close(self) -> None:
-        self._file.close()
         if self._writer:
             self._writer.close()

@@ -1,7 +1,10 @@
 """The training loop, for any list of objectives and any number of processes."""
 
+import os
+import shutil
 import signal
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -25,6 +28,7 @@ from raekit.train.objective import Metrics, Objective, Periodic, TrainingBatch
 from raekit.train.optim import adamw, learning_rate
 from raekit.train.tracking import Tracker
 
+CXX_COMPILERS = (os.environ.get("CXX", "g++"), "clang++")
 Precision = Literal["auto", "fp32", "bf16"]
 Report = Callable[[int, dict[str, float]], None]
 """Called with the number of steps done and the latest metrics."""
@@ -81,10 +85,13 @@ class Trainer:
                 f"train.batch_size: {config.batch_size} must divide into {world.size} processes with whole "
                 f"micro-batches of train.micro_batch = {config.micro_batch}"
             )
+        if config.compile and world.device.type == "cpu" and not any(map(shutil.which, CXX_COMPILERS)):
+            raise UserError("train.compile: on a CPU it needs a C++ compiler; install g++, or leave it off")
         self.run, self.config, self.world = run, config, world
         self.objectives, self.batches, self.periodics = list(objectives), batches, periodics
         self.micro_batch = config.micro_batch or share
         self.step = 0
+        self.saved = -1  # the step of the newest checkpoint
         self.skipped = {o.name: torch.zeros(2, device=world.device) for o in self.objectives}  # in all, in a row
         self.optimizers: dict[str, optim.AdamW] = {}
         for objective in self.objectives:
@@ -104,13 +111,15 @@ class Trainer:
             if self.config.compile:
                 for block in blocks or [replica]:
                     block.compile()
-        self.optimizers[objective.name] = adamw(objective.optim, module.parameters())
+        optimizer = self.optimizers[objective.name] = adamw(objective.optim, module.parameters())
+        # Reading its state for a checkpoint makes an unused optimizer do a step, which must not count.
+        optimizer.found_inf = torch.ones((), device=self.world.device)  # type: ignore[attr-defined]
 
     def fit(self, report: Report = lambda step, metrics: None) -> bool:
         """Train to the last step. False if a signal stopped it; either way the state is saved."""
         tracker = Tracker(self.run, self.step, self.config.tensorboard) if self.world.is_main else None
         self.tracker = tracker
-        totals: dict[str, Tensor] = {}
+        history: defaultdict[str, list[Tensor]] = defaultdict(list)
         since, began = self.step, time.perf_counter()
         try:
             with _stop_signals() as stopped:
@@ -120,18 +129,19 @@ class Trainer:
                     for objective in self.objectives:
                         if self.step >= objective.start:
                             for name, value in self._train(objective, batch).items():
-                                totals[name] = totals.get(name, 0) + value
+                                history[name].append(value)
                     self.step += 1
                     last = self.step == self.config.steps
                     if self.step % self.config.log_every == 0 or last:
-                        values = self._summary(totals, self.step - since)
+                        values = self._summary(history)
                         values["images_per_second"] = (
                             (self.step - since) * self.config.batch_size / (time.perf_counter() - began)
                         )
                         if tracker:
                             tracker.scalars(self.step, values)
                         report(self.step, values)
-                        totals, since, began = {}, self.step, time.perf_counter()
+                        history.clear()
+                        since, began = self.step, time.perf_counter()
                     # A checkpoint comes first, so that a kill during an evaluation costs nothing.
                     if self.step % self.config.checkpoint_every == 0 or last:
                         self.save()
@@ -172,7 +182,9 @@ class Trainer:
         failed = 1 - norm.isfinite().float()
         optimizer.found_inf = failed  # type: ignore[attr-defined]
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        # A loss may reach into another objective's module (a generator's, through the discriminator).
+        for every in self.optimizers.values():
+            every.zero_grad(set_to_none=True)
         for decay, average in objective.averages.items():
             ema.update(average, module, decay)
         failed = failed.to_local() if isinstance(failed, DTensor) else failed
@@ -182,10 +194,10 @@ class Trainer:
         totals[f"{objective.name}/grad_norm"] = norm.to_local() if isinstance(norm, DTensor) else norm
         return totals
 
-    def _summary(self, totals: dict[str, Tensor], steps: int) -> dict[str, float]:
+    def _summary(self, history: dict[str, list[Tensor]]) -> dict[str, float]:
         """Means over steps and processes; raises UserError if too many steps in a row were skipped."""
-        names = sorted(totals)
-        means = self.world.sum(torch.stack([totals[name] for name in names])) / (steps * self.world.size)
+        names = sorted(history)
+        means = self.world.sum(torch.stack([torch.stack(history[name]).mean() for name in names])) / self.world.size
         values = dict(zip(names, means.tolist(), strict=True))
         for objective in self.objectives:
             if self.step > objective.start:
@@ -212,12 +224,15 @@ class Trainer:
 
     def save(self) -> None:
         """Checkpoint the present step, unless it is there already."""
-        checkpoint.save(self.folder, self.step, self._state(), self.config.keep, self.world)
+        if self.step != self.saved:
+            checkpoint.save(self.folder, self.step, self._state(), self.config.keep, self.world)
+            self.saved = self.step
 
     def _load(self, path: Path) -> None:
         state = self._state()
         checkpoint.load(path, state, self.world)
         self.step, self.skipped = state["trainer"]["step"], state["trainer"]["skipped"]
+        self.saved = self.step
         for objective in self.objectives:
             saved = state[objective.name]
             set_model_state_dict(objective.module, saved["module"])

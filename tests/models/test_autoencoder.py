@@ -1,0 +1,98 @@
+import pytest
+import torch
+from torch import nn
+
+from raekit.models.autoencoder import Autoencoder, AutoencoderConfig
+from raekit.models.decoder import DecoderConfig
+from raekit.models.encoders import Encoder, ViT, ViTConfig
+
+VIT = ViTConfig(image_size=16, patch_size=4, width=16, depth=1, heads=2, mean=(0.4, 0.5, 0.6), std=(0.5, 0.25, 0.2))
+
+
+@pytest.fixture
+def model() -> Autoencoder:
+    decoder = DecoderConfig(token_dim=16, grid=(4, 4), patch_size=8, width=16, depth=1, heads=2, hidden=24)
+    return Autoencoder(AutoencoderConfig(encoder="own", decoder=decoder), Encoder("own", VIT.spec, ViT(VIT))).eval()
+
+
+def test_shapes(model: Autoencoder):
+    assert model.latent_shape == (16, 4, 4)
+    assert model.image_size == 32
+    latents = model.encode(torch.rand(2, 3, 20, 20))
+    assert latents.shape == (2, 16, 4, 4)
+    assert model.decode(latents).shape == (2, 3, 32, 32)
+
+
+def test_latents_are_the_tokens_in_rows(model: Autoencoder):
+    images = torch.rand(2, 3, 16, 16)
+    latents = model.tokens(images)
+    assert torch.equal(latents[:, :, 2, 1], model.encoder(images)[:, 2 * 4 + 1])
+
+
+@pytest.mark.parametrize("with_mean", [True, False])
+def test_whitening_round_trip(model: Autoencoder, with_mean: bool):
+    mean = torch.randn(16, 4, 4) if with_mean else None
+    var = torch.rand(16, 4, 4) + 0.01
+    model.set_statistics(mean, var)
+    latents = torch.randn(2, 16, 4, 4)
+    expected = (latents - (0 if mean is None else mean)) / (var + 1e-5).sqrt()
+    assert torch.allclose(model.whiten(latents), expected, atol=1e-5)
+    assert torch.allclose(model.unwhiten(model.whiten(latents)), latents, atol=1e-5)
+
+
+def test_measured_statistics_whiten_each_element(model: Autoencoder):
+    latents = model.tokens(torch.rand(64, 3, 16, 16))
+    model.set_statistics(latents.mean(0), latents.var(0, correction=0))
+    white = model.whiten(latents)
+    assert torch.allclose(white.mean(0), torch.zeros(()), atol=1e-4)
+    assert torch.allclose(white.var(0, correction=0), torch.ones(()), atol=0.1)
+
+
+def test_without_statistics_nothing_is_moved(model: Autoencoder):
+    images = torch.rand(2, 3, 16, 16)
+    assert torch.allclose(model.encode(images), model.tokens(images), rtol=1e-4)
+
+
+def test_statistics_follow_the_model_and_stay_its_own(model: Autoencoder):
+    mean, var = torch.zeros(16, 4, 4), torch.ones(16, 4, 4)
+    model.set_statistics(mean.double(), var.double())
+    assert model.mean is not None
+    assert model.mean.dtype == model.var.dtype == torch.float32
+    assert {"mean", "var"} <= dict(model.named_buffers()).keys()
+    model.set_statistics(None, var)
+    assert "mean" not in dict(model.named_buffers())
+    model.set_statistics(mean, var)
+    assert "mean" in dict(model.named_buffers())
+
+
+def test_encode_adds_no_noise_and_keeps_no_gradient(model: Autoencoder):
+    images = torch.rand(2, 3, 16, 16, requires_grad=True)
+    latents = model.train().encode(images)
+    assert torch.equal(latents, model.eval().encode(images))
+    assert not latents.requires_grad
+
+
+def test_decode_clamps(model: Autoencoder):
+    assert isinstance(model.decoder.out, nn.Linear)
+    with torch.no_grad():
+        model.decoder.out.weight *= 100
+    latents = torch.randn(2, 16, 4, 4)
+    images = model.decode(latents)
+    assert images.min() == 0
+    assert images.max() == 1
+    raw = model.to_pixels(model.decoder(model.unwhiten(latents)))
+    assert raw.min() < 0
+    assert raw.max() > 1
+    assert torch.equal(images, raw.clamp(0, 1))
+
+
+def test_pixels_leave_the_encoders_colours(model: Autoencoder):
+    pixels = model.to_pixels(torch.ones(1, 3, 2, 2))
+    assert torch.allclose(pixels[0, :, 0, 0], torch.tensor([0.9, 0.75, 0.8]))
+
+
+def test_only_the_decoder_is_trained(model: Autoencoder):
+    trained = {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"decoder"}
+    model.to_pixels(model.decoder(model.unwhiten(model.tokens(torch.rand(1, 3, 16, 16))))).sum().backward()
+    assert all(p.grad is not None for p in model.decoder.parameters())

@@ -1,0 +1,207 @@
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from raekit import randomness
+from raekit.config import from_dict, to_dict
+from raekit.data.loader import Batch, DataConfig, Loader
+from raekit.distributed import World
+from raekit.errors import UserError
+from raekit.flow import path
+from raekit.inference import load
+from raekit.models.autoencoder import Autoencoder
+from raekit.models.denoiser import Denoiser, TransformerConfig
+from raekit.stages.generation import DenoiserSize, GenerationConfig, build, flow_matching_loss
+from raekit.train.optim import OptimConfig
+from raekit.train.trainer import TrainConfig, Trainer
+
+ONE = World()
+PART = TransformerConfig(width=16, depth=1, heads=2)
+
+
+@pytest.fixture
+def config(images, tiny_model) -> GenerationConfig:
+    return GenerationConfig(
+        data=DataConfig(source=images, image_size=16),
+        autoencoder=str(tiny_model),
+        denoiser=DenoiserSize(backbone=PART, head=PART),
+        train=TrainConfig(steps=3, batch_size=6, precision="fp32", seed=5),
+        optim=OptimConfig(lr=1e-3),
+        ema=(0.5,),
+    )
+
+
+def stage(config: GenerationConfig, tmp_path: Path):
+    torch.manual_seed(0)
+    return build(config, tmp_path, ONE)
+
+
+def batch_of(config: GenerationConfig, size: int) -> Batch:
+    return next(Loader(config.data, config.train.seed).stream(0, size, ONE))
+
+
+class Known(nn.Module):
+    """A denoiser that gives `answer(x, t)`, and remembers what it was asked."""
+
+    def __init__(self, answer: Callable[[Tensor, Tensor], Tensor], prediction: path.Prediction = "velocity") -> None:
+        super().__init__()
+        self.answer = answer
+        self.config = SimpleNamespace(prediction=prediction)
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        self.x, self.t = x, t
+        return self.answer(x, t)
+
+
+def loss_of(denoiser: Any, latents: Tensor, positions: Tensor, **options: Any) -> float:
+    settings = {"seed": 1, "time_law": "uniform", "alpha": 2.0} | options
+    return flow_matching_loss(denoiser, latents, None, positions, **settings).item()
+
+
+def test_the_loss_is_the_error_of_the_velocity():
+    latents, positions = torch.randn(5, 3, 2, 2), torch.arange(10, 15)
+    noise = randomness.normal(1, "noise", positions, (3, 2, 2))
+    times = path.shift(randomness.uniform(1, "time", positions) * 0.999, 2.0)
+    knowing = Known(lambda x, t: noise - latents)
+    assert loss_of(knowing, latents, positions) == 0
+    assert torch.allclose(knowing.t, times)
+    weight = times.view(-1, 1, 1, 1)
+    assert torch.allclose(knowing.x, (1 - weight) * latents + weight * noise)
+    still = Known(lambda x, t: torch.zeros_like(x))
+    assert loss_of(still, latents, positions) == pytest.approx((noise - latents).square().mean().item())
+
+
+def test_predicted_data_are_compared_as_velocities():
+    latents, positions = torch.randn(400, 1, 2, 2), torch.arange(400)
+    assert loss_of(Known(lambda x, t: latents, "data"), latents, positions) == 0
+    off = Known(lambda x, t: latents + 0.1, "data")
+    loss = loss_of(off, latents, positions, alpha=1.0)
+    # An error of the data counts 1 / t^2 times, and near the data at most 400 times.
+    assert off.t.min() < 0.05
+    assert loss == pytest.approx((0.1 / off.t.clamp_min(0.05)).square().mean().item(), rel=1e-4)
+
+
+def test_both_time_laws_are_used():
+    latents, positions = torch.zeros(2000, 1, 1, 1), torch.arange(2000)
+    quarters = {}
+    for law in ("uniform", "logit-normal"):
+        asked = Known(lambda x, t: x)
+        loss_of(asked, latents, positions, time_law=law, alpha=1.0)
+        quarters[law] = asked.t.quantile(0.25).item()
+    assert quarters["uniform"] == pytest.approx(0.25, abs=0.05)
+    assert quarters["logit-normal"] == pytest.approx(1 / (1 + math.exp(0.6745)), abs=0.03)
+
+
+def test_noise_and_times_belong_to_positions(config, tmp_path, tiny_model):
+    objective = stage(config, tmp_path).objectives[0]
+    objective.module.load_state_dict(Denoiser.load(str(tiny_model)).state_dict())  # one whose output is not zero
+    batch = batch_of(config, 6)
+    parts = [objective.loss(part, step)[0].item() for step, part in enumerate(batch.split(2))]
+    loss = objective.loss(batch, 9)[0].item()
+    assert sum(parts) / 3 == pytest.approx(loss, rel=1e-5)
+    moved = replace(batch, positions=batch.positions + 6)
+    assert objective.loss(moved, 0)[0].item() != pytest.approx(loss, rel=1e-4)
+
+
+def test_the_network_sees_whitened_latents_and_dropped_labels(config, tmp_path):
+    config = replace(config, class_dropout=0.3)
+    objective = stage(config, tmp_path).objectives[0]
+    seen = []
+    objective.module.register_forward_pre_hook(lambda module, arguments: seen.append(arguments))
+    batch = batch_of(config, 600)
+    objective.loss(batch, 0)
+    x, t, labels = seen[0]
+    latents = Autoencoder.load(config.autoencoder).encode(batch.pixels())
+    noise = randomness.normal(5, "noise", batch.positions, latents.shape[1:])
+    assert torch.allclose(x, path.interpolate(latents, noise, t), atol=1e-5)
+    dropped = labels == 3
+    assert torch.equal(labels[~dropped], batch.labels[~dropped])
+    assert dropped.float().mean().item() == pytest.approx(0.3, abs=0.06)
+    objective.loss(batch.split(200)[1], 0)
+    assert torch.equal(seen[1][2], labels[200:400])
+
+    for share, expected in ((0.0, 0), (0.1, 60)):
+        objective = stage(replace(config, class_dropout=share), tmp_path).objectives[0]
+        objective.module.register_forward_pre_hook(lambda module, arguments: seen.append(arguments))
+        objective.loss(batch, 0)
+        assert int((seen[-1][2] == 3).sum()) == pytest.approx(expected, abs=0.4 * expected)
+
+
+def test_without_classes_the_network_gets_no_labels(config, tmp_path, images):
+    flat = replace(config.data, source=images.replace("folder:", "flat:"))
+    config = replace(config, conditional=False, data=flat)
+    made = stage(config, tmp_path)
+    seen = []
+    made.objectives[0].module.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[2]))
+    made.objectives[0].loss(batch_of(config, 6), 0)
+    assert seen == [None]
+    Trainer(tmp_path, config.train, made.objectives, made.batches, ONE).fit()
+    made.export(tmp_path / "artifact")
+    assert load(str(tmp_path)).classes == ()
+
+
+def test_the_artifact_is_a_model_of_the_averages(config, tmp_path):
+    made = stage(config, tmp_path)
+    Trainer(tmp_path, config.train, made.objectives, made.batches, ONE).fit()
+    made.export(tmp_path / "artifact")
+    model = load(str(tmp_path))
+    averaged = made.objectives[0].averaged
+    assert all(torch.equal(a, b) for a, b in zip(model.denoiser.parameters(), averaged.parameters(), strict=True))
+    assert model.classes == ("blue", "green", "red")
+    assert model.denoiser.config.shift == pytest.approx(math.sqrt(16 * 4 * 4 / 4096))
+    assert sorted(path.name for path in (tmp_path / "artifact").iterdir()) == ["autoencoder", "denoiser", "encoder"]
+    images = torch.rand(1, 3, 16, 16)
+    assert torch.equal(model.autoencoder.encode(images), Autoencoder.load(config.autoencoder).encode(images))
+
+
+def test_all_blocks_are_units_of_compilation_and_sharding(config, tmp_path):
+    objective = stage(config, tmp_path).objectives[0]
+    assert isinstance(objective.module, Denoiser)
+    assert list(objective.blocks) == [*objective.module.blocks, *objective.module.head_blocks]
+    plain = stage(replace(config, denoiser=DenoiserSize(backbone=PART)), tmp_path).objectives[0]
+    assert isinstance(plain.module, Denoiser)
+    assert list(plain.blocks) == list(plain.module.blocks)
+    assert all(isinstance(block, nn.Module) for block in plain.blocks)
+
+
+def test_a_width_below_the_token_dimension_is_refused_with_the_bound(config, tmp_path):
+    narrow = replace(PART, width=8, heads=2)
+    size = DenoiserSize(backbone=PART, head=narrow)
+    with pytest.raises(
+        UserError, match=r"denoiser\.head\.width: 8 is below the token dimension 16\..* 0\.500 .*allow_narrow"
+    ):
+        stage(replace(config, denoiser=size), tmp_path)
+    stage(replace(config, denoiser=replace(size, allow_narrow=True)), tmp_path)
+
+
+def test_an_autoencoder_for_another_image_size_is_refused(config, tmp_path):
+    wrong = replace(config, data=replace(config.data, image_size=8))
+    with pytest.raises(UserError, match=r"data\.image_size: 8, but .* is for 16"):
+        stage(wrong, tmp_path)
+
+
+def test_a_source_without_classes_is_refused_if_they_are_needed(config, tmp_path, images):
+    flat = replace(config.data, source=images.replace("folder:", "flat:"))
+    with pytest.raises(UserError, match=r"data\.source: flat:.* has no classes; set --no-conditional"):
+        stage(replace(config, data=flat), tmp_path)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
+def test_a_class_dropout_that_is_no_share_is_refused(config, share):
+    with pytest.raises(UserError, match=rf"class_dropout: {share} "):
+        replace(config, class_dropout=share)
+
+
+def test_the_config_goes_through_json_strictly(config):
+    values = to_dict(config)
+    assert from_dict(GenerationConfig, values, "config.json") == config
+    values["denoiser"]["backbone"]["heds"] = 3
+    with pytest.raises(UserError, match=r"config\.json: denoiser\.backbone\.heds: "):
+        from_dict(GenerationConfig, values, "config.json")

@@ -1,0 +1,145 @@
+import math
+from dataclasses import replace
+from itertools import islice
+
+import pytest
+import torch
+from torch import Tensor
+
+from raekit.config import from_dict, to_dict
+from raekit.data.loader import Batch, DataConfig, Loader
+from raekit.distributed import World
+from raekit.errors import UserError
+from raekit.models.encoders import ViTConfig, load_encoder
+from raekit.stages.representation import RepresentationConfig, build
+from raekit.train.optim import OptimConfig
+from raekit.train.trainer import TrainConfig, Trainer
+
+ONE = World()
+VIT = ViTConfig(image_size=16, patch_size=4, width=16, depth=1, heads=2)
+
+
+@pytest.fixture
+def config(images) -> RepresentationConfig:
+    return RepresentationConfig(
+        data=DataConfig(source=images, image_size=16),
+        encoder=VIT,
+        decoder_width=16,
+        decoder_depth=1,
+        train=TrainConfig(steps=3, batch_size=6, precision="fp32"),
+        optim=OptimConfig(lr=1e-3),
+        ema=(0.5,),
+    )
+
+
+def stage(config: RepresentationConfig, tmp_path):
+    torch.manual_seed(0)
+    return build(config, tmp_path, ONE)
+
+
+def first_batch(config: RepresentationConfig) -> Batch:
+    return next(Loader(config.data, config.train.seed).stream(0, config.train.batch_size, ONE))
+
+
+def patches(images: Tensor) -> Tensor:
+    """Normalised patches (B, 16, 48) of images in [0, 1], by hand: rows of patches, each of rows of RGB pixels."""
+    pixels = (images - 0.5) / 0.5
+    return torch.stack(
+        [
+            pixels[:, :, 4 * y : 4 * y + 4, 4 * x : 4 * x + 4].permute(0, 2, 3, 1).flatten(1)
+            for y in range(4)
+            for x in range(4)
+        ],
+        dim=1,
+    )
+
+
+@pytest.mark.parametrize("visible_weight", [0.0, 0.5])
+def test_the_loss_compares_patches_each_standardised(config, tmp_path, visible_weight):
+    objective = stage(replace(config, visible_weight=visible_weight), tmp_path).objectives[0]
+    batch = first_batch(config)
+    seen: dict[str, Tensor] = {}
+
+    def watch(module, arguments, output):
+        seen.update(pixels=arguments[0], keep=arguments[1], predicted=output)
+
+    objective.module.register_forward_hook(watch)
+    loss, metrics = objective.loss(batch, 0)
+    assert torch.allclose(seen["pixels"], batch.pixels() * 2 - 1, atol=1e-6)
+    assert seen["keep"].shape == (6, 4)  # a quarter of 16
+    errors: dict[bool, list[float]] = {True: [], False: []}
+    for image, keep, predicted in zip(batch.pixels(), seen["keep"], seen["predicted"], strict=True):
+        assert len(set(keep.tolist())) == 4
+        for i, patch in enumerate(patches(image[None])[0]):
+            target = (patch - patch.mean()) / math.sqrt(patch.var(correction=0) + 1e-2)
+            errors[i in keep.tolist()].append((predicted[i] - target).square().mean().item())
+    visible, hidden = (sum(errors[key]) / len(errors[key]) for key in (True, False))
+    assert (len(errors[True]), len(errors[False])) == (6 * 4, 6 * 12)
+    assert loss.item() == pytest.approx(hidden + visible_weight * visible, rel=1e-5)
+    assert metrics["hidden"].item() == pytest.approx(hidden, rel=1e-5)
+    assert metrics["visible"].item() == pytest.approx(visible, rel=1e-5)
+
+
+def test_what_is_hidden_does_not_reach_the_encoder(config, tmp_path):
+    model = stage(config, tmp_path).objectives[0].module
+    pixels = torch.rand(1, 3, 16, 16)
+    other = pixels.clone()
+    other[:, :, 4:, :] = 0  # rows 4 to 15: all patches but the first four
+    keep = torch.tensor([[2, 0, 3]])
+    assert torch.equal(model(pixels, keep), model(other, keep))
+    other[:, :, :4, :] = 0
+    assert not torch.allclose(model(pixels, keep), model(other, keep))
+
+
+def test_masks_belong_to_positions(config, tmp_path):
+    objective = stage(config, tmp_path).objectives[0]
+    batch = first_batch(config)
+    parts = [objective.loss(part, step)[0] for step, part in enumerate(batch.split(2))]
+    assert torch.stack(parts).mean().item() == pytest.approx(objective.loss(batch, 7)[0].item(), rel=1e-5)
+    moved = replace(batch, positions=batch.positions + 6)
+    assert objective.loss(moved, 0)[0].item() != pytest.approx(objective.loss(batch, 0)[0].item(), rel=1e-4)
+    reseeded = stage(replace(config, train=replace(config.train, seed=1)), tmp_path).objectives[0]
+    assert reseeded.loss(batch, 0)[0].item() != pytest.approx(objective.loss(batch, 0)[0].item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("ema", [(0.5, 0.9), ()])
+def test_the_artifact_is_the_averaged_encoder(config, tmp_path, ema):
+    config = replace(config, ema=ema)
+    made = stage(config, tmp_path)
+    Trainer(tmp_path, config.train, made.objectives, made.batches, ONE).fit()
+    made.export(tmp_path / "artifact")
+    encoder = load_encoder(str(tmp_path))
+    averaged = made.objectives[0].averaged.get_submodule("encoder")
+    images = torch.rand(2, 3, 16, 16)
+    tokens = encoder(images)
+    assert torch.equal(tokens, averaged.eval()(images * 2 - 1).detach())
+    assert encoder.spec == VIT.spec
+    assert tokens.shape == (2, 16, 16)
+    assert tokens.mean(-1).abs().max() < 1e-5
+    assert [path.name for path in (tmp_path / "artifact").iterdir()] == ["encoder"]
+
+
+def test_batches_start_where_they_are_told(config, tmp_path):
+    made = stage(config, tmp_path)
+    straight = list(islice(made.batches(0), 8))  # more than an epoch of 30
+    assert torch.equal(straight[7].images, next(made.batches(42)).images)
+    assert straight[7].positions.tolist() == list(range(42, 48))
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1.0, -0.5, 0.01, 0.99, float("nan")])
+def test_a_mask_of_nothing_or_of_everything_is_refused(config, ratio):
+    with pytest.raises(UserError, match=rf"^mask_ratio: {ratio} "):
+        replace(config, mask_ratio=ratio)
+
+
+def test_images_of_another_size_than_the_encoders_are_refused(config):
+    with pytest.raises(UserError, match=r"data\.image_size: 8 differs from encoder\.image_size = 16"):
+        replace(config, data=replace(config.data, image_size=8))
+
+
+def test_the_config_goes_through_json_strictly(config):
+    values = to_dict(config)
+    assert from_dict(RepresentationConfig, values, "config.json") == config
+    values["encoder"]["widht"] = 3
+    with pytest.raises(UserError, match=r"config\.json: encoder\.widht: "):
+        from_dict(RepresentationConfig, values, "config.json")

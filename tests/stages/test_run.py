@@ -1,0 +1,246 @@
+"""Whole runs: a configuration goes in, an artifact comes out, however often it was stopped and by however many."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from raekit.config import to_dict
+from raekit.data.loader import DataConfig
+from raekit.distributed import World
+from raekit.errors import UserError
+from raekit.inference import load
+from raekit.models.denoiser import TransformerConfig
+from raekit.models.encoders import ViTConfig
+from raekit.stages.generation import DenoiserSize, GenerationConfig
+from raekit.stages.reconstruction import DecoderSize, ReconstructionConfig
+from raekit.stages.representation import RepresentationConfig
+from raekit.stages.run import StageConfig, build, train
+from raekit.train import checkpoint
+from raekit.train.optim import OptimConfig
+from raekit.train.tracking import read_metrics
+from raekit.train.trainer import TrainConfig
+
+ONE = World()
+NAMES = ("encoder", "decoder", "denoiser")
+KILL_RESUME = Path(__file__).parents[2] / "tools" / "kill_resume.py"
+KILLS = os.environ.get("RAEKIT_KILLS", "3")
+"""RAEKIT_KILLS=20 makes the test of resuming as long as the claim."""
+
+
+def configs(images: str, runs: Path, micro_batch: int | None = None) -> tuple[StageConfig, ...]:
+    """The three stages, each on the last one's run, all with every random choice that there is."""
+    data = DataConfig(source=images, image_size=16, crop="random", flip=True)
+    settings = TrainConfig(
+        steps=7, batch_size=8, micro_batch=micro_batch, precision="fp32", seed=4, log_every=1, checkpoint_every=3
+    )
+    optim = OptimConfig(lr=1e-3, final_lr=1e-4, warmup_steps=2, warmup_from_zero=True, decay="cosine", decay_end=7)
+    part = TransformerConfig(width=16, depth=1, heads=2)
+    shared: dict[str, Any] = {"data": data, "train": settings, "optim": optim, "ema": (0.8,)}
+    vit = ViTConfig(image_size=16, patch_size=4, width=16, depth=1, heads=2)
+    size = DecoderSize(width=16, depth=1, heads=2, hidden=32, patch_size=4)
+    return (
+        RepresentationConfig(encoder=vit, decoder_width=16, decoder_depth=1, **shared),
+        ReconstructionConfig(encoder=str(runs / "encoder"), decoder=size, **shared),
+        GenerationConfig(
+            autoencoder=str(runs / "decoder"),
+            denoiser=DenoiserSize(backbone=part, head=part, qk_norm=True),
+            time_law="logit-normal",
+            **shared,
+        ),
+    )
+
+
+def train_all(world: World, images: str, runs: Path, micro_batch: int | None = None) -> dict[str, list[float]]:
+    """The losses of all three, from rank zero's view as from any other's."""
+    losses: dict[str, list[float]] = {name: [] for name in NAMES}
+    for name, config in zip(NAMES, configs(images, runs, micro_batch), strict=True):
+        key = f"{name}/loss"
+        assert train(config, runs / name, world, lambda _, values, name=name, key=key: losses[name].append(values[key]))
+    return losses
+
+
+def artifact(run: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a run's artifact."""
+    folder = run / "artifact"
+    files = sorted(folder.rglob("*.safetensors"))
+    return {f"{path.relative_to(folder)} {key}": value for path in files for key, value in load_file(path).items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.fixture(scope="module")
+def alone(images, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[float]]]:
+    runs = tmp_path_factory.mktemp("alone")
+    return runs, train_all(ONE, images, runs)
+
+
+def test_three_stages_lead_from_images_to_a_model(alone):
+    runs, losses = alone
+    for name in NAMES:
+        assert [record["step"] for record in read_metrics(runs / name) if f"{name}/loss" in record] == list(range(1, 8))
+        assert len(losses[name]) == 7
+        assert [path.name for path in checkpoint.checkpoints(runs / name / "checkpoints")] == [
+            "step-00000006",
+            "step-00000007",
+        ]
+    model = load(str(runs / "denoiser"))
+    assert model.classes == ("blue", "green", "red")
+    assert model.autoencoder.decode(model.autoencoder.encode(torch.rand(2, 3, 16, 16))).shape == (2, 3, 16, 16)
+    # The encoder of the first run travels through the second into the third.
+    encoder = artifact(runs / "encoder")
+    assert all(torch.equal(artifact(runs / "denoiser")[key], value) for key, value in encoder.items())
+
+
+def test_the_same_config_gives_the_same_run(alone, images, tmp_path):
+    assert train_all(ONE, images, tmp_path) == alone[1]
+    assert all(same(artifact(tmp_path / name), artifact(alone[0] / name)) for name in NAMES)
+
+
+def test_initial_weights_depend_on_the_seed_alone(images, tmp_path):
+    config = configs(images, tmp_path)[0]
+
+    def weights(config: StageConfig) -> torch.Tensor:
+        torch.rand(3)
+        return build(config, tmp_path, ONE).objectives[0].module.get_parameter("encoder.embed.weight")
+
+    assert torch.equal(weights(config), weights(config))
+    assert not torch.equal(weights(config), weights(replace(config, train=replace(config.train, seed=5))))
+
+
+@pytest.fixture(scope="module")
+def two(images, run_ranks, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict]]:
+    runs = tmp_path_factory.mktemp("two")
+    return runs, run_ranks(in_two, 2, images, runs)
+
+
+def in_two(world: World, images: str, runs: Path) -> dict[str, dict[str, list[float]]]:
+    return {
+        how: train_all(world, images, runs / how, micro_batch) for how, micro_batch in (("plain", None), ("parts", 2))
+    }
+
+
+@pytest.mark.parametrize("how", ["plain", "parts"])
+def test_two_processes_train_every_stage_as_one(two, alone, how):
+    runs, ranks = two
+    for name in NAMES:
+        assert ranks[0][how][name] == ranks[1][how][name]
+        assert ranks[0][how][name] == pytest.approx(alone[1][name], rel=1e-5)
+        found, expected = artifact(runs / how / name), artifact(alone[0] / name)
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            torch.testing.assert_close(
+                found[key], value, rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}"
+            )
+
+
+def test_one_process_accumulates_in_every_stage(alone, images, tmp_path):
+    losses = train_all(ONE, images, tmp_path, micro_batch=2)
+    for name in NAMES:
+        assert losses[name] == pytest.approx(alone[1][name], rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", range(3), ids=NAMES)
+def test_a_stopped_run_goes_on_exactly_within_an_epoch(alone, images, tmp_path, stage):
+    """An epoch is 30 images, a step 8: steps 2 and 5 are within the first and the second."""
+    name, config = NAMES[stage], configs(images, alone[0])[stage]
+    for last in (2, 5, 7):
+
+        def stop(step: int, values: dict[str, float], last: int = last) -> None:
+            if step == last:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        assert train(config, tmp_path, ONE, stop) == (last == 7)
+        assert checkpoint.checkpoints(tmp_path / "checkpoints")[-1].name == f"step-{last:08d}"
+        assert same(artifact(tmp_path), artifact(alone[0] / name)) == (last == 7)
+    losses = [record[f"{name}/loss"] for record in read_metrics(tmp_path) if f"{name}/loss" in record]
+    assert losses == alone[1][name]
+
+
+def test_a_run_keeps_its_config_and_refuses_another(alone, images, tmp_path):
+    config = configs(images, alone[0])[1]
+    assert isinstance(config, ReconstructionConfig)
+    short = replace(config, train=replace(config.train, steps=1))
+    train(short, tmp_path, ONE)
+    text = (tmp_path / "config.json").read_text()
+    assert json.loads(text) == to_dict(short)
+    before = artifact(tmp_path)
+    changed = replace(short, noise=0.25, optim=replace(short.optim, lr=1.0))
+    with pytest.raises(UserError) as error:
+        train(changed, tmp_path, ONE)
+    lines = str(error.value).splitlines()
+    assert lines[0] == f"{tmp_path}: belongs to another configuration:"
+    assert lines[1:3] == ["  noise: 0.8 -> 0.25", "  optim.lr: 0.001 -> 1.0"]
+    assert lines[3] == "Choose another --run, or undo these"
+    assert (tmp_path / "config.json").read_text() == text
+    assert same(artifact(tmp_path), before)
+
+
+def test_a_run_killed_while_its_config_was_written_begins_anew(alone, images, tmp_path):
+    config = configs(images, alone[0])[0]
+    (tmp_path / "config.json.partial").write_text('{"stage": "rep')
+    short = replace(config, train=replace(config.train, steps=1))
+    assert train(short, tmp_path, ONE)
+    assert not (tmp_path / "config.json.partial").exists()
+
+
+def test_a_truncated_checkpoint_is_named_and_the_one_before_it_serves(alone, images, tmp_path):
+    config = configs(images, alone[0])[0]
+    train(config, tmp_path, ONE)
+    newest = tmp_path / "checkpoints" / "step-00000007"
+    data = next(newest.glob("*.distcp"))
+    data.write_bytes(data.read_bytes()[:1000])
+    with pytest.raises(UserError, match=rf"^{newest}: damaged .* remove this folder"):
+        train(config, tmp_path, ONE)
+    for path in newest.iterdir():
+        path.unlink()
+    newest.rmdir()
+    steps = []
+    assert train(config, tmp_path, ONE, lambda step, values: steps.append(step))
+    assert steps == [7]
+    assert same(artifact(tmp_path), artifact(alone[0] / "encoder"))
+
+
+def test_a_full_disk_stops_a_run_that_goes_on_once_there_is_space(alone, images, full_disk):
+    config = configs(images, alone[0])[0]
+    run, filler = full_disk / "run", full_disk / "filler"
+
+    def fill(step: int, values: dict[str, float]) -> None:
+        if step == 4:
+            with suppress(OSError), filler.open("wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(4096))
+
+    with pytest.raises(UserError, match=rf"^{run}/.*No space left on device.*"):
+        train(config, run, ONE, fill)
+    assert [path.name for path in checkpoint.checkpoints(run / "checkpoints")] == ["step-00000003"]
+    filler.unlink()
+    assert train(config, run, ONE)
+    assert same(artifact(run), artifact(alone[0] / "encoder"))
+    losses = [record["encoder/loss"] for record in read_metrics(run) if "encoder/loss" in record]
+    assert losses == alone[1]["encoder"]
+
+
+def test_killed_at_random_moments_a_run_ends_the_same_to_the_bit(images, tmp_path):
+    small = {"--train.steps": 40, "--train.batch-size": 6, "--train.checkpoint-every": 3, "--train.precision": "fp32"}
+    small |= {"--data.source": images, "--data.image-size": 16, "--encoder.image-size": 16, "--encoder.patch-size": 4}
+    small |= {"--encoder.width": 16, "--encoder.depth": 1, "--encoder.heads": 2, "--decoder-width": 16}
+    arguments = ["emoji_encoder", *(str(x) for pair in small.items() for x in pair)]
+    command = [sys.executable, str(KILL_RESUME), "--kills", KILLS, "--folder", str(tmp_path), "--", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(
+        rf"OK: {KILLS} kills, \d run\(s\), and all \d\d\d+ values are identical to the bit\n$", done.stdout
+    )

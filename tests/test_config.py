@@ -1,0 +1,111 @@
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raekit.config import configclass, differences, from_dict, read_json, to_dict, to_json
+from raekit.errors import UserError
+
+
+@configclass
+class Inner:
+    width: int
+    rate: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.width < 1:
+            raise UserError(f"width: {self.width} must be positive")
+
+
+@configclass
+class Outer:
+    name: str
+    inner: Inner
+    grid: tuple[int, int] = (4, 4)
+    law: Literal["uniform", "logit-normal"] = "uniform"
+    head: Inner | None = None
+
+
+CONFIG = Outer(name="a", inner=Inner(width=3), grid=(2, 5), head=Inner(width=4, rate=1e-8))
+
+
+def test_configurations_are_frozen_and_keyword_only():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        CONFIG.name = "b"  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(TypeError):
+        Inner(3)  # pyright: ignore[reportCallIssue]
+
+
+def test_json_round_trip():
+    values = json.loads(to_json(to_dict(CONFIG)))
+    assert values["grid"] == [2, 5]
+    assert from_dict(Outer, values, "here") == CONFIG
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False))
+def test_numbers_survive_exactly(rate: float):
+    assert from_dict(Inner, json.loads(to_json(to_dict(Inner(width=1, rate=rate)))), "here").rate == rate
+
+
+def changed(**changes: Any) -> dict[str, Any]:
+    return to_dict(CONFIG) | changes
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (changed(widht=3), "here: widht: "),
+        (changed(inner={"width": 3, "rat": 1}), r"here: inner.rat: "),
+        (changed(inner={"width": "wide"}), r"here: inner.width: "),
+        (changed(inner={}), r"here: inner.width: Field required"),
+        (changed(law="normal"), r"here: law: .*'uniform' or 'logit-normal'"),
+        (changed(grid=[1, 2, 3]), r"here: grid"),
+        (None, r"here: Outer: "),
+        ([], r"here: Outer: "),
+    ],
+)
+def test_faults_name_their_field(values: Any, message: str):
+    with pytest.raises(UserError, match=message):
+        from_dict(Outer, values, "here")
+
+
+def test_all_faults_are_told_at_once():
+    with pytest.raises(UserError, match=r"law: .*; extra: "):
+        from_dict(Outer, changed(law=3, extra=1), "here")
+
+
+def test_invariants_speak_for_themselves():
+    with pytest.raises(UserError, match=r"^width: 0 must be positive$"):
+        from_dict(Outer, changed(inner={"width": 0}), "here")
+
+
+def test_files(tmp_path: Path):
+    path = tmp_path / "config.json"
+    with pytest.raises(UserError, match=f"{path}: no such file"):
+        read_json(path)
+    path.write_text(to_json(to_dict(CONFIG)))
+    assert read_json(path) == to_dict(CONFIG)
+    path.write_text(path.read_text()[:-10])
+    with pytest.raises(UserError, match=f"{path}: not valid JSON"):
+        read_json(path)
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match=f"{path}: not valid JSON"):
+        read_json(path)
+
+
+def test_differences():
+    old, new = to_dict(CONFIG), changed(name="b", inner={"width": 3, "rate": 0.2}, head=None)
+    assert set(differences(old, new)) == {
+        'name: "a" -> "b"',
+        "inner.rate: 0.1 -> 0.2",
+        'head: {"width": 4, "rate": 1e-08} -> null',
+    }
+    assert list(differences(old, to_dict(CONFIG))) == []
+
+
+def test_differences_of_fields_on_one_side():
+    assert list(differences({"a": 1}, {"b": 2})) == ["a: 1 -> null", "b: null -> 2"]

@@ -1,0 +1,52 @@
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from raekit.demo import PER_CLASS, run_demo
+from raekit.errors import UserError
+
+
+def silent(what: str, done: int, total: int, text: str = "", unit: int = 1) -> None:
+    assert 0 <= done <= total
+
+
+def test_quick_demo_goes_on_after_an_interrupt_and_writes_a_whole_report(tmp_path: Path):
+    command = [sys.executable, "-m", "raekit", "demo", "--quick", "--run", str(tmp_path)]
+    first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "decoder" / "metrics.jsonl").is_file() and first.poll() is None:
+        time.sleep(0.2)
+    time.sleep(3)
+    first.send_signal(signal.SIGINT)
+    _, errors = first.communicate(timeout=120)
+    assert first.returncode == 130, errors
+    assert list((tmp_path / "decoder" / "checkpoints").glob("step-*"))
+
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "report.html" in done.stdout
+
+    html = (tmp_path / "report.html").read_text()
+    assert len(re.findall(r'src="data:image/png;base64,', html)) == 5  # samples, guided, reconstructions, two curves
+    assert not re.search(r'(src|href)="http', html)
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert set(scores) >= {"held-out images", "training images", "reconstructions", "decoded noise", "samples"}
+    assert all(row in html for row in scores)
+    # Even a minute of training brings reconstructions far closer to real images than decoded noise is.
+    assert scores["reconstructions"]["fd_vit_tiny"] < scores["decoded noise"]["fd_vit_tiny"]
+    with Image.open(tmp_path / "pictures" / "samples.png") as picture:
+        assert picture.size == (PER_CLASS * 66 + 2, 9 * 66 + 2)
+
+    with pytest.raises(UserError, match="--quick"):
+        run_demo(tmp_path, minutes=3, quick=False, progress=silent)
+
+
+def test_plan_refuses_no_time(tmp_path: Path):
+    with pytest.raises(UserError, match="--minutes"):
+        run_demo(tmp_path, minutes=0, quick=False, progress=silent)

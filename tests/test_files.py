@@ -1,0 +1,66 @@
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from raekit.errors import UserError
+from raekit.files import whole
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_appears_when_it_is_whole(tmp_path):
+    path = tmp_path / "new" / "file.txt"
+    with whole(path) as partial:
+        partial.write_text("one")
+        assert not path.exists()
+    assert path.read_text() == "one"
+    with whole(path) as partial:
+        partial.write_text("two")
+        assert path.read_text() == "one"
+    assert path.read_text() == "two"
+    assert names(path.parent) == ["file.txt"]
+
+
+def test_a_folder_takes_the_place_of_another(tmp_path):
+    path = tmp_path / "folder"
+    for name in ("old", "new"):
+        with whole(path) as partial:
+            partial.mkdir()
+            (partial / name).touch()
+    assert names(tmp_path) == ["folder"]
+    assert names(path) == ["new"]
+
+
+def test_what_a_killed_process_left_is_written_over(tmp_path):
+    path = tmp_path / "folder"
+    with whole(path) as partial:
+        partial.mkdir()
+    partial.mkdir()
+    (partial / "torn").touch()
+    with whole(path) as partial:
+        partial.mkdir()
+        (partial / "good").touch()
+    assert names(path) == ["good"]
+
+
+def test_an_error_leaves_what_was_there(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("good")
+    with pytest.raises(UnicodeEncodeError), whole(path) as partial:
+        partial.write_text("half \ud800", encoding="utf-8")
+    assert path.read_text() == "good"
+
+
+def test_a_full_disk_is_one_message_that_names_the_file(full_disk):
+    path = full_disk / "file.txt"
+    path.write_text("good")
+    with pytest.raises(UserError, match=rf"^{path}: could not be written \(No space"), whole(path) as partial:
+        partial.write_bytes(bytes(2**23))
+    with pytest.raises(UserError, match=rf"^{path}: could not be written \(.*No space"), whole(path) as partial:
+        save_file({"x": torch.rand(2**21)}, partial)
+    assert path.read_text() == "good"
+    assert names(full_disk) == ["file.txt"]

@@ -1,0 +1,507 @@
+"""The arithmetic of the published networks, written from the spec on their own state dicts, against ours."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from raekit.errors import UserError
+from raekit.models.decoder import Decoder
+from raekit.models.denoiser import Denoiser, DenoiserConfig, TransformerConfig
+from raekit.published import (
+    decoder_config,
+    decoder_state,
+    denoiser_config,
+    denoiser_state,
+    statistics,
+    unwrap,
+)
+from raekit.weights import load_strict
+from tests.reference import check, state_dict
+
+State = dict[str, Tensor]
+
+DIT = {
+    "input_size": 4,
+    "patch_size": 2,
+    "in_channels": 6,
+    "hidden_size": 32,
+    "depth": 2,
+    "num_heads": 4,
+    "num_classes": 3,
+    "use_qknorm": True,
+}
+DIT_DH = {
+    "input_size": 3,
+    "patch_size": 1,
+    "in_channels": 10,
+    "hidden_size": [24, 48],
+    "depth": [2, 1],
+    "num_heads": [2, 3],
+    "num_classes": 4,
+    "use_qknorm": True,
+    "mlp_ratio": 3.0,
+}
+
+
+def denoiser_shapes(values: dict[str, Any], classes: int | None = None) -> dict[str, list[int]]:
+    """Names and shapes of a published denoiser (spec 7.3)."""
+    c, p, side = values["in_channels"], values["patch_size"], values["input_size"] // values["patch_size"]
+    wide = isinstance(values["hidden_size"], list)
+    widths, depths, heads = (
+        value if wide else [value] for value in (values["hidden_size"], values["depth"], values["num_heads"])
+    )
+    d, last = widths[0], widths[-1]
+    shapes: dict[str, list[int]] = {"pos_embed": [1, side**2, d]}
+    embeds = {"s_embedder": d, "x_embedder": last} if wide else {"x_embedder": d}
+    for name, width in embeds.items():
+        shapes |= {f"{name}.proj.weight": [width, c, p, p], f"{name}.proj.bias": [width]}
+    if wide and d != last:
+        shapes |= {"s_projector.weight": [last, d], "s_projector.bias": [last]}
+    shapes |= {"t_embedder.W": [256]} | matrix("t_embedder.mlp.0", d, 512) | matrix("t_embedder.mlp.2", d, d)
+    shapes["y_embedder.embedding_table.weight"] = [classes or values["num_classes"] + 1, d]
+    for name, width, count in zip(("enc_", "dec_") if wide else ("",), widths, heads, strict=True):
+        shapes |= {f"{name}feat_rope.freqs_{f}": [side**2, width // count] for f in ("cos", "sin")}
+    parts = [(width, count) for width, depth, count in zip(widths, depths, heads, strict=True) for _ in range(depth)]
+    for i, (width, count) in enumerate(parts):
+        hidden = int(2 / 3 * int(width * values.get("mlp_ratio", 4.0)))
+        block = {"norm1.weight": [width], "norm2.weight": [width]}
+        block |= matrix("attn.qkv", 3 * width, width) | matrix("attn.proj", width, width)
+        block |= matrix("mlp.w12", 2 * hidden, width) | matrix("mlp.w3", width, hidden)
+        block |= matrix("adaLN_modulation.1", 6 * width, width)
+        if values.get("use_qknorm"):
+            block |= {"attn.q_norm.weight": [width // count], "attn.k_norm.weight": [width // count]}
+        shapes |= {f"blocks.{i}.{name}": shape for name, shape in block.items()}
+    final = (
+        {"norm_final.weight": [last]} | matrix("linear", p * p * c, last) | matrix("adaLN_modulation.1", 2 * last, last)
+    )
+    return shapes | {f"final_layer.{name}": shape for name, shape in final.items()}
+
+
+def matrix(name: str, out: int, into: int) -> dict[str, list[int]]:
+    return {f"{name}.weight": [out, into], f"{name}.bias": [out]}
+
+
+def linear(state: State, name: str, x: Tensor) -> Tensor:
+    return x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
+
+
+def rms(x: Tensor, weight: Tensor) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+
+
+def turned(x: Tensor, state: State, rope: str) -> Tensor:
+    quarter_turn = torch.stack([-x[..., 1::2], x[..., 0::2]], -1).flatten(-2)
+    return x * state[f"{rope}.freqs_cos"] + quarter_turn * state[f"{rope}.freqs_sin"]
+
+
+def block(state: State, index: int, heads: int, rope: str, x: Tensor, c: Tensor) -> Tensor:
+    name = f"blocks.{index}"
+    m = linear(state, f"{name}.adaLN_modulation.1", F.silu(c)).chunk(6, -1)
+    q, k, v = (
+        part.unflatten(-1, (heads, -1)).transpose(1, 2)
+        for part in linear(state, f"{name}.attn.qkv", rms(x, state[f"{name}.norm1.weight"]) * (1 + m[1]) + m[0]).chunk(
+            3, -1
+        )
+    )
+    if f"{name}.attn.q_norm.weight" in state:
+        q, k = rms(q, state[f"{name}.attn.q_norm.weight"]), rms(k, state[f"{name}.attn.k_norm.weight"])
+    q, k = turned(q, state, rope), turned(k, state, rope)
+    out = ((q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1) @ v).transpose(1, 2).flatten(2)
+    x = x + m[2] * linear(state, f"{name}.attn.proj", out)
+    gate, value = linear(state, f"{name}.mlp.w12", rms(x, state[f"{name}.norm2.weight"]) * (1 + m[4]) + m[3]).chunk(
+        2, -1
+    )
+    return x + m[5] * linear(state, f"{name}.mlp.w3", F.silu(gate) * value)
+
+
+def published_denoiser(state: State, values: dict[str, Any], x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    """Spec 2.3 and 2.4 in float64."""
+    state = {key: value.double() for key, value in state.items()}
+    x, p, wide = x.double(), values["patch_size"], isinstance(values["hidden_size"], list)
+
+    def embed(name: str) -> Tensor:
+        return F.conv2d(x, state[f"{name}.proj.weight"], state[f"{name}.proj.bias"], stride=p).flatten(2).mT
+
+    angles = 2 * math.pi * t.double()[:, None] * state["t_embedder.W"]
+    time = linear(state, "t_embedder.mlp.0", torch.cat([angles.sin(), angles.cos()], -1))
+    time = linear(state, "t_embedder.mlp.2", F.silu(time))[:, None]
+    c = time + state["y_embedder.embedding_table.weight"][y][:, None]
+    if wide:
+        c = F.silu(c)
+        (depth, head_depth), (heads, head_heads) = values["depth"], values["num_heads"]
+        s = embed("s_embedder") + state["pos_embed"]
+        for i in range(depth):
+            s = block(state, i, heads, "enc_feat_rope", s, c)
+        c = F.silu(s + time)
+        c = linear(state, "s_projector", c) if "s_projector.weight" in state else c
+        tokens = embed("x_embedder")
+        for i in range(depth, depth + head_depth):
+            tokens = block(state, i, head_heads, "dec_feat_rope", tokens, c)
+    else:
+        tokens = embed("x_embedder") + state["pos_embed"]
+        for i in range(values["depth"]):
+            tokens = block(state, i, values["num_heads"], "feat_rope", tokens, c)
+    shift, scale = linear(state, "final_layer.adaLN_modulation.1", F.silu(c)).chunk(2, -1)
+    out = linear(state, "final_layer.linear", rms(tokens, state["final_layer.norm_final.weight"]) * (1 + scale) + shift)
+    side = values["input_size"] // p
+    out = out.view(len(x), side, side, p, p, -1)
+    return torch.einsum("bhwpqc->bchpwq", out).reshape(x.shape)
+
+
+def inputs(values: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    side = values["input_size"]
+    return torch.randn(3, values["in_channels"], side, side), torch.tensor([0.1, 0.5, 0.95]), torch.tensor([0, 2, 1])
+
+
+OPTIONS = pytest.mark.parametrize(
+    "values",
+    [
+        DIT,
+        DIT | {"use_qknorm": False, "patch_size": 1, "mlp_ratio": 2.5, "hidden_size": 36, "num_heads": 3},
+        DIT_DH,
+        DIT_DH | {"hidden_size": [48, 48], "num_heads": [4, 2]},
+        DIT_DH | {"hidden_size": [8, 8], "num_heads": [1, 2]},
+    ],
+    ids=[
+        "DiT, patches of 2, QK-norm",
+        "DiT, odd sizes",
+        "DiT-DH, QK-norm",
+        "DiT-DH without projector",
+        "narrow DiT-DH",
+    ],
+)
+
+
+@OPTIONS
+def test_denoiser_agrees_with_the_published_arithmetic(values: dict[str, Any]):
+    state = state_dict(denoiser_shapes(values))
+    config = denoiser_config(values)
+    model = Denoiser(config).eval()
+    load_strict(model, denoiser_state(state, config), "test")
+    x, t, y = inputs(values)
+    expected = published_denoiser(state, values, x, t, y)
+    assert (model(x, t, y) - expected).norm() < 1e-5 * expected.norm()
+
+
+@OPTIONS
+def test_reference_cases_with_other_options(values: dict[str, Any], tmp_path: Path):
+    shapes = denoiser_shapes(values)
+    x, t, y = inputs(values)
+    v = published_denoiser(state_dict(shapes), values, x, t, y)
+    kind = "ditdh" if isinstance(values["hidden_size"], list) else "dit"
+    config = json.dumps(values | {"kind": kind, "shapes": shapes})
+    np.savez(tmp_path / "case.npz", config=config, x=x, t=t, y=y, v=v.float())
+    assert [line[:2] for line in check(tmp_path / "case.npz")] == [("ok", "v")]
+
+
+def test_network_without_class_dropout_gets_a_zero_null_class():
+    values = DIT | {"class_dropout_prob": 0.0}
+    config = denoiser_config(values)
+    ours = denoiser_state(state_dict(denoiser_shapes(values, classes=3)), config)
+    model = Denoiser(config)
+    load_strict(model, ours, "test")
+    assert not ours["label.weight"][3].any()
+    assert ours["label.weight"][:3].any(1).all()
+
+
+def test_released_sizes_fit_by_name_and_shape():
+    values = {
+        "input_size": 16,
+        "patch_size": 1,
+        "in_channels": 768,
+        "hidden_size": [1152, 2048],
+        "depth": [28, 2],
+        "num_heads": [16, 16],
+    }
+    shapes = denoiser_shapes({**values, "num_classes": 1000})
+    assert len(shapes) == 382
+    with torch.device("meta"):
+        state = {k: torch.empty(v) for k, v in shapes.items() if k != "pos_embed" and "freqs" not in k}
+        model = Denoiser(denoiser_config(values))
+    load_strict(model, denoiser_state(state, model.config), "test")
+
+
+def test_denoiser_config():
+    assert denoiser_config(DIT_DH) == DenoiserConfig(
+        channels=10,
+        grid=(3, 3),
+        backbone=TransformerConfig(width=24, depth=2, heads=2),
+        head=TransformerConfig(width=48, depth=1, heads=3),
+        num_classes=4,
+        mlp_ratio=3.0,
+        qk_norm=True,
+    )
+    assert denoiser_config(DIT_DH | {"num_heads": 2, "patch_size": [1, 1]}).head == TransformerConfig(
+        width=48, depth=1, heads=2
+    )
+    assert denoiser_config(DIT).head is None
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (DIT | {"use_swiglu": False}, "use_swiglu"),
+        (DIT_DH | {"use_rope": False}, "use_rope"),
+        (DIT_DH | {"use_rmsnorm": False}, "use_rmsnorm"),
+        (DIT | {"wo_shift": True}, "wo_shift"),
+        (DIT_DH | {"use_pos_embed": False}, "use_pos_embed"),
+        (DIT_DH | {"patch_size": 2}, "patch_size = 2 is not supported with a wide head"),
+        (DIT_DH | {"patch_size": [1, 2]}, "patch_size"),
+        (DIT_DH | {"depth": 3}, "hidden_size and depth must both be pairs"),
+        (DIT | {"learn_sigma": True}, "learn_sigma"),
+        ({k: v for k, v in DIT.items() if k != "depth"}, "depth"),
+        (DIT | {"num_heads": 3}, "heads = 3"),
+    ],
+)
+def test_what_we_do_not_build_is_refused_by_name(values: dict[str, Any], message: str):
+    with pytest.raises(UserError, match=message):
+        denoiser_config(values)
+
+
+def load_denoiser(changes: dict[str, Tensor | None], values: dict[str, Any] = DIT_DH) -> None:
+    config = denoiser_config(values)
+    state = state_dict(denoiser_shapes(values)) | changes
+    load_strict(Denoiser(config), denoiser_state({k: v for k, v in state.items() if v is not None}, config), "test.pt")
+
+
+def table(name: str, values: dict[str, Any] = DIT_DH) -> Tensor:
+    return state_dict({name: denoiser_shapes(values)[name]})[name]
+
+
+def test_fixed_tables_may_be_left_out_or_rounded():
+    load_denoiser({"pos_embed": None, "enc_feat_rope.freqs_cos": None, "dec_feat_rope.freqs_sin": None})
+    load_denoiser({"pos_embed": table("pos_embed").bfloat16()})
+
+
+@pytest.mark.parametrize("name", ["pos_embed", "enc_feat_rope.freqs_cos", "dec_feat_rope.freqs_sin"])
+def test_another_table_is_refused(name: str):
+    right = table(name)
+    side = right.unflatten(-2, (3, 3))
+    transposed = side.transpose(-3, -2).flatten(-3, -2)
+    for wrong in (right + 0.01, transposed, right.flip(-1)):
+        with pytest.raises(UserError, match=f"{name}: not the fixed sine-cosine table"):
+            load_denoiser({name: wrong})
+    with pytest.raises(UserError, match=f"{name}: is .* for the configured grid"):
+        load_denoiser({name: torch.cat([right, right], -2)})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"t_embedder.W": None}, "missing time.frequencies"),
+        ({"blocks.2.attn.qkv.bias": None}, "missing head_blocks.0.attention.qkv.bias"),
+        ({"extra.weight": torch.ones(1)}, "unexpected extra.weight"),
+        ({"blocks.3.norm1.weight": torch.ones(48)}, "unexpected head_blocks.1.norm1.weight"),
+        ({"blocks.0.attn.qkv.weight": torch.ones(71, 24)}, r"blocks.0.attention.qkv.weight is \(71, 24\)"),
+        ({"x_embedder.proj.weight": torch.ones(48, 10, 2, 2)}, r"head_embed.weight is \(48, 40\), expected \(48, 10\)"),
+        ({"y_embedder.embedding_table.weight": torch.ones(7, 24)}, r"label.weight is \(7, 24\), expected \(5, 24\)"),
+    ],
+)
+def test_denoiser_is_read_strictly(changes: dict[str, Tensor | None], message: str):
+    with pytest.raises(UserError, match=f"test.pt: the weights do not fit Denoiser: .*{message}"):
+        load_denoiser(changes)
+
+
+# The decoder.
+
+DECODER = {
+    "model_type": "vit_mae",
+    "hidden_size": 999,
+    "image_size": 999,
+    "patch_size": 999,
+    "decoder_hidden_size": 24,
+    "decoder_intermediate_size": 40,
+    "decoder_num_attention_heads": 3,
+    "decoder_num_hidden_layers": 2,
+    "layer_norm_eps": 1e-12,
+    "hidden_act": "gelu",
+    "qkv_bias": True,
+    "num_channels": 3,
+}
+DECODER_CONFIG = decoder_config(DECODER, token_dim=10, grid=(3, 3), patch_size=4)
+
+
+def decoder_shapes() -> dict[str, list[int]]:
+    shapes: dict[str, list[int]] = {"decoder_pos_embed": [1, 10, 24], "trainable_cls_token": [1, 1, 24]}
+    shapes |= matrix("decoder_embed", 24, 10) | matrix("decoder_pred", 48, 24)
+    norms = ["decoder_norm"]
+    for i in range(2):
+        name = f"decoder_layers.{i}"
+        for part in ("query", "key", "value"):
+            shapes |= matrix(f"{name}.attention.attention.{part}", 24, 24)
+        shapes |= matrix(f"{name}.attention.output.dense", 24, 24)
+        shapes |= matrix(f"{name}.intermediate.dense", 40, 24) | matrix(f"{name}.output.dense", 24, 40)
+        norms += [f"{name}.layernorm_before", f"{name}.layernorm_after"]
+    return shapes | {f"{norm}.{kind}": [24] for norm in norms for kind in ("weight", "bias")}
+
+
+def published_decoder(state: State, latents: Tensor) -> Tensor:
+    """Spec 1.5 in float64."""
+    state = {key: value.double() for key, value in state.items()}
+
+    def norm(name: str, x: Tensor) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        return (
+            centred / (centred.square().mean(-1, keepdim=True) + 1e-12).sqrt() * state[f"{name}.weight"]
+            + state[f"{name}.bias"]
+        )
+
+    x = linear(state, "decoder_embed", latents.double().flatten(2).mT)
+    if x.shape[1] != 9:
+        square = x.mT.unflatten(2, (math.isqrt(x.shape[1]), -1))
+        x = F.interpolate(square, (3, 3), mode="bilinear", align_corners=False).flatten(2).mT
+    x = torch.cat([state["trainable_cls_token"].expand(len(x), -1, -1), x], 1) + state["decoder_pos_embed"]
+    for i in range(2):
+        name = f"decoder_layers.{i}"
+        y = norm(f"{name}.layernorm_before", x)
+        q, k, v = (
+            linear(state, f"{name}.attention.attention.{part}", y).unflatten(-1, (3, -1)).transpose(1, 2)
+            for part in ("query", "key", "value")
+        )
+        out = ((q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1) @ v).transpose(1, 2).flatten(2)
+        x = x + linear(state, f"{name}.attention.output.dense", out)
+        hidden = linear(state, f"{name}.intermediate.dense", norm(f"{name}.layernorm_after", x))
+        x = x + linear(state, f"{name}.output.dense", hidden / 2 * (1 + torch.erf(hidden / math.sqrt(2))))
+    out = linear(state, "decoder_pred", norm("decoder_norm", x))[:, 1:].view(-1, 3, 3, 4, 4, 3)
+    return torch.einsum("bhwpqc->bchpwq", out).reshape(-1, 3, 12, 12)
+
+
+@pytest.mark.parametrize("side", [3, 5])
+def test_decoder_agrees_with_the_published_arithmetic(side: int, tmp_path: Path):
+    state = state_dict(decoder_shapes())
+    model = Decoder(DECODER_CONFIG).eval()
+    load_strict(model, decoder_state(state, DECODER_CONFIG), "test")
+    latents = torch.randn(2, 10, side, side)
+    expected = published_decoder(state, latents)
+    assert (model(latents) - expected).norm() < 1e-5 * expected.norm()
+    case = {"kind": "decoder", "token_dim": 10, "grid": 3, "decoder_hidden_size": 24, "layers": 2, "heads": 3}
+    case |= {"intermediate": 40, "patch": 4, "layer_norm_eps": 1e-12, "shapes": decoder_shapes()}
+    np.savez(tmp_path / "case.npz", config=json.dumps(case), z=latents, img=expected.float())
+    assert [line[:2] for line in check(tmp_path / "case.npz")] == [("ok", "img")]
+
+
+def load_decoder(changes: dict[str, Tensor | None]) -> None:
+    state = state_dict(decoder_shapes()) | changes
+    ours = decoder_state({k: v for k, v in state.items() if v is not None}, DECODER_CONFIG)
+    load_strict(Decoder(DECODER_CONFIG), ours, "model.pt")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"decoder_norm.bias": None}, "missing norm.bias"),
+        ({"decoder_layers.1.attention.attention.key.bias": None}, "missing blocks.1.attention.qkv.bias"),
+        ({"mask_token": torch.ones(1)}, "unexpected mask_token"),
+        ({"decoder_layers.2.layernorm_before.bias": torch.ones(24)}, "unexpected blocks.2.norm1.bias"),
+        ({"trainable_cls_token": torch.ones(1, 1, 20)}, r"cls_token is \(20,\)"),
+    ],
+)
+def test_decoder_is_read_strictly(changes: dict[str, Tensor | None], message: str):
+    with pytest.raises(UserError, match=f"model.pt: the weights do not fit Decoder: .*{message}"):
+        load_decoder(changes)
+
+
+def test_decoder_of_another_grid_is_refused():
+    with pytest.raises(UserError, match=r"decoder_pos_embed: is \(1, 17, 24\), expected \(1, 10, 24\)"):
+        load_decoder({"decoder_pos_embed": torch.zeros(1, 17, 24)})
+    with pytest.raises(UserError, match="decoder_pos_embed: not the fixed sine-cosine table"):
+        load_decoder({"decoder_pos_embed": torch.zeros(1, 10, 24)})
+    load_decoder({"decoder_pos_embed": None})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_act": "relu"}, "hidden_act = 'relu' is not supported, only 'gelu'"),
+        ({"qkv_bias": False}, "qkv_bias = False"),
+        ({"num_channels": 4}, "num_channels = 4"),
+        ({"decoder_hidden_size": "wide"}, "decoder config: width"),
+        ({"decoder_num_attention_heads": 5}, "decoder.heads = 5"),
+    ],
+)
+def test_impossible_decoder_configurations_are_named(changes: dict[str, Any], message: str):
+    with pytest.raises(UserError, match=message):
+        decoder_config(DECODER | changes, 10, (3, 3), 4)
+
+
+def test_incomplete_decoder_configuration_is_named():
+    with pytest.raises(UserError, match="decoder_intermediate_size, layer_norm_eps missing"):
+        decoder_config(
+            {k: v for k, v in DECODER.items() if k not in ("decoder_intermediate_size", "layer_norm_eps")},
+            10,
+            (3, 3),
+            4,
+        )
+
+
+# Statistics and checkpoints.
+
+
+def test_statistics():
+    mean, var = torch.randn(2, 3, 3), torch.rand(2, 3, 3).double()
+    got = statistics({"mean": mean, "var": var})
+    assert got[0] is not None
+    assert torch.equal(got[0], mean)
+    assert torch.equal(got[1], var.float())
+    assert statistics({"mean": None, "var": var})[0] is None
+    assert statistics({"var": var})[0] is None
+
+
+def test_another_eps_goes_into_the_variance():
+    var = torch.rand(2, 3, 3)
+    assert torch.allclose(statistics({"var": var}, eps=1e-3)[1] + 1e-5, var + 1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"mean": torch.ones(2, 3, 3)}, r"var must be a tensor of shape \(C, H, W\)"),
+        ({"var": torch.ones(2)}, r"var must be a tensor of shape \(C, H, W\)"),
+        ({"var": torch.ones(2, 3, 3), "mean": torch.ones(2, 3, 4)}, r"mean must be None or .* \(2, 3, 3\)"),
+        ({"var": torch.ones(2, 3, 3), "std": torch.ones(2, 3, 3)}, "unknown std"),
+    ],
+)
+def test_impossible_statistics_are_named(values: dict[str, Any], message: str):
+    with pytest.raises(UserError, match=f"statistics: {message}"):
+        statistics(values)
+
+
+W, V = torch.ones(1), torch.zeros(1)
+
+
+@pytest.mark.parametrize(
+    "checkpoint",
+    [
+        {"a.b": W},
+        {"ema": {"a.b": W}, "model": {"a.b": V}, "step": 3},
+        {"model": {"a.b": W}, "optimizer": {"state": {}}},
+        {"ema": None, "model": {"module.a.b": W}},
+        {"module._orig_mod.a.b": W},
+        {"_orig_mod.module.a.b": W},
+    ],
+)
+def test_checkpoints_are_unwrapped(checkpoint: Any):
+    state = unwrap(checkpoint)
+    assert list(state) == ["a.b"]
+    assert torch.equal(state["a.b"], W)
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "message"),
+    [
+        ({}, "holds no state dict"),
+        ([W], "holds no state dict"),
+        ({"ema": {}}, "holds no state dict"),
+        ({"epoch": 3, "a.b": W}, "these are no tensors: epoch"),
+    ],
+)
+def test_what_is_no_checkpoint(checkpoint: Any, message: str):
+    with pytest.raises(UserError, match=f"checkpoint: .*{message}"):
+        unwrap(checkpoint)

@@ -1,0 +1,126 @@
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from raekit.errors import UserError
+from raekit.weights import find_folder, load_strict, read_weights
+
+STATE = {"weight": torch.arange(6.0).view(2, 3), "bias": torch.ones(2)}
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "weights.pt"])
+def test_both_formats_are_read(name: str, tmp_path: Path):
+    path = tmp_path / name
+    save_file(STATE, path) if name.endswith("safetensors") else torch.save(STATE, path)
+    state = read_weights(path)
+    assert state.keys() == STATE.keys()
+    assert all(torch.equal(state[key], STATE[key]) for key in STATE)
+
+
+def test_statistics_without_a_mean_are_read(tmp_path: Path):
+    torch.save({"mean": None, "var": torch.ones(2)}, tmp_path / "stat.pt")
+    assert read_weights(tmp_path / "stat.pt")["mean"] is None
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "weights.pt"])
+@pytest.mark.parametrize("kept", [0, 20, 0.5, -1], ids=["empty", "header", "half", "all but a byte"])
+def test_truncated_file_is_refused(name: str, kept: float, tmp_path: Path):
+    path = tmp_path / name
+    save_file(STATE, path) if name.endswith("safetensors") else torch.save(STATE, path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(kept * len(whole)) if kept == 0.5 else int(kept)])
+    with pytest.raises(UserError, match=f"{path}: (damaged|refused)"):
+        read_weights(path)
+
+
+def test_absent_file(tmp_path: Path):
+    with pytest.raises(UserError, match=f"{tmp_path}/none.pt: no such file"):
+        read_weights(tmp_path / "none.pt")
+
+
+def test_file_of_something_else(tmp_path: Path):
+    (tmp_path / "page.pt").write_text("<html>rate limited</html>")
+    with pytest.raises(UserError, match=r"page.pt: (damaged|refused)"):
+        read_weights(tmp_path / "page.pt")
+
+
+class Trap:
+    """Unpickled by an unwary reader, it leaves a file behind."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_file_with_code_is_refused_and_not_run(tmp_path: Path):
+    sprung = tmp_path / "sprung"
+    torch.save(STATE | {"extra": Trap(sprung)}, tmp_path / "weights.pt")
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Trap(sprung)))
+    with pytest.raises(UserError, match=r"weights.pt: refused, it holds more than tensors"):
+        read_weights(tmp_path / "weights.pt")
+    with pytest.raises(UserError, match=r"plain.pt: (refused|damaged)"):
+        read_weights(tmp_path / "plain.pt")
+    assert not sprung.exists()
+    torch.load(tmp_path / "weights.pt", weights_only=False)
+    assert sprung.exists()  # so the trap works
+
+
+def test_strict_loading():
+    layer = nn.Linear(3, 2)
+    load_strict(layer, STATE, "here")
+    assert torch.equal(layer.weight, STATE["weight"])
+
+
+def test_strict_loading_fills_a_meta_module():
+    with torch.device("meta"):
+        layer = nn.Linear(3, 2)
+    load_strict(layer, STATE, "here")
+    assert torch.equal(layer.weight, STATE["weight"])
+
+
+def test_every_fault_is_named():
+    state = {"weight": torch.ones(3, 3), "gain": torch.ones(1)}
+    with pytest.raises(UserError) as caught:
+        load_strict(nn.Linear(3, 2), state, "model.pt")
+    message = str(caught.value)
+    assert message.startswith("model.pt: the weights do not fit Linear: ")
+    assert "missing bias" in message
+    assert "unexpected gain" in message
+    assert "weight is (3, 3), expected (2, 3)" in message
+
+
+def test_a_faulty_state_changes_nothing():
+    layer = nn.Linear(3, 2)
+    before = layer.weight.clone()
+    with pytest.raises(UserError):
+        load_strict(layer, {"weight": STATE["weight"]}, "here")
+    assert torch.equal(layer.weight, before)
+
+
+def test_long_lists_of_faults_are_cut():
+    with pytest.raises(UserError, match="; and 12 more"):
+        load_strict(nn.Sequential(*(nn.Linear(1, 1) for _ in range(10))), {}, "here")
+
+
+def test_folders(tmp_path: Path):
+    assert find_folder(str(tmp_path)) == tmp_path
+    with pytest.raises(UserError, match=r"builtin:nothing: no such built-in; there are builtin:emoji"):
+        find_folder("builtin:nothing")
+
+
+@pytest.mark.parametrize("name", ["missing", "./a/b", "/a/b", "a/b/c", "~/models"])
+def test_what_is_neither_folder_nor_repository(name: str):
+    with pytest.raises(UserError, match=f"{name}: no such folder"):
+        find_folder(name)
+
+
+def test_repository_without_a_network(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"nobody/nothing: no such local folder, .* run `hf download nobody/nothing`"):
+        find_folder("nobody/nothing")

@@ -1,0 +1,635 @@
+"""The loop, on networks of a few hundred weights and data made of random numbers."""
+
+import copy
+import os
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from raekit import randomness
+from raekit.distributed import World
+from raekit.errors import UserError
+from raekit.train import checkpoint
+from raekit.train.objective import Objective, Periodic
+from raekit.train.optim import OptimConfig, learning_rate
+from raekit.train.tracking import read_metrics
+from raekit.train.trainer import TrainConfig, Trainer
+
+ONE = World()
+ITEMS = 20  # an epoch, which no batch size here divides
+CONFIG = TrainConfig(steps=8, batch_size=8, precision="fp32", seed=3, log_every=1)
+OPTIM = OptimConfig(
+    lr=1e-2, final_lr=1e-3, warmup_steps=2, warmup_from_zero=True, decay="cosine", decay_end=8, clip=2.9
+)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Vectors (B, 6), and their positions in the stream."""
+
+    values: Tensor
+    positions: Tensor
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def to(self, device: torch.device) -> "Rows":
+        return Rows(self.values.to(device), self.positions.to(device))
+
+    def split(self, size: int) -> "list[Rows]":
+        return [Rows(*part) for part in zip(self.values.split(size), self.positions.split(size), strict=True)]
+
+
+def rows(world: World, start: int, batch_size: int = 8) -> Iterator[Rows]:
+    """This process's shares of a stream over ITEMS vectors, in a new order at each epoch."""
+    share = batch_size // world.size
+    for first in count(start + world.rank * share, batch_size):
+        positions = range(first, first + share)
+        items = [randomness.numpy_generator(0, "order", p // ITEMS).permutation(ITEMS)[p % ITEMS] for p in positions]
+        yield Rows(randomness.normal(0, "data", [int(i) for i in items], (6,)), torch.tensor(positions))
+
+
+class Net(nn.Module):
+    """Two blocks and a linear layer, and a buffer that each training batch changes."""
+
+    def __init__(self, outputs: int = 6) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(2))
+        self.out = nn.Linear(6, outputs)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.get_buffer("calls").add_(1)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.out(x)
+
+
+def objective(**options: Any) -> Objective:
+    """Predict noisy squares; the noise is addressed, as in the stages."""
+    torch.manual_seed(0)
+    net = Net()
+
+    def loss(batch: Rows, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        noise = randomness.normal(1, "noise", batch.positions, (6,))
+        error = net(batch.values) - (batch.values**2 + 0.1 * noise)
+        return error.square().mean(), {"bias": error.detach().mean()}
+
+    settings = {"optim": OPTIM, "ema": (0.9, 0.5), "blocks": list(net.blocks)} | options
+    return Objective(name="net", module=net, loss=loss, **settings)
+
+
+def trainer(
+    run: Path, world: World = ONE, config: TrainConfig = CONFIG, one: Objective | None = None, **more
+) -> Trainer:
+    return Trainer(run, config, [one or objective()], partial(rows, world), world, **more)
+
+
+def fit(trained: Trainer) -> list[float]:
+    """The losses of all steps that it does."""
+    losses: list[float] = []
+    assert trained.fit(lambda step, values: losses.append(values["net/loss"]))
+    return losses
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def state(trained: Trainer) -> dict[str, Tensor]:
+    """All that a training carries: weights, buffers, averages and the optimizers' state, by name."""
+    tensors = {"step": torch.tensor(trained.step)}
+    for one in trained.objectives:
+        modules = {"weights": one.module} | {f"average {decay}": m for decay, m in one.averages.items()}
+        for kind, module in modules.items():
+            tensors |= {f"{one.name} {kind} {name}": whole(t) for name, t in module.state_dict().items()}
+        optimizer = trained.optimizers[one.name]
+        for i, parameter in enumerate(one.module.parameters()):
+            for name, value in optimizer.state[parameter].items():
+                tensors[f"{one.name} optimizer {i} {name}"] = whole(value)
+        tensors[f"{one.name} skipped"] = trained.skipped[one.name].clone()
+    return tensors
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Equal to the bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def assert_close(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    """Equal but for the order of sums. The buffer counts calls, of which micro-batches make more."""
+    assert a.keys() == b.keys()
+    for name in a:
+        if not name.endswith("calls"):
+            torch.testing.assert_close(
+                a[name], b[name], rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+            )
+
+
+# One process
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[float], dict[str, Tensor]]:
+    """The losses and the last state of one process that was never stopped."""
+    trained = trainer(tmp_path_factory.mktemp("alone"))
+    return fit(trained), state(trained)
+
+
+def test_it_is_adamw_with_clipping_schedule_and_averages(alone):
+    one = objective()
+    module = one.module
+    averages = {decay: copy.deepcopy(module) for decay in one.ema}
+    adam = torch.optim.AdamW(module.parameters(), betas=OPTIM.betas, eps=OPTIM.eps, weight_decay=0.0, fused=False)
+    losses, norms = [], []
+    for step, batch in zip(range(8), rows(ONE, 0), strict=False):
+        loss, _ = one.loss(batch, step)
+        loss.backward()
+        norms.append(nn.utils.clip_grad_norm_(module.parameters(), OPTIM.clip).item())
+        adam.param_groups[0]["lr"] = learning_rate(OPTIM, step)
+        adam.step()
+        adam.zero_grad()
+        losses.append(loss.item())
+        for decay, average in averages.items():
+            for old, new in zip(average.parameters(), module.parameters(), strict=True):
+                old.data.mul_(decay).add_(new.data, alpha=1 - decay)
+    assert min(norms) < OPTIM.clip < max(norms), "a test of clipping needs steps with it and without"
+    assert alone[0] == pytest.approx(losses, rel=1e-5)
+    for kind, expected in [("weights", module), *((f"average {d}", m) for d, m in averages.items())]:
+        for name, tensor in expected.named_parameters():
+            torch.testing.assert_close(alone[1][f"net {kind} {name}"], tensor.detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("micro_batch", [4, 2, 1])
+def test_micro_batches_accumulate(tmp_path, alone, micro_batch):
+    parts = trainer(tmp_path, config=replace(CONFIG, micro_batch=micro_batch))
+    assert fit(parts) == pytest.approx(alone[0], rel=1e-5)
+    assert_close(state(parts), alone[1])
+    assert parts.objectives[0].module.get_buffer("calls") == 8 * 8 / micro_batch
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
+    for config in (replace(CONFIG, micro_batch=3), replace(CONFIG, batch_size=7, micro_batch=2)):
+        with pytest.raises(UserError, match=r"train\.batch_size: [87] .*train\.micro_batch = [32]"):
+            trainer(tmp_path, config=config)
+    with pytest.raises(UserError, match=r"train\.batch_size: 8 must divide into 3 processes"):
+        Trainer(tmp_path, CONFIG, [], partial(rows, ONE), World(size=3))
+
+
+def test_a_config_with_a_zero_is_refused():
+    with pytest.raises(UserError, match=r"train\.log_every: 0 "):
+        replace(CONFIG, log_every=0)
+
+
+def test_metrics_are_means_over_the_steps_since_the_last_record(tmp_path, alone):
+    seen = []
+    trainer(tmp_path, config=replace(CONFIG, log_every=3)).fit(lambda step, values: seen.append((step, values)))
+    records = read_metrics(tmp_path)
+    assert [step for step, _ in seen] == [r["step"] for r in records] == [3, 6, 8]
+    losses = alone[0]
+    means = [sum(losses[a:b]) / (b - a) for a, b in ((0, 3), (3, 6), (6, 8))]
+    assert [r["net/loss"] for r in records] == pytest.approx(means, rel=1e-5)
+    assert {"net/bias", "net/grad_norm", "images_per_second"} <= records[0].keys()
+    assert records[-1]["net/lr"] == learning_rate(OPTIM, 7)
+    assert records[-1]["net/skipped"] == 0
+
+
+def test_periodic_calls_come_on_time_after_the_checkpoint_and_are_recorded(tmp_path):
+    calls = []
+
+    def call(step: int) -> dict[str, float]:
+        calls.append((step, checkpoint.checkpoints(tmp_path / "checkpoints")[-1].name))
+        return {"score": step / 2}
+
+    config = replace(CONFIG, checkpoint_every=3)
+    trainer(tmp_path, config=config, periodics=[Periodic(every=3, call=call)]).fit()
+    assert calls == [(3, "step-00000003"), (6, "step-00000006"), (8, "step-00000008")]
+    assert [(r["step"], r["score"]) for r in read_metrics(tmp_path) if "score" in r] == [(3, 1.5), (6, 3.0), (8, 4.0)]
+
+
+def test_bf16_is_autocast_around_float32_weights(tmp_path, alone):
+    trained = trainer(tmp_path, config=replace(CONFIG, precision="bf16"))
+    losses = fit(trained)
+    assert losses != pytest.approx(alone[0], rel=1e-5)
+    assert losses == pytest.approx(alone[0], rel=3e-2)
+    assert {p.dtype for p in trained.objectives[0].module.parameters()} == {torch.float32}
+
+
+def test_averages_of_a_compiled_module_hold_their_own_weights(tmp_path, monkeypatch, alone):
+    compiled = []
+
+    def fake(function: Callable, **options: object) -> Callable:
+        """Remember what was compiled, as `torch.compile` remembers the module of its forward."""
+        compiled.append(function.__self__)  # type: ignore[attr-defined]
+        return function
+
+    monkeypatch.setattr(torch, "compile", fake)
+    trained = trainer(tmp_path, config=replace(CONFIG, compile=True))
+    assert fit(trained) == alone[0]
+    assert same(state(trained), alone[1])
+    one = trained.objectives[0]
+    every = [one.module, *one.averages.values()]
+    assert [id(block) for block in compiled] == [id(block) for module in every for block in module.blocks]  # type: ignore[attr-defined]
+
+    x = next(rows(ONE, 0)).values
+    plain = Net()
+    for decay, average in one.averages.items():
+        plain.load_state_dict(average.state_dict())
+        assert torch.equal(average(x), plain.eval()(x)), decay
+    assert not torch.allclose(one.averaged(x), one.module.eval()(x))
+    assert one.averaged is one.averages[0.9]
+
+
+def test_a_really_compiled_module_gives_the_same_curve(tmp_path, monkeypatch, alone):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    trained = trainer(tmp_path, config=replace(CONFIG, compile=True))
+    assert fit(trained) == pytest.approx(alone[0], rel=1e-5)
+    assert_close(state(trained), alone[1])
+
+
+# Stopping and going on
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("micro_batch", [None, 2])
+def test_a_signal_stops_and_the_run_goes_on_exactly(tmp_path, number, micro_batch):
+    config = replace(CONFIG, micro_batch=micro_batch)
+    straight = trainer(tmp_path / "straight", config=config)
+    losses = fit(straight)
+
+    stops = {2: number, 5: number}  # within the first epoch, and the second
+    run, parts = tmp_path / "stopped", []
+    for last in (2, 5, 8):
+        stop = Periodic(every=1, call=lambda step: os.kill(os.getpid(), stops[step]) or {} if step in stops else {})
+        before = signal.getsignal(number)
+        trained = trainer(run, config=config, periodics=[stop])
+        assert trained.fit(lambda step, values: parts.append(values["net/loss"])) == (last == 8)
+        assert trained.step == last
+        assert checkpoint.checkpoints(run / "checkpoints")[-1].name == f"step-{last:08d}"
+        assert signal.getsignal(number) is before
+    assert parts == losses
+    assert same(state(trained), state(straight))
+    assert [r["step"] for r in read_metrics(run)] == list(range(1, 9))
+
+
+def test_a_signal_in_the_last_step_does_not_make_the_run_unfinished(tmp_path):
+    stop = Periodic(every=8, call=lambda step: os.kill(os.getpid(), signal.SIGTERM) or {})
+    assert trainer(tmp_path, periodics=[stop]).fit()
+
+
+def test_a_second_interrupt_ends_at_once(tmp_path):
+    def call(step: int) -> dict[str, float]:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        return {}
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path, periodics=[Periodic(every=3, call=call)]).fit()
+
+
+def test_a_finished_run_does_nothing_more(tmp_path, alone):
+    fit(trainer(tmp_path))
+    again = trainer(tmp_path)
+    assert fit(again) == []
+    assert same(state(again), alone[1])
+    assert len(read_metrics(tmp_path)) == 8
+
+
+def test_a_step_is_saved_once(tmp_path, monkeypatch):
+    """A signal in a step that is saved anyway: the good checkpoint is not taken down to be written again."""
+    saved = []
+    save = checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda folder, step, *rest: saved.append(step) or save(folder, step, *rest))
+    stop = Periodic(every=4, call=lambda step: os.kill(os.getpid(), signal.SIGTERM) or {})
+    assert not trainer(tmp_path, config=replace(CONFIG, checkpoint_every=2, keep=1), periodics=[stop]).fit()
+    assert saved == [2, 4]
+
+
+# Two objectives: a generator, and a discriminator that begins at step 3
+
+START = 3
+DISCRIMINATOR_OPTIM = OptimConfig(
+    lr=5e-3, final_lr=1e-3, decay="linear", decay_end=4, betas=(0.5, 0.9), weight_decay=0.1, clip=0.2
+)
+
+
+def pair() -> tuple[Objective, Objective]:
+    """The generator's loss goes through the discriminator once that has begun, as a GAN's does."""
+    torch.manual_seed(0)
+    maker, judge = Net(), Net(1)
+
+    def generator_loss(batch: Rows, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        made = maker(batch.values)
+        loss = (made - batch.values**2).square().mean()
+        return loss + (0.3 * -judge(made).mean() if step >= START else 0.0), {}
+
+    def discriminator_loss(batch: Rows, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        made = maker(batch.values).detach()
+        real, fake = judge(batch.values**2), judge(made)
+        return (1 - real).relu().mean() + (1 + fake).relu().mean(), {"real": real.detach().mean()}
+
+    return (
+        Objective(
+            name="generator", module=maker, loss=generator_loss, optim=OPTIM, ema=(0.9,), blocks=list(maker.blocks)
+        ),
+        Objective(
+            name="discriminator",
+            module=judge,
+            loss=discriminator_loss,
+            optim=DISCRIMINATOR_OPTIM,
+            ema=(0.8, 0.6),
+            start=START,
+            blocks=list(judge.blocks),
+        ),
+    )
+
+
+def pair_trainer(run: Path, world: World = ONE, config: TrainConfig = CONFIG, **more) -> Trainer:
+    return Trainer(run, config, pair(), partial(rows, world), world, **more)
+
+
+def pair_by_hand() -> dict[str, nn.Module]:
+    """The same by hand: a GAN's textbook loop."""
+    generator, discriminator = pair()
+    maker, judge = generator.module, discriminator.module
+    averages = [copy.deepcopy(maker), copy.deepcopy(judge), copy.deepcopy(judge)]
+    optimizers = [
+        torch.optim.AdamW(one.module.parameters(), betas=one.optim.betas, weight_decay=one.optim.weight_decay)
+        for one in (generator, discriminator)
+    ]
+    for step, batch in zip(range(8), rows(ONE, 0), strict=False):
+        for one, adam in zip((generator, discriminator), optimizers, strict=True):
+            if step < one.start:
+                continue
+            other = judge if one is generator else maker
+            other.requires_grad_(False)
+            one.loss(batch, step)[0].backward()
+            other.requires_grad_(True)
+            nn.utils.clip_grad_norm_(one.module.parameters(), one.optim.clip)
+            adam.param_groups[0]["lr"] = learning_rate(one.optim, step - one.start)
+            adam.step()
+            adam.zero_grad()
+            for average, module, decay, start in zip(
+                averages, (maker, judge, judge), (0.9, 0.8, 0.6), (0, 3, 3), strict=True
+            ):
+                if module is one.module and step >= start:
+                    for old, new in zip(average.parameters(), module.parameters(), strict=True):
+                        old.data.lerp_(new.data, 1 - decay)
+    return {
+        "generator weights": maker,
+        "discriminator weights": judge,
+        "generator average 0.9": averages[0],
+        "discriminator average 0.8": averages[1],
+        "discriminator average 0.6": averages[2],
+    }
+
+
+@pytest.fixture(scope="module")
+def pair_alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
+    run = tmp_path_factory.mktemp("pair")
+    trained = pair_trainer(run)
+    trained.fit()
+    return read_metrics(run), state(trained)
+
+
+def test_two_objectives_train_as_by_hand(pair_alone):
+    for name, module in pair_by_hand().items():
+        for key, tensor in module.named_parameters():
+            torch.testing.assert_close(pair_alone[1][f"{name} {key}"], tensor.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_an_objective_is_untouched_before_its_start(tmp_path):
+    """Not even by the checkpoints in between, nor by the other's loss that reaches into it."""
+    generator, discriminator = pair()
+
+    def through_both(batch: Rows, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        return discriminator.module(generator.module(batch.values)).mean(), {}
+
+    generator.loss = through_both
+    before = copy.deepcopy(discriminator.module.state_dict())
+    config = replace(CONFIG, steps=START, checkpoint_every=1)
+    trained = Trainer(tmp_path, config, [generator, discriminator], partial(rows, ONE), ONE)
+    discriminator.module.eval()
+    trained.fit()
+    for module in (discriminator.module, *discriminator.averages.values()):
+        assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    for values in trained.optimizers["discriminator"].state.values():
+        assert not any(value.any() for value in values.values())
+    assert all(p.grad is None for p in discriminator.module.parameters())
+    assert not any(
+        key.startswith("discriminator/") and "skipped" not in key for r in read_metrics(tmp_path) for key in r
+    )
+
+
+def test_its_schedule_and_its_metrics_count_from_its_start(tmp_path, pair_alone):
+    rates = [record.get("discriminator/lr") for record in pair_alone[0]]
+    assert rates == [None] * START + [learning_rate(DISCRIMINATOR_OPTIM, step) for step in range(5)]
+    assert rates[START] == DISCRIMINATOR_OPTIM.lr
+    assert rates[-1] == DISCRIMINATOR_OPTIM.final_lr
+
+    pair_trainer(tmp_path, config=replace(CONFIG, log_every=4)).fit()
+    records, losses = read_metrics(tmp_path), [r.get("discriminator/loss", 0) for r in pair_alone[0]]
+    assert records[0]["discriminator/loss"] == pytest.approx(losses[3], rel=1e-5)
+    assert records[1]["discriminator/loss"] == pytest.approx(sum(losses[4:]) / 4, rel=1e-5)
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4])
+def test_two_objectives_resume_exactly(tmp_path, pair_alone, stop):
+    """Also if a checkpoint was taken before the second began, which the straight run did not take."""
+    signalled = Periodic(every=stop, call=lambda step: os.kill(os.getpid(), signal.SIGTERM) or {})
+    assert not pair_trainer(tmp_path, periodics=[signalled]).fit()
+    trained = pair_trainer(tmp_path)
+    assert trained.step == stop
+    trained.fit()
+    assert same(state(trained), pair_alone[1])
+
+
+# Gradients that are not finite
+
+
+def poisoned(bad: set[int], value: float = float("nan"), **options: Any) -> Objective:
+    """Its loss is not finite in one sample of the steps `bad`."""
+    one = objective(**options)
+    loss = one.loss
+
+    def poison(batch: Rows, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        clean, metrics = loss(batch, step)
+        hit = step in bad and bool((batch.positions % 8 == 5).any())
+        return clean * (value if hit else 1.0), metrics
+
+    one.loss = poison
+    return one
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("clip", [0.5, 0.0])
+@pytest.mark.parametrize("micro_batch", [None, 2])
+def test_a_step_whose_gradient_is_not_finite_changes_nothing(tmp_path, value, clip, micro_batch):
+    config = replace(CONFIG, micro_batch=micro_batch, steps=5)
+    trained = trainer(tmp_path, config=config, one=poisoned({0, 3}, value, optim=replace(OPTIM, clip=clip)))
+    states: dict[int, dict[str, Tensor]] = {}
+    trained.periodics = [Periodic(every=1, call=lambda step: states.update({step: state(trained)}) or {})]
+    initial = state(trained)
+    trained.fit()
+
+    def trained_part(values: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {k: v for k, v in values.items() if ("weights" in k or "optimizer" in k) and not k.endswith("calls")}
+
+    moments = [k for k in states[3] if "exp_avg" in k]
+    assert moments
+    assert all(states[3][k].any() for k in moments)
+    assert same(trained_part(states[3]), trained_part(states[4]))
+    assert not same(trained_part(states[4]), trained_part(states[5]))
+    weights = {k: v for k, v in initial.items() if "weights" in k and not k.endswith("calls")}
+    assert same(weights, {k: states[1][k] for k in weights})
+    assert all(v.isfinite().all() for v in states[5].values())
+    # Two of five steps did not count, for the bias correction either.
+    assert states[5]["net optimizer 0 step"] == 3
+    records = read_metrics(tmp_path)
+    assert [r["net/skipped"] for r in records] == [1, 1, 1, 2, 2]
+
+
+def test_averages_do_not_absorb_a_skipped_step(tmp_path):
+    trained = trainer(tmp_path, config=replace(CONFIG, steps=2), one=poisoned({1}))
+    states: dict[int, dict[str, Tensor]] = {}
+    trained.periodics = [Periodic(every=1, call=lambda step: states.update({step: state(trained)}) or {})]
+    trained.fit()
+    for name, tensor in states[2].items():
+        if name.startswith("net average 0.9") and not name.endswith("calls"):
+            old = states[1][name]
+            torch.testing.assert_close(tensor, old.lerp(states[1][name.replace("average 0.9", "weights")], 0.1))
+
+
+def test_too_many_skipped_steps_in_a_row_stop_the_run(tmp_path):
+    config = replace(CONFIG, steps=20, max_skipped=4, checkpoint_every=1)
+    trained = trainer(tmp_path, config=config, one=poisoned({1, 2, 3, 6, 7, 8, 9, 10}))
+    with pytest.raises(UserError) as error:
+        trained.fit()
+    assert trained.step == 10
+    assert str(error.value).startswith("net: the gradient was not finite for 4 steps in a row up to step 10. ")
+    assert str(tmp_path / "checkpoints") in str(error.value)
+    assert "\n" not in str(error.value)
+    assert [r["net/skipped"] for r in read_metrics(tmp_path)] == [0, 1, 2, 3, 3, 3, 4, 5, 6]
+
+
+def test_the_count_of_skipped_steps_survives_a_restart(tmp_path):
+    stop = Periodic(every=4, call=lambda step: os.kill(os.getpid(), signal.SIGTERM) or {})
+    bad = {1, 2, 3, 4, 5}
+    trainer(tmp_path, one=poisoned(bad), periodics=[stop]).fit()
+    with pytest.raises(UserError, match="for 5 steps in a row up to step 6"):
+        trainer(tmp_path, config=replace(CONFIG, max_skipped=5), one=poisoned(bad)).fit()
+
+
+# Two processes
+
+
+def in_two(world: World, folder: Path) -> dict[str, Any]:
+    """All that two processes have to show, in one start of them."""
+    found: dict[str, Any] = {}
+    for name, micro_batch in (("plain", None), ("accumulated", 2)):
+        trained = trainer(folder / name, world, replace(CONFIG, micro_batch=micro_batch))
+        found[name] = fit(trained), state(trained)
+
+    two = pair_trainer(folder / "pair", world, replace(CONFIG, micro_batch=2))
+    two.fit()
+    found["pair"] = state(two)
+
+    resumed = trainer(folder / "from one", world)
+    found["from one"] = resumed.step, fit(resumed), state(resumed)
+    trainer(folder / "for one", world, replace(CONFIG, steps=4)).fit()
+
+    def evaluate(step: int) -> dict[str, float]:
+        """A forward pass of the average, and of the module itself, without a backward pass after it."""
+        one = evaluated.objectives[0]
+        x = next(rows(ONE, 0)).values
+        with torch.no_grad():
+            return {"average": one.averaged(x).sum().item(), "module": one.module(x).sum().item()}
+
+    evaluated = trainer(folder / "evaluated", world, periodics=[Periodic(every=2, call=evaluate)])
+    found["evaluated"] = fit(evaluated), state(evaluated)
+
+    poison = trainer(folder / "poisoned", world, replace(CONFIG, steps=5), one=poisoned({3}))
+    poison.fit()
+    found["poisoned"] = state(poison)
+
+    def stop_one(step: int) -> dict[str, float]:
+        if step == 3 and not world.is_main:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {}
+
+    stopped = trainer(
+        folder / "stopped", world, replace(CONFIG, steps=30), periodics=[Periodic(every=1, call=stop_one)]
+    )
+    found["stopped"] = stopped.fit(), stopped.step
+    return found
+
+
+@pytest.fixture(scope="module")
+def two(run_ranks, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("two")
+    trainer(folder / "from one", config=replace(CONFIG, steps=4)).fit()
+    return folder, run_ranks(in_two, 2, folder)
+
+
+@pytest.mark.parametrize("how", ["plain", "accumulated"])
+def test_two_processes_train_as_one(two, alone, how):
+    for rank in two[1]:
+        losses, last = rank[how]
+        assert losses == pytest.approx(alone[0], rel=1e-5)
+        assert_close(last, alone[1])
+    assert same(two[1][0][how][1], two[1][1][how][1])
+    records = read_metrics(two[0] / how)
+    assert [r["net/loss"] for r in records] == pytest.approx(alone[0], rel=1e-5)
+    assert [r["net/lr"] for r in records] == [learning_rate(OPTIM, step) for step in range(8)]
+
+
+def test_two_processes_train_two_objectives_as_one(two, pair_alone):
+    for rank in two[1]:
+        assert_close(rank["pair"], pair_alone[1])
+
+
+def test_two_processes_go_on_from_the_checkpoint_of_one(two, alone):
+    step, losses, last = two[1][0]["from one"]
+    assert step == 4
+    assert losses == pytest.approx(alone[0][4:], rel=1e-5)
+    assert_close(last, alone[1])
+
+
+def test_one_process_goes_on_from_the_checkpoint_of_two(two, alone):
+    trained = trainer(two[0] / "for one")
+    assert trained.step == 4
+    assert fit(trained) == pytest.approx(alone[0][4:], rel=1e-5)
+    assert_close(state(trained), alone[1])
+
+
+def test_evaluation_between_steps_disturbs_no_average(tmp_path, two, alone):
+    losses, last = two[1][0]["evaluated"]
+    assert losses == pytest.approx(alone[0], rel=1e-5)
+    assert_close(last, alone[1])
+    average = Net()
+    average.load_state_dict({k.removeprefix("net average 0.9 "): v for k, v in alone[1].items() if "average 0.9" in k})
+    expected = average.eval()(next(rows(ONE, 0)).values).sum().item()
+    assert read_metrics(two[0] / "evaluated")[-1]["average"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_all_processes_skip_a_step_that_fails_in_one(tmp_path, two):
+    single = trainer(tmp_path, config=replace(CONFIG, steps=5), one=poisoned({3}))
+    single.fit()
+    for rank in two[1]:
+        assert_close(rank["poisoned"], state(single))
+        assert rank["poisoned"]["net skipped"].tolist() == [1, 0]
+
+
+def test_a_signal_to_one_process_stops_all(two):
+    assert [rank["stopped"] for rank in two[1]] == [(False, 10), (False, 10)]
+    assert [p.name for p in checkpoint.checkpoints(two[0] / "stopped" / "checkpoints")] == ["step-00000010"]
