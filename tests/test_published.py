@@ -237,6 +237,7 @@ def test_denoiser_config():
         num_classes=4,
         mlp_ratio=3.0,
         qk_norm=True,
+        shift=math.sqrt(90 / 4096),
     )
     assert denoiser_config(DIT_DH | {"num_heads": 2, "patch_size": [1, 1]}).head == TransformerConfig(
         width=48, depth=1, heads=2

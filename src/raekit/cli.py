@@ -81,6 +81,7 @@ def generate(
         device: default is the best there is.
     """
     from raekit.distributed import world
+    from raekit.files import whole
     from raekit.flow.guidance import parse_guidance
     from raekit.inference import Sampling, load
     from raekit.inference import generate as stream
@@ -98,7 +99,7 @@ def generate(
             steps=steps, solver=solver, grid=grid, guidance=parse_guidance(guidance) if guidance else None
         )
         single = out.suffix.lower() == ".png"
-        (out.parent if single else out).mkdir(parents=True, exist_ok=True)
+        (out.parent if single else out).mkdir(parents=True, exist_ok=True)  # found out before, not after, the work
         if single and here.size > 1:
             raise UserError("--out: one grid comes from one process; give a folder under torchrun")
         tiles = []
@@ -116,29 +117,33 @@ def generate(
                 if single:
                     tiles.append(to_pil(image))
                 else:
-                    to_pil(image).save(out / f"{index:06d}.png")
+                    with whole(out / f"{index:06d}.png") as partial:
+                        to_pil(image).save(partial, format="PNG")
             progress("generate", int(batch.indices[-1]) + 1, total)
         if single:
-            tile(tiles, columns=count if len(chosen) > 1 else None).save(out)
+            with whole(out) as partial:
+                tile(tiles, columns=count if len(chosen) > 1 else None).save(partial, format="PNG")
     _out.print(f"{total} images: {out}")
 
 
 def reconstruct(
     model: Positional[str], paths: Positional[tuple[Path, ...]], out: Path, device: Device | None = None
 ) -> None:
-    """Encode and decode pictures; write each beside its original, with its PSNR.
+    """Encode and decode pictures; write each beside its original as OUT/NAME.png, and tell its PSNR.
 
     Example: raekit reconstruct builtin:emoji photo.jpg --out reconstructions
 
     Args:
         model: builtin:NAME, a model folder, a run, or OWNER/NAME on the Hub.
         paths: image files, centre-cropped to the model's size.
-        out: folder for the side-by-side pictures.
+        out: folder for the side-by-side pictures, another than the originals'.
         device: default is the best there is.
     """
+    from collections import Counter
 
     from raekit.distributed import world
     from raekit.evaluation.metrics import psnr
+    from raekit.files import whole
     from raekit.inference import read_image
     from raekit.inference import reconstruct as decode_encoded
     from raekit.models.autoencoder import Autoencoder
@@ -146,11 +151,13 @@ def reconstruct(
 
     if not paths:
         raise UserError("reconstruct: give at least one image file")
+    if any(path.parent.resolve() == out.resolve() for path in paths):
+        raise UserError(f"--out: {out} holds the originals; give another folder")
+    names = Counter(path.stem for path in paths)
     table, failed = Table("image", "PSNR (dB)"), []
     with world(device) as here:
         autoencoder = Autoencoder.load(model).to(here.device)
-        out.mkdir(parents=True, exist_ok=True)
-        for path in paths:
+        for number, path in enumerate(paths):
             try:
                 original = from_pil(read_image(path, autoencoder.image_size))
             except UserError as error:
@@ -158,10 +165,9 @@ def reconstruct(
                 continue
             decoded = decode_encoded(autoencoder, original.to(here.device)[None]).cpu()
             value = psnr(decoded, original[None]).item()
-            target = out / f"{path.stem}.png"
-            if target.exists():
-                target = out / f"{path.stem}-{path.suffix[1:]}.png"
-            grid([to_pil(original), to_pil(decoded[0])], columns=2).save(target)
+            target = out / (f"{path.stem}.png" if names[path.stem] == 1 else f"{path.stem}-{number}.png")
+            with whole(target) as partial:
+                grid([to_pil(original), to_pil(decoded[0])], columns=2).save(partial, format="PNG")
             table.add_row(str(target), f"{value:.2f}")
     if table.row_count:
         _out.print(table)
@@ -187,7 +193,7 @@ def train(arguments: list[str]) -> None:
 
     Example: raekit train emoji_decoder --run runs/decoder --train.steps 500
     `raekit train RECIPE --help` lists all that can be overridden; --dry-run shows what would run.
-    Under torchrun: torchrun --nproc-per-node 8 -m raekit train RECIPE
+    Under torchrun: torchrun --nproc-per-node 8 -m raekit -- train RECIPE
     """
     from raekit.recipes import find, names
 
@@ -226,7 +232,8 @@ def train(arguments: list[str]) -> None:
     command.__annotations__["config"] = Annotated[type(recipe.config), tyro.conf.arg(name="")]
     command.__defaults__ = (*(command.__defaults__ or ())[:-1], recipe.config)
     command.__doc__ = recipe.about
-    tyro.cli(command, prog=f"raekit train {recipe.name}", args=arguments[1:])
+    # An optional part, such as a head, is overridden field by field like the others; else tyro asks for subcommands.
+    tyro.cli(command, prog=f"raekit train {recipe.name}", args=arguments[1:], config=(tyro.conf.AvoidSubcommands,))
 
 
 def latents_measure(
@@ -279,7 +286,6 @@ def latents_measure(
         shape = (model.spec.width, *model.grid)
         mean, var = measure_latents(lambda x: to_grid(model(x), model.grid), counted(), shape, here, mirror)
         if here.is_main:
-            out.parent.mkdir(parents=True, exist_ok=True)
             write_statistics(out, var, mean)
             _out.print(f"{out}: {shape}, mean variance {var.mean():.4f} ({var.min():.4f} to {var.max():.4f})")
 
@@ -313,6 +319,7 @@ def evaluate(
     from raekit.config import to_json
     from raekit.data.loader import DataConfig
     from raekit.distributed import world
+    from raekit.files import whole
     from raekit.flow.guidance import parse_guidance
     from raekit.inference import Sampling, load
     from raekit.scoring import score
@@ -329,8 +336,10 @@ def evaluate(
     if here.is_main:
         _out.print(scores_table(scores))
         if out:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(to_json({"model": model, "count": count, "seed": seed, "steps": steps, "scores": scores}))
+            with whole(out) as partial:
+                partial.write_text(
+                    to_json({"model": model, "count": count, "seed": seed, "steps": steps, "scores": scores})
+                )
 
 
 def info(name: Positional[str]) -> None:

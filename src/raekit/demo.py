@@ -4,7 +4,6 @@ import base64
 import io
 import platform
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -137,12 +136,12 @@ def _plan(
     return plan
 
 
-def _seconds_per_step(config: Any, run: Path, world: World, done: Callable[[int], None]) -> float:
+def _seconds_per_step(name: str, config: Any, run: Path, world: World, progress: Progress) -> float:
     times: list[float] = []
 
     def report(step: int, values: dict[str, float]) -> None:
         times.append(time.perf_counter())
-        done(step)
+        progress(name, step, CALIBRATION_STEPS, unit=config.train.batch_size)
 
     trial = _for_steps(config, CALIBRATION_STEPS)
     train(replace(trial, train=replace(trial.train, checkpoint_every=10**9)), run, world, report)

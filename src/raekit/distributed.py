@@ -1,6 +1,7 @@
 """Ranks: one process is a world of one, so nothing else has a second version for many."""
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from raekit.errors import UserError
 
 CPU = torch.device("cpu")
 
@@ -69,6 +72,8 @@ class World:
         """
         if self.size == 1:
             return
+        # Nothing changes a module's output in place, which is what this would warn of at every restart.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         mesh = init_device_mesh(self.device.type, (self.size, 1), mesh_dim_names=("replicate", "shard"))
         for block in [*blocks, module]:
             # By default the root stays gathered after a forward pass without a backward pass, and an average
@@ -95,6 +100,8 @@ def world(device: str | None = None) -> Iterator[World]:
     """
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: there is no CUDA device that torch can use")
     this = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(this)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from raekit.config import configclass, from_dict
 from raekit.errors import UserError
+from raekit.flow.path import shift_factor
 from raekit.models.autoencoder import VARIANCE_EPS
 from raekit.models.decoder import DecoderConfig
 from raekit.models.denoiser import DenoiserConfig, TransformerConfig
@@ -141,8 +142,9 @@ class PublishedDenoiser:
 def denoiser_config(values: Mapping[str, Any]) -> DenoiserConfig:
     """Our configuration of a published denoiser, from its arguments.
 
-    UserError names the fields that are unknown, and the switches that we do not build. A network narrower
-    than the token dimension is read as it is.
+    The shift of time is the published default, that of the latent's dimension over 4096. A network narrower
+    than the token dimension is read as it is. UserError names the fields that are unknown, and the switches
+    that we do not build.
     """
     published = from_dict(PublishedDenoiser, dict(values), "published denoiser")
     wide = isinstance(published.hidden_size, tuple)
@@ -163,6 +165,7 @@ def denoiser_config(values: Mapping[str, Any]) -> DenoiserConfig:
         patch_size=patches[0],
         mlp_ratio=published.mlp_ratio,
         qk_norm=published.use_qknorm,
+        shift=shift_factor((published.in_channels, published.input_size, published.input_size)),
         allow_narrow=parts[-1].width < published.in_channels * patches[0] ** 2,
     )
 

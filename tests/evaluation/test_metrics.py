@@ -73,9 +73,7 @@ def test_frechet_distance_without_full_rank():
     flat_a, flat_b = rows(300, 8, 1), rows(300, 8, 2)
     plane = torch.linalg.qr(rows(100, 8, 3))[0].T
     expected = frechet_distance(moments(flat_a), moments(flat_b))
-    assert frechet_distance(moments(flat_a @ plane), moments(flat_b @ plane)) == pytest.approx(
-        expected, rel=1e-10
-    )
+    assert frechet_distance(moments(flat_a @ plane), moments(flat_b @ plane)) == pytest.approx(expected, rel=1e-10)
     # Orthogonal subspaces share nothing: the traces alone remain.
     a, b = (gaussian(torch.zeros(4), torch.tensor(d).diag()) for d in ([1.0, 2, 0, 0], [0.0, 0, 3, 4]))
     assert frechet_distance(a, b) == pytest.approx(10, rel=1e-12)
@@ -144,9 +142,7 @@ def test_frechet_distance_of_images():
 def test_psnr_of_known_errors():
     originals = torch.full((4, 3, 8, 8), 0.5)
     images = originals + torch.tensor([0.1, 0.01, 1e-6, 0.0]).view(4, 1, 1, 1)
-    torch.testing.assert_close(
-        psnr(images, originals), torch.tensor([20.0, 40, 100, 100]).double(), rtol=1e-5, atol=0
-    )
+    torch.testing.assert_close(psnr(images, originals), torch.tensor([20.0, 40, 100, 100]).double(), rtol=1e-5, atol=0)
 
 
 def test_psnr_is_averaged_over_images_not_over_errors():

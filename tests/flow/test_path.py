@@ -8,7 +8,17 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from raekit.errors import UserError
-from raekit.flow.path import TIME_CAP, interpolate, sample_times, shift, shift_factor, to_data, to_noise, velocity
+from raekit.flow.path import (
+    TIME_CAP,
+    interpolate,
+    sample_times,
+    shift,
+    shift_factor,
+    to_data,
+    to_noise,
+    to_velocity,
+    velocity,
+)
 
 TIMES = st.floats(0, 1)
 VALUES = st.floats(-100, 100)
@@ -23,6 +33,21 @@ def test_time_convention():
     t, dt = torch.full((2,), 0.3), 0.1
     step = interpolate(x, noise, t) + dt * velocity(x, noise)
     assert torch.allclose(step, interpolate(x, noise, t + dt), atol=1e-6)
+
+
+def test_velocity_from_a_velocity_prediction_is_itself():
+    x_t, v = torch.randn(2, 3), torch.randn(2, 3)
+    assert torch.equal(to_velocity(x_t, v, torch.tensor([0.0, 0.5]), "velocity"), v)
+
+
+def test_velocity_from_predicted_data():
+    x, noise, t = torch.randn(4, 3), torch.randn(4, 3), torch.tensor([0.05, 0.2, 0.7, 1.0])
+    x_t = interpolate(x, noise, t)
+    assert torch.allclose(to_velocity(x_t, x, t, "data"), velocity(x, noise), atol=1e-5)
+    # Below the floor it is the velocity scaled down, by t / 0.05, and not a division by nothing.
+    low = torch.tensor([0.0, 0.01, 0.025, 0.04])
+    expected = velocity(x, noise) * low[:, None] / 0.05
+    assert torch.allclose(to_velocity(interpolate(x, noise, low), x, low, "data"), expected, atol=1e-5)
 
 
 def test_each_sample_has_its_own_time():

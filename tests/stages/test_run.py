@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import warnings
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -127,6 +128,7 @@ def two(images, run_ranks, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 
 
 def in_two(world: World, images: str, runs: Path) -> dict[str, dict[str, list[float]]]:
+    warnings.simplefilter("error")
     return {
         how: train_all(world, images, runs / how, micro_batch) for how, micro_batch in (("plain", None), ("parts", 2))
     }

@@ -2,7 +2,9 @@
 
 import copy
 import os
+import shutil
 import signal
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -234,6 +237,7 @@ def test_averages_of_a_compiled_module_hold_their_own_weights(tmp_path, monkeypa
         return function
 
     monkeypatch.setattr(torch, "compile", fake)
+    monkeypatch.setattr(shutil, "which", lambda name: name)  # no compiler is needed for this
     trained = trainer(tmp_path, config=replace(CONFIG, compile=True))
     assert fit(trained) == alone[0]
     assert same(state(trained), alone[1])
@@ -252,9 +256,23 @@ def test_averages_of_a_compiled_module_hold_their_own_weights(tmp_path, monkeypa
 
 def test_a_really_compiled_module_gives_the_same_curve(tmp_path, monkeypatch, alone):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(shutil, "which", lambda name: name)
     trained = trainer(tmp_path, config=replace(CONFIG, compile=True))
     assert fit(trained) == pytest.approx(alone[0], rel=1e-5)
     assert_close(state(trained), alone[1])
+
+
+def test_compiling_without_a_compiler_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match=r"train\.compile: .*C\+\+ compiler"):
+        trainer(tmp_path, config=replace(CONFIG, compile=True))
+
+
+def test_metrics_go_to_tensorboard_if_asked(tmp_path, alone):
+    fit(trainer(tmp_path, config=replace(CONFIG, tensorboard=True)))
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.value for event in events.Scalars("net/loss")] == pytest.approx(alone[0], rel=1e-6)
 
 
 # Stopping and going on
@@ -535,6 +553,7 @@ def test_the_count_of_skipped_steps_survives_a_restart(tmp_path):
 
 def in_two(world: World, folder: Path) -> dict[str, Any]:
     """All that two processes have to show, in one start of them."""
+    warnings.simplefilter("error")
     found: dict[str, Any] = {}
     for name, micro_batch in (("plain", None), ("accumulated", 2)):
         trained = trainer(folder / name, world, replace(CONFIG, micro_batch=micro_batch))

@@ -1,6 +1,11 @@
 """Stage 2 on the built-in emoji: a small DiT^DH, class-conditional over the nine emoji groups.
 
-Reproduces:     src/raekit/assets/emoji/denoiser
+Reproduces:     src/raekit/assets/emoji/denoiser (7.5 M parameters, seed 0)
+Command:        raekit train emoji_dit_dh --train.compile
+                python tools/make_builtin.py denoiser runs/emoji_dit_dh
+Cost:           34 minutes on one CPU core (75 images/s)
+Last verified:  2026-11-22. 1,000 samples, 50 steps: fd_vit_tiny 3.12 (decoded noise 38.2), class accuracy 25 %;
+                with cfg:3.0@0.1-1.0, 3.22 and 39 % (held-out images themselves 66 %).
 """
 
 from raekit.data.loader import DataConfig
@@ -9,7 +14,7 @@ from raekit.stages.generation import DenoiserSize, GenerationConfig
 from raekit.train.optim import OptimConfig
 from raekit.train.trainer import TrainConfig
 
-STEPS = 3000
+STEPS = 2400
 
 
 def config() -> GenerationConfig:
@@ -20,7 +25,7 @@ def config() -> GenerationConfig:
             backbone=TransformerConfig(width=192, depth=7, heads=4),
             head=TransformerConfig(width=256, depth=2, heads=4),
             qk_norm=True,
-            # As RAE v2: the head is no wider than a token, which leaves a velocity, noise and all, little room.
+            # As RAE v2: a velocity holds the noise, which fills all of the head's width; the data do not.
             prediction="data",
         ),
         time_law="logit-normal",

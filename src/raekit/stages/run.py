@@ -32,27 +32,33 @@ def train(config: StageConfig, run: Path, world: World, report: Report = lambda 
     False if a signal stopped it. Either way RUN/artifact holds the present model. Raises UserError, listing
     the fields, if `run` belongs to another configuration, or if its disk is full.
     """
+    check(run, config)
+    stage = build(config, run, world)
+    trainer = Trainer(run, config.train, stage.objectives, stage.batches, world, stage.periodics)
+    # Now that all of it could be built: a mistake in the configuration does not occupy the folder.
     with world.main_first():
         claim(run, config, world)
-    stage = build(config, run, world)
     stage.prepare()
-    trainer = Trainer(run, config.train, stage.objectives, stage.batches, world, stage.periodics)
     finished = trainer.fit(report)
     stage.export(run / "artifact")
+    world.barrier()  # written by the first process, it may be read by all
     return finished
 
 
+def check(run: Path, config: StageConfig) -> None:
+    """Raise UserError, listing the differences, if RUN/config.json is of another configuration."""
+    path = run / "config.json"
+    if path.is_file() and (changed := list(differences(read_json(path), to_dict(config)))):
+        raise UserError(
+            f"{run}: belongs to another configuration:\n  "
+            + "\n  ".join(changed)
+            + "\nChoose another --run, or undo these"
+        )
+
+
 def claim(run: Path, config: StageConfig, world: World) -> None:
-    """Write RUN/config.json, or check that it is the same."""
-    path, values = run / "config.json", to_dict(config)
-    if path.is_file():
-        if changed := list(differences(read_json(path), values)):
-            raise UserError(
-                f"{run}: belongs to another configuration:\n  "
-                + "\n  ".join(changed)
-                + "\nChoose another --run, or undo these"
-            )
-        return
-    if world.is_main:
+    """Write RUN/config.json, unless it is there."""
+    path = run / "config.json"
+    if world.is_main and not path.is_file():
         with whole(path) as partial:
-            partial.write_text(to_json(values))
+            partial.write_text(to_json(to_dict(config)))

@@ -7,6 +7,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 
+from raekit.errors import UserError
 from raekit.train.optim import OptimConfig
 
 Metrics = dict[str, Tensor]
@@ -39,6 +40,11 @@ class Objective:
     ema: tuple[float, ...] = ()
     start: int = 0
     averages: dict[float, nn.Module] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        for decay in self.ema:
+            if not 0 <= decay < 1:
+                raise UserError(f"ema: {decay} must be at least 0 and below 1")
 
     @property
     def averaged(self) -> nn.Module:

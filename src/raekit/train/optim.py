@@ -31,6 +31,11 @@ class OptimConfig:
     clip: float = 1.0
 
     def __post_init__(self) -> None:
+        for name in ("lr", "final_lr", "warmup_steps", "weight_decay", "eps", "clip"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"optim.{name}: {getattr(self, name)} must not be negative")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"optim.betas: {self.betas} must be at least 0 and below 1")
         if self.decay != "constant" and self.decay_end <= self.warmup_steps:
             raise UserError(
                 f"optim.decay_end: {self.decay_end} must be after optim.warmup_steps = {self.warmup_steps} "

@@ -51,9 +51,10 @@ class TrainConfig:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "log_every", "checkpoint_every", "keep", "max_skipped"):
-            if getattr(self, name) < 1:
-                raise UserError(f"train.{name}: {getattr(self, name)} must be at least 1")
+        for name in ("steps", "batch_size", "micro_batch", "log_every", "checkpoint_every", "keep", "max_skipped"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"train.{name}: {value} must be at least 1")
 
 
 def autocast(precision: Precision, device: torch.device):

@@ -1,0 +1,206 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from raekit import artifacts
+from raekit.distributed import World
+from raekit.errors import UserError
+from raekit.models.autoencoder import Autoencoder
+from raekit.models.denoiser import Denoiser
+from raekit.models.encoders import load_encoder
+
+LOADERS = {"encoder": load_encoder, "autoencoder": Autoencoder.load, "denoiser": Denoiser.load}
+KINDS = pytest.mark.parametrize("kind", LOADERS)
+
+
+@pytest.fixture
+def copy(tiny_model, tmp_path) -> Path:
+    """A model folder to damage."""
+    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
+
+
+def weights(module: nn.Module) -> dict[str, torch.Tensor]:
+    return dict(module.state_dict())
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    a_weights, b_weights = weights(a), weights(b)
+    return a_weights.keys() == b_weights.keys() and all(torch.equal(a_weights[k], b_weights[k]) for k in a_weights)
+
+
+@KINDS
+def test_what_is_saved_is_loaded(tiny_model, tmp_path, kind):
+    model = LOADERS[kind](str(tiny_model))
+    model.save(tmp_path)
+    again = LOADERS[kind](str(tmp_path))
+    assert same(model, again)
+    assert not again.training
+    assert json.loads((tmp_path / kind / "config.json").read_text())["kind"] == kind
+    expected = {"config.json", "model.safetensors"} | ({"statistics.safetensors"} if kind == "autoencoder" else set())
+    assert {path.name for path in (tmp_path / kind).iterdir()} == expected
+
+
+@KINDS
+def test_an_artifact_is_found_in_a_model_in_a_run_and_by_itself(tiny_model, tmp_path, kind):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_model, run / "artifact")
+    (run / "config.json").write_text('{"stage": "generation"}')
+    (run / "checkpoints").mkdir()
+    for name in (tiny_model, tiny_model / kind, run):
+        assert same(LOADERS[kind](str(name)), LOADERS[kind](str(tiny_model)))
+    assert artifacts.find(str(run), kind)[0] == run / "artifact" / kind
+
+
+@KINDS
+def test_what_is_not_there_is_named_with_the_place(tmp_path, kind):
+    with pytest.raises(
+        UserError, match=rf"{tmp_path}: holds no {kind} \(looked for {kind}/config\.json .* in {tmp_path}\)"
+    ):
+        LOADERS[kind](str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match="this run has saved none yet"):
+        LOADERS[kind](str(tmp_path))
+
+
+def test_an_artifact_of_another_kind_is_not_taken(tiny_model):
+    with pytest.raises(UserError, match="holds no denoiser"):
+        Denoiser.load(str(tiny_model / "encoder"))
+
+
+def test_half_precision_is_for_the_weights_and_not_for_the_statistics(tiny_model, tmp_path):
+    model = Autoencoder.load(str(tiny_model))
+    var = model.var.clone()
+    var[0, 0, 0] = 1e-9  # zero in float16
+    model.set_statistics(None, var)
+    model.save(tmp_path, dtype=torch.float16)
+    stored = load_file(tmp_path / "autoencoder" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
+    again = Autoencoder.load(str(tmp_path))
+    assert torch.equal(again.var, var)
+    assert again.mean is None  # scale-only whitening stays so
+    for old, new in zip(model.decoder.parameters(), again.decoder.parameters(), strict=True):
+        assert new.dtype == torch.float32
+        assert torch.equal(new, old.half().float())
+
+
+@KINDS
+def test_saving_again_replaces_the_whole(copy, kind):
+    (copy / kind / "stray").touch()
+    partial = copy / f"{kind}.partial"
+    partial.mkdir()
+    (partial / "torn").touch()
+    model = LOADERS[kind](str(copy))
+    for parameter in model.parameters():
+        parameter.data.add_(1)
+    model.save(copy)
+    assert same(LOADERS[kind](str(copy)), model)
+    assert not (copy / kind / "stray").exists()
+    assert not partial.exists()
+
+
+def test_only_the_first_process_writes(tiny_model, tmp_path, monkeypatch):
+    Denoiser.load(str(tiny_model)).save(tmp_path, World(rank=1, size=2))
+    assert not list(tmp_path.iterdir())
+
+
+@KINDS
+@pytest.mark.parametrize("damage", ["missing", "unexpected", "misshapen"])
+def test_weights_that_do_not_fit_are_listed(copy, kind, damage):
+    path = copy / kind / "model.safetensors"
+    tensors = load_file(path)
+    name = next(key for key in sorted(tensors) if "blocks" in key)
+    if damage == "missing":
+        del tensors[name]
+    elif damage == "unexpected":
+        name = "surplus"
+        tensors[name] = torch.zeros(1)
+    else:
+        tensors[name] = torch.zeros(tensors[name].numel() + 1)
+    save_file(tensors, path)
+    with pytest.raises(UserError) as error:
+        LOADERS[kind](str(copy))
+    message = str(error.value)
+    assert message.startswith(f"{copy / kind}: the weights do not fit")
+    assert name in message
+    assert damage == "misshapen" or f"{damage} {name}" in message
+
+
+@KINDS
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
+def test_a_truncated_file_is_named(copy, kind, share):
+    path = copy / kind / "model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(UserError, match=rf"^{path}: damaged"):
+        LOADERS[kind](str(copy))
+
+
+@KINDS
+def test_a_missing_file_is_named(copy, kind):
+    (copy / kind / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=rf"^{copy / kind / 'model.safetensors'}: no such file"):
+        LOADERS[kind](str(copy))
+
+
+@KINDS
+def test_a_config_is_read_strictly(copy, kind):
+    path = copy / kind / "config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {"surplus": 1}))
+    with pytest.raises(UserError, match=rf"{path}: surplus: "):
+        LOADERS[kind](str(copy))
+    path.write_text(path.read_text()[:-5])
+    with pytest.raises(UserError, match=rf"{path}: not valid JSON"):
+        LOADERS[kind](str(copy))
+    path.write_text("[]")
+    with pytest.raises(UserError, match=f"holds no {kind}"):
+        LOADERS[kind](str(copy))
+
+
+def test_statistics_are_read_as_written(tmp_path):
+    path, var, mean = tmp_path / "new" / "x.safetensors", torch.rand(3, 2, 2), torch.randn(3, 2, 2)
+    artifacts.write_statistics(path, var.double())
+    assert artifacts.read_statistics(path, (3, 2, 2))[0] is None
+    artifacts.write_statistics(path, var, mean)
+    read = artifacts.read_statistics(path, (3, 2, 2))
+    assert read[0] is not None
+    assert torch.equal(read[0], mean)
+    assert torch.equal(read[1], var)
+
+
+def test_statistics_of_another_shape_or_without_a_variance_are_refused(copy):
+    path = copy / "autoencoder" / "statistics.safetensors"
+    for tensors in ({"var": torch.ones(16, 2, 2)}, {"mean": torch.ones(16, 4, 4)}, {}):
+        save_file(tensors, path)
+        with pytest.raises(UserError, match=rf"^{path}: needs `var` \(and `mean`\) of shape \(16, 4, 4\), holds "):
+            Autoencoder.load(str(copy))
+    path.unlink()
+    with pytest.raises(UserError, match=rf"^{path}: no such file"):
+        Autoencoder.load(str(copy))
+
+
+def test_a_model_folder_can_be_moved(tiny_model, copy):
+    """The encoder is the one that travels along, not the folder that it once came from."""
+    config = json.loads((copy / "autoencoder" / "config.json").read_text())
+    (copy / "autoencoder" / "config.json").write_text(json.dumps(config | {"encoder": "/gone"}))
+    moved = Autoencoder.load(str(copy))
+    assert same(moved, Autoencoder.load(str(tiny_model)))
+    moved.save(copy.parent / "again")
+    assert same(Autoencoder.load(str(copy.parent / "again")), moved)
+
+
+def test_a_full_disk_leaves_the_artifact_that_was_there(tiny_model, full_disk):
+    model = Denoiser.load(str(tiny_model))
+    model.save(full_disk)
+    before = weights(Denoiser.load(str(full_disk)))
+    (full_disk / "filler").write_bytes(bytes(4 * 2**20 - sum(p.stat().st_size for p in full_disk.rglob("*")) - 2**16))
+    with pytest.raises(UserError, match=rf"^{full_disk / 'denoiser'}: could not be written \(.*No space left"):
+        model.save(full_disk)
+    after = weights(Denoiser.load(str(full_disk)))
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    assert sorted(path.name for path in full_disk.iterdir()) == ["denoiser", "filler"]

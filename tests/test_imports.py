@@ -1,0 +1,36 @@
+"""What importing costs and gives; the layers themselves are checked by import-linter."""
+
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+
+import raekit
+
+MODULES = sorted(
+    module.name for module in pkgutil.walk_packages(raekit.__path__, "raekit.") if "assets" not in module.name
+)
+
+
+def loaded_after(statement: str) -> set[str]:
+    """The modules that a new process holds after `statement`."""
+    code = f"{statement}\nimport sys; print('\\n'.join(sys.modules))"
+    return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+
+
+def test_every_public_name_is_there():
+    assert set(raekit.__all__) == {name for name in raekit.__all__ if hasattr(raekit, name)}
+    assert {"Autoencoder", "Denoiser", "load", "reconstruct", "generate", "evaluate"} <= set(raekit.__all__)
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "raekit.__main__"])
+def test_every_module_imports_and_says_what_it_is_for(name):
+    module = __import__(name, fromlist=["_"])
+    empty = hasattr(module, "__path__") and name not in ("raekit.recipes",)
+    assert empty or (module.__doc__ or "").strip()
+
+
+def test_the_library_starts_without_what_only_parts_of_it_need():
+    loaded = loaded_after("import raekit, raekit.stages.run, raekit.train.trainer")
+    assert not loaded & {"transformers", "matplotlib", "datasets", "tensorboard", "torch.utils.tensorboard"}
