@@ -4,12 +4,15 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from raekit import demo
 from raekit.demo import PER_CLASS, run_demo
+from raekit.distributed import World
 from raekit.errors import UserError
 
 
@@ -50,3 +53,28 @@ def test_quick_demo_goes_on_after_an_interrupt_and_writes_a_whole_report(tmp_pat
 def test_plan_refuses_no_time(tmp_path: Path):
     with pytest.raises(UserError, match="--minutes"):
         run_demo(tmp_path, minutes=0, quick=False, progress=silent)
+
+
+def test_plan_divides_the_time_by_measured_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    seconds = {"time the decoder": 0.5, "time the denoiser": 2.0}
+    monkeypatch.setattr(demo, "_seconds_per_step", lambda name, *rest: seconds[name])
+    world, (decoder, denoiser) = World(), demo._recipes(tmp_path)
+    plan = demo._plan(tmp_path, 10, False, decoder, denoiser, world, silent)
+    assert (plan.decoder_steps, plan.denoiser_steps) == (240, 165)
+    monkeypatch.setattr(demo, "_seconds_per_step", lambda *arguments: pytest.fail("timed again"))
+    assert demo._plan(tmp_path, 10, False, decoder, denoiser, world, silent) == plan
+
+
+def test_a_step_is_timed_by_the_training_itself(tmp_path: Path):
+    decoder, _ = demo._recipes(tmp_path)
+    small = replace(decoder, train=replace(decoder.train, batch_size=2))
+    reported = []
+    seconds = demo._seconds_per_step(
+        "time",
+        small,
+        tmp_path / "run",
+        World(),
+        lambda what, done, total, text="", unit=1: reported.append((done, unit)),
+    )
+    assert 0 < seconds < 60
+    assert reported == [(step, 2) for step in range(1, demo.CALIBRATION_STEPS + 1)]

@@ -113,15 +113,9 @@ def _plan(
     else:
         with TemporaryDirectory() as scratch:
             first = Path(scratch) / "decoder"
-            trial = _seconds_per_step(
-                decoder, first, world, lambda n: progress("time a step", n, 2 * CALIBRATION_STEPS)
-            )
-            second = _seconds_per_step(
-                replace(denoiser, autoencoder=str(first)),
-                Path(scratch) / "denoiser",
-                world,
-                lambda n: progress("time a step", CALIBRATION_STEPS + n, 2 * CALIBRATION_STEPS),
-            )
+            trial = _seconds_per_step("time the decoder", decoder, first, world, progress)
+            denoiser = replace(denoiser, autoencoder=str(first))
+            second = _seconds_per_step("time the denoiser", denoiser, Path(scratch) / "denoiser", world, progress)
         seconds = 60 * minutes
         plan = Plan(
             minutes=minutes,
