@@ -125,6 +125,7 @@ def test_logit_normal_times_follow_the_truncated_law():
     for share in (0.01, 0.1, 0.5, 0.9, 0.99):
         expected = 1 / (1 + math.exp(-stats.norm.ppf(share * mass)))
         assert np.quantile(times, share) == pytest.approx(expected, abs=1e-4)
+    assert sample_times(torch.tensor([1 - 1e-15], dtype=torch.float64), "logit-normal", 1.0) <= TIME_CAP
     logits = np.log(times / (1 - times))
     assert logits.mean() == pytest.approx(0, abs=1e-6)
     assert logits.std() == pytest.approx(1, abs=1e-3)
