@@ -18,7 +18,7 @@ _MASK = 0xFFFFFFFF
 def address(seed: int, stream: str, position: int) -> int:
     """Mix an address into 64 bits. For a fixed seed and stream it is one-to-one in the low 32 bits."""
     low = (position ^ zlib.crc32(f"{seed}/{stream}".encode())) & _MASK
-    for multiplier in (0x85EBCA6B, 0xC2B2AE35):  # the finaliser of MurmurHash3, a bijection of 32 bits
+    for multiplier in (0x85EBCA6B, 0xC2B2AE35):  # as MurmurHash3 ends, a bijection of 32 bits
         low = ((low ^ (low >> 16)) * multiplier) & _MASK
     low ^= low >> 15
     high = zlib.crc32(f"{stream}/{seed}/{position}".encode())
