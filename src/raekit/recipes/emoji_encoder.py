@@ -9,6 +9,9 @@ Last verified:  2026-11-22. Class accuracy of held-out images by their 10 neares
 
 Masked modelling of so few images gives tokens that are good to decode and only a little better than pixels at
 telling the classes apart; a stronger objective has room to improve.
+
+The committed weights come from a run whose warm-up still began at 0, not at lr / warmup_steps: a rerun gives
+close figures, not the same bits.
 """
 
 from raekit.data.loader import DataConfig
