@@ -54,7 +54,8 @@ class Objective:
 
 @dataclass(frozen=True, kw_only=True)
 class Periodic:
-    """`call(step)`, every `every` steps and after the last; the scalars that it returns are logged."""
+    """`call(step)`, every `every` steps and after the last; its scalars are logged under `name`, with its time."""
 
+    name: str = "evaluation"
     every: int
     call: Callable[[int], dict[str, float]]

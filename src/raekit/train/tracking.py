@@ -24,11 +24,15 @@ def read_metrics(run: Path) -> list[dict[str, float]]:
 
 
 class Tracker:
-    """Logs of one run. Opened at `step`, it drops the records of later steps, which will be written again."""
+    """Logs of one run. Opened at `step`, it drops the records of later steps, which will be written again.
+
+    `resumed` has the names of what is on record for `step` itself.
+    """
 
     def __init__(self, run: Path, step: int, tensorboard: bool = False) -> None:
         self.run = run
         kept = [record for record in read_metrics(run) if record["step"] <= step]
+        self.resumed = {name for record in kept if record["step"] == step for name in record}
         with whole(run / "metrics.jsonl") as partial:
             partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
         self._writer = None

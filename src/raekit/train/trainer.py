@@ -124,6 +124,9 @@ class Trainer:
         since, began = self.step, time.perf_counter()
         try:
             with _stop_signals() as stopped:
+                if self.step:  # a kill may have come between this checkpoint and its evaluation
+                    self._evaluate(tracker, again=False)
+                    began = time.perf_counter()
                 stream = self.batches(self.step * self.config.batch_size)
                 while self.step < self.config.steps:
                     batch = next(stream).to(self.world.device)
@@ -146,12 +149,9 @@ class Trainer:
                     # A checkpoint comes first, so that a kill during an evaluation costs nothing.
                     if self.step % self.config.checkpoint_every == 0 or last:
                         self.save()
-                    for periodic in self.periodics:
-                        if self.step % periodic.every == 0 or last:
-                            values = periodic.call(self.step)
-                            if tracker and values:
-                                tracker.scalars(self.step, values)
-                            began = time.perf_counter() if since == self.step else began
+                    paused = time.perf_counter()
+                    self._evaluate(tracker)
+                    began += time.perf_counter() - paused
                     # Several processes agree every tenth step, since each agreement waits for the slowest.
                     if (self.world.size == 1 or self.step % 10 == 0) and self.world.any(bool(stopped)) and not last:
                         self.save()
@@ -160,6 +160,18 @@ class Trainer:
         finally:
             if tracker:
                 tracker.close()
+
+    def _evaluate(self, tracker: Tracker | None, again: bool = True) -> None:
+        """Call what is due at this step and log it; with `again` False, only what metrics.jsonl lacks."""
+        for periodic in self.periodics:
+            if self.step % periodic.every and self.step != self.config.steps:
+                continue
+            if not again and self.world.any(tracker is not None and f"{periodic.name}/seconds" in tracker.resumed):
+                continue
+            began = time.perf_counter()
+            values = periodic.call(self.step) | {"seconds": time.perf_counter() - began}
+            if tracker:
+                tracker.scalars(self.step, {f"{periodic.name}/{name}": value for name, value in values.items()})
 
     def _train(self, objective: Objective, batch: TrainingBatch) -> Metrics:
         """One optimizer step of `objective` on this process's share of the batch."""
@@ -196,9 +208,10 @@ class Trainer:
         return totals
 
     def _summary(self, history: dict[str, list[Tensor]]) -> dict[str, float]:
-        """Means over steps and processes; raises UserError if too many steps in a row were skipped."""
+        """Means over steps and processes, without skipped steps; UserError if too many in a row were skipped."""
         names = sorted(history)
-        means = self.world.sum(torch.stack([torch.stack(history[name]).mean() for name in names])) / self.world.size
+        windows = [torch.stack(history[name]) for name in names]
+        means = self.world.sum(torch.stack([w[w.isfinite()].mean() for w in windows])) / self.world.size
         values = dict(zip(names, means.tolist(), strict=True))
         for objective in self.objectives:
             if self.step > objective.start:
