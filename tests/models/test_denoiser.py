@@ -135,6 +135,16 @@ def test_hidden_width_of_the_mlp(width: int, hidden: int):
     assert model.state_dict()["blocks.0.mlp.w_out.weight"].shape == (width, hidden)
 
 
+def test_label_embeddings_start_with_the_spread_asked_for():
+    for spread in (0.02, 0.5):
+        torch.manual_seed(0)
+        label = tiny(num_classes=500, label_std=spread).label
+        assert label is not None
+        assert label.weight.std().item() == pytest.approx(spread, rel=0.05)
+    with pytest.raises(UserError, match=r"denoiser\.label_std: -1\.0 is negative"):
+        tiny(label_std=-1.0)
+
+
 def test_narrow_network_is_refused_with_the_bound():
     with pytest.raises(UserError, match=r"denoiser.backbone.width: 16 is below the token dimension 32.* below 0.500 "):
         tiny(None, channels=32)

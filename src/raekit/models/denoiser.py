@@ -43,6 +43,8 @@ class DenoiserConfig:
     `num_classes` = 0 makes it unconditional. `allow_narrow` lifts the refusal of a width below the token
     dimension, for experiments on that very limit. For its sampler it keeps `shift`, the time shift that it is
     trained with, and `prediction`, what its output stands for; for its users `class_names`, if they are known.
+    `label_std` is the spread of the label embeddings at the start, as published. They are added to a time
+    embedding whose norm soon exceeds ten: in a short training, larger ones are heard sooner.
     """
 
     channels: int
@@ -56,6 +58,7 @@ class DenoiserConfig:
     allow_narrow: bool = False
     shift: float = 1.0
     prediction: Literal["velocity", "data"] = "velocity"
+    label_std: float = 0.02
     class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -63,6 +66,8 @@ class DenoiserConfig:
             raise UserError(f"denoiser.patch_size: {self.patch_size} does not divide the grid {self.grid}")
         if self.num_classes < 0:
             raise UserError(f"denoiser.num_classes: {self.num_classes} is negative; 0 means unconditional")
+        if self.label_std < 0:
+            raise UserError(f"denoiser.label_std: {self.label_std} is negative")
         if self.class_names and len(self.class_names) != self.num_classes:
             raise UserError(f"denoiser.class_names: {len(self.class_names)} names for {self.num_classes} classes")
         n, d = self.token_dim, self.output_width
@@ -191,7 +196,7 @@ def _initialise(model: Denoiser) -> None:
         nn.init.xavier_uniform_(embed.weight)
         nn.init.zeros_(embed.bias)
     if model.label is not None:
-        nn.init.normal_(model.label.weight, std=0.02)
+        nn.init.normal_(model.label.weight, std=model.config.label_std)
     for layer in model.time.mlp:
         if isinstance(layer, nn.Linear):
             nn.init.normal_(layer.weight, std=0.02)

@@ -29,6 +29,7 @@ class DenoiserSize:
     qk_norm: bool = False
     allow_narrow: bool = False
     prediction: path.Prediction = "velocity"
+    label_std: float = 0.02
 
 
 @configclass
@@ -102,6 +103,7 @@ def build(config: GenerationConfig, run: Path, world: World) -> Stage:
             allow_narrow=size.allow_narrow,
             shift=alpha,
             prediction=size.prediction,
+            label_std=size.label_std,
             class_names=loader.classes if config.conditional else (),
         )
     )
