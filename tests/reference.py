@@ -15,7 +15,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,13 +28,29 @@ from raekit.flow.solvers import euler, time_grid
 from raekit.models.autoencoder import Autoencoder, AutoencoderConfig
 from raekit.models.decoder import Decoder, DecoderConfig
 from raekit.models.denoiser import Denoiser
+from raekit.models.discriminator import (
+    Discriminator,
+    DiscriminatorConfig,
+    dino,
+    discriminator_loss,
+    generator_loss,
+)
 from raekit.models.encoders import FAMILIES, HALF, IMAGENET, Encoder, EncoderSpec
-from raekit.published import decoder_config, decoder_state, denoiser_config, denoiser_state, statistics
+from raekit.models.perceptual import LPIPS, perceptual_state
+from raekit.published import (
+    decoder_config,
+    decoder_state,
+    denoiser_config,
+    denoiser_state,
+    discriminator_state,
+    statistics,
+)
+from raekit.train.optim import OptimConfig, learning_rate
 from raekit.weights import load_strict
 
 TOLERANCE = 1e-5
 TOLERANCES = {"ode_sample": 1e-4}
-NOT_BUILT = ("ditdh_v2", "encoder_layers", "lpips", "disc", "gan", "lr", "inception", "metrics")
+NOT_BUILT = ("ditdh_v2", "encoder_layers", "inception", "metrics")
 
 # Published class name -> our family, prefix tokens before the patches (without registers), mean and std.
 ENCODERS = {
@@ -42,6 +58,9 @@ ENCODERS = {
     "SigLIP2wNorm": ("siglip", 0, HALF),
     "MAEwNorm": ("vit_mae", 1, IMAGENET),
 }
+
+NORMS: dict[str, Literal["instance", "group"]] = {"bn": "instance", "gn": "group"}
+DINO_SIZES = {192: "T", 384: "S", 768: "B"}
 
 
 def fill_array(name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -77,11 +96,11 @@ def fixed_table(name: str, shape: tuple[int, ...]) -> np.ndarray | None:
     return np.concatenate([np.zeros((leading, width)), table])[None].astype(np.float32)
 
 
-def state_dict(shapes: Mapping[str, list[int]]) -> dict[str, Tensor]:
+def state_dict(shapes: Mapping[str, list[int]], fixed_tables: bool = True) -> dict[str, Tensor]:
     """A published state dict, from the names and shapes that a case lists."""
     state = {}
     for name, shape in shapes.items():
-        table = fixed_table(name, tuple(shape))
+        table = fixed_table(name, tuple(shape)) if fixed_tables else None
         state[name] = torch.from_numpy(fill_array(name, tuple(shape)) if table is None else table)
     return state
 
@@ -100,6 +119,9 @@ class Case:
         if name not in self.config:
             raise UserError(f"no field {name} in config")
         return self.config[name]
+
+    def optional(self, name: str, default: Any) -> Any:
+        return self.field(name) if name in self.config else default
 
     def rest(self) -> dict[str, Any]:
         """All fields that have not been asked for."""
@@ -243,12 +265,78 @@ def _statistics(case: Case, shape: tuple[int, ...]) -> tuple[Tensor | None, Tens
     return statistics({"var": torch.ones(shape), **values}, eps if values else 0.0)
 
 
+def lpips(case: Case) -> Outputs:
+    """LPIPS of images in [-1, 1]. The convolutions' weights are 1.4 times the filled ones, the heads the released."""
+    shapes = {key: list(value.shape) for key, value in LPIPS().features.state_dict(prefix="features.").items()}
+    state = {key: value * (1.4 if key.endswith("weight") else 1) for key, value in state_dict(shapes).items()}
+    model = LPIPS()
+    load_strict(model, perceptual_state(state), "reference case")
+    yield "value", model(*((case.array(name) + 1) / 2 for name in "ab"))
+
+
+def disc(case: Case) -> Outputs:
+    """The discriminator's logits of images in [-1, 1], in evaluation mode, with singular vectors of unit length."""
+    # Its positions are learned. The heads are filled by their names in the whole discriminator.
+    backbone = dino(state_dict(case.field("dino_shapes"), fixed_tables=False), "reference case: DINO")
+    shapes = {f"heads.{key.removeprefix('heads.')}": shape for key, shape in case.field("head_shapes").items()}
+    recipe = f"{DINO_SIZES.get(backbone.width)}_{backbone.embed.kernel_size[0]}"
+    if case.field("recipe") != recipe:
+        raise UserError(f"recipe is {case.config['recipe']}, but dino_shapes are those of {recipe}")
+    state = {key: _unit(key, value) for key, value in state_dict(shapes).items()}
+    spectral = any(key.endswith("weight_orig") for key in state)
+    if case.optional("using_spec_norm", spectral) != spectral:
+        raise UserError("using_spec_norm contradicts head_shapes")
+    if (norm := case.optional("norm_type", "bn")) not in NORMS:
+        raise UserError(f"norm_type {norm} is none of {', '.join(NORMS)}")
+    config = DiscriminatorConfig(
+        blocks=tuple(case.optional("key_depths", (2, 5, 8, 11))),
+        kernel_size=case.field("kernel_size"),
+        norm=NORMS[norm],
+        spectral_norm=spectral,
+    )
+    model = Discriminator(config, backbone).eval()
+    load_strict(model, discriminator_state(state), "reference case: heads")
+    yield "logits", model((case.array("x") + 1) / 2)
+
+
+def _unit(key: str, value: Tensor) -> Tensor:
+    return value / value.norm() if key.endswith(("weight_u", "weight_v")) else value
+
+
+def gan(case: Case) -> Outputs:
+    """The losses of the given logits."""
+    real, fake = case.array("real"), case.array("fake")
+    if "hinge_d" in case:
+        yield "hinge_d", discriminator_loss(real, fake, "hinge")
+    if "vanilla_d" in case:
+        yield "vanilla_d", discriminator_loss(real, fake, "softplus")
+    if "g" in case:
+        yield "g", generator_loss(fake)
+
+
+def lr(case: Case) -> Outputs:
+    """The published schedules (spec 1.8, 2.6), their epochs counted in steps."""
+    epoch, every = case.field("steps_per_epoch"), case.field("every")
+    schedules = {
+        "stage1": OptimConfig(warmup_steps=epoch, warmup_from_zero=True, decay="cosine", decay_end=16 * epoch),
+        "stage2": OptimConfig(warmup_steps=40 * epoch, decay="linear", decay_end=800 * epoch),
+    }
+    for name, config in schedules.items():
+        if name in case:
+            steps = range(0, every * case.array(name).numel(), every)
+            yield name, torch.tensor([learning_rate(config, step) for step in steps], dtype=torch.float64)
+
+
 KINDS: dict[str, Callable[[Case], Outputs]] = {
     "ditdh": denoiser,
     "dit": denoiser,
     "timegrid": timegrid,
     "decoder": decoder,
     "rae": rae,
+    "lpips": lpips,
+    "disc": disc,
+    "gan": gan,
+    "lr": lr,
 }
 
 

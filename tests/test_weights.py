@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from raekit.errors import UserError
-from raekit.weights import find_folder, load_strict, read_weights
+from raekit.weights import find_file, find_folder, load_strict, read_weights
 
 STATE = {"weight": torch.arange(6.0).view(2, 3), "bias": torch.ones(2)}
 
@@ -35,6 +35,13 @@ def test_truncated_file_is_refused(name: str, kept: float, tmp_path: Path):
     path.write_bytes(whole[: int(kept * len(whole)) if kept == 0.5 else int(kept)])
     with pytest.raises(UserError, match=f"{path}: (damaged|refused)"):
         read_weights(path)
+
+
+@pytest.mark.parametrize("content", [torch.ones(2), [torch.ones(2)], {0: torch.ones(2)}])
+def test_tensors_without_names_are_refused(content: object, tmp_path: Path):
+    torch.save(content, tmp_path / "weights.pt")
+    with pytest.raises(UserError, match=r"weights\.pt: holds no tensors by name"):
+        read_weights(tmp_path / "weights.pt")
 
 
 def test_absent_file(tmp_path: Path):
@@ -110,7 +117,9 @@ def test_long_lists_of_faults_are_cut():
 
 def test_folders(tmp_path: Path):
     assert find_folder(str(tmp_path)) == tmp_path
-    with pytest.raises(UserError, match=r"builtin:nothing: no such built-in; there are builtin:emoji"):
+    with pytest.raises(
+        UserError, match=r"builtin:nothing: no such built-in; there are builtin:emoji, builtin:vit-tiny"
+    ):
         find_folder("builtin:nothing")
 
 
@@ -124,3 +133,17 @@ def test_repository_without_a_network(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"nobody/nothing: no such local folder, .* run `hf download nobody/nothing`"):
         find_folder("nobody/nothing")
+
+
+def test_a_file_of_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match=r"run `hf download nobody/nothing part/a\.pth` where"):
+        find_file("nobody/nothing", "part/a.pth")
+    folder = tmp_path / "models--nobody--nothing"
+    path = folder / "snapshots" / ("0" * 40) / "part" / "a.pth"
+    path.parent.mkdir(parents=True)
+    path.write_text("here")
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("0" * 40)
+    assert find_file("nobody/nothing", "part/a.pth").read_text() == "here"

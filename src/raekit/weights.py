@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -23,7 +23,7 @@ def find_folder(name: str) -> Path:
     if name.startswith("builtin:"):
         folder = ASSETS / name.removeprefix("builtin:")
         if not folder.is_dir():
-            known = ", ".join(f"builtin:{p.name}" for p in sorted(ASSETS.iterdir()) if p.is_dir())
+            known = ", ".join(f"builtin:{p.name}" for p in sorted(ASSETS.iterdir()) if any(p.glob("*/config.json")))
             raise UserError(f"{name}: no such built-in; there are {known}")
         return folder
     if (path := Path(name)).is_dir():
@@ -41,6 +41,17 @@ def find_folder(name: str) -> Path:
         ) from None
 
 
+def find_file(repository: str, name: str) -> Path:
+    """The file `name` of a repository OWNER/NAME of the Hub: cached, or downloaded now. UserError if it is neither."""
+    try:
+        return Path(hf_hub_download(repository, name))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"{repository}: the Hub did not deliver {name} ({type(error).__name__}); "
+            f"run `hf download {repository} {name}` where there is a network"
+        ) from None
+
+
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Read a `.safetensors` file, or a torch file with `weights_only=True`; UserError if it is absent or damaged."""
     if not path.is_file():
@@ -48,13 +59,16 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
         raise UserError(
             f"{path}: damaged or no weights file ({_first_line(error)}); fetch or export it again"
         ) from None
     except Exception as error:  # torch raises pickle.UnpicklingError for a file that asks to run code
         raise UserError(f"{path}: refused, it holds more than tensors ({_first_line(error)})") from None
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+        raise UserError(f"{path}: holds no tensors by name; expected a state dict")
+    return state
 
 
 def _first_line(error: Exception) -> str:

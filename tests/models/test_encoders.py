@@ -113,6 +113,22 @@ def test_contract(name: str, registry: None):
 
 
 @NAMES
+def test_outputs_of_blocks(name: str, registry: None):
+    encoder = load_encoder(name)
+    assert (encoder.depth, encoder.width) == (2, 16)
+    side = encoder.spec.image_size
+    images = torch.rand(2, 3, side, side, requires_grad=True)
+    last, first = encoder.block_outputs(images, (1, 0))
+    assert last.shape == first.shape == (2, NATIVE**2, 16)
+    assert not torch.allclose(first, last, atol=1e-2)
+    # The tokens are the last block's output, standardised; and the first block sees the images as well.
+    centred = last - last.mean(-1, keepdim=True)
+    assert torch.allclose(centred / centred.square().mean(-1, keepdim=True).sqrt(), encoder(images), atol=1e-3)
+    assert torch.autograd.grad(first.sum(), images, retain_graph=True)[0].abs().max() > 0
+    assert torch.autograd.grad(last.sum(), images)[0].abs().max() > 0
+
+
+@NAMES
 def test_tokens_are_those_of_transformers_without_the_affine_part(
     name: str, hub: dict[str, EncoderSpec], registry: None
 ):
@@ -235,6 +251,16 @@ def test_own_encoder_keeps_the_contract():
     assert not tokens.requires_grad
     colours = (images - torch.tensor(CONFIG.mean)[:, None, None]) / torch.tensor(CONFIG.std)[:, None, None]
     assert torch.allclose(tokens, encoder.model(colours), atol=1e-6)
+
+
+def test_outputs_of_the_blocks_of_an_own_encoder():
+    encoder = Encoder("own", CONFIG.spec, ViT(CONFIG))
+    images = torch.rand(2, 3, 20, 20, requires_grad=True)
+    outputs = encoder.block_outputs(images, range(encoder.depth))
+    assert torch.allclose(encoder.model.norm(outputs[-1]), encoder(images), atol=1e-6)  # type: ignore[operator]
+    for block, before, after in zip(list(encoder.model.blocks)[1:], outputs, outputs[1:], strict=False):  # type: ignore
+        assert torch.allclose(block(before), after, atol=1e-6)
+    assert torch.autograd.grad(outputs[0].sum(), images)[0].abs().max() > 0
 
 
 def test_own_encoder_takes_another_input_size():

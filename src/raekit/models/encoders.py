@@ -3,7 +3,7 @@
 Adding a model of a known family is one `register(...)` line; adding a family is one `Family` entry.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,29 +94,29 @@ _register_all()
 
 @dataclass(frozen=True)
 class Family:
-    """How to reach a `transformers` model: its class, the final norm's attribute, and its tokens from pixels."""
+    """How to reach a `transformers` model: its class, the final norm's attribute, and its output from pixels."""
 
     model_class: str
     norm: str
-    tokens: Callable[[Any, Tensor], Tensor]
+    output: Callable[..., Any]
     config: dict[str, Any]
 
 
 FAMILIES = {
     "dinov2_with_registers": Family(
-        "Dinov2WithRegistersModel", "layernorm", lambda m, x: m(x).last_hidden_state, config={}
+        "Dinov2WithRegistersModel", "layernorm", lambda m, x, **options: m(x, **options), config={}
     ),
     "siglip": Family(
         "SiglipVisionModel",
         "post_layernorm",
-        lambda m, x: m(x, interpolate_pos_encoding=True).last_hidden_state,
+        lambda m, x, **options: m(x, interpolate_pos_encoding=True, **options),
         config={"vision_use_head": False},
     ),
     # The mask keeps every patch, and increasing noise keeps their order.
     "vit_mae": Family(
         "ViTMAEModel",
         "layernorm",
-        lambda m, x: m(x, noise=_order(m, x), interpolate_pos_encoding=True).last_hidden_state,
+        lambda m, x, **options: m(x, noise=_order(m, x), interpolate_pos_encoding=True, **options),
         config={"mask_ratio": 0.0},
     ),
 }
@@ -174,16 +174,27 @@ class ViT(nn.Module):
         )
         self.norm = nn.LayerNorm(config.width, eps=1e-6, elementwise_affine=False)
 
-    def forward(self, pixels: Tensor, keep: Tensor | None = None) -> Tensor:
+    def _embed(self, pixels: Tensor, keep: Tensor | None = None) -> Tensor:
         size = self.config.patch_size
         grid = (pixels.shape[2] // size, pixels.shape[3] // size)
         positions = sincos_positions(self.config.width, grid).to(pixels.device)
         x = self.embed(patchify(pixels, size)) + positions
         if keep is not None:
             x = x.gather(1, keep[:, :, None].expand(-1, -1, x.shape[2]))
+        return x
+
+    def forward(self, pixels: Tensor, keep: Tensor | None = None) -> Tensor:
+        x = self._embed(pixels, keep)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
+
+    def block_outputs(self, pixels: Tensor) -> list[Tensor]:
+        """The tokens (B, N, width) after each block."""
+        x, outputs = self._embed(pixels), []
+        for block in self.blocks:
+            outputs.append(x := block(x))
+        return outputs
 
 
 class Encoder(nn.Module):
@@ -228,13 +239,40 @@ class Encoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
+        pixels = self._pixels(images)
+        if self.spec.family == "vit":
+            return self.model(pixels)
+        output = FAMILIES[self.spec.family].output(self.model, pixels)
+        return output.last_hidden_state[:, self.spec.prefix_tokens :]
+
+    def _pixels(self, images: Tensor) -> Tensor:
         size = (self.input_size, self.input_size)
         if images.shape[2:] != size:
             images = F.interpolate(images, size, mode="bicubic", align_corners=False)
-        pixels = (images - self.mean) / self.std
-        if self.spec.family == "vit":
-            return self.model(pixels)
-        return FAMILIES[self.spec.family].tokens(self.model, pixels)[:, self.spec.prefix_tokens :]
+        return (images - self.mean) / self.std
+
+    @property
+    def width(self) -> int:
+        return self.spec.width
+
+    @property
+    def depth(self) -> int:
+        """The number of blocks."""
+        config: Any = self.model.config
+        return config.depth if self.spec.family == "vit" else config.num_hidden_layers
+
+    def block_outputs(self, images: Tensor, blocks: Sequence[int]) -> list[Tensor]:
+        """Patch tokens (B, N, width) as each of `blocks`, counted from 0, puts them out: before the last norm.
+
+        Unlike `forward`, differentiable with respect to the images.
+        """
+        pixels = self._pixels(images)
+        if isinstance(self.model, ViT):
+            outputs = self.model.block_outputs(pixels)
+        else:
+            found = FAMILIES[self.spec.family].output(self.model, pixels, output_hidden_states=True)
+            outputs = found.hidden_states[1:]  # the first are the embedded patches
+        return [outputs[index][:, self.spec.prefix_tokens :] for index in blocks]
 
 
 def load_encoder(name: str, input_size: int | None = None) -> Encoder:

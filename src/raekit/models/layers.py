@@ -106,14 +106,14 @@ class SwiGLU(nn.Module):
 
 
 class ViTBlock(nn.Module):
-    """Pre-norm transformer block with LayerNorm and exact GELU: of the encoder that we pretrain, and of the decoder."""
+    """Pre-norm transformer block with LayerNorm and GELU (`gelu`: "none" is exact, "tanh" its approximation)."""
 
-    def __init__(self, width: int, heads: int, hidden: int, eps: float) -> None:
+    def __init__(self, width: int, heads: int, hidden: int, eps: float, gelu: str = "none") -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps)
         self.attention = Attention(width, heads)
         self.norm2 = nn.LayerNorm(width, eps)
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(gelu), nn.Linear(hidden, width))
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm1(x))

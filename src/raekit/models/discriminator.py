@@ -1,0 +1,238 @@
+"""The discriminator of stage 1: heads on the features of a frozen ViT, and the adversarial losses (spec 1.6, 1.7)."""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Literal, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from raekit.config import configclass
+from raekit.errors import UserError
+from raekit.models.encoders import IMAGENET, Encoder, load_encoder
+from raekit.models.layers import ViTBlock, to_tokens
+from raekit.weights import find_file, load_strict, read_weights
+
+DINO_S8 = ("nyu-visionx/RAE-collections", "discs/dino_vit_small_patch8_224.pth")
+NORM_EPS = 1e-6
+HEAD_DIM = 64  # of every DINO ViT
+GROUPS = 32
+
+
+class Dino(nn.Module):
+    """The ViT of DINO (Caron et al., 2021), frozen, of images resized (bilinear) to its own size.
+
+    With the tanh approximation of GELU, as in the published discriminator, though DINO was trained without.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, width: int, depth: int, patch_size: int, grid: int) -> None:
+        super().__init__()
+        self.width, self.depth, self.image_size = width, depth, grid * patch_size
+        self.embed = nn.Conv2d(3, width, patch_size, stride=patch_size)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.positions = nn.Parameter(torch.zeros(1, 1 + grid**2, width))
+        self.blocks = nn.ModuleList(
+            ViTBlock(width, width // HEAD_DIM, 4 * width, NORM_EPS, gelu="tanh") for _ in range(depth)
+        )
+        mean, std = torch.tensor(IMAGENET, device="cpu").view(2, 3, 1, 1)  # also if the rest is on the meta device
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
+        self.requires_grad_(False)
+
+    def block_outputs(self, images: Tensor, blocks: Sequence[int]) -> list[Tensor]:
+        """Images (B, 3, H, W) in [0, 1] -> patch tokens (B, N, width) as each of `blocks`, from 0, puts them out."""
+        size = (self.image_size, self.image_size)
+        if images.shape[2:] != size:
+            images = F.interpolate(images, size, mode="bilinear", align_corners=False)
+        x = to_tokens(self.embed((images - self.mean) / self.std))
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.positions
+        outputs = []
+        for block in self.blocks[: max(blocks) + 1]:
+            x = block(x)
+            outputs.append(x[:, 1:])
+        return [outputs[index] for index in blocks]
+
+
+_DINO = {
+    "pos_embed": "positions",
+    "patch_embed.proj": "embed",
+    "attn.qkv": "attention.qkv",
+    "attn.proj": "attention.out",
+    "mlp.fc1": "mlp.0",
+    "mlp.fc2": "mlp.2",
+}
+
+
+def dino(state: Mapping[str, Tensor], source: object) -> Dino:
+    """The network of a DINO checkpoint, which is of `timm`'s names; its sizes are those of the tensors.
+
+    The final norm is not used. UserError, naming `source`, if a tensor is missing, unexpected or misshapen.
+    """
+    positions, kernel = state.get("pos_embed"), state.get("patch_embed.proj.weight")
+    if positions is None or kernel is None or positions.ndim != 3 or kernel.ndim != 4 or kernel.shape[0] % HEAD_DIM:
+        raise UserError(
+            f"{source}: no DINO ViT: it needs pos_embed (1, 1 + N, width) and patch_embed.proj.weight (width, 3, p, p) "
+            f"with width a multiple of {HEAD_DIM}"
+        )
+    found = (re.match(r"blocks\.(\d+)\.", key) for key in state)
+    depth = len({match[1] for match in found if match})
+    with torch.device("meta"):
+        model = Dino(kernel.shape[0], depth, kernel.shape[3], math.isqrt(positions.shape[1] - 1))
+    ours = {}
+    for key, value in state.items():
+        if key.startswith("norm."):
+            continue
+        if key.endswith("attn.qkv.bias"):
+            value = value.clone()
+            value[model.width : 2 * model.width] = 0  # as published; it shifts all of a query's scores alike
+        ours[re.sub("|".join(map(re.escape, _DINO)), lambda match: _DINO[match[0]], key)] = value.float()
+    load_strict(model, ours, source)
+    return model
+
+
+Backbone = Encoder | Dino
+
+
+def load_backbone(name: str) -> Backbone:
+    """Load `dino-s8` (the published one, from the Hub), a file of DINO weights, or an encoder (`load_encoder`).
+
+    UserError if there is no such network, or its weights are missing or damaged.
+    """
+    path = find_file(*DINO_S8) if name == "dino-s8" else Path(name)
+    if path.suffix in (".pth", ".pt", ".safetensors"):
+        return dino(read_weights(path), path)
+    return load_encoder(name)
+
+
+@configclass
+class DiscriminatorConfig:
+    """Heads for the outputs of the backbone's `blocks`, counted from 0, and one more for its last block.
+
+    `backbone` is a name for `load_backbone`. `norm`: `instance` has the statistics of each image's channels
+    (published as "bn", batch norm with a virtual batch of 1), `group` those of 32 groups of them ("gn").
+    """
+
+    backbone: str = "dino-s8"
+    blocks: tuple[int, ...] = (2, 5, 8, 11)
+    kernel_size: int = 9
+    norm: Literal["instance", "group"] = "instance"
+    spectral_norm: bool = True
+
+    def __post_init__(self) -> None:
+        if list(self.blocks) != sorted(set(self.blocks)) or min(self.blocks, default=0) < 0:
+            raise UserError(f"discriminator.blocks: {self.blocks} must be increasing, from 0 on")
+        if self.kernel_size < 1 or self.kernel_size % 2 == 0:
+            raise UserError(f"discriminator.kernel_size: {self.kernel_size} must be odd")
+
+
+class SpectralConv1d(nn.Conv1d):
+    """A convolution whose weight is divided by its largest singular value, u' W v.
+
+    `u` and `v` are estimates, in the state dict; each forward in training mode improves them by one power iteration.
+    """
+
+    u: Tensor
+    v: Tensor
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        matrix = self.weight.detach().flatten(1)
+        self.register_buffer("u", F.normalize(torch.randn(matrix.shape[0]), dim=0))
+        self.register_buffer("v", torch.empty(matrix.shape[1]))
+        for _ in range(10):  # random vectors would give any scale, and either sign
+            self._iterate(matrix)
+
+    @torch.no_grad()
+    def _iterate(self, matrix: Tensor) -> None:
+        self.v.copy_(F.normalize(self.u @ matrix, dim=0))
+        self.u.copy_(F.normalize(matrix @ self.v, dim=0))
+
+    def forward(self, input: Tensor) -> Tensor:
+        with torch.autocast(input.device.type, enabled=False):
+            matrix = self.weight.flatten(1)
+            if self.training:
+                self._iterate(matrix)
+            u, v = self.u.clone(), self.v.clone()  # the backward pass needs them as they are now
+            weight = self.weight / (u @ (matrix @ v))
+        return self._conv_forward(input, weight, self.bias)
+
+
+class Head(nn.Module):
+    """Features (B, channels, N) -> logits (B, N)."""
+
+    def __init__(self, channels: int, config: DiscriminatorConfig) -> None:
+        super().__init__()
+        conv = SpectralConv1d if config.spectral_norm else nn.Conv1d
+        groups = GROUPS if config.norm == "group" else channels
+
+        def block(kernel_size: int) -> nn.Sequential:
+            mode = "circular" if kernel_size > 1 else "zeros"
+            return nn.Sequential(
+                conv(channels, channels, kernel_size, padding=kernel_size // 2, padding_mode=mode),
+                nn.GroupNorm(groups, channels, NORM_EPS),
+                nn.LeakyReLU(0.2),
+            )
+
+        self.first = block(1)
+        self.residual = block(config.kernel_size)
+        self.out = conv(channels, 1, 1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        x = self.first(features)
+        return self.out((self.residual(x) + x) * 0.5**0.5).squeeze(1)
+
+
+class Discriminator(nn.Module):
+    """Images (B, 3, H, W) in [0, 1] -> logits (B, (1 + blocks) * N), float32, high for real: those of the last
+    block's head, then those of `config.blocks`, each for N patches.
+
+    The backbone is frozen and no submodule: it goes wherever the heads are moved, but it is neither in the
+    parameters nor in the state dict. Training mode means the power iterations of the spectral norm, no more.
+    """
+
+    backbone: Backbone
+
+    def __init__(self, config: DiscriminatorConfig, backbone: Backbone) -> None:
+        super().__init__()
+        if (deepest := max(config.blocks, default=0)) >= backbone.depth:
+            raise UserError(
+                f"discriminator.blocks: there is no block {deepest} in {config.backbone}, which has {backbone.depth}"
+            )
+        if config.norm == "group" and backbone.width % GROUPS:
+            raise UserError(
+                f"discriminator.norm: group needs a width that {GROUPS} divides; {config.backbone} has {backbone.width}"
+            )
+        self.config = config
+        object.__setattr__(self, "backbone", backbone)
+        self.heads = nn.ModuleList(Head(backbone.width, config) for _ in range(1 + len(config.blocks)))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.backbone._apply(fn)
+        return super()._apply(fn, recurse)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.backbone.block_outputs(images, (self.backbone.depth - 1, *self.config.blocks))
+        return torch.cat([head(x.mT).float() for head, x in zip(self.heads, features, strict=True)], dim=1)
+
+
+def discriminator_loss(real: Tensor, fake: Tensor, kind: Literal["hinge", "softplus"] = "hinge") -> Tensor:
+    """What the discriminator minimises, from its logits for real and for generated images of any shape."""
+    if kind == "hinge":
+        return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
+    return (F.softplus(-real).mean() + F.softplus(fake).mean()) / 2
+
+
+def generator_loss(fake: Tensor) -> Tensor:
+    """What the generator minimises, with either loss of the discriminator."""
+    return -fake.mean()
+
+
+def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, maximum: float = 1e4) -> Tensor:
+    """The factor that makes the adversarial gradient as long as that of the reconstruction, given both norms."""
+    return (reconstruction / (adversarial + 1e-6)).clamp(0, maximum).detach()

@@ -1,0 +1,111 @@
+"""LPIPS, the perceptual distance of Zhang et al. (2018), version 0.1 on VGG16 (spec 1.6)."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.hub import get_dir
+
+from raekit.errors import UserError
+from raekit.weights import ASSETS, find_file, load_strict, read_weights
+
+HEADS = ASSETS / "lpips" / "heads.safetensors"
+VGG_CHECKPOINT = "vgg16-397923af.pth"  # as torchvision caches it
+VGG_HUB = ("timm/vgg16.tv_in1k", "model.safetensors")  # torchvision's weights under the same names
+
+STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+EPS = 1e-10
+
+
+class LPIPS(nn.Module):
+    """Distances (B,) between images and targets, (B, 3, H, W) in [0, 1] with sides of at least 16 pixels.
+
+    Frozen and always in evaluation mode; differentiable with respect to the images. Under autocast only the
+    convolutions have a lower precision.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        taps: list[int] = []
+        channels = 3
+        for widths in STAGES:
+            if taps:
+                layers.append(nn.MaxPool2d(2))
+            for width in widths:
+                layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)]
+                channels = width
+            taps.append(len(layers) - 1)
+        self.features = nn.Sequential(*layers)  # torchvision's numbering
+        self.taps = frozenset(taps)
+        for index, widths in enumerate(STAGES):
+            self.register_parameter(f"lin{index}", nn.Parameter(torch.zeros(1, widths[-1], 1, 1)))
+        # The published constants, for colours in [-1, 1], not quite those of ImageNet.
+        self.register_buffer("mean", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1), persistent=False)
+        self.requires_grad_(False)
+        super().train(False)
+
+    def train(self, mode: bool = True) -> "LPIPS":
+        """Does nothing: a frozen network has one mode."""
+        return self
+
+    def forward(self, images: Tensor, targets: Tensor) -> Tensor:
+        total = torch.zeros(len(images), device=images.device)
+        for index, (a, b) in enumerate(zip(self._directions(images), self._directions(targets), strict=True)):
+            with torch.autocast(images.device.type, enabled=False):
+                distance = F.conv2d((a - b).square(), self.get_parameter(f"lin{index}"))
+                total = total + distance.mean((1, 2, 3))
+        return total
+
+    def _directions(self, images: Tensor) -> list[Tensor]:
+        """The features at the end of each stage, of unit length over the channels."""
+        x = (2 * images.float() - 1 - self.mean) / self.std
+        found = []
+        for index, layer in enumerate(self.features):
+            x = layer(x)
+            if index in self.taps:
+                features = x.float()
+                # Unlike the root of a sum of squares, this norm has a finite gradient where no channel is active.
+                found.append(features / (torch.linalg.vector_norm(features, dim=1, keepdim=True) + EPS))
+        return found
+
+
+def load_perceptual(source: str | None = None) -> LPIPS:
+    """LPIPS with the weights of the file `source`, or with the VGG16 that torchvision or the Hub has cached.
+
+    The file holds VGG16's convolutions under torchvision's names (`features.N.weight`), and may hold LPIPS's
+    heads (`linI.model.1.weight`); without them the package's own, version 0.1, are taken. UserError if there is no
+    file, or if it lacks a tensor or has another.
+    """
+    path = Path(source) if source else _find_vgg()
+    model = LPIPS()
+    load_strict(model, perceptual_state(read_weights(path)), path)
+    return model
+
+
+def perceptual_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """LPIPS's state dict from published names, without VGG's classifier; with the package's heads if it has none."""
+    classifier = ("classifier.", "pre_logits.", "head.")  # torchvision's name, then the two on the Hub
+    ours = {key: value for key, value in state.items() if not key.startswith(classifier)}
+    if not any(key.startswith("lin") for key in ours):
+        ours |= read_weights(HEADS)
+    return {key.removesuffix(".model.1.weight"): value for key, value in ours.items()}
+
+
+def _find_vgg() -> Path:
+    path = Path(get_dir(), "checkpoints", VGG_CHECKPOINT)
+    if path.is_file():
+        return path
+    try:
+        return find_file(*VGG_HUB)
+    except UserError as error:
+        raise UserError(
+            f"LPIPS needs VGG16's weights: download https://download.pytorch.org/models/{VGG_CHECKPOINT} to {path}, "
+            f"or name a file that has them (the Hub was asked too: {error})"
+        ) from None
