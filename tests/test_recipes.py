@@ -64,10 +64,24 @@ def test_a_recipe_tells_what_it_is_in_one_line(name):
 
 @EVERY
 def test_a_recipe_tells_what_it_reproduces(name):
-    match = re.search(r"^Reproduces: +(\S+)", recipes.find(name).about, re.MULTILINE)
+    """A built-in model, or published figures."""
+    match = re.search(r"^Reproduces: +(\S.*)", recipes.find(name).about, re.MULTILINE)
     assert match
-    folder = ASSETS.parents[2] / match[1]
-    assert folder.parent == ASSETS or ASSETS in folder.parents
+    if match[1].startswith("src/"):
+        folder = ASSETS.parents[2] / match[1].split()[0]
+        assert folder.parent == ASSETS or ASSETS in folder.parents
+    else:
+        assert re.match(r"r?FID \d\.\d+.*\(paper, table", match[1])
+
+
+def test_published_schedules_of_stage_1():
+    """16 epochs of 2502 steps; the discriminator trains from epoch 6 on, and is heard from epoch 8 on."""
+    for name in recipes.names():
+        config = recipes.find(name).config
+        if isinstance(config, ReconstructionConfig) and not config.encoder.startswith("builtin:"):
+            assert config.adversarial
+            assert config.train.steps == 16 * 2502
+            assert (config.adversarial.discriminator_start, config.adversarial.start) == (6 * 2502, 8 * 2502)
 
 
 def test_a_variant_is_a_replacement():
@@ -79,5 +93,7 @@ def test_a_variant_is_a_replacement():
 
 @pytest.mark.parametrize("name", ["emoji", "", "../emoji_encoder", "emoji_encoder.config"])
 def test_an_unknown_recipe_is_named_with_those_that_there_are(name):
-    with pytest.raises(UserError, match=re.escape(f"recipe {name!r}: no such recipe; there are emoji_decoder, emoji_")):
+    with pytest.raises(
+        UserError, match=re.escape(f"recipe {name!r}: no such recipe; there are dinov2b_512_direct, dinov2b_")
+    ):
         recipes.find(name)

@@ -1,20 +1,37 @@
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.distributed.checkpoint import FileSystemReader
 
 from raekit import randomness
 from raekit.config import from_dict, to_dict
 from raekit.data.loader import Batch, DataConfig, Loader
-from raekit.distributed import World
+from raekit.distributed import World, full_state
 from raekit.errors import UserError
+from raekit.models.augment import AugmentConfig, augment
 from raekit.models.autoencoder import Autoencoder
+from raekit.models.discriminator import DiscriminatorConfig
 from raekit.models.encoders import load_encoder
 from raekit.models.layers import to_grid
-from raekit.stages.reconstruction import DecoderSize, ReconstructionConfig, build, noise_scales
+from raekit.models.perceptual import LPIPS, load_perceptual
+from raekit.stages.reconstruction import (
+    AdversarialConfig,
+    DecoderSize,
+    Encoded,
+    PerceptualConfig,
+    ReconstructionConfig,
+    build,
+    noise_scales,
+    noisy,
+)
+from raekit.stages.stage import Stage
+from raekit.train.objective import Objective
 from raekit.train.optim import OptimConfig
+from raekit.train.tracking import read_metrics
 from raekit.train.trainer import TrainConfig, Trainer
 
 ONE, CPU = World(), torch.device("cpu")
@@ -39,6 +56,10 @@ def stage(config: ReconstructionConfig, tmp_path):
 
 def first_batch(config: ReconstructionConfig) -> Batch:
     return next(Loader(config.data, config.train.seed).stream(0, config.train.batch_size, ONE))
+
+
+def first_encoded(made: Stage) -> Encoded:
+    return next(made.batches(0))
 
 
 def all_tokens(config: ReconstructionConfig) -> torch.Tensor:
@@ -66,7 +87,8 @@ def test_noise_scales_follow_their_laws():
 @pytest.mark.parametrize("tau", [0.0, 0.8])
 def test_the_loss_is_the_distance_of_pixels_decoded_from_noisy_tokens(config, tmp_path, tau):
     config = replace(config, noise=tau)
-    objective = stage(config, tmp_path).objectives[0]
+    made = stage(config, tmp_path)
+    objective = made.objectives[0]
     batch = first_batch(config)
     encoder = load_encoder(config.encoder)
     tokens = to_grid(encoder(batch.pixels()), (4, 4))
@@ -74,10 +96,11 @@ def test_the_loss_is_the_distance_of_pixels_decoded_from_noisy_tokens(config, tm
     noise = randomness.normal(5, "noise", batch.positions, (16, 4, 4))
     decoded = objective.module(tokens + scales.view(-1, 1, 1, 1) * noise) * encoder.std + encoder.mean
     expected = (decoded - batch.pixels()).abs().mean()
-    loss, metrics = objective.loss(batch, 0)
+    encoded = first_encoded(made)
+    loss, metrics = objective.loss(encoded, 0)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert metrics == {}
-    parts = [objective.loss(part, 3)[0].item() for part in batch.split(2)]
+    assert metrics == {"l1": loss}
+    parts = [objective.loss(part, 3)[0].item() for part in encoded.split(2)]
     assert sum(parts) / 3 == pytest.approx(loss.item(), rel=1e-5)
 
 
@@ -173,3 +196,175 @@ def test_the_config_goes_through_json_strictly(config):
     values["decoder"]["dept"] = 3
     with pytest.raises(UserError, match=r"config\.json: decoder\.dept: "):
         from_dict(ReconstructionConfig, values, "config.json")
+
+
+# The adversarial part: a discriminator on the encoder's own features, which the decoder hears from step 1
+
+
+@pytest.fixture
+def adversarial(config) -> ReconstructionConfig:
+    return replace(
+        config,
+        train=replace(config.train, steps=4, log_every=1),
+        adversarial=AdversarialConfig(
+            discriminator=DiscriminatorConfig(backbone=config.encoder, blocks=(0,), kernel_size=3),
+            optim=OptimConfig(lr=1e-3, final_lr=1e-4, decay="linear", decay_end=4),
+            start=1,
+        ),
+    )
+
+
+def parts(made: Stage) -> tuple[Objective, Objective]:
+    decoder, discriminator = made.objectives
+    return decoder, discriminator
+
+
+def test_the_adversarial_loss_and_its_gradient(adversarial, tmp_path):
+    """Against plain autograd through the whole: one weight, the ratio of the gradients of the last layer."""
+    made = stage(adversarial, tmp_path)
+    decoder, discriminator = parts(made)
+    batch = first_encoded(made)
+    network, heads = decoder.module, discriminator.module
+    heads.eval()
+    settings = adversarial.adversarial
+    encoder = load_encoder(adversarial.encoder)
+    decoded = network(noisy(batch.latents, adversarial, batch.positions)) * encoder.std + encoder.mean
+    l1 = (decoded - batch.images).abs().mean()
+    seen = augment(decoded, settings.augment, seed=5, stream="generator", step=1, positions=batch.positions)
+    gan = -heads(seen).mean()
+    last = network.get_parameter("out.weight")
+    norms = [torch.autograd.grad(loss, last, retain_graph=True)[0].norm() for loss in (l1, gan)]
+    balance = norms[0] / (norms[1] + 1e-6)
+    (l1 + 0.75 * balance.detach() * gan).backward()
+    expected = {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
+    network.zero_grad()
+    heads.zero_grad()
+
+    loss, metrics = decoder.loss(batch, 1)
+    loss.backward()
+    assert loss.item() == pytest.approx((l1 + 0.75 * balance * gan).item(), rel=1e-5)
+    assert metrics["adaptive_weight"].item() == pytest.approx(balance.item(), rel=1e-4)
+    assert metrics["l1"].item() == pytest.approx(l1.item(), rel=1e-5)
+    assert metrics["gan"].item() == pytest.approx(gan.item(), rel=1e-5)
+    for name, p in network.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], rtol=1e-3, atol=1e-7)
+    assert all(p.grad is None for p in heads.parameters()), "the decoder's loss does not train the discriminator"
+    before, _ = decoder.loss(batch, 0)
+    assert before.item() == pytest.approx(l1.item(), rel=1e-5), "not heard before its start"
+
+
+def test_the_discriminator_tells_images_from_reconstructions_of_8_bits(adversarial, tmp_path):
+    made = stage(adversarial, tmp_path)
+    decoder, discriminator = parts(made)
+    batch = first_encoded(made)
+    heads = discriminator.module.eval()
+    encoder = load_encoder(adversarial.encoder)
+    with torch.no_grad():
+        decoded = (decoder.module(batch.latents) * encoder.std + encoder.mean).clamp(0, 1).mul(255).round() / 255
+        views = [
+            augment(x, AugmentConfig(), seed=5, stream=name, step=2, positions=batch.positions)
+            for x, name in ((decoded, "decoded"), (batch.images, "real"))
+        ]
+        fake, real = (heads(view) for view in views)
+    loss, metrics = discriminator.loss(batch, 2)
+    assert loss.item() == pytest.approx(((1 - real).relu().mean() + (1 + fake).relu().mean()).item() / 2, rel=1e-5)
+    assert metrics["fake"].item() == pytest.approx(fake.mean().item(), rel=1e-4)
+    loss.backward()
+    assert all(p.grad is not None for p in heads.parameters())
+    assert all(p.grad is None for p in decoder.module.parameters())
+
+
+@pytest.mark.parametrize(("schedule", "last"), [("published", 1e-3 - 0.9e-3 / 4), ("common", 1e-3 - 0.9e-3 * 3 / 4)])
+def test_the_schedule_of_the_discriminator(adversarial, tmp_path, schedule, last):
+    settings = replace(adversarial.adversarial, schedule=schedule, discriminator_start=2, start=3)
+    config = replace(adversarial, adversarial=settings)
+    made = stage(config, tmp_path)
+    Trainer(tmp_path, config.train, made.objectives, made.batches, ONE).fit()
+    records = read_metrics(tmp_path)
+    assert records[-1]["discriminator/lr"] == pytest.approx(last)
+    assert ["discriminator/loss" in record for record in records] == [False, False, True, True]
+    assert ["decoder/gan" in record for record in records] == [False, False, False, True]
+
+
+def test_the_decoder_may_not_hear_an_untrained_discriminator(adversarial):
+    with pytest.raises(UserError, match=r"adversarial\.start: 1 is before discriminator_start = 2"):
+        replace(adversarial.adversarial, discriminator_start=2)
+
+
+def test_only_heads_are_trained_and_saved(adversarial, tmp_path):
+    made = stage(adversarial, tmp_path)
+    Trainer(tmp_path, adversarial.train, made.objectives, made.batches, ONE).fit()
+    saved = FileSystemReader(tmp_path / "checkpoints" / "step-00000004").read_metadata().state_dict_metadata
+    names = {name.split(".")[2] for name in saved if name.startswith("discriminator.module.")}
+    assert names == {"heads"}
+
+
+@pytest.fixture
+def vgg(tmp_path) -> str:
+    """A file of random weights for LPIPS."""
+    torch.manual_seed(0)
+    model = LPIPS()
+    state = {name: torch.rand(value.shape) * 0.02 for name, value in model.state_dict().items()}
+    save_file(state, tmp_path / "vgg.safetensors")
+    return str(tmp_path / "vgg.safetensors")
+
+
+def test_lpips_joins_the_loss_at_its_start(config, tmp_path, vgg):
+    config = replace(config, perceptual=PerceptualConfig(weight=2.0, start=1, weights=vgg))
+    made = stage(config, tmp_path)
+    batch = first_encoded(made)
+    before, _ = made.objectives[0].loss(batch, 0)
+    loss, metrics = made.objectives[0].loss(batch, 1)
+    encoder = load_encoder(config.encoder)
+    decoded = made.objectives[0].module(noisy(batch.latents, config, batch.positions)) * encoder.std + encoder.mean
+    distance = load_perceptual(vgg)(decoded, batch.images).mean()
+    assert distance.item() > 0
+    assert loss.item() == pytest.approx(before.item() + 2 * distance.item(), rel=1e-5)
+    assert metrics["lpips"].item() == pytest.approx(distance.item(), rel=1e-5)
+    made.objectives[0].loss(batch, 1)[0].backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in made.objectives[0].module.parameters())
+
+
+def train_whole(world: World, config: ReconstructionConfig, run: Path) -> dict[str, torch.Tensor]:
+    """All weights of both networks at the end."""
+    torch.manual_seed(0)
+    made = build(config, run, world)
+    Trainer(run, config.train, made.objectives, made.batches, world).fit()
+    return {
+        f"{objective.name} {name}": full_state(objective.module)[name].cpu()
+        for objective in made.objectives
+        for name in full_state(objective.module)
+    }
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_two_processes_train_the_same_discriminator_and_decoder_as_one(adversarial, tmp_path, run_ranks, local):
+    config = replace(
+        adversarial,
+        train=replace(adversarial.train, steps=20),
+        adversarial=replace(adversarial.adversarial, local_weight=local),
+    )
+    one = train_whole(ONE, config, tmp_path / "one")
+    first, second = run_ranks(train_whole, 2, config, tmp_path / "two")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    losses = [
+        [
+            record[name]
+            for record in read_metrics(tmp_path / run)
+            for name in ("decoder/loss", "decoder/adaptive_weight")
+            if name in record
+        ]
+        for run in ("one", "two")
+    ]
+    if local:
+        assert losses[0] != pytest.approx(losses[1], rel=1e-3)
+        return
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    for name, value in one.items():
+        found = first[name]
+        # What has no effect has rounding for a gradient, which Adam scales up: a bias of keys, or before a norm.
+        if name.endswith((".first.0.bias", ".residual.0.bias")):
+            continue
+        if name.endswith("qkv.bias"):
+            found, value = (torch.cat([x[:16], x[32:]]) for x in (found, value))
+        torch.testing.assert_close(found, value, rtol=1e-5, atol=1e-5)

@@ -35,8 +35,6 @@ class Autoencoder(nn.Module):
 
     mean: Tensor | None
     var: Tensor
-    pixel_mean: Tensor
-    pixel_std: Tensor
 
     def __init__(self, config: AutoencoderConfig, encoder: Encoder) -> None:
         super().__init__()

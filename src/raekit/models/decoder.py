@@ -44,10 +44,11 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(config.width, config.norm_eps)
         self.out = nn.Linear(config.width, 3 * config.patch_size**2)
 
-    def forward(self, latents: Tensor) -> Tensor:
+    def forward(self, latents: Tensor, last_input: list[Tensor] | None = None) -> Tensor:
         """Un-whitened latents (B, token_dim, H, W) -> (B, 3, grid*patch_size), neither de-normalised nor clamped.
 
         Another grid than the built one is resampled bilinearly to it after the embedding (spec 1.5, step 2).
+        `last_input` is a list to append the input (B, N, width) of the last layer to, for the adaptive weight.
         """
         x = self.embed(to_tokens(latents))
         if latents.shape[2:] != self.config.grid:
@@ -57,4 +58,7 @@ class Decoder(nn.Module):
         x = torch.cat([cls_token, x + self.positions.to(x.dtype)], dim=1)
         for block in self.blocks:
             x = block(x)
-        return unpatchify(self.out(self.norm(x[:, 1:])), self.config.patch_size, self.config.grid)
+        x = self.norm(x[:, 1:])
+        if last_input is not None:
+            last_input.append(x.detach())
+        return unpatchify(self.out(x), self.config.patch_size, self.config.grid)

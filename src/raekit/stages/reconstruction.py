@@ -1,5 +1,7 @@
-"""Stage 1: a decoder for the tokens of a frozen encoder (spec 1)."""
+"""Stage 1: a decoder for the tokens of a frozen encoder, and its discriminator (spec 1)."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -12,14 +14,27 @@ from raekit.config import configclass
 from raekit.data.loader import Batch, DataConfig, Loader
 from raekit.distributed import World
 from raekit.errors import UserError
+from raekit.evaluation.features import quantize
 from raekit.inference import measure_latents
+from raekit.models.augment import AugmentConfig, augment
 from raekit.models.autoencoder import Autoencoder, AutoencoderConfig
 from raekit.models.decoder import DecoderConfig
+from raekit.models.discriminator import (
+    Discriminator,
+    DiscriminatorConfig,
+    adaptive_weight,
+    discriminator_loss,
+    generator_loss,
+    load_backbone,
+)
 from raekit.models.encoders import load_encoder
+from raekit.models.layers import patchify
+from raekit.models.perceptual import load_perceptual
+from raekit.stages.selection import SelectionConfig, selector
 from raekit.stages.stage import Stage
-from raekit.train.objective import Metrics, Objective
+from raekit.train.objective import Metrics, Objective, Periodic
 from raekit.train.optim import OptimConfig
-from raekit.train.trainer import TrainConfig
+from raekit.train.trainer import TrainConfig, autocast
 
 NoiseLaw = Literal["half-normal", "uniform"]
 
@@ -33,6 +48,46 @@ class DecoderSize:
     heads: int
     hidden: int
     patch_size: int
+
+
+@configclass
+class PerceptualConfig:
+    """LPIPS in the loss, times `weight`, from step `start` on. `weights`: a file for `load_perceptual`."""
+
+    weight: float = 1.0
+    start: int = 0
+    weights: str | None = None
+
+
+@configclass
+class AdversarialConfig:
+    """The discriminator, and its part in the decoder's loss (spec 1.6 to 1.8).
+
+    It trains from step `discriminator_start` on, and the decoder hears it from `start` on: `weight` times the
+    adaptive weight, at most `max_weight`, times its loss. `local_weight` takes the adaptive weight of each
+    process's own images, as published, instead of that of all.
+
+    The schedule of `optim` counts from `discriminator_start`, as the published code has it, so that the rate ends
+    above its floor; or, with `schedule` "common", from step 0 like the decoder's.
+    """
+
+    discriminator: DiscriminatorConfig = DiscriminatorConfig()
+    augment: AugmentConfig = AugmentConfig()
+    loss: Literal["hinge", "softplus"] = "hinge"
+    weight: float = 0.75
+    max_weight: float = 1e4
+    local_weight: bool = False
+    discriminator_start: int = 0
+    start: int = 0
+    schedule: Literal["published", "common"] = "published"
+    optim: OptimConfig
+
+    def __post_init__(self) -> None:
+        if self.start < self.discriminator_start:
+            raise UserError(
+                f"adversarial.start: {self.start} is before discriminator_start = {self.discriminator_start}: "
+                "the decoder would learn from an untrained discriminator"
+            )
 
 
 @configclass
@@ -50,6 +105,9 @@ class ReconstructionConfig:
     decoder: DecoderSize
     noise: float = 0.8
     noise_law: NoiseLaw = "half-normal"
+    perceptual: PerceptualConfig | None = None
+    adversarial: AdversarialConfig | None = None
+    selection: SelectionConfig | None = None
     train: TrainConfig
     optim: OptimConfig
     ema: tuple[float, ...] = (0.9978,)
@@ -69,8 +127,124 @@ def noise_scales(tau: float, law: NoiseLaw, seed: int, positions: Tensor, device
     return tau * randomness.normal(seed, "noise scale", positions, (1,), device)[:, 0].abs()
 
 
+def noisy(latents: Tensor, config: ReconstructionConfig, positions: Tensor) -> Tensor:
+    """Un-whitened latents (B, C, H, W) with the noise of noise-augmented decoding (spec 1.4)."""
+    if not config.noise:
+        return latents
+    seed, device = config.train.seed, latents.device
+    sigma = noise_scales(config.noise, config.noise_law, seed, positions, device)
+    return latents + sigma.view(-1, 1, 1, 1) * randomness.normal(seed, "noise", positions, latents.shape[1:], device)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Images (B, 3, S, S) in [0, 1], their un-whitened latents (B, C, h, w), and positions (B,) in the stream."""
+
+    images: Tensor
+    latents: Tensor
+    positions: Tensor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def to(self, device: torch.device) -> "Encoded":
+        return Encoded(self.images.to(device), self.latents.to(device), self.positions.to(device))
+
+    def split(self, size: int) -> "list[Encoded]":
+        parts = zip(self.images.split(size), self.latents.split(size), self.positions.split(size), strict=True)
+        return [Encoded(*part) for part in parts]
+
+
+def encoded(batches: Iterator[Batch], model: Autoencoder, train: TrainConfig, world: World) -> Iterator[Encoded]:
+    """Encode each batch once, for all objectives, a micro-batch at a time."""
+    for batch in batches:
+        images = batch.to(world.device).pixels()
+        with autocast(train.precision, world.device):
+            latents = torch.cat([model.tokens(part) for part in images.split(train.micro_batch or len(images))])
+        yield Encoded(images, latents, batch.positions.to(world.device))
+
+
+def last_layer_norms(gradients: tuple[Tensor, ...], last_input: Tensor, patch_size: int, world: World) -> Tensor:
+    """Norms of the gradients that reach the last layer's weight, over the images of all processes.
+
+    `gradients` are those of the decoder's output (B, 3, S, S), `last_input` (B, N, width) is what the layer read.
+    """
+    with torch.autocast(last_input.device.type, enabled=False):
+        inputs = last_input.float().flatten(0, 1)
+        weights = [patchify(gradient, patch_size).float().flatten(0, 1).mT @ inputs for gradient in gradients]
+    return (world.sum(torch.stack(weights)) / world.size).flatten(1).norm(dim=1)
+
+
+class Losses:
+    """What the decoder and the discriminator minimise (spec 1.6)."""
+
+    def __init__(self, config: ReconstructionConfig, model: Autoencoder, world: World) -> None:
+        self.config, self.model, self.world = config, model, world
+        self.perceptual = None
+        if config.perceptual:
+            self.perceptual = load_perceptual(config.perceptual.weights).to(world.device)
+        self.discriminator_network = None
+        if config.adversarial:
+            name = config.adversarial.discriminator.backbone
+            backbone = model.encoder if name == config.encoder else load_backbone(name)
+            self.discriminator_network = Discriminator(config.adversarial.discriminator, backbone).to(world.device)
+
+    def decoder(self, batch: Encoded, step: int) -> tuple[Tensor, Metrics]:
+        """L1 + LPIPS + the adversarial loss, each from its own step on."""
+        adversarial, network = self.config.adversarial, self.discriminator_network
+        latents = noisy(batch.latents, self.config, batch.positions)
+        last_input: list[Tensor] = []
+        decoded = self.model.decoder(latents, last_input)
+        if adversarial is None or network is None or step < adversarial.start:
+            return self._reconstruction(self.model.to_pixels(decoded), batch.images, step)
+        # Both losses are pulled back to the decoder's output alone, and from there on as one: the weight between
+        # them, a ratio of gradients, costs no second pass through the decoder.
+        output = decoded.detach().requires_grad_()
+        reconstruction, metrics = self._reconstruction(self.model.to_pixels(output), batch.images, step)
+        (pull,) = torch.autograd.grad(reconstruction, output)
+        network.eval()  # no power iterations
+        seen = self._augment(self.model.to_pixels(output), "generator", batch, step, adversarial)
+        gan = generator_loss(network(seen))
+        (push,) = torch.autograd.grad(gan, output)
+        everyone = World(device=self.world.device) if adversarial.local_weight else self.world
+        norms = last_layer_norms((pull, push), last_input[0], self.config.decoder.patch_size, everyone)
+        balance = adaptive_weight(norms[0], norms[1], adversarial.max_weight)
+        weight = adversarial.weight * balance
+        through = (decoded * (pull + weight * push)).sum()
+        loss = (reconstruction + weight * gan).detach() + (through - through.detach())
+        return loss, metrics | {"gan": gan, "adaptive_weight": balance}
+
+    def discriminator(self, batch: Encoded, step: int) -> tuple[Tensor, Metrics]:
+        """Real images against fresh reconstructions, without noise, rounded to 8 bits as the real ones are."""
+        adversarial, network = self.config.adversarial, self.discriminator_network
+        assert adversarial is not None
+        assert network is not None
+        with torch.no_grad():
+            decoded = quantize(self.model.to_pixels(self.model.decoder(batch.latents)))
+        pair = [
+            self._augment(decoded, "decoded", batch, step, adversarial),
+            self._augment(batch.images, "real", batch, step, adversarial),
+        ]
+        fake, real = network(torch.cat(pair)).chunk(2)
+        return discriminator_loss(real, fake, adversarial.loss), {"real": real.mean(), "fake": fake.mean()}
+
+    def _reconstruction(self, images: Tensor, targets: Tensor, step: int) -> tuple[Tensor, Metrics]:
+        l1 = (images - targets).abs().mean()
+        settings = self.config.perceptual
+        if settings is None or self.perceptual is None or step < settings.start:
+            return l1, {"l1": l1}
+        lpips = self.perceptual(images, targets).mean()
+        return l1 + settings.weight * lpips, {"l1": l1, "lpips": lpips}
+
+    def _augment(
+        self, images: Tensor, stream: str, batch: Encoded, step: int, adversarial: AdversarialConfig
+    ) -> Tensor:
+        seed = self.config.train.seed
+        return augment(images, adversarial.augment, seed=seed, stream=stream, step=step, positions=batch.positions)
+
+
 def build(config: ReconstructionConfig, run: Path, world: World) -> Stage:
-    """The decoder's objective; the artifact is an autoencoder with the averaged decoder."""
+    """The decoder's objective and the discriminator's; the artifact is an autoencoder with the averaged decoder."""
     loader = Loader(config.data, config.train.seed)
     encoder = load_encoder(config.encoder, config.encoder_size)
     size = config.decoder
@@ -95,26 +269,28 @@ def build(config: ReconstructionConfig, run: Path, world: World) -> Stage:
             f"decoder.patch_size: {size.patch_size} over a grid of {encoder.grid} gives images of {model.image_size} "
             f"pixels, but data.image_size is {config.data.image_size}"
         )
-    seed, tau = config.train.seed, config.noise
-
-    def loss(batch: Batch, step: int) -> tuple[Tensor, Metrics]:
-        images = batch.pixels()
-        latents = model.tokens(images)
-        if tau:
-            sigma = noise_scales(tau, config.noise_law, seed, batch.positions, world.device)
-            noise = randomness.normal(seed, "noise", batch.positions, latents.shape[1:], world.device)
-            latents = latents + sigma.view(-1, 1, 1, 1) * noise
-        l1 = (model.to_pixels(model.decoder(latents)) - images).abs().mean()
-        return l1, {}
-
-    objective = Objective(
-        name="decoder",
-        module=model.decoder,
-        loss=loss,
-        optim=config.optim,
-        blocks=list(model.decoder.blocks),
-        ema=config.ema,
-    )
+    losses = Losses(config, model, world)
+    objectives = [
+        Objective(
+            name="decoder",
+            module=model.decoder,
+            loss=losses.decoder,
+            optim=config.optim,
+            blocks=list(model.decoder.blocks),
+            ema=config.ema,
+        )
+    ]
+    if (adversarial := config.adversarial) and losses.discriminator_network:
+        objectives.append(
+            Objective(
+                name="discriminator",
+                module=losses.discriminator_network,
+                loss=losses.discriminator,
+                optim=adversarial.optim,
+                start=adversarial.discriminator_start,
+                schedule_start=0 if adversarial.schedule == "common" else None,
+            )
+        )
     averaged = Autoencoder(model.config, encoder).to(world.device)
 
     def prepare() -> None:
@@ -129,13 +305,23 @@ def build(config: ReconstructionConfig, run: Path, world: World) -> Stage:
                 write_statistics(path, var, mean)
         averaged.set_statistics(mean, var)
 
+    def current() -> Autoencoder:
+        averaged.decoder = objectives[0].averaged  # type: ignore[assignment]
+        return averaged.eval()
+
     def export(folder: Path) -> None:
-        averaged.decoder = objective.averaged  # type: ignore[assignment]
-        averaged.save(folder, world)
+        # A selection exports by itself; without one yet, or at all, the present decoder is the best there is.
+        if not (config.selection and (run / "selected.json").is_file()):
+            current().save(folder, world)
 
     return Stage(
-        objectives=[objective],
-        batches=lambda start: loader.stream(start, config.train.batch_size, world),
+        objectives=objectives,
+        batches=lambda start: encoded(loader.stream(start, config.train.batch_size, world), model, config.train, world),
         prepare=prepare,
         export=export,
+        periodics=[
+            Periodic(every=chosen.every, call=selector(chosen, config.data, run, current, world))
+            for chosen in (config.selection,)
+            if chosen
+        ],
     )

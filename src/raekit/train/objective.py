@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from raekit.errors import UserError
-from raekit.train.optim import OptimConfig
+from raekit.train.optim import OptimConfig, learning_rate
 
 Metrics = dict[str, Tensor]
 
@@ -28,8 +28,8 @@ class Objective:
     `loss(batch, step)` returns the mean loss of a (micro-)batch and detached metrics to log. All its
     randomness is addressed by the batch's positions, so that it depends on neither the number of processes
     nor the size of the micro-batches. `blocks` are the module's repeated units: compiled and distributed
-    one by one. The objective is active from step `start` on; its schedule counts from there.
-    `ema` lists decays, and `averages` holds a copy of the module for each.
+    one by one. The objective is active from step `start` on; its schedule counts from there, or from
+    `schedule_start`. `ema` lists decays, and `averages` holds a copy of the module for each.
     """
 
     name: str
@@ -39,12 +39,17 @@ class Objective:
     blocks: Sequence[nn.Module] = ()
     ema: tuple[float, ...] = ()
     start: int = 0
+    schedule_start: int | None = None
     averages: dict[float, nn.Module] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         for decay in self.ema:
             if not 0 <= decay < 1:
                 raise UserError(f"ema: {decay} must be at least 0 and below 1")
+
+    def learning_rate(self, step: int) -> float:
+        """The rate of the training's step `step`, counted from 0."""
+        return learning_rate(self.optim, step - (self.start if self.schedule_start is None else self.schedule_start))
 
     @property
     def averaged(self) -> nn.Module:

@@ -25,7 +25,7 @@ from raekit.distributed import World, set_gradient_sync
 from raekit.errors import UserError
 from raekit.train import checkpoint, ema
 from raekit.train.objective import Metrics, Objective, Periodic, TrainingBatch
-from raekit.train.optim import adamw, learning_rate
+from raekit.train.optim import adamw
 from raekit.train.tracking import Tracker
 
 CXX_COMPILERS = (os.environ.get("CXX", "g++"), "clang++")
@@ -188,7 +188,7 @@ class Trainer:
                 name = f"{objective.name}/{name}"
                 totals[name] = totals.get(name, 0) + value.detach().float() / len(parts)
         norm = nn.utils.clip_grad_norm_(module.parameters(), objective.optim.clip or float("inf"))
-        lr = learning_rate(objective.optim, self.step - objective.start)
+        lr = objective.learning_rate(self.step)
         for group in optimizer.param_groups:
             group["lr"] = lr
         # The fused kernel skips the step by itself where the gradient is not finite: the host need not wait.
@@ -215,7 +215,7 @@ class Trainer:
         values = dict(zip(names, means.tolist(), strict=True))
         for objective in self.objectives:
             if self.step > objective.start:
-                values[f"{objective.name}/lr"] = learning_rate(objective.optim, self.step - 1 - objective.start)
+                values[f"{objective.name}/lr"] = objective.learning_rate(self.step - 1)
             skipped, in_a_row = self.skipped[objective.name].tolist()
             values[f"{objective.name}/skipped"] = skipped
             if in_a_row >= self.config.max_skipped:

@@ -1,0 +1,97 @@
+"""Which decoder to keep: the one that is best for generation, which is not always the last, nor the best by rFID."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from raekit.config import configclass, read_json, to_json
+from raekit.data.loader import DataConfig, Loader
+from raekit.distributed import World
+from raekit.errors import UserError
+from raekit.evaluation.evaluate import BATCH, evaluate, images_of, reference_moments
+from raekit.evaluation.features import EncoderFeatures, Images
+from raekit.evaluation.metrics import FrechetDistance, PairMean, psnr, ssim
+from raekit.files import whole
+from raekit.inference import reconstruct
+from raekit.models.autoencoder import Autoencoder
+from raekit.models.encoders import load_encoder
+from raekit.moments import Moments
+from raekit.weights import read_weights
+
+
+@configclass
+class SelectionConfig:
+    """Score the averaged decoder every `every` steps, and keep the best so far in RUN/artifact.
+
+    Best is the smallest Frechet distance to the held-out images, in the features of the encoder `features`: of the
+    decoded `latents`, a file that `raekit latents generate` made, or without one of reconstructions.
+    """
+
+    every: int
+    latents: str | None = None
+    features: str = "builtin:vit-tiny"
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise UserError(f"selection.every: {self.every} must be at least 1")
+
+
+def read_generated(path: Path, shape: tuple[int, int, int]) -> Tensor:
+    """Generated latents (N, C, h, w), not whitened; UserError if the file holds none of this shape."""
+    latents = read_weights(path).get("unwhitened")
+    if latents is None or latents.shape[1:] != shape:
+        found = "none" if latents is None else tuple(latents.shape[1:])
+        raise UserError(
+            f"{path}: needs generated latents of shape {shape}, has {found}; make them with `raekit latents generate`"
+        )
+    return latents.float()
+
+
+def selector(
+    config: SelectionConfig, data: DataConfig, run: Path, current: Callable[[], Autoencoder], world: World
+) -> Callable[[int], dict[str, float]]:
+    """A function for `Periodic` that scores the autoencoder of `current()` and exports it if it is the best so far.
+
+    RUN/selected.json has the step and the score of the best.
+    """
+    network = EncoderFeatures(load_encoder(config.features).to(world.device))
+    heldout = Loader(replace(data, split="heldout", flip=False, crop="center"), seed=0)
+    if not len(heldout):
+        raise UserError(f"selection: {data.source} has no held-out images to compare with")
+    latents = read_generated(Path(config.latents), current().latent_shape) if config.latents else None
+    reference: list[Moments] = []
+
+    def reconstructed(model: Autoencoder) -> Iterator[Images]:
+        for batch in heldout.once(BATCH * world.size, world):
+            images = batch.to(world.device).pixels()
+            yield Images(reconstruct(model, images), batch.labels, images)
+
+    def decoded(model: Autoencoder, latents: Tensor) -> Iterator[Images]:
+        for part in latents.split(BATCH)[world.rank :: world.size]:
+            with torch.no_grad():
+                yield Images(model.decode(model.whiten(part.to(world.device))), torch.full((len(part),), -1))
+
+    def call(step: int) -> dict[str, float]:
+        if not reference:
+            stream = images_of(heldout.once(BATCH * world.size, world), world)
+            reference.append(reference_moments(stream, network, world))
+        model = current()
+        fd = FrechetDistance(network, reference[0], "reconstruction_fd")
+        values = evaluate(reconstructed(model), [fd, PairMean("psnr", psnr), PairMean("ssim", ssim)], world)
+        if latents is not None:
+            fd = FrechetDistance(network, reference[0], "generation_fd")
+            values |= evaluate(decoded(model, latents), [fd], world)
+        score = values["reconstruction_fd" if latents is None else "generation_fd"]
+        path = run / "selected.json"
+        if not path.is_file() or score < read_json(path)["score"]:
+            model.save(run / "artifact", world)
+            if world.is_main:
+                with whole(path) as partial:
+                    partial.write_text(to_json({"step": step, "score": score}))
+            world.barrier()
+        return values
+
+    return call

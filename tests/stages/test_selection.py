@@ -1,0 +1,89 @@
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from raekit.config import read_json
+from raekit.data.loader import DataConfig
+from raekit.distributed import World
+from raekit.errors import UserError
+from raekit.models.autoencoder import Autoencoder
+from raekit.stages.reconstruction import DecoderSize, ReconstructionConfig
+from raekit.stages.run import train
+from raekit.stages.selection import SelectionConfig, selector
+from raekit.train.optim import OptimConfig
+from raekit.train.tracking import read_metrics
+from raekit.train.trainer import TrainConfig
+
+ONE = World()
+
+
+@pytest.fixture
+def generated(tmp_path) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path / "generated.safetensors"
+    save_file({"unwhitened": torch.randn(20, 16, 4, 4)}, path)
+    return path
+
+
+@pytest.fixture
+def config(images, tiny_model, generated) -> ReconstructionConfig:
+    return ReconstructionConfig(
+        data=DataConfig(source=images, image_size=16, crop="random", flip=True),
+        encoder=str(tiny_model),
+        decoder=DecoderSize(width=16, depth=1, heads=2, hidden=32, patch_size=4),
+        selection=SelectionConfig(every=2, latents=str(generated), features=str(tiny_model)),
+        train=TrainConfig(steps=6, batch_size=6, precision="fp32", log_every=1),
+        optim=OptimConfig(lr=0.1, clip=0.0),  # so that the last is not the best
+        ema=(),
+    )
+
+
+@pytest.mark.parametrize("by", ["generation", "reconstruction"])
+def test_the_best_decoder_is_kept(config, tmp_path, by):
+    if by == "reconstruction":
+        config = replace(config, selection=replace(config.selection, latents=None))
+    run = tmp_path / "run"
+    assert train(config, run, ONE)
+    scores = {int(r["step"]): r[f"evaluation/{by}_fd"] for r in read_metrics(run) if f"evaluation/{by}_fd" in r}
+    assert list(scores) == [2, 4, 6]
+    best = min(scores, key=scores.__getitem__)
+    assert read_json(run / "selected.json") == {"step": best, "score": scores[best]}
+    kept = Autoencoder.load(str(run))
+    again = selector(config.selection, config.data, tmp_path / "again", lambda: kept, ONE)(best)
+    assert again[f"{by}_fd"] == pytest.approx(scores[best], rel=1e-9)
+    assert ("generation_fd" in again) == (by == "generation")
+    assert again["psnr"] > 0
+
+
+def test_a_worse_decoder_does_not_replace_the_best(config, tmp_path, tiny_model):
+    model = Autoencoder.load(str(tiny_model))
+    call = selector(config.selection, config.data, tmp_path, lambda: model, ONE)
+    first = call(2)
+    kept = (tmp_path / "artifact" / "autoencoder" / "model.safetensors").read_bytes()
+    with torch.no_grad():
+        model.decoder.out.bias.add_(0.5)
+    second = call(4)
+    assert second["generation_fd"] > first["generation_fd"]
+    assert read_json(tmp_path / "selected.json")["step"] == 2
+    assert (tmp_path / "artifact" / "autoencoder" / "model.safetensors").read_bytes() == kept
+
+
+def test_latents_of_another_shape_are_refused(config, tmp_path):
+    path = tmp_path / "other.safetensors"
+    save_file({"unwhitened": torch.zeros(3, 16, 2, 2)}, path)
+    wrong = replace(config, selection=replace(config.selection, latents=str(path)))
+    message = re.escape(f"{path}: needs generated latents of shape (16, 4, 4), has (16, 2, 2); make them with ")
+    with pytest.raises(UserError, match=message):
+        train(wrong, tmp_path / "run", ONE)
+    save_file({"latents": torch.zeros(3, 16, 4, 4)}, path)
+    with pytest.raises(UserError, match="has none"):
+        train(wrong, tmp_path / "run", ONE)
+
+
+def test_a_selection_that_never_comes_is_refused(config):
+    with pytest.raises(UserError, match=r"selection\.every: 0 must be at least 1"):
+        replace(config.selection, every=0)
