@@ -111,7 +111,7 @@ def test_without_statistics_or_mean(tmp_path, monkeypatch):
     from diffusers import AutoencoderRAE  # pyright: ignore[reportPrivateImportUsage]
 
     std = torch.linspace(0.1, 2, 16384).view(LATENT)
-    for number, options in enumerate(({}, {"latents_std": std}, {"latents_std": std, "scaling_factor": 0.5})):
+    for number, options in enumerate(({}, {"latents_std": std, "scaling_factor": 0.5})):
         model = diffusers_model("dinov2", noise_tau=0.8, **options)
         register_its_encoder(model, tmp_path / f"encoder{number}", monkeypatch)
         model.save_pretrained(tmp_path / f"theirs{number}")

@@ -379,7 +379,7 @@ def convert(
     parts = conversion.convert(source, dest, to, options)
     size = "x".join(map(str, parts.var.shape))
     numbers = sum(value.numel() for value in parts.decoder.values())
-    _out.print(f"{dest}: encoder {parts.config.encoder}, latents {size}, a decoder of {numbers / 1e6:.2f} M parameters")
+    _out.print(f"{dest}: encoder {parts.config.encoder}, latents {size}, a decoder of {numbers:,} parameters")
 
 
 def info(name: Positional[str]) -> None:

@@ -151,13 +151,12 @@ def _read_yaml(path: Path) -> Parts:
                 return folder / name
         raise UserError(f"{path}: {name} is neither in the working folder nor in one above this file")
 
-    family = ENCODER_CLASSES[config.encoder_cls]
-    names = [name for name, spec in REGISTRY.items() if spec.family == family and spec.hub_id == config.encoder_path]
-    if not names and not Path(config.encoder_path or "-").is_dir():
-        known = ", ".join(spec.hub_id for spec in REGISTRY.values() if spec.family == family)
-        raise UserError(f"{path}: encoder {config.encoder_path} is not among those of {config.encoder_cls}: {known}")
+    family, encoder = ENCODER_CLASSES[config.encoder_cls], config.encoder_path
+    if encoder is None:
+        raise UserError(f"{path}: names no encoder, neither in stage_1.params.encoder_params nor encoder_config_path")
+    names = [name for name, spec in REGISTRY.items() if (spec.family, spec.hub_id) == (family, encoder)]
     return _from_files(
-        {"encoder": names[0] if names else config.encoder_path, "encoder_size": config.encoder_input_size},
+        {"encoder": names[0] if names else f"{family}:{encoder}", "encoder_size": config.encoder_input_size},
         find(decoder),
         find(config.normalization_stat_path) if config.normalization_stat_path else None,
         config=find(config.decoder_config_path),
@@ -332,7 +331,7 @@ def _same_weights(encoder: Encoder, config: DiffusersAutoencoder, state: State) 
     ours: Any = encoder.model
     if ours.config.num_hidden_layers != config.encoder_num_hidden_layers:
         return False
-    norm = FAMILIES[encoder.spec.family].norm  # which both sides have without weights
+    norm = FAMILIES[encoder.spec.family].norm  # whose weights play no part
     given = {key: value for key, value in state.items() if "head." not in key}
     given |= dict.fromkeys((f"{norm}.weight", f"{norm}.bias"), torch.zeros(config.encoder_hidden_size))
     try:
@@ -340,7 +339,9 @@ def _same_weights(encoder: Encoder, config: DiffusersAutoencoder, state: State) 
         theirs = type(ours).from_pretrained(None, config=ours.config, state_dict=given).state_dict()
     except RuntimeError:  # of other shapes
         return False
-    return all(torch.equal(theirs[key], value) for key, value in ours.state_dict().items())
+    return all(
+        torch.equal(theirs[key], value) for key, value in ours.state_dict().items() if not key.startswith(f"{norm}.")
+    )
 
 
 def _write_diffusers(parts: Parts, folder: Path) -> None:
@@ -364,7 +365,7 @@ def _write_diffusers(parts: Parts, folder: Path) -> None:
         "encoder_hidden_size": spec.width,
         "encoder_patch_size": spec.patch_size,
         "encoder_num_hidden_layers": model.config.num_hidden_layers,
-        "encoder_input_size": encoder.input_size,
+        "encoder_input_size": encoder.grid[0] * spec.patch_size,
         "encoder_norm_mean": spec.mean,
         "encoder_norm_std": spec.std,
         "decoder_hidden_size": decoder.width,
@@ -391,7 +392,7 @@ def _write_diffusers(parts: Parts, folder: Path) -> None:
 def _diffusers_encoder(encoder: Encoder, config: DiffusersAutoencoder) -> dict[str, Tensor]:
     """The encoder's weights, if it is as diffusers would build it: its configuration tells only a few sizes."""
     model: Any = encoder.model
-    ours, state = model.config, model.state_dict()
+    ours, norm = model.config, FAMILIES[encoder.spec.family].norm  # the final norm, without weights there
     theirs = type(ours)(
         hidden_size=config.encoder_hidden_size,
         patch_size=config.encoder_patch_size,
@@ -401,8 +402,10 @@ def _diffusers_encoder(encoder: Encoder, config: DiffusersAutoencoder) -> dict[s
     )
     with torch.device("meta"):
         wanted = type(model)(theirs).state_dict()
-    norm = FAMILIES[encoder.spec.family].norm  # without weights there as here
-    wanted = {key: value for key, value in wanted.items() if not key.startswith(f"{norm}.")}
+    state, wanted = (
+        {key: value for key, value in tensors.items() if not key.startswith(f"{norm}.")}
+        for tensors in (model.state_dict(), wanted)
+    )
     # SigLIP's pooling, which nobody uses but diffusers has.
     state |= {k: torch.zeros(v.shape) for k, v in wanted.items() if k.startswith("head.") and k not in state}
     faults = [
