@@ -550,6 +550,24 @@ def test_scores_are_printed_and_written(run, images, tiny_model, tmp_path):
     assert f"{rows['samples'][f'fd_{name}']:.4g}" in done.out
 
 
+def test_a_model_is_converted_and_back(run, tiny_model, tmp_path):
+    done = run("convert", tiny_model, tmp_path / "v1", "--to", "v1")
+    assert done.code == 0, done.err
+    assert re.search(r"v1: encoder .*, latents 16x4x4, a decoder of \d,\d+ parameters", done.out)
+    options = ["--encoder", tiny_model, "--statistics", tmp_path / "v1" / "stat.pt"]
+    source = tmp_path / "v1" / "model.pt"
+    assert_fails(run("convert", source, tmp_path / "ours", *options), "model.pt", "--decoder-config")
+    done = run("convert", source, tmp_path / "ours", *options, "--decoder-config", tmp_path / "v1")
+    assert done.code == 0, done.err
+    for name in ("model", "statistics"):
+        ours, back = (load_file(f / "autoencoder" / f"{name}.safetensors") for f in (tiny_model, tmp_path / "ours"))
+        assert ours.keys() == back.keys()
+        assert all(torch.equal(ours[key], back[key]) for key in ours)
+    assert_fails(run("convert", tiny_model, tmp_path / "ours"), tmp_path / "ours", "not empty")
+    assert_fails(run("convert", tiny_model, tmp_path / "x", "--to", "diffusers"), "diffusers has no such encoder")
+    assert_fails(run("convert", tiny_model, tmp_path / "x", "--encoder", "mae-b"), "describes itself")
+
+
 def test_info_tells_what_a_model_holds(run, tiny_model, tmp_path):
     done = run("info", tiny_model)
     assert done.code == 0

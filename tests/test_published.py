@@ -12,13 +12,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from raekit.errors import UserError
-from raekit.models.decoder import Decoder
+from raekit.models.decoder import Decoder, DecoderConfig
 from raekit.models.denoiser import Denoiser, DenoiserConfig, TransformerConfig
 from raekit.published import (
+    DECODERS,
     decoder_config,
     decoder_state,
     denoiser_config,
     denoiser_state,
+    encoder_colours,
+    guess,
+    published_decoder_config,
+    published_decoder_state,
     statistics,
     unwrap,
 )
@@ -329,18 +334,21 @@ DECODER = {
 DECODER_CONFIG = decoder_config(DECODER, token_dim=10, grid=(3, 3), patch_size=4)
 
 
-def decoder_shapes() -> dict[str, list[int]]:
-    shapes: dict[str, list[int]] = {"decoder_pos_embed": [1, 10, 24], "trainable_cls_token": [1, 1, 24]}
-    shapes |= matrix("decoder_embed", 24, 10) | matrix("decoder_pred", 48, 24)
+def decoder_shapes(
+    width: int = 24, layers: int = 2, hidden: int = 40, token_dim: int = 10, tokens: int = 9, patch: int = 4
+) -> dict[str, list[int]]:
+    """Names and shapes of a published decoder (spec 7.2)."""
+    shapes: dict[str, list[int]] = {"decoder_pos_embed": [1, tokens + 1, width], "trainable_cls_token": [1, 1, width]}
+    shapes |= matrix("decoder_embed", width, token_dim) | matrix("decoder_pred", 3 * patch**2, width)
     norms = ["decoder_norm"]
-    for i in range(2):
+    for i in range(layers):
         name = f"decoder_layers.{i}"
         for part in ("query", "key", "value"):
-            shapes |= matrix(f"{name}.attention.attention.{part}", 24, 24)
-        shapes |= matrix(f"{name}.attention.output.dense", 24, 24)
-        shapes |= matrix(f"{name}.intermediate.dense", 40, 24) | matrix(f"{name}.output.dense", 24, 40)
+            shapes |= matrix(f"{name}.attention.attention.{part}", width, width)
+        shapes |= matrix(f"{name}.attention.output.dense", width, width)
+        shapes |= matrix(f"{name}.intermediate.dense", hidden, width) | matrix(f"{name}.output.dense", width, hidden)
         norms += [f"{name}.layernorm_before", f"{name}.layernorm_after"]
-    return shapes | {f"{norm}.{kind}": [24] for norm in norms for kind in ("weight", "bias")}
+    return shapes | {f"{norm}.{kind}": [width] for norm in norms for kind in ("weight", "bias")}
 
 
 def published_decoder(state: State, latents: Tensor) -> Tensor:
@@ -440,6 +448,40 @@ def test_incomplete_decoder_configuration_is_named():
             (3, 3),
             4,
         )
+
+
+def test_released_vit_xl_fits_by_name_and_shape():
+    shapes = decoder_shapes(width=1152, layers=28, hidden=4096, token_dim=768, tokens=256, patch=16)
+    assert len(shapes) == 456
+    assert sum(math.prod(shape) for shape in shapes.values()) == pytest.approx(415.35e6, abs=5e3)
+    with torch.device("meta"):
+        state = {key: torch.empty(shape) for key, shape in shapes.items()}
+    state["decoder_pos_embed"] = state_dict({"decoder_pos_embed": shapes["decoder_pos_embed"]})["decoder_pos_embed"]
+    config = DecoderConfig(token_dim=768, grid=(16, 16), patch_size=16, **DECODERS["ViT-XL"])
+    with torch.device("meta"):
+        model = Decoder(config)
+    load_strict(model, decoder_state(state, config), "test")
+    assert published_decoder_state(model.state_dict(), config).keys() == shapes.keys()
+    assert guess(state) == "a ViT-XL decoder for 768 channels, 256 tokens, patches of 16 pixels"
+
+
+def test_published_decoder_is_written_as_it_was_read():
+    state = state_dict(decoder_shapes())
+    back = published_decoder_state(decoder_state(state, DECODER_CONFIG), DECODER_CONFIG)
+    assert back.keys() == state.keys()
+    assert all(torch.allclose(back[key], state[key], rtol=0, atol=1e-6) for key in state)
+    assert decoder_config(published_decoder_config(DECODER_CONFIG), 10, (3, 3), 4) == DECODER_CONFIG
+
+
+def test_pixels_in_the_encoders_colours():
+    mean, std = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.3, 0.4])
+    ours = decoder_state(state_dict(decoder_shapes()), DECODER_CONFIG)
+    pixels, colours = Decoder(DECODER_CONFIG).eval(), Decoder(DECODER_CONFIG).eval()
+    load_strict(pixels, ours, "test")
+    load_strict(colours, encoder_colours(ours, mean, std), "test")
+    latents = torch.randn(2, 10, 3, 3)
+    expected = (pixels(latents) - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    assert (colours(latents) - expected).norm() < 1e-5 * expected.norm()
 
 
 # Statistics and checkpoints.

@@ -6,6 +6,7 @@ Images are float tensors (B, 3, H, W) in [0, 1], latents (B, C, h, w) whitened p
 
 __version__ = "0.1.0"
 
+from raekit.conversion import convert
 from raekit.errors import UserError
 from raekit.flow.guidance import Guidance
 from raekit.inference import Model, Sampling, generate, load, reconstruct
@@ -21,6 +22,7 @@ __all__ = [
     "Sampling",
     "UserError",
     "__version__",
+    "convert",
     "evaluate",
     "generate",
     "load",

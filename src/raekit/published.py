@@ -1,11 +1,14 @@
-"""Reading the formats of the official RAE release, version 1 (spec 1.3, 7.2 to 7.5).
+"""The formats of the official RAE releases and of diffusers (spec 1.3, 7.1 to 7.5, II.2), as pure mappings.
 
-Each function turns published names, shapes or layouts into ours and passes on what it does not know, so
-that `weights.load_strict` names whatever is left over. Nothing here touches a file or builds a network.
+Each function turns names, shapes or layouts into ours, or back, and passes on what it does not know, so that
+a strict comparison names whatever is left over. Nothing here touches a file or builds a network:
+`raekit.conversion` does.
 """
 
+import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -41,15 +44,17 @@ def unwrap(checkpoint: Any) -> dict[str, Tensor]:
     return {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in state.items()}
 
 
-def statistics(values: Mapping[str, Any], eps: float = VARIANCE_EPS) -> tuple[Tensor | None, Tensor]:
+def statistics(values: Any, eps: float = VARIANCE_EPS) -> tuple[Tensor | None, Tensor]:
     """Mean (None: not subtracted) and variance, each (C, H, W), of a statistics file {"mean", "var"}.
 
     `eps` is what the publisher adds to the variance; where it is not ours the difference goes into the
     variance. UserError if a field is missing, foreign or of another shape.
     """
+    if not isinstance(values, Mapping):
+        raise UserError("statistics: must be a dictionary of mean and var")
     mean, var = values.get("mean"), values.get("var")
-    if unknown := sorted(values.keys() - {"mean", "var"}):
-        raise UserError(f"statistics: unknown {', '.join(unknown)}; expected mean and var alone")
+    if unknown := sorted(values.keys() - {"mean", "var"}, key=str):
+        raise UserError(f"statistics: unknown {', '.join(map(str, unknown))}; expected mean and var alone")
     if not isinstance(var, Tensor) or var.ndim != 3:
         raise UserError("statistics: var must be a tensor of shape (C, H, W)")
     if mean is not None and not (isinstance(mean, Tensor) and mean.shape == var.shape):
@@ -57,11 +62,13 @@ def statistics(values: Mapping[str, Any], eps: float = VARIANCE_EPS) -> tuple[Te
     return (None if mean is None else mean.float()), var.float() + (eps - VARIANCE_EPS)
 
 
-def decoder_config(values: Mapping[str, Any], token_dim: int, grid: tuple[int, int], patch_size: int) -> DecoderConfig:
+def decoder_config(values: Any, token_dim: int, grid: tuple[int, int], patch_size: int) -> DecoderConfig:
     """The decoder of a ViT-MAE style `config.json`, for tokens of `token_dim` channels on `grid`.
 
     As in the release, the file's own `hidden_size`, `image_size` and `patch_size` are not used.
     """
+    if not isinstance(values, Mapping):
+        raise UserError("decoder config: must be a dictionary")
     for field, built in (("hidden_act", "gelu"), ("qkv_bias", True), ("num_channels", 3)):
         if (value := values.get(field, built)) != built:
             raise UserError(f"decoder config: {field} = {value!r} is not supported, only {built!r}")
@@ -113,6 +120,304 @@ def decoder_state(state: State, config: DecoderConfig) -> dict[str, Tensor]:
             if all(part in ours for part in parts):
                 ours[f"{prefix}.qkv.{kind}"] = torch.cat([ours.pop(part) for part in parts])
     return ours
+
+
+DECODERS = {  # spec 1.5
+    "ViT-B": {"width": 768, "depth": 12, "heads": 12, "hidden": 3072},
+    "ViT-L": {"width": 1024, "depth": 24, "heads": 16, "hidden": 4096},
+    "ViT-XL": {"width": 1152, "depth": 28, "heads": 16, "hidden": 4096},
+}
+
+
+def decoder_part(state: State) -> dict[str, Tensor]:
+    """The decoder in the state dict of a whole published autoencoder; another state dict as it is."""
+    if not any(key.startswith("decoder.decoder_") for key in state):
+        return dict(state)
+    return {key.removeprefix("decoder."): value for key, value in state.items() if not key.startswith("encoder.")}
+
+
+def decoder_sizes(state: State) -> dict[str, int]:
+    """The sizes that the shapes in a published decoder tell: those of DECODERS but `heads`, `token_dim`,
+    `patch_size`, and `tokens` if it has a position table. Empty if it is no decoder.
+    """
+    embed, out = state.get("decoder_embed.weight"), state.get("decoder_pred.weight")
+    hidden = state.get("decoder_layers.0.intermediate.dense.weight")
+    if embed is None or out is None or hidden is None or not embed.ndim == out.ndim == hidden.ndim == 2:
+        return {}
+    layers = {int(match[1]) for key in state if (match := re.match(r"decoder_layers\.(\d+)\.", key))}
+    sizes = {"width": len(embed), "depth": len(layers), "hidden": len(hidden)}
+    sizes |= {"token_dim": embed.shape[1], "patch_size": math.isqrt(len(out) // 3)}
+    positions = state.get("decoder_pos_embed")
+    return sizes | ({"tokens": positions.shape[1] - 1} if positions is not None and positions.ndim == 3 else {})
+
+
+def guess(state: State) -> str:
+    """What a state dict looks like, as the end of a sentence; empty if it is like nothing that we know."""
+    state = decoder_part(state)
+    for key, kind in _KINDS.items():
+        if key in state:
+            return kind
+    if not (sizes := decoder_sizes(state)):
+        return ""
+    named = (name for name, size in DECODERS.items() if all(sizes.get(k, v) == v for k, v in size.items()))
+    size = next(named, f"width-{sizes['width']}, {sizes['depth']}-layer")
+    tokens = f", {sizes['tokens']} tokens" if "tokens" in sizes else ""
+    return f"a {size} decoder for {sizes['token_dim']} channels{tokens}, patches of {sizes['patch_size']} pixels"
+
+
+_KINDS = {
+    "decoder_layers.0.attention.to_q.weight": "the weights of diffusers' AutoencoderRAE: give their folder",
+    "x_embedder.proj.weight": "a denoiser, of stage 2",
+    "blocks.0.attention.qkv.weight": "weights of raekit: give their folder",
+    "blocks.0.attn.qkv.weight": "a vision transformer, as the discriminator's",
+    "embeddings.cls_token": "an encoder",
+    "var": "latent statistics",
+}
+
+
+def published_decoder_state(ours: State, config: DecoderConfig) -> dict[str, Tensor]:
+    """The published state dict from our Decoder's: the inverse of `decoder_state`."""
+    positions = sincos_positions(config.width, config.grid)
+    state = {"decoder_pos_embed": torch.cat([torch.zeros(1, config.width), positions])[None]}
+    names = {ours: theirs for theirs, ours in _DECODER.items()}
+    block_names = {ours: theirs for theirs, ours in _DECODER_BLOCK.items()}
+    for key, value in ours.items():
+        if key == "cls_token":
+            state["trainable_cls_token"] = value[None, None]
+        elif match := re.fullmatch(r"blocks\.(\d+)\.attention\.qkv\.(weight|bias)", key):
+            for part, rows in zip(("query", "key", "value"), value.chunk(3), strict=True):
+                state[f"decoder_layers.{match[1]}.attention.attention.{part}.{match[2]}"] = rows
+        elif match := re.fullmatch(r"blocks\.(\d+)\.(.+)", key):
+            state[f"decoder_layers.{match[1]}.{_rename(match[2], block_names)}"] = value
+        else:
+            state[_rename(key, names)] = value
+    return state
+
+
+def published_decoder_config(config: DecoderConfig) -> dict[str, Any]:
+    """The ViT-MAE style `config.json` of a decoder: the inverse of `decoder_config`."""
+    return {
+        "model_type": "vit_mae",
+        "decoder_hidden_size": config.width,
+        "decoder_num_hidden_layers": config.depth,
+        "decoder_num_attention_heads": config.heads,
+        "decoder_intermediate_size": config.hidden,
+        "layer_norm_eps": config.norm_eps,
+        "hidden_act": "gelu",
+        "qkv_bias": True,
+        "num_channels": 3,
+        "hidden_size": config.token_dim,
+        "patch_size": config.patch_size,
+        "image_size": config.patch_size * config.grid[0],
+    }
+
+
+def encoder_colours(ours: State, mean: Tensor, std: Tensor) -> dict[str, Tensor]:
+    """Our Decoder's state dict for one that gives pixels, made to give colours normalised by `mean` and `std`.
+
+    Both are linear in the last layer, so nothing is lost. Other formats know only such decoders.
+    """
+    weight, bias = ours["out.weight"], ours["out.bias"]
+    rows = len(bias) // 3  # a patch has its pixels one after the other, each with three channels
+    scale, shift = std.flatten().to(bias).repeat(rows), mean.flatten().to(bias).repeat(rows)
+    return {**ours, "out.weight": weight / scale[:, None], "out.bias": (bias - shift) / scale}
+
+
+EncoderClass = Literal["Dinov2withNorm", "SigLIP2wNorm", "MAEwNorm"]
+
+
+@configclass
+class PublishedEncoder:
+    """`encoder_params` of a YAML: one of the two paths is the encoder's. Without `normalize` we have no latents."""
+
+    dinov2_path: str | None = None
+    model_name: str | None = None
+    normalize: Literal[True] = True
+
+
+@configclass
+class PublishedAutoencoder:
+    """`stage_1.params` of a YAML (spec 7.5), with the published defaults. `noise_tau` belongs to training."""
+
+    encoder_cls: EncoderClass = "Dinov2withNorm"
+    encoder_config_path: str | None = None
+    encoder_input_size: int = 224
+    encoder_params: PublishedEncoder = PublishedEncoder()
+    decoder_config_path: str
+    decoder_patch_size: int = 16
+    pretrained_decoder_path: str | None = None
+    noise_tau: float = 0.0
+    reshape_to_2d: Literal[True] = True
+    normalization_stat_path: str | None = None
+    eps: float = VARIANCE_EPS
+
+    @property
+    def encoder_path(self) -> str | None:
+        return self.encoder_params.dinov2_path or self.encoder_params.model_name or self.encoder_config_path
+
+
+@configclass
+class PublishedStage1:
+    """`stage_1` of a YAML. `ckpt`, of a whole autoencoder, goes before the decoder's own file."""
+
+    target: str
+    params: PublishedAutoencoder
+    ckpt: str | None = None
+
+
+YAML_SECTIONS = ("stage_1", "stage_2", "transport", "sampler", "guidance", "misc", "training", "eval", "gan")
+
+ENCODER_CLASSES: dict[EncoderClass, str] = {
+    "Dinov2withNorm": "dinov2_with_registers",
+    "SigLIP2wNorm": "siglip",
+    "MAEwNorm": "vit_mae",
+}
+"""The published classes of encoders, with our family of each."""
+
+
+def published_autoencoder(values: Any, source: str | Path) -> tuple[PublishedAutoencoder, str | None]:
+    """The autoencoder that a published YAML describes, and the file of its decoder, if it names one.
+
+    The other sections are not read, but must be known. UserError names what is unknown or missing.
+    """
+    if not isinstance(values, Mapping) or not isinstance(values.get("stage_1"), Mapping):
+        raise UserError(f"{source}: no published configuration, as it has no section stage_1")
+    if unknown := sorted(str(key) for key in values.keys() - set(YAML_SECTIONS)):
+        raise UserError(f"{source}: unknown {', '.join(unknown)}; expected {', '.join(YAML_SECTIONS)}")
+    stage = from_dict(PublishedStage1, values["stage_1"], f"{source}: stage_1")
+    if stage.target.rsplit(".", 1)[-1] != "RAE":
+        raise UserError(f"{source}: stage_1.target = {stage.target} is not supported, only stage1.RAE")
+    return stage.params, stage.ckpt or stage.params.pretrained_decoder_path
+
+
+DIFFUSERS_EPS = 1e-5
+DIFFUSERS_GRID = (16, 16)
+"""The only token grid on which diffusers (0.42.1) has the published positions: it spreads them over this one."""
+
+DiffusersEncoder = Literal["dinov2", "siglip2", "mae"]
+DIFFUSERS_ENCODERS: dict[DiffusersEncoder, tuple[str, int]] = {
+    "dinov2": ("dinov2_with_registers", 518),
+    "siglip2": ("siglip", 256),
+    "mae": ("vit_mae", 224),
+}
+"""The `encoder_type` of diffusers' AutoencoderRAE, with our family and its size of pretraining."""
+
+
+@configclass
+class DiffusersAutoencoder:
+    """The arguments of diffusers' AutoencoderRAE, with its defaults.
+
+    The statistics are read from the weights, where they stand as well; noise and loss belong to training.
+    """
+
+    encoder_type: DiffusersEncoder = "dinov2"
+    encoder_hidden_size: int = 768
+    encoder_patch_size: int = 14
+    encoder_num_hidden_layers: int = 12
+    encoder_input_size: int = 224
+    encoder_norm_mean: tuple[float, float, float] | None = None
+    encoder_norm_std: tuple[float, float, float] | None = None
+    decoder_hidden_size: int = 512
+    decoder_num_hidden_layers: int = 8
+    decoder_num_attention_heads: int = 16
+    decoder_intermediate_size: int = 2048
+    patch_size: int = 16
+    image_size: int | None = None
+    num_channels: Literal[3] = 3
+    latents_mean: Any = None
+    latents_std: Any = None
+    scaling_factor: float = 1.0
+    reshape_to_2d: Literal[True] = True
+    noise_tau: float = 0.0
+    use_encoder_loss: bool = False
+
+    def __post_init__(self) -> None:
+        if self.encoder_hidden_size % 64:
+            raise UserError(f"encoder_hidden_size: {self.encoder_hidden_size} is no multiple of a head's 64 channels")
+        if self.encoder_input_size % self.encoder_patch_size:
+            raise UserError(
+                f"encoder_input_size: {self.encoder_input_size} is no multiple of encoder_patch_size = "
+                f"{self.encoder_patch_size}"
+            )
+        if self.image_size not in (None, self.patch_size * self.grid[0]):
+            raise UserError(f"image_size: {self.image_size} is not the {self.grid[0]} patches of patch_size")
+        if self.scaling_factor <= 0:
+            raise UserError(f"scaling_factor: {self.scaling_factor} must be positive")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        side = self.encoder_input_size // self.encoder_patch_size
+        return (side, side)
+
+    @property
+    def decoder(self) -> DecoderConfig:
+        return DecoderConfig(
+            token_dim=self.encoder_hidden_size,
+            grid=self.grid,
+            patch_size=self.patch_size,
+            width=self.decoder_hidden_size,
+            depth=self.decoder_num_hidden_layers,
+            heads=self.decoder_num_attention_heads,
+            hidden=self.decoder_intermediate_size,
+        )
+
+
+_DIFFUSERS_ATTENTION = {
+    "to_q": "attention.query",
+    "to_k": "attention.key",
+    "to_v": "attention.value",
+    "to_out.0": "output.dense",
+}
+
+
+def from_diffusers(state: State) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """The state dict of an AutoencoderRAE as those of its decoder (under v1's names), its encoder, and the rest."""
+    parts: tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]] = ({}, {}, {})
+    for key, value in state.items():
+        if key.startswith("decoder."):
+            if match := re.fullmatch(r"(decoder\.decoder_layers\.\d+\.attention\.)(.+)", key):
+                key = match[1] + _rename(match[2], _DIFFUSERS_ATTENTION)
+            parts[0][key.removeprefix("decoder.")] = value
+        elif key.startswith("encoder."):
+            parts[1][key.removeprefix("encoder.")] = value
+        else:
+            parts[2][key] = value
+    return parts
+
+
+def diffusers_decoder_state(published: State) -> dict[str, Tensor]:
+    """The decoder's part of an AutoencoderRAE's state dict, from v1's, which has a position table as well."""
+    names = {theirs: name for name, theirs in _DIFFUSERS_ATTENTION.items()}
+    state = {}
+    for key, value in published.items():
+        if match := re.fullmatch(r"(decoder_layers\.\d+\.attention\.)(.+)", key):
+            key = match[1] + _rename(match[2], names)
+        if key != "decoder_pos_embed":
+            state[f"decoder.{key}"] = value
+    return state
+
+
+def statistics_from_diffusers(
+    mean: Tensor, std: Tensor, scale: float, shape: tuple[int, ...]
+) -> tuple[Tensor | None, Tensor]:
+    """Our mean (None for its zeros) and variance, with which `whiten` gives the latents that diffusers gives.
+
+    It divides by std + 1e-5, although its files hold sqrt(var + 1e-5) for std: its latents are smaller than v1's,
+    by 0.01 % where the deviation is 0.1. UserError if the tensors do not expand to `shape`.
+    """
+    try:
+        mean, std = mean.double().expand(shape), std.double().expand(shape)
+    except RuntimeError:
+        given = f"{tuple(mean.shape)} and {tuple(std.shape)}"
+        raise UserError(f"_latents_mean and _latents_std are {given}, expected {shape}") from None
+    var = ((std + DIFFUSERS_EPS) / scale).square() - VARIANCE_EPS
+    return (mean.float().clone() if mean.any() else None), var.float()
+
+
+def statistics_for_diffusers(mean: Tensor | None, var: Tensor) -> tuple[Tensor, Tensor]:
+    """`_latents_mean` and `_latents_std` with which diffusers, for all its epsilon, gives our latents."""
+    std = (var.double() + VARIANCE_EPS).sqrt() - DIFFUSERS_EPS
+    return (torch.zeros(1) if mean is None else mean.float()), std.float()
 
 
 @configclass

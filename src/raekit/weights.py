@@ -1,6 +1,6 @@
 """Finding and reading weights, without executing code, and loading them strictly."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -14,12 +14,17 @@ from raekit.errors import UserError
 
 ASSETS = Path(__file__).parent / "assets"
 
+MADE: dict[str, Callable[[str], Path]] = {}
+"""Names whose folder is made when it is first asked for, with what makes it: `raekit.conversion` enters its own."""
+
 
 def find_folder(name: str) -> Path:
-    """Return the folder that `name` means: `builtin:NAME`, a local folder, or a repository `OWNER/NAME` of the Hub.
+    """Return the folder that `name` means: a published model, `builtin:NAME`, a local folder, or OWNER/NAME on the Hub.
 
     Raises UserError, naming what was looked for, if there is none.
     """
+    if make := MADE.get(name):
+        return make(name)
     if name.startswith("builtin:"):
         folder = ASSETS / name.removeprefix("builtin:")
         if not folder.is_dir():
@@ -29,7 +34,11 @@ def find_folder(name: str) -> Path:
     if (path := Path(name)).is_dir():
         return path
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise UserError(f"{name}: no such folder (a model is a local folder, builtin:NAME, or OWNER/NAME on the Hub)")
+        raise UserError(
+            f"{name}: no such folder (a model is a local folder, builtin:NAME, OWNER/NAME on the Hub"
+            + "".join(f", {known}" for known in MADE)
+            + ")"
+        )
     try:
         return Path(snapshot_download(name))
     except HFValidationError as error:
@@ -77,7 +86,13 @@ def _first_line(error: Exception) -> str:
 
 def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: object) -> None:
     """Load `state` into `module`; UserError that lists what is missing, unexpected or misshapen."""
-    wanted = module.state_dict()
+    if faults := mismatches(state, module.state_dict()):
+        raise UserError(f"{source}: the weights do not fit {type(module).__name__}: {faults}")
+    module.load_state_dict(dict(state), assign=any(p.is_meta for p in module.parameters()))
+
+
+def mismatches(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
+    """What is missing in `state`, unexpected or of another shape than in `wanted`; empty if it is neither."""
     faults = [f"missing {key}" for key in wanted.keys() - state.keys()]
     faults += [f"unexpected {key}" for key in state.keys() - wanted.keys()]
     faults += [
@@ -85,7 +100,4 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: object) 
         for key in wanted.keys() & state.keys()
         if state[key].shape != wanted[key].shape
     ]
-    if faults:
-        shown = "; ".join(sorted(faults)[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else "")
-        raise UserError(f"{source}: the weights do not fit {type(module).__name__}: {shown}")
-    module.load_state_dict(dict(state), assign=any(p.is_meta for p in module.parameters()))
+    return "; ".join(sorted(faults)[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else "")

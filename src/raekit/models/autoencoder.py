@@ -1,7 +1,7 @@
 """The representation autoencoder: frozen encoder, whitening, trained decoder (spec 1.1, 1.3)."""
 
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +16,21 @@ from raekit.weights import load_strict
 
 VARIANCE_EPS = 1e-5
 
+Output = Literal["encoder-colours", "pixels"]
+
 
 @configclass
 class AutoencoderConfig:
-    """`encoder` is a registered name, builtin:NAME or a folder; `encoder_size` the side it resizes images to."""
+    """`encoder` is a registered name, builtin:NAME or a folder; `encoder_size` the side it resizes images to.
+
+    `output` is what the decoder gives: colours normalised by the encoder's mean and standard deviation (RAE v1),
+    or pixels in [0, 1] (RAE v2, spec II.2).
+    """
 
     encoder: str
     encoder_size: int | None = None
     decoder: DecoderConfig
+    output: Output = "encoder-colours"
 
 
 class Autoencoder(nn.Module):
@@ -47,7 +54,9 @@ class Autoencoder(nn.Module):
 
     @classmethod
     def load(cls, name: str) -> Self:
-        """Load `builtin:NAME`, a model folder, a run, or OWNER/NAME on the Hub; UserError if it is not whole."""
+        """Load a published name (`raekit.conversion.RELEASES`), `builtin:NAME`, a model folder, a run, or OWNER/NAME
+        on the Hub; UserError if it is not whole.
+        """
         path, values = artifacts.find(name, "autoencoder")
         config = from_dict(AutoencoderConfig, values, path / "config.json")
         own = path.parent / "encoder"
@@ -92,7 +101,9 @@ class Autoencoder(nn.Module):
         return scaled if self.mean is None else scaled + self.mean
 
     def to_pixels(self, decoded: Tensor) -> Tensor:
-        """The decoder's output, in the encoder's normalised colours, as pixels; about [0, 1], not clamped."""
+        """The decoder's output as pixels; about [0, 1], not clamped."""
+        if self.config.output == "pixels":
+            return decoded.float()
         return decoded.float() * self.encoder.std + self.encoder.mean
 
     @torch.no_grad()

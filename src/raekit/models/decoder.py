@@ -28,7 +28,7 @@ class DecoderConfig:
 
 
 class Decoder(nn.Module):
-    """Tokens to pixels in the encoder's normalised colour space."""
+    """Tokens to pixels, in the colours that `AutoencoderConfig.output` names."""
 
     positions: Tensor
 
