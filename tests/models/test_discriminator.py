@@ -189,6 +189,9 @@ def test_under_autocast_the_logits_stay_float32():
     with torch.autocast("cpu", torch.bfloat16):
         rough = model(images)
     assert rough.dtype == torch.float32
+    twin = tiny_discriminator().train()
+    twin(images)
+    assert all(torch.equal(value, twin.state_dict()[key]) for key, value in model.state_dict().items())
     exact = model.eval()(images)
     assert (rough - exact).norm() / exact.norm() < 0.1
     assert not torch.equal(rough, exact)

@@ -144,7 +144,7 @@ class SpectralConv1d(nn.Conv1d):
         super().__init__(*args, **kwargs)
         matrix = self.weight.detach().flatten(1)
         self.register_buffer("u", F.normalize(torch.randn(matrix.shape[0]), dim=0))
-        self.register_buffer("v", torch.empty(matrix.shape[1]))
+        self.register_buffer("v", torch.zeros(matrix.shape[1]))
         for _ in range(10):  # random vectors would give any scale, and either sign
             self._iterate(matrix)
 
