@@ -189,6 +189,9 @@ def test_under_autocast_the_logits_stay_float32():
     with torch.autocast("cpu", torch.bfloat16):
         rough = model(images)
     assert rough.dtype == torch.float32
+    twin = tiny_discriminator().train()
+    twin(images)
+    assert all(torch.equal(value, twin.state_dict()[key]) for key, value in model.state_dict().items())
     exact = model.eval()(images)
     assert (rough - exact).norm() / exact.norm() < 0.1
     assert not torch.equal(rough, exact)
@@ -273,9 +276,11 @@ def change(**changes: Tensor | None) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ({}, "no DINO ViT: it needs pos_embed"),
-        (change(patch_embed__proj__weight=torch.zeros(60, 3, 4, 4)), "width a multiple of 64"),
-        (change(pos_embed=None), "needs pos_embed"),
+        ({}, "no DINO ViT: it needs tensors, pos_embed"),
+        (change(patch_embed__proj__weight=torch.zeros(60, 3, 4, 4)), "width that is a multiple of 64"),
+        (change(pos_embed=None), r"pos_embed \(1, 1 \+ N, width\)"),
+        (change(pos_embed=torch.zeros(1, 0, 64)), "a patch or more"),
+        (dino_state() | {"epoch": 3}, "needs tensors"),
         (change(cls_token=None), "missing cls_token"),
         (change(blocks__1__mlp__fc2__bias=None), r"missing blocks\.1\.mlp\.2\.bias"),
         (change(head__weight=torch.zeros(2)), r"unexpected head\.weight"),

@@ -75,11 +75,11 @@ def dino(state: Mapping[str, Tensor], source: object) -> Dino:
     The final norm is not used. UserError, naming `source`, if a tensor is missing, unexpected or misshapen.
     """
     positions, kernel = state.get("pos_embed"), state.get("patch_embed.proj.weight")
-    if positions is None or kernel is None or positions.ndim != 3 or kernel.ndim != 4 or kernel.shape[0] % HEAD_DIM:
-        raise UserError(
-            f"{source}: no DINO ViT: it needs pos_embed (1, 1 + N, width) and patch_embed.proj.weight (width, 3, p, p) "
-            f"with width a multiple of {HEAD_DIM}"
-        )
+    tensors = all(isinstance(value, Tensor) for value in state.values())
+    if not tensors or positions is None or kernel is None or positions.ndim != 3 or kernel.ndim != 4:
+        raise UserError(f"{source}: no DINO ViT: it needs tensors, pos_embed (1, 1 + N, width) and patch_embed.proj")
+    if positions.shape[1] < 2 or kernel.shape[0] % HEAD_DIM:
+        raise UserError(f"{source}: no DINO ViT: it needs a patch or more and a width that is a multiple of {HEAD_DIM}")
     found = (re.match(r"blocks\.(\d+)\.", key) for key in state)
     depth = len({match[1] for match in found if match})
     with torch.device("meta"):
@@ -144,7 +144,7 @@ class SpectralConv1d(nn.Conv1d):
         super().__init__(*args, **kwargs)
         matrix = self.weight.detach().flatten(1)
         self.register_buffer("u", F.normalize(torch.randn(matrix.shape[0]), dim=0))
-        self.register_buffer("v", torch.empty(matrix.shape[1]))
+        self.register_buffer("v", torch.zeros(matrix.shape[1]))
         for _ in range(10):  # random vectors would give any scale, and either sign
             self._iterate(matrix)
 

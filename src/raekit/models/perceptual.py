@@ -71,7 +71,6 @@ class LPIPS(nn.Module):
             x = layer(x)
             if index in self.taps:
                 features = x.float()
-                # Unlike the root of a sum of squares, this norm has a finite gradient where no channel is active.
                 found.append(features / (torch.linalg.vector_norm(features, dim=1, keepdim=True) + EPS))
         return found
 
