@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.run import parse_args
 
 import raekit
@@ -31,6 +31,7 @@ from raekit.inference import Sampling, generate, load, read_image
 from raekit.latents import statistics_fingerprint
 from raekit.models.autoencoder import Autoencoder
 from raekit.models.encoders import load_encoder
+from raekit.models.perceptual import LPIPS, load_perceptual
 from raekit.pictures import from_pil, to_pil
 from raekit.train import checkpoint
 from raekit.train.tracking import read_metrics
@@ -582,6 +583,25 @@ def test_another_model_redoes_everything(run, tiny_model, tmp_path):
         assert run("reconstruct", model, path, "--out", tmp_path / "out").code == 0
         made.append(pixels(tmp_path / "out" / "x.png"))
     assert not np.array_equal(*made)
+
+
+def test_lpips_is_scored_with_the_weights_of_a_file(run, tiny_model, tmp_path):
+    path, out = picture(tmp_path / "in" / "x.png", 0), tmp_path / "out"
+    command = ["reconstruct", tiny_model, path, "--out", out, "--lpips", tmp_path / "vgg.safetensors"]
+    assert_fails(run(*command), tmp_path / "vgg.safetensors", "no such file")
+    values = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        state = {key: 0.1 * torch.randn_like(value) for key, value in LPIPS().state_dict().items() if key[:3] != "lin"}
+        save_file(state, tmp_path / "vgg.safetensors")
+        done = run(*command)
+        assert done.code == 0, done.err
+        (row,) = json.loads((out / "scores.json").read_text())["images"]
+        score = load_perceptual(str(tmp_path / "vgg.safetensors"))
+        images = [from_pil(Image.fromarray(pixels(out / "x.png"))), from_pil(read_image(path, 16))]
+        assert row["lpips"] == pytest.approx(score(*(image[None] for image in images)).item(), rel=1e-5)
+        values.append(row["lpips"])
+    assert values[0] != values[1]
 
 
 def test_one_unreadable_file_does_not_keep_the_others_from_being_written(run, tiny_model, tmp_path):

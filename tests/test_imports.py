@@ -50,3 +50,11 @@ def test_public_names_are_those_of_their_modules():
     assert set(dir(raekit)) >= {*raekit.__all__}
     with pytest.raises(AttributeError, match="module 'raekit' has no attribute 'autoencoder'"):
         raekit.autoencoder  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize(
+    "statement",
+    ["raekit.Autoencoder", "import raekit.inference", "import raekit.evaluation.probe", "import raekit.inspection"],
+)
+def test_published_names_are_known_wherever_a_model_is_loaded_by_name(statement):
+    assert "raekit.conversion" in loaded_after(f"import raekit; {statement}")

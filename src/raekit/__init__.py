@@ -55,6 +55,8 @@ _HOMES = {
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module 'raekit' has no attribute {name!r}")
+    if name != "UserError":
+        import_module("raekit.conversion")  # enters the published names, for everything that loads by name
     module, _, other = _HOMES[name].partition(":")
     value = globals()[name] = getattr(import_module(module), other or name)
     return value

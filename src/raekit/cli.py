@@ -130,6 +130,7 @@ def reconstruct(
     paths: Positional[tuple[Path, ...]],
     out: Path,
     fit: Literal["crop", "pad"] = "crop",
+    lpips: str | None = None,
     batch_size: int = 32,
     device: Device | None = None,
 ) -> None:
@@ -144,12 +145,14 @@ def reconstruct(
         paths: image files, and folders with whatever is below them.
         out: folder for the results, another than the originals'.
         fit: to the model's square, cut to the middle, or padded with white.
+        lpips: score LPIPS too, with VGG16's weights from this file.
         batch_size: images at once.
         device: default is the best there is.
     """
     from raekit.distributed import world
-    from raekit.folders import reconstruct_folder
+    from raekit.folders import METRICS, reconstruct_folder
     from raekit.models.autoencoder import Autoencoder
+    from raekit.models.perceptual import load_perceptual
 
     if not paths:
         raise UserError("reconstruct: give at least one image file or folder")
@@ -157,7 +160,10 @@ def reconstruct(
         if here.size > 1:
             raise UserError("reconstruct: works in one process, not under torchrun")
         autoencoder = Autoencoder.load(model).to(here.device)
-        results = reconstruct_folder(autoencoder, paths, out, fit=fit, batch_size=batch_size, progress=progress)
+        metrics = METRICS | ({"lpips": load_perceptual(lpips).to(here.device)} if lpips else {})
+        results = reconstruct_folder(
+            autoencoder, paths, out, fit=fit, batch_size=batch_size, metrics=metrics, progress=progress
+        )
     if results.pictures:
         _out.print(_reconstructions_table(results))
         _out.print(f"{len(results.pictures)} images: {out}")

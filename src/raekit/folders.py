@@ -13,7 +13,7 @@ from itertools import chain, count
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from raekit.config import to_dict, to_json
 from raekit.data.images import find_images
@@ -136,8 +136,12 @@ def reconstruct_folder(
     names = find_images(paths, besides=out)
     if any(image.parent.resolve() == out.resolve() for image in names):
         raise UserError(f"{out}: holds originals; give another folder for the reconstructions")
-    config = (to_dict(autoencoder.config), fit, sorted(metrics))
-    tasks, unreadable = _plan(names, out, fingerprint(autoencoder.state_dict(), *config))
+    weights = dict(autoencoder.state_dict())
+    for name, metric in metrics.items():
+        if isinstance(metric, nn.Module):
+            weights |= {f"{name}.{key}": value for key, value in metric.state_dict().items()}
+    settings = fingerprint(weights, to_dict(autoencoder.config), fit, sorted(metrics))
+    tasks, unreadable = _plan(names, out, settings)
     scores = {task.output: found for task in tasks if (found := _scores_of(task, metrics)) is not None}
     missing = [task for task in tasks if task.output not in scores]
     device = autoencoder.var.device

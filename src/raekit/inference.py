@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from raekit import conversion as conversion  # enters the published names, which everything here may be given
 from raekit import randomness
 from raekit.data.images import UnreadableImage, decode
 from raekit.data.loader import Batch

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from raekit import artifacts, randomness
+from raekit import conversion as conversion  # enters the published names, of which one may be probed
 from raekit.data.loader import DataConfig, Loader
 from raekit.data.sources import Split
 from raekit.distributed import World
