@@ -29,6 +29,7 @@ from safetensors import safe_open
 from safetensors.torch import load, load_file, save, save_file
 from torch import nn
 
+from raekit.conversion import read
 from raekit.errors import UserError
 from raekit.inference import read_image
 from raekit.latents import encode_files, read_latents
@@ -507,7 +508,43 @@ def configs() -> Iterator[Case]:
     yield changed("NaN for a number", r"decoder\.width", decoder__width=float("nan"))
 
 
-GROUPS = {"image": images, "safetensors": safetensors, "pickle": pickles, "configuration": configs}
+# Published configurations
+
+
+def yamls() -> Iterator[Case]:
+    def case(row: str, expected: str, text: str) -> Case:
+        def use(folder: Path) -> None:
+            (folder / "a.yaml").write_text(text.replace("SPRUNG", str(folder / SPRUNG)))
+            read(str(folder / "a.yaml"))
+
+        return Case(row, use, expected)
+
+    def stage(params: str, rest: str = "") -> str:
+        return f"stage_1: {{target: stage1.RAE, params: {{encoder_cls: Dinov2withNorm, {params}}}}}\n{rest}"
+
+    decoder = "decoder_config_path: none"
+    yield case(
+        "an unknown key", r"a\.yaml: stage_1: params\.noise_tua: Unexpected", stage(f"{decoder}, noise_tua: 0.8")
+    )
+    yield case("a misspelt section", "unknown stage2; expected stage_1", stage(decoder, "stage2: {}"))
+    yield case("a missing key", r"decoder_config_path: .*required", stage("noise_tau: 0.8"))
+    yield case(
+        "a class path", r"params\.command: Unexpected", "stage_1: {target: os.system, params: {command: touch SPRUNG}}"
+    )
+    yield case(
+        "a decoder that is not there", "none is neither in|names no", stage(f"{decoder}, pretrained_decoder_path: none")
+    )
+    refused = "not valid YAML"
+    yield case("a tag that makes a folder", refused, "!!python/object/apply:os.mkdir [SPRUNG]")
+    yield case("a tag that evaluates", refused, "a: !!python/object/apply:eval [\"open('SPRUNG', 'w')\"]")
+    yield case("brackets without end", refused, "[" * 500)
+    yield case("no YAML", refused, "stage_1: [")
+    yield case("a list", "no published configuration", "- 3")
+    laughs = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10) if i else 'ha'}]\n" for i in range(30))
+    yield case("10^29 references", "unknown a0", laughs + stage(f"{decoder}, noise_tau: *a29"))
+
+
+GROUPS = {"image": images, "safetensors": safetensors, "pickle": pickles, "configuration": configs, "YAML": yamls}
 
 
 @cache
