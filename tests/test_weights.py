@@ -89,7 +89,7 @@ def test_messages_tell_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def forbidden(*arguments: object, **options: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(torch, "load", forbidden)
+    monkeypatch.setattr(Path, "open", forbidden)
     with pytest.raises(UserError, match=r"list.pt: cannot be read \(Permission denied\)$"):
         read_weights(tmp_path / "list.pt")
 

@@ -74,6 +74,10 @@ def read_weights(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
+        path.open("rb").close()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    try:
         if path.suffix == ".safetensors":
             return load_file(path)
         if _is_packed(path):
@@ -85,8 +89,6 @@ def read_weights(path: Path) -> dict[str, Any]:
         if asked := re.search(r"GLOBAL (\S+)", str(error)):
             raise UserError(f"{path}: refused, it holds more than tensors and asks to run {asked[1]}") from None
         raise UserError(f"{path}: damaged or no weights file; fetch or export it again") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or _first_line(error)})") from None
     except Exception as error:  # damaged files bring nearly every type of exception out of torch's reader
         reason = _first_line(error) or type(error).__name__
         raise UserError(f"{path}: damaged or no weights file ({reason}); fetch or export it again") from None
