@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raekit.config import configclass, differences, from_dict, read_json, to_dict, to_json
+from raekit.config import check_sizes, configclass, differences, from_dict, read_json, to_dict, to_json
 from raekit.errors import UserError
 
 
@@ -78,13 +78,24 @@ def test_all_faults_are_told_at_once():
         from_dict(Outer, changed(law=3, extra=1), "here")
 
 
-def test_invariants_speak_for_themselves():
-    with pytest.raises(UserError, match=r"^width: 0 must be positive$"):
+def test_broken_invariants_name_the_file_too():
+    with pytest.raises(UserError, match=r"^here: width: 0 must be positive$"):
         from_dict(Outer, changed(inner={"width": 0}), "here")
+
+
+def test_sizes_beyond_all_sense_are_refused():
+    check_sizes("part", width=1, depth=65_536)
+    for value in (-1, 0, 65_537):
+        with pytest.raises(UserError, match=rf"^part\.depth: {value} must be from 1 to 65,536$"):
+            check_sizes("part", width=1, depth=value)
+    with pytest.raises(UserError, match="from 1 to 8"):
+        check_sizes("part", limit=8, depth=9)
 
 
 def test_files(tmp_path: Path):
     path = tmp_path / "config.json"
+    with pytest.raises(UserError, match=f"{tmp_path}: cannot be read"):
+        read_json(tmp_path)
     with pytest.raises(UserError, match=f"{path}: no such file"):
         read_json(path)
     path.write_text(to_json(to_dict(CONFIG)))

@@ -34,3 +34,27 @@ def test_every_module_imports_and_says_what_it_is_for(name):
 def test_the_library_starts_without_what_only_parts_of_it_need():
     loaded = loaded_after("import raekit, raekit.stages.run, raekit.train.trainer")
     assert not loaded & {"transformers", "matplotlib", "datasets", "tensorboard", "torch.utils.tensorboard"}
+
+
+def test_help_and_version_need_no_torch():
+    loaded = loaded_after("import raekit, raekit.cli")
+    assert not loaded & {"torch", "numpy", "PIL", "pydantic"}
+
+
+def test_public_names_are_those_of_their_modules():
+    from raekit.models.autoencoder import Autoencoder
+    from raekit.scoring import score
+
+    assert raekit.Autoencoder is Autoencoder
+    assert raekit.evaluate is score
+    assert set(dir(raekit)) >= {*raekit.__all__}
+    with pytest.raises(AttributeError, match="module 'raekit' has no attribute 'autoencoder'"):
+        raekit.autoencoder  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize(
+    "statement",
+    ["raekit.Autoencoder", "import raekit.inference", "import raekit.evaluation.probe", "import raekit.inspection"],
+)
+def test_published_names_are_known_wherever_a_model_is_loaded_by_name(statement):
+    assert "raekit.conversion" in loaded_after(f"import raekit; {statement}")

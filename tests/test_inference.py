@@ -80,10 +80,13 @@ def test_two_processes_share_the_samples_of_one(model):
             assert batch.labels.tolist() == [LABELS[i] for i in batch.indices]
 
 
-def test_start_leaves_out_what_is_done(model):
+def test_indices_are_the_samples_that_are_made(model):
     whole = images_of(model, batch_size=2)
-    assert torch.allclose(images_of(model, batch_size=2, start=3), whole[3:], atol=1e-5)
-    assert not list(generate(model, LABELS, start=7))
+    assert torch.allclose(images_of(model, batch_size=2, indices=[1, 4, 5]), whole[[1, 4, 5]], atol=1e-5)
+    made = [list(generate(model, LABELS, indices=[1, 4, 5], batch_size=2, world=World(rank=r, size=2))) for r in (0, 1)]
+    assert [[batch.indices.tolist() for batch in share] for share in made] == [[[1, 4]], [[5]]]
+    assert [batch.labels.tolist() for share in made for batch in share] == [[2, 0], [2]]
+    assert not list(generate(model, LABELS, indices=[]))
 
 
 def test_seeds_and_classes_make_different_samples(model):

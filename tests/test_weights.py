@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from raekit.errors import UserError
-from raekit.weights import find_file, find_folder, load_strict, read_weights
+from raekit.weights import check_fit, find_file, find_folder, fingerprint, load_strict, read_weights
 
 STATE = {"weight": torch.arange(6.0).view(2, 3), "bias": torch.ones(2)}
 
@@ -76,6 +76,44 @@ def test_file_with_code_is_refused_and_not_run(tmp_path: Path):
     assert not sprung.exists()
     torch.load(tmp_path / "weights.pt", weights_only=False)
     assert sprung.exists()  # so the trap works
+
+
+def test_messages_tell_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    torch.save(nn.Linear(2, 2), tmp_path / "module.pt")
+    with pytest.raises(UserError, match=r"module.pt: refused, .* asks to run torch.nn.modules.linear.Linear$"):
+        read_weights(tmp_path / "module.pt")
+    torch.save([torch.ones(1)], tmp_path / "list.pt")
+    with pytest.raises(UserError, match=r"list.pt: holds no tensors by name"):
+        read_weights(tmp_path / "list.pt")
+
+    def forbidden(*arguments: object, **options: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", forbidden)
+    with pytest.raises(UserError, match=r"list.pt: cannot be read \(Permission denied\)$"):
+        read_weights(tmp_path / "list.pt")
+
+
+def test_fingerprints_differ_where_tensors_or_values_do():
+    same = fingerprint(STATE, "a", 1)
+    assert fingerprint(dict(reversed(STATE.items())), "a", 1) == same
+    others = [
+        fingerprint(STATE, "a", 2),
+        fingerprint(STATE, "a"),
+        fingerprint({**STATE, "bias": torch.zeros(2)}, "a", 1),
+        fingerprint({**STATE, "bias": torch.ones(1, 2)}, "a", 1),
+        fingerprint({**STATE, "bias": torch.ones(2, dtype=torch.float64)}, "a", 1),
+        fingerprint({**STATE, "more": None}, "a", 1),
+        fingerprint({"weight": STATE["weight"], "b": STATE["bias"]}, "a", 1),
+    ]
+    assert len({same, *others}) == 1 + len(others)
+    assert fingerprint({"x": torch.ones(2, 3).T, "y": torch.tensor(1), "z": torch.ones(2).bfloat16()})
+
+
+def test_fit_is_checked_without_memory():
+    check_fit(lambda: nn.Linear(3, 2), STATE, "here")
+    with pytest.raises(UserError, match="do not fit Linear"):
+        check_fit(lambda: nn.Linear(10**8, 10**8), STATE, "here")
 
 
 def test_strict_loading():

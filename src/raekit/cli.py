@@ -2,27 +2,21 @@
 
 import logging
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 from rich.text import Text
 from tyro.conf import Positional
 
 from raekit.errors import UserError
+from raekit.progress import Display
+
+if TYPE_CHECKING:
+    from raekit.folders import Reconstructions
 
 _out = Console(soft_wrap=True, highlight=False)
 _err = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -43,7 +37,7 @@ def demo(run: Path = Path("runs/demo"), minutes: float = 12, quick: bool = False
     """
     from raekit.demo import run_demo
 
-    with _Progress() as progress:
+    with Display(_err) as progress:
         finished = run_demo(run, minutes, quick, progress)
     if not finished:
         _stopped()
@@ -71,8 +65,8 @@ def generate(
         model: builtin:NAME, a model folder, a run, or OWNER/NAME on the Hub.
         out: a .png file for a grid, else a folder for one PNG a sample.
         classes: names or ids; each gets COUNT samples. Default: all of them.
-        count: samples of each class.
-        seed: sample i is a function of the seed and i.
+        count: samples of each class. In a folder those that are there are kept, and more are added to them.
+        seed: sample i is a function of the seed, i and its class, which is i modulo the number of classes.
         steps: solver steps.
         solver: euler, or heun with two evaluations a step.
         grid: of times; published is the official sampler's, one step short of the data.
@@ -83,6 +77,7 @@ def generate(
     from raekit.distributed import world
     from raekit.files import whole
     from raekit.flow.guidance import parse_guidance
+    from raekit.folders import generate_folder
     from raekit.inference import Sampling, load
     from raekit.inference import generate as stream
     from raekit.pictures import grid as tile
@@ -90,89 +85,191 @@ def generate(
 
     if count < 1:
         raise UserError(f"--count: {count} must be at least 1")
-    with world(device) as here, _Progress() as progress:
+    single = out.suffix.lower() == ".png"
+    with world(device) as here, Display(_err, quiet=not here.is_main) as progress:
+        if single and here.size > 1:
+            raise UserError("--out: one grid comes from one process; give a folder under torchrun")
         loaded = load(model, here.device)
-        chosen = [loaded.class_id(name) for name in classes] or list(range(len(loaded.classes)))
-        labels = [label for label in chosen for _ in range(count)] or None
-        total = len(labels) if labels else count
+        labels = [loaded.class_id(name) for name in classes] or list(range(len(loaded.classes)))
+        total = count * max(len(labels), 1)
         sampling = Sampling(
             steps=steps, solver=solver, grid=grid, guidance=parse_guidance(guidance) if guidance else None
         )
-        single = out.suffix.lower() == ".png"
         (out.parent if single else out).mkdir(parents=True, exist_ok=True)  # found out before, not after, the work
-        if single and here.size > 1:
-            raise UserError("--out: one grid comes from one process; give a folder under torchrun")
-        tiles = []
-        batches = stream(
-            loaded,
-            labels,
-            count=None if labels else count,
-            seed=seed,
-            sampling=sampling,
-            batch_size=batch_size,
-            world=here,
-        )
-        for batch in batches:
-            for image, index in zip(batch.images, batch.indices.tolist(), strict=True):
-                if single:
-                    tiles.append(to_pil(image))
-                else:
-                    with whole(out / f"{index:06d}.png") as partial:
-                        to_pil(image).save(partial, format="PNG")
-            progress("generate", int(batch.indices[-1]) + 1, total)
         if single:
+            tiles = []
+            every = labels * count or None  # sample i has class i modulo their number, as in a folder
+            batches = stream(
+                loaded, every, count=None if every else count, seed=seed, sampling=sampling, batch_size=batch_size
+            )
+            for batch in batches:
+                tiles += map(to_pil, batch.images)
+                progress("generate", len(tiles), total)
+            rows = [tiles[row :: len(labels)] for row in range(len(labels))] or [tiles]
             with whole(out) as partial:
-                tile(tiles, columns=count if len(chosen) > 1 else None).save(partial, format="PNG")
-    _out.print(f"{total} images: {out}")
+                sheet = tile([image for row in rows for image in row], columns=count if len(labels) > 1 else None)
+                sheet.save(partial, format="PNG")
+        else:
+            generate_folder(
+                loaded,
+                out,
+                labels or None,
+                total=total,
+                seed=seed,
+                sampling=sampling,
+                batch_size=batch_size,
+                world=here,
+                progress=progress,
+            )
+    if here.is_main:
+        _out.print(f"{total} images: {out}")
 
 
 def reconstruct(
-    model: Positional[str], paths: Positional[tuple[Path, ...]], out: Path, device: Device | None = None
+    model: Positional[str],
+    paths: Positional[tuple[Path, ...]],
+    out: Path,
+    fit: Literal["crop", "pad"] = "crop",
+    lpips: str | None = None,
+    batch_size: int = 32,
+    device: Device | None = None,
 ) -> None:
-    """Encode and decode pictures; write each beside its original as OUT/NAME.png, and tell its PSNR.
+    """Encode and decode images, and score what comes back: PNGs, scores.csv, scores.json, contact-sheet.png.
 
-    Example: raekit reconstruct builtin:emoji photo.jpg --out reconstructions
+    Example: raekit reconstruct builtin:emoji photo.jpg holidays --out reconstructions
+    The same command goes on where it stopped: what is there is kept, unless the model, an option or the
+    original has changed.
 
     Args:
         model: builtin:NAME, a model folder, a run, or OWNER/NAME on the Hub.
-        paths: image files, centre-cropped to the model's size.
-        out: folder for the side-by-side pictures, another than the originals'.
+        paths: image files, and folders with whatever is below them.
+        out: folder for the results, another than the originals'.
+        fit: to the model's square, cut to the middle, or padded with white.
+        lpips: score LPIPS too, with VGG16's weights from this file.
+        batch_size: images at once.
         device: default is the best there is.
     """
-    from collections import Counter
-
     from raekit.distributed import world
-    from raekit.evaluation.metrics import psnr
-    from raekit.files import whole
-    from raekit.inference import read_image
-    from raekit.inference import reconstruct as decode_encoded
+    from raekit.folders import METRICS, reconstruct_folder
     from raekit.models.autoencoder import Autoencoder
-    from raekit.pictures import from_pil, grid, to_pil
+    from raekit.models.perceptual import load_perceptual
 
     if not paths:
-        raise UserError("reconstruct: give at least one image file")
-    if any(path.parent.resolve() == out.resolve() for path in paths):
-        raise UserError(f"--out: {out} holds the originals; give another folder")
-    names = Counter(path.stem for path in paths)
-    table, failed = Table("image", "PSNR (dB)"), []
-    with world(device) as here:
+        raise UserError("reconstruct: give at least one image file or folder")
+    with world(device) as here, Display(_err) as progress:
+        if here.size > 1:
+            raise UserError("reconstruct: works in one process, not under torchrun")
         autoencoder = Autoencoder.load(model).to(here.device)
-        for number, path in enumerate(paths):
-            try:
-                original = from_pil(read_image(path, autoencoder.image_size))
-            except UserError as error:
-                failed.append(str(error))
-                continue
-            decoded = decode_encoded(autoencoder, original.to(here.device)[None]).cpu()
-            value = psnr(decoded, original[None]).item()
-            target = out / (f"{path.stem}.png" if names[path.stem] == 1 else f"{path.stem}-{number}.png")
-            with whole(target) as partial:
-                grid([to_pil(original), to_pil(decoded[0])], columns=2).save(partial, format="PNG")
-            table.add_row(str(target), f"{value:.2f}")
-    if table.row_count:
-        _out.print(table)
-    if failed:
-        raise UserError("\n".join(failed))
+        metrics = METRICS | ({"lpips": load_perceptual(lpips).to(here.device)} if lpips else {})
+        results = reconstruct_folder(
+            autoencoder, paths, out, fit=fit, batch_size=batch_size, metrics=metrics, progress=progress
+        )
+    if results.pictures:
+        _out.print(_reconstructions_table(results))
+        _out.print(f"{len(results.pictures)} images: {out}")
+    _fail_for(results.unreadable, len(results.pictures))
+
+
+def encode(
+    model: Positional[str],
+    paths: Positional[tuple[Path, ...]],
+    out: Path,
+    fit: Literal["crop", "pad"] = "crop",
+    batch_size: int = 32,
+    shard_size: int = 512,
+    device: Device | None = None,
+) -> None:
+    """Write the whitened latents of images as safetensors, with what they are of; raekit.read_latents reads them.
+
+    Example: raekit encode builtin:emoji holidays --out latents
+    In a folder, shards that are there and would become the same are kept.
+
+    Args:
+        model: builtin:NAME, a model folder, a run, or OWNER/NAME on the Hub.
+        paths: image files, and folders with whatever is below them.
+        out: a .safetensors file, or a folder for shards.
+        fit: to the model's square, cut to the middle, or padded with white.
+        batch_size: images at once.
+        shard_size: images in a shard, held in memory until it is written.
+        device: default is the best there is.
+    """
+    from raekit.distributed import world
+    from raekit.latents import encode_files
+    from raekit.models.autoencoder import Autoencoder
+
+    if not paths:
+        raise UserError("encode: give at least one image file or folder")
+    with world(device) as here, Display(_err) as progress:
+        if here.size > 1:
+            raise UserError("encode: works in one process, not under torchrun")
+        autoencoder = Autoencoder.load(model).to(here.device)
+        encoded, unreadable = encode_files(
+            autoencoder,
+            model,
+            paths,
+            out,
+            fit=fit,
+            batch_size=batch_size,
+            shard_size=shard_size,
+            progress=progress,
+        )
+    _out.print(f"{encoded} images: {out}")
+    _fail_for(unreadable, encoded)
+
+
+def probe(
+    name: Positional[str],
+    source: str = "emoji",
+    tokens: Literal["mean", "all"] = "mean",
+    image_size: int | None = None,
+    penalty: float | None = None,
+    workers: int = 0,
+    out: Path | None = None,
+    device: Device | None = None,
+) -> None:
+    """Classify held-out images by a linear probe of an encoder's or autoencoder's latents, beside random weights.
+
+    Example: raekit probe builtin:vit-tiny --source folder:images
+
+    Args:
+        name: a registered encoder, builtin:NAME, a model folder, a run, or OWNER/NAME on the Hub.
+        source: labelled images: emoji, folder:DIR, idx:DIR or hf:DIR.
+        tokens: the mean of an image's tokens, or all of them.
+        image_size: side that the images are centre-cropped to. Default: the model's.
+        penalty: L2 penalty of the regression. Default: the best on a tenth of the training images.
+        workers: processes that decode images.
+        out: a JSON file for the results.
+        device: default is the best there is.
+    """
+    from dataclasses import asdict
+
+    from raekit.config import to_json
+    from raekit.distributed import world
+    from raekit.evaluation.probe import probe as run_probe
+    from raekit.files import whole
+
+    with world(device) as here, Display(_err, quiet=not here.is_main) as progress:
+        results = run_probe(
+            name,
+            source,
+            tokens=tokens,
+            image_size=image_size,
+            penalty=penalty,
+            workers=workers,
+            world=here,
+            progress=progress,
+        )
+    if not here.is_main:
+        return
+    table = Table("", "held-out accuracy", "95 % interval", "training accuracy", "penalty")
+    for row, result in results.items():
+        interval = f"{result.low:.1%} to {result.high:.1%}"
+        table.add_row(row, f"{result.accuracy:.1%}", interval, f"{result.training:.1%}", f"{result.penalty:g}")
+    _out.print(table)
+    if out:
+        rows = {row: asdict(result) for row, result in results.items()}
+        with whole(out) as partial:
+            partial.write_text(to_json({"model": name, "source": source, "tokens": tokens, "results": rows}))
 
 
 def recipes() -> None:
@@ -217,7 +314,7 @@ def train(arguments: list[str]) -> None:
                 _out.print(describe_config(config, run, here), markup=False)
                 return
             total, batch = config.train.steps, config.train.batch_size
-            with _Progress(quiet=not here.is_main) as progress:
+            with Display(_err, quiet=not here.is_main) as progress:
 
                 def report(step: int, values: dict[str, float]) -> None:
                     progress(recipe.name, step, total, _headline(values), batch)
@@ -271,7 +368,7 @@ def latents_measure(
     from raekit.models.encoders import load_encoder
     from raekit.models.layers import to_grid
 
-    with world(device) as here, _Progress(quiet=not here.is_main) as progress:
+    with world(device) as here, Display(_err, quiet=not here.is_main) as progress:
         model = load_encoder(encoder, encoder_size).to(here.device)
         size = image_size or model.input_size
         loader = Loader(DataConfig(source=source, split=split, image_size=size, workers=workers), seed=0)
@@ -327,7 +424,7 @@ def evaluate(
     samplings = {"samples": Sampling(steps=steps)}
     for text in guidance:
         samplings[f"samples, {text}"] = Sampling(steps=steps, guidance=parse_guidance(text))
-    with world(device) as here, _Progress(quiet=not here.is_main) as progress:
+    with world(device) as here, Display(_err, quiet=not here.is_main) as progress:
         loaded = load(model, here.device)
         data = DataConfig(source=source, image_size=loaded.autoencoder.image_size)
         scores = score(
@@ -399,6 +496,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo,
     "generate": generate,
     "reconstruct": reconstruct,
+    "encode": encode,
+    "probe": probe,
     "recipes": recipes,
     "train": train,
     "latents measure": latents_measure,
@@ -466,6 +565,26 @@ def _headline(values: dict[str, float]) -> str:
     return "  ".join(f"{name} {value:.4f}" for name, value in values.items() if name.endswith("/loss"))
 
 
+def _fail_for(unreadable: Sequence[str], done: int) -> None:
+    """End with an error that names the images that could not be read, if there are any."""
+    if unreadable:
+        lines = [f"{len(unreadable)} of {len(unreadable) + done} images could not be read:", *unreadable[:20]]
+        more = [f"and {len(unreadable) - 20} more"] if len(unreadable) > 20 else []
+        raise UserError("\n  ".join(lines + more))
+
+
+def _reconstructions_table(results: "Reconstructions") -> Table:
+    """A row for each of the first pictures, and the means."""
+    means = results.means()
+    table = Table("image", *means)
+    for picture in results.pictures[:20]:
+        table.add_row(str(picture.output), *(f"{picture.scores[name]:.4g}" for name in means))
+    if (more := len(results.pictures) - 20) > 0:
+        table.add_row(f"and {more} more", *("" for _ in means))
+    table.add_row("mean", *(f"{value:.4g}" for value in means.values()))
+    return table
+
+
 def scores_table(scores: dict[str, dict[str, float]]) -> Table:
     """The scores as a table, a row for each stream of images."""
     metrics = list(dict.fromkeys(name for row in scores.values() for name in row))
@@ -473,51 +592,3 @@ def scores_table(scores: dict[str, dict[str, float]]) -> Table:
     for name, row in scores.items():
         table.add_row(name, *(f"{row[m]:.4g}" if m in row else "" for m in metrics))
     return table
-
-
-class _Progress:
-    """Live bars with rate and time left on a terminal; elsewhere, a line now and then."""
-
-    def __init__(self, quiet: bool = False) -> None:
-        self.live = not quiet and _err.is_terminal
-        self.quiet = quiet
-        self.tasks: dict[str, TaskID] = {}
-        self.began: dict[str, tuple[float, int]] = {}
-        self.printed = 0.0
-        self.bars = Progress(
-            TextColumn("{task.description:22}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[text]}"),
-            console=_err,
-        )
-
-    def __enter__(self) -> "_Progress":
-        if self.live:
-            self.bars.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self.live:
-            self.bars.stop()
-
-    def __call__(self, what: str, done: int, total: int, text: str = "", unit: int = 1) -> None:
-        """`done` of `total` of the work `what`; the rate is given in `unit`s, images for one step."""
-        if self.quiet:
-            return
-        now = time.monotonic()
-        first, start = self.began.setdefault(what, (now, done))
-        speed = (done - start) / (now - first) if now > first else 0.0
-        rate = f"{speed * unit:.1f} images/s" if speed else ""
-        if self.live:
-            if what not in self.tasks:
-                self.tasks[what] = self.bars.add_task(what, total=total, completed=done, rate="", text="")
-            self.bars.update(self.tasks[what], completed=done, total=total, rate=rate, text=text)
-        elif now - self.printed > 10 or done == total:
-            self.printed = now
-            left = f", {(total - done) / speed:.0f} s left" if speed and done < total else ""
-            _err.print(Text(f"{what}: {done}/{total}  {rate}{left}  {text}".rstrip()))

@@ -41,15 +41,29 @@ def from_dict(cls: type[T], values: Any, source: str | Path) -> T:
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, e['loc'])) or cls.__name__}: {e['msg']}" for e in error.errors())
         raise UserError(f"{source}: {faults}") from None
+    except UserError as error:  # of an invariant
+        raise UserError(f"{source}: {error}") from None
+
+
+def check_sizes(part: str, limit: int = 65_536, **sizes: int) -> None:
+    """Refuse numbers of an architecture, the fields of `part`, that are below 1 or beyond all sense.
+
+    A configuration may come from anywhere, and its sizes are what memory is taken for.
+    """
+    for name, value in sizes.items():
+        if not 1 <= value <= limit:
+            raise UserError(f"{part}.{name}: {value} must be from 1 to {limit:,}")
 
 
 def read_json(path: Path) -> Any:
-    """Return the JSON value in `path`; UserError if it is missing or no JSON."""
+    """Return the JSON value in `path`; UserError if it is missing, unreadable or no JSON."""
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Protocol
+from typing import Any
 
 import jinja2
 import torch
@@ -22,6 +22,7 @@ from raekit.files import whole
 from raekit.flow.guidance import Guidance
 from raekit.inference import Model, Sampling, generate, load, reconstruct
 from raekit.pictures import grid, to_pil
+from raekit.progress import Report
 from raekit.recipes import find
 from raekit.scoring import Scores, score
 from raekit.stages.generation import GenerationConfig
@@ -32,12 +33,6 @@ from raekit.train.tracking import read_metrics
 GUIDANCE = Guidance(scale=2.0, start=0.1, end=0.9)
 CALIBRATION_STEPS = 8
 PER_CLASS = 8
-
-
-class Progress(Protocol):
-    """Called with what is being done, how much of how much, a remark, and the images in one unit of it."""
-
-    def __call__(self, what: str, done: int, total: int, text: str = "", unit: int = 1) -> None: ...
 
 
 @configclass
@@ -52,7 +47,7 @@ class Plan:
     sampling_steps: int
 
 
-def run_demo(run: Path, minutes: float, quick: bool, progress: Progress) -> bool:
+def run_demo(run: Path, minutes: float, quick: bool, progress: Report) -> bool:
     """Do all of it in `run`, or go on where it stopped; False if a signal stopped it again.
 
     Leaves RUN/decoder, RUN/denoiser (runs), RUN/pictures, RUN/scores.json and RUN/report.html.
@@ -96,7 +91,7 @@ def _plan(
     decoder: ReconstructionConfig,
     denoiser: GenerationConfig,
     world: World,
-    progress: Progress,
+    progress: Report,
 ) -> Plan:
     """Read RUN/plan.json, or settle and write it: how much this machine can do in `minutes`."""
     path = run / "plan.json"
@@ -130,7 +125,7 @@ def _plan(
     return plan
 
 
-def _seconds_per_step(name: str, config: Any, run: Path, world: World, progress: Progress) -> float:
+def _seconds_per_step(name: str, config: Any, run: Path, world: World, progress: Report) -> float:
     times: list[float] = []
 
     def report(step: int, values: dict[str, float]) -> None:
@@ -143,14 +138,14 @@ def _seconds_per_step(name: str, config: Any, run: Path, world: World, progress:
     return gaps[len(gaps) // 2]
 
 
-def _train(name: str, config: StageConfig, run: Path, world: World, progress: Progress) -> bool:
+def _train(name: str, config: StageConfig, run: Path, world: World, progress: Report) -> bool:
     def report(step: int, values: dict[str, float]) -> None:
         progress(name, step, config.train.steps, f"loss {values[f'{name}/loss']:.4f}", config.train.batch_size)
 
     return train(config, run, world, report)
 
 
-def _pictures(run: Path, model: Model, plan: Plan, config: StageConfig, world: World, progress: Progress) -> None:
+def _pictures(run: Path, model: Model, plan: Plan, config: StageConfig, world: World, progress: Report) -> None:
     """Reconstructions beside their originals, and a row of samples for each class, without and with guidance."""
     folder = run / "pictures"
     folder.mkdir(exist_ok=True)
@@ -175,7 +170,7 @@ def _save(picture: Any, path: Path) -> None:
         picture.save(partial, format="PNG")
 
 
-def _scores(run: Path, model: Model, plan: Plan, config: GenerationConfig, world: World, progress: Progress) -> Scores:
+def _scores(run: Path, model: Model, plan: Plan, config: GenerationConfig, world: World, progress: Report) -> Scores:
     path = run / "scores.json"
     if path.is_file():
         return read_json(path)

@@ -1,5 +1,6 @@
 """Using trained models: lazy streams of batches, one seed for each sample."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,9 +9,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from raekit import conversion as conversion  # enters the published names, which everything here may be given
 from raekit import randomness
+from raekit.data.images import UnreadableImage, decode
 from raekit.data.loader import Batch
-from raekit.data.transforms import center_crop, to_rgb
+from raekit.data.transforms import FITS, Fit
 from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.flow.guidance import Guidance, classifier_free
@@ -90,14 +93,15 @@ def generate(
     sampling: Sampling | None = None,
     batch_size: int = 64,
     world: World | None = None,
-    start: int = 0,
+    indices: Sequence[int] | None = None,
 ) -> Iterator[Samples]:
     """Yield generated images, batch by batch.
 
     `labels` has a class id for each sample; None generates `count` samples without a class. Sample i has
     its own noise, a function of `seed` and i, so it is the same for any batch size or number of processes.
-    Processes take turns: each yields every `world.size`-th batch. `start` leaves out the samples before it,
-    to go on with an interrupted generation. Raises UserError for labels outside the model's classes.
+    Processes take turns: each yields every `world.size`-th batch. `indices` are the numbers of the samples to
+    make, by default all of them: those that an interrupted generation lacks. Raises UserError for labels
+    outside the model's classes.
     """
     sampling = sampling or Sampling()
     world = world or World(device=model.device)
@@ -111,13 +115,14 @@ def generate(
     total = len(labels) if labels is not None else count or 0
     if sampling.guidance and labels is None:
         raise UserError("guidance: classifier-free guidance needs labels, and none are given")
-    for first in range(start + world.rank * batch_size, total, world.size * batch_size):
-        indices = torch.arange(first, min(first + batch_size, total))
-        chosen = None if labels is None else torch.tensor(labels[first : first + batch_size], device=world.device)
-        latents = sample_latents(model.denoiser, chosen, indices, seed, sampling, world.device)
+    numbers = range(total) if indices is None else indices
+    for first in range(world.rank * batch_size, len(numbers), world.size * batch_size):
+        batch = torch.tensor(numbers[first : first + batch_size])
+        chosen = None if labels is None else torch.tensor([labels[i] for i in batch.tolist()], device=world.device)
+        latents = sample_latents(model.denoiser, chosen, batch, seed, sampling, world.device)
         with torch.no_grad():
             images = model.autoencoder.decode(latents)
-        yield Samples(images, torch.full_like(indices, -1) if chosen is None else chosen, indices)
+        yield Samples(images, torch.full_like(batch, -1) if chosen is None else chosen, batch)
 
 
 @torch.no_grad()
@@ -177,12 +182,14 @@ def reconstruct(autoencoder: Autoencoder, images: Tensor) -> Tensor:
     return autoencoder.decode(autoencoder.encode(images))
 
 
-def read_image(path: Path, size: int) -> Image.Image:
-    """The picture in `path`, of any format and mode, centre-cropped to size x size; UserError if it is unreadable."""
+def read_image(path: Path, size: int, fit: Fit = "crop") -> Image.Image:
+    """The picture in `path`, of any format and mode, as size x size: cropped to its middle, or whole on white.
+
+    UserError if it is unreadable, or larger than `data.images.MAX_PIXELS`.
+    """
+    if not os.path.lexists(path):
+        raise UserError(f"{path}: no such file")
     try:
-        with Image.open(path) as image:
-            return center_crop(to_rgb(image), size)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: not a readable image ({error})") from None
+        return FITS[fit](decode(path, str(path)), size)
+    except UnreadableImage as error:
+        raise UserError(f"{path}: not a readable image ({error.reason})") from None

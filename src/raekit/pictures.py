@@ -1,12 +1,18 @@
 """Between image tensors and pictures."""
 
+import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
+
+_ORIGIN = "raekit"
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -18,6 +24,22 @@ def to_pil(image: Tensor) -> Image.Image:
 def from_pil(image: Image.Image) -> Tensor:
     """An RGB picture as a float32 tensor (3, H, W) in [0, 1]."""
     return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 255
+
+
+def write_png(image: Image.Image, path: Path, origin: object) -> None:
+    """Write an 8-bit PNG that keeps `origin`, JSON values that tell what it was made from, as its text."""
+    text = PngInfo()
+    text.add_text(_ORIGIN, json.dumps(origin))
+    image.save(path, format="PNG", pnginfo=text)
+
+
+def read_origin(path: Path) -> Any:
+    """What `write_png` was told of the PNG in `path`; None if that is absent, no PNG, or another's."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            return json.loads(image.info[_ORIGIN])
+    except (OSError, ValueError, SyntaxError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def grid(images: Sequence[Image.Image], columns: int | None = None, gap: int = 2) -> Image.Image:

@@ -14,12 +14,10 @@ from raekit.evaluation.metrics import FrechetDistance, NearestNeighbours, PairMe
 from raekit.inference import Model, Sampling, generate, reconstruct
 from raekit.models.encoders import load_encoder
 from raekit.moments import Moments
+from raekit.progress import Report, silent
 
 Scores = dict[str, dict[str, float]]
 """{row: {metric: value}}, as `score` returns them."""
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being scored, the number of images done, and their total."""
 
 
 def balanced_labels(loader: Loader, count: int) -> list[int]:
@@ -38,7 +36,7 @@ def score(
     seed: int = 0,
     features: str = "builtin:vit-tiny",
     world: World | None = None,
-    progress: Progress = lambda what, done, total: None,
+    progress: Report = silent,
 ) -> Scores:
     """Score each of `samplings` with `count` images, and the baselines: real, reconstructed, and decoded noise.
 

@@ -1,12 +1,17 @@
 """Finding and reading weights, without executing code, and loading them strictly."""
 
+import pickle
+import re
+import warnings
+import zipfile
 from collections.abc import Callable, Mapping
+from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -61,27 +66,63 @@ def find_file(repository: str, name: str) -> Path:
         ) from None
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read a `.safetensors` file, or a torch file with `weights_only=True`; UserError if it is absent or damaged."""
+def read_weights(path: Path) -> dict[str, Any]:
+    """Read a `.safetensors` file, or a torch file with `weights_only=True`; UserError if it is absent or damaged.
+
+    A torch file may hold None, numbers and nested dictionaries beside tensors, a safetensors file tensors alone.
+    """
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
+        path.open("rb").close()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: damaged or no weights file ({_first_line(error)}); fetch or export it again"
-        ) from None
-    except Exception as error:  # torch raises pickle.UnpicklingError for a file that asks to run code
-        raise UserError(f"{path}: refused, it holds more than tensors ({_first_line(error)})") from None
+        if _is_packed(path):
+            raise ValueError("a zip file with compressed entries")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the version of a pickle that is refused anyway
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if asked := re.search(r"GLOBAL (\S+)", str(error)):
+            raise UserError(f"{path}: refused, it holds more than tensors and asks to run {asked[1]}") from None
+        raise UserError(f"{path}: damaged or no weights file; fetch or export it again") from None
+    except Exception as error:  # damaged files bring nearly every type of exception out of torch's reader
+        reason = _first_line(error) or type(error).__name__
+        raise UserError(f"{path}: damaged or no weights file ({reason}); fetch or export it again") from None
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
         raise UserError(f"{path}: holds no tensors by name; expected a state dict")
     return state
 
 
+def _is_packed(path: Path) -> bool:
+    """Whether it is a zip file with compressed entries, which torch never writes and which may unpack to any size."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
+
+
 def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n", 1)[0][:200]
+
+
+def fingerprint(tensors: Mapping[str, Tensor | None], *values: object) -> str:
+    """16 hexadecimal digits that tell these tensors, and `values` by what they are printed as, from all others."""
+    digest = blake2b(repr(values).encode(), digest_size=8)
+    for key, tensor in sorted(tensors.items()):
+        digest.update(f"{key} {None if tensor is None else (tensor.dtype, tuple(tensor.shape))}".encode())
+        if tensor is not None:
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def check_fit(make: Callable[[], nn.Module], state: Mapping[str, Tensor], source: object) -> None:
+    """Refuse, as `load_strict` does, weights that do not fit what `make` makes, before memory is taken for it."""
+    with torch.device("meta"):
+        load_strict(make(), state, source)
 
 
 def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: object) -> None:

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from raekit.data.sources import Emoji, UnreadableImage, code_points, open_source
+from raekit.data.images import UnreadableImage
+from raekit.data.sources import Emoji, code_points, open_source
 from raekit.errors import UserError
 
 ASSETS = Path(str(resources.files("raekit").joinpath("assets")))

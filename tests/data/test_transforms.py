@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from raekit.data.transforms import center_crop, flip, random_crop, to_rgb
+from raekit.data.transforms import center_crop, flip, pad, random_crop, to_rgb
 
 
 def noise(width, height, channels=3, seed=0):
@@ -53,6 +53,31 @@ def test_center_crop_halves_by_a_box_filter():
     image = noise(32, 40)
     expected = halved(np.asarray(image))[2:18]
     assert np.abs(np.asarray(center_crop(image, 16)).astype(int) - expected).max() <= 1  # Pillow rounds each pass
+
+
+def test_pad_keeps_the_whole_image_in_the_middle_of_white():
+    image = noise(64, 20)
+    result = np.asarray(pad(image, 32))
+    assert result.shape == (32, 32, 3)
+    assert (result[:11] == 255).all()
+    assert (result[21:] == 255).all()
+    assert np.abs(result[11:21].astype(int) - halved(np.asarray(image))).max() <= 1
+    np.testing.assert_array_equal(
+        np.asarray(pad(image.transpose(Image.Transpose.TRANSPOSE), 32)), result.swapaxes(0, 1)
+    )
+    assert pad(noise(24, 24), 24).tobytes() == noise(24, 24).tobytes()
+    assert pixel(pad(Image.new("RGB", (1, 1), (1, 2, 3)), 8)) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("size", [(1, 60_000), (60_000, 1)])
+def test_a_strip_is_cut_before_it_is_scaled(size, monkeypatch):
+    scaled = []
+    resize = Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda image, *a: scaled.append(a[0]) or resize(image, *a))
+    strip = Image.new("RGB", size)
+    for image in (center_crop(strip, 64), random_crop(strip, 64, np.random.default_rng(0)), pad(strip, 64)):
+        assert image.size == (64, 64)
+    assert max(width * height for width, height in scaled) < 10**6
 
 
 def test_center_crop_leaves_a_square_of_the_right_size_alone():
@@ -123,6 +148,12 @@ def test_16_bit_grey_is_scaled_to_8(kind):
     image = saved(Image.fromarray(values), kind)
     assert image.mode.startswith("I")
     np.testing.assert_array_equal(np.asarray(to_rgb(image))[0, :, 1], [0, 0, 1, 128, 254, 255, 255])
+
+
+def test_a_transparent_level_of_16_bit_grey_is_white_and_its_neighbours_are_not():
+    image = Image.fromarray(np.array([[5140, 5141]], np.uint16))
+    image.info["transparency"] = 5140
+    assert np.asarray(to_rgb(image))[0, :, 0].tolist() == [255, 20]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from raekit.config import configclass
-from raekit.data.sources import Source, Split, UnreadableImage, open_source
+from raekit.data.images import UnreadableImage
+from raekit.data.sources import Source, Split, open_source
 from raekit.data.transforms import center_crop, flip, random_crop
 from raekit.distributed import World
 from raekit.errors import UserError

@@ -14,22 +14,12 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from raekit.data.transforms import to_rgb
+from raekit.data.images import EXTENSIONS, UnreadableImage, decode, image_files
 from raekit.errors import UserError
 
 Split = Literal["train", "heldout", "all"]
-
-EXTENSIONS = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-
-
-class UnreadableImage(Exception):
-    """One image of a source cannot be decoded; the loader decides what follows."""
-
-    def __init__(self, path: str, reason: str):
-        super().__init__(f"{path}: {reason}")
-        self.path, self.reason = path, reason
 
 
 class Source(Protocol):
@@ -88,16 +78,6 @@ def _chosen(keys: Sequence[str], split: Split) -> np.ndarray:
     return np.flatnonzero(np.array(heldout, bool) == (split == "heldout"))
 
 
-def _decode(file: str | io.BytesIO, name: str) -> Image.Image:
-    try:
-        with Image.open(file) as image:
-            return to_rgb(image)
-    except UnidentifiedImageError:
-        raise UnreadableImage(name, "no known image format") from None
-    except Exception as error:  # damaged files bring nearly every type of exception out of PIL
-        raise UnreadableImage(name, str(error) or type(error).__name__) from error
-
-
 class Emoji:
     """The built-in images, decoded once per process and then kept (46 MB in all); `files` names them."""
 
@@ -129,7 +109,7 @@ def _emoji() -> dict[str, bytes]:
 
 @cache
 def _emoji_image(file: str) -> Image.Image:
-    return _decode(io.BytesIO(_emoji()[file]), file)
+    return decode(io.BytesIO(_emoji()[file]), file)
 
 
 class Files:
@@ -147,11 +127,11 @@ class Files:
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         path = os.path.join(self._folder, os.fsdecode(self._paths[index]))
-        return _decode(path, path), int(self._labels[index])
+        return decode(path, path), int(self._labels[index])
 
 
 def _open_flat(uri: str, folder: Path, split: Split) -> Files:
-    paths = _image_files(folder)
+    paths = image_files(folder)
     if not paths:
         raise UserError(f"{folder}: no image found in it (files read: {', '.join(EXTENSIONS)})")
     chosen = _chosen(paths, split)
@@ -159,7 +139,7 @@ def _open_flat(uri: str, folder: Path, split: Split) -> Files:
 
 
 def _open_folder(uri: str, folder: Path, split: Split) -> Files:
-    paths = [path for path in _image_files(folder) if os.sep in path]
+    paths = [path for path in image_files(folder) if os.sep in path]
     train, heldout = f"train{os.sep}", f"val{os.sep}"
     has_splits = (folder / train).is_dir() and (folder / heldout).is_dir()
     if has_splits:
@@ -177,21 +157,6 @@ def _open_folder(uri: str, folder: Path, split: Split) -> Files:
     classes = tuple(sorted({path.split(os.sep)[depth] for path in paths}))
     label = {name: number for number, name in enumerate(classes)}
     return Files(uri, folder, chosen, [label[path.split(os.sep)[depth]] for path in chosen], classes)
-
-
-def _image_files(folder: Path) -> list[str]:
-    """Paths, within `folder` and sorted, of the image files below it."""
-
-    def refuse(error: OSError) -> None:
-        raise UserError(f"{error.filename}: cannot be read ({error.strerror})")
-
-    found = []
-    for parent, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        inside = os.path.relpath(parent, folder)
-        images = (name for name in files if name.lower().endswith(EXTENSIONS) and not name.startswith("."))
-        found += [os.path.normpath(os.path.join(inside, name)) for name in images]
-    return sorted(found)
 
 
 class Idx:
@@ -287,7 +252,7 @@ class HuggingFace:
         if image is None:
             raise UnreadableImage(name, "no image in this row")
         file = image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])
-        return _decode(file, name), -1 if label is None else label
+        return decode(file, name), -1 if label is None else label
 
 
 def _first_column(features: Mapping[str, object], kind: type) -> str | None:

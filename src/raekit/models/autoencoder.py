@@ -12,7 +12,7 @@ from raekit.distributed import World
 from raekit.models.decoder import Decoder, DecoderConfig
 from raekit.models.encoders import Encoder, load_encoder
 from raekit.models.layers import to_grid
-from raekit.weights import load_strict
+from raekit.weights import check_fit, load_strict
 
 VARIANCE_EPS = 1e-5
 
@@ -58,10 +58,11 @@ class Autoencoder(nn.Module):
         on the Hub; UserError if it is not whole.
         """
         path, values = artifacts.find(name, "autoencoder")
-        config = from_dict(AutoencoderConfig, values, path / "config.json")
+        config, state = from_dict(AutoencoderConfig, values, path / "config.json"), artifacts.read(path)
+        check_fit(lambda: Decoder(config.decoder), state, path)
         own = path.parent / "encoder"
         model = cls(config, load_encoder(str(own) if own.is_dir() else config.encoder, config.encoder_size))
-        load_strict(model.decoder, artifacts.read(path), path)
+        load_strict(model.decoder, state, path)
         model.set_statistics(*artifacts.read_statistics(path / artifacts.STATISTICS, model.latent_shape))
         return model.eval()
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raekit.config import configclass
+from raekit.config import check_sizes, configclass
 from raekit.errors import UserError
 from raekit.models.layers import ViTBlock, sincos_positions, to_grid, to_tokens, unpatchify
 
@@ -23,6 +23,10 @@ class DecoderConfig:
     norm_eps: float = 1e-12
 
     def __post_init__(self) -> None:
+        check_sizes("decoder", token_dim=self.token_dim, width=self.width, heads=self.heads, hidden=self.hidden)
+        height, width = self.grid
+        check_sizes("decoder", patch_size=self.patch_size, tokens=height * width)
+        check_sizes("decoder", limit=1024, depth=self.depth)
         if self.width % self.heads or self.width % 4:
             raise UserError(f"decoder.width: {self.width} must be a multiple of 4 and of decoder.heads = {self.heads}")
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raekit import artifacts
-from raekit.config import configclass, from_dict
+from raekit.config import check_sizes, configclass, from_dict
 from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.models.layers import (
@@ -20,7 +20,7 @@ from raekit.models.layers import (
     sincos_positions,
     unpatchify,
 )
-from raekit.weights import load_strict
+from raekit.weights import check_fit, load_strict
 
 
 @configclass
@@ -32,6 +32,8 @@ class TransformerConfig:
     heads: int
 
     def __post_init__(self) -> None:
+        check_sizes("denoiser", width=self.width, heads=self.heads)
+        check_sizes("denoiser", limit=1024, depth=self.depth)
         if self.width % self.heads or self.width // self.heads % 4:
             raise UserError(f"width: {self.width} over heads = {self.heads} must give a multiple of 4 channels a head")
 
@@ -62,6 +64,8 @@ class DenoiserConfig:
     class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        height, width = self.grid
+        check_sizes("denoiser", channels=self.channels, patch_size=self.patch_size, tokens=height * width)
         if any(side % self.patch_size for side in self.grid):
             raise UserError(f"denoiser.patch_size: {self.patch_size} does not divide the grid {self.grid}")
         if self.num_classes < 0:
@@ -133,8 +137,10 @@ class Denoiser(nn.Module):
     def load(cls, name: str) -> Self:
         """Load `builtin:NAME`, a model folder, a run, or OWNER/NAME on the Hub; UserError if it is not whole."""
         path, values = artifacts.find(name, "denoiser")
-        model = cls(from_dict(DenoiserConfig, values, path / "config.json"))
-        load_strict(model, artifacts.read(path), path)
+        config, state = from_dict(DenoiserConfig, values, path / "config.json"), artifacts.read(path)
+        check_fit(lambda: cls(config), state, path)
+        model = cls(config)
+        load_strict(model, state, path)
         return model.eval()
 
     def save(self, folder: Path, world: World | None = None, dtype: torch.dtype | None = None) -> None:

@@ -15,6 +15,7 @@ from raekit.errors import UserError
 from raekit.evaluation.evaluate import BATCH, evaluate, feature_bank, images_of
 from raekit.evaluation.features import EncoderFeatures
 from raekit.evaluation.metrics import NearestNeighbours
+from raekit.evaluation.probe import untrained
 from raekit.models.encoders import Encoder, ViT, ViTConfig
 from raekit.models.layers import ViTBlock, patchify, sincos_positions
 from raekit.stages.stage import Stage
@@ -166,12 +167,8 @@ def class_accuracy(encoder: Encoder, data: DataConfig, world: World) -> dict[str
 
     In the mean tokens of `encoder`, beside those of an encoder with random weights and raw pixels.
     """
-    assert isinstance(encoder.model, ViT)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        untrained = Encoder("random", encoder.spec, ViT(encoder.model.config)).to(world.device)
     scores = {}
-    for network in (EncoderFeatures(encoder), EncoderFeatures(untrained), Pixels(data.image_size)):
+    for network in (EncoderFeatures(encoder), EncoderFeatures(untrained(encoder)), Pixels(data.image_size)):
         train, heldout = (Loader(replace(data, split=split), seed=0) for split in ("train", "heldout"))
         bank, labels = feature_bank(images_of(train.once(BATCH, world), world), network, world)
         neighbours = NearestNeighbours(network, bank, labels)

@@ -1,0 +1,65 @@
+import io
+import warnings
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from raekit.data import images
+from raekit.data.images import EXTENSIONS, UnreadableImage, decode, find_images, image_files
+from raekit.errors import UserError
+
+
+def write(*paths: Path) -> None:
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
+def test_files_of_a_folder_are_sorted_and_hidden_ones_left_out(tmp_path):
+    write(*(tmp_path / name for name in ("b.png", "a/c.JPG", "a/.d.png", ".e/f.png", "g.txt", "h.jp2")))
+    assert image_files(tmp_path) == ["a/c.JPG", "b.png", "h.jp2"]
+
+
+def test_a_link_to_a_folder_is_followed_but_not_around(tmp_path):
+    write(tmp_path / "in/a/b.png", tmp_path / "other/c.png")
+    (tmp_path / "in/a/loop").symlink_to(tmp_path / "in")
+    (tmp_path / "in/self").symlink_to(tmp_path / "in/self")
+    (tmp_path / "in/other").symlink_to(tmp_path / "other")
+    assert image_files(tmp_path / "in") == ["a/b.png", "other/c.png"]
+
+
+def test_paths_mean_files_by_their_names_and_folders_whole(tmp_path):
+    write(*(tmp_path / name for name in ("in/a/b.png", "in/c.webp", "in/out/d.png", "e.txt")))
+    found = find_images([tmp_path / "e.txt", tmp_path / "in", tmp_path / "none.png"], besides=tmp_path / "in/out")
+    assert found == {
+        tmp_path / "e.txt": "e.txt",
+        tmp_path / "in/a/b.png": "a/b.png",
+        tmp_path / "in/c.webp": "c.webp",
+        tmp_path / "none.png": "none.png",
+    }
+    with pytest.raises(UserError, match="no image found in it"):
+        find_images([tmp_path / "in/out"], besides=tmp_path / "in/out")
+
+
+def test_every_extension_is_of_a_format_that_is_read():
+    formats = Image.registered_extensions()
+    assert {formats[extension] for extension in EXTENSIONS} <= {*images.FORMATS}
+
+
+def test_an_image_is_refused_by_its_size_before_it_is_decoded(monkeypatch, tmp_path):
+    Image.new("RGB", (30, 20)).save(tmp_path / "a.png")
+    monkeypatch.setattr(images, "MAX_PIXELS", 600)
+    assert decode(tmp_path / "a.png", "a").size == (30, 20)
+    monkeypatch.setattr(images, "MAX_PIXELS", 599)
+    monkeypatch.setattr(Image.Image, "load", lambda image: pytest.fail("was decoded"))
+    with pytest.raises(UnreadableImage, match=r"^a: 30 x 20 pixels, more than 599 in all"):
+        decode(tmp_path / "a.png", "a")
+
+
+def test_warnings_of_pillow_are_neither_shown_nor_an_error():
+    file = io.BytesIO()
+    Image.new("P", (4, 4)).save(file, "PNG", transparency=bytes([0, 255]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert decode(file, "a").mode == "RGB"

@@ -1,0 +1,162 @@
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from scipy.optimize import minimize
+
+from raekit.errors import UserError
+from raekit.evaluation.probe import linear_probe, probe, untrained, wilson_interval
+from raekit.models.autoencoder import Autoencoder
+from raekit.models.encoders import HALF, Encoder, EncoderSpec, load_encoder
+
+
+def blobs(count: int, seed: int, spread: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+    """`count` points around three corners, of very different scales in each dimension."""
+    generator = np.random.default_rng(seed)
+    labels = generator.integers(0, 3, count)
+    points = np.eye(3)[labels] * 4 + spread * generator.normal(size=(count, 3))
+    return (points * [1, 100, 0.01] + 7).astype(np.float32), labels
+
+
+def test_classes_that_a_line_separates_are_found_and_no_others():
+    result = linear_probe(*blobs(300, 0), *blobs(200, 1))
+    assert result.accuracy > 0.97
+    assert result.low < result.accuracy < result.high
+    assert result.images == 200
+    features, labels = blobs(300, 0)
+    guessed = linear_probe(features, np.random.default_rng(0).permutation(labels), *blobs(200, 1), penalty=1.0)
+    assert guessed.accuracy < 0.6
+    heldout = blobs(200, 1)
+    assert linear_probe(features, labels, heldout[0], (heldout[1] + 1) % 3, penalty=1.0).accuracy < 0.1
+
+
+def test_the_penalty_is_that_of_the_mean_loss():
+    """Against a minimisation of the loss that `Probe` states, of two classes."""
+    generator = np.random.default_rng(0)
+    labels = np.arange(80) % 2
+    features = generator.normal(size=(80, 2)) + labels[:, None]
+    result = linear_probe(features, labels, features, labels, penalty=0.5)
+    x = (features - features.mean(0)) / features.std(0)
+
+    def loss(w: np.ndarray) -> float:
+        z = x @ w[:2] + w[2]
+        return np.logaddexp(0, np.where(labels == 1, -z, z)).mean() + 0.5 / 2 * (w[:2] ** 2).sum()
+
+    w = minimize(loss, np.zeros(3)).x
+    assert result.accuracy == result.training == ((x @ w[:2] + w[2] > 0) == (labels == 1)).mean()
+    assert result.penalty == 0.5
+
+
+def test_the_penalty_is_chosen_by_images_that_were_not_fitted(monkeypatch):
+    """Of 400 features one tells the class: a small penalty fits the training images alone."""
+    generator = np.random.default_rng(0)
+
+    def noisy(count: int) -> tuple[np.ndarray, np.ndarray]:
+        labels = generator.integers(0, 2, count)
+        noise = generator.normal(size=(count, 400))
+        noise[:, 0] += 2 * labels
+        return noise, labels
+
+    train, heldout = noisy(1000), noisy(1000)
+    chosen, loose = linear_probe(*train, *heldout), linear_probe(*train, *heldout, penalty=1e-6)
+    assert loose.training == 1.0
+    assert chosen.penalty >= 1e-3
+    assert chosen.accuracy > loose.accuracy
+    monkeypatch.setattr("raekit.evaluation.probe.PENALTIES", (1e6, 1e-3, 1e5))  # the large ones leave no weights
+    assert linear_probe(*train, *heldout).penalty == 1e-3
+
+
+def test_a_constant_feature_does_no_harm():
+    features, labels = blobs(100, 0)
+    features = np.concatenate([features, np.ones((100, 1), np.float32)], 1)
+    assert linear_probe(features, labels, features, labels).accuracy > 0.9
+
+
+@pytest.mark.parametrize("penalty", [0.0, -1.0, math.nan, math.inf])
+def test_a_penalty_that_is_none_is_refused(penalty):
+    with pytest.raises(UserError, match="penalty: "):
+        linear_probe(*blobs(30, 0), *blobs(30, 1), penalty=penalty)
+
+
+def test_one_class_is_refused():
+    features, labels = blobs(30, 0)
+    with pytest.raises(UserError, match="at least two classes"):
+        linear_probe(features, labels * 0, features, labels)
+
+
+def test_the_interval_is_that_of_wilson():
+    low, high = wilson_interval(8, 10)
+    for share in (low, high):  # where a share itself is z standard errors from the observed one
+        assert abs(0.8 - share) / math.sqrt(share * (1 - share) / 10) == pytest.approx(1.959964, abs=1e-5)
+    assert wilson_interval(0, 10)[0] == pytest.approx(0, abs=1e-12)
+    assert wilson_interval(10, 10)[1] == pytest.approx(1, abs=1e-12)
+
+
+def test_untrained_weights_are_others_of_the_same_shapes_and_leave_the_encoder_alone(tiny_model):
+    encoder = load_encoder(str(tiny_model))
+    for parameter in encoder.model.parameters():
+        parameter.add_(1)
+    before = {key: value.clone() for key, value in encoder.state_dict().items()}
+    state = torch.get_rng_state()
+    twin, again = untrained(encoder), untrained(encoder)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(encoder.state_dict()[key], value) for key, value in before.items())
+    assert {k: v.shape for k, v in twin.state_dict().items()} == {k: v.shape for k, v in before.items()}
+    assert all(not torch.equal(*pair) for pair in zip(twin.parameters(), encoder.parameters(), strict=True))
+    assert all(torch.equal(*pair) for pair in zip(twin.parameters(), again.parameters(), strict=True))
+
+
+def test_untrained_weights_of_a_transformers_encoder_come_from_its_configuration():
+    config = transformers.Dinov2WithRegistersConfig(
+        hidden_size=12, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    spec = EncoderSpec(
+        family="dinov2_with_registers",
+        width=12,
+        patch_size=14,
+        image_size=28,
+        prefix_tokens=5,
+        mean=HALF[0],
+        std=HALF[1],
+    )
+    model = transformers.Dinov2WithRegistersModel(config)
+    for parameter in model.parameters():
+        torch.nn.init.constant_(parameter, 3.0)
+    twin = untrained(Encoder("dino", spec, model))
+    tokens = twin(torch.rand(2, 3, 28, 28))
+    assert tokens.shape == (2, 4, 12)
+    torch.testing.assert_close(tokens.std(-1, correction=0), torch.ones(2, 4), rtol=0.05, atol=0)
+    assert all(not (value == 3).all() for value in twin.model.parameters())
+
+
+@pytest.mark.parametrize("tokens", ["mean", "all"])
+def test_colours_are_read_from_latents(tiny_model, images, tokens):
+    results = probe(str(tiny_model), images, tokens=tokens, penalty=0.01)
+    assert list(results) == [str(tiny_model), "random weights"]
+    for result in results.values():
+        assert result.images == 9
+        assert result.accuracy == 1.0
+
+
+def test_an_encoder_alone_is_probed_too(tiny_model, images, tmp_path):
+    (tmp_path / "encoder").symlink_to(tiny_model / "encoder")
+    alone = probe(str(tmp_path), images, penalty=0.01)
+    assert alone["random weights"] == probe(str(tiny_model), images, penalty=0.01)["random weights"]
+
+
+def test_an_autoencoders_latents_are_whitened(tiny_model, images, tmp_path, monkeypatch):
+    encoded = []
+    monkeypatch.setattr(
+        Autoencoder, "encode", lambda model, x: encoded.append(len(x)) or torch.zeros(len(x), *model.latent_shape)
+    )
+    result = probe(str(tiny_model), images, penalty=0.01)
+    assert sum(encoded) == 39
+    assert result[str(tiny_model)].accuracy == pytest.approx(1 / 3)
+
+
+def test_a_source_without_labels_is_refused(tiny_model, images):
+    with pytest.raises(UserError, match=r"flat:.* has no labels"):
+        probe(str(tiny_model), f"flat:{Path(images.removeprefix('folder:'))}")

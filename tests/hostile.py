@@ -1,0 +1,570 @@
+"""Files that a user may come across and that are not what they seem, each with what is to become of it.
+
+`python -m tests.hostile` prints the table. A row is a name, what makes the file and uses it, and the outcome: WORKS,
+or a pattern in the one message of a UserError. To add rows, write a function that yields cases, and name it in GROUPS.
+"""
+
+import io
+import json
+import os
+import pickle
+import re
+import resource
+import struct
+import sys
+import tempfile
+import time
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load, load_file, save, save_file
+from torch import nn
+
+from raekit.conversion import read
+from raekit.errors import UserError
+from raekit.inference import read_image
+from raekit.latents import encode_files, read_latents
+from raekit.models.autoencoder import Autoencoder, AutoencoderConfig
+from raekit.models.decoder import DecoderConfig
+from raekit.models.denoiser import Denoiser, DenoiserConfig, TransformerConfig
+from raekit.models.encoders import Encoder, ViT, ViTConfig, load_encoder
+from raekit.weights import read_weights
+
+WORKS = "works"
+MEMORY = 400  # MiB that no case may take
+
+
+@dataclass(frozen=True)
+class Case:
+    """`use(folder)` makes the file in an empty folder, and reads it as the library does; `expected` is its outcome."""
+
+    name: str
+    use: Callable[[Path], object]
+    expected: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """WORKS, the message of a UserError, or the type of any other exception; the seconds and MiB that it took."""
+
+    text: str
+    seconds: float
+    mebibytes: float
+
+    def is_that_of(self, case: Case) -> bool:
+        """Whether it is what was expected, told in one line, within the memory."""
+        told = self.text == WORKS if case.expected == WORKS else bool(re.search(case.expected, self.text))
+        return told and "\n" not in self.text and self.mebibytes < MEMORY
+
+
+def outcome(case: Case) -> Outcome:
+    """Use the case in a folder of its own. The memory is what the process's peak has grown by."""
+    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            case.use(Path(folder))
+            text = WORKS
+        except UserError as error:
+            text = str(error).replace(f"{folder}{os.sep}", "")
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}"
+        if (Path(folder) / SPRUNG).exists():
+            text = "code was run"
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    return Outcome(text, time.perf_counter() - began, grown / (2**20 if sys.platform == "darwin" else 2**10))
+
+
+# Images
+
+
+def picture(mode: str = "RGB", size: tuple[int, int] = (40, 30)) -> Image.Image:
+    return Image.effect_noise(size, 60).convert(mode)
+
+
+def saved(kind: str, image: Image.Image | None = None, **options: Any) -> bytes:
+    file = io.BytesIO()
+    (image or picture()).save(file, kind, **options)
+    return file.getvalue()
+
+
+def png(width: int, height: int, depth: int, colour: int, pixels: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG by hand: its header, other chunks, and the rows, compressed here."""
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(pixels, 1)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts
+    )
+
+
+def rows(width: int, height: int, bits: int) -> bytes:
+    return (b"\0" + bytes((width * bits + 7) // 8)) * height
+
+
+def exif(orientation: int) -> Image.Exif:
+    values = Image.Exif()
+    values[0x0112] = orientation
+    return values
+
+
+def patched(data: bytes, offset: int, value: bytes) -> bytes:
+    return data[:offset] + value + data[offset + len(value) :]
+
+
+def jpeg_of_size(width: int, height: int) -> bytes:
+    data = saved("JPEG")
+    start = data.index(b"\xff\xc0") + 5
+    return patched(data, start, struct.pack(">HH", height, width))
+
+
+def animation(kind: str, **options: Any) -> bytes:
+    return saved(kind, picture("P"), save_all=True, append_images=[picture("P"), picture("P")], **options)
+
+
+def cameras() -> Iterator[tuple[str, str, bytes | Callable[[], bytes]]]:
+    """(row, file name, content) of what is to be read."""
+    yield "CMYK JPEG", "a.jpg", saved("JPEG", picture("CMYK"))
+    yield "CMYK TIFF", "a.tif", saved("TIFF", picture("CMYK"))
+    grey = Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(30, 40) * 50)
+    yield "16-bit grey PNG", "a.png", saved("PNG", grey)
+    yield "16-bit grey TIFF", "a.tif", saved("TIFF", grey)
+    for name, colour, samples in (("RGB", 2, 3), ("RGBA", 6, 4), ("grey with alpha", 4, 2)):
+        yield f"16-bit {name} PNG", "a.png", png(40, 30, 16, colour, rows(40, 30, 16 * samples))
+    yield "16-bit grey PNG, one level transparent", "a.png", png(9, 9, 16, 0, rows(9, 9, 16), (b"tRNS", b"\0\0"))
+    yield "palette with transparency", "a.png", saved("PNG", picture("P"), transparency=3)
+    yield "grey with alpha", "a.png", saved("PNG", picture("LA"))
+    yield "one bit a pixel", "a.png", saved("PNG", picture("1"))
+    yield "animated GIF", "a.gif", animation("GIF")
+    yield "animated WebP", "a.webp", animation("WEBP")
+    yield "animated PNG", "a.png", animation("PNG")
+    yield "TIFF of several pages", "a.tif", animation("TIFF")
+    for kind in ("PNG", "JPEG", "GIF", "WEBP"):
+        yield f"1-pixel {kind}", f"a.{kind.lower()}", saved(kind, picture(size=(1, 1)))
+    yield "a strip of 1 by 60,000 pixels", "a.png", saved("PNG", picture("L", (1, 60_000)))
+    yield "a strip of 60,000 by 1 pixels", "a.png", saved("PNG", picture("L", (60_000, 1)))
+    yield "PNG named .jpg", "a.jpg", saved("PNG")
+    yield "JPEG named .png", "a.png", saved("JPEG")
+    yield "WebP named .gif", "a.gif", saved("WEBP")
+    yield "JPEG named .txt", "a.txt", saved("JPEG")
+    yield "PNG without a suffix", "a", saved("PNG")
+    yield "a name of newlines and signs", "a\n%s {0} [b] é.png", saved("PNG")
+    for orientation in range(1, 9):
+        yield f"EXIF orientation {orientation}", "a.jpg", saved("JPEG", exif=exif(orientation))
+    yield "EXIF orientation 99", "a.jpg", saved("JPEG", exif=exif(99))
+    yield "EXIF of garbage", "a.jpg", saved("JPEG", exif=b"Exif\0\0" + b"garbage" * 9)
+    yield "colour profile of garbage", "a.png", saved("PNG", icc_profile=b"garbage")
+    yield "PNG with too few rows, which Pillow fills", "a.png", png(90, 90, 8, 2, rows(90, 3, 24))
+    yield "bytes after the end", "a.png", saved("PNG") + b"garbage" * 99
+
+
+def damaged() -> Iterator[tuple[str, str, bytes | Callable[[], bytes], str]]:
+    """(row, file name, content, pattern) of what is to be refused."""
+    unknown, too_large = "not a readable image .no known image format", "more than 89,478,485 in all"
+    unreadable = r"^a\.\w+: not a readable image \(.+\)$"
+    for suffix in ("png", "jpg", "gif", "webp"):
+        yield f"zero bytes named .{suffix}", f"a.{suffix}", b"", unknown
+    for kind, suffix in (
+        ("PNG", "png"),
+        ("JPEG", "jpg"),
+        ("GIF", "gif"),
+        ("WEBP", "webp"),
+        ("TIFF", "tif"),
+        ("BMP", "bmp"),
+    ):
+        yield f"half of a {kind}", f"a.{suffix}", saved(kind)[: len(saved(kind)) // 2], unreadable
+    yield "the first 20 bytes of a JPEG", "a.jpg", saved("JPEG")[:20], unreadable
+    yield "text named .png", "a.png", b"no picture", unknown
+    yield "a web page named .jpg", "a.jpg", b"<html>not found</html>", unknown
+    yield "SVG named .png", "a.png", b'<svg xmlns="http://www.w3.org/2000/svg"/>', unknown
+    yield "PostScript, which Pillow has run", "a.png", saved("EPS"), unknown
+    yield "PDF named .png", "a.png", b"%PDF-1.7\n", unknown
+    yield "a pickle named .png", "a.png", pickle.dumps([1, 2]), unknown
+    yield "PNG that says 100,000 squared", "a.png", png(100_000, 100_000, 8, 2, b""), too_large
+    yield "PNG bomb of 12,000 squared", "a.png", lambda: png(12_000, 12_000, 1, 0, rows(12_000, 12_000, 1)), too_large
+    yield "JPEG that says 65,500 squared", "a.jpg", jpeg_of_size(65_500, 65_500), too_large
+    yield "GIF that says 65,535 squared", "a.gif", patched(saved("GIF"), 6, b"\xff" * 4), too_large
+    yield (
+        "BMP that says 100,000 squared",
+        "a.bmp",
+        patched(saved("BMP"), 18, struct.pack("<ii", 10**5, 10**5)),
+        too_large,
+    )
+    yield "PPM that says 10^9 squared", "a.ppm", b"P6 1000000000 1000000000 255\n", too_large
+    yield "PNG of no width", "a.png", png(0, 5, 8, 2, b""), unreadable
+    yield "PNG with a wrong checksum", "a.png", patched(saved("PNG"), 29, b"\0\0\0\0"), unreadable
+    packer = zlib.compressobj()
+    bomb = b"key\0\0" + b"".join(packer.compress(bytes(10**6)) for _ in range(100)) + packer.flush()
+    yield "PNG with 100 MB of packed text", "a.png", png(9, 9, 8, 0, rows(9, 9, 8), (b"zTXt", bomb)), unreadable
+    yield "floating-point TIFF", "a.tif", saved("TIFF", picture("F")), "have no known range"
+    wide = Image.fromarray(np.full((9, 9), 10**6, np.int32))
+    yield "32-bit TIFF", "a.tif", saved("TIFF", wide), "have no known range"
+
+
+def images() -> Iterator[Case]:
+    def read(name: str, content: bytes | Callable[[], bytes], folder: Path) -> None:
+        (folder / name).write_bytes(content() if callable(content) else content)
+        for fit in ("crop", "pad"):
+            image = read_image(folder / name, 64, fit)
+            assert (image.mode, image.size) == ("RGB", (64, 64))
+
+    for row, name, content in cameras():
+        yield Case(row, partial(read, name, content), WORKS)
+    for row, name, content, expected in damaged():
+        yield Case(row, partial(read, name, content), expected)
+
+    def special(make: Callable[[Path], object], folder: Path) -> None:
+        make(folder / "a.png")
+        read_image(folder / "a.png", 16)
+
+    yield Case("no such image", partial(special, lambda path: None), r"a\.png: no such file")
+    yield Case("a folder named .png", partial(special, Path.mkdir), "not a regular one")
+    yield Case("a named pipe", partial(special, os.mkfifo), "not a regular one")
+    yield Case("a link to nothing", partial(special, lambda path: path.symlink_to("none")), "not a regular one")
+
+
+# Weights
+
+
+SPRUNG = "sprung"
+
+
+class Trap:
+    """Unpickled by an unwary reader, it calls `call` on its arguments."""
+
+    def __init__(self, call: Callable[..., object], *arguments: object) -> None:
+        self.call, self.arguments = call, arguments
+
+    def __reduce__(self) -> tuple:
+        return self.call, self.arguments
+
+
+@cache
+def files() -> dict[str, bytes]:
+    """A model folder of random weights, one block each: {path within it: content}."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        vit = ViTConfig(image_size=8, patch_size=4, width=8, depth=1, heads=2)
+        Encoder("vit", vit.spec, ViT(vit)).save(folder)
+        decoder = DecoderConfig(token_dim=8, grid=(2, 2), patch_size=4, width=8, depth=1, heads=2, hidden=16)
+        Autoencoder(AutoencoderConfig(encoder="vit", decoder=decoder), load_encoder(scratch)).save(folder)
+        part = TransformerConfig(width=8, depth=1, heads=2)
+        Denoiser(DenoiserConfig(channels=8, grid=(2, 2), backbone=part, num_classes=2)).save(folder)
+        return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.*")}
+
+
+def model(folder: Path, **changed: bytes | None) -> str:
+    """Write the model to `folder`, with some files changed or left out, named as in `KINDS`."""
+    for name, content in (files() | {KINDS[key]: value for key, value in changed.items()}).items():
+        if content is not None:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
+    return str(folder)
+
+
+KINDS = {
+    "weights": "autoencoder/model.safetensors",
+    "config": "autoencoder/config.json",
+    "statistics": "autoencoder/statistics.safetensors",
+    "denoiser": "denoiser/config.json",
+    "encoder": "encoder/config.json",
+}
+
+
+def tensor_file(header: object, data: bytes = b"") -> bytes:
+    """A safetensors file by hand."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def tensors_changed(kind: str, change: Callable[[dict[str, torch.Tensor]], object]) -> bytes:
+    state = load(files()[KINDS[kind]])
+    change(state)
+    return save(state)
+
+
+def values_changed(kind: str, **values: object) -> bytes:
+    config = json.loads(files()[KINDS[kind]])
+    for key, value in values.items():
+        *parents, leaf = key.split("__")
+        inner = config
+        for parent in parents:
+            inner = inner[parent]
+        inner[leaf] = value
+    return json.dumps(config).encode()
+
+
+def safetensors() -> Iterator[Case]:
+    def case(row: str, expected: str, **changed: bytes | Callable[[], bytes] | None) -> Case:
+        def use(folder: Path) -> None:
+            contents = {key: value() if callable(value) else value for key, value in changed.items()}
+            Autoencoder.load(model(folder, **contents)).encode(torch.zeros(1, 3, 8, 8))
+
+        return Case(row, use, expected)
+
+    bad = r"model\.safetensors: damaged or no weights file \(.+\); fetch or export it again$"
+    fit = "autoencoder: the weights do not fit Decoder: .*"
+    whole = files()[KINDS["weights"]]
+
+    def entry(shape: list[int], end: int, dtype: str = "F32") -> bytes:
+        return tensor_file({"embed.weight": {"dtype": dtype, "shape": shape, "data_offsets": [0, end]}}, bytes(16))
+
+    yield case("the model as it is", WORKS)
+    yield case("weights of zero bytes", bad, weights=b"")
+    yield case("weights without their last byte", bad, weights=whole[:-1])
+    yield case("half of the weights", bad, weights=whole[: len(whole) // 2])
+    yield case("bytes after the weights", bad, weights=whole + b"garbage")
+    yield case("a header of 2^63 bytes", bad, weights=patched(whole, 0, struct.pack("<Q", 2**63)))
+    yield case("a header of 90 MB that is not there", bad, weights=patched(whole, 0, struct.pack("<Q", 90_000_000)))
+    yield case("a header of no JSON", bad, weights=tensor_file(b"{broken"))
+    yield case("a header of a list", bad, weights=tensor_file([]))
+    yield case("a header of nested lists", bad, weights=tensor_file(b"[" * 100_000))
+    yield case("a tensor beyond the end", bad, weights=entry([10**6], 4 * 10**6))
+    yield case("a tensor of 10^18 elements", bad, weights=entry([10**9, 10**9], 16))
+    yield case("a tensor of another size than its bytes", bad, weights=entry([5], 16))
+    yield case("a tensor of unknown type", bad, weights=entry([4], 16, "F99"))
+    yield case("a picture named model.safetensors", bad, weights=saved("PNG"))
+    yield case("a pickle named model.safetensors", bad, weights=pickle.dumps(Trap(Path.touch, Path(SPRUNG))))
+    yield case("no weights", r"model\.safetensors: no such file", weights=None)
+    yield case("no tensor at all", fit + "missing blocks", weights=tensor_file({}))
+
+    def weights(row: str, expected: str, change: Callable[[dict[str, torch.Tensor]], object]) -> Case:
+        return case(row, expected, weights=lambda: tensors_changed("weights", change))
+
+    yield weights("a missing tensor", fit + "missing cls_token", lambda state: state.pop("cls_token"))
+    yield weights("an extra tensor", fit + "unexpected extra", lambda state: state.update(extra=torch.ones(1)))
+    yield weights(
+        "a misshapen tensor",
+        fit + r"cls_token is \(9,\), expected \(8,\)",
+        lambda state: state.update(cls_token=torch.ones(9)),
+    )
+    yield weights("a tensor of a tensor", fit + "cls_token is", lambda state: state.update(cls_token=torch.ones(1, 8)))
+    yield weights(
+        "weights of another model",
+        fit + "; and [0-9]+ more",
+        lambda state: (state.clear(), state.update({f"other.{i}": torch.ones(1) for i in range(9)})),
+    )
+    yield weights(
+        "weights in float16 and int64",
+        WORKS,
+        lambda state: state.update({"cls_token": state["cls_token"].half(), "out.bias": torch.ones(48).long()}),
+    )
+    yield case("no statistics", r"statistics\.safetensors: no such file", statistics=None)
+    wrong = r"statistics\.safetensors: needs `var`"
+    yield case("statistics without var", wrong, statistics=save({"mean": torch.zeros(8, 2, 2)}))
+    yield case("statistics of another shape", wrong, statistics=save({"var": torch.zeros(4, 2, 2)}))
+    yield case("statistics of zero bytes", "damaged or no weights file", statistics=b"")
+
+    def latents(change: Callable[[Path], object], folder: Path) -> None:
+        (folder / "in").mkdir()
+        (folder / "in/a.png").write_bytes(saved("PNG"))
+        place = folder / "latents.safetensors"
+        encode_files(Autoencoder.load(model(folder / "model")), "model", [folder / "in"], place)
+        change(place)
+        list(read_latents(place))
+
+    def described(**values: object) -> Callable[[Path], object]:
+        def change(place: Path) -> None:
+            with safe_open(place, "pt") as file:
+                info = json.loads(file.metadata()["raekit"]) | values
+            save_file(load_file(place), place, {"raekit": json.dumps(info)})
+
+        return change
+
+    yield Case("latents as they are", partial(latents, lambda place: None), WORKS)
+    yield Case(
+        "latents without metadata", partial(latents, lambda place: save_file(load_file(place), place)), "was not"
+    )
+    yield Case("latents with unknown metadata", partial(latents, described(colour=1)), "colour: Unexpected")
+    yield Case("latents of more images", partial(latents, described(images=["a", "b"])), "of its 2 images")
+    yield Case(
+        "half of a file of latents", partial(latents, lambda place: os.truncate(place, 99)), "damaged or no file"
+    )
+
+
+# Pickles
+
+
+def pickles() -> Iterator[Case]:
+    def case(row: str, expected: str, write: Callable[[Path], object], name: str = "weights.pt") -> Case:
+        def use(folder: Path) -> None:
+            write(folder / name)
+            read_weights(folder / name)
+
+        return Case(row, use, expected)
+
+    def sprung(path: Path) -> Path:
+        return path.parent / SPRUNG
+
+    state = {"weight": torch.ones(3)}
+    refused, bad = (
+        r"weights\.pt: refused, it holds more than tensors and asks to run ",
+        "weights.pt: damaged or no weights file",
+    )
+    for protocol in (0, 1, 2):
+        yield case(
+            f"a pickle of protocol {protocol} that touches a file",
+            refused,
+            lambda path, protocol=protocol: path.write_bytes(pickle.dumps(Trap(Path.touch, sprung(path)), protocol)),
+        )
+    for protocol in (3, 4, 5):
+        yield case(
+            f"a pickle of protocol {protocol} that touches a file",
+            "refused|damaged",
+            lambda path, protocol=protocol: path.write_bytes(pickle.dumps(Trap(Path.touch, sprung(path)), protocol)),
+        )
+    for call, name in ((os.system, "os.system"), (eval, "eval"), (exec, "exec"), (__import__, "__import__")):
+        yield case(
+            f"weights that call {name}",
+            refused,
+            lambda path, call=call: torch.save(
+                state | {"more": Trap(call, f"__import__('pathlib').Path({str(sprung(path))!r}).touch()")}, path
+            ),
+        )
+    yield case(
+        "weights that touch a file, in torch's old format",
+        refused,
+        lambda path: torch.save(
+            state | {"more": Trap(Path.touch, sprung(path))}, path, _use_new_zipfile_serialization=False
+        ),
+    )
+    yield case("a whole module", refused, lambda path: torch.save(nn.Linear(2, 2), path))
+    yield case("an array of objects", refused, lambda path: torch.save({"a": np.array([{}])}, path))
+    yield case("weights in a list", "holds no tensors by name", lambda path: torch.save([torch.ones(3)], path))
+    yield case(
+        "weights named by numbers", "holds no tensors by name", lambda path: torch.save({1: torch.ones(3)}, path)
+    )
+    yield case("zero bytes named .pt", bad, lambda path: path.write_bytes(b""))
+    yield case("a web page named .pt", bad, lambda path: path.write_bytes(b"<html>rate limited</html>"))
+    yield case("a picture named .pt", bad, lambda path: path.write_bytes(saved("PNG")))
+    yield case("a string of 4 GB that is not there", bad, lambda path: path.write_bytes(b"\x80\x02X\xff\xff\xff\xff"))
+    yield case("a stack that is empty", bad, lambda path: path.write_bytes(b"\x80\x02bbbb."))
+
+    def cut(path: Path) -> None:
+        torch.save(state, path)
+        os.truncate(path, path.stat().st_size // 2)
+
+    def packed(path: Path) -> None:
+        torch.save({"weight": torch.zeros(10**6)}, path)
+        with zipfile.ZipFile(path) as archive:
+            entries = {name: archive.read(name) for name in archive.namelist()}
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, content in entries.items():
+                archive.writestr(name, content)
+
+    yield case("half of a torch file", bad, cut)
+    yield case("a torch file packed anew, as a bomb would be", "compressed entries", packed)
+    yield case("weights and a folder of settings", WORKS, lambda path: torch.save(state | {"epoch": {"n": 3}}, path))
+
+
+# Configurations
+
+
+def configs() -> Iterator[Case]:
+    def case(row: str, expected: str, **changed: bytes) -> Case:
+        def use(folder: Path) -> None:
+            name = model(folder, **changed)
+            Autoencoder.load(name)
+            Denoiser.load(name)
+
+        return Case(row, use, expected)
+
+    def changed(row: str, expected: str, kind: str = "config", **values: object) -> Case:
+        return case(row, expected, **{kind: values_changed(kind, **values)})
+
+    extra = r"config\.json: {}: Unexpected keyword argument"
+    yield changed("an unknown key", extra.format("colour"), colour="red")
+    yield changed("an unknown key further in", extra.format(r"decoder\.widht"), decoder__widht=3)
+    yield changed(
+        "an unknown key of the denoiser", extra.format("trust_remote_code"), "denoiser", trust_remote_code=True
+    )
+    yield changed("an unknown key of the encoder", extra.format("class_path"), "encoder", class_path="os.system")
+    yield changed("a width of text", r"decoder\.width: Input should be a valid integer", decoder__width="wide")
+    yield changed("a width of null", r"decoder\.width: Input should be a valid integer", decoder__width=None)
+    yield changed("a grid of one side", r"decoder\.grid", decoder__grid=[2])
+    yield changed("no heads", r"config\.json: decoder\.heads: 0 must be", decoder__heads=0)
+    yield changed("a negative depth", r"decoder\.depth: -1 must be", decoder__depth=-1)
+    yield changed("a depth of 10^9", r"decoder\.depth: 1000000000 must be", decoder__depth=10**9)
+    yield changed("a width of 10^9", r"decoder\.width: 1000000000 must be", decoder__width=10**9)
+    yield changed("a width that fills the memory", "do not fit Decoder", decoder__width=2**16, decoder__hidden=2**16)
+    yield changed("a grid that fills the memory", r"decoder\.tokens: 1000000 must be", decoder__grid=[1000, 1000])
+    yield changed("a denoiser without heads", r"denoiser\.heads: 0", "denoiser", backbone__heads=0)
+    yield changed("a denoiser of 60,000 classes", "do not fit Denoiser", "denoiser", num_classes=60_000)
+    yield case("another kind", "holds no autoencoder", config=b'{"kind": "denoiser"}')
+    yield case("a missing key", "decoder: Field required", config=b'{"kind": "autoencoder", "encoder": "vit"}')
+    yield case("a configuration of a list", "holds no autoencoder", config=b"[]")
+    yield case("a configuration of zero bytes", r"config\.json: not valid JSON", config=b"")
+    yield case("a configuration in YAML", r"config\.json: not valid JSON", config=b"kind: autoencoder\n")
+    yield case("a configuration of nested lists", r"config\.json: not valid JSON", config=b"[" * 100_000)
+    yield case("a number of 5,000 digits", r"config\.json: not valid JSON", config=b"1" * 5000)
+    yield case("a configuration that is no text", r"config\.json: not valid JSON", config=b"\xff\xfe\x00")
+    yield changed("NaN for a number", r"decoder\.width", decoder__width=float("nan"))
+
+
+# Published configurations
+
+
+def yamls() -> Iterator[Case]:
+    def case(row: str, expected: str, text: str) -> Case:
+        def use(folder: Path) -> None:
+            (folder / "a.yaml").write_text(text.replace("SPRUNG", str(folder / SPRUNG)))
+            read(str(folder / "a.yaml"))
+
+        return Case(row, use, expected)
+
+    def stage(params: str, rest: str = "") -> str:
+        return f"stage_1: {{target: stage1.RAE, params: {{encoder_cls: Dinov2withNorm, {params}}}}}\n{rest}"
+
+    decoder = "decoder_config_path: none"
+    yield case(
+        "an unknown key", r"a\.yaml: stage_1: params\.noise_tua: Unexpected", stage(f"{decoder}, noise_tua: 0.8")
+    )
+    yield case("a misspelt section", "unknown stage2; expected stage_1", stage(decoder, "stage2: {}"))
+    yield case("a missing key", r"decoder_config_path: .*required", stage("noise_tau: 0.8"))
+    yield case(
+        "a class path", r"params\.command: Unexpected", "stage_1: {target: os.system, params: {command: touch SPRUNG}}"
+    )
+    yield case(
+        "a decoder that is not there", "none is neither in|names no", stage(f"{decoder}, pretrained_decoder_path: none")
+    )
+    refused = "not valid YAML"
+    yield case("a tag that makes a folder", refused, "!!python/object/apply:os.mkdir [SPRUNG]")
+    yield case("a tag that evaluates", refused, "a: !!python/object/apply:eval [\"open('SPRUNG', 'w')\"]")
+    yield case("brackets without end", refused, "[" * 500)
+    yield case("no YAML", refused, "stage_1: [")
+    yield case("a list", "no published configuration", "- 3")
+    laughs = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10) if i else 'ha'}]\n" for i in range(30))
+    yield case("10^29 references", "unknown a0", laughs + stage(f"{decoder}, noise_tau: *a29"))
+
+
+GROUPS = {"image": images, "safetensors": safetensors, "pickle": pickles, "configuration": configs, "YAML": yamls}
+
+
+@cache
+def cases() -> dict[str, Case]:
+    """{"GROUP: NAME": case}."""
+    return {f"{group}: {case.name}": case for group, make in GROUPS.items() for case in make()}
+
+
+def main() -> None:
+    """Print the table; exit with 1 if an outcome is not the expected one."""
+    failed = 0
+    for name, case in cases().items():
+        found = outcome(case)
+        right = found.is_that_of(case)
+        failed += not right
+        cost = f"{found.seconds:5.2f} s {found.mebibytes:4.0f} MiB"
+        print(f"{'ok  ' if right else 'FAIL'} {name:65.65} {cost}  {found.text}")
+    print(f"{len(cases())} cases, {failed} failed")
+    sys.exit(failed > 0)
+
+
+if __name__ == "__main__":
+    main()
