@@ -30,7 +30,7 @@ from raekit.stages.reconstruction import ReconstructionConfig
 from raekit.stages.run import StageConfig, train
 from raekit.train.tracking import read_metrics
 
-GUIDANCE = Guidance(scale=2.0, start=0.1, end=0.9)
+GUIDANCE = Guidance(scale=3.0, start=0.1)
 CALIBRATION_STEPS = 8
 PER_CLASS = 8
 
