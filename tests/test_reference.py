@@ -211,9 +211,13 @@ def test_other_encoders(family: str, statistics: str, side: int, tmp_path: Path)
         z = (z - arrays.get("mean", 0)) / (arrays["var"] + 1e-3).sqrt()
 
     shapes_of_decoder = {"decoder_pos_embed": [1, side**2 + 1, 16], "trainable_cls_token": [1, 1, 16]}
-    for name, shape in {"embed": [16, 24], "pred": [192, 16], "norm": [16]}.items():
+    layers = {f"attention.attention.{part}": [16, 16] for part in ("query", "key", "value")}
+    layers |= {"attention.output.dense": [16, 16], "intermediate.dense": [24, 16], "output.dense": [16, 24]}
+    layers |= {"layernorm_before": [16], "layernorm_after": [16]}
+    names = {"embed": [16, 24], "pred": [192, 16], "norm": [16]} | {f"layers.0.{k}": v for k, v in layers.items()}
+    for name, shape in names.items():
         shapes_of_decoder |= {f"decoder_{name}.weight": shape, f"decoder_{name}.bias": shape[:1]}
-    decoder = {"decoder_hidden_size": 16, "decoder_num_hidden_layers": 0, "decoder_num_attention_heads": 2}
+    decoder = {"decoder_hidden_size": 16, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
     decoder |= {"decoder_intermediate_size": 24, "layer_norm_eps": 1e-12}
     case = {
         "kind": "rae",
