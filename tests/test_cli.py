@@ -837,3 +837,17 @@ def test_info_tells_what_a_model_holds(run, tiny_model, tmp_path):
     assert '"class_names": [' in done.out
     assert_fails(run("info", tmp_path), tmp_path, "neither a model, an artifact nor a run")
     assert_fails(run("info", tmp_path / "none"), tmp_path / "none", "no such folder")
+
+
+def test_generated_latents_decode_to_the_generated_images(run, tiny_model, tmp_path):
+    out = tmp_path / "latents" / "generated.safetensors"
+    done = run("latents", "generate", tiny_model, "--count", 7, "--steps", 3, "--batch-size", 3, "--out", out)
+    assert done.code == 0, done.err
+    latents = load_file(out)["unwhitened"]
+    model = load(str(tiny_model))
+    labels = [0, 1, 2, 0, 1, 2, 0]
+    images = torch.cat([batch.images for batch in generate(model, labels, sampling=Sampling(steps=3))])
+    with torch.no_grad():
+        decoded = model.autoencoder.decode(model.autoencoder.whiten(latents))
+    assert torch.allclose(decoded, images, atol=1e-5)
+    assert_fails(run("latents", "generate", tiny_model, "--count", 0, "--out", out), "--count: 0")

@@ -387,6 +387,60 @@ def latents_measure(
             _out.print(f"{out}: {shape}, mean variance {var.mean():.4f} ({var.min():.4f} to {var.max():.4f})")
 
 
+def latents_generate(
+    model: Positional[str],
+    out: Path,
+    count: int = 1000,
+    seed: int = 0,
+    steps: int = 50,
+    guidance: str | None = None,
+    batch_size: int = 64,
+    device: Device | None = None,
+) -> None:
+    """Write generated latents, classes in turn: what a decoder can be chosen by (`--selection.latents`).
+
+    Example: raekit latents generate builtin:emoji --count 1000 --out generated.safetensors
+    They are not whitened, so that they serve any decoder of the same encoder.
+
+    Args:
+        model: builtin:NAME, a model folder, a run, or OWNER/NAME on the Hub.
+        out: the .safetensors file to write, `unwhitened` of shape (COUNT, C, H, W).
+        count: latents in all.
+        seed: latent i is a function of the seed, i and its class.
+        steps: solver steps.
+        guidance: cfg:SCALE or cfg:SCALE@START-END, as in cfg:2.0@0.1-0.9.
+        batch_size: latents at once.
+        device: default is the best there is.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    from raekit.distributed import world
+    from raekit.files import whole
+    from raekit.flow.guidance import parse_guidance
+    from raekit.inference import Sampling, load, sample_latents
+
+    for name, value in (("count", count), ("batch-size", batch_size)):
+        if value < 1:
+            raise UserError(f"--{name}: {value} must be at least 1")
+    sampling = Sampling(steps=steps, guidance=parse_guidance(guidance) if guidance else None)
+    with world(device) as here, Display(_err) as progress:
+        if here.size > 1:
+            raise UserError("latents generate: works in one process, not under torchrun")
+        loaded = load(model, here.device)
+        classes, parts = len(loaded.classes), []
+        if guidance and not classes:
+            raise UserError(f"--guidance: {model} is unconditional, and classifier-free guidance needs classes")
+        for indices in torch.arange(count).split(batch_size):
+            labels = indices.to(here.device) % classes if classes else None
+            latents = sample_latents(loaded.denoiser, labels, indices, seed, sampling, here.device)
+            parts.append(loaded.autoencoder.unwhiten(latents).cpu())
+            progress("generate", int(indices[-1]) + 1, count)
+        with whole(out) as partial:
+            save_file({"unwhitened": torch.cat(parts)}, partial)
+    _out.print(f"{count} latents: {out}")
+
+
 def evaluate(
     model: Positional[str],
     count: int = 1000,
@@ -501,6 +555,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "recipes": recipes,
     "train": train,
     "latents measure": latents_measure,
+    "latents generate": latents_generate,
     "evaluate": evaluate,
     "convert": convert,
     "info": info,
