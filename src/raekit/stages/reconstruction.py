@@ -65,7 +65,8 @@ class AdversarialConfig:
 
     It trains from step `discriminator_start` on, and the decoder hears it from `start` on: `weight` times the
     adaptive weight, at most `max_weight`, times its loss. `local_weight` takes the adaptive weight of each
-    process's own images, as published, instead of that of all.
+    process's own images, as published, instead of that of all. With `train.micro_batch` it is that of each
+    micro-batch, of all processes: the whole batch is never in memory at once.
 
     The schedule of `optim` counts from `discriminator_start`, as the published code has it, so that the rate ends
     above its floor; or, with `schedule` "common", from step 0 like the decoder's.
