@@ -299,6 +299,18 @@ def test_only_heads_are_trained_and_saved(adversarial, tmp_path):
     assert names == {"heads"}
 
 
+@pytest.mark.parametrize("micro_batch", [None, 2])
+def test_each_image_is_encoded_once_for_both_objectives(adversarial, tmp_path, monkeypatch, micro_batch):
+    seen = []
+    tokens = Autoencoder.tokens
+    monkeypatch.setattr(Autoencoder, "tokens", lambda self, images: seen.append(len(images)) or tokens(self, images))
+    config = replace(adversarial, train=replace(adversarial.train, micro_batch=micro_batch))
+    made = stage(config, tmp_path)
+    Trainer(tmp_path, config.train, made.objectives, made.batches, ONE).fit()
+    assert sum(seen) == 4 * 6
+    assert max(seen) == (micro_batch or 6)
+
+
 @pytest.fixture
 def vgg(tmp_path) -> str:
     """A file of random weights for LPIPS."""

@@ -1,7 +1,7 @@
 """Stage 1: a decoder for the tokens of a frozen encoder, and its discriminator (spec 1)."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -34,7 +34,7 @@ from raekit.stages.selection import SelectionConfig, selector
 from raekit.stages.stage import Stage
 from raekit.train.objective import Metrics, Objective, Periodic
 from raekit.train.optim import OptimConfig
-from raekit.train.trainer import TrainConfig, autocast
+from raekit.train.trainer import TrainConfig
 
 NoiseLaw = Literal["half-normal", "uniform"]
 
@@ -137,32 +137,35 @@ def noisy(latents: Tensor, config: ReconstructionConfig, positions: Tensor) -> T
     return latents + sigma.view(-1, 1, 1, 1) * randomness.normal(seed, "noise", positions, latents.shape[1:], device)
 
 
-@dataclass(frozen=True)
 class Encoded:
-    """Images (B, 3, S, S) in [0, 1], their un-whitened latents (B, C, h, w), and positions (B,) in the stream."""
+    """Images (B, 3, S, S) in [0, 1], their un-whitened latents (B, C, h, w), and positions (B,) in the stream.
 
-    images: Tensor
-    latents: Tensor
-    positions: Tensor
+    Encoded when first asked for, and once for all objectives: a split gives the same parts every time.
+    """
+
+    def __init__(self, batch: Batch, encode: Callable[[Tensor], Tensor]) -> None:
+        self.batch, self.encode = batch, encode
+        self.positions = batch.positions
+        self.parts: dict[int, list[Encoded]] = {}
+
+    @cached_property
+    def images(self) -> Tensor:
+        return self.batch.pixels()
+
+    @cached_property
+    def latents(self) -> Tensor:
+        return self.encode(self.images)
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.batch)
 
     def to(self, device: torch.device) -> "Encoded":
-        return Encoded(self.images.to(device), self.latents.to(device), self.positions.to(device))
+        return Encoded(self.batch.to(device), self.encode)
 
     def split(self, size: int) -> "list[Encoded]":
-        parts = zip(self.images.split(size), self.latents.split(size), self.positions.split(size), strict=True)
-        return [Encoded(*part) for part in parts]
-
-
-def encoded(batches: Iterator[Batch], model: Autoencoder, train: TrainConfig, world: World) -> Iterator[Encoded]:
-    """Encode each batch once, for all objectives, a micro-batch at a time."""
-    for batch in batches:
-        images = batch.to(world.device).pixels()
-        with autocast(train.precision, world.device):
-            latents = torch.cat([model.tokens(part) for part in images.split(train.micro_batch or len(images))])
-        yield Encoded(images, latents, batch.positions.to(world.device))
+        if size not in self.parts:
+            self.parts[size] = [Encoded(part, self.encode) for part in self.batch.split(size)]
+        return self.parts[size]
 
 
 def last_layer_norms(gradients: tuple[Tensor, ...], last_input: Tensor, patch_size: int, world: World) -> Tensor:
@@ -317,7 +320,9 @@ def build(config: ReconstructionConfig, run: Path, world: World) -> Stage:
 
     return Stage(
         objectives=objectives,
-        batches=lambda start: encoded(loader.stream(start, config.train.batch_size, world), model, config.train, world),
+        batches=lambda start: (
+            Encoded(batch, model.tokens) for batch in loader.stream(start, config.train.batch_size, world)
+        ),
         prepare=prepare,
         export=export,
         periodics=[
