@@ -36,6 +36,7 @@ from raekit.models.discriminator import (
     generator_loss,
 )
 from raekit.models.encoders import FAMILIES, HALF, IMAGENET, Encoder, EncoderSpec
+from raekit.models.inception import LOGITS, POOL, SPATIAL, Inception, inception_state
 from raekit.models.perceptual import LPIPS, perceptual_state
 from raekit.published import (
     decoder_config,
@@ -50,7 +51,7 @@ from raekit.weights import load_strict
 
 TOLERANCE = 1e-5
 TOLERANCES = {"ode_sample": 1e-4}
-NOT_BUILT = ("ditdh_v2", "encoder_layers", "inception", "metrics")
+NOT_BUILT = ("ditdh_v2", "encoder_layers", "metrics")
 
 # Published class name -> our family, prefix tokens before the patches (without registers), mean and std.
 ENCODERS = {
@@ -327,6 +328,33 @@ def lr(case: Case) -> Outputs:
             yield name, torch.tensor([learning_rate(config, step) for step in steps], dtype=torch.float64)
 
 
+def inception(case: Case) -> Outputs:
+    """FID's network. Kernels are 1.4 times the filled ones, running variances the size of the filled ones + 0.5."""
+    model = Inception()
+    shapes: dict[str, list[int]] = {}
+    for key, value in model.state_dict().items():
+        layer, _, kind = key.rpartition(".")
+        if layer == "fc":
+            shapes[key] = list(value.shape)
+        elif kind == "weight":
+            shapes[f"{layer}.conv.weight"] = list(value.shape)
+            parts = ("weight", "bias", "running_mean", "running_var")
+            shapes |= {f"{layer}.bn.{part}": [len(value)] for part in parts}
+    if shapes.keys() != set(case.field("keys")):
+        raise UserError("keys are others than those of the published Inception")
+    state = state_dict(shapes)
+    for key, value in state.items():
+        if key.endswith("conv.weight"):
+            state[key] = value * 1.4
+        elif key.endswith("running_var"):
+            state[key] = value.abs() + 0.5
+    load_strict(model, inception_state(state, "reference case"), "reference case")
+    features = model(case.array("x").float() / 255).split([POOL, LOGITS, SPATIAL], 1)
+    for name, ours in zip(("pool", "logits_unbiased", "spatial"), features, strict=True):
+        if name in case:
+            yield name, ours
+
+
 KINDS: dict[str, Callable[[Case], Outputs]] = {
     "ditdh": denoiser,
     "dit": denoiser,
@@ -337,6 +365,7 @@ KINDS: dict[str, Callable[[Case], Outputs]] = {
     "disc": disc,
     "gan": gan,
     "lr": lr,
+    "inception": inception,
 }
 
 
