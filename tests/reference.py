@@ -14,6 +14,7 @@ import math
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from raekit.distributed import World
 from raekit.errors import UserError
+from raekit.evaluation.features import FeatureNetwork, Images
+from raekit.evaluation.frechet import frechet_distance
+from raekit.evaluation.manifold import Manifold, PrecisionRecall
+from raekit.evaluation.metrics import InceptionScore
 from raekit.flow.guidance import Guidance, classifier_free
 from raekit.flow.path import shift_factor
 from raekit.flow.solvers import euler, time_grid
@@ -37,6 +43,7 @@ from raekit.models.discriminator import (
 )
 from raekit.models.encoders import FAMILIES, HALF, IMAGENET, Encoder, EncoderSpec
 from raekit.models.inception import LOGITS, POOL, SPATIAL, Inception, inception_state
+from raekit.moments import Moments
 from raekit.models.perceptual import LPIPS, perceptual_state
 from raekit.published import (
     decoder_config,
@@ -50,8 +57,8 @@ from raekit.train.optim import OptimConfig, learning_rate
 from raekit.weights import load_strict
 
 TOLERANCE = 1e-5
-TOLERANCES = {"ode_sample": 1e-4}
-NOT_BUILT = ("ditdh_v2", "encoder_layers", "metrics")
+TOLERANCES = {"ode_sample": 1e-4, "fid_A_B": 1e-6, "precision": 0, "recall": 0}
+NOT_BUILT = ("ditdh_v2", "encoder_layers")
 
 # Published class name -> our family, prefix tokens before the patches (without registers), mean and std.
 ENCODERS = {
@@ -355,6 +362,53 @@ def inception(case: Case) -> Outputs:
             yield name, ours
 
 
+@dataclass(frozen=True)
+class Given:
+    """Stands in for a network whose features are given."""
+
+    width: int
+    name: str = "inception"
+
+    def __call__(self, images: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+def _batch(features: Tensor, network: FeatureNetwork) -> Images:
+    """A batch of images whose features are given."""
+    batch = Images(torch.zeros(len(features), 3, 1, 1), torch.full((len(features),), -1))
+    batch._features[network] = features
+    return batch
+
+
+def metrics(case: Case) -> Outputs:
+    """Frechet distance of A and B; precision and recall of C against A; the Inception Score of L in ten splits."""
+    if "fid_A_B" in case:
+        moments = []
+        for rows in (case.array("A"), case.array("B")):
+            moments.append(Moments(rows.shape[1]))
+            moments[-1].update(rows)
+        yield "fid_A_B", torch.tensor(frechet_distance(*moments), dtype=torch.float64)
+    if "precision" in case or "recall" in case:
+        real, fake = case.array("A"), case.array("C")
+        network = Given(real.shape[1])
+        metric = PrecisionRecall(network, Manifold(real))
+        metric.update(_batch(fake, network))
+        metric.reduce(World())
+        for name, value in metric.result().items():
+            if name in case:
+                yield name, torch.tensor(value, dtype=torch.float64)
+    if "isc" in case:
+        logits = case.array("L")
+        network = Given(logits.shape[1], "inception_logits")
+        scores = []
+        for split in range(10):
+            score = InceptionScore(network, len(logits))
+            part = slice(split * len(logits) // 10, (split + 1) * len(logits) // 10)
+            score.update(_batch(logits[part], network))
+            scores += score.result().values()
+        yield "isc", torch.tensor(scores, dtype=torch.float64).mean()
+
+
 KINDS: dict[str, Callable[[Case], Outputs]] = {
     "ditdh": denoiser,
     "dit": denoiser,
@@ -366,6 +420,7 @@ KINDS: dict[str, Callable[[Case], Outputs]] = {
     "gan": gan,
     "lr": lr,
     "inception": inception,
+    "metrics": metrics,
 }
 
 

@@ -29,6 +29,7 @@ Golden = Callable[[str], Path]
         ("gan_losses", ["hinge_d", "vanilla_d", "g"]),
         ("lr_schedules", ["stage1", "stage2"]),
         ("inception_fid", ["pool", "logits_unbiased", "spatial"]),
+        ("metrics_on_features", ["fid_A_B", "precision", "recall", "isc"]),
     ],
 )
 def test_shared_cases(name: str, outputs: list[str], golden: Golden):

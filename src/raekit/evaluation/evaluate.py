@@ -24,7 +24,7 @@ def images_of(batches: Iterable[Batch], world: World) -> Iterator[Images]:
     """Real images, as a loader gives them, on this process's device."""
     for batch in batches:
         batch = batch.to(world.device)
-        yield Images(batch.pixels(), batch.labels)
+        yield Images(batch.pixels(), batch.labels, indices=batch.positions)
 
 
 @torch.no_grad()

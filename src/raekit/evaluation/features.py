@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from raekit.errors import UserError
 from raekit.models.encoders import Encoder, load_encoder
 from raekit.models.inception import LOGITS, POOL, SPATIAL, Inception, load_inception
 
@@ -21,6 +22,20 @@ class FeatureNetwork(Protocol):
     @property
     def width(self) -> int: ...
     def __call__(self, images: Tensor, /) -> Tensor: ...
+
+
+def check_width(what: str, width: int, network: FeatureNetwork) -> None:
+    """UserError if `what`, features or moments of `width` dimensions, cannot be of `network`."""
+    if width != network.width:
+        raise UserError(
+            f"the {what} has {width} dimensions, the features of {network.name} have {network.width}: "
+            f"compute the {what} with {network.name}"
+        )
+
+
+def named(metric: str, network: FeatureNetwork) -> str:
+    """`metric` in the features of `network`, as it is reported; in those of FID's network by its own name."""
+    return metric if network.name in ("inception", "inception_logits") else f"{metric}_{network.name}"
 
 
 def quantize(images: Tensor) -> Tensor:
