@@ -43,8 +43,8 @@ from raekit.models.discriminator import (
 )
 from raekit.models.encoders import FAMILIES, HALF, IMAGENET, Encoder, EncoderSpec
 from raekit.models.inception import LOGITS, POOL, SPATIAL, Inception, inception_state
-from raekit.moments import Moments
 from raekit.models.perceptual import LPIPS, perceptual_state
+from raekit.moments import Moments
 from raekit.published import (
     decoder_config,
     decoder_state,
