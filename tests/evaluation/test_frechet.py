@@ -8,6 +8,7 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
+from raekit.errors import UserError
 from raekit.evaluation import frechet
 from raekit.evaluation.frechet import Gaussian, frechet_distance
 from raekit.moments import Moments
@@ -121,3 +122,9 @@ def test_an_unknown_number_of_samples_brings_no_warning(caplog):
     a = moments(rows(30, 40, 1))
     frechet_distance(moments(rows(60, 40, 2)), Gaussian(a.mean, a.covariance))
     assert not caplog.records
+
+
+def test_what_is_no_covariance_is_refused():
+    indefinite = Gaussian(torch.zeros(2), torch.tensor([[1.0, 2.0], [2.0, 1.0]]))
+    with pytest.raises(UserError, match="negative eigenvalues"):
+        frechet_distance(gaussian(torch.zeros(2), torch.eye(2)), indefinite)

@@ -114,6 +114,10 @@ def test_the_published_file_is_found_and_read_strictly(
         load_inception(str(tmp_path / "nothing.pth"))
     with pytest.raises(UserError, match="holds neither pt_inception"):
         load_inception(str(tmp_path))
+    with pytest.raises(UserError, match="no/such/folder: no such file or folder"):
+        load_inception("no/such/folder")
+    monkeypatch.setattr(inception, "find_file", lambda repository, name: Path("hub", repository, name))
+    assert inception._find("owner/name") == Path("hub/owner/name", inception.CHECKPOINTS[0])
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from raekit.errors import UserError
 from raekit.models.encoders import Encoder, load_encoder
-from raekit.models.inception import LOGITS, POOL, SPATIAL, Inception, load_inception
+from raekit.models.inception import LOGITS, POOL, SIZE, SPATIAL, Inception, load_inception
 
 
 class FeatureNetwork(Protocol):
@@ -22,6 +22,13 @@ class FeatureNetwork(Protocol):
     @property
     def width(self) -> int: ...
     def __call__(self, images: Tensor, /) -> Tensor: ...
+
+
+class ReferenceNetwork(FeatureNetwork, Protocol):
+    """A network that a reference can be made with: it tells how it brings images to its own size."""
+
+    @property
+    def resize(self) -> str: ...
 
 
 def check_width(what: str, width: int, network: FeatureNetwork) -> None:
@@ -92,12 +99,16 @@ class Part:
     """Some of the features of a network, which computes them once for all its parts."""
 
     name: str
-    whole: FeatureNetwork
+    whole: ReferenceNetwork
     columns: slice
 
     @property
     def width(self) -> int:
         return len(range(self.whole.width)[self.columns])
+
+    @property
+    def resize(self) -> str:
+        return self.whole.resize
 
     def __call__(self, images: Tensor) -> Tensor:
         return self.whole(images)[:, self.columns]
@@ -113,6 +124,7 @@ class InceptionFeatures:
         self.network = network
         prefix = {"tf1": "inception", "clean": "clean_inception"}[network.resize]
         self.name = f"{prefix}_all"
+        self.resize = f"{network.resize} to {SIZE}"
         self.pool = Part(prefix, self, slice(0, POOL))
         self.logits = Part(f"{prefix}_logits", self, slice(POOL, POOL + LOGITS))
         self.spatial = Part(f"{prefix}_spatial", self, slice(POOL + LOGITS, None))
@@ -137,6 +149,7 @@ class EncoderFeatures:
         if encoder.input_size != encoder.spec.image_size:
             name = f"{name}_{encoder.input_size}"
         self.name = re.sub("[^0-9A-Za-z]+", "_", name).strip("_")
+        self.resize = f"bicubic, antialiased, to {encoder.input_size}"
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -149,7 +162,7 @@ class EncoderFeatures:
             return self.encoder(images).mean(1)
 
 
-def load_networks(name: str, device: torch.device) -> dict[str, FeatureNetwork]:
+def load_networks(name: str, device: torch.device) -> dict[str, ReferenceNetwork]:
     """The networks {name: network} whose features `name` stands for.
 
     `inception` is FID's network with the published weights, `inception:PLACE` with those at PLACE (as

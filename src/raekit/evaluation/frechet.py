@@ -6,12 +6,14 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from raekit.errors import UserError
 from raekit.moments import Moments
 
 log = logging.getLogger(__name__)
 
 _EPS = torch.finfo(torch.float64).eps
 _ACCURACY = 1e-9  # relative; what a distance may lose by the faster way of computing it
+_INDEFINITE = 1e-5  # relative; negative eigenvalues that float32 statistics may have
 
 
 class Gaussian:
@@ -41,6 +43,8 @@ class Gaussian:
         if not failed and lower.diagonal().square().min() > floor * self.covariance.diagonal().max():
             return lower  # full rank: a tenth of the time
         values, vectors = torch.linalg.eigh(self.covariance)
+        if values[0] < -_INDEFINITE * values[-1]:
+            raise UserError("the covariance has negative eigenvalues, so it is none: measure the statistics again")
         kept = values > floor * values[-1]
         return vectors[:, kept] * values[kept].sqrt()
 

@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 _TILE = 4096  # rows and columns of a block of distances: 128 MiB in float64
 
 
-class _Kept:
+class Kept:
     """The features of all images, in the order of the stream."""
 
     def __init__(self) -> None:
@@ -98,7 +98,7 @@ class PrecisionRecall:
     def __init__(self, network: FeatureNetwork, reference: Manifold):
         check_width("reference", reference.features.shape[1], network)
         self.network, self.reference = network, reference
-        self.kept = _Kept()
+        self.kept = Kept()
         self.values = [float("nan")] * 2
 
     def update(self, batch: Images) -> None:
@@ -135,7 +135,7 @@ class KernelDistance:
         check_width("reference", reference.shape[1], network)
         self.network, self.reference = network, reference
         self.subsets, self.size, self.seed = subsets, size, seed
-        self.kept = _Kept()
+        self.kept = Kept()
         self.values = torch.empty(0)
 
     def update(self, batch: Images) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.hub import download_url_to_file, get_dir
 
 from raekit.errors import UserError
-from raekit.weights import find_folder, load_strict, read_weights
+from raekit.weights import find_file, load_strict, read_weights
 
 CHECKPOINTS = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05-6726825d.pth")
 """The published weights as pytorch-fid and torch-fidelity call them; at the end stands how their SHA-256 begins."""
@@ -242,8 +242,11 @@ def inception_state(state: Mapping[str, Tensor], source: object) -> dict[str, Te
 def _find(source: str) -> Path:
     if (path := Path(source)).is_file() or path.suffix in (".pth", ".pt", ".safetensors"):
         return path
-    folder = find_folder(source)
-    if found := [folder / name for name in CHECKPOINTS if (folder / name).is_file()]:
+    if not path.is_dir():
+        if source.count("/") != 1 or source.startswith((".", "/", "~")):
+            raise UserError(f"{source}: no such file or folder, and no repository OWNER/NAME on the Hub")
+        return find_file(source, CHECKPOINTS[0])
+    if found := [path / name for name in CHECKPOINTS if (path / name).is_file()]:
         return found[0]
     raise UserError(f"{source}: holds neither {' nor '.join(CHECKPOINTS)}")
 
