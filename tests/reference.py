@@ -335,11 +335,13 @@ def lr(case: Case) -> Outputs:
             yield name, torch.tensor([learning_rate(config, step) for step in steps], dtype=torch.float64)
 
 
-def inception(case: Case) -> Outputs:
-    """FID's network. Kernels are 1.4 times the filled ones, running variances the size of the filled ones + 0.5."""
-    model = Inception()
+def inception_weights() -> dict[str, Tensor]:
+    """Weights of FID's network by their published names. Kernels are 1.4 times the filled ones, and running variances
+    the size of the filled ones + 0.5, so that features stay in range."""
     shapes: dict[str, list[int]] = {}
-    for key, value in model.state_dict().items():
+    with torch.device("meta"):
+        wanted = Inception().state_dict()
+    for key, value in wanted.items():
         layer, _, kind = key.rpartition(".")
         if layer == "fc":
             shapes[key] = list(value.shape)
@@ -347,14 +349,22 @@ def inception(case: Case) -> Outputs:
             shapes[f"{layer}.conv.weight"] = list(value.shape)
             parts = ("weight", "bias", "running_mean", "running_var")
             shapes |= {f"{layer}.bn.{part}": [len(value)] for part in parts}
-    if shapes.keys() != set(case.field("keys")):
-        raise UserError("keys are others than those of the published Inception")
     state = state_dict(shapes)
     for key, value in state.items():
         if key.endswith("conv.weight"):
             state[key] = value * 1.4
         elif key.endswith("running_var"):
             state[key] = value.abs() + 0.5
+    return state
+
+
+def inception(case: Case) -> Outputs:
+    """FID's network."""
+    state = inception_weights()
+    if state.keys() != set(case.field("keys")):
+        raise UserError("keys are others than those of the published Inception")
+    with torch.device("meta"):
+        model = Inception()
     load_strict(model, inception_state(state, "reference case"), "reference case")
     features = model(case.array("x").float() / 255).split([POOL, LOGITS, SPATIAL], 1)
     for name, ours in zip(("pool", "logits_unbiased", "spatial"), features, strict=True):
@@ -373,7 +383,7 @@ class Given:
         raise NotImplementedError
 
 
-def _batch(features: Tensor, network: FeatureNetwork) -> Images:
+def given_batch(features: Tensor, network: FeatureNetwork) -> Images:
     """A batch of images whose features are given."""
     batch = Images(torch.zeros(len(features), 3, 1, 1), torch.full((len(features),), -1))
     batch._features[network] = features
@@ -392,7 +402,7 @@ def metrics(case: Case) -> Outputs:
         real, fake = case.array("A"), case.array("C")
         network = Given(real.shape[1])
         metric = PrecisionRecall(network, Manifold(real))
-        metric.update(_batch(fake, network))
+        metric.update(given_batch(fake, network))
         metric.reduce(World())
         for name, value in metric.result().items():
             if name in case:
@@ -404,7 +414,7 @@ def metrics(case: Case) -> Outputs:
         for split in range(10):
             score = InceptionScore(network, len(logits))
             part = slice(split * len(logits) // 10, (split + 1) * len(logits) // 10)
-            score.update(_batch(logits[part], network))
+            score.update(given_batch(logits[part], network))
             scores += score.result().values()
         yield "isc", torch.tensor(scores, dtype=torch.float64).mean()
 

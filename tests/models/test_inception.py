@@ -87,7 +87,7 @@ def test_the_clean_resize_is_that_of_pillow(side: int):
         model = Inception("clean")
     bicubic = Image.Resampling.BICUBIC
     expected = [np.asarray(Image.fromarray(channel.numpy()).resize((299, 299), bicubic)) for channel in pixels[0]]
-    np.testing.assert_allclose(model._resized(pixels)[0].numpy(), np.stack(expected).clip(0, 255), rtol=0, atol=0.01)
+    np.testing.assert_allclose(model.resized(pixels)[0].numpy(), np.stack(expected).clip(0, 255), rtol=0, atol=0.01)
 
 
 def test_the_published_file_is_found_and_read_strictly(

@@ -177,7 +177,7 @@ class Inception(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
         with torch.autocast(images.device.type, enabled=False), exact:
-            x = self._resized(images.float().clamp(0, 1).mul(255).round())
+            x = self.resized(images.float().clamp(0, 1).mul(255).round())
             x = (x - 128) / 128
             x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
             x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, 2)))
@@ -188,7 +188,8 @@ class Inception(nn.Module):
             pooled = x.mean((2, 3))
             return torch.cat([pooled, pooled @ self.fc.weight.T, spatial], 1)
 
-    def _resized(self, pixels: Tensor) -> Tensor:
+    def resized(self, pixels: Tensor) -> Tensor:
+        """Pixels from 0 to 255 at the network's own size."""
         if self.resize == "clean":
             return F.interpolate(pixels, (SIZE, SIZE), mode="bicubic", antialias=True).clamp(0, 255)
         return _resize_tf1(_resize_tf1(pixels, 3), 2)
