@@ -4,6 +4,7 @@ import io
 import pickle
 import struct
 import tarfile
+import tracemalloc
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -154,8 +155,11 @@ def test_a_file_that_unpacks_to_more_than_it_says_is_unreadable(tmp_path: Path):
     struct.pack_into("<I", fields, central + 24, 100)  # its size, as it says
     path.write_bytes(fields)
     source = open_source(f"zip:{path}", "all")
+    tracemalloc.start()
     with pytest.raises(UnreadableImage, match=r"bomb\.zip/a\.png: damaged: its size is not the 100 bytes"):
         source[0]
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
     assert np.asarray(source[1][0])[0, 0, 0] == 2
 
 
