@@ -14,6 +14,7 @@ import math
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from raekit.distributed import World
 from raekit.errors import UserError
+from raekit.evaluation.features import FeatureNetwork, Images
+from raekit.evaluation.frechet import frechet_distance
+from raekit.evaluation.manifold import Manifold, PrecisionRecall
+from raekit.evaluation.metrics import InceptionScore
 from raekit.flow.guidance import Guidance, classifier_free
 from raekit.flow.path import shift_factor
 from raekit.flow.solvers import euler, time_grid
@@ -36,7 +42,9 @@ from raekit.models.discriminator import (
     generator_loss,
 )
 from raekit.models.encoders import FAMILIES, HALF, IMAGENET, Encoder, EncoderSpec
+from raekit.models.inception import LOGITS, POOL, SPATIAL, Inception, inception_state
 from raekit.models.perceptual import LPIPS, perceptual_state
+from raekit.moments import Moments
 from raekit.published import (
     decoder_config,
     decoder_state,
@@ -49,8 +57,8 @@ from raekit.train.optim import OptimConfig, learning_rate
 from raekit.weights import load_strict
 
 TOLERANCE = 1e-5
-TOLERANCES = {"ode_sample": 1e-4}
-NOT_BUILT = ("ditdh_v2", "encoder_layers", "inception", "metrics")
+TOLERANCES = {"ode_sample": 1e-4, "fid_A_B": 1e-6, "precision": 0, "recall": 0}
+NOT_BUILT = ("ditdh_v2", "encoder_layers")
 
 # Published class name -> our family, prefix tokens before the patches (without registers), mean and std.
 ENCODERS = {
@@ -327,6 +335,90 @@ def lr(case: Case) -> Outputs:
             yield name, torch.tensor([learning_rate(config, step) for step in steps], dtype=torch.float64)
 
 
+def inception_weights() -> dict[str, Tensor]:
+    """Weights of FID's network by their published names. Kernels are 1.4 times the filled ones, and running variances
+    the size of the filled ones + 0.5, so that features stay in range."""
+    shapes: dict[str, list[int]] = {}
+    with torch.device("meta"):
+        wanted = Inception().state_dict()
+    for key, value in wanted.items():
+        layer, _, kind = key.rpartition(".")
+        if layer == "fc":
+            shapes[key] = list(value.shape)
+        elif kind == "weight":
+            shapes[f"{layer}.conv.weight"] = list(value.shape)
+            parts = ("weight", "bias", "running_mean", "running_var")
+            shapes |= {f"{layer}.bn.{part}": [len(value)] for part in parts}
+    state = state_dict(shapes)
+    for key, value in state.items():
+        if key.endswith("conv.weight"):
+            state[key] = value * 1.4
+        elif key.endswith("running_var"):
+            state[key] = value.abs() + 0.5
+    return state
+
+
+def inception(case: Case) -> Outputs:
+    """FID's network."""
+    state = inception_weights()
+    if state.keys() != set(case.field("keys")):
+        raise UserError("keys are others than those of the published Inception")
+    with torch.device("meta"):
+        model = Inception()
+    load_strict(model, inception_state(state, "reference case"), "reference case")
+    features = model(case.array("x").float() / 255).split([POOL, LOGITS, SPATIAL], 1)
+    for name, ours in zip(("pool", "logits_unbiased", "spatial"), features, strict=True):
+        if name in case:
+            yield name, ours
+
+
+@dataclass(frozen=True)
+class Given:
+    """Stands in for a network whose features are given."""
+
+    width: int
+    name: str = "inception"
+
+    def __call__(self, images: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+def given_batch(features: Tensor, network: FeatureNetwork) -> Images:
+    """A batch of images whose features are given."""
+    batch = Images(torch.zeros(len(features), 3, 1, 1), torch.full((len(features),), -1))
+    batch._features[network] = features
+    return batch
+
+
+def metrics(case: Case) -> Outputs:
+    """Frechet distance of A and B; precision and recall of C against A; the Inception Score of L in ten splits."""
+    if "fid_A_B" in case:
+        moments = []
+        for rows in (case.array("A"), case.array("B")):
+            moments.append(Moments(rows.shape[1]))
+            moments[-1].update(rows)
+        yield "fid_A_B", torch.tensor(frechet_distance(*moments), dtype=torch.float64)
+    if "precision" in case or "recall" in case:
+        real, fake = case.array("A"), case.array("C")
+        network = Given(real.shape[1])
+        metric = PrecisionRecall(network, Manifold(real))
+        metric.update(given_batch(fake, network))
+        metric.reduce(World())
+        for name, value in metric.result().items():
+            if name in case:
+                yield name, torch.tensor(value, dtype=torch.float64)
+    if "isc" in case:
+        logits = case.array("L")
+        network = Given(logits.shape[1], "inception_logits")
+        scores = []
+        for split in range(10):
+            score = InceptionScore(network, len(logits))
+            part = slice(split * len(logits) // 10, (split + 1) * len(logits) // 10)
+            score.update(given_batch(logits[part], network))
+            scores += score.result().values()
+        yield "isc", torch.tensor(scores, dtype=torch.float64).mean()
+
+
 KINDS: dict[str, Callable[[Case], Outputs]] = {
     "ditdh": denoiser,
     "dit": denoiser,
@@ -337,6 +429,8 @@ KINDS: dict[str, Callable[[Case], Outputs]] = {
     "disc": disc,
     "gan": gan,
     "lr": lr,
+    "inception": inception,
+    "metrics": metrics,
 }
 
 

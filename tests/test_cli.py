@@ -26,6 +26,7 @@ from raekit.data.loader import DataConfig, Loader
 from raekit.distributed import World
 from raekit.evaluation.features import quantize
 from raekit.evaluation.metrics import psnr, ssim
+from raekit.evaluation.references import read_reference
 from raekit.folders import generate_folder
 from raekit.inference import Sampling, generate, load, read_image
 from raekit.latents import statistics_fingerprint
@@ -782,6 +783,22 @@ def test_measuring_what_is_not_there(run, images, tiny_model, tmp_path):
     done = run("latents", "measure", tiny_model, "--source", "folder:/nowhere", "--out", out)
     assert_fails(done, "/nowhere")
     assert not out.exists()
+
+
+def test_a_reference_is_measured_and_written(run, images, tiny_model, tmp_path):
+    out = tmp_path / "new" / "reference.safetensors"
+    options = ["--image-size", 16, "--features", tiny_model, "--keep", 5, "--out", out]
+    done = run("reference", images, *options)
+    assert done.code == 0, done.err
+    reference = read_reference(out)
+    assert reference.about.hash in done.out
+    assert "39 images, tiny" in done.out
+    assert (reference.about.count, reference.about.split) == (39, "all")
+    (features,) = reference.features.values()
+    assert features.shape == (5, 16)
+    assert_fails(run("reference", "npz:nowhere", *options), "there is no file nowhere")
+    options[options.index(tiny_model)] = "inception:nowhere.pth"
+    assert_fails(run("reference", images, *options), "nowhere.pth: no such file")
 
 
 def test_scores_are_printed_and_written(run, images, tiny_model, tmp_path):

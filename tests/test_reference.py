@@ -28,6 +28,8 @@ Golden = Callable[[str], Path]
         ("disc_dino_s16", ["logits"]),
         ("gan_losses", ["hinge_d", "vanilla_d", "g"]),
         ("lr_schedules", ["stage1", "stage2"]),
+        ("inception_fid", ["pool", "logits_unbiased", "spatial"]),
+        ("metrics_on_features", ["fid_A_B", "precision", "recall", "isc"]),
     ],
 )
 def test_shared_cases(name: str, outputs: list[str], golden: Golden):

@@ -493,6 +493,44 @@ def evaluate(
                 )
 
 
+def reference(
+    source: Positional[str],
+    out: Path,
+    image_size: int,
+    split: Literal["train", "heldout", "all"] = "all",
+    features: tuple[str, ...] = ("inception",),
+    keep: int = 10_000,
+    workers: int = 0,
+    device: Device | None = None,
+) -> None:
+    """Measure what images are compared with: the statistics of real images in the features of networks.
+
+    Example: raekit reference folder:imagenet --split heldout --image-size 256 --out imagenet256.safetensors
+
+    Args:
+        source: real images, as of `raekit latents measure`, or npz:FILE, zip:FILE, tar:FILE.
+        out: the .safetensors file to write.
+        image_size: side that the images are centre-cropped to.
+        split: of the source.
+        features: inception, inception:WEIGHTS, clean_inception, or encoders.
+        keep: images whose own features are kept, for precision, recall and KID.
+        workers: processes that decode images.
+        device: default is the best there is.
+    """
+    from raekit.data.loader import DataConfig
+    from raekit.distributed import world
+    from raekit.evaluation.features import load_networks
+    from raekit.evaluation.references import measure_reference
+
+    with world(device) as here, Display(_err, quiet=not here.is_main) as progress:
+        networks = {key: network for name in features for key, network in load_networks(name, here.device).items()}
+        data = DataConfig(source=source, split=split, image_size=image_size, workers=workers)
+        measured = measure_reference(data, networks, here, keep=keep, progress=progress)
+        if here.is_main:
+            measured.write(out)
+            _out.print(f"{out}: {measured.about.count} images, {', '.join(networks)}, hash {measured.about.hash}")
+
+
 def convert(
     source: Positional[str],
     dest: Positional[Path],
@@ -557,6 +595,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "latents measure": latents_measure,
     "latents generate": latents_generate,
     "evaluate": evaluate,
+    "reference": reference,
     "convert": convert,
     "info": info,
 }

@@ -1,16 +1,21 @@
+import shutil
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from raekit.distributed import World
 from raekit.errors import UserError
-from raekit.evaluation.evaluate import evaluate, feature_bank, reference_moments
+from raekit.evaluation.evaluate import evaluate, feature_bank, reference_moments, stored_images
 from raekit.evaluation.features import Images
 from raekit.evaluation.metrics import Accumulator, FrechetDistance, NearestNeighbours, PairMean, psnr, ssim
 from raekit.moments import Moments
+from raekit.pictures import to_pil
 
 ALONE = World()
 
@@ -119,3 +124,35 @@ def test_an_empty_stream_is_refused():
 def test_two_metrics_of_one_name_are_refused():
     with pytest.raises(ValueError, match="two metrics report psnr"):
         evaluate(stream(8, 8, 1), [PairMean("psnr", psnr), PairMean("psnr", psnr)], ALONE)
+
+
+@pytest.mark.parametrize("kind", ["flat", "npz", "zip", "tar"])
+def test_saved_images_score_as_when_they_were_generated(tmp_path, kind):
+    network, world = Thumbnail(), ALONE
+    reference = reference_moments(stream(60, 8, 1), network, world)
+    expected = evaluate(stream(70, 8, 2), [FrechetDistance(network, reference)], world)
+    pictures = [to_pil(image) for batch in stream(70, 8, 2) for image in batch.images]
+    (tmp_path / "flat").mkdir()
+    for number, picture in enumerate(pictures):
+        picture.save(tmp_path / "flat" / f"{number:03}.png")
+    np.savez(tmp_path / "npz", np.stack([np.asarray(picture) for picture in pictures]))
+    (tmp_path / "npz.npz").rename(tmp_path / "npz")
+    for archive in "zip", "tar":
+        Path(shutil.make_archive(str(tmp_path / "x"), archive, tmp_path / "flat")).rename(tmp_path / archive)
+    count, images = stored_images(f"{kind}:{tmp_path / kind}", world)
+    assert count == 70
+    result = evaluate(images, [FrechetDistance(network, reference)], world)
+    assert result == {"fd_thumbnail": pytest.approx(expected["fd_thumbnail"], rel=1e-9)}
+
+
+def test_saved_images_that_would_be_changed_or_left_out_are_refused(tmp_path):
+    Image.new("RGB", (8, 6)).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match="its images are 8 x 6; crop them to squares first"):
+        stored_images(f"flat:{tmp_path}", ALONE)
+    (tmp_path / "a.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"unreadable image .*a\.png"):
+        stored_images(f"flat:{tmp_path}", ALONE)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"1 of 2 images are unreadable.*b\.png"):
+        list(stored_images(f"flat:{tmp_path}", ALONE)[1])

@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import raekit.evaluation.features
 from raekit.data.loader import Batch
-from raekit.evaluation.features import EncoderFeatures, Images, quantize
+from raekit.evaluation.features import EncoderFeatures, Images, InceptionFeatures, load_networks, quantize
 from raekit.models.encoders import Encoder, EncoderSpec
+from raekit.models.inception import Inception
 
 
 class FakeEncoder(nn.Module):
@@ -115,3 +117,46 @@ def test_malformed_batches_are_refused(shape, labels, originals, dtype):
             torch.zeros(labels).long(),
             None if originals is None else torch.zeros(originals),
         )
+
+
+class FakeInception:
+    """Columns that count the calls and tell where they stand."""
+
+    resize = "tf1"
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, images: Tensor) -> Tensor:
+        self.calls += 1
+        return torch.arange(2048 + 1008 + 2023).float().expand(len(images), -1)
+
+
+def test_the_parts_of_inception_share_one_pass():
+    inception = FakeInception()
+    features = InceptionFeatures(cast(Inception, inception))
+    parts = (features.pool, features.logits, features.spatial)
+    batch = Images(torch.rand(2, 3, 8, 8), torch.zeros(2).long())
+    found = [batch.features(part) for part in parts]
+    assert inception.calls == 1
+    assert torch.equal(torch.cat(found, 1), features(batch.images))
+    assert [part.width for part in parts] == [2048, 1008, 2023]
+    assert [part.name for part in parts] == ["inception", "inception_logits", "inception_spatial"]
+    assert torch.equal(features.spatial(batch.images), found[2])
+
+
+def test_networks_by_name(monkeypatch):
+    sources = []
+
+    def load(source: str | None, resize: str) -> torch.nn.Module:
+        sources.append((source, resize))
+        with torch.device("meta"):
+            return Inception(cast(Any, resize))
+
+    monkeypatch.setattr(raekit.evaluation.features, "load_inception", load)
+    device = torch.device("meta")
+    assert list(load_networks("inception", device)) == ["inception", "inception_spatial"]
+    assert list(load_networks("clean_inception:a/b.pth", device)) == ["clean_inception", "clean_inception_spatial"]
+    assert sources == [(None, "tf1"), ("a/b.pth", "clean")]
+    networks = load_networks("builtin:vit-tiny", torch.device("cpu"))
+    assert {name: network.width for name, network in networks.items()} == {"vit_tiny": 256}

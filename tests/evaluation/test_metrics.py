@@ -2,21 +2,21 @@ import math
 from dataclasses import dataclass
 from itertools import product
 
-import numpy as np
 import pytest
-import scipy.linalg
 import torch
 from torch import Tensor
 
 from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.evaluation import metrics
-from raekit.evaluation.features import Images
+from raekit.evaluation.features import Images, quantize
+from raekit.evaluation.frechet import Gaussian, frechet_distance
 from raekit.evaluation.metrics import (
     FrechetDistance,
+    FrechetRatio,
+    InceptionScore,
     NearestNeighbours,
     PairMean,
-    frechet_distance,
     psnr,
     ssim,
 )
@@ -29,78 +29,10 @@ def moments(rows: Tensor) -> Moments:
     return result
 
 
-def gaussian(mean: Tensor, covariance: Tensor, count: int = 10_000) -> Moments:
-    result = Moments(len(mean))
-    result.count, result.mean, result.scatter = count, mean.double(), covariance.double() * (count - 1)
-    return result
-
-
-def rows(count: int, dim: int, seed: int, rank: int | None = None) -> Tensor:
+def rows(count: int, dim: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    mixing = torch.randn(rank or dim, dim, generator=generator, dtype=torch.float64) / dim**0.5
-    return torch.randn(count, rank or dim, generator=generator, dtype=torch.float64) @ mixing + seed
-
-
-# Frechet distance
-
-
-@pytest.mark.parametrize("dim", [3, 64])
-def test_frechet_distance_agrees_with_sqrtm(dim):
-    a, b = moments(rows(400, dim, 1)), moments(rows(500, dim, 2))
-    root = np.trace(scipy.linalg.sqrtm(a.covariance.numpy() @ b.covariance.numpy())).real
-    expected = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * root
-    assert frechet_distance(a, b) == pytest.approx(float(expected), rel=1e-8)
-    assert frechet_distance(b, a) == pytest.approx(float(expected), rel=1e-8)
-
-
-def test_frechet_distance_of_diagonal_gaussians():
-    deviations = torch.tensor([[1.0, 2.0, 0.5], [3.0, 2.0, 0.0]], dtype=torch.float64)
-    means = torch.tensor([[0.0, 1.0, 2.0], [2.0, 1.0, 1.0]], dtype=torch.float64)
-    a, b = (gaussian(m, s.square().diag()) for m, s in zip(means, deviations, strict=True))
-    expected = (means[0] - means[1]).square().sum() + (deviations[0] - deviations[1]).square().sum()
-    assert frechet_distance(a, b) == pytest.approx(float(expected), rel=1e-12)
-
-
-@pytest.mark.parametrize("scale", [1e-3, 1, 1e3])
-@pytest.mark.parametrize("rank", [None, 5])
-def test_frechet_distance_is_zero_on_itself(rank, scale):
-    a = moments(scale * rows(300, 40, 1, rank))
-    assert 0 <= frechet_distance(a, a) < 1e-11 * a.covariance.trace()
-
-
-def test_frechet_distance_without_full_rank():
-    """In the plane that both distributions live in, all is of full rank: an isometry changes no distance."""
-    flat_a, flat_b = rows(300, 8, 1), rows(300, 8, 2)
-    plane = torch.linalg.qr(rows(100, 8, 3))[0].T
-    expected = frechet_distance(moments(flat_a), moments(flat_b))
-    assert frechet_distance(moments(flat_a @ plane), moments(flat_b @ plane)) == pytest.approx(expected, rel=1e-10)
-    # Orthogonal subspaces share nothing: the traces alone remain.
-    a, b = (gaussian(torch.zeros(4), torch.tensor(d).diag()) for d in ([1.0, 2, 0, 0], [0.0, 0, 3, 4]))
-    assert frechet_distance(a, b) == pytest.approx(10, rel=1e-12)
-
-
-def test_few_samples_bring_a_warning(caplog):
-    a, b = moments(rows(41, 40, 1)), moments(rows(40, 40, 2))
-    assert frechet_distance(a, a) >= 0
-    assert not caplog.records
-    assert math.isfinite(frechet_distance(a, b))
-    assert "40 samples in 40 dimensions" in caplog.text
-
-
-def test_features_that_are_not_finite_give_nan_and_a_warning(caplog):
-    bad = rows(100, 4, 1)
-    bad[3, 2] = math.nan
-    assert math.isnan(frechet_distance(moments(bad), moments(rows(100, 4, 2))))
-    assert "not finite" in caplog.text
-
-
-def test_frechet_distance_of_the_reference_case(golden):
-    case = np.load(golden("metrics_on_features.npz"))
-    a, b = (moments(torch.from_numpy(case[key])) for key in "AB")
-    assert frechet_distance(a, b) == pytest.approx(float(case["fid_A_B"]), rel=1e-6)
-
-
-# Metrics of batches
+    mixing = torch.randn(dim, dim, generator=generator, dtype=torch.float64) / dim**0.5
+    return torch.randn(count, dim, generator=generator, dtype=torch.float64) @ mixing + seed
 
 
 @dataclass(frozen=True)
@@ -137,6 +69,79 @@ def test_frechet_distance_of_images():
     assert FrechetDistance(Corner(), reference, "train").name == "train"
     with pytest.raises(UserError, match="4 dimensions, the features of corner have 5"):
         FrechetDistance(Corner(width=5), reference)
+
+
+def test_frechet_distances_of_inception_have_the_names_of_the_field():
+    names = [
+        FrechetDistance(Corner(name=name), moments(rows(50, 4, 1))).name
+        for name in ("inception", "inception_spatial", "clean_inception", "clean_inception_spatial")
+    ]
+    assert names == ["fid", "sfid", "clean_fid", "fd_clean_inception_spatial"]
+
+
+def test_frechet_ratios_are_to_the_distances_of_other_real_images():
+    networks = Corner(name="inception"), Corner(width=6, name="six")
+    references = [moments(rows(50, network.width, 1) / 9) for network in networks]
+    baselines = [moments(rows(50, network.width, 2) / 9) for network in networks]
+    metric = FrechetRatio([FrechetDistance(*pair) for pair in zip(networks, references, strict=True)], baselines)
+    images = torch.rand(50, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    metric.update(batch(images))
+    metric.reduce(World())
+    result = metric.result()
+    ratios = [
+        frechet_distance(moments(network(batch(images).images)), reference) / frechet_distance(baseline, reference)
+        for network, reference, baseline in zip(networks, references, baselines, strict=True)
+    ]
+    assert list(result) == ["fid", "fd_six", "fdr_fid", "fdr_six", "fdr2"]
+    assert [result["fdr_fid"], result["fdr_six"]] == pytest.approx(ratios)
+    assert result["fdr2"] == pytest.approx(sum(ratios) / 2)
+    with pytest.raises(UserError, match="fid: the baseline's distance from the reference is 0"):
+        FrechetRatio([FrechetDistance(networks[0], gaussian := Gaussian(torch.zeros(4), torch.eye(4)))], [gaussian])
+
+
+class Logits:
+    """The first numbers of an image as logits."""
+
+    width, name = 6, "inception_logits"
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return 8 * images.flatten(1)[:, : self.width]
+
+
+def inception_score(logits: Tensor) -> float:
+    """By its definition, of all images at once."""
+    p = logits.double().softmax(1)
+    return float((p * (p / p.mean(0)).log()).sum(1).mean().exp())
+
+
+def numbered(images: Tensor, indices: Tensor) -> Images:
+    return Images(images, torch.full((len(images),), -1), indices=indices)
+
+
+def test_the_inception_score_is_the_mean_over_splits_in_order():
+    network = Logits()
+    images = quantize(torch.rand(23, 3, 2, 2, generator=torch.Generator().manual_seed(0)))
+    parts = [inception_score(network(part)) for part in images.split(10)]
+    for order in torch.arange(23), torch.randperm(23, generator=torch.Generator().manual_seed(1)):
+        metric = InceptionScore(network, split_size=10)
+        for index in order.split(4):
+            metric.update(numbered(images[index], index))
+        metric.reduce(World())
+        assert metric.result() == {"inception_score": pytest.approx(sum(parts) / 3, rel=1e-12)}
+    metric = InceptionScore(network)  # of 5000 images a split, in the order of arrival
+    for part in images.split(7):
+        metric.update(batch(part))
+    assert metric.result()["inception_score"] == pytest.approx(inception_score(network(images)), rel=1e-12)
+
+
+def test_the_inception_score_of_certain_and_of_equal_predictions():
+    certain = torch.eye(6)[torch.arange(12) % 6] * 1000
+    for logits, expected in (certain, 6), (torch.zeros(12, 6), 1):
+        metric = InceptionScore(Logits())
+        given = batch(torch.zeros(12, 3, 2, 2))
+        given._features[metric.network] = logits
+        metric.update(given)
+        assert metric.result()["inception_score"] == pytest.approx(expected, rel=1e-12)
 
 
 def test_psnr_of_known_errors():

@@ -16,6 +16,7 @@ from typing import Literal, Protocol
 import numpy as np
 from PIL import Image
 
+from raekit.data.archives import MAX_FILE, Entry, Npz, read_entry, tar_entries, zip_entries
 from raekit.data.images import EXTENSIONS, UnreadableImage, decode, image_files
 from raekit.errors import UserError
 
@@ -51,6 +52,9 @@ def open_source(uri: str, split: Split = "train") -> Source:
     - `idx:DIR`: the four files of MNIST and its likes, gzipped or not; held out is `t10k`.
     - `hf:DIR`: a Hugging Face dataset saved on disk, its first Image column and its ClassLabel column. Of a
       DatasetDict, the splits are `train` and the first of `validation`, `val`, `test`.
+    - `npz:FILE`: uint8 images (N, H, W, 3) in `arr_0`, as ADM writes samples, with labels (N,) in `arr_1` if there
+      are any. Compressed ones are slow to read in any other order than their own.
+    - `zip:FILE`, `tar:FILE`: unlabelled, all images in it, in the order of their names.
 
     Where there are no splits, held out is a tenth of the images, by a hash of the path within DIR or of the
     row's number. Folders are read in the order of their names; hidden files are left out.
@@ -59,11 +63,15 @@ def open_source(uri: str, split: Split = "train") -> Source:
     """
     scheme, _, place = uri.partition(":")
     if scheme not in _OPENERS or bool(place) == (scheme == "emoji"):
-        known = ", ".join(name if name == "emoji" else f"{name}:DIR" for name in _OPENERS)
+        forms = {"emoji": ""} | dict.fromkeys(_OF_FILES, ":FILE")
+        known = ", ".join(name + forms.get(name, ":DIR") for name in _OPENERS)
         raise UserError(f"data source {uri!r} is unknown: use one of {known}")
-    if place and not Path(place).expanduser().is_dir():
+    path = Path(place).expanduser()
+    if scheme in _OF_FILES and not path.is_file():
+        raise UserError(f"data source {uri!r}: there is no file {place}")
+    if place and scheme not in _OF_FILES and not path.is_dir():
         raise UserError(f"data source {uri!r}: there is no folder {place}")
-    source = _OPENERS[scheme](uri, Path(place).expanduser(), split)
+    source = _OPENERS[scheme](uri, path, split)
     if not len(source):
         raise UserError(f"data source {uri!r} has no image in its split {split!r}; its split 'all' has every image")
     return source
@@ -259,10 +267,77 @@ def _first_column(features: Mapping[str, object], kind: type) -> str | None:
     return next((name for name, feature in features.items() if isinstance(feature, kind)), None)
 
 
+class NpzImages:
+    """Rows of an array of images, read at each access."""
+
+    def __init__(self, uri: str, path: Path, split: Split):
+        self.name, self._npz = uri, Npz(path)
+        dtype, shape = self._npz.arrays.get("arr_0", (None, ()))
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or min(shape) < 1:
+            found = ", ".join(f"{name} {kind} {sizes}" for name, (kind, sizes) in self._npz.arrays.items())
+            raise UserError(f"{path}: needs images in arr_0, uint8 (N, H, W, 3); it holds {found or 'no array'}")
+        if math.prod(shape[1:]) > MAX_FILE or shape[0] > 2**24:
+            raise UserError(f"{path}: {shape[0]:,} images of {shape[1]} x {shape[2]} pixels are too many or too large")
+        self._numbers = _chosen([str(row) for row in range(shape[0])], split)
+        self._labels = np.full(shape[0], -1)
+        self.classes: tuple[str, ...] = ()
+        kind, length = self._npz.arrays.get("arr_1", (None, ()))
+        if kind is not None and kind.kind in "iu" and length == shape[:1]:
+            self._labels = self._npz.read("arr_1").astype(np.int64)
+            if not 0 <= self._labels.min() <= self._labels.max() < 2**20:
+                raise UserError(f"{path}: labels in arr_1 must be class numbers from 0")
+            self.classes = tuple(map(str, range(int(self._labels.max()) + 1)))
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        number = int(self._numbers[index])
+        try:
+            return Image.fromarray(self._npz.row("arr_0", number)), int(self._labels[number])
+        except (OSError, ValueError) as error:
+            raise UnreadableImage(f"{self.name} row {number}", str(error)) from None
+
+
+class Archived:
+    """Image files in a zip or tar archive, decoded at each access."""
+
+    def __init__(self, uri: str, path: Path, split: Split):
+        self.name, self.classes, self._path = uri, (), path
+        entries = (zip_entries if uri.startswith("zip:") else tar_entries)(path)
+        names = sorted(name for name in entries if _is_image(name))
+        if not names:
+            raise UserError(f"{path}: no image found in it (files read: {', '.join(EXTENSIONS)})")
+        chosen = [names[i] for i in _chosen(names, split)]
+        self._names = np.array([os.fsencode(name) for name in chosen])
+        self._entries = np.array([entries[name] for name in chosen], np.int64).reshape(len(chosen), -1)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        name = f"{self._path}/{os.fsdecode(self._names[index])}"
+        try:
+            content = read_entry(self._path, Entry(*self._entries[index].tolist()))
+        except (OSError, ValueError) as error:
+            raise UnreadableImage(name, str(error)) from None
+        return decode(io.BytesIO(content), name), -1
+
+
+def _is_image(name: str) -> bool:
+    parts = name.split("/")
+    hidden = any(part.startswith(".") for part in parts if part != ".") or parts[0] == "__MACOSX"
+    return name.lower().endswith(EXTENSIONS) and not hidden
+
+
 _OPENERS: dict[str, Callable[[str, Path, Split], Source]] = {
     "emoji": Emoji,
     "folder": _open_folder,
     "flat": _open_flat,
     "idx": Idx,
     "hf": HuggingFace,
+    "npz": NpzImages,
+    "zip": Archived,
+    "tar": Archived,
 }
+_OF_FILES = ("npz", "zip", "tar")

@@ -5,7 +5,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from raekit.data.loader import Batch
+from raekit.data.images import UnreadableImage
+from raekit.data.loader import Batch, DataConfig, Loader
+from raekit.data.sources import open_source
 from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.evaluation.features import FeatureNetwork, Images
@@ -24,7 +26,25 @@ def images_of(batches: Iterable[Batch], world: World) -> Iterator[Images]:
     """Real images, as a loader gives them, on this process's device."""
     for batch in batches:
         batch = batch.to(world.device)
-        yield Images(batch.pixels(), batch.labels)
+        yield Images(batch.pixels(), batch.labels, indices=batch.positions)
+
+
+def stored_images(source: str, world: World, *, workers: int = 0) -> tuple[int, Iterator[Images]]:
+    """Images that were saved, such as samples: their number, and this process's share of them.
+
+    `source` is any address of `data.sources`, of which all images are taken as they are: they are square, and
+    of the size of the first; others are centre-cropped to it. UserError if the first is not square, or if one
+    is unreadable.
+    """
+    try:
+        width, height = open_source(source, "all")[0][0].size
+    except UnreadableImage as error:
+        raise UserError(f"data source {source!r}: unreadable image {error}") from None
+    if width != height:
+        raise UserError(f"data source {source!r}: its images are {width} x {height}; crop them to squares first")
+    data = DataConfig(source=source, split="all", image_size=width, workers=workers, max_unreadable=0)
+    loader = Loader(data, seed=0)
+    return len(loader), images_of(loader.once(BATCH, world), world)
 
 
 @torch.no_grad()

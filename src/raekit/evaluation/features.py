@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from raekit.models.encoders import Encoder
+from raekit.errors import UserError
+from raekit.models.encoders import Encoder, load_encoder
+from raekit.models.inception import LOGITS, POOL, SIZE, SPATIAL, Inception, load_inception
 
 
 class FeatureNetwork(Protocol):
@@ -20,6 +22,27 @@ class FeatureNetwork(Protocol):
     @property
     def width(self) -> int: ...
     def __call__(self, images: Tensor, /) -> Tensor: ...
+
+
+class ReferenceNetwork(FeatureNetwork, Protocol):
+    """A network that a reference can be made with: it tells how it brings images to its own size."""
+
+    @property
+    def resize(self) -> str: ...
+
+
+def check_width(what: str, width: int, network: FeatureNetwork) -> None:
+    """UserError if `what`, features or moments of `width` dimensions, cannot be of `network`."""
+    if width != network.width:
+        raise UserError(
+            f"the {what} has {width} dimensions, the features of {network.name} have {network.width}: "
+            f"compute the {what} with {network.name}"
+        )
+
+
+def named(metric: str, network: FeatureNetwork) -> str:
+    """`metric` in the features of `network`, as it is reported; in those of FID's network by its own name."""
+    return metric if network.name in ("inception", "inception_logits") else f"{metric}_{network.name}"
 
 
 def quantize(images: Tensor) -> Tensor:
@@ -35,11 +58,14 @@ class Images:
     images: (B, 3, H, W), float in [0, 1].
     labels: (B,) int64, the intended classes; -1 where there is none.
     originals: what the images are reconstructions of, in the same order and shape.
+    indices: (B,) int64, the numbers of the images in the whole stream, from 0; for metrics that depend on the
+    order of the images, so that they do not depend on which process had which.
     """
 
     images: Tensor
     labels: Tensor
     originals: Tensor | None = None
+    indices: Tensor | None = None
     _features: dict[FeatureNetwork, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -50,6 +76,8 @@ class Images:
             raise ValueError(f"{len(self.images)} images with labels of shape {tuple(self.labels.shape)}")
         if self.originals is not None and self.originals.shape != self.images.shape:
             raise ValueError(f"images {shape} with originals {tuple(self.originals.shape)}")
+        if self.indices is not None and self.indices.shape != self.labels.shape:
+            raise ValueError(f"{len(self.images)} images with indices of shape {tuple(self.indices.shape)}")
         object.__setattr__(self, "images", quantize(self.images))
         if self.originals is not None:
             object.__setattr__(self, "originals", quantize(self.originals))
@@ -59,9 +87,50 @@ class Images:
 
     def features(self, network: FeatureNetwork) -> Tensor:
         """The features (B, width) of the images, computed once for all metrics that share `network`."""
+        if isinstance(network, Part):
+            return self.features(network.whole)[:, network.columns]
         if network not in self._features:
             self._features[network] = network(self.images)
         return self._features[network]
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Some of the features of a network, which computes them once for all its parts."""
+
+    name: str
+    whole: ReferenceNetwork
+    columns: slice
+
+    @property
+    def width(self) -> int:
+        return len(range(self.whole.width)[self.columns])
+
+    @property
+    def resize(self) -> str:
+        return self.whole.resize
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return self.whole(images)[:, self.columns]
+
+
+class InceptionFeatures:
+    """FID's network and its parts: `pool` for FID, KID, precision and recall, `logits` for the Inception Score,
+    `spatial` for sFID. With clean-fid's resize they are called `clean_inception`, because they are others."""
+
+    width = POOL + LOGITS + SPATIAL
+
+    def __init__(self, network: Inception):
+        self.network = network
+        prefix = {"tf1": "inception", "clean": "clean_inception"}[network.resize]
+        self.name = f"{prefix}_all"
+        self.resize = f"{network.resize} to {SIZE}"
+        self.pool = Part(prefix, self, slice(0, POOL))
+        self.logits = Part(f"{prefix}_logits", self, slice(POOL, POOL + LOGITS))
+        self.spatial = Part(f"{prefix}_spatial", self, slice(POOL + LOGITS, None))
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return self.network(images)
 
 
 class EncoderFeatures:
@@ -80,6 +149,7 @@ class EncoderFeatures:
         if encoder.input_size != encoder.spec.image_size:
             name = f"{name}_{encoder.input_size}"
         self.name = re.sub("[^0-9A-Za-z]+", "_", name).strip("_")
+        self.resize = f"bicubic, antialiased, to {encoder.input_size}"
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -90,3 +160,19 @@ class EncoderFeatures:
             if images.shape[2:] != size:
                 images = F.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
             return self.encoder(images).mean(1)
+
+
+def load_networks(name: str, device: torch.device) -> dict[str, ReferenceNetwork]:
+    """The networks {name: network} whose features `name` stands for.
+
+    `inception` is FID's network with the published weights, `inception:PLACE` with those at PLACE (as
+    `load_inception` takes it), `clean_inception` the same with clean-fid's resize; each has a second network,
+    sFID's. Any other name is a registered encoder, `builtin:NAME` or a folder.
+    """
+    kind, _, place = name.partition(":")
+    if kind in ("inception", "clean_inception"):
+        network = load_inception(place or None, "tf1" if kind == "inception" else "clean").to(device)
+        features = InceptionFeatures(network)
+        return {part.name: part for part in (features.pool, features.spatial)}
+    encoder = EncoderFeatures(load_encoder(name).to(device))
+    return {encoder.name: encoder}

@@ -1,7 +1,7 @@
 """Streaming metrics: each sees batches one by one, and processes meet once, at the end."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -10,12 +10,16 @@ from torch import Tensor
 
 from raekit.distributed import World
 from raekit.errors import UserError
-from raekit.evaluation.features import FeatureNetwork, Images
+from raekit.evaluation.features import FeatureNetwork, Images, check_width, named
+from raekit.evaluation.frechet import Gaussian, frechet_distance
 from raekit.moments import Moments
 
 log = logging.getLogger(__name__)
 
 _BLOCK = 65_536  # rows of the bank compared at once: bounds the memory of a search
+
+# What the field calls the Frechet distances in Inception's features.
+_FRECHET_NAMES = {"inception": "fid", "inception_spatial": "sfid", "clean_inception": "clean_fid"}
 
 
 class Accumulator(Protocol):
@@ -29,56 +33,17 @@ class Accumulator(Protocol):
     def result(self) -> dict[str, float]: ...
 
 
-def frechet_distance(a: Moments, b: Moments) -> float:
-    """|mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2), for unbiased covariances.
-
-    With factors C = F F^T the trace of the last root is the sum of the singular values of F_a^T F_b. Unlike
-    the square roots of the eigenvalues of C_a C_b, these keep their accuracy near zero, so the distance is
-    stable for covariances without full rank, and zero between equal ones. It is biased upwards for few
-    samples: at most as many as dimensions brings a warning. NaN, with a warning, for moments not finite.
-    """
-    for moments in (a, b):
-        if moments.count <= moments.dim:
-            log.warning(
-                "Frechet distance from %d samples in %d dimensions: the covariance has not full rank; "
-                "take more samples",
-                moments.count,
-                moments.dim,
-            )
-    means, covariances = [m.mean.cpu() for m in (a, b)], [m.covariance.cpu() for m in (a, b)]
-    if not all(x.isfinite().all() for x in (*means, *covariances)):
-        log.warning("Frechet distance of features that are not finite")
-        return float("nan")
-    overlap = torch.linalg.svdvals(_factor(covariances[0]).T @ _factor(covariances[1])).sum()
-    traces = covariances[0].trace() + covariances[1].trace()
-    return max(float((means[0] - means[1]).square().sum() + traces - 2 * overlap), 0.0)
-
-
-def _factor(covariance: Tensor) -> Tensor:
-    """F (D, rank) with F F^T = covariance, without the directions that hold rounding errors alone."""
-    floor = len(covariance) * torch.finfo(covariance.dtype).eps
-    lower, failed = torch.linalg.cholesky_ex(covariance)
-    if not failed and lower.diagonal().square().min() > floor * covariance.diagonal().max():
-        return lower  # full rank: a tenth of the time
-    values, vectors = torch.linalg.eigh(covariance)
-    kept = values > floor * values[-1]
-    return vectors[:, kept] * values[kept].sqrt()
-
-
 class FrechetDistance:
     """Frechet distance of the images from `reference`, in the features of `network`.
 
-    Reported as `name`, by default `fd_` and the network's name; "FID" is the name of one network only.
+    Reported as `name`, by default `fid`, `sfid` and `clean_fid` for the parts of Inception that these names
+    mean, and `fd_` and the network's name for any other.
     """
 
-    def __init__(self, network: FeatureNetwork, reference: Moments, name: str | None = None):
-        if reference.dim != network.width:
-            raise UserError(
-                f"the reference has {reference.dim} dimensions, the features of {network.name} have "
-                f"{network.width}: compute the reference with {network.name}"
-            )
-        self.network, self.reference = network, reference
-        self.name = name or f"fd_{network.name}"
+    def __init__(self, network: FeatureNetwork, reference: Moments | Gaussian, name: str | None = None):
+        check_width("reference", reference.dim, network)
+        self.network, self.reference = network, Gaussian.of(reference)
+        self.name = name or _FRECHET_NAMES.get(network.name, f"fd_{network.name}")
         self.moments = Moments(network.width)
 
     def update(self, batch: Images) -> None:
@@ -89,6 +54,88 @@ class FrechetDistance:
 
     def result(self) -> dict[str, float]:
         return {self.name: frechet_distance(self.moments, self.reference)}
+
+
+class FrechetRatio:
+    """How many times as far from their references the images are as other real images, in several networks.
+
+    `baselines` are the moments of those real images, such as held-out ones, one for each of `distances`. Each
+    distance is reported, and its ratio to the baseline's as `fdr_` and its name; their mean is `fdrK` for K
+    networks, as FDr6 (Yang et al., 2026, arXiv 2604.28190).
+    """
+
+    def __init__(self, distances: Sequence[FrechetDistance], baselines: Sequence[Moments | Gaussian]):
+        self.distances = distances
+        self.baselines = [frechet_distance(b, d.reference) for d, b in zip(distances, baselines, strict=True)]
+        for distance, baseline in zip(distances, self.baselines, strict=True):
+            if not baseline > 0:
+                raise UserError(
+                    f"{distance.name}: the baseline's distance from the reference is {baseline:g}, and nothing can be "
+                    "compared with it: take other real images than the reference's own"
+                )
+
+    def update(self, batch: Images) -> None:
+        for distance in self.distances:
+            distance.update(batch)
+
+    def reduce(self, world: World) -> None:
+        for distance in self.distances:
+            distance.reduce(world)
+
+    def result(self) -> dict[str, float]:
+        found = {name: value for distance in self.distances for name, value in distance.result().items()}
+        ratios = {
+            f"fdr_{name.removeprefix('fd_')}": value / baseline
+            for (name, value), baseline in zip(found.items(), self.baselines, strict=True)
+        }
+        return {**found, **ratios, f"fdr{len(ratios)}": sum(ratios.values()) / len(ratios)}
+
+
+class InceptionScore:
+    """The Inception Score as ADM's evaluator computes it, of the logits of Inception without their bias.
+
+    exp of the mean divergence of a class distribution from the mean one, over `split_size` images at a time in
+    the order of the stream, then averaged: at 50,000 images ten splits, as in the literature.
+    """
+
+    def __init__(self, logits: FeatureNetwork, split_size: int = 5000):
+        self.network, self.split_size = logits, split_size
+        self.done, self.numbered = 0, True
+        # For each split: the number of images, the sum of p and the sum of p log p.
+        self.splits: dict[int, tuple[int, Tensor, Tensor]] = {}
+
+    def update(self, batch: Images) -> None:
+        log_p = batch.features(self.network).double().log_softmax(1).cpu()
+        indices = torch.arange(self.done, self.done + len(batch)) if batch.indices is None else batch.indices.cpu()
+        self.numbered &= batch.indices is not None
+        self.done += len(batch)
+        of_split = indices // self.split_size
+        for split in of_split.unique().tolist():
+            rows = log_p[of_split == split]
+            p = rows.exp()
+            self._add(split, (len(rows), p.sum(0), (p * rows).sum()))
+
+    def reduce(self, world: World) -> None:
+        if world.size > 1 and not self.numbered:
+            raise ValueError("the Inception Score over several processes needs the images' indices")
+        everyone = world.gather(self.splits)
+        self.splits = {}
+        for splits in everyone:
+            for split, sums in splits.items():
+                self._add(split, sums)
+
+    def _add(self, split: int, sums: tuple[int, Tensor, Tensor]) -> None:
+        if split in self.splits:
+            count, p, p_log_p = self.splits[split]
+            sums = (count + sums[0], p + sums[1], p_log_p + sums[2])
+        self.splits[split] = sums
+
+    def result(self) -> dict[str, float]:
+        scores = []
+        for _, (count, p, p_log_p) in sorted(self.splits.items()):
+            mean = p / count
+            scores.append((p_log_p / count - torch.xlogy(mean, mean).sum()).exp())
+        return {named("inception_score", self.network): float(torch.stack(scores).mean())}
 
 
 def psnr(images: Tensor, originals: Tensor) -> Tensor:
@@ -142,11 +189,7 @@ class NearestNeighbours:
     def __init__(self, network: FeatureNetwork, features: Tensor, labels: Tensor, k: int = 10):
         if not 1 <= k <= len(features):
             raise UserError(f"k = {k} neighbours in a bank of {len(features)} images: choose 1 <= k <= images")
-        if features.shape[1] != network.width:
-            raise UserError(
-                f"the bank has {features.shape[1]} dimensions, the features of {network.name} have "
-                f"{network.width}: compute the bank with {network.name}"
-            )
+        check_width("bank", features.shape[1], network)
         self.network, self.k = network, k
         self.bank, self.labels = _unit(features), labels.to(features.device)
         self.labelled = bool((labels >= 0).all())

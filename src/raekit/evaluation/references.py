@@ -1,0 +1,323 @@
+"""What images are compared with: statistics and features of real images, in files of ours and of others."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from raekit.config import configclass, from_dict, to_dict
+from raekit.data.archives import Npz
+from raekit.data.loader import DataConfig, Loader
+from raekit.data.sources import Split
+from raekit.distributed import World
+from raekit.errors import UserError
+from raekit.evaluation.evaluate import BATCH, evaluate, images_of
+from raekit.evaluation.features import FeatureNetwork, Images, ReferenceNetwork
+from raekit.evaluation.frechet import Gaussian
+from raekit.evaluation.manifold import Kept
+from raekit.files import whole
+from raekit.moments import Moments
+from raekit.progress import Report, silent
+from raekit.weights import fingerprint, read_weights
+
+MAX_WIDTH = 16_384
+"""Features of more dimensions are refused: a covariance of as many takes 2 GiB."""
+
+_METADATA = "raekit reference"  # the key in the header of our files
+_SYMMETRY = 1e-5  # relative; what float32 statistics may lack
+
+# What the arrays of an unpickled numpy array are made of; none of it runs code. Names as numpy 1 and 2 write them.
+_NUMPY = [
+    (np.ndarray, "numpy.ndarray"),
+    (np.dtype, "numpy.dtype"),
+    *((np.empty(0).__reduce__()[0], f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+    np.dtypes.Float32DType,
+    np.dtypes.Float64DType,
+]
+
+
+@configclass
+class About:
+    """Where a reference comes from.
+
+    `source` is the address of the images and `split` the part of it, None if the file does not tell, as those of
+    others do not; `image_size` the side that they were centre-cropped to, `count` their number, `resize` how each
+    network brought them to its own size, `hash` 16 digits of the numbers.
+    """
+
+    source: str | None = None
+    split: Split | None = None
+    image_size: int | None = None
+    count: int | None = None
+    resize: dict[str, str] = field(default_factory=dict)
+    hash: str = ""
+
+
+@configclass
+class _Header:
+    """What our files tell beside their tensors; `counts` are the numbers of images by network."""
+
+    about: About
+    counts: dict[str, int | None]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Real images as they look to networks, by the networks' names.
+
+    gaussians: mean and covariance of the features of all images.
+    features: (N, width) float32, of some images, for precision, recall and KID.
+    images: address of images that the file itself holds, for `data.sources`, as those of ADM do.
+    """
+
+    place: str  # names it in messages
+    about: About
+    gaussians: Mapping[str, Gaussian]
+    features: Mapping[str, Tensor] = field(default_factory=dict)
+    images: str | None = None
+
+    def gaussian(self, network: FeatureNetwork) -> Gaussian:
+        """The statistics in the features of `network`; UserError, telling which there are, without any."""
+        if network.name not in self.gaussians:
+            raise UserError(
+                f"{self.place}: has statistics of {', '.join(self.gaussians) or 'no network'}, and not of "
+                f"{network.name}: distances in its features need a reference made with it (raekit reference)"
+            )
+        gaussian = self.gaussians[network.name]
+        if gaussian.dim != network.width:
+            raise UserError(
+                f"{self.place}: the statistics of {network.name} have {gaussian.dim} dimensions, its features "
+                f"{network.width}: it is another network of that name"
+            )
+        return gaussian
+
+    def bank(self, network: FeatureNetwork) -> Tensor:
+        """The features (N, width) of single images; UserError without any."""
+        if network.name in self.features:
+            return self.features[network.name]
+        hint = f"; those of the images in it can be measured from {self.images}" if self.images else ""
+        raise UserError(
+            f"{self.place}: has no features of single images by {network.name}, which precision, recall and KID "
+            f"need: build a reference with them (raekit reference){hint}"
+        )
+
+    def check_size(self, image_size: int) -> None:
+        """UserError if images of `image_size` must not be compared with these."""
+        if self.about.image_size not in (None, image_size):
+            raise UserError(
+                f"{self.place}: is of images of {self.about.image_size} pixels, and these have {image_size}: distances "
+                "between resolutions mean nothing; take the reference of this resolution"
+            )
+
+    def check_originals(self, source: str, split: Split) -> None:
+        """UserError unless the reference is of the very images that are reconstructed."""
+        found = (self.about.source, self.about.split)
+        if found == (None, None):
+            found, reason = "images that it does not name", "a reference for generated images gives another number"
+        else:
+            found, reason = f"{found[0]} ({found[1]})", "reconstructions are compared with their own originals"
+        if (self.about.source, self.about.split) != (source, split):
+            raise UserError(
+                f"{self.place}: is of {found}, and the originals are {source} ({split}): {reason}; "
+                f"run raekit reference {source} --split {split}"
+            )
+
+    def write(self, path: Path) -> None:
+        """Write our format; UserError if it cannot be written."""
+        header = _Header(about=self.about, counts={name: one.count for name, one in self.gaussians.items()})
+        with whole(path) as partial:
+            save_file(_tensors(self.gaussians, self.features), partial, {_METADATA: json.dumps(to_dict(header))})
+
+
+def read_reference(path: Path, network: str | None = None) -> Reference:
+    """Read a reference:
+
+    - `.safetensors`: ours, checked against its hash.
+    - `.npz`: ADM's (`mu`, `sigma`, sFID's `mu_s`, `sigma_s`, and images in `arr_0`), or `mu` and `sigma` alone, as
+      pytorch-fid and clean-fid write them.
+    - `.pt`: `mu` and `sigma` as torch-fidelity caches them.
+
+    `network` names the network of a file that does not tell: by default `clean_inception` if the name has
+    clean-fid's `_clean_` in it, else `inception`. UserError, without running code, for what is damaged, not
+    finite, misshapen or not symmetric.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    if path.suffix == ".safetensors":
+        return _read_ours(path)
+    name = network or ("clean_inception" if "_clean_" in path.name else "inception")
+    if path.suffix == ".npz":
+        return _read_npz(path, name)
+    if path.suffix in (".pt", ".pth"):
+        with torch.serialization.safe_globals(_NUMPY):
+            values = read_weights(path)
+        mean, covariance = (_array(values, key, path) for key in ("mu", "sigma"))
+        return _reference(str(path), About(), {name: _gaussian(f"{path}: {name}", mean, covariance, None)})
+    raise UserError(f"{path}: no reference; they are .safetensors, .npz and .pt files (raekit reference makes one)")
+
+
+def _read_npz(path: Path, name: str) -> Reference:
+    npz = Npz(path)
+    gaussians = {}
+    for key, part in ("", name), ("_s", f"{name}_spatial"):
+        mean, covariance = f"mu{key}", f"sigma{key}"
+        if not {mean, covariance} & npz.arrays.keys() and key:
+            continue
+        for array in (mean, covariance):
+            dtype, shape = npz.arrays.get(array, (None, ()))
+            if dtype is None:
+                hint = f"; measure its images: raekit reference npz:{path}" if "arr_0" in npz.arrays else ""
+                raise UserError(f"{path}: no reference, it lacks {array} (it holds {', '.join(npz.arrays)}){hint}")
+            if dtype.kind != "f" or not 1 <= len(shape) <= 2 or max(shape) > MAX_WIDTH:
+                raise UserError(f"{path}: {array} is {dtype} {shape}, expected a mean (D,) or covariance (D, D)")
+        gaussians[part] = _gaussian(f"{path}: {part}", npz.read(mean), npz.read(covariance), None)
+    dtype, shape = npz.arrays.get("arr_0", (None, ()))
+    if dtype == np.uint8 and len(shape) == 4 and shape[1] == shape[2]:
+        return _reference(str(path), About(image_size=shape[1]), gaussians, images=f"npz:{path}")
+    return _reference(str(path), About(), gaussians)
+
+
+def _read_ours(path: Path) -> Reference:
+    tensors = read_weights(path)
+    with safe_open(path, "pt") as file:
+        metadata = (file.metadata() or {}).get(_METADATA)
+    try:
+        header = from_dict(_Header, json.loads(metadata or ""), path)
+    except ValueError:
+        raise UserError(
+            f"{path}: no reference (its header lacks {_METADATA!r}); make one by raekit reference"
+        ) from None
+    features = {key.removesuffix(".features"): value for key, value in tensors.items() if key.endswith(".features")}
+    wanted = {f"{name}.{part}" for name in header.counts for part in ("mean", "covariance")}
+    wanted |= {f"{name}.features" for name in features if name in header.counts}
+    if wanted != tensors.keys() or not all(tensor.is_floating_point() for tensor in tensors.values()):
+        raise UserError(f"{path}: damaged, it holds {', '.join(sorted(tensors))}; make it again")
+    gaussians = {}
+    for name, count in header.counts.items():
+        mean, covariance = (tensors[f"{name}.{part}"].double().numpy() for part in ("mean", "covariance"))
+        gaussians[name] = _gaussian(f"{path}: {name}", mean, covariance, count)
+    if any(values.ndim != 2 or values.shape[1] != gaussians[name].dim for name, values in features.items()):
+        raise UserError(f"{path}: damaged, the features have other dimensions than their statistics; make it again")
+    reference = _reference(str(path), header.about, gaussians, features)
+    if reference.about.hash != header.about.hash:
+        raise UserError(
+            f"{path}: damaged, its numbers are not those that its hash {header.about.hash} tells; make it again"
+        )
+    return reference
+
+
+def _reference(
+    place: str,
+    about: About,
+    gaussians: Mapping[str, Gaussian],
+    features: Mapping[str, Tensor] | None = None,
+    images: str | None = None,
+) -> Reference:
+    """With the hash of its numbers."""
+    features = features or {}
+    return Reference(
+        place, replace(about, hash=fingerprint(_tensors(gaussians, features))), gaussians, features, images
+    )
+
+
+def _array(values: Mapping[str, object], key: str, path: Path) -> np.ndarray:
+    value = values.get(key)
+    if isinstance(value, Tensor):
+        value = value.detach().numpy()
+    if not isinstance(value, np.ndarray) or value.dtype.kind != "f":
+        raise UserError(f"{path}: no reference, it lacks {key} (it holds {', '.join(values)})")
+    return value
+
+
+def _gaussian(what: str, mean: np.ndarray, covariance: np.ndarray, count: int | None) -> Gaussian:
+    """Checked statistics; UserError that begins with `what`."""
+    if mean.ndim != 1 or not 1 <= len(mean) <= MAX_WIDTH or covariance.shape != (len(mean), len(mean)):
+        raise UserError(
+            f"{what}: a mean of shape {mean.shape} and a covariance of {covariance.shape}, expected (D,) and (D, D)"
+        )
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        raise UserError(f"{what}: the statistics hold numbers that are not finite; make them again")
+    covariance = covariance.astype(np.float64)
+    largest = np.abs(covariance).max()
+    if np.abs(covariance - covariance.T).max() > _SYMMETRY * largest:
+        raise UserError(f"{what}: the covariance is not symmetric, so it is none; make it again")
+    if covariance.diagonal().min() < -_SYMMETRY * largest:
+        raise UserError(f"{what}: the covariance has a negative variance, so it is none; make it again")
+    return Gaussian(torch.from_numpy(mean.astype(np.float64)), torch.from_numpy(covariance), count)
+
+
+def _tensors(gaussians: Mapping[str, Gaussian], features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All numbers, by the names that they have in our files."""
+    tensors = {f"{name}.mean": gaussian.mean for name, gaussian in gaussians.items()}
+    tensors |= {f"{name}.covariance": gaussian.covariance for name, gaussian in gaussians.items()}
+    tensors |= {f"{name}.features": values.float().cpu() for name, values in features.items()}
+    return {name: value.contiguous() for name, value in tensors.items()}
+
+
+class _Measured:
+    """An accumulator of what a reference holds of one network: moments, and features of about `keep` of `total`
+    images, evenly spread over the stream. It reports no metric."""
+
+    def __init__(self, network: FeatureNetwork, keep: int, total: int):
+        self.network, self.keep, self.total = network, keep, total
+        self.moments = Moments(network.width)
+        self.kept = Kept()
+        self.features = torch.empty(0, network.width)
+
+    def update(self, batch: Images) -> None:
+        features = batch.features(self.network)
+        self.moments.update(features)
+        if self.keep and batch.indices is not None:
+            chosen = (batch.indices * self.keep) // self.total != ((batch.indices - 1) * self.keep) // self.total
+            self.kept.update(features[chosen.to(features.device)], batch.indices[chosen])
+
+    def reduce(self, world: World) -> None:
+        self.moments.reduce(world)
+        if self.keep:
+            self.features = self.kept.gathered(world).cpu()
+
+    def result(self) -> dict[str, float]:
+        return {}
+
+
+def measure_reference(
+    data: DataConfig,
+    networks: Mapping[str, ReferenceNetwork],
+    world: World,
+    *,
+    keep: int = 10_000,
+    progress: Report = silent,
+) -> Reference:
+    """The reference of all images of a source, in one pass, the same on every process.
+
+    Of `keep` of them, evenly spread over the source, the features themselves are kept, but for those of sFID.
+    """
+    if not networks or keep < 0:
+        raise UserError(f"a reference needs at least one network, and keep of 0 or more images, not {keep}")
+    loader = Loader(data, seed=0)
+    keep = min(keep, len(loader))
+    measured = {
+        name: _Measured(network, 0 if name.endswith("_spatial") else keep, len(loader))
+        for name, network in networks.items()
+    }
+
+    def shown(done: int) -> None:
+        progress("reference", min(done * world.size, len(loader)), len(loader))
+
+    evaluate(images_of(loader.once(BATCH, world), world), list(measured.values()), world, shown)
+    gaussians = {name: Gaussian.of(part.moments) for name, part in measured.items()}
+    features = {name: part.features for name, part in measured.items() if part.keep}
+    about = About(
+        source=data.source,
+        split=data.split,
+        image_size=data.image_size,
+        count=next(iter(gaussians.values())).count,
+        resize={name: network.resize for name, network in networks.items()},
+    )
+    return _reference(f"{data.source} ({data.split})", about, gaussians, features)

@@ -1,0 +1,307 @@
+"""References: ours, those of other projects, and those that were made to do harm."""
+
+import io
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from raekit.data.loader import DataConfig, Loader
+from raekit.data.sources import open_source
+from raekit.data.transforms import center_crop
+from raekit.distributed import World
+from raekit.errors import UserError
+from raekit.evaluation import references
+from raekit.evaluation.evaluate import evaluate, images_of
+from raekit.evaluation.frechet import frechet_distance
+from raekit.evaluation.manifold import Manifold, PrecisionRecall
+from raekit.evaluation.metrics import FrechetDistance
+from raekit.evaluation.references import measure_reference, read_reference
+
+ALONE = World()
+
+
+class Means:
+    """Features: the image in small."""
+
+    resize = "mean"
+
+    def __init__(self, name: str = "inception", width: int = 12):
+        self.name, self.width = name, width
+
+    def __call__(self, images: Tensor) -> Tensor:
+        small = torch.nn.functional.adaptive_avg_pool2d(images, (2, self.width // 6))
+        return small.flatten(1)
+
+
+NETWORKS = {"inception": Means(), "inception_spatial": Means("inception_spatial", 18)}
+
+
+def data(images: str, split: Any = "all") -> DataConfig:
+    return DataConfig(source=images, split=split, image_size=16)
+
+
+def statistics(dim: int = 6) -> dict[str, np.ndarray]:
+    rows = np.random.default_rng(dim).normal(size=(50, dim))
+    return {"mu": rows.mean(0), "sigma": np.cov(rows, rowvar=False)}
+
+
+def adm(path: Path, **others: Any) -> Path:
+    images = np.random.default_rng(0).integers(0, 256, (9, 16, 16, 3), dtype=np.uint8)
+    spatial = {f"{key}_s": value for key, value in statistics(7).items()}
+    arrays = statistics() | spatial | {"arr_0": images} | others
+    np.savez(path, allow_pickle=True, **{key: value for key, value in arrays.items() if value is not None})
+    return path
+
+
+# Ours
+
+
+def test_a_measured_reference_scores_as_the_images_themselves(images: str, tmp_path: Path):
+    reports = []
+
+    def report(what: str, done: int, total: int, text: str = "", unit: int = 1) -> None:
+        reports.append((what, done, total))
+
+    reference = measure_reference(data(images, "train"), NETWORKS, ALONE, keep=10, progress=report)
+    assert reports[-1] == ("reference", 30, 30)
+    rows = torch.stack([torch.from_numpy(crop(image)) for image in pictures(images)])
+    features = NETWORKS["inception"](rows.permute(0, 3, 1, 2).float() / 255)
+    expected = torch.cov(features.double().T)
+    torch.testing.assert_close(reference.gaussian(NETWORKS["inception"]).covariance, expected)
+    assert torch.equal(reference.bank(NETWORKS["inception"]), features[::3])
+    assert reference.features.keys() == {"inception"}
+
+    reference.write(tmp_path / "r.safetensors")
+    again = read_reference(tmp_path / "r.safetensors")
+    about = again.about
+    assert about == reference.about
+    assert (about.source, about.split, about.image_size, about.count) == (images, "train", 16, 30)
+    assert about.resize == {"inception": "mean", "inception_spatial": "mean"}
+    assert len(about.hash) == 16
+    other = measure_reference(data(images, "heldout"), NETWORKS, ALONE, keep=0)
+    assert other.about.hash != about.hash
+    assert not other.features
+    for name, network in NETWORKS.items():
+        mine, theirs = other.gaussian(network), again.gaussian(network)
+        assert frechet_distance(mine, theirs) == frechet_distance(mine, reference.gaussians[name])
+        assert theirs.count == 30
+    assert torch.equal(again.bank(NETWORKS["inception"]), reference.bank(NETWORKS["inception"]))
+
+
+def pictures(images: str):
+    source = open_source(images, "train")
+    return [source[i][0] for i in range(len(source))]
+
+
+def crop(image) -> np.ndarray:
+    return np.asarray(center_crop(image, 16)).copy()
+
+
+def measured(world: World, images: str) -> tuple[str, list[float]]:
+    reference = measure_reference(data(images), NETWORKS, world, keep=7)
+    return reference.about.source or "", [
+        *reference.gaussians["inception"].covariance.flatten().tolist(),
+        *reference.features["inception"].flatten().tolist(),
+    ]
+
+
+def test_processes_measure_the_same(images: str, run_ranks):
+    one = measured(ALONE, images)
+    for found in run_ranks(measured, 2, images):
+        assert found[0] == one[0]
+        assert found[1] == pytest.approx(one[1], rel=1e-9, abs=1e-15)
+
+
+def test_every_metric_takes_a_read_reference(images: str, tmp_path: Path):
+    measure_reference(data(images), NETWORKS, ALONE).write(tmp_path / "r.safetensors")
+    reference, network = read_reference(tmp_path / "r.safetensors"), NETWORKS["inception"]
+    metrics = [
+        FrechetDistance(network, reference.gaussian(network)),
+        PrecisionRecall(network, Manifold(reference.bank(network))),
+    ]
+    result = evaluate(images_of(Loader(data(images), 0).once(8, ALONE), ALONE), metrics, ALONE)
+    assert result == {"fid": pytest.approx(0, abs=1e-12), "precision": 1, "recall": 1}
+
+
+def test_a_changed_file_is_refused(images: str, tmp_path: Path):
+    path = tmp_path / "r.safetensors"
+    measure_reference(data(images), NETWORKS, ALONE).write(path)
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        header = file.metadata()[references._METADATA]
+    wrong = tensors["inception.mean"] + 1e-9
+    cases: list[tuple[str, dict[str, Tensor], str]] = [
+        (header, {"inception.mean": wrong}, "its numbers are not those that its hash"),
+        (header, {"extra": wrong}, "damaged, it holds extra"),
+        (header, {"other.features": wrong}, "damaged, it holds"),
+        (header, {"inception.mean": torch.zeros(12, dtype=torch.int64)}, "damaged, it holds"),
+        (header, {"inception.mean": wrong[:5]}, r"a mean of shape \(5,\)"),
+        (header, {"inception.features": wrong}, "damaged, the features have other dimensions"),
+        ("{}", {}, "about: Field required"),
+        ("no json", {}, "its header lacks"),
+        (header.replace('"count"', '"counted"'), {}, "counted"),
+        (header.replace('"inception": 39', '"inception": "many"'), {}, "counts.inception"),
+    ]
+    for text, others, message in cases:
+        save_file(tensors | others, path, {references._METADATA: text})
+        with pytest.raises(UserError, match=message):
+            read_reference(path)
+    save_file(tensors, path)
+    with pytest.raises(UserError, match="its header lacks"):
+        read_reference(path)
+
+
+# Of other projects
+
+
+def test_adms_file_has_statistics_of_fid_and_sfid_and_images(tmp_path: Path):
+    reference = read_reference(adm(tmp_path / "VIRTUAL_imagenet16_labeled.npz"))
+    assert reference.about.image_size == 16
+    assert (reference.about.source, reference.about.count) == (None, None)
+    for name, dim in ("inception", 6), ("inception_spatial", 7):
+        expected = statistics(dim)
+        gaussian = reference.gaussian(Means(name, dim))
+        assert np.array_equal(gaussian.mean.numpy(), expected["mu"])
+        assert np.array_equal(gaussian.covariance.numpy(), expected["sigma"])
+    assert reference.images == f"npz:{tmp_path}/VIRTUAL_imagenet16_labeled.npz"
+    assert len(open_source(f"npz:{tmp_path}/VIRTUAL_imagenet16_labeled.npz", "all")) == 9
+    with pytest.raises(UserError, match=r"no features of single images by inception.*measured from npz:"):
+        reference.bank(Means())
+
+
+@pytest.mark.parametrize(
+    ("name", "network", "found"),
+    [
+        ("imagenet.npz", None, "inception"),
+        ("ffhq_clean_trainval70k_1024.npz", None, "clean_inception"),
+        ("ffhq_clean_trainval70k_1024.npz", "inception", "inception"),
+        ("dinov2.npz", "dinov2_l", "dinov2_l"),
+    ],
+)
+def test_statistics_alone_are_of_the_network_that_is_named(tmp_path: Path, name: str, network: str | None, found: str):
+    np.savez_compressed(tmp_path / name, allow_pickle=False, **statistics())
+    reference = read_reference(tmp_path / name, network)
+    assert list(reference.gaussians) == [found]
+    assert reference.images is None
+
+
+@pytest.mark.parametrize("core", ["numpy.core", "numpy._core"])
+def test_torch_fidelitys_file_is_read_without_running_code(
+    tmp_path: Path, core: str, capsys: pytest.CaptureFixture[str]
+):
+    path = tmp_path / "images-inception-v3-compat-stat-fid-2048.pt"
+    torch.save(statistics(), path)
+    with zipfile.ZipFile(path) as archive:  # numpy 1 and 2 name a function differently
+        content = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in content.items():
+            archive.writestr(name, data.replace(b"numpy._core", core.encode()))
+    gaussian = read_reference(path).gaussian(Means(width=6))
+    assert np.array_equal(gaussian.covariance.numpy(), statistics()["sigma"])
+    for bad in {"mu": Code(), "sigma": statistics()["sigma"]}, {"mu": np.array([Code()]), "sigma": Code()}:
+        torch.save(bad, path)
+        with pytest.raises(UserError, match=r"fid-2048\.pt: (refused|damaged)"):
+            read_reference(path)
+    for bad in {"mu": 3}, [1], {"mean": statistics()["mu"]}:
+        torch.save(bad, path)
+        with pytest.raises(UserError, match=r"fid-2048\.pt: .*holds"):
+            read_reference(path)
+    assert "code was run" not in capsys.readouterr().out
+
+
+class Code:
+    def __reduce__(self):
+        return (print, ("code was run",))
+
+
+# Made to do harm, or by mistake
+
+
+def spoiled(key: str, index: tuple[int, ...], value: float) -> dict[str, np.ndarray]:
+    array = statistics()[key].copy()
+    array[index] = value
+    return {key: array}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sigma": None}, r"lacks sigma \(it holds mu, .*\); measure its images: raekit reference npz:"),
+        ({"sigma": None, "arr_0": None}, r"lacks sigma \(it holds mu, mu_s, sigma_s\)$"),
+        ({"sigma_s": None}, "lacks sigma_s"),
+        ({"mu": np.zeros(5)}, r"a mean of shape \(5,\) and a covariance of \(6, 6\)"),
+        ({"sigma": np.zeros((6, 5))}, r"a covariance of \(6, 5\)"),
+        ({"sigma": np.zeros((6, 6, 1))}, r"sigma is float64 \(6, 6, 1\)"),
+        ({"sigma": np.float64(3)}, r"sigma is float64 \(\)"),
+        ({"mu": np.zeros(0), "sigma": np.zeros((0, 0))}, r"a mean of shape \(0,\)"),
+        ({"mu": np.arange(6)}, r"mu is int64 \(6,\)"),
+        ({"mu": np.array(["a"] * 6)}, r"mu is <U1"),
+        ({"mu": np.zeros(20_000)}, r"mu is float64 \(20000,\)"),
+        ({"mu": np.array([Code()] * 6)}, "refused, mu holds Python objects"),
+        ({"arr_0": np.array([Code()] * 6)}, "refused, arr_0 holds Python objects"),
+        (spoiled("mu", (2,), np.nan), "not finite"),
+        (spoiled("sigma", (2, 2), np.inf), "not finite"),
+        (spoiled("sigma", (2, 3), 0.7), "the covariance is not symmetric"),
+        (spoiled("sigma", (4, 4), -0.7), "has a negative variance"),
+    ],
+)
+def test_other_npz_files_are_refused(
+    tmp_path: Path, change: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
+):
+    path = adm(tmp_path / "x.npz", **change)
+    with pytest.raises(UserError, match=rf"^{path}: .*{message}"):
+        read_reference(path)
+    assert "code was run" not in capsys.readouterr().out
+
+
+def test_a_covariance_that_would_fill_the_memory_is_refused_unread(tmp_path: Path):
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": "<f8", "fortran_order": False, "shape": (10**6, 10**6)})
+    path = adm(tmp_path / "x.npz", sigma=None)
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("sigma.npy", file.getvalue())
+    with pytest.raises(UserError, match="sigma is damaged, its size is not that of an array"):
+        read_reference(path)
+
+
+@pytest.mark.parametrize("name", ["x.npz", "x.pt", "x.safetensors", "x.txt"])
+def test_files_that_are_none_are_refused(tmp_path: Path, name: str):
+    with pytest.raises(UserError, match=rf"{name}: no such file"):
+        read_reference(tmp_path / name)
+    (tmp_path / name).write_bytes(b"nothing of the kind")
+    with pytest.raises(UserError, match=rf"{name}: (damaged|refused|no reference)"):
+        read_reference(tmp_path / name)
+
+
+# Of the wrong kind
+
+
+def test_a_reference_of_the_wrong_kind_is_refused_with_the_reason(images: str, tmp_path: Path):
+    reference = measure_reference(data(images, "heldout"), NETWORKS, ALONE)
+    theirs = read_reference(adm(tmp_path / "x.npz"))
+    with pytest.raises(UserError, match="has statistics of inception, inception_spatial, and not of vit_tiny"):
+        reference.gaussian(Means("vit_tiny"))
+    with pytest.raises(UserError, match="statistics of inception have 12 dimensions, its features 6"):
+        reference.gaussian(Means(width=6))
+    with pytest.raises(UserError, match="no features of single images by inception_spatial"):
+        reference.bank(NETWORKS["inception_spatial"])
+    for each in reference, theirs:
+        each.check_size(16)
+        with pytest.raises(UserError, match="is of images of 16 pixels, and these have 256"):
+            each.check_size(256)
+    reference.check_originals(images, "heldout")
+    with pytest.raises(UserError, match=r"own originals; run raekit reference folder:.* --split train"):
+        reference.check_originals(images, "train")
+    with pytest.raises(UserError, match=r"images that it does not name.*a reference for generated images"):
+        theirs.check_originals(images, "heldout")
+    np.savez(tmp_path / "plain.npz", allow_pickle=False, **statistics())
+    read_reference(tmp_path / "plain.npz").check_size(256)  # it does not tell
+    with pytest.raises(UserError, match="at least one network"):
+        measure_reference(data(images), {}, ALONE)
