@@ -84,7 +84,7 @@ def score(
         labels = balanced_labels(train, count) if model.denoiser.config.num_classes else None
         number = None if labels else count
         for batch in generate(model, labels, count=number, seed=seed, sampling=sampling, batch_size=BATCH, world=world):
-            yield Images(batch.images, batch.labels)
+            yield Images(batch.images, batch.labels, indices=batch.indices)
 
     heldout_metrics = [NearestNeighbours(network, bank, bank_labels)]
     training_metrics = [FrechetDistance(network, reference)]
