@@ -106,14 +106,19 @@ def full_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.fixture
-def golden() -> Callable[[str], Path]:
-    """`golden(name)`: the path of a reference case; the test is skipped where the cases are not at hand."""
-    shared = os.environ.get("RAEKIT_SHARED", Path(__file__).parents[2] / "shared")
+def shared() -> Callable[[str], Path]:
+    """`shared(path)`: a file or folder that is kept beside the project; the test is skipped where it is not at hand."""
+    root = Path(os.environ.get("RAEKIT_SHARED", Path(__file__).parents[2] / "shared"))
 
-    def find(name: str) -> Path:
-        path = Path(shared, "golden", name)
-        if not path.is_file():
-            pytest.skip(f"no reference case {name}; RAEKIT_SHARED names the folder that holds golden/")
-        return path
+    def find(path: str) -> Path:
+        if not (root / path).exists():
+            pytest.skip(f"no {path}; RAEKIT_SHARED names the folder that holds it")
+        return root / path
 
     return find
+
+
+@pytest.fixture
+def golden(shared: Callable[[str], Path]) -> Callable[[str], Path]:
+    """`golden(name)`: the path of a reference case."""
+    return lambda name: shared(f"golden/{name}")

@@ -41,8 +41,9 @@ from raekit.models.discriminator import (
     discriminator_loss,
     generator_loss,
 )
-from raekit.models.encoders import FAMILIES, HALF, IMAGENET, Encoder, EncoderSpec
+from raekit.models.encoders import FAMILIES, Encoder, EncoderSpec, LayersConfig, sides
 from raekit.models.inception import LOGITS, POOL, SPATIAL, Inception, inception_state
+from raekit.models.layers import to_grid
 from raekit.models.perceptual import LPIPS, perceptual_state
 from raekit.moments import Moments
 from raekit.published import (
@@ -58,14 +59,10 @@ from raekit.weights import load_strict
 
 TOLERANCE = 1e-5
 TOLERANCES = {"ode_sample": 1e-4, "fid_A_B": 1e-6, "precision": 0, "recall": 0}
-NOT_BUILT = ("ditdh_v2", "encoder_layers")
+NOT_BUILT = ("ditdh_v2",)
 
-# Published class name -> our family, prefix tokens before the patches (without registers), mean and std.
-ENCODERS = {
-    "Dinov2withNorm": ("dinov2_with_registers", 1, IMAGENET),
-    "SigLIP2wNorm": ("siglip", 0, HALF),
-    "MAEwNorm": ("vit_mae", 1, IMAGENET),
-}
+# Published class name -> our family.
+ENCODERS = {"Dinov2withNorm": "dinov2_with_registers", "SigLIP2wNorm": "siglip", "MAEwNorm": "vit_mae"}
 
 NORMS: dict[str, Literal["instance", "group"]] = {"bn": "instance", "gn": "group"}
 DINO_SIZES = {192: "T", 384: "S", 768: "B"}
@@ -84,17 +81,18 @@ def fill_array(name: str, shape: tuple[int, ...]) -> np.ndarray:
     return np.float32(name.endswith("weight")) + np.float32(0.1) * normals
 
 
-def fixed_table(name: str, shape: tuple[int, ...]) -> np.ndarray | None:
+def fixed_table(name: str, shape: tuple[int, ...], grid: tuple[int, int] | None = None) -> np.ndarray | None:
     """The values that the tables of positions keep in a published state dict; None for any other parameter.
 
-    Written anew from spec 1.5 and 2.3, not by `raekit.models.layers`, for square grids.
+    Written anew from spec 1.5 and 2.3, not by `raekit.models.layers`. The grid is square unless it is given.
     """
     kind = name.rsplit(".", 1)[-1]
     if kind not in ("pos_embed", "decoder_pos_embed", "freqs_cos", "freqs_sin"):
         return None
     tokens, width = shape[-2:]
-    leading = tokens - math.isqrt(tokens) ** 2  # the class token's row of zeros
-    row, column = np.divmod(np.arange(tokens - leading), math.isqrt(tokens))
+    height, side = grid or (math.isqrt(tokens), math.isqrt(tokens))
+    leading = tokens - height * side  # the class token's row of zeros
+    row, column = np.divmod(np.arange(tokens - leading), side)
     frequency = 10000.0 ** (-np.arange(width // 4) / (width // 4))
     if kind.startswith("freqs"):
         angles = np.concatenate([np.outer(row, frequency), np.outer(column, frequency)], 1).repeat(2, 1)
@@ -104,11 +102,13 @@ def fixed_table(name: str, shape: tuple[int, ...]) -> np.ndarray | None:
     return np.concatenate([np.zeros((leading, width)), table])[None].astype(np.float32)
 
 
-def state_dict(shapes: Mapping[str, list[int]], fixed_tables: bool = True) -> dict[str, Tensor]:
+def state_dict(
+    shapes: Mapping[str, list[int]], grid: tuple[int, int] | None = None, *, fixed_tables: bool = True
+) -> dict[str, Tensor]:
     """A published state dict, from the names and shapes that a case lists."""
     state = {}
     for name, shape in shapes.items():
-        table = fixed_table(name, tuple(shape)) if fixed_tables else None
+        table = fixed_table(name, tuple(shape), grid) if fixed_tables else None
         state[name] = torch.from_numpy(fill_array(name, tuple(shape)) if table is None else table)
     return state
 
@@ -214,8 +214,8 @@ def decoder(case: Case) -> Outputs:
 
 def rae(case: Case) -> Outputs:
     """The whole autoencoder: whitened latents, and the reconstruction without clamping."""
-    encoder = _encoder(case)
-    state = state_dict(case.field("decoder_shapes"))
+    encoder = _rae_encoder(case)
+    state = state_dict(case.field("decoder_shapes"), encoder.grid)
     config = AutoencoderConfig(
         encoder=encoder.name,
         encoder_size=encoder.input_size,
@@ -232,35 +232,63 @@ def rae(case: Case) -> Outputs:
         yield "rec", model.to_pixels(model.decoder(model.unwhiten(z)))
 
 
-def _encoder(case: Case) -> Encoder:
-    """The case's encoder: built by transformers from `encoder_config`, filled by its own parameters' names."""
-    import transformers
-
+def _rae_encoder(case: Case) -> Encoder:
     name = case.field("encoder")
     if name not in ENCODERS:
         raise UserError(f"encoder {name} is none of {', '.join(ENCODERS)}")
-    family, prefix, (mean, std) = ENCODERS[name]
-    values, shapes = case.field("encoder_config"), case.field("encoder_shapes")
-    values = values.get("vision_config", values)  # of a SigLIP with its text tower
-    model_class = getattr(transformers, FAMILIES[family].model_class)
-    config = model_class.config_class(**values)
-    for field, value in FAMILIES[family].config.items():
-        setattr(config, field, value)
-    model = model_class(config)
-    if family == "siglip":  # its pooling head, which nothing here uses, may be listed or not
-        shapes = {key: shape for key, shape in shapes.items() if not key.startswith("head.")}
+    size = _size(case.field("encoder_input_size"))
+    return _encoder(name, ENCODERS[name], case.field("encoder_config"), case.field("encoder_shapes"), size)
+
+
+def _size(value: int | list[int]) -> tuple[int, int]:
+    return sides(value if isinstance(value, int) else (value[0], value[1]))
+
+
+def _encoder(
+    name: str,
+    family: str,
+    values: dict[str, Any],
+    shapes: Mapping[str, list[int]],
+    size: tuple[int, int],
+    layers: LayersConfig | None = None,
+) -> Encoder:
+    """An encoder that transformers builds from its configuration, filled by its own parameters' names."""
+    import transformers
+
+    kind = FAMILIES[family]
+    model_class = getattr(transformers, kind.model_class)
+    config = model_class.config_class(**values.get("vision_config", values) | kind.config)
+    model = model_class(config, **kind.arguments)
+    # Of what nothing here uses, pooling heads and a MAE's decoder, the shapes may be listed or not.
+    shapes = {key: shape for key, shape in shapes.items() if not key.startswith(("head.", "pooler.", "decoder."))}
     load_strict(model, state_dict(shapes), "reference case: encoder")
-    size = case.field("encoder_input_size")
     spec = EncoderSpec(
         family=family,
         width=config.hidden_size,
         patch_size=config.patch_size,
         image_size=size,
-        prefix_tokens=prefix + getattr(config, "num_register_tokens", 0),
-        mean=mean,
-        std=std,
+        prefix_tokens=kind.prefix_tokens + getattr(config, "num_register_tokens", 0),
+        mean=kind.colours[0],
+        std=kind.colours[1],
     )
-    return Encoder(name, spec, model)
+    return Encoder(name, spec, model, layers=layers)
+
+
+def encoder_layers(case: Case) -> Outputs:
+    """An encoder's latents: of its last layer, and of several as RAE v2 combines them, which adds the token
+    mean for DINOv3 (spec II.1). Images are taken at their own size."""
+    values, shapes, x = case.field("config"), case.field("shapes"), case.array("x")
+    family = values["model_type"].removesuffix("_vision_model")
+    if family not in FAMILIES:
+        raise UserError(f"model_type {family} is none of {', '.join(FAMILIES)}")
+    choices: dict[str, LayersConfig | None] = {"z_last": None}
+    if "layers" in case.config:
+        blocks = tuple(case.field("layers"))
+        choices["z_layers"] = LayersConfig(blocks=blocks, token_mean=family == "dinov3_vit")
+    for output, layers in choices.items():
+        if output in case:
+            encoder = _encoder(family, family, values, shapes, (x.shape[2], x.shape[3]), layers)
+            yield output, to_grid(encoder(x), encoder.grid)
 
 
 def _statistics(case: Case, shape: tuple[int, ...]) -> tuple[Tensor | None, Tensor]:
@@ -431,6 +459,7 @@ KINDS: dict[str, Callable[[Case], Outputs]] = {
     "lr": lr,
     "inception": inception,
     "metrics": metrics,
+    "encoder_layers": encoder_layers,
 }
 
 

@@ -31,7 +31,7 @@ from raekit.folders import generate_folder
 from raekit.inference import Sampling, generate, load, read_image
 from raekit.latents import statistics_fingerprint
 from raekit.models.autoencoder import Autoencoder
-from raekit.models.encoders import load_encoder
+from raekit.models.encoders import LayersConfig, load_encoder
 from raekit.models.perceptual import LPIPS, load_perceptual
 from raekit.pictures import from_pil, to_pil
 from raekit.train import checkpoint
@@ -775,6 +775,22 @@ def test_measured_latents_are_written(run, images, tiny_model, tmp_path):
     tokens = Autoencoder.load(str(tiny_model)).tokens(batch.pixels()).double().numpy()
     np.testing.assert_allclose(measured["mean"].numpy(), tokens.mean(0), rtol=0, atol=1e-6)
     np.testing.assert_allclose(measured["var"].numpy(), tokens.var(0), rtol=0, atol=1e-6)
+
+
+def test_latents_of_chosen_blocks_and_sizes_are_measured(run, images, tiny_model, tmp_path):
+    out = tmp_path / "statistics.safetensors"
+    options = ["--encoder-size", 12, 20, "--blocks", 0, "--combine", "sum", "--token-mean", "--image-size", 16]
+    done = run("latents", "measure", tiny_model, "--source", images, "--out", out, *options)
+    assert done.code == 0, done.err
+    assert "(16, 3, 5)" in done.out
+    batch = next(Loader(DataConfig(source=images, image_size=16), 0).once(30, World()))
+    layers = LayersConfig(blocks=(0,), combine="sum", token_mean=True)
+    tokens = load_encoder(str(tiny_model), (12, 20), layers)(batch.pixels()).mT.unflatten(2, (3, 5))
+    np.testing.assert_allclose(load_file(out)["mean"].numpy(), tokens.double().numpy().mean(0), rtol=0, atol=1e-6)
+    done = run("latents", "measure", tiny_model, "--source", images, "--out", out, "--encoder-size", 20)
+    assert "(16, 5, 5)" in done.out
+    done = run("latents", "measure", tiny_model, "--source", images, "--out", out, "--blocks", 7)
+    assert_fails(done, "layers.blocks: 7")
 
 
 def test_measuring_what_is_not_there(run, images, tiny_model, tmp_path):

@@ -30,6 +30,7 @@ Golden = Callable[[str], Path]
         ("lr_schedules", ["stage1", "stage2"]),
         ("inception_fid", ["pool", "logits_unbiased", "spatial"]),
         ("metrics_on_features", ["fid_A_B", "precision", "recall", "isc"]),
+        ("encoder_dinov3_layers", ["z_last", "z_layers"]),
     ],
 )
 def test_shared_cases(name: str, outputs: list[str], golden: Golden):
@@ -103,6 +104,8 @@ def test_one_wrong_weight_fails(golden: Golden, monkeypatch: pytest.MonkeyPatch)
         ("lpips_vgg", "b", "value"),
         ("gan_losses", "real", "hinge_d"),
         ("gan_losses", "fake", "g"),
+        ("encoder_dinov3_layers", "x", "z_last"),
+        ("encoder_dinov3_layers", "x", "z_layers"),
     ],
 )
 def test_another_input_fails(name: str, array: str, output: str, golden: Golden, tmp_path: Path):
@@ -141,6 +144,16 @@ def test_only_the_outputs_of_the_file_are_compared(golden: Golden, tmp_path: Pat
         ("rae_dinov2", lambda c: c.update(encoder="ConvNeXt"), {}, "encoder ConvNeXt is none of"),
         ("rae_dinov2", lambda c: c.update(mean=1.0), {"mean": None}, "mean stands in config"),
         ("rae_dinov2", lambda c: c["encoder_shapes"].pop("layernorm.bias"), {}, "missing layernorm.bias"),
+        (
+            "encoder_dinov3_layers",
+            lambda c: c["config"].update(model_type="resnet"),
+            {},
+            "model_type resnet is none of",
+        ),
+        ("encoder_dinov3_layers", lambda c: c["shapes"].pop("norm.bias"), {}, "missing norm.bias"),
+        ("encoder_dinov3_layers", lambda c: c.update(layers=[4]), {}, "layers.blocks: 4"),
+        ("encoder_dinov3_layers", lambda c: c.update(combine="sum"), {}, "not understood: combine"),
+        ("encoder_dinov3_layers", lambda c: c.pop("layers"), {}, "not understood: z_layers"),
     ],
 )
 def test_what_is_not_understood_fails_with_a_reason(
@@ -171,48 +184,77 @@ def test_time_grids_of_other_settings(dim: int, base: int, steps: int, tmp_path:
     assert statuses(path) == {"t": "ok"}
 
 
-def tiny_config(family: str) -> Any:
+# Shapes of images, in patches of 8 pixels: as the models' own, larger, and no square.
+GRIDS = pytest.mark.parametrize("grid", [(4, 4), (5, 5), (3, 6)], ids=str)
+
+
+def tiny_model(family: str) -> Any:
     import transformers
 
-    sizes: dict[str, Any] = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32}
-    sizes |= {"intermediate_size": 36, "patch_size": 8}
-    return transformers.SiglipVisionConfig(**sizes) if family == "siglip" else transformers.ViTMAEConfig(**sizes)
+    sizes: dict[str, Any] = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32}
+    sizes |= {"patch_size": 8} | ({"mlp_ratio": 2} if family.startswith("dinov2") else {"intermediate_size": 36})
+    match family:
+        case "dinov2":
+            model = transformers.Dinov2Model(transformers.Dinov2Config(**sizes))
+        case "dinov2_with_registers":
+            model = transformers.Dinov2WithRegistersModel(transformers.Dinov2WithRegistersConfig(**sizes))
+        case "siglip":
+            model = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**sizes))
+        case _:
+            model = transformers.ViTMAEModel(transformers.ViTMAEConfig(**sizes, mask_ratio=0.0))
+    model.load_state_dict(reference.state_dict(shapes_of(model)))
+    return model.eval()
 
 
-@pytest.mark.parametrize("side", [4, 5])
+def shapes_of(model: Any) -> dict[str, list[int]]:
+    return {key: list(value.shape) for key, value in model.state_dict().items()}
+
+
+def latents(family: str, model: Any, x: torch.Tensor, grid: tuple[int, int], blocks: list[int]) -> torch.Tensor:
+    """The mean of the standardised patch tokens of `blocks`, by transformers and in float64, (B, C, H, W)."""
+    colours, prefix, options = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), 1, {}
+    if family == "siglip":
+        colours, prefix = ((0.5,) * 3, (0.5,) * 3), 0
+    if family == "vit_mae":
+        options["noise"] = torch.linspace(0, 1, grid[0] * grid[1]).repeat(len(x), 1)
+    if not family.startswith("dinov2"):
+        options["interpolate_pos_encoding"] = True
+    mean, std = (torch.tensor(v)[:, None, None] for v in colours)
+    with torch.no_grad():
+        states = model((x - mean) / std, output_hidden_states=True, **options).hidden_states
+    prefix += getattr(model.config, "num_register_tokens", 0)
+    tokens = torch.stack([states[block + 1][:, prefix:] for block in blocks]).double()
+    tokens = tokens - tokens.mean(-1, keepdim=True)
+    tokens = tokens / (tokens.square().mean(-1, keepdim=True) + model.config.layer_norm_eps).sqrt()
+    return tokens.mean(0).mT.unflatten(2, grid)
+
+
+@GRIDS
+@pytest.mark.parametrize("family", ["dinov2", "dinov2_with_registers", "siglip", "vit_mae"])
+def test_layers_of_other_encoders(family: str, grid: tuple[int, int], tmp_path: Path):
+    model, x = tiny_model(family), torch.rand(2, 3, 8 * grid[0], 8 * grid[1])
+    arrays = {"x": x, "z_last": latents(family, model, x, grid, [2]).float()}
+    arrays["z_layers"] = latents(family, model, x, grid, [0, 2]).float()
+    case = {"kind": "encoder_layers", "layers": [0, 2], "config": model.config.to_dict(), "shapes": shapes_of(model)}
+    np.savez(tmp_path / "case.npz", config=json.dumps(case), **arrays)  # type: ignore[arg-type]
+    assert statuses(tmp_path / "case.npz") == {"z_last": "ok", "z_layers": "ok"}
+
+
+@GRIDS
 @pytest.mark.parametrize("statistics", ["none", "var", "mean and var"])
 @pytest.mark.parametrize("family", ["siglip", "vit_mae"])
-def test_other_encoders(family: str, statistics: str, side: int, tmp_path: Path):
-    import transformers
-
-    config = tiny_config(family)
-    model = (transformers.SiglipVisionModel if family == "siglip" else transformers.ViTMAEModel)(config).eval()
-    shapes = {key: list(value.shape) for key, value in model.state_dict().items()}
-    model.load_state_dict(reference.state_dict(shapes))
-    x = torch.rand(2, 3, 8 * side, 8 * side)
-    if family == "siglip":
-        colours, prefix, options = (0.5, 0.5), 0, {}
-        norm = model.get_submodule("post_layernorm")
-    else:
-        colours = tuple(torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-        prefix, options = 1, {"noise": torch.linspace(0, 1, side**2).repeat(2, 1)}
-        config.mask_ratio = 0.0
-        norm = model.get_submodule("layernorm")
-    inputs = []
-    norm.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-    with torch.no_grad():
-        model((x - colours[0]) / colours[1], interpolate_pos_encoding=True, **options)
-    tokens = inputs[0][:, prefix:].double()
-    tokens = tokens - tokens.mean(-1, keepdim=True)
-    z = (tokens / (tokens.square().mean(-1, keepdim=True) + config.layer_norm_eps).sqrt()).mT.unflatten(2, (side, side))
+def test_other_encoders(family: str, statistics: str, grid: tuple[int, int], tmp_path: Path):
+    model, (height, width) = tiny_model(family), grid
+    x = torch.rand(2, 3, 8 * height, 8 * width)
+    z = latents(family, model, x, grid, [2])
     arrays: dict[str, Any] = {}
     if "mean" in statistics:
-        arrays["mean"] = torch.randn(24, side, side)
+        arrays["mean"] = torch.randn(24, *grid)
     if "var" in statistics:
-        arrays["var"] = torch.rand(24, side, side)
+        arrays["var"] = torch.rand(24, *grid)
         z = (z - arrays.get("mean", 0)) / (arrays["var"] + 1e-3).sqrt()
 
-    shapes_of_decoder = {"decoder_pos_embed": [1, side**2 + 1, 16], "trainable_cls_token": [1, 1, 16]}
+    shapes_of_decoder = {"decoder_pos_embed": [1, height * width + 1, 16], "trainable_cls_token": [1, 1, 16]}
     layers = {f"attention.attention.{part}": [16, 16] for part in ("query", "key", "value")}
     layers |= {"attention.output.dense": [16, 16], "intermediate.dense": [24, 16], "output.dense": [16, 24]}
     layers |= {"layernorm_before": [16], "layernorm_after": [16]}
@@ -224,9 +266,9 @@ def test_other_encoders(family: str, statistics: str, side: int, tmp_path: Path)
     case = {
         "kind": "rae",
         "encoder": {"siglip": "SigLIP2wNorm", "vit_mae": "MAEwNorm"}[family],
-        "encoder_config": config.to_dict() | ({"mask_ratio": 0.75} if family == "vit_mae" else {}),
-        "encoder_shapes": shapes,
-        "encoder_input_size": 8 * side,
+        "encoder_config": model.config.to_dict() | ({"mask_ratio": 0.75} if family == "vit_mae" else {}),
+        "encoder_shapes": shapes_of(model),
+        "encoder_input_size": 8 * height if height == width else [8 * height, 8 * width],
         "decoder": decoder,
         "decoder_shapes": shapes_of_decoder,
         "decoder_patch_size": 8,
@@ -270,7 +312,7 @@ def discriminator_case(path: Path, norm: str, spectral: bool) -> Path:
 
     x = torch.rand(2, 3, 20, 24) * 2 - 1
     logits = []
-    for head, features in enumerate(backbone.block_outputs((x + 1) / 2, (2, 0, 1))):
+    for head, features in enumerate(backbone.features((x + 1) / 2, (2, 0, 1))):
         h = block(features.mT, f"heads.{head}.0")
         h = (h + block(h, f"heads.{head}.1.fn")) / 2**0.5
         logits.append(conv(h, f"heads.{head}.2").flatten(1))

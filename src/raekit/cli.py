@@ -339,7 +339,10 @@ def latents_measure(
     source: str = "emoji",
     split: Literal["train", "heldout", "all"] = "train",
     image_size: int | None = None,
-    encoder_size: int | None = None,
+    encoder_size: int | tuple[int, int] | None = None,
+    blocks: tuple[int, ...] = (-1,),
+    combine: Literal["mean", "sum"] = "mean",
+    token_mean: bool = False,
     mirror: bool = False,
     batch_size: int = 64,
     workers: int = 0,
@@ -350,12 +353,15 @@ def latents_measure(
     Example: raekit latents measure builtin:vit-tiny --source folder:images --out statistics.safetensors
 
     Args:
-        encoder: a registered name, builtin:NAME, or a folder.
+        encoder: a registered name, builtin:NAME, a folder, or FAMILY:WHERE for a transformers checkpoint.
         out: the .safetensors file to write, `mean` and `var` of shape (C, H, W).
         source: emoji, folder:DIR, flat:DIR, idx:DIR or hf:DIR.
         split: of the source.
         image_size: side that the images are centre-cropped to. Default: the encoder's input.
-        encoder_size: side that the encoder resizes to. Default: its own.
+        encoder_size: side that the encoder resizes to, or height and width. Default: its own.
+        blocks: the encoder's blocks that the latent is made of, zero-based; -1 is the last.
+        combine: how several blocks are combined.
+        token_mean: add the mean over the patches of the last block's output.
         mirror: count each image flipped as well.
         batch_size: images at once.
         workers: processes that decode images.
@@ -365,12 +371,14 @@ def latents_measure(
     from raekit.data.loader import DataConfig, Loader
     from raekit.distributed import world
     from raekit.inference import measure_latents
-    from raekit.models.encoders import load_encoder
+    from raekit.models.encoders import LayersConfig, load_encoder
     from raekit.models.layers import to_grid
 
+    layers = LayersConfig(blocks=blocks, combine=combine, token_mean=token_mean)
+
     with world(device) as here, Display(_err, quiet=not here.is_main) as progress:
-        model = load_encoder(encoder, encoder_size).to(here.device)
-        size = image_size or model.input_size
+        model = load_encoder(encoder, encoder_size, layers).to(here.device)
+        size = image_size or max(model.input_size)
         loader = Loader(DataConfig(source=source, split=split, image_size=size, workers=workers), seed=0)
 
         def counted() -> Iterator[Any]:
@@ -536,7 +544,8 @@ def convert(
     dest: Positional[Path],
     to: Literal["raekit", "v1", "diffusers"] = "raekit",
     encoder: str | None = None,
-    encoder_size: int | None = None,
+    encoder_size: int | tuple[int, int] | None = None,
+    layers: Literal["k1", "k7", "k23"] | None = None,
     statistics: Path | None = None,
     decoder_config: Path | None = None,
     output: Literal["encoder-colours", "pixels"] = "encoder-colours",
@@ -551,16 +560,19 @@ def convert(
         dest: the folder to write, new or empty.
         to: raekit; v1, the official files (model.pt, stat.pt, config.yaml); diffusers, an AutoencoderRAE.
         encoder: of a decoder file, a registered name or a folder.
-        encoder_size: of a decoder file, side that the encoder resizes to. Default: its own.
+        encoder_size: of a decoder file, side that the encoder resizes to, or height and width. Default: its own.
+        layers: of a decoder file, the layers of RAE v2 that its latents are made of. Default: the last alone.
         statistics: of a decoder file, the file of its latents' mean and variance. Default: not whitened.
         decoder_config: of a decoder file of no published size, its config.json or the folder of it.
         output: of a decoder file, what the decoder gives; pixels for RAE v2.
     """
     from raekit import conversion
+    from raekit.models.encoders import LAYERS, LayersConfig
 
     options = conversion.FileOptions(
         encoder=encoder,
         encoder_size=encoder_size,
+        layers=LAYERS[layers] if layers else LayersConfig(),
         statistics=statistics,
         decoder_config=decoder_config,
         output=output,

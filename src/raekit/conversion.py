@@ -27,7 +27,17 @@ from raekit.errors import UserError
 from raekit.files import whole
 from raekit.models.autoencoder import AutoencoderConfig, Output
 from raekit.models.decoder import Decoder, DecoderConfig
-from raekit.models.encoders import FAMILIES, REGISTRY, Encoder, EncoderSpec, load_encoder
+from raekit.models.encoders import (
+    FAMILIES,
+    LAYERS,
+    REGISTRY,
+    Encoder,
+    EncoderSpec,
+    LayersConfig,
+    Size,
+    grid_of,
+    load_encoder,
+)
 from raekit.published import (
     DECODERS,
     DIFFUSERS_ENCODERS,
@@ -76,11 +86,12 @@ class FileOptions:
     """What a decoder's or checkpoint's file does not tell.
 
     `decoder_config`, a ViT-MAE style config.json or its folder, is needed for sizes other than those published;
-    without `statistics` latents are not whitened; `output` is "pixels" for RAE v2.
+    without `statistics` latents are not whitened; `output` is "pixels" for RAE v2, `layers` its latent.
     """
 
     encoder: str | None = None
-    encoder_size: int | None = None
+    encoder_size: Size | None = None
+    layers: LayersConfig = dataclasses.field(default_factory=LayersConfig)
     statistics: Path | None = None
     decoder_config: Path | None = None
     output: Output = "encoder-colours"
@@ -124,7 +135,12 @@ def _read_file(path: Path, options: FileOptions) -> Parts:
     if options.encoder is None:
         raise UserError(f"{path}: a decoder's file does not tell its encoder; give it, as in --encoder dinov2-b")
     return _from_files(
-        {"encoder": options.encoder, "encoder_size": options.encoder_size, "output": options.output},
+        {
+            "encoder": options.encoder,
+            "encoder_size": options.encoder_size,
+            "layers": to_dict(options.layers),
+            "output": options.output,
+        },
         path,
         options.statistics,
         config=options.decoder_config,
@@ -233,7 +249,10 @@ def _read_statistics(
 
 def _write_v1(parts: Parts, folder: Path) -> None:
     """`model.pt`, `stat.pt`, the decoder's `config.json`, and `config.yaml` if v1 has a class for the encoder."""
+    _only_last_block(parts, "v1")
     spec, grid = _geometry(parts.config.encoder, parts.config.encoder_size)
+    if grid[0] != grid[1]:
+        raise UserError(f"v1: holds square images alone, this model's latents are {grid[0]} x {grid[1]}")
     with whole(folder) as partial:
         partial.mkdir()
         torch.save(_published_decoder(parts, spec), partial / "model.pt")
@@ -346,6 +365,7 @@ def _same_weights(encoder: Encoder, config: DiffusersAutoencoder, state: State) 
 
 def _write_diffusers(parts: Parts, folder: Path) -> None:
     """A folder for `AutoencoderRAE.from_pretrained`, with the encoder's weights in it."""
+    _only_last_block(parts, "diffusers")
     encoder = load_encoder(parts.config.encoder, parts.config.encoder_size)
     model: Any = encoder.model
     spec, decoder = encoder.spec, parts.config.decoder
@@ -452,13 +472,17 @@ WRITERS: dict[Format, Callable[[Parts, Path], None]] = {
 }
 
 
-def _geometry(encoder: str, size: int | None) -> tuple[EncoderSpec, tuple[int, int]]:
+def _geometry(encoder: str, size: Size | None) -> tuple[EncoderSpec, tuple[int, int]]:
     """What the encoder is, and its grid; a registered one is not loaded."""
     spec = REGISTRY.get(encoder) or load_encoder(encoder).spec
-    size = size or spec.image_size
-    if size < 1 or size % spec.patch_size:
-        raise UserError(f"encoder_size: {size} is no multiple of {encoder}'s patch size {spec.patch_size}")
-    return spec, (size // spec.patch_size, size // spec.patch_size)
+    return spec, grid_of(spec, encoder, size)
+
+
+def _only_last_block(parts: Parts, form: Format) -> None:
+    if parts.config.layers != LayersConfig():
+        raise UserError(
+            f"{parts.config.encoder}, {parts.config.layers}: {form} has the latents of an encoder's last block alone"
+        )
 
 
 @contextmanager
@@ -502,7 +526,7 @@ def _v2(domain: str, layers: str) -> Release:
         repository="nyu-visionx/RAEv2-models",
         decoder=f"{folder}/decoder.pt",
         statistics=f"{folder}/stats.pt",
-        fields={"encoder": "dinov3-l", "layers": layers, "output": "pixels"},
+        fields={"encoder": "dinov3-l", "layers": to_dict(LAYERS[layers]), "output": "pixels"},
     )
 
 

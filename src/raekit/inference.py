@@ -178,7 +178,7 @@ def measure_latents(
 
 @torch.no_grad()
 def reconstruct(autoencoder: Autoencoder, images: Tensor) -> Tensor:
-    """Encode and decode images (B, 3, H, W) in [0, 1]; gives (B, 3, S, S) in [0, 1], S the decoder's size."""
+    """Encode and decode images (B, 3, H, W) in [0, 1]; gives (B, 3, *image_shape) in [0, 1]."""
     return autoencoder.decode(autoencoder.encode(images))
 
 

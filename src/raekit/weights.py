@@ -38,7 +38,7 @@ def find_folder(name: str) -> Path:
         return folder
     if (path := Path(name)).is_dir():
         return path
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if not is_repository(name):
         raise UserError(
             f"{name}: no such folder (a model is a local folder, builtin:NAME, OWNER/NAME on the Hub"
             + "".join(f", {known}" for known in MADE)
@@ -53,6 +53,11 @@ def find_folder(name: str) -> Path:
             f"{name}: no such local folder, and the Hub did not deliver it ({type(error).__name__}); "
             f"run `hf download {name}` where there is a network"
         ) from None
+
+
+def is_repository(name: str) -> bool:
+    """Whether `name` has the form OWNER/NAME of a repository on the Hub."""
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
 
 
 def find_file(repository: str, name: str) -> Path:

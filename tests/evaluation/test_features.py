@@ -7,16 +7,16 @@ from torch import Tensor, nn
 import raekit.evaluation.features
 from raekit.data.loader import Batch
 from raekit.evaluation.features import EncoderFeatures, Images, InceptionFeatures, load_networks, quantize
-from raekit.models.encoders import Encoder, EncoderSpec
+from raekit.models.encoders import Encoder, EncoderSpec, LayersConfig, Size, sides
 from raekit.models.inception import Inception
 
 
 class FakeEncoder(nn.Module):
     """Tokens (B, 4, 5): a linear map of the four quadrants' mean colours."""
 
-    def __init__(self, name: str = "vit-tiny", input_size: int = 16):
+    def __init__(self, name: str, input_size: Size, layers: LayersConfig | None):
         super().__init__()
-        self.name, self.input_size = name, input_size
+        self.name, self.input_size, self.layers = name, sides(input_size), layers or LayersConfig()
         self.spec = EncoderSpec(
             family="vit", width=5, patch_size=8, image_size=16, prefix_tokens=0, mean=(0, 0, 0), std=(1, 1, 1)
         )
@@ -30,8 +30,10 @@ class FakeEncoder(nn.Module):
         return self.linear(nn.functional.adaptive_avg_pool2d(images, 2).flatten(2).transpose(1, 2))
 
 
-def network(name: str = "vit-tiny", input_size: int = 16) -> tuple[EncoderFeatures, FakeEncoder]:
-    encoder = FakeEncoder(name, input_size)
+def network(
+    name: str = "vit-tiny", input_size: Size = 16, layers: LayersConfig | None = None
+) -> tuple[EncoderFeatures, FakeEncoder]:
+    encoder = FakeEncoder(name, input_size, layers)
     return EncoderFeatures(cast(Encoder, encoder)), encoder
 
 
@@ -50,6 +52,9 @@ def test_other_sizes_are_resized_without_aliasing():
     stripes[..., ::2] = 1
     torch.testing.assert_close(features(stripes), encoder.linear(torch.full((1, 3), 0.5)), atol=1e-3, rtol=0)
     assert encoder.shapes == [(1, 3, 16, 16)]
+    features, encoder = network(input_size=(16, 24))
+    features(stripes)
+    assert encoder.shapes == [(1, 3, 16, 24)]
 
 
 def test_features_stay_float32_under_autocast():
@@ -68,9 +73,15 @@ def test_names_say_which_encoder(tmp_path):
         "someone/their--model": "someone_their_model",
         str(folder): "my_encoder_2",
         f"{folder}/": "my_encoder_2",
+        f"dinov2:{folder}": "my_encoder_2",
+        "vit:someone/theirs": "someone_theirs",
     }
     assert {name: network(name)[0].name for name in names} == names
     assert network("vit-tiny", input_size=32)[0].name == "vit_tiny_32"
+    assert network("vit-tiny", input_size=(32, 24))[0].name == "vit_tiny_32_24"
+    assert network("vit-tiny", layers=LayersConfig(blocks=(9,)))[0].name == "vit_tiny_blocks_9"
+    several = LayersConfig(blocks=(1, 3), combine="sum", token_mean=True)
+    assert network("vit-tiny", layers=several)[0].name == "vit_tiny_sum_of_blocks_1_3_with_token_mean"
 
 
 def test_a_relative_folder_is_named_by_its_last_part(tmp_path, monkeypatch):

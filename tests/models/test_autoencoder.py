@@ -1,10 +1,16 @@
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
+from raekit.config import from_dict, to_dict
+from raekit.errors import UserError
+from raekit.inference import reconstruct
 from raekit.models.autoencoder import Autoencoder, AutoencoderConfig
 from raekit.models.decoder import DecoderConfig
-from raekit.models.encoders import Encoder, ViT, ViTConfig
+from raekit.models.encoders import Encoder, LayersConfig, ViT, ViTConfig, load_encoder
 
 VIT = ViTConfig(image_size=16, patch_size=4, width=16, depth=1, heads=2, mean=(0.4, 0.5, 0.6), std=(0.5, 0.25, 0.2))
 
@@ -21,6 +27,44 @@ def test_shapes(model: Autoencoder):
     latents = model.encode(torch.rand(2, 3, 20, 20))
     assert latents.shape == (2, 16, 4, 4)
     assert model.decode(latents).shape == (2, 3, 32, 32)
+
+
+def test_rectangles(tiny_model: Path, tmp_path: Path):
+    decoder = DecoderConfig(token_dim=16, grid=(3, 5), patch_size=8, width=16, depth=1, heads=2, hidden=24)
+    config = AutoencoderConfig(encoder=str(tiny_model), encoder_size=(12, 20), decoder=decoder)
+    assert from_dict(AutoencoderConfig, to_dict(config), "test") == config
+    model = Autoencoder(config, load_encoder(config.encoder, config.encoder_size)).eval()
+    assert model.latent_shape == (16, 3, 5)
+    assert model.image_shape == (24, 40)
+    with pytest.raises(UserError, match="images of 24 x 40 pixels; this needs square ones"):
+        _ = model.image_size
+    images = torch.rand(2, 3, 24, 40)
+    expected = reconstruct(model, images)
+    assert expected.shape == images.shape
+    model.save(tmp_path)
+    assert torch.equal(reconstruct(Autoencoder.load(str(tmp_path)), images), expected)
+
+
+def test_layers_are_remembered(tiny_model: Path, tmp_path: Path):
+    config = Autoencoder.load(str(tiny_model)).config
+    layers = LayersConfig(blocks=(0,), combine="sum", token_mean=True)
+    config = replace(config, layers=layers)
+    model = Autoencoder(config, load_encoder(str(tiny_model), layers=layers)).eval()
+    model.save(tmp_path)
+    loaded = Autoencoder.load(str(tmp_path))
+    images = torch.rand(2, 3, 16, 16)
+    assert torch.equal(loaded.encode(images), model.encode(images))
+    assert not torch.allclose(loaded.encode(images), Autoencoder.load(str(tiny_model)).encode(images))
+    assert loaded.config.layers == layers
+
+
+def test_an_encoder_of_lower_precision_is_saved_as_it_was(tiny_model: Path, tmp_path: Path):
+    model = Autoencoder.load(str(tiny_model), torch.bfloat16)
+    assert model.encoder.dtype == torch.bfloat16
+    assert {p.dtype for p in model.decoder.parameters()} == {torch.float32}
+    model.save(tmp_path)
+    pairs = zip(load_encoder(str(tmp_path)).parameters(), load_encoder(str(tiny_model)).parameters(), strict=True)
+    assert all(torch.equal(new, old) for new, old in pairs)
 
 
 def test_latents_are_the_tokens_in_rows(model: Autoencoder):

@@ -72,7 +72,7 @@ def test_published_heads_are_read_and_give_their_logits(norm: Any, spectral: boo
     for parameter in heads.parameters():
         nn.init.normal_(parameter, std=0.5)
     images = torch.rand(2, 3, 16, 16)
-    features = model.backbone.block_outputs(images, (2, 0, 2))
+    features = model.backbone.features(images, (2, 0, 2))
     for head, x in zip(heads, features, strict=True):
         head.train()(x.mT)  # makes the singular vectors fit
     expected = torch.cat([head.eval()(x.mT).flatten(1) for head, x in zip(heads, features, strict=True)], dim=1)
@@ -94,7 +94,7 @@ def test_the_first_head_judges_the_last_block_and_the_others_those_of_the_config
     logits = model(images).unflatten(1, (3, 16))
     assert logits.dtype == torch.float32
     for head, block, found in zip(model.heads, (2, 0, 2), logits.unbind(1), strict=True):
-        x = model.backbone.block_outputs(images, (block,))[0]
+        x = model.backbone.features(images, (block,))[0]
         torch.testing.assert_close(found, head(x.mT))
 
 
@@ -251,10 +251,10 @@ def dino_outputs(images: Tensor, state: dict[str, Tensor], heads: int) -> list[T
 def test_a_dino_checkpoint_gives_the_outputs_of_its_blocks():
     state = dino_state(width=128)
     model = dino(state, "file")
-    assert (model.width, model.depth, model.image_size) == (128, 3, 12)
+    assert (model.width, len(model.blocks), model.image_size) == (128, 3, 12)
     images = torch.rand(2, 3, 20, 30)
     expected = dino_outputs(F.interpolate(images, (12, 12), mode="bilinear"), state, heads=2)
-    for ours, theirs in zip(model.block_outputs(images, (0, 2, 1)), (expected[i] for i in (0, 2, 1)), strict=True):
+    for ours, theirs in zip(model.features(images, (0, 2, 1)), (expected[i] for i in (0, 2, 1)), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     assert not any(parameter.requires_grad or parameter.is_meta for parameter in model.parameters())
 

@@ -1,23 +1,41 @@
+import json
+import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
-from raekit.config import to_dict, to_json
+from raekit.config import from_dict, to_dict, to_json
 from raekit.errors import UserError
 from raekit.models import encoders
-from raekit.models.encoders import FAMILIES, REGISTRY, Encoder, EncoderSpec, ViT, ViTConfig, load_encoder
+from raekit.models.encoders import (
+    FAMILIES,
+    LAYERS,
+    REGISTRY,
+    Encoder,
+    LayersConfig,
+    ViT,
+    ViTConfig,
+    load_encoder,
+)
 from raekit.models.layers import patchify
 
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 HALF = ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5])
+CLIP = ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])
 NAMES = pytest.mark.parametrize("name", sorted(REGISTRY))
+BY_FAMILY = pytest.mark.parametrize("family", sorted(FAMILIES))
+CONFIG = ViTConfig(image_size=16, patch_size=4, width=16, depth=3, heads=2, mean=(0.1, 0.2, 0.3), std=(1.0, 0.5, 2.0))
 NATIVE = 3  # side of the tiny models' position tables, in patches
+DEPTH = 3
+WIDTH = 16
 
 
 def tiny_model(family: str, patch_size: int) -> nn.Module:
@@ -25,27 +43,35 @@ def tiny_model(family: str, patch_size: int) -> nn.Module:
     import transformers
 
     sizes: dict[str, Any] = {
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
+        "hidden_size": WIDTH,
+        "num_hidden_layers": DEPTH,
         "num_attention_heads": 2,
         "patch_size": patch_size,
         "image_size": NATIVE * patch_size,
     }
     mlp: dict[str, Any] = {"intermediate_size": 24}
+    text = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    text |= {"vocab_size": 4, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
     torch.manual_seed(0)
     match family:
+        case "dinov2":
+            model = transformers.Dinov2Model(transformers.Dinov2Config(mlp_ratio=2, **sizes))
         case "dinov2_with_registers":
             config = transformers.Dinov2WithRegistersConfig(mlp_ratio=2, num_register_tokens=4, **sizes)
             model = transformers.Dinov2WithRegistersModel(config)
+        case "dinov3_vit":
+            model = transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(num_register_tokens=4, **sizes, **mlp))
         case "siglip":
-            vision = {**sizes, **mlp}
-            text = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-            text |= {"vocab_size": 4, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
-            model = transformers.SiglipModel(transformers.SiglipConfig(text_config=text, vision_config=vision))
+            config = transformers.SiglipConfig(text_config=text, vision_config={**sizes, **mlp})
+            model = transformers.SiglipModel(config)
         case "vit_mae":
             mlp |= {"decoder_hidden_size": 8, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 1}
-            config = transformers.ViTMAEConfig(**sizes, **mlp)
-            model = transformers.ViTMAEForPreTraining(config)
+            model = transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig(**sizes, **mlp))
+        case "clip":
+            config = transformers.CLIPConfig(text_config=text, vision_config={**sizes, **mlp})
+            model = transformers.CLIPModel(config)
+        case "vit":
+            model = transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, **mlp))
         case _:
             raise AssertionError(f"no tiny model of family {family}: add it here")
     with torch.no_grad():
@@ -56,51 +82,121 @@ def tiny_model(family: str, patch_size: int) -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def hub(tmp_path_factory: pytest.TempPathFactory) -> dict[str, EncoderSpec]:
-    """Every registered encoder, with a tiny random checkpoint in place of the one on the Hub."""
-    specs, saved = {}, {}
-    for name, spec in REGISTRY.items():
-        if (spec.family, spec.patch_size) not in saved:
-            folder = tmp_path_factory.mktemp(spec.family)
-            tiny_model(spec.family, spec.patch_size).save_pretrained(folder)  # pyright: ignore[reportCallIssue]
-            saved[spec.family, spec.patch_size] = folder
-        folder = str(saved[spec.family, spec.patch_size])
-        specs[name] = replace(spec, width=16, image_size=NATIVE * spec.patch_size, hub_id=folder)
-    return specs
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`checkpoint(family, patch_size)`: a folder with a tiny random model as its repository on the Hub would be."""
+    saved: dict[tuple[str, int], Path] = {}
+
+    def find(family: str, patch_size: int = 14) -> Path:
+        if (family, patch_size) not in saved:
+            folder = saved[family, patch_size] = tmp_path_factory.mktemp(family)
+            tiny_model(family, patch_size).save_pretrained(folder)  # pyright: ignore[reportCallIssue]
+        return saved[family, patch_size]
+
+    return find
 
 
 @pytest.fixture
-def registry(hub: dict[str, EncoderSpec], monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, spec in hub.items():
-        monkeypatch.setitem(REGISTRY, name, spec)
+def registry(checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every registered name, with a tiny checkpoint in place of the one on the Hub."""
+    for name, spec in list(REGISTRY.items()):
+        folder = str(checkpoint(spec.family, spec.patch_size))
+        tiny = replace(spec, width=WIDTH, image_size=NATIVE * spec.patch_size, hub_id=folder)
+        monkeypatch.setitem(REGISTRY, name, tiny)
 
 
-@pytest.mark.parametrize(
-    ("name", "width", "patch", "size", "prefix", "colours"),
-    [
-        ("dinov2-s", 384, 14, 224, 5, IMAGENET),
-        ("dinov2-b", 768, 14, 224, 5, IMAGENET),
-        ("dinov2-l", 1024, 14, 224, 5, IMAGENET),
-        ("siglip2-b", 768, 16, 256, 0, HALF),
-        ("mae-b", 768, 16, 256, 1, IMAGENET),
-    ],
-)
-def test_published_encoders(name: str, width: int, patch: int, size: int, prefix: int, colours):
+def hidden_states(encoder: Encoder, images: Tensor) -> tuple[list[Tensor], float]:
+    """The patch tokens after each block, run by transformers from pixels to hidden states, and the norms' epsilon.
+
+    `images` are of the encoder's input size.
+    """
+    import transformers
+
+    spec = encoder.spec
+    colours = {"siglip": HALF, "clip": CLIP}.get(spec.family, IMAGENET)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in colours)
+    whole = {"siglip": "SiglipModel", "vit_mae": "ViTMAEForPreTraining", "clip": "CLIPModel"}
+    model = getattr(transformers, whole.get(spec.family, FAMILIES[spec.family].model_class))
+    model = model.from_pretrained(spec.hub_id, dtype=torch.float32).eval()
+    if tower := {"siglip": "vision_model", "clip": "vision_model", "vit_mae": "vit"}.get(spec.family):
+        model = getattr(model, tower)
+    options: dict[str, Any] = {} if spec.family.startswith("dino") else {"interpolate_pos_encoding": True}
+    if spec.family == "vit_mae":
+        model.config.mask_ratio = 0.0
+        options["noise"] = torch.linspace(0, 1, encoder.grid[0] * encoder.grid[1]).repeat(len(images), 1)
+    with torch.no_grad():
+        states = model((images - mean) / std, output_hidden_states=True, **options).hidden_states
+    prefix = {"siglip": 0, "dinov2_with_registers": 5, "dinov3_vit": 5}.get(spec.family, 1)
+    return [state[:, prefix:] for state in states[1:]], model.config.layer_norm_eps
+
+
+def standardised(tokens: Tensor, eps: float) -> Tensor:
+    centred = tokens.double() - tokens.double().mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
+
+
+# As the models' cards and configurations on the Hub tell it: family, width, patch size, prefix tokens, repository.
+PUBLISHED = {
+    "dinov2-s": ("dinov2_with_registers", 384, 14, 5, "facebook/dinov2-with-registers-small"),
+    "dinov2-b": ("dinov2_with_registers", 768, 14, 5, "facebook/dinov2-with-registers-base"),
+    "dinov2-l": ("dinov2_with_registers", 1024, 14, 5, "facebook/dinov2-with-registers-large"),
+    "dinov2-g": ("dinov2_with_registers", 1536, 14, 5, "facebook/dinov2-with-registers-giant"),
+    "dinov2-noreg-s": ("dinov2", 384, 14, 1, "facebook/dinov2-small"),
+    "dinov2-noreg-b": ("dinov2", 768, 14, 1, "facebook/dinov2-base"),
+    "dinov2-noreg-l": ("dinov2", 1024, 14, 1, "facebook/dinov2-large"),
+    "dinov2-noreg-g": ("dinov2", 1536, 14, 1, "facebook/dinov2-giant"),
+    "dinov3-s": ("dinov3_vit", 384, 16, 5, "facebook/dinov3-vits16-pretrain-lvd1689m"),
+    "dinov3-s-plus": ("dinov3_vit", 384, 16, 5, "facebook/dinov3-vits16plus-pretrain-lvd1689m"),
+    "dinov3-b": ("dinov3_vit", 768, 16, 5, "facebook/dinov3-vitb16-pretrain-lvd1689m"),
+    "dinov3-l": ("dinov3_vit", 1024, 16, 5, "facebook/dinov3-vitl16-pretrain-lvd1689m"),
+    "dinov3-h-plus": ("dinov3_vit", 1280, 16, 5, "facebook/dinov3-vith16plus-pretrain-lvd1689m"),
+    "siglip-b": ("siglip", 768, 16, 0, "google/siglip-base-patch16-256"),
+    "siglip-l": ("siglip", 1024, 16, 0, "google/siglip-large-patch16-256"),
+    "siglip-so400m": ("siglip", 1152, 14, 0, "google/siglip-so400m-patch14-224"),
+    "siglip2-b": ("siglip", 768, 16, 0, "google/siglip2-base-patch16-256"),
+    "siglip2-l": ("siglip", 1024, 16, 0, "google/siglip2-large-patch16-256"),
+    "siglip2-so400m": ("siglip", 1152, 16, 0, "google/siglip2-so400m-patch16-256"),
+    "mae-b": ("vit_mae", 768, 16, 1, "facebook/vit-mae-base"),
+    "mae-l": ("vit_mae", 1024, 16, 1, "facebook/vit-mae-large"),
+    "mae-h": ("vit_mae", 1280, 14, 1, "facebook/vit-mae-huge"),
+    "clip-b": ("clip", 768, 16, 1, "openai/clip-vit-base-patch16"),
+    "clip-l": ("clip", 1024, 14, 1, "openai/clip-vit-large-patch14"),
+}
+
+
+@NAMES
+def test_published_encoders(name: str):
+    family, width, patch, prefix, hub_id = PUBLISHED[name]
     spec = REGISTRY[name]
-    assert (spec.width, spec.patch_size, spec.image_size, spec.prefix_tokens) == (width, patch, size, prefix)
-    assert (list(spec.mean), list(spec.std)) == colours
-    assert spec.image_size // spec.patch_size == 16
+    assert (spec.family, spec.width, spec.patch_size, spec.prefix_tokens) == (family, width, patch, prefix)
+    assert spec.hub_id == hub_id
+    assert spec.image_size == 16 * patch
+    assert (list(spec.mean), list(spec.std)) == {"siglip": HALF, "clip": CLIP}.get(family, IMAGENET)
+
+
+def test_the_published_encoders_are_registered():
+    assert PUBLISHED.keys() <= REGISTRY.keys()
+
+
+def test_colours_are_those_of_the_preprocessors_at_hand():
+    compared = 0
+    for spec in REGISTRY.values():
+        path = huggingface_hub.try_to_load_from_cache(spec.hub_id, "preprocessor_config.json")
+        if isinstance(path, str):
+            values = json.loads(Path(path).read_text())
+            assert (list(spec.mean), list(spec.std)) == (values["image_mean"], values["image_std"]), spec.hub_id
+            compared += 1
+    if not compared:
+        pytest.skip("no registered encoder's preprocessor_config.json in the Hub's cache")
 
 
 @NAMES
 def test_contract(name: str, registry: None):
     encoder = load_encoder(name)
-    side = encoder.spec.image_size
-    images = torch.rand(2, 3, side, side, requires_grad=True)
+    images = torch.rand(2, 3, *encoder.input_size, requires_grad=True)
     tokens = encoder(images)
     assert encoder.name == name
     assert encoder.grid == (NATIVE, NATIVE)
-    assert tokens.shape == (2, NATIVE**2, 16)
+    assert tokens.shape == (2, NATIVE**2, WIDTH)
     assert tokens.dtype == torch.float32
     assert torch.allclose(tokens.mean(-1), torch.zeros(()), atol=1e-5)
     assert torch.allclose(tokens.var(-1, correction=0), torch.ones(()), atol=1e-3)
@@ -110,120 +206,387 @@ def test_contract(name: str, registry: None):
     assert torch.equal(encoder.train()(images), tokens)
     assert not any(module.training for module in encoder.modules())
     assert torch.equal(encoder.eval()(images), tokens)
+    states, eps = hidden_states(encoder, images)  # with the prefix dropped, and the family's own mean and std
+    assert torch.allclose(tokens.double(), standardised(states[-1], eps), atol=1e-5)
 
 
-@NAMES
-def test_outputs_of_blocks(name: str, registry: None):
-    encoder = load_encoder(name)
-    assert (encoder.depth, encoder.width) == (2, 16)
-    side = encoder.spec.image_size
-    images = torch.rand(2, 3, side, side, requires_grad=True)
-    last, first = encoder.block_outputs(images, (1, 0))
-    assert last.shape == first.shape == (2, NATIVE**2, 16)
-    assert not torch.allclose(first, last, atol=1e-2)
-    # The tokens are the last block's output, standardised; and the first block sees the images as well.
-    centred = last - last.mean(-1, keepdim=True)
-    assert torch.allclose(centred / centred.square().mean(-1, keepdim=True).sqrt(), encoder(images), atol=1e-3)
-    assert torch.autograd.grad(first.sum(), images, retain_graph=True)[0].abs().max() > 0
-    assert torch.autograd.grad(last.sum(), images)[0].abs().max() > 0
-
-
-@NAMES
-def test_tokens_are_those_of_transformers_without_the_affine_part(
-    name: str, hub: dict[str, EncoderSpec], registry: None
+@pytest.mark.parametrize("grid", [(NATIVE, NATIVE), (5, 5), (2, 4)], ids=str)
+@BY_FAMILY
+def test_features_are_the_hidden_states_of_transformers(
+    family: str, grid: tuple[int, int], checkpoint: Callable[..., Path]
 ):
-    spec = hub[name]
-    images = torch.rand(2, 3, spec.image_size, spec.image_size)
-    mean, std = (
-        np.array(v, dtype=np.float32)[:, None, None] for v in (HALF if name.startswith("siglip") else IMAGENET)
-    )
-    pixels = torch.from_numpy((images.numpy() - mean) / std)
-    expected = without_affine(spec, pixels)
-    assert torch.allclose(load_encoder(name)(images).double(), expected, atol=1e-5)
+    # Sizes other than the checkpoint's interpolate its positions.
+    encoder = load_encoder(f"{family}:{checkpoint(family)}", input_size=(14 * grid[0], 14 * grid[1]))
+    assert encoder.grid == grid
+    images = torch.rand(2, 3, *encoder.input_size)
+    states, _ = hidden_states(encoder, images)
+    features = encoder.features(images, [2, 0])
+    assert len(features) == 2
+    for feature, block in zip(features, [2, 0], strict=True):
+        assert feature.shape == (2, grid[0] * grid[1], WIDTH)
+        assert torch.allclose(feature, states[block], atol=1e-4, rtol=1e-4)
 
 
-def without_affine(spec: EncoderSpec, pixels: torch.Tensor) -> torch.Tensor:
-    """Patch tokens before the final norm of the model as transformers loads it, standardised in float64."""
-    import transformers
-
-    vision = {"siglip": "SiglipModel", "vit_mae": "ViTMAEForPreTraining"}.get(spec.family, "Dinov2WithRegistersModel")
-    model = getattr(transformers, vision).from_pretrained(spec.hub_id).eval()
-    model = {"siglip": lambda m: m.vision_model, "vit_mae": lambda m: m.vit}.get(spec.family, lambda m: m)(model)
-    options: dict[str, Any] = {} if spec.family == "dinov2_with_registers" else {"interpolate_pos_encoding": True}
-    if spec.family == "vit_mae":
-        model.config.mask_ratio = 0.0
-        options["noise"] = torch.linspace(0, 1, (pixels.shape[-1] // spec.patch_size) ** 2).repeat(len(pixels), 1)
-    inputs = []
-    norm = model.post_layernorm if spec.family == "siglip" else model.layernorm
-    norm.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-    with torch.no_grad():
-        model(pixels, **options)
-    tokens = inputs[0][:, {"siglip": 0, "vit_mae": 1}.get(spec.family, 5) :].double()
-    centred = tokens - tokens.mean(-1, keepdim=True)
-    return centred / (centred.square().mean(-1, keepdim=True) + norm.eps).sqrt()
-
-
-@NAMES
-def test_another_input_size_interpolates_the_positions(name: str, hub: dict[str, EncoderSpec], registry: None):
-    spec = hub[name]
-    size = 5 * spec.patch_size
-    encoder = load_encoder(name, input_size=size)
-    images = torch.rand(1, 3, size, size)
+@pytest.mark.parametrize(
+    "layers",
+    [
+        LayersConfig(),
+        LayersConfig(blocks=(1,)),
+        LayersConfig(blocks=(0, -1)),
+        LayersConfig(blocks=(2, 0, 1), combine="sum"),
+        LayersConfig(blocks=(0, 1), token_mean=True),
+        LayersConfig(blocks=(1, 2), combine="sum", token_mean=True),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("family", ["dinov2", "dinov3_vit"])
+def test_layers(family: str, layers: LayersConfig, checkpoint: Callable[..., Path]):
+    encoder = load_encoder(f"{family}:{checkpoint(family)}", input_size=(28, 42), layers=layers)
+    images = torch.rand(2, 3, 28, 42)
+    states, eps = hidden_states(encoder, images)
+    chosen = torch.stack([standardised(states[block], eps) for block in layers.blocks])
+    expected = chosen.mean(0) if layers.combine == "mean" else chosen.sum(0)
+    if layers.token_mean:
+        expected = expected + standardised(states[-1], eps).mean(1, keepdim=True)
     tokens = encoder(images)
-    assert encoder.grid == (5, 5)
-    assert tokens.shape == (1, 25, 16)
-    pixels = (images - encoder.mean) / encoder.std
-    assert torch.allclose(tokens.double(), without_affine(spec, pixels), atol=1e-5)
+    assert tokens.dtype == torch.float32
+    assert torch.allclose(tokens.double(), expected, atol=1e-5)
 
 
-@NAMES
-def test_images_of_another_size_are_resized(name: str, registry: None):
-    encoder = load_encoder(name)
-    images = torch.rand(1, 3, 40, 40)
-    resized = nn.functional.interpolate(images, encoder.input_size, mode="bicubic", align_corners=False)
+def test_published_choices_of_layers():
+    assert {name: layers.blocks for name, layers in LAYERS.items()} == {
+        "k1": (23,),
+        "k7": (11, 13, 15, 17, 19, 21, 23),
+        "k23": tuple(range(1, 24)),
+    }
+    assert {layers.combine for layers in LAYERS.values()} == {"mean"}
+    assert [LAYERS[name].token_mean for name in ("k1", "k7", "k23")] == [False, True, True]
+
+
+def test_layers_are_read_back_as_written():
+    for layers in LAYERS.values():
+        assert from_dict(LayersConfig, to_dict(layers), "test") == layers
+
+
+@pytest.mark.parametrize(
+    ("blocks", "message"),
+    [
+        ((3,), "layers.blocks: 3, but own has blocks 0 to 2"),
+        ((0, -4), "layers.blocks: -4, but own has blocks 0 to 2"),
+        ((2, -1), r"layers.blocks: \(2, -1\) names a block of own twice"),
+        ((), "layers.blocks: choose at least one block"),
+    ],
+)
+def test_impossible_layers_are_named(blocks: tuple[int, ...], message: str):
+    with pytest.raises(UserError, match=message):
+        Encoder("own", CONFIG.spec, ViT(CONFIG), layers=LayersConfig(blocks=blocks))
+
+
+def test_features_of_absent_blocks_are_refused():
+    with pytest.raises(UserError, match=r"layers\.blocks: 5, but own has blocks 0 to 2"):
+        Encoder("own", CONFIG.spec, ViT(CONFIG)).features(torch.rand(1, 3, 16, 16), [5])
+
+
+def test_blocks_beyond_the_last_chosen_do_not_run():
+    ran = []
+
+    def blocks_run(layers: LayersConfig) -> int:
+        encoder = Encoder("own", CONFIG.spec, ViT(CONFIG), layers=layers)
+        for block in encoder.blocks:
+            block.register_forward_hook(lambda *_: ran.append(1))
+        ran.clear()
+        encoder(torch.rand(1, 3, 16, 16))
+        return len(ran)
+
+    assert blocks_run(LayersConfig(blocks=(0,))) == 1
+    assert blocks_run(LayersConfig(blocks=(1, 0))) == 2
+    assert blocks_run(LayersConfig()) == 3
+    assert blocks_run(LayersConfig(blocks=(0,), token_mean=True)) == 3
+    encoder = Encoder("own", CONFIG.spec, ViT(CONFIG))
+    encoder.blocks[2].register_forward_hook(lambda *_: pytest.fail("not asked for"))
+    encoder.features(torch.rand(1, 3, 16, 16), [1])
+
+
+def test_features_pass_gradients_to_the_images_alone():
+    encoder = Encoder("own", CONFIG.spec, ViT(CONFIG))
+    images = torch.rand(1, 3, 24, 24, requires_grad=True)
+    encoder.features(images, [1])[0].square().sum().backward()
+    assert images.grad is not None
+    assert images.grad.abs().min() > 0
+    assert all(parameter.grad is None for parameter in encoder.parameters())
+    with torch.no_grad():
+        assert not encoder.features(images, [1])[0].requires_grad
+
+
+@BY_FAMILY
+def test_bfloat16(family: str, checkpoint: Callable[..., Path]):
+    name = f"{family}:{checkpoint(family)}"
+    exact, encoder = load_encoder(name, 28), load_encoder(name, 28, dtype=torch.bfloat16)
+    assert {p.dtype for p in encoder.parameters()} == {torch.bfloat16}
+    images = torch.rand(2, 3, 28, 28)
+    tokens = encoder(images)
+    assert tokens.dtype == torch.float32
+    assert encoder.features(images, [1])[0].dtype == torch.bfloat16
+    expected = exact(images)
+    assert 1e-4 < (tokens - expected).norm() / expected.norm() < 0.05
+    assert torch.allclose(tokens.mean(-1), torch.zeros(()), atol=1e-5)  # standardised in float32
+
+
+def test_the_surrounding_autocast_changes_nothing():
+    encoder = Encoder("own", CONFIG.spec, ViT(CONFIG))
+    images = torch.rand(2, 3, 16, 16)
+    tokens, (feature,) = encoder(images), encoder.features(images, [1])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(encoder(images), tokens)
+        assert torch.equal(encoder.features(images, [1])[0], feature)
+
+
+def test_compiled_blocks_give_the_same(checkpoint: Callable[..., Path]):
+    encoder = load_encoder(f"dinov3_vit:{checkpoint('dinov3_vit')}", (28, 42))
+    images = torch.rand(2, 3, 28, 42)
+    expected = encoder(images)
+    graphs: list[Any] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    encoder.compile(backend=backend, fullgraph=True)
+    assert torch.allclose(encoder(images), expected, atol=1e-5)
+    assert torch.allclose(encoder(images), expected, atol=1e-5)
+    assert len(graphs) == 1  # for all blocks
+
+
+@pytest.mark.parametrize("shape", [(40, 40), (60, 20)])
+def test_images_of_another_size_are_resized(shape: tuple[int, int], checkpoint: Callable[..., Path]):
+    encoder = load_encoder(f"vit:{checkpoint('vit')}", (28, 42))
+    images = torch.rand(1, 3, *shape)
+    resized = interpolate(images, (28, 42), mode="bicubic", align_corners=False)
     assert torch.equal(encoder(images), encoder(resized))
+    assert torch.equal(encoder.features(images, [0])[0], encoder.features(resized, [0])[0])
 
 
-@NAMES
-def test_input_size_must_be_whole_patches(name: str, registry: None):
-    with pytest.raises(UserError, match=f"encoder_size: 25 is no multiple of {name}'s patch size"):
-        load_encoder(name, input_size=25)
+@pytest.mark.parametrize("size", [25, (28, 25), (25, 28), 0, (-14, 14)], ids=str)
+def test_input_size_must_be_whole_patches(size: Any, checkpoint: Callable[..., Path]):
+    message = f"encoder_size: {size} is no multiple of vit:.*'s patch size 14"
+    with pytest.raises(UserError, match=re.sub(r"([()])", r"\\\1", message)):
+        load_encoder(f"vit:{checkpoint('vit')}", input_size=size)
+
+
+# Any checkpoint of a family.
+
+
+def variant(source: Path, target: Path, preprocessor: Any = None, **fields: Any) -> Path:
+    """A copy of a checkpoint with other fields in its config.json, and a preprocessor_config.json if it is given."""
+    target.mkdir()
+    for path in source.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    values = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(values | fields))
+    if preprocessor is not None:
+        (target / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    return target
+
+
+@BY_FAMILY
+def test_a_folder_tells_what_it_is(family: str, checkpoint: Callable[..., Path], tmp_path: Path):
+    name = f"{family}:{checkpoint(family, 16)}"
+    spec = load_encoder(name).spec
+    assert (spec.family, spec.width, spec.patch_size, spec.image_size) == (family, WIDTH, 16, 48)
+    assert spec.prefix_tokens == {"siglip": 0, "dinov2_with_registers": 5, "dinov3_vit": 5}.get(family, 1)
+    assert (list(spec.mean), list(spec.std)) == {"siglip": HALF, "clip": CLIP}.get(family, IMAGENET)
+    colours = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "do_resize": True}
+    folder = variant(checkpoint(family, 16), tmp_path / "own", colours)
+    encoder = load_encoder(f"{family}:{folder}")
+    assert (encoder.spec.mean, encoder.spec.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    images = torch.rand(1, 3, 48, 48)
+    shifted = (images - torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)) / torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1)
+    plain = load_encoder(name)
+    assert torch.allclose(encoder(images), plain(shifted * plain.std + plain.mean), atol=1e-4)
+
+
+def test_a_size_that_the_patch_does_not_divide_is_rounded_down(checkpoint: Callable[..., Path], tmp_path: Path):
+    folder = variant(checkpoint("dinov2"), tmp_path / "odd", image_size=NATIVE * 14 + 5)
+    encoder = load_encoder(f"dinov2:{folder}")
+    assert encoder.spec.image_size == 42
+    assert encoder.grid == (NATIVE, NATIVE)
+
+
+@pytest.mark.parametrize(
+    ("preprocessor", "message"),
+    [
+        ({"image_mean": [0.5, 0.5]}, "mean.2: Field required|mean: "),
+        ({"image_std": [1, 1, "wide"]}, "std.2"),
+        ({"image_std": [1, 1, 0]}, "std: .* must be positive"),
+        ([1], "holds no mean and std"),
+    ],
+)
+def test_impossible_colours_are_named(preprocessor: Any, message: str, checkpoint: Callable[..., Path], tmp_path: Path):
+    folder = variant(checkpoint("dinov2"), tmp_path / "bad", preprocessor)
+    with pytest.raises(UserError, match=message):
+        load_encoder(f"dinov2:{folder}")
+
+
+def test_focus_asset(shared: Callable[[str], Path]):
+    folder = shared("assets/vit-s14-focus")
+    encoder = load_encoder(f"dinov2:{folder}", 56, LayersConfig(blocks=(9,)))
+    values = json.loads((folder / "preprocessor_config.json").read_text())
+    assert (list(encoder.spec.mean), list(encoder.spec.std)) == (values["image_mean"], values["image_std"])
+    assert (encoder.spec.width, encoder.spec.image_size, encoder.spec.prefix_tokens) == (384, 518, 1)
+    images = torch.rand(1, 3, 56, 56)
+    states, eps = hidden_states(encoder, images)
+    assert torch.allclose(encoder(images).double(), standardised(states[9], eps), atol=1e-4)
+
+
+# Missing, damaged and hostile checkpoints.
 
 
 def spoil(folder: Path, fault: str) -> None:
     weights = folder / "model.safetensors"
-    if fault == "truncated":
-        weights.write_bytes(weights.read_bytes()[:-100])
-        return
-    if fault == "absent":
-        weights.unlink()
-        return
     state = load_file(weights)
     key = "encoder.layer.0.norm1.weight"
-    state = {k: v for k, v in state.items() if k != key} | ({key: torch.ones(3)} if fault == "misshapen" else {})
-    save_file(state, weights, metadata={"format": "pt"})
+    match fault:
+        case "truncated":
+            weights.write_bytes(weights.read_bytes()[:-100])
+        case "empty":
+            weights.write_bytes(b"")
+        case "absent":
+            weights.unlink()
+        case "pickle":
+            weights.unlink()
+            torch.save({key: RunsCode()}, folder / "pytorch_model.bin")
+        case "no config":
+            (folder / "config.json").unlink()
+        case "half a config":
+            (folder / "config.json").write_text('{"model_type": ')
+        case "a list for a config":
+            (folder / "config.json").write_text("[1]")
+        case "incomplete":
+            save_file({k: v for k, v in state.items() if k != key}, weights, metadata={"format": "pt"})
+        case "misshapen":
+            save_file(state | {key: torch.ones(3)}, weights, metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("fault", ["truncated", "absent", "misshapen", "incomplete"])
-def test_bad_checkpoint_is_refused(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    tiny_model("dinov2_with_registers", 14).save_pretrained(tmp_path)  # pyright: ignore[reportCallIssue]
-    spoil(tmp_path, fault)
-    monkeypatch.setitem(REGISTRY, "bad", replace(REGISTRY["dinov2-s"], hub_id=str(tmp_path)))
-    message = "lacks encoder.layer.0.norm1.weight" if fault == "incomplete" else "could not be loaded"
-    with pytest.raises(UserError, match=f"encoder bad: {tmp_path} {message}"):
-        load_encoder("bad")
+class RunsCode:
+    def __reduce__(self):
+        return pytest.fail, ("code of a checkpoint was run",)
 
 
-def test_weights_are_read_into_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    tiny_model("dinov2_with_registers", 14).half().save_pretrained(tmp_path)  # pyright: ignore[reportCallIssue]
-    spec = replace(REGISTRY["dinov2-s"], hub_id=str(tmp_path), width=16, image_size=42)
-    monkeypatch.setitem(REGISTRY, "half", spec)
-    assert {p.dtype for p in load_encoder("half").parameters()} == {torch.float32}
+FAULTS = {
+    "truncated": r"could not be loaded \(SafetensorError",
+    "empty": r"could not be loaded \(SafetensorError",
+    "absent": "could not be loaded .*no file named model.safetensors",
+    "pickle": "refused, its weights file is damaged or holds more than tensors",
+    "no config": "no config.json, or an empty one",
+    "half a config": "could not be loaded .*not a valid JSON file",
+    "a list for a config": "no config.json, or an empty one",
+    "incomplete": "lacks encoder.layer.0.norm1.weight",
+    "misshapen": "its tensors have other shapes than its config.json says",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_bad_checkpoint_is_refused(fault: str, checkpoint: Callable[..., Path], tmp_path: Path):
+    folder = variant(checkpoint("dinov2"), tmp_path / "bad")
+    spoil(folder, fault)
+    with pytest.raises(UserError, match=f"^encoder dinov2:{folder}: {folder} {FAULTS[fault]}|{FAULTS[fault]}") as info:
+        load_encoder(f"dinov2:{folder}")
+    message = str(info.value)
+    assert "\n" not in message
+    assert f"`hf download ID --local-dir {folder}`" in message
+    assert "Registered" not in message
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hidden_size": 10**6}, "other shapes"),
+        ({"image_size": 10**7}, "other shapes"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers: 1000000000"),
+        ({"num_hidden_layers": DEPTH + 1}, f"lacks encoder.layer.{DEPTH}"),
+        ({"hidden_size": "wide"}, "hidden_size"),
+        ({"num_attention_heads": 0}, "ZeroDivisionError"),
+        ({"hidden_act": "magic"}, "magic"),
+        ({"patch_size": [14, 28]}, "other shapes|only square ones"),
+        ({"model_type": "clip"}, "holds a model of type 'clip', not 'dinov2'"),
+    ],
+    ids=str,
+)
+def test_hostile_configurations_are_refused(
+    fields: dict[str, Any], message: str, checkpoint: Callable[..., Path], tmp_path: Path
+):
+    folder = variant(checkpoint("dinov2"), tmp_path / "bad", **fields)
+    with pytest.raises(UserError, match=message):
+        load_encoder(f"dinov2:{folder}")
+
+
+@pytest.fixture
+def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The Hub's cache, empty, as HF_HUB_OFFLINE=1 and HF_HUB_CACHE set it."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def cached(cache: Path, hub_id: str, source: Path) -> Path:
+    """Put a checkpoint into the Hub's cache, as `hf download` leaves it; gives the folder of its files."""
+    root = cache / f"models--{hub_id.replace('/', '--')}"
+    (root / "refs").mkdir(parents=True)
+    (root / "refs" / "main").write_text("0" * 40)
+    (root / "snapshots").mkdir()
+    return variant(source, root / "snapshots" / ("0" * 40))
+
+
+def test_the_cache_serves_without_a_network(offline: Path, checkpoint: Callable[..., Path]):
+    source = checkpoint("dinov2_with_registers")
+    cached(offline, "facebook/dinov2-with-registers-small", source)
+    images = torch.rand(1, 3, 28, 28)
+    expected = load_encoder(f"dinov2_with_registers:{source}", 28)(images)
+    assert torch.equal(load_encoder("dinov2-s", 28)(images), expected)
+    by_id = load_encoder("dinov2_with_registers:facebook/dinov2-with-registers-small", 28)
+    assert torch.equal(by_id(images), expected)
+    assert by_id.spec.hub_id == "facebook/dinov2-with-registers-small"
+
+
+@pytest.mark.parametrize("fault", [None, "absent", "truncated", "incomplete", "no config"])
+def test_a_missing_or_partial_download_gives_the_command(
+    fault: str | None, offline: Path, checkpoint: Callable[..., Path]
+):
+    if fault:
+        spoil(cached(offline, "facebook/dinov2-small", checkpoint("dinov2")), fault)
+    for name in ("dinov2-noreg-s", "dinov2:facebook/dinov2-small"):
+        with pytest.raises(UserError, match="run `hf download facebook/dinov2-small` where there is a network") as info:
+            load_encoder(name)
+        assert str(info.value).startswith(f"encoder {name}: facebook/dinov2-small ")
+        assert "\n" not in str(info.value)
+
+
+@pytest.mark.parametrize("where", ["/no/such", "./x", "a/b/c", "alone", ""])
+def test_what_is_neither_folder_nor_repository_is_named(where: str):
+    with pytest.raises(UserError, match=f"encoder vit:{where}: '{where}' is neither a folder nor OWNER/NAME"):
+        load_encoder(f"vit:{where}")
+
+
+def test_weights_are_read_into_float32(tmp_path: Path):
+    tiny_model("dinov2", 14).half().save_pretrained(tmp_path)  # pyright: ignore[reportCallIssue]
+    assert {p.dtype for p in load_encoder(f"dinov2:{tmp_path}").parameters()} == {torch.float32}
 
 
 def test_unknown_name_lists_the_known():
-    with pytest.raises(UserError, match=r"encoder dinov9: no such folder .* Registered: dinov2-b, dinov2-l, dinov2-s"):
+    with pytest.raises(UserError, match=r"encoder dinov9: no such folder .* Registered: clip-b, clip-l, dinov2-b,"):
         load_encoder("dinov9")
+    with pytest.raises(UserError, match=r"no such built-in.* Registered: .* FAMILY dinov2, dinov2_with_registers,"):
+        load_encoder("builtin:dinov9")
+
+
+@pytest.mark.parametrize("content", ['{"kind": "encoder", "image_size": 16}', "{", "{}"])
+def test_a_damaged_configuration_is_not_an_unknown_name(content: str, tmp_path: Path):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError) as info:
+        load_encoder(str(tmp_path))
+    assert str(tmp_path) in str(info.value)
+    assert "Registered" not in str(info.value)
 
 
 def test_registering_takes_one_line(monkeypatch: pytest.MonkeyPatch):
@@ -238,8 +601,6 @@ def test_every_registered_family_has_an_adapter():
 
 # Our own ViT.
 
-CONFIG = ViTConfig(image_size=16, patch_size=4, width=16, depth=2, heads=2, mean=(0.1, 0.2, 0.3), std=(1.0, 0.5, 2.0))
-
 
 def test_own_encoder_keeps_the_contract():
     encoder = Encoder("own", CONFIG.spec, ViT(CONFIG))
@@ -253,19 +614,11 @@ def test_own_encoder_keeps_the_contract():
     assert torch.allclose(tokens, encoder.model(colours), atol=1e-6)
 
 
-def test_outputs_of_the_blocks_of_an_own_encoder():
-    encoder = Encoder("own", CONFIG.spec, ViT(CONFIG))
-    images = torch.rand(2, 3, 20, 20, requires_grad=True)
-    outputs = encoder.block_outputs(images, range(encoder.depth))
-    assert torch.allclose(encoder.model.norm(outputs[-1]), encoder(images), atol=1e-6)  # type: ignore[operator]
-    for block, before, after in zip(list(encoder.model.blocks)[1:], outputs, outputs[1:], strict=False):  # type: ignore
-        assert torch.allclose(block(before), after, atol=1e-6)
-    assert torch.autograd.grad(outputs[0].sum(), images)[0].abs().max() > 0
-
-
 def test_own_encoder_takes_another_input_size():
-    encoder = Encoder("own", CONFIG.spec, ViT(CONFIG), input_size=24)
-    assert encoder(torch.rand(1, 3, 16, 16)).shape == (1, 36, 16)
+    encoder = Encoder("own", CONFIG.spec, ViT(CONFIG), input_size=(24, 16))
+    assert encoder(torch.rand(1, 3, 16, 16)).shape == (1, 24, 16)
+    images = torch.rand(1, 3, 24, 16)
+    assert torch.allclose(encoder(images), encoder.model((images - encoder.mean) / encoder.std), atol=1e-6)
 
 
 def test_masking_sees_the_kept_patches_alone():
@@ -294,12 +647,17 @@ def test_own_encoder_is_loaded_from_its_folder(tmp_path: Path):
     save_file({key: value.half() for key, value in model.state_dict().items()}, tmp_path / "model.safetensors")
     encoder = load_encoder(str(tmp_path), input_size=20)
     assert encoder.grid == (5, 5)
-    assert torch.allclose(encoder(torch.full((1, 3, 20, 20), 0.5)).std(-1, correction=0), torch.ones(()), atol=1e-3)
+    images = torch.rand(1, 3, 20, 20)
+    assert torch.allclose(encoder(images).std(-1, correction=0), torch.ones(()), atol=1e-3)
+    encoder = load_encoder(str(tmp_path), 20, LayersConfig(blocks=(1,)), torch.bfloat16)
+    assert {p.dtype for p in encoder.parameters()} == {torch.bfloat16}
+    assert encoder(images).dtype == torch.float32
     state = load_file(tmp_path / "model.safetensors")
     del state["blocks.1.norm2.bias"]
     save_file(state, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match=r"do not fit ViT: missing blocks.1.norm2.bias"):
+    with pytest.raises(UserError, match=r"do not fit ViT: missing blocks.1.norm2.bias") as info:
         load_encoder(str(tmp_path))
+    assert "Registered" not in str(info.value)
 
 
 def test_impossible_width_is_named():

@@ -18,6 +18,7 @@ from raekit.flow import path
 from raekit.inference import load
 from raekit.models.autoencoder import Autoencoder
 from raekit.models.denoiser import Denoiser, TransformerConfig
+from raekit.models.encoders import Encoder
 from raekit.stages.generation import DenoiserSize, GenerationConfig, build, flow_matching_loss
 from raekit.train.optim import OptimConfig
 from raekit.train.trainer import TrainConfig, Trainer
@@ -41,6 +42,18 @@ def config(images, tiny_model) -> GenerationConfig:
 def stage(config: GenerationConfig, tmp_path: Path):
     torch.manual_seed(0)
     return build(config, tmp_path, ONE)
+
+
+def test_the_encoder_follows_the_training(config, tmp_path, monkeypatch):
+    used, compiled = [], []
+    monkeypatch.setattr(Encoder, "forward", lambda self, images: used.append(self) or torch.zeros(len(images), 16, 16))
+    monkeypatch.setattr(Encoder, "compile", lambda self: compiled.append(self))
+    made = stage(replace(config, train=replace(config.train, precision="bf16", compile=True)), tmp_path)
+    made.objectives[0].loss(batch_of(config, 2), 0)
+    assert used[0].dtype == torch.bfloat16
+    assert not compiled  # which a dry run would not want
+    made.prepare()
+    assert compiled == used
 
 
 def batch_of(config: GenerationConfig, size: int) -> Batch:

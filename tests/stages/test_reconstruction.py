@@ -15,7 +15,7 @@ from raekit.errors import UserError
 from raekit.models.augment import AugmentConfig, augment
 from raekit.models.autoencoder import Autoencoder
 from raekit.models.discriminator import DiscriminatorConfig
-from raekit.models.encoders import load_encoder
+from raekit.models.encoders import Encoder, LayersConfig, load_encoder
 from raekit.models.layers import to_grid
 from raekit.models.perceptual import LPIPS, load_perceptual
 from raekit.stages.reconstruction import (
@@ -145,6 +145,34 @@ def test_the_artifact_holds_the_averages_and_the_exact_statistics(config, tmp_pa
     assert sorted(path.name for path in (tmp_path / "artifact").iterdir()) == ["autoencoder", "encoder"]
     images = first_batch(config).pixels()
     assert torch.equal(loaded.tokens(images), to_grid(load_encoder(config.encoder)(images), (4, 4)))
+
+
+def test_the_encoder_follows_the_configuration(config, tmp_path, monkeypatch):
+    used, compiled = [], []
+    monkeypatch.setattr(Encoder, "forward", lambda self, images: used.append(self) or torch.zeros(len(images), 16, 16))
+    monkeypatch.setattr(Encoder, "compile", lambda self: compiled.append(self))
+    layers = LayersConfig(blocks=(0,), token_mean=True)
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        train = replace(config.train, precision=precision, compile=precision == "bf16")
+        made = stage(replace(config, layers=layers, train=train), tmp_path / precision)
+        made.objectives[0].loss(next(iter(made.batches(0))), 0)
+        assert used[-1].layers == layers
+        assert used[-1].dtype == dtype
+        assert not compiled  # which a dry run would not want
+    made.prepare()
+    assert compiled == used[-1:]
+
+
+def test_the_artifact_remembers_the_layers(config, tmp_path):
+    layers = LayersConfig(blocks=(0,), combine="sum", token_mean=True)
+    made = stage(replace(config, layers=layers), tmp_path)
+    made.prepare()
+    Trainer(tmp_path, config.train, made.objectives, made.batches, ONE).fit()
+    made.export(tmp_path / "artifact")
+    loaded = Autoencoder.load(str(tmp_path))
+    images = first_batch(config).pixels()
+    assert torch.equal(loaded.tokens(images), to_grid(load_encoder(config.encoder, layers=layers)(images), (4, 4)))
+    assert not torch.allclose(loaded.tokens(images), to_grid(load_encoder(config.encoder)(images), (4, 4)))
 
 
 def test_training_latents_are_white(config, tmp_path):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from raekit.errors import UserError
-from raekit.models.encoders import Encoder, load_encoder
+from raekit.models.encoders import FAMILIES, Encoder, LayersConfig, load_encoder, sides
 from raekit.models.inception import LOGITS, POOL, SIZE, SPATIAL, Inception, load_inception
 
 
@@ -138,22 +138,25 @@ class EncoderFeatures:
 
     `name` is the encoder's with underscores for what is no letter or digit: "vit-tiny" and "builtin:vit-tiny"
     are `vit_tiny`, so that their Frechet distance is reported as `fd_vit_tiny`. An encoder from a local
-    folder is named by the folder; one used at another input size than its own has the size in its name.
+    folder is named by the folder; one used at another input size than its own, or with other layers than the
+    last, has them in its name.
     """
 
     def __init__(self, encoder: Encoder):
         self.encoder, self.width = encoder, encoder.spec.width
-        name = encoder.name.removeprefix("builtin:")
+        name = re.sub(f"^({'|'.join(FAMILIES)}|builtin):", "", encoder.name)
         if Path(name).is_absolute() or Path(name).is_dir():
             name = Path(name).resolve().name
-        if encoder.input_size != encoder.spec.image_size:
-            name = f"{name}_{encoder.input_size}"
+        if encoder.input_size != sides(encoder.spec.image_size):
+            name = "_".join([name, *map(str, dict.fromkeys(encoder.input_size))])
+        if encoder.layers != LayersConfig():
+            name = f"{name}_{encoder.layers}"
         self.name = re.sub("[^0-9A-Za-z]+", "_", name).strip("_")
-        self.resize = f"bicubic, antialiased, to {encoder.input_size}"
+        self.resize = f"bicubic, antialiased, to {' x '.join(map(str, encoder.input_size))}"
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        size = (self.encoder.input_size, self.encoder.input_size)
+        size = self.encoder.input_size
         # A stream that samples under autocast leaves it on between its batches: features stay float32.
         with torch.autocast(images.device.type, enabled=False):
             images = images.float()

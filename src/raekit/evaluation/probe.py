@@ -68,7 +68,7 @@ def probe(
     world = world or World()
     model = _load(name)
     encoder = model.encoder if isinstance(model, Autoencoder) else model
-    size = image_size or (model.image_size if isinstance(model, Autoencoder) else encoder.input_size)
+    size = image_size or (model.image_size if isinstance(model, Autoencoder) else max(encoder.input_size))
     networks = {name: _Features(name, _tokens_of(model), encoder, tokens)}
     random = untrained(encoder)
     networks["random weights"] = _Features("random weights", random, random, tokens)

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from raekit import artifacts
 from raekit.config import configclass, from_dict
 from raekit.distributed import World
+from raekit.errors import UserError
 from raekit.models.decoder import Decoder, DecoderConfig
-from raekit.models.encoders import Encoder, load_encoder
+from raekit.models.encoders import Encoder, LayersConfig, Size, ViT, load_encoder
 from raekit.models.layers import to_grid
 from raekit.weights import check_fit, load_strict
 
@@ -21,14 +22,15 @@ Output = Literal["encoder-colours", "pixels"]
 
 @configclass
 class AutoencoderConfig:
-    """`encoder` is a registered name, builtin:NAME or a folder; `encoder_size` the side it resizes images to.
+    """`encoder` is a name as `load_encoder` takes it, `encoder_size` what it resizes images to, `layers` its latent.
 
     `output` is what the decoder gives: colours normalised by the encoder's mean and standard deviation (RAE v1),
     or pixels in [0, 1] (RAE v2, spec II.2).
     """
 
     encoder: str
-    encoder_size: int | None = None
+    encoder_size: Size | None = None
+    layers: LayersConfig = LayersConfig()
     decoder: DecoderConfig
     output: Output = "encoder-colours"
 
@@ -53,15 +55,18 @@ class Autoencoder(nn.Module):
         self.register_buffer("var", torch.ones(shape))
 
     @classmethod
-    def load(cls, name: str) -> Self:
+    def load(cls, name: str, encoder_dtype: torch.dtype = torch.float32) -> Self:
         """Load a published name (`raekit.conversion.RELEASES`), `builtin:NAME`, a model folder, a run, or OWNER/NAME
         on the Hub; UserError if it is not whole.
+
+        The encoder computes in `encoder_dtype`, float32 or bfloat16.
         """
         path, values = artifacts.find(name, "autoencoder")
         config, state = from_dict(AutoencoderConfig, values, path / "config.json"), artifacts.read(path)
         check_fit(lambda: Decoder(config.decoder), state, path)
         own = path.parent / "encoder"
-        model = cls(config, load_encoder(str(own) if own.is_dir() else config.encoder, config.encoder_size))
+        source = str(own) if own.is_dir() else config.encoder
+        model = cls(config, load_encoder(source, config.encoder_size, config.layers, encoder_dtype))
         load_strict(model.decoder, state, path)
         model.set_statistics(*artifacts.read_statistics(path / artifacts.STATISTICS, model.latent_shape))
         return model.eval()
@@ -72,17 +77,27 @@ class Autoencoder(nn.Module):
         statistics = {"var": self.var} | ({} if self.mean is None else {"mean": self.mean})
         target = folder / "autoencoder"
         artifacts.write(target, "autoencoder", self.config, self.decoder, world, dtype=dtype, statistics=statistics)
-        if Path(self.encoder.name).is_dir():
-            self.encoder.save(folder, world, dtype)
+        if isinstance(self.encoder.model, ViT) and Path(self.encoder.name).is_dir():
+            exact = self.encoder.dtype == torch.float32  # else the weights were rounded as they were read
+            (self.encoder if exact else load_encoder(self.encoder.name)).save(folder, world, dtype)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         return (self.encoder.spec.width, *self.encoder.grid)
 
     @property
+    def image_shape(self) -> tuple[int, int]:
+        """(height, width) of the decoded images in pixels."""
+        height, width = self.config.decoder.grid
+        return (height * self.config.decoder.patch_size, width * self.config.decoder.patch_size)
+
+    @property
     def image_size(self) -> int:
-        """Side of the decoded images in pixels."""
-        return self.config.decoder.grid[0] * self.config.decoder.patch_size
+        """Side of the decoded images in pixels; UserError if they are not square."""
+        height, width = self.image_shape
+        if height != width:
+            raise UserError(f"this autoencoder gives images of {height} x {width} pixels; this needs square ones")
+        return height
 
     def set_statistics(self, mean: Tensor | None, var: Tensor) -> None:
         """Whiten by these, each (C, H, W), from now on. A mean of None stays None: nothing is subtracted."""
@@ -113,5 +128,5 @@ class Autoencoder(nn.Module):
         return self.whiten(self.tokens(images).float())
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Whitened latents (B, C, h, w) -> images (B, 3, S, S) in [0, 1]."""
+        """Whitened latents (B, C, h, w) -> images (B, 3, *image_shape) in [0, 1]."""
         return self.to_pixels(self.decoder(self.unwhiten(latents))).clamp(0, 1)

@@ -33,7 +33,7 @@ class Dino(nn.Module):
 
     def __init__(self, width: int, depth: int, patch_size: int, grid: int) -> None:
         super().__init__()
-        self.width, self.depth, self.image_size = width, depth, grid * patch_size
+        self.width, self.image_size = width, grid * patch_size
         self.embed = nn.Conv2d(3, width, patch_size, stride=patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.positions = nn.Parameter(torch.zeros(1, 1 + grid**2, width))
@@ -45,7 +45,7 @@ class Dino(nn.Module):
         self.register_buffer("std", std, persistent=False)
         self.requires_grad_(False)
 
-    def block_outputs(self, images: Tensor, blocks: Sequence[int]) -> list[Tensor]:
+    def features(self, images: Tensor, blocks: Sequence[int]) -> list[Tensor]:
         """Images (B, 3, H, W) in [0, 1] -> patch tokens (B, N, width) as each of `blocks`, from 0, puts them out."""
         size = (self.image_size, self.image_size)
         if images.shape[2:] != size:
@@ -53,7 +53,7 @@ class Dino(nn.Module):
         x = to_tokens(self.embed((images - self.mean) / self.std))
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.positions
         outputs = []
-        for block in self.blocks[: max(blocks) + 1]:
+        for block in self.blocks:
             x = block(x)
             outputs.append(x[:, 1:])
         return [outputs[index] for index in blocks]
@@ -200,24 +200,25 @@ class Discriminator(nn.Module):
 
     def __init__(self, config: DiscriminatorConfig, backbone: Backbone) -> None:
         super().__init__()
-        if (deepest := max(config.blocks, default=0)) >= backbone.depth:
+        depth, width = len(backbone.blocks), backbone.width
+        if (deepest := max(config.blocks, default=0)) >= depth:
             raise UserError(
-                f"discriminator.blocks: there is no block {deepest} in {config.backbone}, which has {backbone.depth}"
+                f"discriminator.blocks: there is no block {deepest} in {config.backbone}, which has {depth}"
             )
-        if config.norm == "group" and backbone.width % GROUPS:
+        if config.norm == "group" and width % GROUPS:
             raise UserError(
-                f"discriminator.norm: group needs a width that {GROUPS} divides; {config.backbone} has {backbone.width}"
+                f"discriminator.norm: group needs a width that {GROUPS} divides; {config.backbone} has {width}"
             )
         self.config = config
         object.__setattr__(self, "backbone", backbone)
-        self.heads = nn.ModuleList(Head(backbone.width, config) for _ in range(1 + len(config.blocks)))
+        self.heads = nn.ModuleList(Head(width, config) for _ in range(1 + len(config.blocks)))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.backbone._apply(fn)
         return super()._apply(fn, recurse)
 
     def forward(self, images: Tensor) -> Tensor:
-        features = self.backbone.block_outputs(images, (self.backbone.depth - 1, *self.config.blocks))
+        features = self.backbone.features(images, (-1, *self.config.blocks))
         return torch.cat([head(x.mT).float() for head, x in zip(self.heads, features, strict=True)], dim=1)
 
 

@@ -16,7 +16,7 @@ from raekit.models.denoiser import Denoiser, DenoiserConfig, TransformerConfig
 from raekit.stages.stage import Stage
 from raekit.train.objective import Metrics, Objective
 from raekit.train.optim import OptimConfig
-from raekit.train.trainer import TrainConfig
+from raekit.train.trainer import TrainConfig, compute_dtype
 
 
 @configclass
@@ -37,7 +37,7 @@ class GenerationConfig:
     """`autoencoder` is builtin:NAME, a model folder, a stage-1 run, or OWNER/NAME on the Hub.
 
     `conditional` False trains without classes; else labels are dropped with probability `class_dropout`.
-    Times follow `time_law`, shifted by sqrt(dimension / `shift_base`).
+    Times follow `time_law`, shifted by sqrt(dimension / `shift_base`). The encoder computes in `train.precision`.
     """
 
     stage: Literal["generation"] = "generation"
@@ -81,7 +81,8 @@ def flow_matching_loss(
 def build(config: GenerationConfig, run: Path, world: World) -> Stage:
     """The denoiser's objective; the artifact is a model folder with autoencoder and averaged denoiser."""
     loader = Loader(config.data, config.train.seed)
-    autoencoder = Autoencoder.load(config.autoencoder).to(world.device)
+    dtype = compute_dtype(config.train.precision, world.device)
+    autoencoder = Autoencoder.load(config.autoencoder, dtype).to(world.device)
     if autoencoder.image_size != config.data.image_size:
         raise UserError(
             f"data.image_size: {config.data.image_size}, but {config.autoencoder} is for {autoencoder.image_size}"
@@ -133,6 +134,10 @@ def build(config: GenerationConfig, run: Path, world: World) -> Stage:
         ema=config.ema,
     )
 
+    def prepare() -> None:
+        if config.train.compile:
+            autoencoder.encoder.compile()
+
     def export(folder: Path) -> None:
         averaged = objective.averaged
         assert isinstance(averaged, Denoiser)
@@ -142,5 +147,6 @@ def build(config: GenerationConfig, run: Path, world: World) -> Stage:
     return Stage(
         objectives=[objective],
         batches=lambda start: loader.stream(start, config.train.batch_size, world),
+        prepare=prepare,
         export=export,
     )

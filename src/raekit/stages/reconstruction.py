@@ -17,7 +17,7 @@ from raekit.errors import UserError
 from raekit.evaluation.features import quantize
 from raekit.inference import measure_latents
 from raekit.models.augment import AugmentConfig, augment
-from raekit.models.autoencoder import Autoencoder, AutoencoderConfig
+from raekit.models.autoencoder import Autoencoder, AutoencoderConfig, Output
 from raekit.models.decoder import DecoderConfig
 from raekit.models.discriminator import (
     Discriminator,
@@ -27,14 +27,14 @@ from raekit.models.discriminator import (
     generator_loss,
     load_backbone,
 )
-from raekit.models.encoders import load_encoder
+from raekit.models.encoders import LayersConfig, Size, load_encoder
 from raekit.models.layers import patchify
 from raekit.models.perceptual import load_perceptual
 from raekit.stages.selection import SelectionConfig, selector
 from raekit.stages.stage import Stage
 from raekit.train.objective import Metrics, Objective, Periodic
 from raekit.train.optim import OptimConfig
-from raekit.train.trainer import TrainConfig
+from raekit.train.trainer import TrainConfig, compute_dtype
 
 NoiseLaw = Literal["half-normal", "uniform"]
 
@@ -96,13 +96,16 @@ class ReconstructionConfig:
     """`noise` is tau of spec 1.4, in units of the un-whitened tokens; `noise_law` how sigma follows from it.
 
     The latent statistics are measured over the training images, centre-cropped, and mirrored too if the
-    training flips them.
+    training flips them. `encoder_size`, `layers` and `output` are those of the autoencoder; the encoder computes in
+    `train.precision`.
     """
 
     stage: Literal["reconstruction"] = "reconstruction"
     data: DataConfig
     encoder: str
-    encoder_size: int | None = None
+    encoder_size: Size | None = None
+    layers: LayersConfig = LayersConfig()
+    output: Output = "encoder-colours"
     decoder: DecoderSize
     noise: float = 0.8
     noise_law: NoiseLaw = "half-normal"
@@ -250,12 +253,15 @@ class Losses:
 def build(config: ReconstructionConfig, run: Path, world: World) -> Stage:
     """The decoder's objective and the discriminator's; the artifact is an autoencoder with the averaged decoder."""
     loader = Loader(config.data, config.train.seed)
-    encoder = load_encoder(config.encoder, config.encoder_size)
+    dtype = compute_dtype(config.train.precision, world.device)
+    encoder = load_encoder(config.encoder, config.encoder_size, config.layers, dtype)
     size = config.decoder
     model = Autoencoder(
         AutoencoderConfig(
             encoder=config.encoder,
             encoder_size=config.encoder_size,
+            layers=config.layers,
+            output=config.output,
             decoder=DecoderConfig(
                 token_dim=encoder.spec.width,
                 grid=encoder.grid,
@@ -268,10 +274,10 @@ def build(config: ReconstructionConfig, run: Path, world: World) -> Stage:
         ),
         encoder,
     ).to(world.device)
-    if model.image_size != config.data.image_size:
+    if model.image_shape != (config.data.image_size, config.data.image_size):
         raise UserError(
-            f"decoder.patch_size: {size.patch_size} over a grid of {encoder.grid} gives images of {model.image_size} "
-            f"pixels, but data.image_size is {config.data.image_size}"
+            f"decoder.patch_size: {size.patch_size} over a grid of {encoder.grid} gives images of "
+            f"{' x '.join(map(str, model.image_shape))} pixels, but data.image_size is {config.data.image_size}"
         )
     losses = Losses(config, model, world)
     objectives = [
@@ -298,6 +304,8 @@ def build(config: ReconstructionConfig, run: Path, world: World) -> Stage:
     averaged = Autoencoder(model.config, encoder).to(world.device)
 
     def prepare() -> None:
+        if config.train.compile:
+            encoder.compile()
         # Measured once, kept beside the run: the pass over the data is the same for every restart.
         path = run / STATISTICS
         if path.is_file():

@@ -57,12 +57,16 @@ class TrainConfig:
                 raise UserError(f"train.{name}: {value} must be at least 1")
 
 
-def autocast(precision: Precision, device: torch.device):
-    """The precision's context. `auto` is bf16 where the hardware multiplies it fast, else float32."""
+def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    """bfloat16 or float32. `auto` is bf16 where the hardware multiplies it fast, else float32."""
     fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
-    if precision == "bf16" or (precision == "auto" and fast):
-        return torch.autocast(device.type, torch.bfloat16)
-    return nullcontext()
+    return torch.bfloat16 if precision == "bf16" or (precision == "auto" and fast) else torch.float32
+
+
+def autocast(precision: Precision, device: torch.device):
+    """The context in which losses are computed."""
+    dtype = compute_dtype(precision, device)
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
 class Trainer:
