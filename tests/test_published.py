@@ -58,7 +58,7 @@ def denoiser_shapes(values: dict[str, Any], classes: int | None = None) -> dict[
         value if wide else [value] for value in (values["hidden_size"], values["depth"], values["num_heads"])
     )
     d, last = widths[0], widths[-1]
-    shapes: dict[str, list[int]] = {"pos_embed": [1, side**2, d]}
+    shapes: dict[str, list[int]] = {"pos_embed": [1, side**2, d]} if values.get("use_pos_embed", True) else {}
     embeds = {"s_embedder": d, "x_embedder": last} if wide else {"x_embedder": d}
     for name, width in embeds.items():
         shapes |= {f"{name}.proj.weight": [width, c, p, p], f"{name}.proj.bias": [width]}
@@ -67,20 +67,28 @@ def denoiser_shapes(values: dict[str, Any], classes: int | None = None) -> dict[
     shapes |= {"t_embedder.W": [256]} | matrix("t_embedder.mlp.0", d, 512) | matrix("t_embedder.mlp.2", d, d)
     shapes["y_embedder.embedding_table.weight"] = [classes or values["num_classes"] + 1, d]
     for name, width, count in zip(("enc_", "dec_") if wide else ("",), widths, heads, strict=True):
+        if not values.get("use_rope", True):
+            break
         shapes |= {f"{name}feat_rope.freqs_{f}": [side**2, width // count] for f in ("cos", "sin")}
     parts = [(width, count) for width, depth, count in zip(widths, depths, heads, strict=True) for _ in range(depth)]
     for i, (width, count) in enumerate(parts):
-        hidden = int(2 / 3 * int(width * values.get("mlp_ratio", 4.0)))
-        block = {"norm1.weight": [width], "norm2.weight": [width]}
-        block |= matrix("attn.qkv", 3 * width, width) | matrix("attn.proj", width, width)
-        block |= matrix("mlp.w12", 2 * hidden, width) | matrix("mlp.w3", width, hidden)
-        block |= matrix("adaLN_modulation.1", 6 * width, width)
+        hidden = int(width * values.get("mlp_ratio", 4.0))
+        block = matrix("attn.qkv", 3 * width, width) | matrix("attn.proj", width, width)
+        block |= matrix("adaLN_modulation.1", (4 if values.get("wo_shift") else 6) * width, width)
+        if values.get("use_swiglu", True):
+            hidden = int(2 / 3 * hidden)
+            block |= matrix("mlp.w12", 2 * hidden, width) | matrix("mlp.w3", width, hidden)
+        else:
+            block |= matrix("mlp.fc1", hidden, width) | matrix("mlp.fc2", width, hidden)
+        if values.get("use_rmsnorm", True):
+            block |= {"norm1.weight": [width], "norm2.weight": [width]}
         if values.get("use_qknorm"):
-            block |= {"attn.q_norm.weight": [width // count], "attn.k_norm.weight": [width // count]}
+            kinds = ("weight",) if values.get("use_rmsnorm", True) else ("weight", "bias")
+            block |= {f"attn.{part}_norm.{kind}": [width // count] for part in "qk" for kind in kinds}
         shapes |= {f"blocks.{i}.{name}": shape for name, shape in block.items()}
-    final = (
-        {"norm_final.weight": [last]} | matrix("linear", p * p * c, last) | matrix("adaLN_modulation.1", 2 * last, last)
-    )
+    final = matrix("linear", p * p * c, last) | matrix("adaLN_modulation.1", 2 * last, last)
+    if values.get("use_rmsnorm", True):
+        final["norm_final.weight"] = [last]
     return shapes | {f"final_layer.{name}": shape for name, shape in final.items()}
 
 
@@ -92,32 +100,42 @@ def linear(state: State, name: str, x: Tensor) -> Tensor:
     return x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
 
 
-def rms(x: Tensor, weight: Tensor) -> Tensor:
-    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+def norm(state: State, name: str, x: Tensor, eps: float = 1e-6) -> Tensor:
+    """RMSNorm if the state has a weight for it alone; else LayerNorm, with its weight and bias if there are any."""
+    if f"{name}.weight" in state and f"{name}.bias" not in state:
+        return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * state[f"{name}.weight"]
+    x = x - x.mean(-1, keepdim=True)
+    x = x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
+    return x * state[f"{name}.weight"] + state[f"{name}.bias"] if f"{name}.bias" in state else x
 
 
 def turned(x: Tensor, state: State, rope: str) -> Tensor:
+    if f"{rope}.freqs_cos" not in state:
+        return x
     quarter_turn = torch.stack([-x[..., 1::2], x[..., 0::2]], -1).flatten(-2)
     return x * state[f"{rope}.freqs_cos"] + quarter_turn * state[f"{rope}.freqs_sin"]
 
 
 def block(state: State, index: int, heads: int, rope: str, x: Tensor, c: Tensor) -> Tensor:
     name = f"blocks.{index}"
-    m = linear(state, f"{name}.adaLN_modulation.1", F.silu(c)).chunk(6, -1)
+    m: list[Any] = list(linear(state, f"{name}.adaLN_modulation.1", F.silu(c)).split(x.shape[-1], -1))
+    if len(m) == 4:
+        m = [0, m[0], m[1], 0, m[2], m[3]]
     q, k, v = (
         part.unflatten(-1, (heads, -1)).transpose(1, 2)
-        for part in linear(state, f"{name}.attn.qkv", rms(x, state[f"{name}.norm1.weight"]) * (1 + m[1]) + m[0]).chunk(
-            3, -1
-        )
+        for part in linear(state, f"{name}.attn.qkv", norm(state, f"{name}.norm1", x) * (1 + m[1]) + m[0]).chunk(3, -1)
     )
     if f"{name}.attn.q_norm.weight" in state:
-        q, k = rms(q, state[f"{name}.attn.q_norm.weight"]), rms(k, state[f"{name}.attn.k_norm.weight"])
+        eps = 1e-5 if f"{name}.attn.q_norm.bias" in state else 1e-6
+        q, k = norm(state, f"{name}.attn.q_norm", q, eps), norm(state, f"{name}.attn.k_norm", k, eps)
     q, k = turned(q, state, rope), turned(k, state, rope)
     out = ((q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1) @ v).transpose(1, 2).flatten(2)
     x = x + m[2] * linear(state, f"{name}.attn.proj", out)
-    gate, value = linear(state, f"{name}.mlp.w12", rms(x, state[f"{name}.norm2.weight"]) * (1 + m[4]) + m[3]).chunk(
-        2, -1
-    )
+    inner = norm(state, f"{name}.norm2", x) * (1 + m[4]) + m[3]
+    if f"{name}.mlp.fc1.weight" in state:
+        hidden = F.gelu(linear(state, f"{name}.mlp.fc1", inner), approximate="tanh")
+        return x + m[5] * linear(state, f"{name}.mlp.fc2", hidden)
+    gate, value = linear(state, f"{name}.mlp.w12", inner).chunk(2, -1)
     return x + m[5] * linear(state, f"{name}.mlp.w3", F.silu(gate) * value)
 
 
@@ -136,7 +154,7 @@ def published_denoiser(state: State, values: dict[str, Any], x: Tensor, t: Tenso
     if wide:
         c = F.silu(c)
         (depth, head_depth), (heads, head_heads) = values["depth"], values["num_heads"]
-        s = embed("s_embedder") + state["pos_embed"]
+        s = embed("s_embedder") + state.get("pos_embed", 0)
         for i in range(depth):
             s = block(state, i, heads, "enc_feat_rope", s, c)
         c = F.silu(s + time)
@@ -145,11 +163,11 @@ def published_denoiser(state: State, values: dict[str, Any], x: Tensor, t: Tenso
         for i in range(depth, depth + head_depth):
             tokens = block(state, i, head_heads, "dec_feat_rope", tokens, c)
     else:
-        tokens = embed("x_embedder") + state["pos_embed"]
+        tokens = embed("x_embedder") + state.get("pos_embed", 0)
         for i in range(values["depth"]):
             tokens = block(state, i, values["num_heads"], "feat_rope", tokens, c)
     shift, scale = linear(state, "final_layer.adaLN_modulation.1", F.silu(c)).chunk(2, -1)
-    out = linear(state, "final_layer.linear", rms(tokens, state["final_layer.norm_final.weight"]) * (1 + scale) + shift)
+    out = linear(state, "final_layer.linear", norm(state, "final_layer.norm_final", tokens) * (1 + scale) + shift)
     side = values["input_size"] // p
     out = out.view(len(x), side, side, p, p, -1)
     return torch.einsum("bhwpqc->bchpwq", out).reshape(x.shape)
@@ -168,6 +186,13 @@ OPTIONS = pytest.mark.parametrize(
         DIT_DH,
         DIT_DH | {"hidden_size": [48, 48], "num_heads": [4, 2]},
         DIT_DH | {"hidden_size": [8, 8], "num_heads": [1, 2]},
+        DIT_DH | {"patch_size": 3},
+        DIT_DH | {"use_rmsnorm": False, "use_swiglu": False},
+        DIT_DH | {"use_rmsnorm": False, "use_qknorm": False, "wo_shift": True},
+        DIT_DH | {"use_pos_embed": False},
+        DIT_DH | {"use_rope": False},
+        DIT | {"use_rope": False, "use_rmsnorm": False},
+        DIT | {"use_swiglu": False, "wo_shift": True, "learn_sigma": False, "use_gembed": True},
     ],
     ids=[
         "DiT, patches of 2, QK-norm",
@@ -175,6 +200,13 @@ OPTIONS = pytest.mark.parametrize(
         "DiT-DH, QK-norm",
         "DiT-DH without projector",
         "narrow DiT-DH",
+        "DiT-DH, patches of 3",
+        "DiT-DH, LayerNorm, GELU",
+        "DiT-DH, LayerNorm, no shift",
+        "DiT-DH without positions",
+        "DiT-DH without rotary",
+        "DiT without rotary, LayerNorm",
+        "DiT, GELU, no shift",
     ],
 )
 
@@ -248,13 +280,9 @@ def test_denoiser_config():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (DIT | {"use_swiglu": False}, "use_swiglu"),
-        (DIT_DH | {"use_rope": False}, "use_rope"),
-        (DIT_DH | {"use_rmsnorm": False}, "use_rmsnorm"),
-        (DIT | {"wo_shift": True}, "wo_shift"),
-        (DIT_DH | {"use_pos_embed": False}, "use_pos_embed"),
-        (DIT_DH | {"patch_size": 2}, "patch_size = 2 is not supported with a wide head"),
         (DIT_DH | {"patch_size": [1, 2]}, "patch_size"),
+        (DIT_DH | {"use_rope": False, "use_pos_embed": False}, "denoiser.rotary: off"),
+        (DIT | {"use_gembed": False}, "use_gembed"),
         (DIT_DH | {"depth": 3}, "hidden_size and depth must both be pairs"),
         (DIT | {"learn_sigma": True}, "learn_sigma"),
         ({k: v for k, v in DIT.items() if k != "depth"}, "depth"),

@@ -119,7 +119,9 @@ def decoder_state(state: State, config: DecoderConfig) -> dict[str, Tensor]:
 class PublishedDenoiser:
     """The arguments of the published networks (spec 7.5): pairs (backbone, head) for DiT^DH, numbers for DiT.
 
-    The switches have the one value that we build. `class_dropout_prob` belongs to training.
+    `class_dropout_prob` belongs to training. `learn_sigma` and `use_gembed` have the one value that we build.
+    Of `use_rope` False and a `patch_size` above 1 in a DiT^DH, and of `wo_shift`, the published code crashes
+    (spec 8): there is no checkpoint to agree with, and ours are the obvious readings.
     """
 
     input_size: int
@@ -132,11 +134,13 @@ class PublishedDenoiser:
     class_dropout_prob: float = 0.1
     num_classes: int = 1000
     use_qknorm: bool = False
-    use_swiglu: Literal[True] = True
-    use_rope: Literal[True] = True
-    use_rmsnorm: Literal[True] = True
-    use_pos_embed: Literal[True] = True
-    wo_shift: Literal[False] = False
+    use_swiglu: bool = True
+    use_rope: bool = True
+    use_rmsnorm: bool = True
+    use_pos_embed: bool = True
+    wo_shift: bool = False
+    learn_sigma: Literal[False] = False
+    use_gembed: Literal[True] = True
 
 
 def denoiser_config(values: Mapping[str, Any]) -> DenoiserConfig:
@@ -147,27 +151,40 @@ def denoiser_config(values: Mapping[str, Any]) -> DenoiserConfig:
     that we do not build.
     """
     published = from_dict(PublishedDenoiser, dict(values), "published denoiser")
+    return DenoiserConfig(
+        **_sizes(published),
+        mlp_ratio=published.mlp_ratio,
+        norm="rms" if published.use_rmsnorm else "layer",
+        mlp="swiglu" if published.use_swiglu else "gelu",
+        positions=published.use_pos_embed,
+        rotary=published.use_rope,
+        qk_norm=published.use_qknorm,
+        adaln_shift=not published.wo_shift,
+    )
+
+
+def _sizes(published: PublishedDenoiser) -> dict[str, Any]:
+    """The fields of a DenoiserConfig that are sizes."""
     wide = isinstance(published.hidden_size, tuple)
+    if isinstance(published.depth, tuple) != wide:
+        raise UserError("published denoiser: hidden_size and depth must both be pairs, or both numbers")
     widths, depths, heads, patches = map(
         _pair, (published.hidden_size, published.depth, published.num_heads, published.patch_size)
     )
-    if isinstance(published.depth, tuple) != wide:
-        raise UserError("published denoiser: hidden_size and depth must both be pairs, or both numbers")
-    if patches[0] != patches[1] or (wide and patches[0] != 1):
-        raise UserError(f"published denoiser: patch_size = {published.patch_size} is not supported with a wide head")
+    if patches[0] != patches[1]:
+        raise UserError(f"published denoiser: patch_size = {published.patch_size} is not supported, only two equal")
     parts = [TransformerConfig(width=widths[i], depth=depths[i], heads=heads[i]) for i in range(2 if wide else 1)]
-    return DenoiserConfig(
-        channels=published.in_channels,
-        grid=(published.input_size, published.input_size),
-        backbone=parts[0],
-        head=parts[1] if wide else None,
-        num_classes=published.num_classes,
-        patch_size=patches[0],
-        mlp_ratio=published.mlp_ratio,
-        qk_norm=published.use_qknorm,
-        shift=shift_factor((published.in_channels, published.input_size, published.input_size)),
-        allow_narrow=parts[-1].width < published.in_channels * patches[0] ** 2,
-    )
+    grid = (published.input_size, published.input_size)
+    return {
+        "channels": published.in_channels,
+        "grid": grid,
+        "backbone": parts[0],
+        "head": parts[1] if wide else None,
+        "num_classes": published.num_classes,
+        "patch_size": patches[0],
+        "shift": shift_factor((published.in_channels, *grid)),
+        "allow_narrow": parts[-1].width < published.in_channels * patches[0] ** 2,
+    }
 
 
 _DENOISER = {
@@ -188,6 +205,8 @@ _DENOISER_BLOCK = {
     "attn.proj": "attention.out",
     "mlp.w12": "mlp.w_in",
     "mlp.w3": "mlp.w_out",
+    "mlp.fc1": "mlp.0",
+    "mlp.fc2": "mlp.2",
     "adaLN_modulation.1": "modulation",
 }
 
@@ -213,7 +232,7 @@ def denoiser_state(state: State, config: DenoiserConfig) -> dict[str, Tensor]:
             part, prefix = config.head, f"head_blocks.{index - config.backbone.depth}"
         if name.startswith("attn.qkv."):
             value = torch.cat([*(_halves(x, part) for x in value.chunk(3)[:2]), *value.chunk(3)[2:]])
-        elif name in ("attn.q_norm.weight", "attn.k_norm.weight"):
+        elif name.startswith(("attn.q_norm.", "attn.k_norm.")):
             value = _halves(value, part)
         ours[f"{prefix}.{_rename(name, _DENOISER_BLOCK)}"] = value
     return ours
@@ -221,15 +240,18 @@ def denoiser_state(state: State, config: DenoiserConfig) -> dict[str, Tensor]:
 
 def _denoiser_tables(config: DenoiserConfig) -> dict[str, Tensor]:
     """The fixed tables under their published names and in their published layout."""
-    grid = (config.grid[0] // config.patch_size, config.grid[1] // config.patch_size)
-    tables = {"pos_embed": sincos_positions(config.backbone.width, grid)[None]}
+    tables = {}
+    if config.positions:
+        tables["pos_embed"] = sincos_positions(config.backbone.width, config.token_grid)[None]
     parts = (
         {"enc_feat_rope": config.backbone, "dec_feat_rope": config.head}
         if config.head
         else {"feat_rope": config.backbone}
     )
-    for name, part in parts.items():
-        for suffix, table in zip(("cos", "sin"), rotary_table(part.width // part.heads, grid), strict=True):
+    for name, part in parts.items() if config.rotary else ():
+        for suffix, table in zip(
+            ("cos", "sin"), rotary_table(part.width // part.heads, config.token_grid), strict=True
+        ):
             tables[f"{name}.freqs_{suffix}"] = table.repeat_interleave(2, dim=1)
     return tables
 

@@ -4,11 +4,10 @@ import pytest
 import torch
 
 from raekit.errors import UserError
-from raekit.models.denoiser import Denoiser, DenoiserConfig, TransformerConfig
+from raekit.models.denoiser import SIZES, Denoiser, DenoiserConfig, TransformerConfig, wide_head
 
 BACKBONE = TransformerConfig(width=16, depth=2, heads=2)
 HEAD = TransformerConfig(width=24, depth=1, heads=3)
-SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 
 
 def tiny(head: TransformerConfig | None = HEAD, **changes) -> Denoiser:
@@ -37,8 +36,19 @@ KINDS = pytest.mark.parametrize(
         {"head": None, "patch_size": 2, "grid": (4, 6), "allow_narrow": True},
         {"head": TransformerConfig(width=16, depth=1, heads=4)},
         {"num_classes": 0},
+        {"norm": "layer", "mlp": "gelu", "qk_norm": True, "positions": False, "adaln_shift": False},
+        {"rotary": False, "patch_size": 2, "grid": (4, 6), "allow_narrow": True},
     ],
-    ids=["wide head", "plain", "qk-norm", "patches of 2", "head as wide as the backbone", "unconditional"],
+    ids=[
+        "wide head",
+        "plain",
+        "qk-norm",
+        "patches of 2",
+        "head as wide as the backbone",
+        "unconditional",
+        "all switches but rotary",
+        "patches of 2 and wide head, not rotary",
+    ],
 )
 
 
@@ -107,25 +117,22 @@ def published_count(model: Denoiser) -> float:
     ("size", "millions", "tensors"), [("S", 196.5, 190), ("B", 294.3, 190), ("L", 621.7, 334), ("XL", 838.7, 382)]
 )
 def test_published_sizes_of_dit_dh(size: str, millions: float, tensors: int):
-    width, depth, heads = SIZES[size]
-    model = on_meta(
-        DenoiserConfig(
-            channels=768,
-            grid=(16, 16),
-            backbone=TransformerConfig(width=width, depth=depth, heads=heads),
-            head=TransformerConfig(width=2048, depth=2, heads=16),
-        )
-    )
+    model = on_meta(DenoiserConfig(channels=768, grid=(16, 16), backbone=SIZES[size], head=wide_head()))
     assert round(published_count(model), 1) == millions
     assert len(model.state_dict()) == tensors - 5  # the release stores the table of positions and four rotary ones
 
 
-def test_published_sizes_of_lightning_dit_xl():
-    width, depth, heads = SIZES["XL"]
-    backbone = TransformerConfig(width=width, depth=depth, heads=heads)
-    for channels, millions in ((768, 677.2), (384, 676.4)):
-        model = on_meta(DenoiserConfig(channels=channels, grid=(16, 16), backbone=backbone))
-        assert abs(published_count(model) - millions) <= 0.1
+@pytest.mark.parametrize(("channels", "millions"), [(768, 677.2), (384, 676.4)])
+def test_published_sizes_of_lightning_dit_xl(channels: int, millions: float):
+    model = on_meta(DenoiserConfig(channels=channels, grid=(16, 16), backbone=SIZES["XL"]))
+    assert abs(published_count(model) - millions) <= 0.1
+
+
+def test_large_sizes_and_heads():
+    rows = {"XXL": (1280, 32, 16), "H": (1536, 32, 16), "G": (2048, 40, 16), "T": (2688, 40, 21)}
+    for size, (width, depth, heads) in rows.items():
+        assert SIZES[size] == TransformerConfig(width=width, depth=depth, heads=heads)
+        assert wide_head(size, 4) == TransformerConfig(width=width, depth=4, heads=heads)
 
 
 @pytest.mark.parametrize(("width", "hidden"), [(384, 1024), (768, 2048), (1024, 2730), (1152, 3072), (2048, 5461)])
@@ -167,6 +174,7 @@ def test_wide_head_makes_a_narrow_backbone_allowed():
     [
         ({"patch_size": 2}, r"denoiser.patch_size: 2 does not divide the grid \(3, 4\)"),
         ({"num_classes": -1}, "denoiser.num_classes: -1"),
+        ({"rotary": False, "positions": False}, "denoiser.rotary: off, as is denoiser.positions"),
     ],
 )
 def test_impossible_configurations_are_named(changes: dict, message: str):

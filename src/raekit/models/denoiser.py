@@ -1,5 +1,6 @@
 """The diffusion transformer: DiT, and DiT^DH with its shallow, wide head (spec 2.3, 2.4)."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, Self
 
@@ -14,6 +15,9 @@ from raekit.errors import UserError
 from raekit.models.layers import (
     DiTBlock,
     FinalLayer,
+    MLPKind,
+    NormKind,
+    Rotary,
     TimeEmbedding,
     patchify,
     rotary_table,
@@ -36,38 +40,80 @@ class TransformerConfig:
             raise UserError(f"width: {self.width} over heads = {self.heads} must give a multiple of 4 channels a head")
 
 
-@configclass
-class DenoiserConfig:
-    """A denoiser of latents (channels, *grid). Without `head` it is a plain DiT, with it a DiT^DH.
+SIZES = {
+    "S": TransformerConfig(width=384, depth=12, heads=6),
+    "B": TransformerConfig(width=768, depth=12, heads=12),
+    "L": TransformerConfig(width=1024, depth=24, heads=16),
+    "XL": TransformerConfig(width=1152, depth=28, heads=16),
+    "XXL": TransformerConfig(width=1280, depth=32, heads=16),
+    "H": TransformerConfig(width=1536, depth=32, heads=16),
+    "G": TransformerConfig(width=2048, depth=40, heads=16),
+    "T": TransformerConfig(width=2688, depth=40, heads=21),
+}
+"""The published sizes of a plain DiT, and of the backbone of a DiT^DH."""
 
-    `num_classes` = 0 makes it unconditional. `allow_narrow` lifts the refusal of a width below the token
-    dimension, for experiments on that very limit. For its sampler it keeps `shift`, the time shift that it is
-    trained with, and `prediction`, what its output stands for; for its users `class_names`, if they are known.
-    `label_std` is the spread of the label embeddings at the start, as published. They are added to a time
-    embedding whose norm soon exceeds ten: in a short training, larger ones are heard sooner.
+
+def wide_head(size: str = "G", depth: int = 2) -> TransformerConfig:
+    """The head of a DiT^DH: shallow, and as wide as the DiT of that size. G is the published default."""
+    return replace(SIZES[size], depth=depth)
+
+
+@configclass
+class DenoiserSize:
+    """What a denoiser is built of, whatever its latents are. Without `head` it is a plain DiT, with it a DiT^DH.
+
+    The switches are those of the published networks: `norm` "layer" is a LayerNorm without weights, `mlp` "gelu"
+    two layers around a tanh-GELU, `hidden = mlp_ratio * width` wide (2/3 of that for "swiglu"), `positions` the
+    fixed table added to the backbone's tokens, `rotary` the turning of queries and keys, `qk_norm` their norm,
+    `adaln_shift` the shifts in the blocks' modulation.
+
+    `allow_narrow` lifts the refusal of a width below the token dimension, for experiments on that very limit.
+    `prediction` is what the output stands for. `label_std` is the spread of the label embeddings at the start, as
+    published. They are added to a time embedding whose norm soon exceeds ten: in a short training, larger ones
+    are heard sooner.
+    """
+
+    backbone: TransformerConfig
+    head: TransformerConfig | None = None
+    patch_size: int = 1
+    mlp_ratio: float = 4.0
+    norm: NormKind = "rms"
+    mlp: MLPKind = "swiglu"
+    positions: bool = True
+    rotary: bool = True
+    qk_norm: bool = False
+    adaln_shift: bool = True
+    allow_narrow: bool = False
+    prediction: Literal["velocity", "data"] = "velocity"
+    label_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        if self.label_std < 0:
+            raise UserError(f"denoiser.label_std: {self.label_std} is negative")
+        if not self.positions and not self.rotary:
+            raise UserError("denoiser.rotary: off, as is denoiser.positions; a network must know where a token stands")
+
+
+@configclass
+class DenoiserConfig(DenoiserSize):
+    """A denoiser of latents (channels, *grid).
+
+    `num_classes` = 0 makes it unconditional. For its sampler it keeps `shift`, the time shift that it is trained
+    with; for its users `class_names`, if they are known.
     """
 
     channels: int
     grid: tuple[int, int]
-    backbone: TransformerConfig
-    head: TransformerConfig | None = None
     num_classes: int = 1000
-    patch_size: int = 1
-    mlp_ratio: float = 4.0
-    qk_norm: bool = False
-    allow_narrow: bool = False
     shift: float = 1.0
-    prediction: Literal["velocity", "data"] = "velocity"
-    label_std: float = 0.02
     class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if any(side % self.patch_size for side in self.grid):
             raise UserError(f"denoiser.patch_size: {self.patch_size} does not divide the grid {self.grid}")
         if self.num_classes < 0:
             raise UserError(f"denoiser.num_classes: {self.num_classes} is negative; 0 means unconditional")
-        if self.label_std < 0:
-            raise UserError(f"denoiser.label_std: {self.label_std} is negative")
         if self.class_names and len(self.class_names) != self.num_classes:
             raise UserError(f"denoiser.class_names: {len(self.class_names)} names for {self.num_classes} classes")
         n, d = self.token_dim, self.output_width
@@ -83,6 +129,10 @@ class DenoiserConfig:
     def token_dim(self) -> int:
         """Dimension of one token, n of the paper."""
         return self.channels * self.patch_size**2
+
+    @property
+    def token_grid(self) -> tuple[int, int]:
+        return (self.grid[0] // self.patch_size, self.grid[1] // self.patch_size)
 
     @property
     def output_width(self) -> int:
@@ -102,31 +152,26 @@ class DenoiserConfig:
 class Denoiser(nn.Module):
     """Predicts the velocity of noisy latents, or the data behind them (`config.prediction`)."""
 
-    positions: Tensor
-    rotary_cos: Tensor
-    rotary_sin: Tensor
-    head_rotary_cos: Tensor
-    head_rotary_sin: Tensor
+    positions: Tensor | None
 
     def __init__(self, config: DenoiserConfig) -> None:
         super().__init__()
         self.config = config
         width = config.backbone.width
-        tokens = (config.grid[0] // config.patch_size, config.grid[1] // config.patch_size)
         self.embed = nn.Linear(config.token_dim, width)
         self.time = TimeEmbedding(width)
         self.label = nn.Embedding(config.num_classes + 1, width) if config.num_classes else None
         self.blocks = _blocks(config, config.backbone)
-        self.register_buffer("positions", sincos_positions(width, tokens), persistent=False)
-        self._register_rotary("rotary", config.backbone, tokens)
+        table = sincos_positions(width, config.token_grid) if config.positions else None
+        self.register_buffer("positions", table, persistent=False)
+        self._register_rotary("rotary", config.backbone)
         if config.head:
             self.head_embed = nn.Linear(config.token_dim, config.head.width)
             same = config.head.width == width
             self.head_condition = nn.Identity() if same else nn.Linear(width, config.head.width)
             self.head_blocks = _blocks(config, config.head)
-            self._register_rotary("head_rotary", config.head, tokens)
-        self.final = FinalLayer(config.output_width, config.token_dim)
-        self.token_grid = tokens
+            self._register_rotary("head_rotary", config.head)
+        self.final = FinalLayer(config.output_width, config.token_dim, config.norm)
         _initialise(self)
 
     @classmethod
@@ -141,9 +186,13 @@ class Denoiser(nn.Module):
         """Write FOLDER/denoiser, for `load`."""
         artifacts.write(folder / "denoiser", "denoiser", self.config, self, world or World(), dtype=dtype)
 
-    def _register_rotary(self, name: str, part: TransformerConfig, tokens: tuple[int, int]) -> None:
-        for suffix, table in zip(("cos", "sin"), rotary_table(part.width // part.heads, tokens), strict=True):
-            self.register_buffer(f"{name}_{suffix}", table, persistent=False)
+    def _register_rotary(self, name: str, part: TransformerConfig) -> None:
+        table = rotary_table(part.width // part.heads, self.config.token_grid) if self.config.rotary else (None, None)
+        for suffix, values in zip(("cos", "sin"), table, strict=True):
+            self.register_buffer(f"{name}_{suffix}", values, persistent=False)
+
+    def _rotary(self, name: str) -> Rotary | None:
+        return (self.get_buffer(f"{name}_cos"), self.get_buffer(f"{name}_sin")) if self.config.rotary else None
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """Noisy latents (B, C, H, W), times (B,) in [0, 1] (1 is noise), class ids (B,) -> prediction (B, C, H, W).
@@ -158,26 +207,39 @@ class Denoiser(nn.Module):
             if labels is None:
                 labels = torch.full((len(x),), self.config.null_label, device=x.device)
             condition = time + self.label(labels)[:, None]
-        tokens = self.embed(patches) + self.positions
+        tokens = self.embed(patches)
+        if self.positions is not None:
+            tokens = tokens + self.positions
         if not self.config.head:
-            tokens = _run(self.blocks, tokens, condition, (self.rotary_cos, self.rotary_sin))
+            tokens = _run(self.blocks, tokens, condition, self._rotary("rotary"))
             out = self.final(tokens, condition)
         else:
             # The published network passes the backbone's condition through SiLU before the blocks do so again.
-            tokens = _run(self.blocks, tokens, F.silu(condition), (self.rotary_cos, self.rotary_sin))
+            tokens = _run(self.blocks, tokens, F.silu(condition), self._rotary("rotary"))
             condition = self.head_condition(F.silu(tokens + time))
             tokens = self.head_embed(patches)
-            tokens = _run(self.head_blocks, tokens, condition, (self.head_rotary_cos, self.head_rotary_sin))
+            tokens = _run(self.head_blocks, tokens, condition, self._rotary("head_rotary"))
             out = self.final(tokens, condition)
-        return unpatchify(out.float(), size, self.token_grid)
+        return unpatchify(out.float(), size, self.config.token_grid)
 
 
 def _blocks(config: DenoiserConfig, part: TransformerConfig) -> nn.ModuleList:
-    hidden = int(2 / 3 * int(part.width * config.mlp_ratio))
-    return nn.ModuleList(DiTBlock(part.width, part.heads, hidden, config.qk_norm) for _ in range(part.depth))
+    hidden = int(part.width * config.mlp_ratio)
+    return nn.ModuleList(
+        DiTBlock(
+            part.width,
+            part.heads,
+            int(2 / 3 * hidden) if config.mlp == "swiglu" else hidden,
+            norm=config.norm,
+            mlp=config.mlp,
+            qk_norm=config.qk_norm,
+            adaln=True if config.adaln_shift else "no shift",
+        )
+        for _ in range(part.depth)
+    )
 
 
-def _run(blocks: nn.ModuleList, x: Tensor, condition: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+def _run(blocks: nn.ModuleList, x: Tensor, condition: Tensor, rotary: Rotary | None) -> Tensor:
     for block in blocks:
         x = block(x, condition, rotary)
     return x

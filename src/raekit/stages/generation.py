@@ -12,24 +12,11 @@ from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.flow import path
 from raekit.models.autoencoder import Autoencoder
-from raekit.models.denoiser import Denoiser, DenoiserConfig, TransformerConfig
+from raekit.models.denoiser import Denoiser, DenoiserConfig, DenoiserSize
 from raekit.stages.stage import Stage
 from raekit.train.objective import Metrics, Objective
 from raekit.train.optim import OptimConfig
 from raekit.train.trainer import TrainConfig
-
-
-@configclass
-class DenoiserSize:
-    """The denoiser's transformers; channels, grid and classes follow from the autoencoder and the data."""
-
-    backbone: TransformerConfig
-    head: TransformerConfig | None = None
-    patch_size: int = 1
-    qk_norm: bool = False
-    allow_narrow: bool = False
-    prediction: path.Prediction = "velocity"
-    label_std: float = 0.02
 
 
 @configclass
@@ -93,17 +80,11 @@ def build(config: GenerationConfig, run: Path, world: World) -> Stage:
     alpha = path.shift_factor(autoencoder.latent_shape, config.shift_base)
     model = Denoiser(
         DenoiserConfig(
+            **vars(size),
             channels=channels,
             grid=(grid[0], grid[1]),
-            backbone=size.backbone,
-            head=size.head,
             num_classes=len(loader.classes) if config.conditional else 0,
-            patch_size=size.patch_size,
-            qk_norm=size.qk_norm,
-            allow_narrow=size.allow_narrow,
             shift=alpha,
-            prediction=size.prediction,
-            label_std=size.label_std,
             class_names=loader.classes if config.conditional else (),
         )
     )
