@@ -29,7 +29,14 @@ from raekit.models.autoencoder import Autoencoder, AutoencoderConfig
 from raekit.models.decoder import Decoder, DecoderConfig
 from raekit.models.denoiser import Denoiser
 from raekit.models.encoders import FAMILIES, HALF, IMAGENET, Encoder, EncoderSpec
-from raekit.published import decoder_config, decoder_state, denoiser_config, denoiser_state, statistics
+from raekit.published import (
+    decoder_config,
+    decoder_state,
+    denoiser_config,
+    denoiser_state,
+    denoiser_v2_config,
+    statistics,
+)
 from raekit.weights import load_strict
 
 TOLERANCE = 1e-5
@@ -57,31 +64,35 @@ def fill_array(name: str, shape: tuple[int, ...]) -> np.ndarray:
     return np.float32(name.endswith("weight")) + np.float32(0.1) * normals
 
 
-def fixed_table(name: str, shape: tuple[int, ...]) -> np.ndarray | None:
+def fixed_table(name: str, shape: tuple[int, ...], context: int = 0) -> np.ndarray | None:
     """The values that the tables of positions keep in a published state dict; None for any other parameter.
 
-    Written anew from spec 1.5 and 2.3, not by `raekit.models.layers`, for square grids.
+    Written anew from spec 1.5 and 2.3, not by `raekit.models.layers`, for square grids. The backbone of RAE v2
+    has `context` tokens after those of the image, which are not turned.
     """
     kind = name.rsplit(".", 1)[-1]
     if kind not in ("pos_embed", "decoder_pos_embed", "freqs_cos", "freqs_sin"):
         return None
     tokens, width = shape[-2:]
+    trailing = context if name.startswith("enc_rope") else 0
+    tokens -= trailing
     leading = tokens - math.isqrt(tokens) ** 2  # the class token's row of zeros
     row, column = np.divmod(np.arange(tokens - leading), math.isqrt(tokens))
     frequency = 10000.0 ** (-np.arange(width // 4) / (width // 4))
     if kind.startswith("freqs"):
         angles = np.concatenate([np.outer(row, frequency), np.outer(column, frequency)], 1).repeat(2, 1)
+        angles = np.concatenate([angles, np.zeros((trailing, width))])
         return (np.cos if kind == "freqs_cos" else np.sin)(angles).astype(np.float32)
     x, y = np.outer(column, frequency), np.outer(row, frequency)
     table = np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], 1)
     return np.concatenate([np.zeros((leading, width)), table])[None].astype(np.float32)
 
 
-def state_dict(shapes: Mapping[str, list[int]]) -> dict[str, Tensor]:
+def state_dict(shapes: Mapping[str, list[int]], context: int = 0) -> dict[str, Tensor]:
     """A published state dict, from the names and shapes that a case lists."""
     state = {}
     for name, shape in shapes.items():
-        table = fixed_table(name, tuple(shape))
+        table = fixed_table(name, tuple(shape), context)
         state[name] = torch.from_numpy(fill_array(name, tuple(shape)) if table is None else table)
     return state
 

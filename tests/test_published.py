@@ -19,6 +19,7 @@ from raekit.published import (
     decoder_state,
     denoiser_config,
     denoiser_state,
+    denoiser_v2_config,
     statistics,
     unwrap,
 )
@@ -171,6 +172,158 @@ def published_denoiser(state: State, values: dict[str, Any], x: Tensor, t: Tenso
     side = values["input_size"] // p
     out = out.view(len(x), side, side, p, p, -1)
     return torch.einsum("bhwpqc->bchpwq", out).reshape(x.shape)
+
+
+V2 = {
+    "input_size": 4,
+    "patch_size": [2, 2],
+    "in_channels": 5,
+    "hidden_size": [24, 32],
+    "depth": [3, 1],
+    "num_heads": [2, 2],
+    "num_classes": 4,
+    "base_model_depth": 2,
+    "num_t_tokens": 2,
+    "num_c_tokens": 3,
+}
+
+
+def denoiser_v2_shapes(values: dict[str, Any]) -> dict[str, list[int]]:
+    """Names and shapes of a denoiser of RAE v2 (spec II.9)."""
+    c, p = values["in_channels"], values["patch_size"][0]
+    d, last = values["hidden_size"]
+    tokens, context = (values["input_size"] // p) ** 2, values["num_t_tokens"] + values["num_c_tokens"]
+    shapes = {f"{name}.proj.weight": [width, c, p, p] for name, width in (("s_embedder", d), ("x_embedder", last))}
+    shapes |= {"s_embedder.proj.bias": [d], "x_embedder.proj.bias": [last], "t_embedder.W": [256]}
+    shapes |= matrix("s_projector", last, d) | matrix("t_embedder.mlp.0", d, 512) | matrix("t_embedder.mlp.2", d, d)
+    shapes |= {
+        "t_embedder.learnable_tokens": [values["num_t_tokens"], d],
+        "ctx_embedder.learnable_tokens": [values["num_c_tokens"], d],
+        "ctx_embedder.embedding_table.weight": [values["num_classes"] + 1, d],
+    }
+    for i in range(sum(values["depth"])):
+        head = i >= values["depth"][0]
+        width, count = (last, values["num_heads"][1]) if head else (d, values["num_heads"][0])
+        hidden = int(2 / 3 * 4 * width)
+        block = {"norm1.weight": [width], "norm2.weight": [width]}
+        block |= {f"attn.{part}_norm.weight": [width // count] for part in "qk"}
+        for part in ("q", "k", "v", "proj"):
+            block |= matrix(f"attn.{part}", width, width)
+        block |= matrix("mlp.w1", hidden, width) | matrix("mlp.w2", hidden, width) | matrix("mlp.w3", width, hidden)
+        if head:
+            block |= matrix("adaln_modulation.1", 6 * width, width)
+        shapes |= {f"blocks.{i}.{name}": shape for name, shape in block.items()}
+    for name, width in (("final_layer", last), ("base_final_layer", d)):
+        final = {"norm.weight": [width]} | matrix("linear", p * p * c, width)
+        final |= matrix("adaln_modulation.1", 2 * width, width)
+        shapes |= {f"{name}.{key}": shape for key, shape in final.items()}
+    for name, count, part in (
+        ("enc", tokens + context, d // values["num_heads"][0]),
+        ("dec", tokens, last // values["num_heads"][1]),
+    ):
+        shapes |= {f"{name}_rope.freqs_{f}": [count, part] for f in ("cos", "sin")}
+    return shapes
+
+
+def published_denoiser_v2(
+    state: State, values: dict[str, Any], x: Tensor, t: Tensor, y: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Spec II.3 and II.4 in float64: the full and the base output."""
+    state = {key: value.double() for key, value in state.items()}
+    x, p, depth = x.double(), values["patch_size"][0], values["depth"][0]
+
+    def embed(name: str) -> Tensor:
+        return F.conv2d(x, state[f"{name}.proj.weight"], state[f"{name}.proj.bias"], stride=p).flatten(2).mT
+
+    def run(i: int, tokens: Tensor, rope: str, heads: int, m: list[Any]) -> Tensor:
+        name = f"blocks.{i}"
+        inner = norm(state, f"{name}.norm1", tokens) * (1 + m[1]) + m[0]
+        q, k, v = (
+            linear(state, f"{name}.attn.{part}", inner).unflatten(-1, (heads, -1)).transpose(1, 2) for part in "qkv"
+        )
+        q, k = (turned(norm(state, f"{name}.attn.{n}_norm", part), state, rope) for n, part in (("q", q), ("k", k)))
+        out = ((q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1) @ v).transpose(1, 2).flatten(2)
+        tokens = tokens + m[2] * linear(state, f"{name}.attn.proj", out)
+        inner = norm(state, f"{name}.norm2", tokens) * (1 + m[4]) + m[3]
+        hidden = F.silu(linear(state, f"{name}.mlp.w1", inner)) * linear(state, f"{name}.mlp.w2", inner)
+        return tokens + m[5] * linear(state, f"{name}.mlp.w3", hidden)
+
+    def final(name: str, tokens: Tensor, c: Tensor) -> Tensor:
+        shift, scale = linear(state, f"{name}.adaln_modulation.1", F.silu(c)).chunk(2, -1)
+        out = linear(state, f"{name}.linear", norm(state, f"{name}.norm", tokens) * (1 + scale) + shift)
+        side = values["input_size"] // p
+        return torch.einsum("bhwpqc->bchpwq", out.view(len(x), side, side, p, p, -1)).reshape(x.shape)
+
+    angles = 2 * math.pi * t.double()[:, None] * state["t_embedder.W"]
+    time = F.silu(linear(state, "t_embedder.mlp.0", torch.cat([angles.sin(), angles.cos()], -1)))
+    time = linear(state, "t_embedder.mlp.2", time)[:, None]
+    label = state["ctx_embedder.embedding_table.weight"][y][:, None]
+    image = embed("s_embedder")
+    tokens = [image, state["t_embedder.learnable_tokens"] + time, state["ctx_embedder.learnable_tokens"] + label]
+    s, base = torch.cat(tokens, 1), image
+    for i in range(depth):
+        s = run(i, s, "enc_rope", values["num_heads"][0], [0, 0, 1, 0, 0, 1])
+        if i + 1 == values["base_model_depth"]:
+            base = F.silu(s[:, : image.shape[1]] + time)
+    c = linear(state, "s_projector", F.silu(s[:, : image.shape[1]] + time))
+    tokens = embed("x_embedder")
+    for i in range(depth, sum(values["depth"])):
+        m = linear(state, f"blocks.{i}.adaln_modulation.1", F.silu(c)).chunk(6, -1)
+        tokens = run(i, tokens, "dec_rope", values["num_heads"][1], list(m))
+    return final("final_layer", tokens, c), final("base_final_layer", base, base)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [V2, V2 | {"patch_size": [1, 1], "input_size": 3, "hidden_size": [32, 24], "base_model_depth": 3}],
+    ids=["patches of 2", "base at the end"],
+)
+def test_denoiser_v2_agrees_with_the_published_arithmetic(values: dict[str, Any]):
+    state = state_dict(denoiser_v2_shapes(values), values["num_t_tokens"] + values["num_c_tokens"])
+    config = denoiser_v2_config(values)
+    model = Denoiser(config).eval()
+    load_strict(model, denoiser_state(state, config), "test")
+    x, t, y = inputs(values)
+    for ours, theirs in zip(model(x, t, y, with_base=True), published_denoiser_v2(state, values, x, t, y), strict=True):
+        assert (ours - theirs).norm() < 1e-5 * theirs.norm()
+
+
+def test_released_v2_fits_by_name_and_shape():
+    values = {
+        "input_size": 16,
+        "patch_size": [1, 1],
+        "in_channels": 1024,
+        "hidden_size": [1440, 2048],
+        "depth": [28, 2],
+        "num_heads": [20, 16],
+        "num_classes": 1000,
+    }
+    shapes = denoiser_v2_shapes({**values, "num_t_tokens": 4, "num_c_tokens": 8})
+    assert shapes["enc_rope.freqs_cos"] == [268, 72]
+    with torch.device("meta"):
+        state = {k: torch.empty(v) for k, v in shapes.items() if "freqs" not in k}
+        model = Denoiser(denoiser_v2_config(values))
+    load_strict(model, denoiser_state(state, model.config), "test")
+    assert model.config.base_depth == 8
+    del state["blocks.3.attn.k.weight"]
+    with pytest.raises(
+        UserError, match=r"missing blocks\.3\.attention\.qkv\.weight.*unexpected blocks\.3\.attn\.q\.weight"
+    ):
+        load_strict(model, denoiser_state(state, model.config), "test")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"use_rope": True}, "version 2: use_rope"),
+        ({"hidden_size": 24}, "version 2: hidden_size"),
+        ({"base_model_depth": 4}, "denoiser.base_depth: 4 must be at most denoiser.backbone.depth = 3"),
+        ({"patch_size": [1, 2]}, "patch_size"),
+    ],
+)
+def test_other_denoisers_v2_are_refused_by_name(changes: dict[str, Any], message: str):
+    with pytest.raises(UserError, match=message):
+        denoiser_v2_config(V2 | changes)
 
 
 def inputs(values: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Reading the formats of the official RAE release, version 1 (spec 1.3, 7.2 to 7.5).
+"""Reading the formats of the official RAE release, versions 1 and 2 (spec 1.3, 7.2 to 7.5, II.9).
 
 Each function turns published names, shapes or layouts into ours and passes on what it does not know, so
 that `weights.load_strict` names whatever is left over. Nothing here touches a file or builds a network.
@@ -13,10 +13,10 @@ from torch import Tensor
 
 from raekit.config import configclass, from_dict
 from raekit.errors import UserError
-from raekit.flow.path import shift_factor
+from raekit.flow.path import Prediction, shift_factor
 from raekit.models.autoencoder import VARIANCE_EPS
 from raekit.models.decoder import DecoderConfig
-from raekit.models.denoiser import DenoiserConfig, TransformerConfig
+from raekit.models.denoiser import ContextConfig, DenoiserConfig, TransformerConfig
 from raekit.models.layers import rotary_table, sincos_positions
 
 State = Mapping[str, Tensor]
@@ -163,7 +163,42 @@ def denoiser_config(values: Mapping[str, Any]) -> DenoiserConfig:
     )
 
 
-def _sizes(published: PublishedDenoiser) -> dict[str, Any]:
+@configclass
+class PublishedDenoiserV2:
+    """The arguments of the denoiser of RAE v2 (spec II.3): pairs (backbone, head). It has no switches.
+
+    The base output stands after `base_model_depth` blocks; the released one has 8.
+    """
+
+    input_size: int
+    in_channels: int
+    hidden_size: tuple[int, int]
+    depth: tuple[int, int]
+    num_heads: int | tuple[int, int]
+    patch_size: int | tuple[int, int] = 1
+    mlp_ratio: float = 4.0
+    class_dropout_prob: float = 0.1
+    num_classes: int = 1000
+    base_model_depth: int = 8
+    num_t_tokens: int = 4
+    num_c_tokens: int = 8
+
+
+def denoiser_v2_config(values: Mapping[str, Any], prediction: Prediction = "data") -> DenoiserConfig:
+    """Our configuration of a denoiser of RAE v2, from its arguments; as `denoiser_config` otherwise."""
+    published = from_dict(PublishedDenoiserV2, dict(values), "published denoiser, version 2")
+    return DenoiserConfig(
+        **_sizes(published),
+        mlp_ratio=published.mlp_ratio,
+        qk_norm=True,
+        positions=False,
+        context=ContextConfig(time_tokens=published.num_t_tokens, label_tokens=published.num_c_tokens),
+        base_depth=published.base_model_depth,
+        prediction=prediction,
+    )
+
+
+def _sizes(published: PublishedDenoiser | PublishedDenoiserV2) -> dict[str, Any]:
     """The fields of a DenoiserConfig that are sizes."""
     wide = isinstance(published.hidden_size, tuple)
     if isinstance(published.depth, tuple) != wide:
@@ -196,6 +231,16 @@ _DENOISER = {
     "final_layer.linear": "final.out",
     "final_layer.adaLN_modulation.1": "final.modulation",
 }
+_DENOISER_V2 = {
+    "t_embedder.learnable_tokens": "time_tokens",
+    "ctx_embedder.learnable_tokens": "label_tokens",
+    "ctx_embedder.embedding_table": "label",
+    "final_layer.norm": "final.norm",
+    "final_layer.adaln_modulation.1": "final.modulation",
+    "base_final_layer.norm": "base_final.norm",
+    "base_final_layer.linear": "base_final.out",
+    "base_final_layer.adaln_modulation.1": "base_final.modulation",
+}
 _DIT = {"x_embedder.proj": "embed"}
 _DIT_DH = {"s_embedder.proj": "embed", "x_embedder.proj": "head_embed"}
 _DENOISER_BLOCK = {
@@ -208,23 +253,27 @@ _DENOISER_BLOCK = {
     "mlp.fc1": "mlp.0",
     "mlp.fc2": "mlp.2",
     "adaLN_modulation.1": "modulation",
+    "adaln_modulation.1": "modulation",
 }
+# Projections that version 2 keeps apart, and version 1 and we as one.
+_FUSED = {"attn.qkv": ("attn.q", "attn.k", "attn.v"), "mlp.w12": ("mlp.w1", "mlp.w2")}
 
 
 def denoiser_state(state: State, config: DenoiserConfig) -> dict[str, Tensor]:
-    """Our Denoiser's state dict from the published one of a DiT or a DiT^DH.
+    """Our Denoiser's state dict from the published one of a DiT, a DiT^DH, or the denoiser of RAE v2.
 
     UserError if its position or rotary tables are not ours. A network trained without class dropout has no
     null class: its row of the label table becomes zero.
     """
     ours = {}
-    for key, value in _without_tables(state, _denoiser_tables(config)).items():
+    names = _DENOISER | (_DIT_DH if config.head else _DIT) | (_DENOISER_V2 if config.context else {})
+    for key, value in _fused(_without_tables(state, _denoiser_tables(config))).items():
         match = re.fullmatch(r"blocks\.(\d+)\.(.+)", key)
         if not match:
             value = _patch_matrix(value) if key.endswith("_embedder.proj.weight") else value
-            if key == "y_embedder.embedding_table.weight" and len(value) == config.num_classes:
+            if key.endswith("_embedder.embedding_table.weight") and len(value) == config.num_classes:
                 value = torch.cat([value, torch.zeros_like(value[:1])])
-            ours[_rename(key, _DENOISER | (_DIT_DH if config.head else _DIT))] = value
+            ours[_rename(key, names)] = value
             continue
         index, name = int(match[1]), match[2]
         part, prefix = config.backbone, f"blocks.{index}"
@@ -243,17 +292,29 @@ def _denoiser_tables(config: DenoiserConfig) -> dict[str, Tensor]:
     tables = {}
     if config.positions:
         tables["pos_embed"] = sincos_positions(config.backbone.width, config.token_grid)[None]
-    parts = (
-        {"enc_feat_rope": config.backbone, "dec_feat_rope": config.head}
-        if config.head
-        else {"feat_rope": config.backbone}
-    )
-    for name, part in parts.items() if config.rotary else ():
-        for suffix, table in zip(
-            ("cos", "sin"), rotary_table(part.width // part.heads, config.token_grid), strict=True
-        ):
-            tables[f"{name}.freqs_{suffix}"] = table.repeat_interleave(2, dim=1)
+    context = config.context.time_tokens + config.context.label_tokens if config.context else 0
+    rope = "rope" if config.context else "feat_rope"
+    parts = [(f"enc_{rope}", config.backbone, context), (f"dec_{rope}", config.head, 0)]
+    if config.head is None:
+        parts = [(rope, config.backbone, context)]
+    for name, part, unplaced in parts if config.rotary else ():
+        assert part is not None
+        table = rotary_table(part.width // part.heads, config.token_grid, unplaced)
+        for suffix, values in zip(("cos", "sin"), table, strict=True):
+            tables[f"{name}.freqs_{suffix}"] = values.repeat_interleave(2, dim=1)
     return tables
+
+
+def _fused(state: State) -> dict[str, Tensor]:
+    """`state` with the projections of `_FUSED` put together; one that lacks a part is left for `load_strict`."""
+    ours = dict(state)
+    for key in state:
+        for whole, (first, *others) in _FUSED.items():
+            prefix, found, kind = key.partition(f".{first}.")
+            parts = [f"{prefix}.{part}.{kind}" for part in (first, *others)]
+            if found and all(part in ours for part in parts):
+                ours[f"{prefix}.{whole}.{kind}"] = torch.cat([ours.pop(part) for part in parts])
+    return ours
 
 
 def _without_tables(state: State, tables: State) -> dict[str, Tensor]:

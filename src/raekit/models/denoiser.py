@@ -1,8 +1,8 @@
-"""The diffusion transformer: DiT, and DiT^DH with its shallow, wide head (spec 2.3, 2.4)."""
+"""The diffusion transformer: DiT, DiT^DH with its shallow, wide head (spec 2.3, 2.4), and that of RAE v2 (II.3)."""
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, NamedTuple, Self, overload
 
 import torch
 import torch.nn.functional as F
@@ -59,6 +59,22 @@ def wide_head(size: str = "G", depth: int = 2) -> TransformerConfig:
 
 
 @configclass
+class ContextConfig:
+    """Conditioning in context, as in RAE v2: no adaLN in the backbone, but tokens of time and class after the image's.
+
+    Each is a learned token plus the embedding of the time, or of the class.
+    """
+
+    time_tokens: int = 4
+    label_tokens: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("time_tokens", "label_tokens"):
+            if getattr(self, name) < 1:
+                raise UserError(f"denoiser.context.{name}: {getattr(self, name)} must be at least 1")
+
+
+@configclass
 class DenoiserSize:
     """What a denoiser is built of, whatever its latents are. Without `head` it is a plain DiT, with it a DiT^DH.
 
@@ -66,6 +82,9 @@ class DenoiserSize:
     two layers around a tanh-GELU, `hidden = mlp_ratio * width` wide (2/3 of that for "swiglu"), `positions` the
     fixed table added to the backbone's tokens, `rotary` the turning of queries and keys, `qk_norm` their norm,
     `adaln_shift` the shifts in the blocks' modulation.
+
+    `context` conditions the backbone by tokens. After `base_depth` blocks of the backbone stands a second output,
+    the base of internal guidance; 0 means that there is none.
 
     `allow_narrow` lifts the refusal of a width below the token dimension, for experiments on that very limit.
     `prediction` is what the output stands for. `label_std` is the spread of the label embeddings at the start, as
@@ -83,6 +102,8 @@ class DenoiserSize:
     rotary: bool = True
     qk_norm: bool = False
     adaln_shift: bool = True
+    context: ContextConfig | None = None
+    base_depth: int = 0
     allow_narrow: bool = False
     prediction: Literal["velocity", "data"] = "velocity"
     label_std: float = 0.02
@@ -90,6 +111,11 @@ class DenoiserSize:
     def __post_init__(self) -> None:
         if self.label_std < 0:
             raise UserError(f"denoiser.label_std: {self.label_std} is negative")
+        if not 0 <= self.base_depth <= self.backbone.depth:
+            raise UserError(
+                f"denoiser.base_depth: {self.base_depth} must be at most denoiser.backbone.depth = "
+                f"{self.backbone.depth}; 0 means no base output"
+            )
         if not self.positions and not self.rotary:
             raise UserError("denoiser.rotary: off, as is denoiser.positions; a network must know where a token stands")
 
@@ -149,6 +175,13 @@ class DenoiserConfig(DenoiserSize):
         return self.num_classes
 
 
+class Features(NamedTuple):
+    """What the backbone makes of noisy latents: its tokens (B, N, width), and those that the base output reads."""
+
+    tokens: Tensor
+    base: Tensor | None
+
+
 class Denoiser(nn.Module):
     """Predicts the velocity of noisy latents, or the data behind them (`config.prediction`)."""
 
@@ -161,10 +194,15 @@ class Denoiser(nn.Module):
         self.embed = nn.Linear(config.token_dim, width)
         self.time = TimeEmbedding(width)
         self.label = nn.Embedding(config.num_classes + 1, width) if config.num_classes else None
-        self.blocks = _blocks(config, config.backbone)
+        context = config.context
+        self.time_tokens = nn.Parameter(torch.zeros(context.time_tokens, width)) if context else None
+        tokens = torch.zeros(context.label_tokens, width) if context and self.label else None
+        self.label_tokens = None if tokens is None else nn.Parameter(tokens)
+        self.blocks = _blocks(config, config.backbone, adaln=context is None)
         table = sincos_positions(width, config.token_grid) if config.positions else None
         self.register_buffer("positions", table, persistent=False)
-        self._register_rotary("rotary", config.backbone)
+        unplaced = sum(len(p) for p in (self.time_tokens, self.label_tokens) if p is not None)
+        self._register_rotary("rotary", config.backbone, unplaced)
         if config.head:
             self.head_embed = nn.Linear(config.token_dim, config.head.width)
             same = config.head.width == width
@@ -172,6 +210,7 @@ class Denoiser(nn.Module):
             self.head_blocks = _blocks(config, config.head)
             self._register_rotary("head_rotary", config.head)
         self.final = FinalLayer(config.output_width, config.token_dim, config.norm)
+        self.base_final = FinalLayer(width, config.token_dim, config.norm) if config.base_depth else None
         _initialise(self)
 
     @classmethod
@@ -186,44 +225,102 @@ class Denoiser(nn.Module):
         """Write FOLDER/denoiser, for `load`."""
         artifacts.write(folder / "denoiser", "denoiser", self.config, self, world or World(), dtype=dtype)
 
-    def _register_rotary(self, name: str, part: TransformerConfig) -> None:
-        table = rotary_table(part.width // part.heads, self.config.token_grid) if self.config.rotary else (None, None)
+    def _register_rotary(self, name: str, part: TransformerConfig, unplaced: int = 0) -> None:
+        table: tuple[Tensor | None, Tensor | None] = (None, None)
+        if self.config.rotary:
+            table = rotary_table(part.width // part.heads, self.config.token_grid, unplaced)
         for suffix, values in zip(("cos", "sin"), table, strict=True):
             self.register_buffer(f"{name}_{suffix}", values, persistent=False)
 
     def _rotary(self, name: str) -> Rotary | None:
         return (self.get_buffer(f"{name}_cos"), self.get_buffer(f"{name}_sin")) if self.config.rotary else None
 
-    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+    @overload
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        labels: Tensor | None = None,
+        *,
+        with_base: Literal[False] = False,
+        features: Features | None = None,
+    ) -> Tensor: ...
+    @overload
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        labels: Tensor | None = None,
+        *,
+        with_base: Literal[True],
+        features: Features | None = None,
+    ) -> tuple[Tensor, Tensor]: ...
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        labels: Tensor | None = None,
+        *,
+        with_base: bool = False,
+        features: Features | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Noisy latents (B, C, H, W), times (B,) in [0, 1] (1 is noise), class ids (B,) -> prediction (B, C, H, W).
 
-        `labels` None means the null class for all.
+        `labels` None means the null class for all. `with_base` gives the base output as well. With the `features`
+        of another time the backbone is not run: DDT's approximation, for networks with a head.
         """
-        size = self.config.patch_size
-        patches = patchify(x, size)
+        time, label = self._embed_condition(t, labels)
+        features = features or self._features(x, time, label)
+        if self.config.head:
+            condition = self.head_condition(F.silu(features.tokens + time))
+            tokens = self.head_embed(patchify(x, self.config.patch_size))
+            for block in self.head_blocks:
+                tokens = block(tokens, condition, self._rotary("head_rotary"))
+        else:
+            tokens, condition = features.tokens, time + label
+        full = self._to_latents(self.final(tokens, condition))
+        if not with_base:
+            return full
+        if self.base_final is None or features.base is None:
+            raise UserError("denoiser.base_depth: 0, so this denoiser has no base output")
+        tokens = F.silu(features.base + time)
+        return full, self._to_latents(self.base_final(tokens, tokens))
+
+    def features(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Features:
+        """The backbone's part of `forward`, for the same arguments."""
+        return self._features(x, *self._embed_condition(t, labels))
+
+    def _embed_condition(self, t: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | float]:
+        """The embeddings (B, 1, width) of time and class; 0 for the class of an unconditional network."""
         time = self.time(t)[:, None]
-        condition = time
-        if self.label is not None:
-            if labels is None:
-                labels = torch.full((len(x),), self.config.null_label, device=x.device)
-            condition = time + self.label(labels)[:, None]
-        tokens = self.embed(patches)
+        if self.label is None:
+            return time, 0.0
+        if labels is None:
+            labels = torch.full((len(t),), self.config.null_label, device=t.device)
+        return time, self.label(labels)[:, None]
+
+    def _features(self, x: Tensor, time: Tensor, label: Tensor | float) -> Features:
+        tokens = self.embed(patchify(x, self.config.patch_size))
+        count = tokens.shape[1]
         if self.positions is not None:
             tokens = tokens + self.positions
-        if not self.config.head:
-            tokens = _run(self.blocks, tokens, condition, self._rotary("rotary"))
-            out = self.final(tokens, condition)
-        else:
-            # The published network passes the backbone's condition through SiLU before the blocks do so again.
-            tokens = _run(self.blocks, tokens, F.silu(condition), self._rotary("rotary"))
-            condition = self.head_condition(F.silu(tokens + time))
-            tokens = self.head_embed(patches)
-            tokens = _run(self.head_blocks, tokens, condition, self._rotary("head_rotary"))
-            out = self.final(tokens, condition)
-        return unpatchify(out.float(), size, self.config.token_grid)
+        # A published DiT^DH passes the backbone's condition through SiLU before the blocks do so again.
+        condition = F.silu(time + label) if self.config.head else time + label
+        extra = [(self.time_tokens, time), (self.label_tokens, label)]
+        if extra := [learned + given for learned, given in extra if learned is not None]:
+            tokens = torch.cat([tokens, *extra], 1)
+        base = None
+        for number, block in enumerate(self.blocks, 1):
+            tokens = block(tokens, condition, self._rotary("rotary"))
+            if number == self.config.base_depth:
+                base = tokens[:, :count]
+        return Features(tokens[:, :count], base)
+
+    def _to_latents(self, patches: Tensor) -> Tensor:
+        return unpatchify(patches.float(), self.config.patch_size, self.config.token_grid)
 
 
-def _blocks(config: DenoiserConfig, part: TransformerConfig) -> nn.ModuleList:
+def _blocks(config: DenoiserConfig, part: TransformerConfig, adaln: bool = True) -> nn.ModuleList:
     hidden = int(part.width * config.mlp_ratio)
     return nn.ModuleList(
         DiTBlock(
@@ -233,21 +330,18 @@ def _blocks(config: DenoiserConfig, part: TransformerConfig) -> nn.ModuleList:
             norm=config.norm,
             mlp=config.mlp,
             qk_norm=config.qk_norm,
-            adaln=True if config.adaln_shift else "no shift",
+            adaln="no shift" if adaln and not config.adaln_shift else adaln,
         )
         for _ in range(part.depth)
     )
 
 
-def _run(blocks: nn.ModuleList, x: Tensor, condition: Tensor, rotary: Rotary | None) -> Tensor:
-    for block in blocks:
-        x = block(x, condition, rotary)
-    return x
-
-
 @torch.no_grad()
 def _initialise(model: Denoiser) -> None:
-    """As published: a plain DiT has Xavier-uniform matrices, a DiT^DH torch's default; both output zero."""
+    """As published: a plain DiT has Xavier-uniform matrices, a DiT^DH torch's default; all outputs are zero.
+
+    The publication of RAE v2 does not say how its learned tokens start: ours, as the labels of v1 do.
+    """
     if model.config.head is None:
         for module in model.modules():
             if isinstance(module, nn.Linear):
@@ -262,7 +356,13 @@ def _initialise(model: Denoiser) -> None:
     for layer in model.time.mlp:
         if isinstance(layer, nn.Linear):
             nn.init.normal_(layer.weight, std=0.02)
-    blocks = [*model.blocks, *(model.head_blocks if model.config.head else [])]
-    for zero in [block.modulation for block in blocks] + [model.final.modulation, model.final.out]:
-        nn.init.zeros_(zero.weight)
-        nn.init.zeros_(zero.bias)
+    for learned in (model.time_tokens, model.label_tokens):
+        if learned is not None:
+            nn.init.normal_(learned, std=0.02)
+    for module in model.modules():
+        zeros = [module.modulation] if isinstance(module, DiTBlock | FinalLayer) else []
+        zeros += [module.out] if isinstance(module, FinalLayer) else []
+        for layer in zeros:
+            if layer is not None:
+                nn.init.zeros_(layer.weight)
+                nn.init.zeros_(layer.bias)
