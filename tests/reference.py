@@ -13,7 +13,7 @@ import json
 import math
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from raekit.errors import UserError
-from raekit.flow.guidance import Guidance, classifier_free
-from raekit.flow.path import shift_factor
+from raekit.flow.guidance import Guidance, Method, Predict, guided
+from raekit.flow.path import DATA_PREDICTION_FLOOR, shift_factor, to_velocity
 from raekit.flow.solvers import euler, time_grid
 from raekit.models.autoencoder import Autoencoder, AutoencoderConfig
 from raekit.models.decoder import Decoder, DecoderConfig
@@ -41,7 +41,7 @@ from raekit.weights import load_strict
 
 TOLERANCE = 1e-5
 TOLERANCES = {"ode_sample": 1e-4}
-NOT_BUILT = ("ditdh_v2", "encoder_layers", "lpips", "disc", "gan", "lr", "inception", "metrics")
+NOT_BUILT = ("encoder_layers", "lpips", "disc", "gan", "lr", "inception", "metrics")
 
 # Published class name -> our family, prefix tokens before the patches (without registers), mean and std.
 ENCODERS = {
@@ -154,18 +154,60 @@ def denoiser(case: Case) -> Outputs:
         yield "ode_sample", euler(lambda x, t: model(x, torch.full((len(x),), t), labels), z, times)
 
 
+def denoiser_v2(case: Case) -> Outputs:
+    """RAE v2: the x-predictions of both outputs, and a sample with internal guidance over the full grid."""
+    if case.field("t_eps") != DATA_PREDICTION_FLOOR:
+        raise UserError(f"t_eps is {case.config['t_eps']}, ours {DATA_PREDICTION_FLOOR}")
+    shapes = case.field("shapes")
+    alpha = case.field("shift")
+    settings = {name: case.field(name) for name in ("ig_scale", "ig_interval", "num_steps", "shift_base")}
+    values = case.rest()
+    state = state_dict(shapes, values.get("num_t_tokens", 4) + values.get("num_c_tokens", 8))
+    config = denoiser_v2_config(values)
+    if abs(shift_factor(config.latent_shape, settings["shift_base"]) - alpha) > 1e-6 * alpha:
+        raise UserError(f"shift is {alpha}, which shift_base and the latent's shape do not give")
+    model = Denoiser(config).eval()
+    load_strict(model, denoiser_state(state, config), "reference case")
+    labels = case.array("y")
+    full, base = model(case.array("x"), case.array("t"), labels, with_base=True)
+    yield "full", full
+    yield "base", base
+    if "ode_sample" in case:
+        rules = _rules("internal", settings["ig_scale"], settings["ig_interval"])
+        times = time_grid(settings["num_steps"], alpha)
+        yield "ode_sample", euler(guided(_predictions(model, labels), rules), case.array("z"), times)
+
+
+def _rules(method: Method, scale: float, interval: Sequence[float]) -> list[Guidance]:
+    """A scale of 1 is no guidance; ours refuses it."""
+    return [Guidance(method=method, scale=scale, start=interval[0], end=interval[1])] if scale != 1 else []
+
+
+def _predictions(model: Denoiser, labels: Tensor) -> Predict:
+    def predict(x: Tensor, t: float, references: Collection[str]) -> tuple[Tensor, dict[Any, Tensor]]:
+        times = torch.full((len(x),), t)
+        found = {}
+        if "base" in references:
+            full, found["base"] = model(x, times, labels, with_base=True)
+        else:
+            full = model(x, times, labels)
+        if "unconditional" in references:
+            found["unconditional"] = model(x, times)
+        prediction = model.config.prediction
+        return to_velocity(x, full, times, prediction), {
+            name: to_velocity(x, output, times, prediction) for name, output in found.items()
+        }
+
+    return predict
+
+
 def _guided(model: Denoiser, case: Case) -> Tensor:
     """Classifier-free guidance, sample by sample: ours has one time for a whole batch."""
     interval = case.array("cfg_interval").float().tolist() if "cfg_interval" in case else (0.0, 1.0)
-    guidance = Guidance(scale=case.array("cfg_scale").item(), start=interval[0], end=interval[1])
+    rules = _rules("cfg", case.array("cfg_scale").item(), interval)
     rows = []
     for x, t, label in zip(case.array("x"), case.array("t"), case.array("y"), strict=True):
-        guided = classifier_free(
-            lambda x, t, label=label: model(x, torch.tensor([t]), label[None]),
-            lambda x, t: model(x, torch.tensor([t])),
-            guidance,
-        )
-        rows.append(guided(x[None], t.item()))
+        rows.append(guided(_predictions(model, label[None]), rules)(x[None], t.item()))
     return torch.cat(rows)
 
 
@@ -256,6 +298,7 @@ def _statistics(case: Case, shape: tuple[int, ...]) -> tuple[Tensor | None, Tens
 
 KINDS: dict[str, Callable[[Case], Outputs]] = {
     "ditdh": denoiser,
+    "ditdh_v2": denoiser_v2,
     "dit": denoiser,
     "timegrid": timegrid,
     "decoder": decoder,

@@ -394,6 +394,26 @@ def test_guidance_changes_the_picture(run, tiny_model, tmp_path):
     assert not np.array_equal(pixels(tmp_path / "plain.png"), pixels(tmp_path / "guided.png"))
 
 
+def test_a_weaker_model_guides_and_the_passes_are_told(run, tiny_model, weaker, tmp_path):
+    command = ["generate", tiny_model, "--class", "red", "--count", 1, "--steps", 3, "--out"]
+    plain = run(*command, tmp_path / "plain.png")
+    assert "(forward passes for an image: 3 model)" in plain.out
+    done = run(*command, tmp_path / "guided.png", "--guidance", "auto:3.0", "--weak", weaker)
+    assert "(forward passes for an image: 3 model, 3 weak)" in done.out, done.err
+    assert not np.array_equal(pixels(tmp_path / "plain.png"), pixels(tmp_path / "guided.png"))
+    same = run(*command, tmp_path / "same.png", "--guidance", "auto:3.0", "--weak", tiny_model)
+    assert_fails(same, f"--weak: {tiny_model} is the model itself")
+    assert_fails(run(*command, tmp_path / "no.png", "--weak", weaker), "weak: no effect without guidance auto")
+
+
+@pytest.fixture
+def weaker(tiny_model, tmp_path) -> Path:
+    denoiser = load(str(tiny_model)).denoiser
+    torch.nn.init.normal_(denoiser.final.out.weight, std=0.1)
+    denoiser.save(tmp_path / "weaker")
+    return tmp_path / "weaker"
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -404,6 +424,10 @@ def test_guidance_changes_the_picture(run, tiny_model, tmp_path):
         (["--steps", "0"], ["steps: 0"]),
         (["--guidance", "cfg"], ["guidance: 'cfg'", "cfg:2.0@0.1-0.9"]),
         (["--guidance", "cfg:1"], ["a scale of 1"]),
+        (["--guidance", ""], ["guidance: ''"]),
+        (["--guidance", "internal:2"], ["guidance: internal needs a base output"]),
+        (["--guidance", "auto:2"], ["guidance: auto needs a weaker model; give it with --weak"]),
+        (["--reuse", "2", "--solver", "heun"], ["reuse: only for"]),
     ],
 )
 def test_a_wrong_wish_is_one_message_and_leaves_no_picture(run, tiny_model, tmp_path, options, words):
@@ -525,9 +549,11 @@ def test_measuring_what_is_not_there(run, images, tiny_model, tmp_path):
     assert not out.exists()
 
 
-def test_scores_are_printed_and_written(run, images, tiny_model, tmp_path):
+def test_scores_are_printed_and_written(run, images, tiny_model, weaker, tmp_path):
     out = tmp_path / "scores.json"
-    options = ["--source", images, "--features", tiny_model, "--count", 6, "--steps", 1, "--guidance", "cfg:2.0"]
+    options = ["--source", images, "--features", tiny_model, "--count", 6, "--steps", 1, "--weak", weaker]
+    assert_fails(run("evaluate", tiny_model, *options, "--out", out), "--weak: no effect without --guidance auto")
+    options += ["--guidance", "cfg:2.0", "auto:1.5"]
     done = run("evaluate", tiny_model, *options, "--out", out)
     assert done.code == 0, done.err
     written = json.loads(out.read_text())
@@ -540,6 +566,7 @@ def test_scores_are_printed_and_written(run, images, tiny_model, tmp_path):
         "decoded noise",
         "samples",
         "samples, cfg:2.0",
+        "samples, auto:1.5",
     ]
     name = re.sub("[^0-9A-Za-z]+", "_", tiny_model.name).strip("_")
     assert rows["samples"].keys() >= {f"fd_{name}", f"knn_accuracy_{name}", f"nearest_distance_{name}"}

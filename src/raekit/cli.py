@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -23,6 +23,10 @@ from rich.text import Text
 from tyro.conf import Positional
 
 from raekit.errors import UserError
+
+if TYPE_CHECKING:
+    from raekit.distributed import World
+    from raekit.models.denoiser import Denoiser
 
 _out = Console(soft_wrap=True, highlight=False)
 _err = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -57,9 +61,11 @@ def generate(
     count: int = 16,
     seed: int = 0,
     steps: int = 50,
-    solver: Literal["euler", "heun"] = "euler",
+    solver: Literal["euler", "heun", "dopri5", "euler-maruyama"] = "euler",
     grid: Literal["full", "published"] = "full",
     guidance: str | None = None,
+    weak: str | None = None,
+    reuse: int = 1,
     batch_size: int = 64,
     device: Device | None = None,
 ) -> None:
@@ -74,12 +80,17 @@ def generate(
         count: samples of each class.
         seed: sample i is a function of the seed and i.
         steps: solver steps.
-        solver: euler, or heun with two evaluations a step.
+        solver: euler; heun, with two evaluations a step; dopri5, with steps of its own; or the SDE's euler-maruyama.
         grid: of times; published is the official sampler's, one step short of the data.
-        guidance: cfg:SCALE or cfg:SCALE@START-END, as in cfg:2.0@0.1-0.9.
+        guidance: METHOD:SCALE or METHOD:SCALE@START-END, as in cfg:2.0@0.1-0.9. Methods: cfg, auto (see WEAK), and
+            internal, for models with a base output. Several are joined by +.
+        weak: the weaker model of auto guidance, named as the model is.
+        reuse: run the backbone at every so many steps only, the head at each.
         batch_size: images at once.
         device: default is the best there is.
     """
+    from collections import Counter
+
     from raekit.distributed import world
     from raekit.files import whole
     from raekit.flow.guidance import parse_guidance
@@ -96,13 +107,18 @@ def generate(
         labels = [label for label in chosen for _ in range(count)] or None
         total = len(labels) if labels else count
         sampling = Sampling(
-            steps=steps, solver=solver, grid=grid, guidance=parse_guidance(guidance) if guidance else None
+            steps=steps,
+            solver=solver,
+            grid=grid,
+            guidance=parse_guidance(guidance) if guidance is not None else (),
+            weak=_weaker(weak, model, here),
+            reuse=reuse,
         )
         single = out.suffix.lower() == ".png"
         (out.parent if single else out).mkdir(parents=True, exist_ok=True)  # found out before, not after, the work
         if single and here.size > 1:
             raise UserError("--out: one grid comes from one process; give a folder under torchrun")
-        tiles = []
+        tiles, passes = [], Counter()
         batches = stream(
             loaded,
             labels,
@@ -119,11 +135,21 @@ def generate(
                 else:
                     with whole(out / f"{index:06d}.png") as partial:
                         to_pil(image).save(partial, format="PNG")
+            passes |= batch.passes
             progress("generate", int(batch.indices[-1]) + 1, total)
         if single:
             with whole(out) as partial:
                 tile(tiles, columns=count if len(chosen) > 1 else None).save(partial, format="PNG")
-    _out.print(f"{total} images: {out}")
+    counts = ", ".join(f"{count} {kind}" for kind, count in passes.items())
+    _out.print(f"{total} images: {out}  (forward passes for an image: {counts})")
+
+
+def _weaker(weak: str | None, model: str, world: "World") -> "Denoiser | None":
+    from raekit.models.denoiser import Denoiser
+
+    if weak == model:
+        raise UserError(f"--weak: {weak} is the model itself, which has no effect")
+    return Denoiser.load(weak).to(world.device) if weak else None
 
 
 def reconstruct(
@@ -294,6 +320,7 @@ def evaluate(
     model: Positional[str],
     count: int = 1000,
     guidance: tuple[str, ...] = (),
+    weak: str | None = None,
     steps: int = 50,
     seed: int = 0,
     source: str = "emoji",
@@ -308,7 +335,8 @@ def evaluate(
     Args:
         model: builtin:NAME, a model folder, a run, or OWNER/NAME on the Hub.
         count: samples for each setting.
-        guidance: settings to score beside unguided sampling, as in cfg:2.0@0.1-0.9.
+        guidance: settings to score beside unguided sampling, as in cfg:2.0@0.1-0.9 or auto:1.4.
+        weak: the weaker model of auto guidance, named as the model is.
         steps: solver steps.
         seed: of the samples.
         source: real images, split into train and held-out.
@@ -324,11 +352,15 @@ def evaluate(
     from raekit.inference import Sampling, load
     from raekit.scoring import score
 
-    samplings = {"samples": Sampling(steps=steps)}
-    for text in guidance:
-        samplings[f"samples, {text}"] = Sampling(steps=steps, guidance=parse_guidance(text))
+    rules = {text: parse_guidance(text) for text in guidance}
+    if weak and not any(rule.method == "auto" for chosen in rules.values() for rule in chosen):
+        raise UserError("--weak: no effect without --guidance auto:SCALE")
     with world(device) as here, _Progress(quiet=not here.is_main) as progress:
-        loaded = load(model, here.device)
+        loaded, weaker = load(model, here.device), _weaker(weak, model, here)
+        samplings = {"samples": Sampling(steps=steps)}
+        for text, chosen in rules.items():
+            needed = weaker if any(rule.method == "auto" for rule in chosen) else None
+            samplings[f"samples, {text}"] = Sampling(steps=steps, guidance=chosen, weak=needed)
         data = DataConfig(source=source, image_size=loaded.autoencoder.image_size)
         scores = score(
             loaded, data, samplings, count=count, seed=seed, features=features, world=here, progress=progress
