@@ -300,22 +300,22 @@ def test_reusing_the_backbone(model, unconditional):
 
 @pytest.mark.parametrize("grid", ["full", "published"])
 def test_latents_go_to_noise_and_back(model, grid):
-    labels, indices = torch.tensor([0, 1]), torch.arange(2)
-    sampling = Sampling(steps=200, solver="heun", grid=grid, guidance=parse_guidance("cfg:1.5@0.0-0.7"))
+    labels, indices = torch.tensor([1]), torch.tensor([5])
+    sampling = Sampling(steps=40, solver="heun", grid=grid, guidance=parse_guidance("cfg:1.5@0.0-0.7"))
     latents = sample_latents(model.denoiser, labels, indices, 0, sampling, "cpu")
     noise = latents_to_noise(model.denoiser, latents, labels, sampling)
-    assert torch.allclose(noise, randomness.normal(0, "sample", indices, (16, 4, 4)), atol=0.02)
+    assert torch.allclose(noise, randomness.normal(0, "sample", indices, (16, 4, 4)), atol=0.1)
     with pytest.raises(UserError, match="solver euler-maruyama: goes from noise to data only"):
         latents_to_noise(model.denoiser, latents, labels, replace(sampling, solver="euler-maruyama"))
 
 
 def test_adaptive_and_stochastic_sampling(model):
     pytest.importorskip("torchdiffeq")
-    exact = images_of(model, sampling=Sampling(steps=200, solver="heun"))
-    adaptive = images_of(model, sampling=Sampling(solver="dopri5", atol=1e-5, rtol=1e-5))
-    assert torch.allclose(adaptive, exact, atol=5e-3)
-    stochastic = images_of(model, sampling=Sampling(steps=10, solver="euler-maruyama"))
-    assert torch.equal(stochastic, images_of(model, sampling=Sampling(steps=10, solver="euler-maruyama")))
+    exact = images_of(model, [1], Sampling(steps=60, solver="heun"))
+    adaptive = images_of(model, [1], Sampling(solver="dopri5", atol=1e-4, rtol=1e-4))
+    assert torch.allclose(adaptive, exact, atol=0.01)
+    stochastic = images_of(model, [1], Sampling(steps=10, solver="euler-maruyama"))
+    assert torch.equal(stochastic, images_of(model, [1], Sampling(steps=10, solver="euler-maruyama")))
     assert not torch.allclose(stochastic, exact, atol=0.05)
 
 
