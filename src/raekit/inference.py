@@ -222,12 +222,14 @@ def _velocity(denoiser: Denoiser, labels: Tensor | None, sampling: Sampling, pas
         if "unconditional" in references:
             outputs["unconditional"] = unconditional(x, times, None)
         prediction = denoiser.config.prediction
-        velocities = {name: to_velocity(x, output, times, prediction) for name, output in outputs.items()}
+        for name, output in outputs.items():
+            outputs[name] = to_velocity(x, output, times, prediction)
         if "weak" in references:
             assert sampling.weak
             passes["weak"] += 1
-            velocities["weak"] = to_velocity(x, sampling.weak(x, times, labels), times, sampling.weak.config.prediction)
-        return to_velocity(x, full, times, prediction), velocities
+            weak = sampling.weak(x, times, labels)
+            outputs["weak"] = to_velocity(x, weak, times, sampling.weak.config.prediction)
+        return to_velocity(x, full, times, prediction), outputs
 
     return guided(predict, sampling.guidance)
 

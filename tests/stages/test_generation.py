@@ -90,7 +90,7 @@ def test_predicted_data_are_compared_as_velocities():
 
 def test_the_error_of_a_base_output_is_added():
     class Two(Known):
-        def forward(self, x: Tensor, t: Tensor, labels: Tensor | None, with_base: bool) -> Any:
+        def forward(self, x: Tensor, t: Tensor, labels: Tensor | None, with_base: bool = False) -> Any:
             assert with_base
             return self.answer(x, t), self.answer(x, t) + 2
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn, optim
@@ -96,7 +96,7 @@ class MuonAdamW(optim.Optimizer):
         super().__init__([*self.muon.param_groups, *self.adamw.param_groups], {})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         found = self.found_inf.full_tensor() if isinstance(self.found_inf, DTensor) else self.found_inf
         # Loading a checkpoint replaces groups and state: the parts have to be shown the present ones.
         for part, group in zip((self.muon, self.adamw), self.param_groups, strict=True):
