@@ -35,7 +35,7 @@ def main() -> None:
 
         def step() -> None:
             with autocast(arguments.precision, device):
-                loss = flow_matching_loss(
+                loss, _ = flow_matching_loss(
                     model, latents, labels, torch.arange(batch), seed=0, time_law="uniform", alpha=6.93
                 )
             loss.backward()

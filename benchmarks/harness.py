@@ -10,21 +10,12 @@ from pathlib import Path
 
 import torch
 
-from raekit.models.denoiser import Denoiser, DenoiserConfig, TransformerConfig
-
-SIZES = {
-    "S": TransformerConfig(width=384, depth=12, heads=6),
-    "B": TransformerConfig(width=768, depth=12, heads=12),
-    "L": TransformerConfig(width=1024, depth=24, heads=16),
-    "XL": TransformerConfig(width=1152, depth=28, heads=16),
-}
+from raekit.models.denoiser import SIZES, Denoiser, DenoiserConfig, wide_head
 
 
 def denoiser(size: str, device: torch.device) -> Denoiser:
     """DiT^DH of the paper on DINOv2-B latents at 256 pixels: 768 x 16 x 16, head of 2 x 2048."""
-    config = DenoiserConfig(
-        channels=768, grid=(16, 16), backbone=SIZES[size], head=TransformerConfig(width=2048, depth=2, heads=16)
-    )
+    config = DenoiserConfig(channels=768, grid=(16, 16), backbone=SIZES[size], head=wide_head())
     torch.manual_seed(0)
     model = Denoiser(config).to(device)
     torch.nn.init.normal_(model.final.out.weight, std=0.02)  # a zero output would be a fixed point of sampling

@@ -355,7 +355,7 @@ def test_a_grid_has_a_row_for_each_class(run, tiny_model, tmp_path):
     out = tmp_path / "new" / "grid.png"
     done = run("generate", tiny_model, "--out", out, "--count", 2, "--steps", 2, "--seed", 3)
     assert done.code == 0, done.err
-    assert done.out == f"6 images: {out}\n"
+    assert done.out == f"6 images: {out} (2 model passes an image)\n"
     sheet = pixels(out)
     assert sheet.shape == (3 * 18 + 2, 2 * 18 + 2, 3)
     model = load(str(tiny_model))
@@ -392,7 +392,7 @@ def test_a_folder_gets_one_picture_a_sample_and_is_completed_by_the_same_command
     (out / names[4]).write_bytes(b"torn")
     before = times(out)
     done = run(*command, "--count", 2)
-    assert (done.code, done.out) == (0, f"6 images: {out}\n")
+    assert (done.code, done.out) == (0, f"6 images: {out} (2 model passes an image)\n")
     assert sorted(path.name for path in out.iterdir()) == names
     for name, image in zip(names, first, strict=True):  # another batch may round another way
         assert np.abs(pixels(out / name).astype(int) - image).max() <= 1
@@ -443,6 +443,26 @@ def test_guidance_changes_the_picture(run, tiny_model, tmp_path):
     assert not np.array_equal(pixels(tmp_path / "plain.png"), pixels(tmp_path / "guided.png"))
 
 
+def test_a_weaker_model_guides_and_the_passes_are_told(run, tiny_model, weaker, tmp_path):
+    command = ["generate", tiny_model, "--class", "red", "--count", 1, "--steps", 3, "--out"]
+    plain = run(*command, tmp_path / "plain.png")
+    assert "(3 model passes an image)" in plain.out
+    done = run(*command, tmp_path / "guided.png", "--guidance", "auto:3.0", "--weak", weaker)
+    assert "(3 model + 3 weak passes an image)" in done.out, done.err
+    assert not np.array_equal(pixels(tmp_path / "plain.png"), pixels(tmp_path / "guided.png"))
+    same = run(*command, tmp_path / "same.png", "--guidance", "auto:3.0", "--weak", tiny_model)
+    assert_fails(same, f"--weak: {tiny_model} is the model itself")
+    assert_fails(run(*command, tmp_path / "no.png", "--weak", weaker), "weak: no effect without guidance auto")
+
+
+@pytest.fixture
+def weaker(tiny_model, tmp_path) -> Path:
+    denoiser = load(str(tiny_model)).denoiser
+    torch.nn.init.normal_(denoiser.final.out.weight, std=0.1)
+    denoiser.save(tmp_path / "weaker")
+    return tmp_path / "weaker"
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -453,6 +473,10 @@ def test_guidance_changes_the_picture(run, tiny_model, tmp_path):
         (["--steps", "0"], ["steps: 0"]),
         (["--guidance", "cfg"], ["guidance: 'cfg'", "cfg:2.0@0.1-0.9"]),
         (["--guidance", "cfg:1"], ["a scale of 1"]),
+        (["--guidance", ""], ["guidance: ''"]),
+        (["--guidance", "internal:2"], ["guidance: internal needs a base output"]),
+        (["--guidance", "auto:2"], ["guidance: auto needs a weaker model; give it with --weak"]),
+        (["--reuse", "2", "--solver", "heun"], ["reuse: only for"]),
     ],
 )
 def test_a_wrong_wish_is_one_message_and_leaves_no_picture(run, tiny_model, tmp_path, options, words):
@@ -817,9 +841,11 @@ def test_a_reference_is_measured_and_written(run, images, tiny_model, tmp_path):
     assert_fails(run("reference", images, *options), "nowhere.pth: no such file")
 
 
-def test_scores_are_printed_and_written(run, images, tiny_model, tmp_path):
+def test_scores_are_printed_and_written(run, images, tiny_model, weaker, tmp_path):
     out = tmp_path / "scores.json"
-    options = ["--source", images, "--features", tiny_model, "--count", 6, "--steps", 1, "--guidance", "cfg:2.0"]
+    options = ["--source", images, "--features", tiny_model, "--count", 6, "--steps", 1, "--weak", weaker]
+    assert_fails(run("evaluate", tiny_model, *options, "--out", out), "--weak: no effect without --guidance auto")
+    options += ["--guidance", "cfg:2.0", "auto:1.5"]
     done = run("evaluate", tiny_model, *options, "--out", out)
     assert done.code == 0, done.err
     written = json.loads(out.read_text())
@@ -832,6 +858,7 @@ def test_scores_are_printed_and_written(run, images, tiny_model, tmp_path):
         "decoded noise",
         "samples",
         "samples, cfg:2.0",
+        "samples, auto:1.5",
     ]
     name = re.sub("[^0-9A-Za-z]+", "_", tiny_model.name).strip("_")
     assert rows["samples"].keys() >= {f"fd_{name}", f"knn_accuracy_{name}", f"nearest_distance_{name}"}

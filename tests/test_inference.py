@@ -1,6 +1,9 @@
 import copy
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,13 +11,25 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from raekit import randomness
 from raekit.data.loader import Batch, DataConfig, Loader
 from raekit.distributed import World
 from raekit.errors import UserError
-from raekit.flow.guidance import Guidance
-from raekit.inference import Model, Sampling, generate, load, measure_latents, read_image, reconstruct
+from raekit.flow.guidance import Guidance, parse_guidance
+from raekit.flow.solvers import time_grid
+from raekit.inference import (
+    Model,
+    Sampling,
+    generate,
+    latents_to_noise,
+    load,
+    measure_latents,
+    read_image,
+    reconstruct,
+    sample_latents,
+)
 from raekit.models.autoencoder import Autoencoder
-from raekit.models.denoiser import Denoiser, DenoiserConfig, TransformerConfig
+from raekit.models.denoiser import ContextConfig, Denoiser, DenoiserConfig, TransformerConfig
 from raekit.pictures import from_pil, to_pil
 
 ONE = World()
@@ -31,6 +46,25 @@ def model(tiny_model) -> Model:
 def unconditional(model) -> Model:
     part = TransformerConfig(width=16, depth=1, heads=2)
     return Model(model.autoencoder, Denoiser(DenoiserConfig(channels=16, grid=(4, 4), backbone=part, num_classes=0)))
+
+
+@pytest.fixture(scope="module")
+def two_outputs(model) -> Model:
+    """A model with a base output."""
+    part = TransformerConfig(width=16, depth=2, heads=2)
+    head = TransformerConfig(width=16, depth=1, heads=2)
+    config = DenoiserConfig(
+        channels=16, grid=(4, 4), backbone=part, head=head, num_classes=3, base_depth=1, context=ContextConfig()
+    )
+    return other_weights(Model(model.autoencoder, Denoiser(config)))
+
+
+def other_weights(model: Model) -> Model:
+    """The same networks with a random denoiser."""
+    denoiser = copy.deepcopy(model.denoiser)
+    for parameter in denoiser.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return Model(model.autoencoder, denoiser)
 
 
 def images_of(model: Model, labels: Sequence[int] | None = LABELS, sampling: Sampling = FEW, **options) -> Tensor:
@@ -60,10 +94,13 @@ def test_samples_are_images_with_their_labels_and_numbers(model):
         assert not batch.images.requires_grad
 
 
-@pytest.mark.parametrize("guidance", [None, Guidance(scale=2.0, start=0.2, end=0.8)])
-@pytest.mark.parametrize("solver", ["euler", "heun"])
-def test_a_sample_is_the_same_in_any_batch(model, guidance, solver):
-    sampling = Sampling(steps=3, solver=solver, guidance=guidance)
+@pytest.mark.parametrize("guidance", ["", "cfg:2.0@0.2-0.8", "internal:1.5+auto:1.3"])
+@pytest.mark.parametrize("solver", ["euler", "heun", "euler-maruyama"])
+def test_a_sample_is_the_same_in_any_batch(model, two_outputs, guidance, solver):
+    rules = parse_guidance(guidance) if guidance else ()
+    weak = two_outputs.denoiser if "auto" in guidance else None
+    model = other_weights(two_outputs) if weak else model
+    sampling = Sampling(steps=3, solver=solver, guidance=rules, weak=weak)
     whole = images_of(model, sampling=sampling, batch_size=7)
     for batch_size in (1, 2, 64):
         assert torch.allclose(images_of(model, sampling=sampling, batch_size=batch_size), whole, atol=1e-5)
@@ -106,8 +143,8 @@ def test_a_model_without_classes_generates_by_count(unconditional):
     assert next(iter(generate(unconditional, count=1, sampling=FEW))).labels.tolist() == [-1]
     with pytest.raises(UserError, match="labels: 0 is not among the model's 0 classes"):
         images_of(unconditional, [0])
-    with pytest.raises(UserError, match=r"guidance: .* needs labels"):
-        images_of(unconditional, None, Sampling(guidance=Guidance(scale=2.0)), count=1)
+    with pytest.raises(UserError, match=r"guidance: cfg needs labels"):
+        images_of(unconditional, None, Sampling(guidance=(Guidance(scale=2.0),)), count=1)
 
 
 @pytest.mark.parametrize("label", [-1, 3, 1000])
@@ -136,16 +173,25 @@ class Counted(nn.Module):
         self.denoiser, self.config = denoiser, denoiser.config
         self.calls: list[tuple[float, bool]] = []
 
-    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None, **options: Any) -> Any:
         assert (t == t[0]).all()
+        assert len(x) == 2, "no doubled batch"
+        assert labels is None or labels.tolist() == [0, 2]
         self.calls.append((t[0].item(), labels is not None))
-        return self.denoiser(x, t, labels)
+        return self.denoiser(x, t, labels, **options)
 
 
-def calls_of(model: Model, sampling: Sampling) -> list[tuple[float, bool]]:
+Calls = list[tuple[float, bool]]
+
+
+def calls_of(model: Model, sampling: Sampling) -> tuple[Calls, Calls, Counter[str]]:
+    """The calls of the model, and of its weaker one, for two samples in a batch; and the passes reported."""
     counted = Counted(model.denoiser)
-    images_of(Model(model.autoencoder, counted), [0], sampling)  # type: ignore[arg-type]
-    return counted.calls
+    weak = Counted(sampling.weak) if sampling.weak else None
+    sampling = replace(sampling, weak=weak)  # type: ignore[arg-type]
+    model = Model(model.autoencoder, counted)  # type: ignore[arg-type]
+    (batch,) = generate(model, [0, 2], sampling=sampling)
+    return counted.calls, weak.calls if weak else [], batch.passes
 
 
 @pytest.mark.parametrize(
@@ -154,29 +200,133 @@ def calls_of(model: Model, sampling: Sampling) -> list[tuple[float, bool]]:
         (Sampling(steps=10), 10),
         (Sampling(steps=10, grid="published"), 9),
         (Sampling(steps=10, solver="heun"), 20),
+        (Sampling(steps=10, solver="euler-maruyama"), 10),
     ],
 )
 def test_evaluations_of_each_solver_and_grid(model, sampling, evaluations):
-    calls = calls_of(model, sampling)
+    calls, _, passes = calls_of(model, sampling)
     assert len(calls) == evaluations
+    assert passes == {"model": evaluations}
     assert calls[0][0] == 1.0
     assert all(given for _, given in calls)
 
 
-def test_guidance_costs_a_second_evaluation_only_within_its_interval(model):
-    calls = calls_of(model, Sampling(steps=10, guidance=Guidance(scale=2.0, start=0.2, end=0.6)))
-    conditional = [t for t, given in calls if given]
-    unconditional = [t for t, given in calls if not given]
-    assert len(conditional) == 10
-    assert unconditional == [t for t in conditional if 0.2 <= t <= 0.6]
-    assert 0 < len(unconditional) < 10
+def test_forward_passes_of_each_guidance(two_outputs):
+    """50 steps: 50 unguided, with CFG those within its interval more, with AutoGuidance 50 weak ones, internal 50."""
+    weak = other_weights(two_outputs).denoiser
+    times = time_grid(50, two_outputs.denoiser.config.shift)[:-1]
+    inside = [t for t in times if 0.1 <= t <= 0.9]
+    assert 0 < len(inside) < 50
+
+    def passes_of(text: str) -> tuple[Calls, Calls, Counter[str]]:
+        rules = parse_guidance(text) if text else ()
+        return calls_of(two_outputs, Sampling(guidance=rules, weak=weak if "auto" in text else None))
+
+    conditional = [(t, True) for t in times]
+    assert passes_of("") == (conditional, [], {"model": 50})
+    calls, _, passes = passes_of("cfg:2.0@0.1-0.9")
+    assert [call for call in calls if call[1]] == conditional
+    assert [t for t, given in calls if not given] == inside
+    assert passes == {"model": 50, "unconditional": len(inside)}
+    assert passes_of("auto:1.42") == (conditional, conditional, {"model": 50, "weak": 50})
+    assert passes_of("internal:1.78@0.1-1") == (conditional, [], {"model": 50})
+    calls, weak_calls, passes = passes_of("internal:1.78+cfg:2@0.1-0.9+auto:1.2@0.1-0.9")
+    assert len(calls) == 50 + len(inside)
+    assert [t for t, _ in weak_calls] == inside
+    assert passes == {"model": 50, "unconditional": len(inside), "weak": len(inside)}
+
+
+def test_internal_guidance_leads_away_from_the_base_output(two_outputs):
+    """On predicted data it is base + scale (full - base) as well (spec II.6)."""
+    denoiser = copy.deepcopy(two_outputs.denoiser)
+    denoiser.config = replace(denoiser.config, prediction="data")
+    x = randomness.normal(0, "sample", [0, 1], (16, 4, 4))
+    labels = torch.tensor([1, 2])
+    full, base = denoiser(x, torch.ones(2), labels, with_base=True)
+    sampling = Sampling(steps=1, guidance=parse_guidance("internal:1.78"))
+    ours = sample_latents(denoiser, labels, torch.arange(2), 0, sampling, "cpu")
+    assert torch.allclose(ours, base + 1.78 * (full - base), atol=1e-5)
+
+
+def test_a_weak_model_as_good_as_the_model_changes_nothing(model):
+    sampling = Sampling(steps=3, guidance=parse_guidance("auto:1.5"), weak=copy.deepcopy(model.denoiser))
+    assert torch.allclose(images_of(model, sampling=sampling), images_of(model), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        ("internal:2", {}, r"internal needs a base output.*denoiser\.base_depth"),
+        ("auto:2", {}, "auto needs a weaker model; give it with --weak"),
+        ("", {"weak": "other"}, "weak: no effect without guidance auto:SCALE"),
+        ("cfg:2", {"weak": "other"}, "weak: no effect without guidance auto:SCALE"),
+        ("auto:2", {"weak": "same"}, "weak: the same model"),
+        ("auto:2", {"weak": "smaller"}, r"weak: it is for latents \(16, 2, 2\) of 3 classes"),
+        ("cfg:2@0.01-0.02", {}, r"cfg would have no effect, .* 0\.01-0\.02"),
+        ("cfg:2@0.0-0.001", {"solver": "euler"}, "cfg would have no effect"),
+        ("cfg:2@0.0-0.001", {"solver": "heun"}, None),
+        ("", {"reuse": 0}, "reuse: 0 must be at least 1"),
+        ("", {"reuse": 2, "solver": "heun"}, "reuse: only for a denoiser with a head"),
+    ],
+)
+def test_settings_without_effect_are_refused(model, text, options, message):
+    part = TransformerConfig(width=16, depth=1, heads=2)
+    smaller = Denoiser(DenoiserConfig(channels=16, grid=(2, 2), backbone=part, num_classes=3))
+    models = {"other": copy.deepcopy(model.denoiser), "same": model.denoiser, "smaller": smaller}
+    options = {"steps": 4} | options
+    if "weak" in options:
+        options["weak"] = models[options["weak"]]
+    sampling = Sampling(guidance=parse_guidance(text) if text else (), **options)
+    if message is None:
+        images_of(model, [0], sampling)
+    else:
+        with pytest.raises(UserError, match=message):
+            images_of(model, [0], sampling)
+
+
+def test_reusing_the_backbone(model, unconditional):
+    plain = images_of(model, sampling=Sampling(steps=20))
+    features = []
+    hook = model.denoiser.blocks[-1].register_forward_hook(lambda *_: features.append(1))
+    sampling = Sampling(steps=20, reuse=3, guidance=parse_guidance("cfg:1.001@0.0-0.5"))
+    (batch,) = generate(model, LABELS, sampling=sampling)
+    hook.remove()
+    times = time_grid(20, model.denoiser.config.shift)[:-1]
+    inside = sum(t <= 0.5 for t in times)
+    assert len(features) == 7 + -(-inside // 3)
+    assert batch.passes == {"model": 7, "unconditional": -(-inside // 3), "head": 13 + inside - -(-inside // 3)}
+    assert not torch.equal(batch.images, plain)
+    assert (batch.images - plain).abs().mean() < 0.1 * plain.std()
+    with pytest.raises(UserError, match="reuse: only for a denoiser with a head"):
+        images_of(unconditional, None, Sampling(reuse=2), count=1)
+
+
+@pytest.mark.parametrize("grid", ["full", "published"])
+def test_latents_go_to_noise_and_back(model, grid):
+    labels, indices = torch.tensor([1]), torch.tensor([5])
+    sampling = Sampling(steps=40, solver="heun", grid=grid, guidance=parse_guidance("cfg:1.5@0.0-0.7"))
+    latents = sample_latents(model.denoiser, labels, indices, 0, sampling, "cpu")
+    noise = latents_to_noise(model.denoiser, latents, labels, sampling)
+    assert torch.allclose(noise, randomness.normal(0, "sample", indices, (16, 4, 4)), atol=0.1)
+    with pytest.raises(UserError, match="solver euler-maruyama: goes from noise to data only"):
+        latents_to_noise(model.denoiser, latents, labels, replace(sampling, solver="euler-maruyama"))
+
+
+def test_adaptive_and_stochastic_sampling(model):
+    pytest.importorskip("torchdiffeq")
+    exact = images_of(model, [1], Sampling(steps=60, solver="heun"))
+    adaptive = images_of(model, [1], Sampling(solver="dopri5", atol=1e-4, rtol=1e-4))
+    assert torch.allclose(adaptive, exact, atol=0.01)
+    stochastic = images_of(model, [1], Sampling(steps=10, solver="euler-maruyama"))
+    assert torch.equal(stochastic, images_of(model, [1], Sampling(steps=10, solver="euler-maruyama")))
+    assert not torch.allclose(stochastic, exact, atol=0.05)
 
 
 def test_guidance_moves_samples_away_from_the_unconditional_ones(model):
     plain = images_of(model)
-    guided = images_of(model, sampling=Sampling(steps=3, guidance=Guidance(scale=3.0)))
+    guided = images_of(model, sampling=Sampling(steps=3, guidance=(Guidance(scale=3.0),)))
     assert not torch.allclose(plain, guided, atol=1e-3)
-    barely = images_of(model, sampling=Sampling(steps=3, guidance=Guidance(scale=1.0001)))
+    barely = images_of(model, sampling=Sampling(steps=3, guidance=(Guidance(scale=1.0001),)))
     assert torch.allclose(plain, barely, atol=1e-2)
 
 

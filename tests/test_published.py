@@ -20,6 +20,7 @@ from raekit.published import (
     decoder_state,
     denoiser_config,
     denoiser_state,
+    denoiser_v2_config,
     encoder_colours,
     guess,
     published_decoder_config,
@@ -63,7 +64,7 @@ def denoiser_shapes(values: dict[str, Any], classes: int | None = None) -> dict[
         value if wide else [value] for value in (values["hidden_size"], values["depth"], values["num_heads"])
     )
     d, last = widths[0], widths[-1]
-    shapes: dict[str, list[int]] = {"pos_embed": [1, side**2, d]}
+    shapes: dict[str, list[int]] = {"pos_embed": [1, side**2, d]} if values.get("use_pos_embed", True) else {}
     embeds = {"s_embedder": d, "x_embedder": last} if wide else {"x_embedder": d}
     for name, width in embeds.items():
         shapes |= {f"{name}.proj.weight": [width, c, p, p], f"{name}.proj.bias": [width]}
@@ -72,20 +73,28 @@ def denoiser_shapes(values: dict[str, Any], classes: int | None = None) -> dict[
     shapes |= {"t_embedder.W": [256]} | matrix("t_embedder.mlp.0", d, 512) | matrix("t_embedder.mlp.2", d, d)
     shapes["y_embedder.embedding_table.weight"] = [classes or values["num_classes"] + 1, d]
     for name, width, count in zip(("enc_", "dec_") if wide else ("",), widths, heads, strict=True):
+        if not values.get("use_rope", True):
+            break
         shapes |= {f"{name}feat_rope.freqs_{f}": [side**2, width // count] for f in ("cos", "sin")}
     parts = [(width, count) for width, depth, count in zip(widths, depths, heads, strict=True) for _ in range(depth)]
     for i, (width, count) in enumerate(parts):
-        hidden = int(2 / 3 * int(width * values.get("mlp_ratio", 4.0)))
-        block = {"norm1.weight": [width], "norm2.weight": [width]}
-        block |= matrix("attn.qkv", 3 * width, width) | matrix("attn.proj", width, width)
-        block |= matrix("mlp.w12", 2 * hidden, width) | matrix("mlp.w3", width, hidden)
-        block |= matrix("adaLN_modulation.1", 6 * width, width)
+        hidden = int(width * values.get("mlp_ratio", 4.0))
+        block = matrix("attn.qkv", 3 * width, width) | matrix("attn.proj", width, width)
+        block |= matrix("adaLN_modulation.1", (4 if values.get("wo_shift") else 6) * width, width)
+        if values.get("use_swiglu", True):
+            hidden = int(2 / 3 * hidden)
+            block |= matrix("mlp.w12", 2 * hidden, width) | matrix("mlp.w3", width, hidden)
+        else:
+            block |= matrix("mlp.fc1", hidden, width) | matrix("mlp.fc2", width, hidden)
+        if values.get("use_rmsnorm", True):
+            block |= {"norm1.weight": [width], "norm2.weight": [width]}
         if values.get("use_qknorm"):
-            block |= {"attn.q_norm.weight": [width // count], "attn.k_norm.weight": [width // count]}
+            kinds = ("weight",) if values.get("use_rmsnorm", True) else ("weight", "bias")
+            block |= {f"attn.{part}_norm.{kind}": [width // count] for part in "qk" for kind in kinds}
         shapes |= {f"blocks.{i}.{name}": shape for name, shape in block.items()}
-    final = (
-        {"norm_final.weight": [last]} | matrix("linear", p * p * c, last) | matrix("adaLN_modulation.1", 2 * last, last)
-    )
+    final = matrix("linear", p * p * c, last) | matrix("adaLN_modulation.1", 2 * last, last)
+    if values.get("use_rmsnorm", True):
+        final["norm_final.weight"] = [last]
     return shapes | {f"final_layer.{name}": shape for name, shape in final.items()}
 
 
@@ -97,32 +106,42 @@ def linear(state: State, name: str, x: Tensor) -> Tensor:
     return x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
 
 
-def rms(x: Tensor, weight: Tensor) -> Tensor:
-    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+def norm(state: State, name: str, x: Tensor, eps: float = 1e-6) -> Tensor:
+    """RMSNorm if the state has a weight for it alone; else LayerNorm, with its weight and bias if there are any."""
+    if f"{name}.weight" in state and f"{name}.bias" not in state:
+        return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * state[f"{name}.weight"]
+    x = x - x.mean(-1, keepdim=True)
+    x = x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
+    return x * state[f"{name}.weight"] + state[f"{name}.bias"] if f"{name}.bias" in state else x
 
 
 def turned(x: Tensor, state: State, rope: str) -> Tensor:
+    if f"{rope}.freqs_cos" not in state:
+        return x
     quarter_turn = torch.stack([-x[..., 1::2], x[..., 0::2]], -1).flatten(-2)
     return x * state[f"{rope}.freqs_cos"] + quarter_turn * state[f"{rope}.freqs_sin"]
 
 
 def block(state: State, index: int, heads: int, rope: str, x: Tensor, c: Tensor) -> Tensor:
     name = f"blocks.{index}"
-    m = linear(state, f"{name}.adaLN_modulation.1", F.silu(c)).chunk(6, -1)
+    m: list[Any] = list(linear(state, f"{name}.adaLN_modulation.1", F.silu(c)).split(x.shape[-1], -1))
+    if len(m) == 4:
+        m = [0, m[0], m[1], 0, m[2], m[3]]
     q, k, v = (
         part.unflatten(-1, (heads, -1)).transpose(1, 2)
-        for part in linear(state, f"{name}.attn.qkv", rms(x, state[f"{name}.norm1.weight"]) * (1 + m[1]) + m[0]).chunk(
-            3, -1
-        )
+        for part in linear(state, f"{name}.attn.qkv", norm(state, f"{name}.norm1", x) * (1 + m[1]) + m[0]).chunk(3, -1)
     )
     if f"{name}.attn.q_norm.weight" in state:
-        q, k = rms(q, state[f"{name}.attn.q_norm.weight"]), rms(k, state[f"{name}.attn.k_norm.weight"])
+        eps = 1e-5 if f"{name}.attn.q_norm.bias" in state else 1e-6
+        q, k = norm(state, f"{name}.attn.q_norm", q, eps), norm(state, f"{name}.attn.k_norm", k, eps)
     q, k = turned(q, state, rope), turned(k, state, rope)
     out = ((q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1) @ v).transpose(1, 2).flatten(2)
     x = x + m[2] * linear(state, f"{name}.attn.proj", out)
-    gate, value = linear(state, f"{name}.mlp.w12", rms(x, state[f"{name}.norm2.weight"]) * (1 + m[4]) + m[3]).chunk(
-        2, -1
-    )
+    inner = norm(state, f"{name}.norm2", x) * (1 + m[4]) + m[3]
+    if f"{name}.mlp.fc1.weight" in state:
+        hidden = F.gelu(linear(state, f"{name}.mlp.fc1", inner), approximate="tanh")
+        return x + m[5] * linear(state, f"{name}.mlp.fc2", hidden)
+    gate, value = linear(state, f"{name}.mlp.w12", inner).chunk(2, -1)
     return x + m[5] * linear(state, f"{name}.mlp.w3", F.silu(gate) * value)
 
 
@@ -141,7 +160,7 @@ def published_denoiser(state: State, values: dict[str, Any], x: Tensor, t: Tenso
     if wide:
         c = F.silu(c)
         (depth, head_depth), (heads, head_heads) = values["depth"], values["num_heads"]
-        s = embed("s_embedder") + state["pos_embed"]
+        s = embed("s_embedder") + state.get("pos_embed", 0)
         for i in range(depth):
             s = block(state, i, heads, "enc_feat_rope", s, c)
         c = F.silu(s + time)
@@ -150,14 +169,166 @@ def published_denoiser(state: State, values: dict[str, Any], x: Tensor, t: Tenso
         for i in range(depth, depth + head_depth):
             tokens = block(state, i, head_heads, "dec_feat_rope", tokens, c)
     else:
-        tokens = embed("x_embedder") + state["pos_embed"]
+        tokens = embed("x_embedder") + state.get("pos_embed", 0)
         for i in range(values["depth"]):
             tokens = block(state, i, values["num_heads"], "feat_rope", tokens, c)
     shift, scale = linear(state, "final_layer.adaLN_modulation.1", F.silu(c)).chunk(2, -1)
-    out = linear(state, "final_layer.linear", rms(tokens, state["final_layer.norm_final.weight"]) * (1 + scale) + shift)
+    out = linear(state, "final_layer.linear", norm(state, "final_layer.norm_final", tokens) * (1 + scale) + shift)
     side = values["input_size"] // p
     out = out.view(len(x), side, side, p, p, -1)
     return torch.einsum("bhwpqc->bchpwq", out).reshape(x.shape)
+
+
+V2 = {
+    "input_size": 4,
+    "patch_size": [2, 2],
+    "in_channels": 5,
+    "hidden_size": [24, 32],
+    "depth": [3, 1],
+    "num_heads": [2, 2],
+    "num_classes": 4,
+    "base_model_depth": 2,
+    "num_t_tokens": 2,
+    "num_c_tokens": 3,
+}
+
+
+def denoiser_v2_shapes(values: dict[str, Any]) -> dict[str, list[int]]:
+    """Names and shapes of a denoiser of RAE v2 (spec II.9)."""
+    c, p = values["in_channels"], values["patch_size"][0]
+    d, last = values["hidden_size"]
+    tokens, context = (values["input_size"] // p) ** 2, values["num_t_tokens"] + values["num_c_tokens"]
+    shapes = {f"{name}.proj.weight": [width, c, p, p] for name, width in (("s_embedder", d), ("x_embedder", last))}
+    shapes |= {"s_embedder.proj.bias": [d], "x_embedder.proj.bias": [last], "t_embedder.W": [256]}
+    shapes |= matrix("s_projector", last, d) | matrix("t_embedder.mlp.0", d, 512) | matrix("t_embedder.mlp.2", d, d)
+    shapes |= {
+        "t_embedder.learnable_tokens": [values["num_t_tokens"], d],
+        "ctx_embedder.learnable_tokens": [values["num_c_tokens"], d],
+        "ctx_embedder.embedding_table.weight": [values["num_classes"] + 1, d],
+    }
+    for i in range(sum(values["depth"])):
+        head = i >= values["depth"][0]
+        width, count = (last, values["num_heads"][1]) if head else (d, values["num_heads"][0])
+        hidden = int(2 / 3 * 4 * width)
+        block = {"norm1.weight": [width], "norm2.weight": [width]}
+        block |= {f"attn.{part}_norm.weight": [width // count] for part in "qk"}
+        for part in ("q", "k", "v", "proj"):
+            block |= matrix(f"attn.{part}", width, width)
+        block |= matrix("mlp.w1", hidden, width) | matrix("mlp.w2", hidden, width) | matrix("mlp.w3", width, hidden)
+        if head:
+            block |= matrix("adaln_modulation.1", 6 * width, width)
+        shapes |= {f"blocks.{i}.{name}": shape for name, shape in block.items()}
+    for name, width in (("final_layer", last), ("base_final_layer", d)):
+        final = {"norm.weight": [width]} | matrix("linear", p * p * c, width)
+        final |= matrix("adaln_modulation.1", 2 * width, width)
+        shapes |= {f"{name}.{key}": shape for key, shape in final.items()}
+    for name, count, part in (
+        ("enc", tokens + context, d // values["num_heads"][0]),
+        ("dec", tokens, last // values["num_heads"][1]),
+    ):
+        shapes |= {f"{name}_rope.freqs_{f}": [count, part] for f in ("cos", "sin")}
+    return shapes
+
+
+def published_denoiser_v2(
+    state: State, values: dict[str, Any], x: Tensor, t: Tensor, y: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Spec II.3 and II.4 in float64: the full and the base output."""
+    state = {key: value.double() for key, value in state.items()}
+    x, p, depth = x.double(), values["patch_size"][0], values["depth"][0]
+
+    def embed(name: str) -> Tensor:
+        return F.conv2d(x, state[f"{name}.proj.weight"], state[f"{name}.proj.bias"], stride=p).flatten(2).mT
+
+    def run(i: int, tokens: Tensor, rope: str, heads: int, m: list[Any]) -> Tensor:
+        name = f"blocks.{i}"
+        inner = norm(state, f"{name}.norm1", tokens) * (1 + m[1]) + m[0]
+        q, k, v = (
+            linear(state, f"{name}.attn.{part}", inner).unflatten(-1, (heads, -1)).transpose(1, 2) for part in "qkv"
+        )
+        q, k = (turned(norm(state, f"{name}.attn.{n}_norm", part), state, rope) for n, part in (("q", q), ("k", k)))
+        out = ((q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1) @ v).transpose(1, 2).flatten(2)
+        tokens = tokens + m[2] * linear(state, f"{name}.attn.proj", out)
+        inner = norm(state, f"{name}.norm2", tokens) * (1 + m[4]) + m[3]
+        hidden = F.silu(linear(state, f"{name}.mlp.w1", inner)) * linear(state, f"{name}.mlp.w2", inner)
+        return tokens + m[5] * linear(state, f"{name}.mlp.w3", hidden)
+
+    def final(name: str, tokens: Tensor, c: Tensor) -> Tensor:
+        shift, scale = linear(state, f"{name}.adaln_modulation.1", F.silu(c)).chunk(2, -1)
+        out = linear(state, f"{name}.linear", norm(state, f"{name}.norm", tokens) * (1 + scale) + shift)
+        side = values["input_size"] // p
+        return torch.einsum("bhwpqc->bchpwq", out.view(len(x), side, side, p, p, -1)).reshape(x.shape)
+
+    angles = 2 * math.pi * t.double()[:, None] * state["t_embedder.W"]
+    time = F.silu(linear(state, "t_embedder.mlp.0", torch.cat([angles.sin(), angles.cos()], -1)))
+    time = linear(state, "t_embedder.mlp.2", time)[:, None]
+    label = state["ctx_embedder.embedding_table.weight"][y][:, None]
+    image = embed("s_embedder")
+    tokens = [image, state["t_embedder.learnable_tokens"] + time, state["ctx_embedder.learnable_tokens"] + label]
+    s, base = torch.cat(tokens, 1), image
+    for i in range(depth):
+        s = run(i, s, "enc_rope", values["num_heads"][0], [0, 0, 1, 0, 0, 1])
+        if i + 1 == values["base_model_depth"]:
+            base = F.silu(s[:, : image.shape[1]] + time)
+    c = linear(state, "s_projector", F.silu(s[:, : image.shape[1]] + time))
+    tokens = embed("x_embedder")
+    for i in range(depth, sum(values["depth"])):
+        m = linear(state, f"blocks.{i}.adaln_modulation.1", F.silu(c)).chunk(6, -1)
+        tokens = run(i, tokens, "dec_rope", values["num_heads"][1], list(m))
+    return final("final_layer", tokens, c), final("base_final_layer", base, base)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [V2, V2 | {"patch_size": [1, 1], "input_size": 3, "hidden_size": [32, 24], "base_model_depth": 3}],
+    ids=["patches of 2", "base at the end"],
+)
+def test_denoiser_v2_agrees_with_the_published_arithmetic(values: dict[str, Any]):
+    state = state_dict(denoiser_v2_shapes(values), context=values["num_t_tokens"] + values["num_c_tokens"])
+    config = denoiser_v2_config(values)
+    model = Denoiser(config).eval()
+    load_strict(model, denoiser_state(state, config), "test")
+    x, t, y = inputs(values)
+    for ours, theirs in zip(model(x, t, y, with_base=True), published_denoiser_v2(state, values, x, t, y), strict=True):
+        assert (ours - theirs).norm() < 1e-5 * theirs.norm()
+
+
+def test_released_v2_fits_by_name_and_shape():
+    values = {
+        "input_size": 16,
+        "patch_size": [1, 1],
+        "in_channels": 1024,
+        "hidden_size": [1440, 2048],
+        "depth": [28, 2],
+        "num_heads": [20, 16],
+        "num_classes": 1000,
+    }
+    shapes = denoiser_v2_shapes({**values, "num_t_tokens": 4, "num_c_tokens": 8})
+    assert shapes["enc_rope.freqs_cos"] == [268, 72]
+    with torch.device("meta"):
+        state = {k: torch.empty(v) for k, v in shapes.items() if "freqs" not in k}
+        model = Denoiser(denoiser_v2_config(values))
+    load_strict(model, denoiser_state(state, model.config), "test")
+    assert model.config.base_depth == 8
+    del state["blocks.3.attn.k.weight"]
+    with pytest.raises(
+        UserError, match=r"missing blocks\.3\.attention\.qkv\.weight.*unexpected blocks\.3\.attn\.q\.weight"
+    ):
+        load_strict(model, denoiser_state(state, model.config), "test")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"use_rope": True}, "version 2: use_rope"),
+        ({"hidden_size": 24}, "version 2: hidden_size"),
+        ({"base_model_depth": 4}, "denoiser.base_depth: 4 must be at most denoiser.backbone.depth = 3"),
+        ({"patch_size": [1, 2]}, "patch_size"),
+    ],
+)
+def test_other_denoisers_v2_are_refused_by_name(changes: dict[str, Any], message: str):
+    with pytest.raises(UserError, match=message):
+        denoiser_v2_config(V2 | changes)
 
 
 def inputs(values: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
@@ -173,6 +344,13 @@ OPTIONS = pytest.mark.parametrize(
         DIT_DH,
         DIT_DH | {"hidden_size": [48, 48], "num_heads": [4, 2]},
         DIT_DH | {"hidden_size": [8, 8], "num_heads": [1, 2]},
+        DIT_DH | {"patch_size": 3},
+        DIT_DH | {"use_rmsnorm": False, "use_swiglu": False},
+        DIT_DH | {"use_rmsnorm": False, "use_qknorm": False, "wo_shift": True},
+        DIT_DH | {"use_pos_embed": False},
+        DIT_DH | {"use_rope": False},
+        DIT | {"use_rope": False, "use_rmsnorm": False},
+        DIT | {"use_swiglu": False, "wo_shift": True, "learn_sigma": False, "use_gembed": True},
     ],
     ids=[
         "DiT, patches of 2, QK-norm",
@@ -180,6 +358,13 @@ OPTIONS = pytest.mark.parametrize(
         "DiT-DH, QK-norm",
         "DiT-DH without projector",
         "narrow DiT-DH",
+        "DiT-DH, patches of 3",
+        "DiT-DH, LayerNorm, GELU",
+        "DiT-DH, LayerNorm, no shift",
+        "DiT-DH without positions",
+        "DiT-DH without rotary",
+        "DiT without rotary, LayerNorm",
+        "DiT, GELU, no shift",
     ],
 )
 
@@ -253,13 +438,9 @@ def test_denoiser_config():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (DIT | {"use_swiglu": False}, "use_swiglu"),
-        (DIT_DH | {"use_rope": False}, "use_rope"),
-        (DIT_DH | {"use_rmsnorm": False}, "use_rmsnorm"),
-        (DIT | {"wo_shift": True}, "wo_shift"),
-        (DIT_DH | {"use_pos_embed": False}, "use_pos_embed"),
-        (DIT_DH | {"patch_size": 2}, "patch_size = 2 is not supported with a wide head"),
         (DIT_DH | {"patch_size": [1, 2]}, "patch_size"),
+        (DIT_DH | {"use_rope": False, "use_pos_embed": False}, "denoiser.rotary: off"),
+        (DIT | {"use_gembed": False}, "use_gembed"),
         (DIT_DH | {"depth": 3}, "hidden_size and depth must both be pairs"),
         (DIT | {"learn_sigma": True}, "learn_sigma"),
         ({k: v for k, v in DIT.items() if k != "depth"}, "depth"),

@@ -20,6 +20,7 @@ Golden = Callable[[str], Path]
     ("name", "outputs"),
     [
         ("ditdh_small", ["v", "v_cfg", "ode_sample"]),
+        ("ditdh_v2_small", ["full", "base", "ode_sample"]),
         ("dit_small", ["v"]),
         ("timegrid_196608", ["t"]),
         ("decoder_small", ["img"]),
@@ -127,7 +128,7 @@ def test_only_the_outputs_of_the_file_are_compared(golden: Golden, tmp_path: Pat
 @pytest.mark.parametrize(
     ("name", "config", "arrays", "message"),
     [
-        ("dit_small", lambda c: c.update(use_swiglu=False), {}, "use_swiglu"),
+        ("dit_small", lambda c: c.update(use_swiglu=False), {}, "missing blocks.0.mlp.0.bias"),
         ("dit_small", lambda c: c.update(novel=1), {}, "novel"),
         ("dit_small", lambda c: c["shapes"].pop("t_embedder.W"), {}, "missing time.frequencies"),
         ("dit_small", lambda c: c.update(kind="dit3"), {}, "kind 'dit3' is not known"),
@@ -162,6 +163,28 @@ def test_what_is_not_understood_fails_with_a_reason(
     path = rewrite(golden(f"{name}.npz"), tmp_path / "case.npz", config, **arrays)
     assert "FAIL" in statuses(path).values()
     assert any(part in reason(path) for part in message.split("|"))
+
+
+def test_a_scale_of_one_is_no_guidance(golden: Golden, tmp_path: Path):
+    with np.load(golden("ditdh_small.npz")) as data:
+        v = data["v"]
+    path = rewrite(golden("ditdh_small.npz"), tmp_path / "case.npz", cfg_scale=np.array(1.0), v_cfg=v)
+    assert statuses(path) == {"v": "ok", "v_cfg": "ok", "ode_sample": "ok"}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [("t_eps", 0.1, "t_eps is 0.1, ours 0.05"), ("shift", 2.0, "shift is 2.0"), ("use_rope", True, "use_rope")],
+)
+def test_another_setting_of_rae_v2_fails(field: str, value: Any, message: str, golden: Golden, tmp_path: Path):
+    path = rewrite(golden("ditdh_v2_small.npz"), tmp_path / "case.npz", lambda c: c.update({field: value}))
+    assert message in reason(path)
+
+
+def test_internal_guidance_matters(golden: Golden, tmp_path: Path):
+    for change in ({"ig_scale": 1.7}, {"ig_interval": [0.5, 1.0]}, {"ig_scale": 1.0}, {"num_steps": 9}):
+        path = rewrite(golden("ditdh_v2_small.npz"), tmp_path / "case.npz", lambda c, new=change: c.update(new))
+        assert statuses(path) == {"full": "ok", "base": "ok", "ode_sample": "FAIL"}
 
 
 def test_notes_are_printed(golden: Golden, tmp_path: Path):

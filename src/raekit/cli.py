@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -16,7 +17,9 @@ from raekit.errors import UserError
 from raekit.progress import Display
 
 if TYPE_CHECKING:
+    from raekit.distributed import World
     from raekit.folders import Reconstructions
+    from raekit.models.denoiser import Denoiser
 
 _out = Console(soft_wrap=True, highlight=False)
 _err = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -51,9 +54,11 @@ def generate(
     count: int = 16,
     seed: int = 0,
     steps: int = 50,
-    solver: Literal["euler", "heun"] = "euler",
+    solver: Literal["euler", "heun", "dopri5", "euler-maruyama"] = "euler",
     grid: Literal["full", "published"] = "full",
     guidance: str | None = None,
+    weak: str | None = None,
+    reuse: int = 1,
     batch_size: int = 64,
     device: Device | None = None,
 ) -> None:
@@ -68,12 +73,16 @@ def generate(
         count: samples of each class. In a folder those that are there are kept, and more are added to them.
         seed: sample i is a function of the seed, i and its class, which is i modulo the number of classes.
         steps: solver steps.
-        solver: euler, or heun with two evaluations a step.
+        solver: euler; heun, with two evaluations a step; dopri5, with steps of its own; or the SDE's euler-maruyama.
         grid: of times; published is the official sampler's, one step short of the data.
-        guidance: cfg:SCALE or cfg:SCALE@START-END, as in cfg:2.0@0.1-0.9.
+        guidance: METHOD:SCALE or METHOD:SCALE@START-END, as in cfg:2.0@0.1-0.9. Methods: cfg, auto (see WEAK), and
+            internal, for models with a base output. Several are joined by +.
+        weak: the weaker model of auto guidance, named as the model is.
+        reuse: run the backbone at every so many steps only, the head at each.
         batch_size: images at once.
         device: default is the best there is.
     """
+
     from raekit.distributed import world
     from raekit.files import whole
     from raekit.flow.guidance import parse_guidance
@@ -93,9 +102,15 @@ def generate(
         labels = [loaded.class_id(name) for name in classes] or list(range(len(loaded.classes)))
         total = count * max(len(labels), 1)
         sampling = Sampling(
-            steps=steps, solver=solver, grid=grid, guidance=parse_guidance(guidance) if guidance else None
+            steps=steps,
+            solver=solver,
+            grid=grid,
+            guidance=parse_guidance(guidance) if guidance is not None else (),
+            weak=_weaker(weak, model, here),
+            reuse=reuse,
         )
         (out.parent if single else out).mkdir(parents=True, exist_ok=True)  # found out before, not after, the work
+        passes: Counter[str] = Counter()
         if single:
             tiles = []
             every = labels * count or None  # sample i has class i modulo their number, as in a folder
@@ -104,13 +119,14 @@ def generate(
             )
             for batch in batches:
                 tiles += map(to_pil, batch.images)
+                passes |= batch.passes
                 progress("generate", len(tiles), total)
             rows = [tiles[row :: len(labels)] for row in range(len(labels))] or [tiles]
             with whole(out) as partial:
                 sheet = tile([image for row in rows for image in row], columns=count if len(labels) > 1 else None)
                 sheet.save(partial, format="PNG")
         else:
-            generate_folder(
+            passes = generate_folder(
                 loaded,
                 out,
                 labels or None,
@@ -122,7 +138,16 @@ def generate(
                 progress=progress,
             )
     if here.is_main:
-        _out.print(f"{total} images: {out}")
+        counts = " + ".join(f"{number} {kind}" for kind, number in passes.items())
+        _out.print(f"{total} images: {out}" + (f" ({counts} passes an image)" if counts else ""))
+
+
+def _weaker(weak: str | None, model: str, world: "World") -> "Denoiser | None":
+    from raekit.models.denoiser import Denoiser
+
+    if weak == model:
+        raise UserError(f"--weak: {weak} is the model itself, which has no effect")
+    return Denoiser.load(weak).to(world.device) if weak else None
 
 
 def reconstruct(
@@ -431,7 +456,7 @@ def latents_generate(
     for name, value in (("count", count), ("batch-size", batch_size)):
         if value < 1:
             raise UserError(f"--{name}: {value} must be at least 1")
-    sampling = Sampling(steps=steps, guidance=parse_guidance(guidance) if guidance else None)
+    sampling = Sampling(steps=steps, guidance=parse_guidance(guidance) if guidance is not None else ())
     with world(device) as here, Display(_err) as progress:
         if here.size > 1:
             raise UserError("latents generate: works in one process, not under torchrun")
@@ -453,6 +478,7 @@ def evaluate(
     model: Positional[str],
     count: int = 1000,
     guidance: tuple[str, ...] = (),
+    weak: str | None = None,
     steps: int = 50,
     seed: int = 0,
     source: str = "emoji",
@@ -467,7 +493,8 @@ def evaluate(
     Args:
         model: builtin:NAME, a model folder, a run, or OWNER/NAME on the Hub.
         count: samples for each setting.
-        guidance: settings to score beside unguided sampling, as in cfg:2.0@0.1-0.9.
+        guidance: settings to score beside unguided sampling, as in cfg:2.0@0.1-0.9 or auto:1.4.
+        weak: the weaker model of auto guidance, named as the model is.
         steps: solver steps.
         seed: of the samples.
         source: real images, split into train and held-out.
@@ -483,11 +510,15 @@ def evaluate(
     from raekit.inference import Sampling, load
     from raekit.scoring import score
 
-    samplings = {"samples": Sampling(steps=steps)}
-    for text in guidance:
-        samplings[f"samples, {text}"] = Sampling(steps=steps, guidance=parse_guidance(text))
+    rules = {text: parse_guidance(text) for text in guidance}
+    if weak and not any(rule.method == "auto" for chosen in rules.values() for rule in chosen):
+        raise UserError("--weak: no effect without --guidance auto:SCALE")
     with world(device) as here, Display(_err, quiet=not here.is_main) as progress:
-        loaded = load(model, here.device)
+        loaded, weaker = load(model, here.device), _weaker(weak, model, here)
+        samplings = {"samples": Sampling(steps=steps)}
+        for text, chosen in rules.items():
+            needed = weaker if any(rule.method == "auto" for rule in chosen) else None
+            samplings[f"samples, {text}"] = Sampling(steps=steps, guidance=chosen, weak=needed)
         data = DataConfig(source=source, image_size=loaded.autoencoder.image_size)
         scores = score(
             loaded, data, samplings, count=count, seed=seed, features=features, world=here, progress=progress

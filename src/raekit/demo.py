@@ -154,7 +154,7 @@ def _pictures(run: Path, model: Model, plan: Plan, config: StageConfig, world: W
     pairs = zip(batch.pixels(), reconstruct(model.autoencoder, batch.pixels()), strict=True)
     _save(grid([to_pil(image) for pair in pairs for image in pair], columns=PER_CLASS), folder / "reconstructions.png")
     labels = [label for label in range(len(model.classes)) for _ in range(PER_CLASS)]
-    for name, guidance in (("samples", None), ("guided", GUIDANCE)):
+    for name, guidance in (("samples", ()), ("guided", (GUIDANCE,))):
         if (folder / f"{name}.png").is_file():
             continue
         images = []
@@ -180,7 +180,7 @@ def _scores(run: Path, model: Model, plan: Plan, config: GenerationConfig, world
         config.data,
         {
             "samples": Sampling(steps=plan.sampling_steps),
-            guided: Sampling(steps=plan.sampling_steps, guidance=GUIDANCE),
+            guided: Sampling(steps=plan.sampling_steps, guidance=(GUIDANCE,)),
         },
         count=plan.samples,
         world=world,

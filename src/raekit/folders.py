@@ -6,8 +6,9 @@ of the model, of a setting or of an original is never mixed with what was there.
 
 import csv
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from itertools import chain, count
 from pathlib import Path
@@ -47,15 +48,20 @@ def generate_folder(
     batch_size: int = 64,
     world: World,
     progress: Report = silent,
-) -> None:
+) -> Counter[str]:
     """Write samples 0 to `total` as OUT/000000.png and so on, those alone that are missing.
 
     The label of sample i is `labels[i % len(labels)]`, so a larger total later adds samples to the same. Called
-    by all processes, which share the work. Raises UserError as `generate` does.
+    by all processes, which share the work. Returns the forward passes that an image cost (`Samples.passes`), none if
+    all are there. Raises UserError as `generate` does.
     """
     every = None if labels is None else [labels[i % len(labels)] for i in range(total)]
     state = {**model.autoencoder.state_dict(), **{f"denoiser.{k}": v for k, v in model.denoiser.state_dict().items()}}
-    settings = fingerprint(state, model.autoencoder.config, model.denoiser.config, seed, sampling)
+    weak = sampling.weak
+    if weak is not None:
+        state |= {f"weak.{key}": value for key, value in weak.state_dict().items()}
+    rest = (weak and weak.config, seed, replace(sampling, weak=None))
+    settings = fingerprint(state, model.autoencoder.config, model.denoiser.config, *rest)
 
     def origin(index: int) -> dict[str, object]:
         return {"settings": settings, "sample": index, "class": every[index] if every else None}
@@ -75,13 +81,15 @@ def generate_folder(
         world=world,
         indices=missing,
     )
-    done = total - len(missing)
+    done, passes = total - len(missing), Counter()
     for batch in batches:
+        passes |= batch.passes
         for image, index in zip(batch.images, batch.indices.tolist(), strict=True):
             with whole(place(index)) as partial:
                 write_png(to_pil(image), partial, origin(index))
         done = min(done + len(batch) * world.size, total)
         progress("generate", done, total)
+    return passes
 
 
 @dataclass(frozen=True)

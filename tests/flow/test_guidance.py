@@ -1,65 +1,100 @@
+from collections.abc import Collection
+
 import pytest
 import torch
+from torch import Tensor
 
 from raekit.errors import UserError
-from raekit.flow.guidance import Guidance, classifier_free, parse_guidance
-
-
-class Field:
-    """A constant velocity that counts its evaluations."""
-
-    def __init__(self, value: float) -> None:
-        self.value = value
-        self.calls = 0
-
-    def __call__(self, x: torch.Tensor, t: float) -> torch.Tensor:
-        self.calls += 1
-        return torch.full_like(x, self.value)
-
+from raekit.flow.guidance import REFERENCES, Guidance, Method, Reference, check_guidance, guided, parse_guidance
 
 X = torch.zeros(2, 3, 2, 2)
 
 
-@pytest.mark.parametrize(("scale", "expected"), [(1.7, 2 + 1.7 * 3), (0.0, 2.0), (0.25, 2.75), (-1.0, -1.0)])
-def test_scale_is_measured_from_the_unconditional(scale: float, expected: float):
-    guided = classifier_free(Field(5), Field(2), Guidance(scale=scale))
-    assert torch.allclose(guided(X, 0.5), torch.full_like(X, expected))
+VALUES: dict[Reference, float] = {"unconditional": 2, "weak": 3, "base": 4}
+
+
+class Field:
+    """Constant velocities: 5, and those of the references. Notes which of them it is asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[Reference]] = []
+
+    def __call__(
+        self, x: Tensor, t: float, references: Collection[Reference]
+    ) -> tuple[Tensor, dict[Reference, Tensor]]:
+        self.asked.append(list(references))
+        return torch.full_like(x, 5), {name: torch.full_like(x, VALUES[name]) for name in references}
+
+
+def at(t: float, *rules: Guidance) -> tuple[float, list[Reference]]:
+    """The guided velocity, the same everywhere, and what was asked for."""
+    field = Field()
+    out = guided(field, rules)(X, t)
+    assert (out == out[0, 0, 0, 0]).all()
+    assert len(field.asked) == 1
+    return out[0, 0, 0, 0].item(), field.asked[0]
+
+
+@pytest.mark.parametrize("scale", [1.7, 0.0, 0.25, -1.0])
+@pytest.mark.parametrize("method", list(REFERENCES))
+def test_scale_is_measured_from_the_reference(method: Method, scale: float):
+    reference = VALUES[REFERENCES[method]]
+    v, asked = at(0.5, Guidance(method=method, scale=scale))
+    assert v == pytest.approx(reference + scale * (5 - reference))
+    assert asked == [REFERENCES[method]]
+
+
+def test_without_rules_it_is_the_velocity():
+    assert at(0.5) == (5, [])
 
 
 @pytest.mark.parametrize(
     ("t", "inside"), [(0.0, False), (0.19, False), (0.2, True), (0.5, True), (0.8, True), (0.81, False), (1.0, False)]
 )
-def test_outside_its_interval_guidance_costs_nothing(t: float, inside: bool):
-    conditional, unconditional = Field(5), Field(2)
-    out = classifier_free(conditional, unconditional, Guidance(scale=2, start=0.2, end=0.8))(X, t)
-    assert torch.equal(out, torch.full_like(X, 8 if inside else 5))
-    assert (conditional.calls, unconditional.calls) == (1, int(inside))
+@pytest.mark.parametrize("method", list(REFERENCES))
+def test_outside_its_interval_guidance_costs_nothing(method: Method, t: float, inside: bool):
+    v, asked = at(t, Guidance(method=method, scale=2, start=0.2, end=0.8))
+    assert v == (2 * 5 - VALUES[REFERENCES[method]] if inside else 5)
+    assert asked == ([REFERENCES[method]] if inside else [])
 
 
 def test_whole_interval_by_default():
-    unconditional = Field(2)
-    guided = classifier_free(Field(5), unconditional, Guidance(scale=2))
     for t in (0.0, 0.5, 1.0):
-        guided(X, t)
-    assert unconditional.calls == 3
+        assert at(t, Guidance(scale=2))[1] == ["unconditional"]
+
+
+def test_methods_add_up_in_their_own_intervals():
+    rules = Guidance(method="internal", scale=1.5, start=0.1), Guidance(scale=3, end=0.6)
+    assert at(0.05, *rules) == (5 + 2 * 3, ["unconditional"])
+    assert at(0.5, *rules) == (5 + 0.5 * 1 + 2 * 3, ["base", "unconditional"])
+    assert at(0.5, *reversed(rules))[0] == at(0.5, *rules)[0]
+    assert at(0.9, *rules) == (5.5, ["base"])
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("cfg:2", Guidance(scale=2)),
-        ("cfg:1.42@0.1-0.9", Guidance(scale=1.42, start=0.1, end=0.9)),
-        ("cfg:0@0-1", Guidance(scale=0)),
+        ("cfg:2", [Guidance(scale=2)]),
+        ("cfg:2.0@0.1-0.9", [Guidance(scale=2, start=0.1, end=0.9)]),
+        ("cfg:0@0-1", [Guidance(scale=0)]),
+        ("auto:1.42", [Guidance(method="auto", scale=1.42)]),
+        ("internal:1.78@0.1-1.0", [Guidance(method="internal", scale=1.78, start=0.1, end=1)]),
+        ("internal:1.78@0.1-1+cfg:1.5", [Guidance(method="internal", scale=1.78, start=0.1), Guidance(scale=1.5)]),
     ],
 )
-def test_parse(text: str, expected: Guidance):
-    assert parse_guidance(text) == expected
+def test_parse(text: str, expected: list[Guidance]):
+    assert parse_guidance(text) == tuple(expected)
 
 
-@pytest.mark.parametrize("text", ["", "2.0", "cfg", "cfg:", "cfg:two", "auto:2", "cfg:2@0.1", "cfg:2@a-b", "cfg:2:3"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "2.0", "cfg", "cfg:", "cfg:two", "weak:2", "cfg:2@0.1", "cfg:2@a-b", "cfg:2:3", "cfg:2+", "cfg:2+auto"],
+)
 def test_parse_names_the_text_and_the_form(text: str):
-    with pytest.raises(UserError, match=f"guidance: '{text}' is not of the form cfg:SCALE"):
+    with pytest.raises(UserError) as error:
         parse_guidance(text)
+    assert f"guidance: {text!r} is not of the form METHOD:SCALE" in str(error.value)
+    assert "cfg, auto, internal, as in cfg:2.0@0.1-0.9" in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +102,8 @@ def test_parse_names_the_text_and_the_form(text: str):
     [
         ("cfg:2@0.9-0.1", "interval 0.9-0.1"),
         ("cfg:2@0.5-1.5", "interval 0.5-1.5"),
-        ("cfg:1", "scale of 1 has no effect"),
+        ("auto:1", "scale of 1 has no effect"),
+        ("cfg:2+internal:1.0", "scale of 1 has no effect"),
         ("cfg:nan", "scale of nan"),
         ("cfg:inf", "scale of inf"),
         ("cfg:2@nan-1", "interval nan-1"),
@@ -76,3 +112,18 @@ def test_parse_names_the_text_and_the_form(text: str):
 def test_impossible_guidance_is_named(text: str, message: str):
     with pytest.raises(UserError, match=message):
         parse_guidance(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("cfg:2+cfg:3@0.1-0.2", "guidance: cfg is given twice"),
+        ("auto:2", "guidance: auto needs a weaker model"),
+        ("cfg:2@0.6-0.8", r"cfg would have no effect, .* falls into 0\.6-0\.8 \(the nearest is 0\.5\)"),
+        ("internal:2+cfg:2@0-0.2", "cfg would have no effect"),
+    ],
+)
+def test_guidance_without_effect_is_refused(text: str, message: str):
+    check_guidance(parse_guidance("internal:2+cfg:2@0.5-0.6"), {"weak": "needs a weaker model"}, [1.0, 0.5])
+    with pytest.raises(UserError, match=message):
+        check_guidance(parse_guidance(text), {"weak": "needs a weaker model"}, [1.0, 0.5])

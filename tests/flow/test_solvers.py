@@ -1,12 +1,13 @@
 import itertools
 import math
+import sys
 
 import pytest
 import torch
 
 from raekit.errors import UserError
 from raekit.flow.path import interpolate, shift_factor, velocity
-from raekit.flow.solvers import SOLVERS, euler, heun, time_grid
+from raekit.flow.solvers import dopri5, euler, euler_maruyama, evaluated, heun, time_grid
 
 ALPHA = shift_factor((768, 16, 16))
 
@@ -36,17 +37,22 @@ def test_grid_without_shift_is_even():
 
 
 @pytest.mark.parametrize(("grid", "evaluations"), [("full", 50), ("published", 49)])
-@pytest.mark.parametrize(("solver", "per_step"), [("euler", 1), ("heun", 2)])
-def test_number_of_evaluations(grid, evaluations: int, solver, per_step: int):
+@pytest.mark.parametrize(("solver", "per_step"), [("euler", 1), ("heun", 2), ("euler-maruyama", 1)])
+def test_evaluations(grid, evaluations: int, solver, per_step: int):
     seen = []
 
     def field(x: torch.Tensor, t: float) -> torch.Tensor:
         seen.append(t)
         return torch.zeros_like(x)
 
-    SOLVERS[solver](field, torch.zeros(1), time_grid(50, ALPHA, grid))
+    x, times = torch.zeros(1), time_grid(50, ALPHA, grid)
+    if solver == "euler-maruyama":
+        euler_maruyama(field, x, times, lambda step: x)
+    else:
+        {"euler": euler, "heun": heun}[solver](field, x, times)
     assert len(seen) == evaluations * per_step
     assert seen[0] == 1.0
+    assert set(seen) == set(evaluated(solver, times))
 
 
 @pytest.mark.parametrize(("grid", "steps"), [("full", 0), ("published", 1), ("full", -3)])
@@ -71,24 +77,99 @@ def test_heun_is_exact_for_a_velocity_linear_in_time():
     assert solve(heun, lambda x, t: torch.full_like(x, 2 * t), 3.0, 3) == pytest.approx(2.0, abs=1e-12)
 
 
+def wave(x: torch.Tensor, t: float) -> torch.Tensor:
+    """dx/dt = x cos(3t), whose solution is x(0) = x(1) exp(-sin(3)/3)."""
+    return x * math.cos(3 * t)
+
+
+WAVE = math.exp(-math.sin(3) / 3)
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["to data", "to noise"])
 @pytest.mark.parametrize(("solver", "order"), [(euler, 1), (heun, 2)])
-def test_order_of_convergence(solver, order: int):
-    # dx/dt = x cos(3t), whose solution is x(0) = x(1) exp(-sin(3)/3).
-    exact = 2.0 * math.exp(-math.sin(3) / 3)
-    errors = [abs(solve(solver, lambda x, t: x * math.cos(3 * t), 2.0, n) - exact) for n in (64, 128, 256)]
+def test_order_of_convergence(solver, order: int, reverse: bool):
+    exact = 2.0 / WAVE if reverse else 2.0 * WAVE
+    start = torch.tensor([2.0], dtype=torch.float64)
+    errors = []
+    for n in (64, 128, 256):
+        times = time_grid(n, 2.0)
+        errors.append(abs(solver(wave, start, times[::-1] if reverse else times).item() - exact))
     for coarse, fine in itertools.pairwise(errors):
         assert math.log2(coarse / fine) == pytest.approx(order, abs=0.1)
 
 
+M, S = 1.5, 0.5
+
+
+def gaussian(x: torch.Tensor, t: float) -> torch.Tensor:
+    """The exact velocity for data N(M, S^2), whose flow maps noise z to M + S z."""
+    mean, variance = (1 - t) * M, (1 - t) ** 2 * S**2 + t**2
+    return -M + (t - (1 - t) * S**2) / variance * (x - mean)
+
+
 @pytest.mark.parametrize(("solver", "tolerance"), [(euler, 0.03), (heun, 0.002)])
-def test_gaussian_data_is_recovered_from_noise(solver, tolerance: float):
-    # For data N(m, s^2) the exact velocity is known, and its flow maps noise z to m + s z.
-    m, s = 1.5, 0.5
+def test_gaussian_data_is_recovered_from_noise_and_noise_from_data(solver, tolerance: float):
     z = torch.linspace(-2, 2, 5, dtype=torch.float64)
+    times = time_grid(200, 2.0)
+    assert torch.allclose(solver(gaussian, z, times), M + S * z, atol=tolerance)
+    assert torch.allclose(solver(gaussian, M + S * z, times[::-1]), z, atol=2 * tolerance)
 
-    def field(x: torch.Tensor, t: float) -> torch.Tensor:
-        mean, variance = (1 - t) * m, (1 - t) ** 2 * s**2 + t**2
-        return -m + (t - (1 - t) * s**2) / variance * (x - mean)
 
-    out = solver(field, z, time_grid(200, 2.0))
-    assert torch.allclose(out, m + s * z, atol=tolerance)
+@pytest.mark.parametrize("grid", ["full", "published"])
+def test_adaptive_steps_keep_their_tolerance(grid):
+    pytest.importorskip("torchdiffeq")
+    times = time_grid(5, 2.0, grid)
+    start, end = torch.tensor([2.0], dtype=torch.float64), times[-1]
+    exact = 2.0 * math.exp((math.sin(3 * end) - math.sin(3)) / 3)
+    errors, calls = [], []
+    for tolerance in (1e-3, 1e-6, 1e-9):
+        count = 0
+
+        def field(x: torch.Tensor, t: float) -> torch.Tensor:
+            nonlocal count
+            count += 1
+            assert end - 1e-6 <= t <= 1
+            return wave(x, t)
+
+        errors.append(abs(dopri5(field, start, times, tolerance, tolerance).item() - exact))
+        calls.append(count)
+    assert all(error < 10 * tolerance for error, tolerance in zip(errors, (1e-3, 1e-6, 1e-9), strict=True))
+    assert calls[0] < calls[1] < calls[2]
+    back = dopri5(wave, dopri5(wave, start, times, 1e-9, 1e-9), times[::-1], 1e-9, 1e-9)
+    assert back.item() == pytest.approx(2.0, abs=1e-7)
+
+
+def test_adaptive_steps_need_torchdiffeq(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "torchdiffeq", None)
+    with pytest.raises(UserError, match=r"solver dopri5: torchdiffeq is not installed; pip install 'raekit\[ode\]'"):
+        dopri5(wave, torch.ones(1), [1.0, 0.0])
+
+
+def moments_of_sde(steps: int) -> tuple[float, float]:
+    """Mean and variance of its samples for Gaussian data, exactly: the result is linear in start and noise."""
+    times = time_grid(steps, 1.0)
+
+    def response(start: float, hit: int | None) -> float:
+        def noise(step: int) -> torch.Tensor:
+            assert step < steps - 1, "the last step takes the mean"
+            return torch.tensor([float(step == hit)], dtype=torch.float64)
+
+        return euler_maruyama(gaussian, torch.tensor([start], dtype=torch.float64), times, noise).item()
+
+    mean = response(0.0, None)
+    parts = [response(1.0, None) - mean] + [response(0.0, step) - mean for step in range(steps - 1)]
+    return mean, sum(part**2 for part in parts)
+
+
+def test_sde_converges_to_the_data_in_first_order():
+    results = [moments_of_sde(steps) for steps in (32, 64, 128)]
+    assert all(mean == pytest.approx(M) for mean, _ in results), "the mean moves on a straight path"
+    errors = [abs(variance - S**2) for _, variance in results]
+    for coarse, fine in itertools.pairwise(errors):
+        assert math.log2(coarse / fine) == pytest.approx(1, abs=0.2)
+    assert errors[-1] < 0.02
+
+
+def test_sde_does_not_run_backwards():
+    with pytest.raises(UserError, match="solver euler-maruyama: goes from noise to data only"):
+        euler_maruyama(gaussian, torch.zeros(1), [0.0, 1.0], lambda step: torch.zeros(1))

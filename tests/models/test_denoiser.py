@@ -4,11 +4,10 @@ import pytest
 import torch
 
 from raekit.errors import UserError
-from raekit.models.denoiser import Denoiser, DenoiserConfig, TransformerConfig
+from raekit.models.denoiser import SIZES, ContextConfig, Denoiser, DenoiserConfig, TransformerConfig, wide_head
 
 BACKBONE = TransformerConfig(width=16, depth=2, heads=2)
 HEAD = TransformerConfig(width=24, depth=1, heads=3)
-SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 
 
 def tiny(head: TransformerConfig | None = HEAD, **changes) -> Denoiser:
@@ -37,8 +36,25 @@ KINDS = pytest.mark.parametrize(
         {"head": None, "patch_size": 2, "grid": (4, 6), "allow_narrow": True},
         {"head": TransformerConfig(width=16, depth=1, heads=4)},
         {"num_classes": 0},
+        {"norm": "layer", "mlp": "gelu", "qk_norm": True, "positions": False, "adaln_shift": False},
+        {"rotary": False, "patch_size": 2, "grid": (4, 6), "allow_narrow": True},
+        {"context": ContextConfig(), "base_depth": 1, "positions": False},
+        {"context": ContextConfig(time_tokens=1, label_tokens=2), "base_depth": 2, "head": None, "rotary": False},
+        {"context": ContextConfig(), "num_classes": 0},
     ],
-    ids=["wide head", "plain", "qk-norm", "patches of 2", "head as wide as the backbone", "unconditional"],
+    ids=[
+        "wide head",
+        "plain",
+        "qk-norm",
+        "patches of 2",
+        "head as wide as the backbone",
+        "unconditional",
+        "all switches but rotary",
+        "patches of 2 and wide head, not rotary",
+        "in context, with base output",
+        "plain, in context, with base output",
+        "unconditional in context",
+    ],
 )
 
 
@@ -62,7 +78,10 @@ def test_samples_of_a_batch_do_not_mix(options: dict):
 @KINDS
 def test_every_parameter_learns(options: dict):
     model = randomised(tiny(**options))
-    model(*inputs(model)).square().mean().backward()
+    if model.config.base_depth:
+        torch.stack(model(*inputs(model), with_base=True)).square().mean().backward()
+    else:
+        model(*inputs(model)).square().mean().backward()
     idle = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert not idle
 
@@ -76,6 +95,38 @@ def test_output_depends_on_time_and_on_the_whole_input(options: dict):
     changed = x.clone()
     changed[..., 0, 0] += 1
     assert not torch.allclose(model(changed, t, labels)[..., -1, -1], before[..., -1, -1], atol=1e-6)
+
+
+@pytest.mark.parametrize("context", [None, ContextConfig()], ids=["adaLN", "in context"])
+def test_base_output_is_that_of_the_first_blocks(context: ContextConfig | None):
+    model = randomised(tiny(context=context, base_depth=1))
+    x, t, labels = inputs(model)
+    full, base = model(x, t, labels, with_base=True)
+    assert torch.equal(full, model(x, t, labels))
+    assert not torch.allclose(full, base, atol=1e-3)
+    torch.nn.init.normal_(model.get_parameter("blocks.1.mlp.w_out.weight"))
+    changed, same = model(x, t, labels, with_base=True)
+    assert torch.equal(same, base)
+    assert not torch.allclose(changed, full, atol=1e-3)
+
+
+def test_base_output_has_to_be_there():
+    model = tiny()
+    with pytest.raises(UserError, match=r"denoiser\.base_depth: 0, so this denoiser has no base output"):
+        model(*inputs(model), with_base=True)
+
+
+def test_features_stand_for_the_backbone():
+    model = randomised(tiny(base_depth=2))
+    x, t, labels = inputs(model)
+    features = model.features(x, t, labels)
+    full, base = model(x, t, labels, with_base=True)
+    for block in model.blocks:
+        block.forward = None  # type: ignore[method-assign]
+    again = model(x, t, labels, features=features, with_base=True)
+    assert torch.equal(again[0], full)
+    assert torch.equal(again[1], base)
+    assert not torch.allclose(model(2 * x, t, features=features), full, atol=1e-3), "the head sees the latents"
 
 
 @pytest.mark.parametrize("head", [None, HEAD], ids=["plain", "wide head"])
@@ -107,25 +158,22 @@ def published_count(model: Denoiser) -> float:
     ("size", "millions", "tensors"), [("S", 196.5, 190), ("B", 294.3, 190), ("L", 621.7, 334), ("XL", 838.7, 382)]
 )
 def test_published_sizes_of_dit_dh(size: str, millions: float, tensors: int):
-    width, depth, heads = SIZES[size]
-    model = on_meta(
-        DenoiserConfig(
-            channels=768,
-            grid=(16, 16),
-            backbone=TransformerConfig(width=width, depth=depth, heads=heads),
-            head=TransformerConfig(width=2048, depth=2, heads=16),
-        )
-    )
+    model = on_meta(DenoiserConfig(channels=768, grid=(16, 16), backbone=SIZES[size], head=wide_head()))
     assert round(published_count(model), 1) == millions
     assert len(model.state_dict()) == tensors - 5  # the release stores the table of positions and four rotary ones
 
 
-def test_published_sizes_of_lightning_dit_xl():
-    width, depth, heads = SIZES["XL"]
-    backbone = TransformerConfig(width=width, depth=depth, heads=heads)
-    for channels, millions in ((768, 677.2), (384, 676.4)):
-        model = on_meta(DenoiserConfig(channels=channels, grid=(16, 16), backbone=backbone))
-        assert abs(published_count(model) - millions) <= 0.1
+@pytest.mark.parametrize(("channels", "millions"), [(768, 677.2), (384, 676.4)])
+def test_published_sizes_of_lightning_dit_xl(channels: int, millions: float):
+    model = on_meta(DenoiserConfig(channels=channels, grid=(16, 16), backbone=SIZES["XL"]))
+    assert abs(published_count(model) - millions) <= 0.1
+
+
+def test_large_sizes_and_heads():
+    rows = {"XXL": (1280, 32, 16), "H": (1536, 32, 16), "G": (2048, 40, 16), "T": (2688, 40, 21)}
+    for size, (width, depth, heads) in rows.items():
+        assert SIZES[size] == TransformerConfig(width=width, depth=depth, heads=heads)
+        assert wide_head(size, 4) == TransformerConfig(width=width, depth=4, heads=heads)
 
 
 @pytest.mark.parametrize(("width", "hidden"), [(384, 1024), (768, 2048), (1024, 2730), (1152, 3072), (2048, 5461)])
@@ -167,6 +215,9 @@ def test_wide_head_makes_a_narrow_backbone_allowed():
     [
         ({"patch_size": 2}, r"denoiser.patch_size: 2 does not divide the grid \(3, 4\)"),
         ({"num_classes": -1}, "denoiser.num_classes: -1"),
+        ({"base_depth": 3}, "denoiser.base_depth: 3 must be at most denoiser.backbone.depth = 2"),
+        ({"base_depth": -1}, "denoiser.base_depth: -1"),
+        ({"rotary": False, "positions": False}, "denoiser.rotary: off, as is denoiser.positions"),
     ],
 )
 def test_impossible_configurations_are_named(changes: dict, message: str):
@@ -177,6 +228,12 @@ def test_impossible_configurations_are_named(changes: dict, message: str):
 def test_width_must_divide_into_heads():
     with pytest.raises(UserError, match="width: 18 over heads = 3"):
         TransformerConfig(width=18, depth=1, heads=3)
+
+
+@pytest.mark.parametrize("name", ["time_tokens", "label_tokens"])
+def test_conditioning_in_context_needs_tokens(name: str):
+    with pytest.raises(UserError, match=rf"denoiser\.context\.{name}: 0 must be at least 1"):
+        ContextConfig(**{name: 0})
 
 
 def test_initial_weights():

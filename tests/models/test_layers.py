@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,10 +11,13 @@ from raekit.models.layers import (
     Attention,
     DiTBlock,
     FinalLayer,
+    MLPKind,
+    NormKind,
     RMSNorm,
     SwiGLU,
     TimeEmbedding,
     ViTBlock,
+    gelu_mlp,
     patchify,
     rotary_table,
     rotate,
@@ -120,14 +124,14 @@ def test_rms_norm_has_float32_statistics_in_float16():
     assert torch.allclose(out, torch.ones_like(out))
 
 
-@pytest.mark.parametrize("qk_norm", [False, True])
-def test_attention_against_the_formula(qk_norm: bool):
+@pytest.mark.parametrize("qk_norm", [None, "rms", "layer"])
+def test_attention_against_the_formula(qk_norm: NormKind | None):
     width, heads, grid = 16, 2, (2, 3)
     layer = Attention(width, heads, qk_norm)
     if qk_norm:
         for norm in (layer.q_norm, layer.k_norm):
-            assert isinstance(norm, RMSNorm)
-            torch.nn.init.normal_(norm.weight)
+            for parameter in norm.parameters():
+                torch.nn.init.normal_(parameter)
     x = torch.randn(2, 6, width)
     rotary = rotary_table(width // heads, grid)
     q, k, v = F.linear(x, layer.qkv.weight, layer.qkv.bias).chunk(3, dim=-1)
@@ -143,7 +147,7 @@ def test_attention_against_the_formula(qk_norm: bool):
 
 def test_qk_norm_bounds_the_logits():
     # Scaled inputs change nothing but the values: the attention pattern stays.
-    layer = Attention(8, 2, qk_norm=True)
+    layer = Attention(8, 2, "rms")
     torch.nn.init.zeros_(layer.qkv.bias)
     torch.nn.init.zeros_(layer.out.bias)
     x = torch.randn(1, 5, 8) * 10
@@ -173,7 +177,8 @@ def parameters(layer: torch.nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def test_dit_block_without_modulation_passes_its_input():
-    block = DiTBlock(8, 2, 12, qk_norm=False)
+    block = DiTBlock(8, 2, 12)
+    assert block.modulation is not None
     torch.nn.init.zeros_(block.modulation.weight)
     torch.nn.init.zeros_(block.modulation.bias)
     x = torch.randn(2, 6, 8)
@@ -188,7 +193,7 @@ def test_one_condition_for_all_tokens_equals_the_same_for_each():
 
 
 def test_each_token_follows_its_own_condition():
-    block = DiTBlock(8, 2, 12, qk_norm=False)
+    block = DiTBlock(8, 2, 12)
     with torch.no_grad():
         block.attention.out.weight.zero_()  # no exchange between tokens
     x, condition = torch.randn(1, 4, 8), torch.randn(1, 4, 8)
@@ -198,14 +203,42 @@ def test_each_token_follows_its_own_condition():
     assert same.tolist() == [True, True, False, True]
 
 
-def test_dit_block_against_the_formula():
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+@pytest.mark.parametrize("mlp", ["swiglu", "gelu"])
+@pytest.mark.parametrize("adaln", [True, "no shift", False])
+def test_dit_block_against_the_formula(norm: NormKind, mlp: MLPKind, adaln: Any):
     # Shift, scale, gate of the attention, then of the MLP.
-    block = DiTBlock(8, 2, 12, qk_norm=False)
+    block = DiTBlock(8, 2, 12, norm=norm, mlp=mlp, adaln=adaln)
     x, condition = torch.randn(1, 4, 8), torch.randn(1, 1, 8)
-    m = F.linear(F.silu(condition), *parameters(block.modulation)).split(8, dim=-1)
-    y = x + m[2] * block.attention(block.norm1(x) * (1 + m[1]) + m[0])
-    expected = y + m[5] * block.mlp(block.norm2(y) * (1 + m[4]) + m[3])
+    m = [torch.zeros(()), torch.zeros(()), torch.ones(())] * 2
+    if block.modulation:
+        given = F.linear(F.silu(condition), *parameters(block.modulation)).split(8, dim=-1)
+        for place, part in zip(range(6) if adaln is True else (1, 2, 4, 5), given, strict=True):
+            m[place] = part
+
+    def normal(x: Tensor) -> Tensor:
+        x = x - x.mean(-1, keepdim=True) if norm == "layer" else x
+        return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+    y = x + m[2] * block.attention(normal(x) * (1 + m[1]) + m[0])
+    expected = y + m[5] * block.mlp(normal(y) * (1 + m[4]) + m[3])
     assert torch.allclose(block(x, condition, None), expected, atol=1e-6)
+
+
+def test_gelu_mlp_with_tanh():
+    layer = gelu_mlp(6, 10, "tanh")
+    x = torch.randn(3, 6)
+    hidden = F.linear(x, *parameters(layer[0]))
+    gelu = hidden / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3)))
+    assert torch.allclose(layer(x), F.linear(gelu, *parameters(layer[2])), atol=1e-6)
+
+
+def test_tokens_without_a_place_are_not_turned():
+    rotary = rotary_table(8, (2, 3), unplaced=2)
+    x = torch.randn(1, 1, 8, 8)
+    turned = rotate(x, rotary)
+    assert torch.equal(turned[:, :, 6:], x[:, :, 6:])
+    assert torch.equal(turned[:, :, :6], rotate(x[:, :, :6], rotary_table(8, (2, 3))))
 
 
 def test_time_embedding_features():

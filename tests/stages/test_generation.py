@@ -17,7 +17,7 @@ from raekit.errors import UserError
 from raekit.flow import path
 from raekit.inference import load
 from raekit.models.autoencoder import Autoencoder
-from raekit.models.denoiser import Denoiser, TransformerConfig
+from raekit.models.denoiser import ContextConfig, Denoiser, TransformerConfig
 from raekit.models.encoders import Encoder
 from raekit.stages.generation import DenoiserSize, GenerationConfig, build, flow_matching_loss
 from raekit.train.optim import OptimConfig
@@ -66,7 +66,7 @@ class Known(nn.Module):
     def __init__(self, answer: Callable[[Tensor, Tensor], Tensor], prediction: path.Prediction = "velocity") -> None:
         super().__init__()
         self.answer = answer
-        self.config = SimpleNamespace(prediction=prediction)
+        self.config = SimpleNamespace(prediction=prediction, base_depth=0)
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         self.x, self.t = x, t
@@ -75,7 +75,7 @@ class Known(nn.Module):
 
 def loss_of(denoiser: Any, latents: Tensor, positions: Tensor, **options: Any) -> float:
     settings = {"seed": 1, "time_law": "uniform", "alpha": 2.0} | options
-    return flow_matching_loss(denoiser, latents, None, positions, **settings).item()
+    return flow_matching_loss(denoiser, latents, None, positions, **settings)[0].item()
 
 
 def test_the_loss_is_the_error_of_the_velocity():
@@ -99,6 +99,37 @@ def test_predicted_data_are_compared_as_velocities():
     # An error of the data counts 1 / t^2 times, and near the data at most 400 times.
     assert off.t.min() < 0.05
     assert loss == pytest.approx((0.1 / off.t.clamp_min(0.05)).square().mean().item(), rel=1e-4)
+
+
+def test_the_error_of_a_base_output_is_added():
+    class Two(Known):
+        def forward(self, x: Tensor, t: Tensor, labels: Tensor | None, with_base: bool = False) -> Any:
+            assert with_base
+            return self.answer(x, t), self.answer(x, t) + 2
+
+    latents, positions = torch.randn(5, 3, 2, 2), torch.arange(5)
+    noise = randomness.normal(1, "noise", positions, (3, 2, 2))
+    two = Two(lambda x, t: noise - latents + 1)
+    two.config.base_depth = 1
+    settings: Any = {"seed": 1, "time_law": "uniform", "alpha": 2.0}
+    loss, metrics = flow_matching_loss(two, latents, None, positions, **settings)  # type: ignore[arg-type]
+    assert loss.item() == pytest.approx(1 + 9, rel=1e-5)
+    assert metrics["base_loss"].item() == pytest.approx(9, rel=1e-5)
+
+
+def test_a_network_like_that_of_rae_v2_trains(config, tmp_path):
+    size = DenoiserSize(backbone=replace(PART, depth=2), head=PART, context=ContextConfig(), base_depth=1)
+    made = stage(replace(config, denoiser=replace(size, prediction="data")), tmp_path)
+    objective = made.objectives[0]
+    loss, metrics = objective.loss(batch_of(config, 6), 0)
+    loss.backward()
+    assert 0 < metrics["base_loss"].item() < loss.item()
+    # At the start only the two output layers get gradients: all before them are multiplied by zero.
+    assert objective.module.get_parameter("base_final.out.weight").grad.any()  # type: ignore[union-attr]
+    assert objective.module.get_parameter("final.out.weight").grad.any()  # type: ignore[union-attr]
+    Trainer(tmp_path, config.train, made.objectives, made.batches, ONE).fit()
+    made.export(tmp_path / "artifact")
+    assert load(str(tmp_path)).denoiser.config == objective.module.config
 
 
 def test_both_time_laws_are_used():

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from hypothesis import given
@@ -6,7 +8,7 @@ from torch import nn
 
 from raekit.config import from_dict, to_dict
 from raekit.errors import UserError
-from raekit.train.optim import OptimConfig, adamw, learning_rate
+from raekit.train.optim import OptimConfig, adamw, build_optimizer, learning_rate
 
 RATES = st.floats(1e-6, 1e-1)
 
@@ -63,3 +65,75 @@ def test_adamw_takes_every_field():
     optimizer.step()
     # Decoupled decay, then a step of lr * g / (|g| + eps), the first moments being those of one gradient.
     torch.testing.assert_close(weight.detach(), torch.full((3,), 1 - 0.1 * 0.2 - 0.1 * 2 / 2.3))
+
+
+def blocks_and_more() -> nn.ModuleDict:
+    torch.manual_seed(0)
+    blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 4)) for _ in range(2))
+    return nn.ModuleDict({"embed": nn.Linear(4, 4), "blocks": blocks})
+
+
+def with_gradients(module: nn.Module) -> nn.Module:
+    for parameter in module.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    return module
+
+
+def weights(module: nn.Module) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in module.parameters()]
+
+
+MUON = OptimConfig(method="muon", lr=0.01, betas=(0.6, 0.7), momentum=0.9)
+
+
+def test_muon_moves_the_matrices_of_the_blocks_and_adamw_the_rest():
+    module = blocks_and_more()
+    start = copy.deepcopy(module)
+    optimizer = build_optimizer(MUON, module, list(module["blocks"]))  # type: ignore[call-overload]
+    expected = copy.deepcopy(module)
+    matrices = [p for name, p in expected.named_parameters() if name.startswith("blocks") and p.ndim == 2]
+    others = [p for p in expected.parameters() if all(p is not m for m in matrices)]
+    assert (len(matrices), len(others)) == (4, 10)
+    by_hand = [
+        torch.optim.Muon(matrices, lr=0.01, weight_decay=0, momentum=0.9, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=0.01, weight_decay=0, betas=(0.6, 0.7)),
+    ]
+    for step in range(3):
+        torch.manual_seed(step)
+        with_gradients(module)
+        torch.manual_seed(step)
+        with_gradients(expected)
+        for one in (optimizer, *by_hand):
+            one.step()
+    for ours, theirs in zip(module.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+    # A step of Muon is about as large as one of AdamW: 0.2 of the rate, root mean square.
+    (one,) = [name for name, _ in module.named_parameters() if name == "blocks.0.0.weight"]
+    build_optimizer(MUON, with_gradients(start), list(start["blocks"])).step()  # type: ignore[call-overload]
+    moved = start.get_parameter(one) - blocks_and_more().get_parameter(one)
+    assert moved.square().mean().sqrt().item() == pytest.approx(0.2 * 0.01, rel=0.3)
+
+
+def test_a_step_of_muon_that_is_not_finite_changes_nothing():
+    module = blocks_and_more()
+    optimizer = build_optimizer(MUON, module, list(module["blocks"]))  # type: ignore[call-overload]
+    for bad in (True, False, True):
+        before, state = weights(module), copy.deepcopy(optimizer.state_dict()["state"])
+        for parameter in with_gradients(module).parameters():
+            assert parameter.grad is not None
+            if bad:
+                parameter.grad[0] = float("nan")
+        optimizer.found_inf = torch.tensor(float(bad))  # type: ignore[attr-defined]
+        optimizer.step()
+        assert all(torch.equal(a, b) == bad for a, b in zip(before, weights(module), strict=True))
+        for i, values in optimizer.state_dict()["state"].items():
+            for name, value in values.items():
+                assert value.isfinite().all()
+                assert not bad or torch.equal(value, state[i][name] if i in state else torch.zeros_like(value))
+
+
+def test_muon_without_matrices_is_refused():
+    with pytest.raises(UserError, match=r"optim\.method: muon moves the matrices of blocks, and this module has none"):
+        build_optimizer(MUON, blocks_and_more(), [])
+    with pytest.raises(UserError, match=r"optim\.momentum: 1 must be"):
+        OptimConfig(momentum=1)

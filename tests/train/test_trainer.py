@@ -356,6 +356,23 @@ def test_a_step_is_saved_once(tmp_path, monkeypatch):
     assert saved == [2, 4]
 
 
+MUON = replace(OPTIM, method="muon")
+
+
+def test_with_muon_a_run_goes_on_exactly(tmp_path):
+    straight = trainer(tmp_path / "straight", one=objective(optim=MUON))
+    losses = fit(straight)
+    assert "net optimizer 0 momentum_buffer" in state(straight)
+    parts = []
+    for last in (2, 5, 8):
+        stop = Periodic(every=last, call=lambda step: os.kill(os.getpid(), signal.SIGTERM) or {})
+        trained = trainer(tmp_path / "stopped", one=objective(optim=MUON), periodics=[stop])
+        trained.fit(lambda step, values: parts.append(values["net/loss"]))
+        assert trained.step == last
+    assert parts == losses
+    assert same(state(trained), state(straight))
+
+
 # Two objectives: a generator, and a discriminator that begins at step 3
 
 START = 3
@@ -515,9 +532,11 @@ def poisoned(bad: set[int], value: float = float("nan"), **options: Any) -> Obje
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("clip", [0.5, 0.0])
 @pytest.mark.parametrize("micro_batch", [None, 2])
-def test_a_step_whose_gradient_is_not_finite_changes_nothing(tmp_path, value, clip, micro_batch):
+@pytest.mark.parametrize("method", ["adamw", "muon"])
+def test_a_step_whose_gradient_is_not_finite_changes_nothing(tmp_path, value, clip, micro_batch, method):
     config = replace(CONFIG, micro_batch=micro_batch, steps=5)
-    trained = trainer(tmp_path, config=config, one=poisoned({0, 3}, value, optim=replace(OPTIM, clip=clip)))
+    optim = replace(OPTIM, clip=clip, method=method)
+    trained = trainer(tmp_path, config=config, one=poisoned({0, 3}, value, optim=optim))
     states: dict[int, dict[str, Tensor]] = {}
     trained.periodics = [Periodic(every=1, call=lambda step: states.update({step: state(trained)}) or {})]
     initial = state(trained)
@@ -526,7 +545,7 @@ def test_a_step_whose_gradient_is_not_finite_changes_nothing(tmp_path, value, cl
     def trained_part(values: dict[str, Tensor]) -> dict[str, Tensor]:
         return {k: v for k, v in values.items() if ("weights" in k or "optimizer" in k) and not k.endswith("calls")}
 
-    moments = [k for k in states[3] if "exp_avg" in k]
+    moments = [k for k in states[3] if "exp_avg" in k or "momentum" in k]
     assert moments
     assert all(states[3][k].any() for k in moments)
     assert same(trained_part(states[3]), trained_part(states[4]))
@@ -535,7 +554,7 @@ def test_a_step_whose_gradient_is_not_finite_changes_nothing(tmp_path, value, cl
     assert same(weights, {k: states[1][k] for k in weights})
     assert all(v.isfinite().all() for v in states[5].values())
     # Two of five steps did not count, for the bias correction either.
-    assert states[5]["net optimizer 0 step"] == 3
+    assert states[5]["net optimizer 1 step"] == 3
     records = read_metrics(tmp_path)
     assert [r["net/skipped"] for r in records if "net/skipped" in r] == [1, 1, 1, 2, 2]
 
@@ -614,6 +633,9 @@ def in_two(world: World, folder: Path) -> dict[str, Any]:
     poison.fit()
     found["poisoned"] = state(poison)
 
+    muon = trainer(folder / "muon", world, one=poisoned({3}, optim=MUON))
+    found["muon"] = fit(muon), state(muon)
+
     def stop_one(step: int) -> dict[str, float]:
         if step == 3 and not world.is_main:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -680,6 +702,20 @@ def test_all_processes_skip_a_step_that_fails_in_one(tmp_path, two):
     for rank in two[1]:
         assert_close(rank["poisoned"], state(single))
         assert rank["poisoned"]["net skipped"].tolist() == [1, 0]
+
+
+def test_muon_trains_in_two_processes_as_in_one(tmp_path, two):
+    """Up to bfloat16, in which it makes matrices orthogonal."""
+    single = trainer(tmp_path, one=poisoned({3}, optim=MUON))
+    losses = fit(single)
+    for rank in two[1]:
+        assert rank["muon"][0] == pytest.approx(losses, rel=1e-3, nan_ok=True)
+        ours, theirs = rank["muon"][1], state(single)
+        assert ours.keys() == theirs.keys()
+        for name, tensor in ours.items():
+            if not name.endswith("calls"):
+                torch.testing.assert_close(tensor, theirs[name], rtol=1e-2, atol=1e-3)
+    assert all(torch.equal(two[1][0]["muon"][1][k], v) for k, v in two[1][1]["muon"][1].items())
 
 
 def test_a_signal_to_one_process_stops_all(two):

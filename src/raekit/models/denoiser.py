@@ -1,7 +1,8 @@
-"""The diffusion transformer: DiT, and DiT^DH with its shallow, wide head (spec 2.3, 2.4)."""
+"""The diffusion transformer: DiT, DiT^DH with its shallow, wide head (spec 2.3, 2.4), and that of RAE v2 (II.3)."""
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, NamedTuple, Self, overload
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,9 @@ from raekit.errors import UserError
 from raekit.models.layers import (
     DiTBlock,
     FinalLayer,
+    MLPKind,
+    NormKind,
+    Rotary,
     TimeEmbedding,
     patchify,
     rotary_table,
@@ -38,40 +42,108 @@ class TransformerConfig:
             raise UserError(f"width: {self.width} over heads = {self.heads} must give a multiple of 4 channels a head")
 
 
-@configclass
-class DenoiserConfig:
-    """A denoiser of latents (channels, *grid). Without `head` it is a plain DiT, with it a DiT^DH.
+SIZES = {
+    "S": TransformerConfig(width=384, depth=12, heads=6),
+    "B": TransformerConfig(width=768, depth=12, heads=12),
+    "L": TransformerConfig(width=1024, depth=24, heads=16),
+    "XL": TransformerConfig(width=1152, depth=28, heads=16),
+    "XXL": TransformerConfig(width=1280, depth=32, heads=16),
+    "H": TransformerConfig(width=1536, depth=32, heads=16),
+    "G": TransformerConfig(width=2048, depth=40, heads=16),
+    "T": TransformerConfig(width=2688, depth=40, heads=21),
+}
+"""The published sizes of a plain DiT, and of the backbone of a DiT^DH."""
 
-    `num_classes` = 0 makes it unconditional. `allow_narrow` lifts the refusal of a width below the token
-    dimension, for experiments on that very limit. For its sampler it keeps `shift`, the time shift that it is
-    trained with, and `prediction`, what its output stands for; for its users `class_names`, if they are known.
-    `label_std` is the spread of the label embeddings at the start, as published. They are added to a time
-    embedding whose norm soon exceeds ten: in a short training, larger ones are heard sooner.
+
+def wide_head(size: str = "G", depth: int = 2) -> TransformerConfig:
+    """The head of a DiT^DH: shallow, and as wide as the DiT of that size. G is the published default."""
+    return replace(SIZES[size], depth=depth)
+
+
+@configclass
+class ContextConfig:
+    """Conditioning in context, as in RAE v2: no adaLN in the backbone, but tokens of time and class after the image's.
+
+    Each is a learned token plus the embedding of the time, or of the class.
+    """
+
+    time_tokens: int = 4
+    label_tokens: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("time_tokens", "label_tokens"):
+            if getattr(self, name) < 1:
+                raise UserError(f"denoiser.context.{name}: {getattr(self, name)} must be at least 1")
+
+
+@configclass
+class DenoiserSize:
+    """What a denoiser is built of, whatever its latents are. Without `head` it is a plain DiT, with it a DiT^DH.
+
+    The switches are those of the published networks: `norm` "layer" is a LayerNorm without weights, `mlp` "gelu"
+    two layers around a tanh-GELU, `hidden = mlp_ratio * width` wide (2/3 of that for "swiglu"), `positions` the
+    fixed table added to the backbone's tokens, `rotary` the turning of queries and keys, `qk_norm` their norm,
+    `adaln_shift` the shifts in the blocks' modulation.
+
+    `context` conditions the backbone by tokens. After `base_depth` blocks of the backbone stands a second output,
+    the base of internal guidance; 0 means that there is none.
+
+    `allow_narrow` lifts the refusal of a width below the token dimension, for experiments on that very limit.
+    `prediction` is what the output stands for. `label_std` is the spread of the label embeddings at the start, as
+    published. They are added to a time embedding whose norm soon exceeds ten: in a short training, larger ones
+    are heard sooner.
+    """
+
+    backbone: TransformerConfig
+    head: TransformerConfig | None = None
+    patch_size: int = 1
+    mlp_ratio: float = 4.0
+    norm: NormKind = "rms"
+    mlp: MLPKind = "swiglu"
+    positions: bool = True
+    rotary: bool = True
+    qk_norm: bool = False
+    adaln_shift: bool = True
+    context: ContextConfig | None = None
+    base_depth: int = 0
+    allow_narrow: bool = False
+    prediction: Literal["velocity", "data"] = "velocity"
+    label_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        if self.label_std < 0:
+            raise UserError(f"denoiser.label_std: {self.label_std} is negative")
+        if not 0 <= self.base_depth <= self.backbone.depth:
+            raise UserError(
+                f"denoiser.base_depth: {self.base_depth} must be at most denoiser.backbone.depth = "
+                f"{self.backbone.depth}; 0 means no base output"
+            )
+        if not self.positions and not self.rotary:
+            raise UserError("denoiser.rotary: off, as is denoiser.positions; a network must know where a token stands")
+
+
+@configclass
+class DenoiserConfig(DenoiserSize):
+    """A denoiser of latents (channels, *grid).
+
+    `num_classes` = 0 makes it unconditional. For its sampler it keeps `shift`, the time shift that it is trained
+    with; for its users `class_names`, if they are known.
     """
 
     channels: int
     grid: tuple[int, int]
-    backbone: TransformerConfig
-    head: TransformerConfig | None = None
     num_classes: int = 1000
-    patch_size: int = 1
-    mlp_ratio: float = 4.0
-    qk_norm: bool = False
-    allow_narrow: bool = False
     shift: float = 1.0
-    prediction: Literal["velocity", "data"] = "velocity"
-    label_std: float = 0.02
     class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         height, width = self.grid
         check_sizes("denoiser", channels=self.channels, patch_size=self.patch_size, tokens=height * width)
         if any(side % self.patch_size for side in self.grid):
             raise UserError(f"denoiser.patch_size: {self.patch_size} does not divide the grid {self.grid}")
         if self.num_classes < 0:
             raise UserError(f"denoiser.num_classes: {self.num_classes} is negative; 0 means unconditional")
-        if self.label_std < 0:
-            raise UserError(f"denoiser.label_std: {self.label_std} is negative")
         if self.class_names and len(self.class_names) != self.num_classes:
             raise UserError(f"denoiser.class_names: {len(self.class_names)} names for {self.num_classes} classes")
         n, d = self.token_dim, self.output_width
@@ -89,6 +161,10 @@ class DenoiserConfig:
         return self.channels * self.patch_size**2
 
     @property
+    def token_grid(self) -> tuple[int, int]:
+        return (self.grid[0] // self.patch_size, self.grid[1] // self.patch_size)
+
+    @property
     def output_width(self) -> int:
         """Width of the last blocks, which must hold the velocity."""
         return (self.head or self.backbone).width
@@ -103,34 +179,42 @@ class DenoiserConfig:
         return self.num_classes
 
 
+class Features(NamedTuple):
+    """What the backbone makes of noisy latents: its tokens (B, N, width), and those that the base output reads."""
+
+    tokens: Tensor
+    base: Tensor | None
+
+
 class Denoiser(nn.Module):
     """Predicts the velocity of noisy latents, or the data behind them (`config.prediction`)."""
 
-    positions: Tensor
-    rotary_cos: Tensor
-    rotary_sin: Tensor
-    head_rotary_cos: Tensor
-    head_rotary_sin: Tensor
+    positions: Tensor | None
 
     def __init__(self, config: DenoiserConfig) -> None:
         super().__init__()
         self.config = config
         width = config.backbone.width
-        tokens = (config.grid[0] // config.patch_size, config.grid[1] // config.patch_size)
         self.embed = nn.Linear(config.token_dim, width)
         self.time = TimeEmbedding(width)
         self.label = nn.Embedding(config.num_classes + 1, width) if config.num_classes else None
-        self.blocks = _blocks(config, config.backbone)
-        self.register_buffer("positions", sincos_positions(width, tokens), persistent=False)
-        self._register_rotary("rotary", config.backbone, tokens)
+        context = config.context
+        self.time_tokens = nn.Parameter(torch.zeros(context.time_tokens, width)) if context else None
+        tokens = torch.zeros(context.label_tokens, width) if context and self.label else None
+        self.label_tokens = None if tokens is None else nn.Parameter(tokens)
+        self.blocks = _blocks(config, config.backbone, adaln=context is None)
+        table = sincos_positions(width, config.token_grid) if config.positions else None
+        self.register_buffer("positions", table, persistent=False)
+        unplaced = sum(len(p) for p in (self.time_tokens, self.label_tokens) if p is not None)
+        self._register_rotary("rotary", config.backbone, unplaced)
         if config.head:
             self.head_embed = nn.Linear(config.token_dim, config.head.width)
             same = config.head.width == width
             self.head_condition = nn.Identity() if same else nn.Linear(width, config.head.width)
             self.head_blocks = _blocks(config, config.head)
-            self._register_rotary("head_rotary", config.head, tokens)
-        self.final = FinalLayer(config.output_width, config.token_dim)
-        self.token_grid = tokens
+            self._register_rotary("head_rotary", config.head)
+        self.final = FinalLayer(config.output_width, config.token_dim, config.norm)
+        self.base_final = FinalLayer(width, config.token_dim, config.norm) if config.base_depth else None
         _initialise(self)
 
     @classmethod
@@ -147,51 +231,123 @@ class Denoiser(nn.Module):
         """Write FOLDER/denoiser, for `load`."""
         artifacts.write(folder / "denoiser", "denoiser", self.config, self, world or World(), dtype=dtype)
 
-    def _register_rotary(self, name: str, part: TransformerConfig, tokens: tuple[int, int]) -> None:
-        for suffix, table in zip(("cos", "sin"), rotary_table(part.width // part.heads, tokens), strict=True):
-            self.register_buffer(f"{name}_{suffix}", table, persistent=False)
+    def _register_rotary(self, name: str, part: TransformerConfig, unplaced: int = 0) -> None:
+        table: tuple[Tensor | None, Tensor | None] = (None, None)
+        if self.config.rotary:
+            table = rotary_table(part.width // part.heads, self.config.token_grid, unplaced)
+        for suffix, values in zip(("cos", "sin"), table, strict=True):
+            self.register_buffer(f"{name}_{suffix}", values, persistent=False)
 
-    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+    def _rotary(self, name: str) -> Rotary | None:
+        return (self.get_buffer(f"{name}_cos"), self.get_buffer(f"{name}_sin")) if self.config.rotary else None
+
+    @overload
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        labels: Tensor | None = None,
+        *,
+        with_base: Literal[False] = False,
+        features: Features | None = None,
+    ) -> Tensor: ...
+    @overload
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        labels: Tensor | None = None,
+        *,
+        with_base: Literal[True],
+        features: Features | None = None,
+    ) -> tuple[Tensor, Tensor]: ...
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        labels: Tensor | None = None,
+        *,
+        with_base: bool = False,
+        features: Features | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Noisy latents (B, C, H, W), times (B,) in [0, 1] (1 is noise), class ids (B,) -> prediction (B, C, H, W).
 
-        `labels` None means the null class for all.
+        `labels` None means the null class for all. `with_base` gives the base output as well. With the `features`
+        of another time the backbone is not run: DDT's approximation, for networks with a head.
         """
-        size = self.config.patch_size
-        patches = patchify(x, size)
-        time = self.time(t)[:, None]
-        condition = time
-        if self.label is not None:
-            if labels is None:
-                labels = torch.full((len(x),), self.config.null_label, device=x.device)
-            condition = time + self.label(labels)[:, None]
-        tokens = self.embed(patches) + self.positions
-        if not self.config.head:
-            tokens = _run(self.blocks, tokens, condition, (self.rotary_cos, self.rotary_sin))
-            out = self.final(tokens, condition)
+        time, label = self._embed_condition(t, labels)
+        features = features or self._features(x, time, label)
+        if self.config.head:
+            condition = self.head_condition(F.silu(features.tokens + time))
+            tokens = self.head_embed(patchify(x, self.config.patch_size))
+            for block in self.head_blocks:
+                tokens = block(tokens, condition, self._rotary("head_rotary"))
         else:
-            # The published network passes the backbone's condition through SiLU before the blocks do so again.
-            tokens = _run(self.blocks, tokens, F.silu(condition), (self.rotary_cos, self.rotary_sin))
-            condition = self.head_condition(F.silu(tokens + time))
-            tokens = self.head_embed(patches)
-            tokens = _run(self.head_blocks, tokens, condition, (self.head_rotary_cos, self.head_rotary_sin))
-            out = self.final(tokens, condition)
-        return unpatchify(out.float(), size, self.token_grid)
+            tokens, condition = features.tokens, time + label
+        full = self._to_latents(self.final(tokens, condition))
+        if not with_base:
+            return full
+        if self.base_final is None or features.base is None:
+            raise UserError("denoiser.base_depth: 0, so this denoiser has no base output")
+        tokens = F.silu(features.base + time)
+        return full, self._to_latents(self.base_final(tokens, tokens))
+
+    def features(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Features:
+        """The backbone's part of `forward`, for the same arguments."""
+        return self._features(x, *self._embed_condition(t, labels))
+
+    def _embed_condition(self, t: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | float]:
+        """The embeddings (B, 1, width) of time and class; 0 for the class of an unconditional network."""
+        time = self.time(t)[:, None]
+        if self.label is None:
+            return time, 0.0
+        if labels is None:
+            labels = torch.full((len(t),), self.config.null_label, device=t.device)
+        return time, self.label(labels)[:, None]
+
+    def _features(self, x: Tensor, time: Tensor, label: Tensor | float) -> Features:
+        tokens = self.embed(patchify(x, self.config.patch_size))
+        count = tokens.shape[1]
+        if self.positions is not None:
+            tokens = tokens + self.positions
+        # A published DiT^DH passes the backbone's condition through SiLU before the blocks do so again.
+        condition = F.silu(time + label) if self.config.head else time + label
+        extra = [(self.time_tokens, time), (self.label_tokens, label)]
+        if extra := [learned + given for learned, given in extra if learned is not None]:
+            tokens = torch.cat([tokens, *extra], 1)
+        base = None
+        for number, block in enumerate(self.blocks, 1):
+            tokens = block(tokens, condition, self._rotary("rotary"))
+            if number == self.config.base_depth:
+                base = tokens[:, :count]
+        return Features(tokens[:, :count], base)
+
+    def _to_latents(self, patches: Tensor) -> Tensor:
+        return unpatchify(patches.float(), self.config.patch_size, self.config.token_grid)
 
 
-def _blocks(config: DenoiserConfig, part: TransformerConfig) -> nn.ModuleList:
-    hidden = int(2 / 3 * int(part.width * config.mlp_ratio))
-    return nn.ModuleList(DiTBlock(part.width, part.heads, hidden, config.qk_norm) for _ in range(part.depth))
-
-
-def _run(blocks: nn.ModuleList, x: Tensor, condition: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    for block in blocks:
-        x = block(x, condition, rotary)
-    return x
+def _blocks(config: DenoiserConfig, part: TransformerConfig, adaln: bool = True) -> nn.ModuleList:
+    hidden = int(part.width * config.mlp_ratio)
+    return nn.ModuleList(
+        DiTBlock(
+            part.width,
+            part.heads,
+            int(2 / 3 * hidden) if config.mlp == "swiglu" else hidden,
+            norm=config.norm,
+            mlp=config.mlp,
+            qk_norm=config.qk_norm,
+            adaln="no shift" if adaln and not config.adaln_shift else adaln,
+        )
+        for _ in range(part.depth)
+    )
 
 
 @torch.no_grad()
 def _initialise(model: Denoiser) -> None:
-    """As published: a plain DiT has Xavier-uniform matrices, a DiT^DH torch's default; both output zero."""
+    """As published: a plain DiT has Xavier-uniform matrices, a DiT^DH torch's default; all outputs are zero.
+
+    The publication of RAE v2 does not say how its learned tokens start: ours, as the labels of v1 do.
+    """
     if model.config.head is None:
         for module in model.modules():
             if isinstance(module, nn.Linear):
@@ -206,7 +362,13 @@ def _initialise(model: Denoiser) -> None:
     for layer in model.time.mlp:
         if isinstance(layer, nn.Linear):
             nn.init.normal_(layer.weight, std=0.02)
-    blocks = [*model.blocks, *(model.head_blocks if model.config.head else [])]
-    for zero in [block.modulation for block in blocks] + [model.final.modulation, model.final.out]:
-        nn.init.zeros_(zero.weight)
-        nn.init.zeros_(zero.bias)
+    for learned in (model.time_tokens, model.label_tokens):
+        if learned is not None:
+            nn.init.normal_(learned, std=0.02)
+    for module in model.modules():
+        zeros = [module.modulation] if isinstance(module, DiTBlock | FinalLayer) else []
+        zeros += [module.out] if isinstance(module, FinalLayer) else []
+        for layer in zeros:
+            if layer is not None:
+                nn.init.zeros_(layer.weight)
+                nn.init.zeros_(layer.bias)

@@ -1,6 +1,7 @@
 """The pieces that the networks share."""
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +9,9 @@ from torch import Tensor, nn
 
 Rotary = tuple[Tensor, Tensor]
 """Cosines and sines (N, head_dim / 2) of each token's rotation angles."""
+Gelu = Literal["none", "tanh"]
+NormKind = Literal["rms", "layer"]
+MLPKind = Literal["swiglu", "gelu"]
 
 
 def patchify(images: Tensor, size: int) -> Tensor:
@@ -41,12 +45,16 @@ def sincos_positions(width: int, grid: tuple[int, int]) -> Tensor:
     return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1).float()
 
 
-def rotary_table(head_dim: int, grid: tuple[int, int]) -> Rotary:
-    """Axial 2-D rotation angles: a quarter of the head's channel pairs... rows first, then columns (spec 2.3)."""
+def rotary_table(head_dim: int, grid: tuple[int, int], unplaced: int = 0) -> Rotary:
+    """Axial 2-D rotation: half of the head's channel pairs turn by the row, the other half by the column (spec 2.3).
+
+    `unplaced` tokens follow those of the grid, and are not turned.
+    """
     quarter = head_dim // 4
     frequencies = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
     rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
     angles = torch.cat([p.flatten()[:, None] * frequencies for p in (rows, columns)], dim=1)
+    angles = F.pad(angles, (0, 0, 0, unplaced))
     return angles.cos().float(), angles.sin().float()
 
 
@@ -73,16 +81,21 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention with a fused projection; `qk_norm` bounds the softmax's input."""
+def plain_norm(kind: NormKind, width: int) -> nn.Module:
+    """The norm before a denoiser's layers: RMSNorm with a weight, or LayerNorm without."""
+    return RMSNorm(width) if kind == "rms" else nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
 
-    def __init__(self, width: int, heads: int, qk_norm: bool = False) -> None:
+
+class Attention(nn.Module):
+    """Multi-head self-attention with a fused projection; a norm of queries and keys bounds the softmax's input."""
+
+    def __init__(self, width: int, heads: int, qk_norm: NormKind | None = None) -> None:
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
-        self.q_norm = RMSNorm(width // heads) if qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(width // heads) if qk_norm else nn.Identity()
+        norm = {"rms": RMSNorm, "layer": nn.LayerNorm, None: nn.Identity}[qk_norm]
+        self.q_norm, self.k_norm = norm(width // heads), norm(width // heads)
 
     def forward(self, x: Tensor, rotary: Rotary | None = None) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
@@ -105,15 +118,19 @@ class SwiGLU(nn.Module):
         return self.w_out(F.silu(gate) * value)
 
 
+def gelu_mlp(width: int, hidden: int, approximate: Gelu = "none") -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(approximate), nn.Linear(hidden, width))
+
+
 class ViTBlock(nn.Module):
     """Pre-norm transformer block with LayerNorm and GELU (`gelu`: "none" is exact, "tanh" its approximation)."""
 
-    def __init__(self, width: int, heads: int, hidden: int, eps: float, gelu: str = "none") -> None:
+    def __init__(self, width: int, heads: int, hidden: int, eps: float, gelu: Gelu = "none") -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps)
         self.attention = Attention(width, heads)
         self.norm2 = nn.LayerNorm(width, eps)
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(gelu), nn.Linear(hidden, width))
+        self.mlp = gelu_mlp(width, hidden, gelu)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm1(x))
@@ -125,21 +142,41 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class DiTBlock(nn.Module):
-    """LightningDiT block: RMSNorm, rotary attention, SwiGLU, adaLN-zero from the condition (spec 2.3).
+    """LightningDiT block: norm, rotary attention, norm, MLP, each with adaLN-zero from the condition (spec 2.3).
 
-    The condition is (B, 1, width), one for all tokens, or (B, N, width), one for each (the wide head).
+    The condition is (B, 1, width), one for all tokens, or (B, N, width), one for each (the wide head). With
+    `adaln` False it is not used, as in the backbone of RAE v2; "no shift" leaves out the shifts.
     """
 
-    def __init__(self, width: int, heads: int, hidden: int, qk_norm: bool) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        hidden: int,
+        *,
+        norm: NormKind = "rms",
+        mlp: MLPKind = "swiglu",
+        qk_norm: bool = False,
+        adaln: bool | Literal["no shift"] = True,
+    ) -> None:
         super().__init__()
-        self.norm1 = RMSNorm(width)
-        self.attention = Attention(width, heads, qk_norm)
-        self.norm2 = RMSNorm(width)
-        self.mlp = SwiGLU(width, hidden)
-        self.modulation = nn.Linear(width, 6 * width)
+        self.norm1 = plain_norm(norm, width)
+        self.attention = Attention(width, heads, norm if qk_norm else None)
+        self.norm2 = plain_norm(norm, width)
+        self.mlp = SwiGLU(width, hidden) if mlp == "swiglu" else gelu_mlp(width, hidden, "tanh")
+        self.parts = {True: 6, "no shift": 4, False: 0}[adaln]
+        self.modulation = nn.Linear(width, self.parts * width) if self.parts else None
 
     def forward(self, x: Tensor, condition: Tensor, rotary: Rotary | None) -> Tensor:
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(F.silu(condition)).chunk(6, dim=-1)
+        if self.modulation is None:
+            x = x + self.attention(self.norm1(x), rotary)
+            return x + self.mlp(self.norm2(x))
+        parts = self.modulation(F.silu(condition)).chunk(self.parts, dim=-1)
+        if self.parts == 4:
+            scale_a, gate_a, scale_m, gate_m = parts
+            x = x + gate_a * self.attention(self.norm1(x) * (1 + scale_a), rotary)
+            return x + gate_m * self.mlp(self.norm2(x) * (1 + scale_m))
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = parts
         x = x + gate_a * self.attention(modulate(self.norm1(x), shift_a, scale_a), rotary)
         return x + gate_m * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
 
@@ -147,9 +184,9 @@ class DiTBlock(nn.Module):
 class FinalLayer(nn.Module):
     """Norm, shift and scale from the condition, and the projection to the output."""
 
-    def __init__(self, width: int, out: int) -> None:
+    def __init__(self, width: int, out: int, norm: NormKind = "rms") -> None:
         super().__init__()
-        self.norm = RMSNorm(width)
+        self.norm = plain_norm(norm, width)
         self.modulation = nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, out)
 

@@ -12,24 +12,11 @@ from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.flow import path
 from raekit.models.autoencoder import Autoencoder
-from raekit.models.denoiser import Denoiser, DenoiserConfig, TransformerConfig
+from raekit.models.denoiser import Denoiser, DenoiserConfig, DenoiserSize
 from raekit.stages.stage import Stage
 from raekit.train.objective import Metrics, Objective
 from raekit.train.optim import OptimConfig
 from raekit.train.trainer import TrainConfig, compute_dtype
-
-
-@configclass
-class DenoiserSize:
-    """The denoiser's transformers; channels, grid and classes follow from the autoencoder and the data."""
-
-    backbone: TransformerConfig
-    head: TransformerConfig | None = None
-    patch_size: int = 1
-    qk_norm: bool = False
-    allow_narrow: bool = False
-    prediction: path.Prediction = "velocity"
-    label_std: float = 0.02
 
 
 @configclass
@@ -66,16 +53,27 @@ def flow_matching_loss(
     seed: int,
     time_law: path.TimeLaw,
     alpha: float,
-) -> Tensor:
-    """Mean squared error of the velocity, in float32; noise and times addressed by `positions`."""
+) -> tuple[Tensor, Metrics]:
+    """Mean squared error of the velocity, in float32; noise and times addressed by `positions`.
+
+    That of a base output is added (spec II.4), and logged: the error of the full output is the rest.
+    """
     u = randomness.uniform(seed, "time", positions, (), latents.device)
     t = path.sample_times(u, time_law, alpha)
     noise = randomness.normal(seed, "noise", positions, latents.shape[1:], latents.device)
     x_t = path.interpolate(latents, noise, t)
     prediction = denoiser.config.prediction
-    predicted = path.to_velocity(x_t, denoiser(x_t, t, labels), t, prediction)
     exact = latents if prediction == "data" else path.velocity(latents, noise)
-    return (predicted - path.to_velocity(x_t, exact, t, prediction)).square().mean()
+    target = path.to_velocity(x_t, exact, t, prediction)
+
+    def error(predicted: Tensor) -> Tensor:
+        return (path.to_velocity(x_t, predicted, t, prediction) - target).square().mean()
+
+    if not denoiser.config.base_depth:
+        return error(denoiser(x_t, t, labels)), {}
+    full, base = denoiser(x_t, t, labels, with_base=True)
+    base_error = error(base)
+    return error(full) + base_error, {"base_loss": base_error.detach()}
 
 
 def build(config: GenerationConfig, run: Path, world: World) -> Stage:
@@ -94,17 +92,11 @@ def build(config: GenerationConfig, run: Path, world: World) -> Stage:
     alpha = path.shift_factor(autoencoder.latent_shape, config.shift_base)
     model = Denoiser(
         DenoiserConfig(
+            **vars(size),
             channels=channels,
             grid=(grid[0], grid[1]),
-            backbone=size.backbone,
-            head=size.head,
             num_classes=len(loader.classes) if config.conditional else 0,
-            patch_size=size.patch_size,
-            qk_norm=size.qk_norm,
-            allow_narrow=size.allow_narrow,
             shift=alpha,
-            prediction=size.prediction,
-            label_std=size.label_std,
             class_names=loader.classes if config.conditional else (),
         )
     )
@@ -118,11 +110,8 @@ def build(config: GenerationConfig, run: Path, world: World) -> Stage:
                 randomness.uniform(seed, "class dropout", batch.positions, (), world.device) < config.class_dropout
             )
             labels = batch.labels.masked_fill(dropped, model.config.null_label)
-        return (
-            flow_matching_loss(
-                model, latents, labels, batch.positions, seed=seed, time_law=config.time_law, alpha=alpha
-            ),
-            {},
+        return flow_matching_loss(
+            model, latents, labels, batch.positions, seed=seed, time_law=config.time_law, alpha=alpha
         )
 
     objective = Objective(

@@ -1,10 +1,12 @@
-"""AdamW, and learning rates as functions of the step."""
+"""AdamW and Muon, and learning rates as functions of the step."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
-from torch import nn, optim
+import torch
+from torch import Tensor, nn, optim
+from torch.distributed.tensor import DTensor
 
 from raekit.config import configclass
 from raekit.errors import UserError
@@ -12,13 +14,18 @@ from raekit.errors import UserError
 
 @configclass
 class OptimConfig:
-    """AdamW and its schedule, counted in optimizer steps.
+    """An optimizer and its schedule, counted in optimizer steps.
+
+    `muon` moves the matrices of the blocks by Muon with `momentum`, its steps scaled to the size of AdamW's so
+    that one `lr` serves both, and all else by AdamW (spec II.7).
 
     The rate is `lr` during `warmup_steps` (or climbs to it by lr / warmup_steps a step, `warmup_from_zero`),
     then goes to `final_lr` at step `decay_end` along `decay`, and stays there. `clip` bounds the global
     gradient norm; 0 turns clipping off.
     """
 
+    method: Literal["adamw", "muon"] = "adamw"
+    momentum: float = 0.95
     lr: float = 2e-4
     final_lr: float = 2e-5
     warmup_steps: int = 0
@@ -36,6 +43,8 @@ class OptimConfig:
                 raise UserError(f"optim.{name}: {getattr(self, name)} must not be negative")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"optim.betas: {self.betas} must be at least 0 and below 1")
+        if not 0 <= self.momentum < 1:
+            raise UserError(f"optim.momentum: {self.momentum} must be at least 0 and below 1")
         if self.decay != "constant" and self.decay_end <= self.warmup_steps:
             raise UserError(
                 f"optim.decay_end: {self.decay_end} must be after optim.warmup_steps = {self.warmup_steps} "
@@ -64,3 +73,48 @@ def adamw(config: OptimConfig, parameters: Iterable[nn.Parameter]) -> optim.Adam
         eps=config.eps,
         fused=True,
     )
+
+
+class MuonAdamW(optim.Optimizer):
+    """torch's Muon on `matrices` and its AdamW on `others`, as one optimizer with the groups and states of both.
+
+    Where `found_inf` is set a step changes nothing, as the fused AdamW does by itself. Muon does not: here the
+    host has to look, and so waits for the gradients.
+    """
+
+    found_inf: Tensor | None = None
+
+    def __init__(self, config: OptimConfig, matrices: Sequence[nn.Parameter], others: Sequence[nn.Parameter]) -> None:
+        self.muon = optim.Muon(
+            matrices,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            momentum=config.momentum,
+            adjust_lr_fn="match_rms_adamw",
+        )
+        self.adamw = adamw(config, others)
+        super().__init__([*self.muon.param_groups, *self.adamw.param_groups], {})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        found = self.found_inf.full_tensor() if isinstance(self.found_inf, DTensor) else self.found_inf
+        # Loading a checkpoint replaces groups and state: the parts have to be shown the present ones.
+        for part, group in zip((self.muon, self.adamw), self.param_groups, strict=True):
+            part.param_groups, part.state = [group], self.state
+        for matrix in self.param_groups[0]["params"]:
+            if matrix.grad is not None:
+                self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix.grad))
+        self.adamw.found_inf = self.found_inf  # type: ignore[attr-defined]
+        self.adamw.step()
+        if not found:
+            self.muon.step()
+
+
+def build_optimizer(config: OptimConfig, module: nn.Module, blocks: Iterable[nn.Module]) -> optim.Optimizer:
+    """The configured optimizer of `module`, whose repeated units are `blocks`."""
+    if config.method == "adamw":
+        return adamw(config, module.parameters())
+    matrices = {p: None for block in blocks for p in block.parameters() if p.ndim == 2}
+    if not matrices:
+        raise UserError("optim.method: muon moves the matrices of blocks, and this module has none; take adamw")
+    return MuonAdamW(config, list(matrices), [p for p in module.parameters() if p not in matrices])

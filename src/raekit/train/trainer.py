@@ -25,7 +25,7 @@ from raekit.distributed import World, set_gradient_sync
 from raekit.errors import UserError
 from raekit.train import checkpoint, ema
 from raekit.train.objective import Metrics, Objective, Periodic, TrainingBatch
-from raekit.train.optim import adamw
+from raekit.train.optim import build_optimizer
 from raekit.train.tracking import Tracker
 
 CXX_COMPILERS = (os.environ.get("CXX", "g++"), "clang++")
@@ -98,7 +98,7 @@ class Trainer:
         self.step = 0
         self.saved = -1  # the step of the newest checkpoint
         self.skipped = {o.name: torch.zeros(2, device=world.device) for o in self.objectives}  # in all, in a row
-        self.optimizers: dict[str, optim.AdamW] = {}
+        self.optimizers: dict[str, optim.Optimizer] = {}
         for objective in self.objectives:
             self._prepare(objective)
         self.folder = run / "checkpoints"
@@ -116,7 +116,7 @@ class Trainer:
             if self.config.compile:
                 for block in blocks or [replica]:
                     block.compile()
-        optimizer = self.optimizers[objective.name] = adamw(objective.optim, module.parameters())
+        optimizer = self.optimizers[objective.name] = build_optimizer(objective.optim, module, objective.blocks)
         # Reading its state for a checkpoint makes an unused optimizer do a step, which must not count.
         optimizer.found_inf = torch.ones((), device=self.world.device)  # type: ignore[attr-defined]
 
@@ -195,7 +195,7 @@ class Trainer:
         lr = objective.learning_rate(self.step)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        # The fused kernel skips the step by itself where the gradient is not finite: the host need not wait.
+        # The fused AdamW skips the step by itself where the gradient is not finite: the host need not wait.
         failed = 1 - norm.isfinite().float()
         optimizer.found_inf = failed  # type: ignore[attr-defined]
         optimizer.step()
