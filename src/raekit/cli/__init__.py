@@ -1,0 +1,71 @@
+"""The command line: the only place that parses, prints and exits."""
+
+import logging
+import sys
+from collections.abc import Callable
+
+import tyro
+
+from raekit.cli import console
+from raekit.cli.autoencoding import encode, reconstruct
+from raekit.cli.evaluation import evaluate, probe, reference
+from raekit.cli.formats import convert, info
+from raekit.cli.generation import generate
+from raekit.cli.latents import latents_generate, latents_measure
+from raekit.cli.training import demo, recipes, train
+from raekit.errors import UserError
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "demo": demo,
+    "generate": generate,
+    "reconstruct": reconstruct,
+    "encode": encode,
+    "probe": probe,
+    "recipes": recipes,
+    "train": train,
+    "latents measure": latents_measure,
+    "latents generate": latents_generate,
+    "evaluate": evaluate,
+    "reference": reference,
+    "convert": convert,
+    "info": info,
+}
+
+
+def main() -> None:
+    """Run the command in sys.argv. Exits with 2 for a wrong command line, 1 for any other error, 130 after Ctrl-C."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    arguments = sys.argv[1:]
+    if arguments in (["--version"], ["-V"]):
+        from raekit import __version__
+
+        console.out.print(f"raekit {__version__}")
+        return
+    name = next((n for n in COMMANDS if arguments[: len(n.split())] == n.split()), None)
+    if name is None:
+        _usage(wrong=bool(arguments) and arguments not in (["--help"], ["-h"]), given=arguments)
+        return
+    rest, command = arguments[len(name.split()) :], COMMANDS[name]
+    try:
+        if command is train:
+            train(rest)
+        else:
+            tyro.cli(command, prog=f"raekit {name}", args=rest)
+    except UserError as error:
+        console.fail(str(error))
+    except OSError as error:
+        console.fail(f"{error.filename or 'input/output'}: {error.strerror or error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _usage(wrong: bool, given: list[str]) -> None:
+    to = console.err if wrong else console.out
+    if wrong:
+        to.print(f"error: {' '.join(given[:2])!r} is no command", markup=False)
+    to.print("usage: raekit COMMAND ...      (raekit COMMAND --help; raekit --version)\n", markup=False)
+    width = max(map(len, COMMANDS))
+    for name, command in COMMANDS.items():
+        to.print(f"  {name:{width}}  {console.about(command).splitlines()[0]}", markup=False)
+    if wrong:
+        sys.exit(2)
