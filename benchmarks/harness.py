@@ -50,6 +50,13 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
+def matmul_rate(dtype: torch.dtype, device: torch.device, side: int = 2048, repeats: int = 5) -> float:
+    """FLOP/s of the best of some square matrix products: what this machine can do in `dtype`."""
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    times = interleaved({"matmul": lambda: a @ b}, repeats, device)["matmul"]
+    return 2 * side**3 / min(times)
+
+
 def peak_memory(device: torch.device) -> float:
     """GiB: of the device's allocator on CUDA, of the process's resident set on the CPU (both so far)."""
     if device.type == "cuda":
@@ -57,21 +64,37 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def report(title: str, times: Mapping[str, list[float]], images: int, device: torch.device, out: Path | None) -> None:
-    """Print a table (median, images/s, ratio to the first variant with its range over turns), and write JSON."""
+def report(
+    title: str,
+    times: Mapping[str, list[float]],
+    images: int,
+    device: torch.device,
+    out: Path | None,
+    *,
+    flops: float | None = None,
+    rate: float | None = None,
+) -> None:
+    """Print a table (median, images/s, ratio to the first variant with its range over turns), and write JSON.
+
+    With the `flops` of a turn and the machine's `rate`, also the share of that rate that each variant reaches.
+    """
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{title}\n{machine}, torch {torch.__version__}, peak memory {peak_memory(device):.2f} GiB")
-    print(f"{'':24}{'ms':>10}{'images/s':>12}{'speed-up':>12}   range")
+    if flops and rate:
+        print(f"{flops / images / 1e9:.1f} GFLOP an image; the machine's matmul rate is {rate / 1e12:.3f} TFLOP/s")
+    print(f"{'':24}{'ms':>10}{'images/s':>12}{'speed-up':>12}   {'range':12}{'rate' if flops and rate else ''}")
     first = next(iter(times.values()))
     rows = {}
     for name, seconds in times.items():
         ratios = [a / b for a, b in zip(first, seconds, strict=True)]
         median = statistics.median(seconds)
         rows[name] = {"seconds": seconds, "images_per_second": images / median, "speed_up": statistics.median(ratios)}
-        print(
-            f"{name:24}{1000 * median:10.1f}{images / median:12.3f}{statistics.median(ratios):12.2f}"
-            f"   {min(ratios):.2f}-{max(ratios):.2f}"
-        )
+        share = ""
+        if flops and rate:
+            rows[name] |= {"flops_per_second": flops / median, "share_of_matmul_rate": flops / median / rate}
+            share = f"{flops / median / rate:.0%}"
+        figures = f"{1000 * median:10.1f}{images / median:12.3f}{statistics.median(ratios):12.2f}"
+        print(f"{name:24}{figures}   {f'{min(ratios):.2f}-{max(ratios):.2f}':12}{share}")
     if out:
         values = {
             "title": title,

@@ -64,14 +64,16 @@ def test_a_recipe_tells_what_it_is_in_one_line(name):
 
 @EVERY
 def test_a_recipe_tells_what_it_reproduces(name):
-    """A built-in model, or published figures."""
+    """A built-in model, results shown in the documentation, or published figures."""
     match = re.search(r"^Reproduces: +(\S.*)", recipes.find(name).about, re.MULTILINE)
     assert match
     if match[1].startswith("src/"):
         folder = ASSETS.parents[2] / match[1].split()[0]
         assert folder.parent == ASSETS or ASSETS in folder.parents
+    elif match[1].startswith("docs/"):
+        assert (ASSETS.parents[2] / match[1].split()[0].rstrip(",")).is_file()
     else:
-        assert re.match(r"r?FID \d\.\d+.*\(paper, table", match[1])
+        assert re.match(r"r?FID \d\.\d+.*\((paper, table|RAE v2)", match[1])
 
 
 def test_published_schedules_of_stage_1():

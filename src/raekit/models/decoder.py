@@ -52,9 +52,10 @@ class Decoder(nn.Module):
         """Un-whitened latents (B, token_dim, H, W) -> (B, 3, grid*patch_size), neither de-normalised nor clamped.
 
         Another grid than the built one is resampled bilinearly to it after the embedding (spec 1.5, step 2).
+        It computes in the type of its weights, or as the surrounding autocast says.
         `last_input` is a list to append the input (B, N, width) of the last layer to, for the adaptive weight.
         """
-        x = self.embed(to_tokens(latents))
+        x = self.embed(to_tokens(latents).to(self.embed.weight.dtype))
         if latents.shape[2:] != self.config.grid:
             grid = (latents.shape[2], latents.shape[3])
             x = to_tokens(F.interpolate(to_grid(x, grid), self.config.grid, mode="bilinear", align_corners=False))

@@ -1,0 +1,106 @@
+"""How fast are encoding and decoding, beside diffusers' AutoencoderRAE with the same weights?
+
+    python benchmarks/autoencoder.py [--decoder ViT-XL] [--batch 2] [--precisions fp32 bf16] [--repeats 5] [--out FILE]
+
+DINOv2-B with registers at 224 pixels (256 tokens) and a published decoder to 256 pixels, with the same random weights
+in both. Needs diffusers. All variants take turns in one process; each speed-up is to diffusers, with its range. `rate`
+is the share of the machine's own matmul rate in that precision, measured here. The outputs are compared first.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderRAE  # pyright: ignore[reportPrivateImportUsage]
+from torch.utils.flop_counter import FlopCounterMode
+
+from harness import interleaved, matmul_rate, report
+from raekit.models.autoencoder import Autoencoder, AutoencoderConfig
+from raekit.models.decoder import DecoderConfig
+from raekit.models.encoders import REGISTRY, Encoder
+from raekit.published import DECODERS, decoder_state, from_diffusers
+from raekit.weights import load_strict
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def peer(size: str) -> Any:
+    """diffusers' model with random weights."""
+    known = DECODERS[size]
+    torch.manual_seed(0)
+    return AutoencoderRAE(
+        decoder_hidden_size=known["width"],
+        decoder_num_hidden_layers=known["depth"],
+        decoder_num_attention_heads=known["heads"],
+        decoder_intermediate_size=known["hidden"],
+        latents_mean=torch.zeros(768, 16, 16),
+        latents_std=torch.ones(768, 16, 16),
+    ).eval()
+
+
+def ours(theirs: Any, size: str) -> Autoencoder:
+    """The same model as raekit's."""
+    decoder = DecoderConfig(token_dim=768, grid=(16, 16), patch_size=16, **DECODERS[size])
+    spec = REGISTRY["dinov2-b"]
+    model = Autoencoder(
+        AutoencoderConfig(encoder="dinov2-b", decoder=decoder), Encoder("dinov2-b", spec, theirs.encoder)
+    )
+    state, _, _ = from_diffusers(theirs.state_dict())
+    load_strict(model.decoder, decoder_state(state, decoder), "diffusers")
+    return model.eval()
+
+
+def difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    return ((one.float() - other.float()).norm() / other.float().norm()).item()
+
+
+@torch.inference_mode()
+def compare(size: str, precision: str, batch: int, repeats: int, device: torch.device, out: Path | None) -> None:
+    """Print the tables of encoding and of decoding in one precision."""
+    dtype = DTYPES[precision]
+    theirs = peer(size).to(device)
+    mine, fast = ours(theirs, size).to(device), ours(theirs, size).to(device)
+    theirs.to(dtype)
+    for model in (mine, fast):
+        model.encoder.model.to(dtype)
+        model.decoder.to(dtype)
+    fast.encoder.compile()
+    for block in fast.decoder.blocks:
+        block.compile()
+    images = torch.rand(batch, 3, 224, 224, device=device)
+    latents = mine.encode(images)
+    rate = matmul_rate(dtype, device)
+    narrow = images.to(dtype), latents.to(dtype)
+    tasks: dict[str, tuple[Any, Any, Any]] = {
+        "encode": (lambda: theirs.encode(narrow[0]).latent, lambda: mine.encode(images), lambda: fast.encode(images)),
+        "decode": (lambda: theirs.decode(narrow[1]).sample, lambda: mine.decode(latents), lambda: fast.decode(latents)),
+    }
+    for task, (reference, eager, compiled) in tasks.items():
+        counter = FlopCounterMode(display=False)
+        with counter:
+            eager()
+        clamped = reference().clamp(0, 1) if task == "decode" else reference()
+        print(f"\n{task}: relative difference {difference(eager(), clamped):.1e}")
+        times = interleaved({"diffusers": reference, "raekit": eager, "raekit, compiled": compiled}, repeats, device)
+        title = f"{task}, DINOv2-B and a {size} decoder, batch {batch}, {precision}"
+        path = out and out.with_stem(f"{out.stem}-{task}-{precision}")
+        report(title, times, batch, device, path, flops=counter.get_total_flops(), rate=rate)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--decoder", default="ViT-XL", choices=DECODERS)
+    parser.add_argument("--batch", type=int, help="default: 2 on a CPU, 64 on a GPU")
+    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=DTYPES)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path, help="JSON files for the figures: FILE-encode-fp32.json and so on")
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    batch = arguments.batch or (64 if device.type == "cuda" else 2)
+    for precision in arguments.precisions:
+        compare(arguments.decoder, precision, batch, arguments.repeats, device, arguments.out)
+
+
+if __name__ == "__main__":
+    main()

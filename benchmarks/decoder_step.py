@@ -1,0 +1,110 @@
+"""How long does a step of stage 1 take, and which part of it takes how long?
+
+    python benchmarks/decoder_step.py [--decoder ViT-B] [--batch 2] [--precision bf16] [--repeats 5] [--out step.json]
+
+DINOv2-B at 224 pixels, a published decoder to 256 pixels, and all losses of the published recipe: L1, LPIPS (VGG16) and
+a discriminator on DINO-S/8, with random weights. The parts take turns in one process, each one the step before it and
+one part more, so that a part's cost is the difference of two lines; the whole step has the optimizers' updates besides.
+"""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+
+from harness import interleaved, report
+from raekit.data.loader import Batch
+from raekit.distributed import World
+from raekit.models.autoencoder import Autoencoder, AutoencoderConfig
+from raekit.models.decoder import DecoderConfig
+from raekit.models.discriminator import Dino, Discriminator
+from raekit.models.encoders import REGISTRY, Encoder
+from raekit.models.perceptual import LPIPS
+from raekit.published import DECODERS
+from raekit.recipes import dinov2b_decoder_xl
+from raekit.stages.reconstruction import Encoded, Losses
+from raekit.train.optim import adamw
+from raekit.train.trainer import autocast, compute_dtype
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--decoder", default="ViT-XL", choices=DECODERS)
+    parser.add_argument("--batch", type=int, help="default: 2 on a CPU, 32 on a GPU")
+    parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"])
+    parser.add_argument("--compile", action="store_true", help="compile the blocks of encoder and decoder")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path, help="JSON file for the figures")
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    count = arguments.batch or (32 if device.type == "cuda" else 2)
+    recipe = dinov2b_decoder_xl.config()
+    assert recipe.adversarial
+
+    torch.manual_seed(0)
+    spec = REGISTRY["dinov2-b"]
+    network = transformers.Dinov2WithRegistersModel(
+        transformers.Dinov2WithRegistersConfig(image_size=518, patch_size=14)
+    )
+    encoder = Encoder("dinov2-b", spec, network.to(compute_dtype(arguments.precision, device)))
+    decoder = DecoderConfig(token_dim=768, grid=(16, 16), patch_size=16, **DECODERS[arguments.decoder])
+    model = Autoencoder(AutoencoderConfig(encoder="dinov2-b", decoder=decoder), encoder).to(device)
+    if arguments.compile:
+        encoder.compile()
+        for block in model.decoder.blocks:
+            block.compile()
+    backbone = Dino(width=384, depth=12, patch_size=8, grid=28)
+    discriminator = Discriminator(recipe.adversarial.discriminator, backbone).to(device)
+    images = torch.randint(256, (count, 3, 256, 256), dtype=torch.uint8)
+    batch = Batch(images, torch.zeros(count, dtype=torch.int64), torch.arange(count)).to(device)
+
+    def losses(perceptual: bool, adversarial: bool) -> Losses:
+        # Without the fields that name files of weights; the networks are put in below.
+        bare = Losses(replace(recipe, perceptual=None, adversarial=None), model, World(device=device))
+        bare.config = replace(bare.config, perceptual=recipe.perceptual if perceptual else None)
+        if perceptual:
+            bare.perceptual = LPIPS().to(device)
+        if adversarial:
+            bare.config = replace(bare.config, adversarial=replace(recipe.adversarial, discriminator_start=0, start=0))
+            bare.discriminator_network = discriminator
+        return bare
+
+    def step(parts: Losses, *, update: bool = False, both: bool = False) -> Callable[[], None]:
+        objectives: list[tuple[nn.Module, Callable]] = [(model.decoder, parts.decoder)]
+        if both:
+            objectives.append((discriminator, parts.discriminator))
+        optimizers = [adamw(recipe.optim, module.parameters()) for module, _ in objectives]
+
+        def run() -> None:
+            encoded = Encoded(batch, model.tokens)
+            for (_, loss), optimizer in zip(objectives, optimizers, strict=True):
+                with autocast(arguments.precision, device):
+                    value, _ = loss(encoded, 0)
+                value.backward()
+                if update:
+                    optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+
+        return run
+
+    everything = losses(perceptual=True, adversarial=True)
+    variants: dict[str, Callable[[], object]] = {
+        "whole step": step(everything, both=True, update=True),
+        "encoder": lambda: model.tokens(batch.pixels()),
+        "+ decoder with L1": step(losses(perceptual=False, adversarial=False)),
+        "+ LPIPS": step(losses(perceptual=True, adversarial=False)),
+        "+ adversarial loss": step(everything),
+        "+ discriminator": step(everything, both=True),
+    }
+    times = interleaved(variants, arguments.repeats, device)
+    mode = "compiled" if arguments.compile else "eager"
+    title = f"stage-1 step, {arguments.decoder} decoder, 256 pixels, batch {count}, {arguments.precision}, {mode}"
+    report(title, times, count, device, arguments.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,17 @@
+"""Stage 1 of RAE v2 on ImageNet 256: ViT-XL decoder for DINOv3-L, K = 1, the last block alone.
+
+Reproduces:     rFID 0.60, PSNR 18.9 dB, with tau = 0.8 (RAE v2)
+Command:        torchrun --nproc-per-node 8 -m raekit -- train dinov3l_k1_decoder_xl --data.source folder:imagenet
+Cost:           as dinov3l_k7_decoder_xl
+Last verified:  never at this scale, for want of ImageNet and GPUs; the parts agree with the reference cases.
+"""
+
+from dataclasses import replace
+
+from raekit.models.encoders import LAYERS
+from raekit.recipes import dinov3l_k7_decoder_xl
+from raekit.stages.reconstruction import ReconstructionConfig
+
+
+def config() -> ReconstructionConfig:
+    return replace(dinov3l_k7_decoder_xl.config(), layers=LAYERS["k1"])

@@ -1,0 +1,20 @@
+"""Stage 1 of RAE v2 on ImageNet 256: ViT-XL decoder for DINOv3-L, K = 7, the mean of seven blocks and the token mean.
+
+Reproduces:     rFID 0.29, PSNR 22.6 dB, with tau = 0.8 (RAE v2)
+Command:        torchrun --nproc-per-node 8 -m raekit -- train dinov3l_k7_decoder_xl --data.source folder:imagenet
+Cost:           16 epochs, 107 GFLOPs forward an image for the decoder, the encoder's and the losses' besides
+Last verified:  never at this scale, for want of ImageNet and GPUs; the parts agree with the reference cases.
+
+As dinov2b_decoder_xl, except that the decoder gives pixels. Version 2 says no more of its training than "as v1".
+"""
+
+from dataclasses import replace
+
+from raekit.models.encoders import LAYERS
+from raekit.recipes import dinov2b_decoder_xl
+from raekit.stages.reconstruction import ReconstructionConfig
+
+
+def config() -> ReconstructionConfig:
+    base = dinov2b_decoder_xl.config()
+    return replace(base, encoder="dinov3-l", layers=LAYERS["k7"], output="pixels")
