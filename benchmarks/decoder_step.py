@@ -43,13 +43,13 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     count = arguments.batch or (32 if device.type == "cuda" else 2)
     recipe = dinov2b_decoder_xl.config()
-    assert recipe.adversarial
+    published = recipe.adversarial
+    assert published
 
     torch.manual_seed(0)
     spec = REGISTRY["dinov2-b"]
-    network = transformers.Dinov2WithRegistersModel(
-        transformers.Dinov2WithRegistersConfig(image_size=518, patch_size=14)
-    )
+    sizes = transformers.Dinov2WithRegistersConfig(image_size=518, patch_size=14)
+    network: nn.Module = transformers.Dinov2WithRegistersModel(sizes)
     encoder = Encoder("dinov2-b", spec, network.to(compute_dtype(arguments.precision, device)))
     decoder = DecoderConfig(token_dim=768, grid=(16, 16), patch_size=16, **DECODERS[arguments.decoder])
     model = Autoencoder(AutoencoderConfig(encoder="dinov2-b", decoder=decoder), encoder).to(device)
@@ -58,7 +58,7 @@ def main() -> None:
         for block in model.decoder.blocks:
             block.compile()
     backbone = Dino(width=384, depth=12, patch_size=8, grid=28)
-    discriminator = Discriminator(recipe.adversarial.discriminator, backbone).to(device)
+    discriminator = Discriminator(published.discriminator, backbone).to(device)
     images = torch.randint(256, (count, 3, 256, 256), dtype=torch.uint8)
     batch = Batch(images, torch.zeros(count, dtype=torch.int64), torch.arange(count)).to(device)
 
@@ -69,7 +69,7 @@ def main() -> None:
         if perceptual:
             bare.perceptual = LPIPS().to(device)
         if adversarial:
-            bare.config = replace(bare.config, adversarial=replace(recipe.adversarial, discriminator_start=0, start=0))
+            bare.config = replace(bare.config, adversarial=replace(published, discriminator_start=0, start=0))
             bare.discriminator_network = discriminator
         return bare
 

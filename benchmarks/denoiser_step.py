@@ -2,19 +2,21 @@
 
     python benchmarks/denoiser_step.py [--size S] [--batch 2] [--precision bf16] [--repeats 5] [--out step.json]
 
-Eager and compiled steps alternate in one process; the ratio is given with its range.
+Eager and compiled steps alternate in one process; the ratio is given with its range. `rate` is the share of the
+machine's own matmul rate in that precision, measured here, that the step's multiplications reach.
 """
 
 import argparse
 from pathlib import Path
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from harness import compiled, denoiser, interleaved, report
+from harness import compiled, denoiser, interleaved, matmul_rate, report
 from raekit.models.denoiser import Denoiser
 from raekit.stages.generation import flow_matching_loss
 from raekit.train.optim import OptimConfig, adamw
-from raekit.train.trainer import autocast
+from raekit.train.trainer import autocast, compute_dtype
 
 
 def main() -> None:
@@ -49,9 +51,13 @@ def main() -> None:
         "eager": stepper(denoiser(arguments.size, device)),
         "compiled": stepper(compiled(denoiser(arguments.size, device))),
     }
+    counter = FlopCounterMode(display=False)
+    with counter:
+        variants["eager"]()
+    rate = matmul_rate(compute_dtype(arguments.precision, device), device)
     times = interleaved(variants, arguments.repeats, device)
     title = f"training step, DiT^DH-{arguments.size}, 768x16x16, batch {batch}, {arguments.precision}"
-    report(title, times, batch, device, arguments.out)
+    report(title, times, batch, device, arguments.out, flops=counter.get_total_flops(), rate=rate)
 
 
 if __name__ == "__main__":

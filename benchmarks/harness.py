@@ -10,15 +10,21 @@ from pathlib import Path
 
 import torch
 
+from raekit.flow.path import shift_factor
 from raekit.models.denoiser import SIZES, Denoiser, DenoiserConfig, wide_head
 
 
-def denoiser(size: str, device: torch.device) -> Denoiser:
+def denoiser(size: str, device: torch.device, *, seed: int = 0, base_depth: int = 0) -> Denoiser:
     """DiT^DH of the paper on DINOv2-B latents at 256 pixels: 768 x 16 x 16, head of 2 x 2048."""
-    config = DenoiserConfig(channels=768, grid=(16, 16), backbone=SIZES[size], head=wide_head())
-    torch.manual_seed(0)
+    shift = shift_factor((768, 16, 16))
+    config = DenoiserConfig(
+        channels=768, grid=(16, 16), backbone=SIZES[size], head=wide_head(), base_depth=base_depth, shift=shift
+    )
+    torch.manual_seed(seed)
     model = Denoiser(config).to(device)
-    torch.nn.init.normal_(model.final.out.weight, std=0.02)  # a zero output would be a fixed point of sampling
+    for final in (model.final, model.base_final):
+        if final is not None:
+            torch.nn.init.normal_(final.out.weight, std=0.02)  # a zero output would be a fixed point of sampling
     return model
 
 

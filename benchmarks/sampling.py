@@ -1,8 +1,11 @@
-"""How fast is sampling from DiT^DH? Euler steps on 768 x 16 x 16 latents, per image and step.
+"""How fast is sampling from DiT^DH, unguided and with each guidance? Euler steps on 768 x 16 x 16 latents.
 
     python benchmarks/sampling.py [--size S] [--batch 2] [--steps 2] [--precision bf16] [--out sampling.json]
 
-Eager and compiled alternate in one process; images/s are for 50 steps unguided, scaled from the steps run.
+"doubled" is a baseline as the published sampler works: each network that takes part runs on the batch twice over, at
+every step. The weak model of AutoGuidance is as large as the guided one, and the base output of internal guidance is
+taken after block 8. All take turns in one process; a speed-up is to the first line of its table, with its range. The
+latents of a method and its baseline are compared first. Images/s are for 50 steps, scaled from the steps run.
 """
 
 import argparse
@@ -10,13 +13,66 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from harness import compiled, denoiser, interleaved, report
+from raekit import randomness
+from raekit.flow.guidance import Guidance
+from raekit.flow.solvers import euler, time_grid
 from raekit.inference import Sampling, sample_latents
 from raekit.models.denoiser import Denoiser
-from raekit.train.trainer import autocast
+from raekit.train.trainer import Precision, autocast
 
 FULL_STEPS = 50
+RULES = {
+    "CFG": Guidance(scale=1.5),
+    "CFG in an interval": Guidance(scale=1.5, start=0.1, end=0.9),
+    "AutoGuidance": Guidance(method="auto", scale=1.5),
+    "internal": Guidance(method="internal", scale=1.5),
+}
+
+
+def doubled(model: Denoiser, weak: Denoiser, labels: Tensor, rule: Guidance, steps: int) -> Tensor:
+    """Latents by a sampler that runs each network on two batches, and chooses afterwards what it needs."""
+    config, count = model.config, len(labels)
+    twice = torch.cat([labels, labels if rule.method == "auto" else torch.full_like(labels, config.null_label)])
+
+    def field(x: Tensor, t: float) -> Tensor:
+        both, times = torch.cat([x, x]), torch.full((2 * count,), t, device=x.device)
+        v, other = model(both, times, twice).chunk(2)
+        if rule.method == "auto":
+            other = weak(both, times, twice).chunk(2)[0]
+        return other + rule.scale * (v - other) if rule.holds(t) else v
+
+    noise = randomness.normal(0, "sample", torch.arange(count), config.latent_shape).to(labels.device)
+    return euler(field, noise, time_grid(steps, config.shift, "full"))
+
+
+def samplers(
+    model: Denoiser, weak: Denoiser, labels: Tensor, steps: int, precision: Precision
+) -> dict[str, Callable[[], Tensor]]:
+    """{name: a call that gives latents}: unguided, with each of RULES, and the baselines."""
+    device = labels.device
+
+    @torch.no_grad()
+    def latents(call: Callable[[], Tensor]) -> Tensor:
+        with autocast(precision, device):
+            return call()
+
+    def ours(*rules: Guidance) -> Callable[[], Tensor]:
+        needed = weak if any(rule.method == "auto" for rule in rules) else None
+        sampling = Sampling(steps=steps, guidance=rules, weak=needed)
+        indices = torch.arange(len(labels))
+        return lambda: latents(lambda: sample_latents(model, labels, indices, 0, sampling, device))
+
+    def baseline(rule: Guidance) -> Callable[[], Tensor]:
+        return lambda: latents(lambda: doubled(model, weak, labels, rule, steps))
+
+    return (
+        {"unguided": ours()}
+        | {name: ours(rule) for name, rule in RULES.items()}
+        | {f"{name}, doubled": baseline(rule) for name, rule in RULES.items() if rule.method != "internal"}
+    )
 
 
 def main() -> None:
@@ -26,32 +82,32 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="solver steps to run; default: 2 on a CPU, 50 on a GPU")
     parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="JSON file for the figures")
+    parser.add_argument("--out", type=Path, help="JSON files for the figures: FILE-eager.json and FILE-compiled.json")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batch = arguments.batch or (64 if device.type == "cuda" else 2)
     steps = arguments.steps or (FULL_STEPS if device.type == "cuda" else 2)
     labels = torch.randint(1000, (batch,), device=device)
-
-    def sampler(model: Denoiser) -> Callable[[], object]:
-        def sample() -> None:
-            with autocast(arguments.precision, device):
-                sample_latents(model, labels, torch.arange(batch), 0, Sampling(steps=steps), device)
-
-        return sample
-
-    variants = {
-        "eager": sampler(denoiser(arguments.size, device).eval()),
-        "compiled": sampler(compiled(denoiser(arguments.size, device)).eval()),
-    }
-    times = {
-        name: [FULL_STEPS / steps * t for t in seconds]
-        for name, seconds in interleaved(variants, arguments.repeats, device).items()
-    }
-    title = (
-        f"sampling, DiT^DH-{arguments.size}, 768x16x16, batch {batch}, {FULL_STEPS} Euler steps, {arguments.precision}"
-    )
-    report(title, times, batch, device, arguments.out)
+    for mode in ("eager", "compiled"):
+        model, weak = (denoiser(arguments.size, device, seed=seed, base_depth=8).eval() for seed in (0, 1))
+        if mode == "compiled":
+            model, weak = compiled(model), compiled(weak)
+        variants = samplers(model, weak, labels, steps, arguments.precision)
+        for name in RULES:
+            if theirs := variants.get(f"{name}, doubled"):
+                ours, theirs = variants[name](), theirs()
+                print(f"{mode}, {name}: relative difference {((ours - theirs).norm() / theirs.norm()).item():.1e}")
+        times = {
+            name: [FULL_STEPS / steps * t for t in seconds]
+            for name, seconds in interleaved(variants, arguments.repeats, device).items()
+        }
+        what = f"DiT^DH-{arguments.size}, 768x16x16, batch {batch}, {FULL_STEPS} Euler steps, {arguments.precision}"
+        out = arguments.out and arguments.out.with_stem(f"{arguments.out.stem}-{mode}")
+        report(f"sampling, {what}, {mode}", times, batch, device, out)
+        for name in RULES:
+            if theirs := times.get(f"{name}, doubled"):
+                ratios = sorted(a / b for a, b in zip(theirs, times[name], strict=True))
+                print(f"{name}: {ratios[len(ratios) // 2]:.2f} times its baseline ({ratios[0]:.2f}-{ratios[-1]:.2f})")
 
 
 if __name__ == "__main__":
