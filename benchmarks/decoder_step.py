@@ -11,6 +11,7 @@ import argparse
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -49,7 +50,7 @@ def main() -> None:
     torch.manual_seed(0)
     spec = REGISTRY["dinov2-b"]
     sizes = transformers.Dinov2WithRegistersConfig(image_size=518, patch_size=14)
-    network: nn.Module = transformers.Dinov2WithRegistersModel(sizes)
+    network: Any = transformers.Dinov2WithRegistersModel(sizes)
     encoder = Encoder("dinov2-b", spec, network.to(compute_dtype(arguments.precision, device)))
     decoder = DecoderConfig(token_dim=768, grid=(16, 16), patch_size=16, **DECODERS[arguments.decoder])
     model = Autoencoder(AutoencoderConfig(encoder="dinov2-b", decoder=decoder), encoder).to(device)

@@ -1,6 +1,6 @@
 """Which decoder to keep: the one that is best for generation, which is not always the last, nor the best by rFID."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,18 +50,24 @@ def read_generated(path: Path, shape: tuple[int, int, int]) -> Tensor:
     return latents.float()
 
 
-def selector(
-    config: SelectionConfig, data: DataConfig, run: Path, current: Callable[[], Autoencoder], world: World
-) -> Callable[[int], dict[str, float]]:
-    """A function for `Periodic` that scores the autoencoder of `current()` and exports it if it is the best so far.
+def scorer(
+    config: SelectionConfig,
+    data: DataConfig,
+    latent_shape: tuple[int, int, int],
+    world: World,
+    more: Mapping[str, Callable[[Tensor, Tensor], Tensor]] | None = None,
+) -> Callable[[Autoencoder], dict[str, float]]:
+    """A function that scores autoencoders on the held-out images of `data`, and on the latents of `config`.
 
-    RUN/selected.json has the step and the score of the best.
+    Gives `reconstruction_fd`, psnr and ssim, and `generation_fd` if there are latents. `more` are further
+    {name: (images, originals) -> (B,)} of reconstructions.
     """
     network = EncoderFeatures(load_encoder(config.features).to(world.device))
     heldout = Loader(replace(data, split="heldout", flip=False, crop="center"), seed=0)
     if not len(heldout):
         raise UserError(f"selection: {data.source} has no held-out images to compare with")
-    latents = read_generated(Path(config.latents), current().latent_shape) if config.latents else None
+    latents = read_generated(Path(config.latents), latent_shape) if config.latents else None
+    pairs = {"psnr": psnr, "ssim": ssim, **(more or {})}
     reference: list[Moments] = []
 
     def reconstructed(model: Autoencoder) -> Iterator[Images]:
@@ -74,23 +80,39 @@ def selector(
             with torch.no_grad():
                 yield Images(model.decode(model.whiten(part.to(world.device))), torch.full((len(part),), -1))
 
-    def call(step: int) -> dict[str, float]:
+    def score(model: Autoencoder) -> dict[str, float]:
         if not reference:
             stream = images_of(heldout.once(BATCH * world.size, world), world)
             reference.append(reference_moments(stream, network, world))
-        model = current()
-        fd = FrechetDistance(network, reference[0], "reconstruction_fd")
-        values = evaluate(reconstructed(model), [fd, PairMean("psnr", psnr), PairMean("ssim", ssim)], world)
+        metrics = [FrechetDistance(network, reference[0], "reconstruction_fd")]
+        values = evaluate(reconstructed(model), [*metrics, *(PairMean(*pair) for pair in pairs.items())], world)
         if latents is not None:
-            fd = FrechetDistance(network, reference[0], "generation_fd")
-            values |= evaluate(decoded(model, latents), [fd], world)
-        score = values["reconstruction_fd" if latents is None else "generation_fd"]
+            metrics = [FrechetDistance(network, reference[0], "generation_fd")]
+            values |= evaluate(decoded(model, latents), metrics, world)
+        return values
+
+    return score
+
+
+def selector(
+    config: SelectionConfig, data: DataConfig, run: Path, current: Callable[[], Autoencoder], world: World
+) -> Callable[[int], dict[str, float]]:
+    """A function for `Periodic` that scores the autoencoder of `current()` and exports it if it is the best so far.
+
+    RUN/selected.json has the step and the score of the best.
+    """
+    score = scorer(config, data, current().latent_shape, world)
+
+    def call(step: int) -> dict[str, float]:
+        model = current()
+        values = score(model)
+        chosen = values["generation_fd" if config.latents else "reconstruction_fd"]
         path = run / "selected.json"
-        if not path.is_file() or score < read_json(path)["score"]:
+        if not path.is_file() or chosen < read_json(path)["score"]:
             model.save(run / "artifact", world)
             if world.is_main:
                 with whole(path) as partial:
-                    partial.write_text(to_json({"step": step, "score": score}))
+                    partial.write_text(to_json({"step": step, "score": chosen}))
             world.barrier()
         return values
 
