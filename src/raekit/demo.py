@@ -1,6 +1,5 @@
 """The whole pipeline on built-in images, in the time of a coffee: two trainings, samples, scores, a report."""
 
-import base64
 import io
 import platform
 import time
@@ -10,7 +9,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import jinja2
 import torch
 
 from raekit import __version__
@@ -21,6 +19,7 @@ from raekit.errors import UserError
 from raekit.files import whole
 from raekit.flow.guidance import Guidance
 from raekit.inference import Model, Sampling, generate, load, reconstruct
+from raekit.pages import embed, write_page
 from raekit.pictures import grid, to_pil
 from raekit.progress import Report
 from raekit.recipes import find
@@ -194,21 +193,17 @@ def _scores(run: Path, model: Model, plan: Plan, config: GenerationConfig, world
 def _report(run: Path, plan: Plan, scores: Scores) -> None:
     """Write RUN/report.html, with all it needs inside."""
     model = load(str(run / "denoiser"))
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("raekit", "assets"),
-        autoescape=True,
-        trim_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
     records = {name: read_metrics(run / name) for name in ("decoder", "denoiser")}
-    html = environment.get_template("report.html").render(
+    write_page(
+        run / "report.html",
+        "report.html",
         version=__version__,
         plan=to_dict(plan),
         classes=model.classes,
         scores=scores,
         metrics=list(dict.fromkeys(metric for row in scores.values() for metric in row)),
-        pictures={path.stem: _embed(path.read_bytes()) for path in sorted((run / "pictures").glob("*.png"))},
-        curves={name: _embed(_curve(name, rows)) for name, rows in records.items()},
+        pictures={path.stem: embed(path.read_bytes()) for path in sorted((run / "pictures").glob("*.png"))},
+        curves={name: embed(_curve(name, rows)) for name, rows in records.items()},
         timings={name: _seconds(rows, run / name) for name, rows in records.items()},
         parameters={
             "encoder": _count(model.autoencoder.encoder),
@@ -220,8 +215,6 @@ def _report(run: Path, plan: Plan, scores: Scores) -> None:
         settings={name: to_json(read_json(run / name / "config.json")) for name in records},
         per_class=PER_CLASS,
     )
-    with whole(run / "report.html") as partial:
-        partial.write_text(html)
 
 
 def _count(module: torch.nn.Module) -> int:
@@ -237,10 +230,6 @@ def _seconds(records: list[dict[str, float]], run: Path) -> float:
             total += (record["step"] - before) * batch / record["images_per_second"]
             before = record["step"]
     return total
-
-
-def _embed(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
 def _curve(name: str, records: list[dict[str, float]]) -> bytes:

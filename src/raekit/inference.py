@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -69,7 +69,8 @@ class Sampling:
     """How to sample. `steps` on a `full` grid are so many solver steps; `published` is the official grid (spec 3).
 
     `weak` is the weaker denoiser of `auto` guidance. With `reuse` k the backbone of a network with a head runs
-    at every k-th step only. `atol` and `rtol` belong to dopri5.
+    at every k-th step only. `atol` and `rtol` belong to dopri5. In `bf16` the denoiser runs under autocast; the state
+    stays float32, and so does decoding.
     """
 
     steps: int = 50
@@ -80,6 +81,7 @@ class Sampling:
     reuse: int = 1
     atol: float = 1e-6
     rtol: float = 1e-3
+    precision: Literal["fp32", "bf16"] = "fp32"
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ def generate(
     if batch_size < 1:
         raise UserError(f"batch_size: {batch_size} must be at least 1")
     total = len(labels) if labels is not None else count or 0
-    _check(sampling, model.denoiser, labels is not None)
+    check_sampling(sampling, model.denoiser, labels is not None)
     numbers = range(total) if indices is None else indices
     for first in range(world.rank * batch_size, len(numbers), world.size * batch_size):
         batch = torch.tensor(numbers[first : first + batch_size])
@@ -158,7 +160,7 @@ def sample_latents(
     def normal(stream: str) -> Tensor:
         return randomness.normal(seed, stream, indices, denoiser.config.latent_shape).to(device)
 
-    _check(sampling, denoiser, labels is not None)
+    check_sampling(sampling, denoiser, labels is not None)
     field = _velocity(denoiser, labels, sampling, Counter() if passes is None else passes)
     times = time_grid(sampling.steps, denoiser.config.shift, sampling.grid)
     if sampling.solver == "euler-maruyama":
@@ -172,7 +174,7 @@ def latents_to_noise(denoiser: Denoiser, latents: Tensor, labels: Tensor | None,
 
     The same grid the other way: a `published` one takes `latents` for those of its last time.
     """
-    _check(sampling, denoiser, labels is not None, reverse=True)
+    check_sampling(sampling, denoiser, labels is not None, reverse=True)
     field = _velocity(denoiser, labels, sampling, Counter())
     return _follow(sampling, field, latents, time_grid(sampling.steps, denoiser.config.shift, sampling.grid)[::-1])
 
@@ -183,7 +185,7 @@ def _follow(sampling: Sampling, field: Velocity, x: Tensor, times: Sequence[floa
     return (heun if sampling.solver == "heun" else euler)(field, x, times)
 
 
-def _check(sampling: Sampling, denoiser: Denoiser, labelled: bool, reverse: bool = False) -> None:
+def check_sampling(sampling: Sampling, denoiser: Denoiser, labelled: bool, reverse: bool = False) -> None:
     """UserError if `denoiser` cannot be sampled so, or if a setting would have no effect."""
     weak, config = sampling.weak, denoiser.config
     missing: dict[Reference, str] = {}
@@ -220,21 +222,24 @@ def _velocity(denoiser: Denoiser, labels: Tensor | None, sampling: Sampling, pas
     def predict(x: Tensor, t: float, references: Collection[Reference]) -> tuple[Tensor, dict[Reference, Tensor]]:
         times = torch.full((len(x),), t, device=x.device)
         outputs: dict[Reference, Tensor] = {}
-        if "base" in references:
-            full, outputs["base"] = conditional(x, times, labels, with_base=True)
-        else:
-            full = conditional(x, times, labels)
-        if "unconditional" in references:
-            outputs["unconditional"] = unconditional(x, times, None)
+        weak: Tensor | None = None
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=sampling.precision == "bf16"):
+            if "base" in references:
+                full, outputs["base"] = conditional(x, times, labels, with_base=True)
+            else:
+                full = conditional(x, times, labels)
+            if "unconditional" in references:
+                outputs["unconditional"] = unconditional(x, times, None)
+            if "weak" in references:
+                assert sampling.weak
+                passes["weak"] += 1
+                weak = sampling.weak(x, times, labels)
         prediction = denoiser.config.prediction
         for name, output in outputs.items():
-            outputs[name] = to_velocity(x, output, times, prediction)
-        if "weak" in references:
-            assert sampling.weak
-            passes["weak"] += 1
-            weak = sampling.weak(x, times, labels)
-            outputs["weak"] = to_velocity(x, weak, times, sampling.weak.config.prediction)
-        return to_velocity(x, full, times, prediction), outputs
+            outputs[name] = to_velocity(x, output.to(x.dtype), times, prediction)
+        if weak is not None and sampling.weak:
+            outputs["weak"] = to_velocity(x, weak.to(x.dtype), times, sampling.weak.config.prediction)
+        return to_velocity(x, full.to(x.dtype), times, prediction), outputs
 
     return guided(predict, sampling.guidance)
 

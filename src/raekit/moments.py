@@ -40,6 +40,18 @@ class Moments:
         if other.count:
             self._add(other.count, other.mean, other.scatter)
 
+    def without(self, part: Self) -> Self:
+        """The moments of all that was seen but for `part`, which was among it."""
+        if part.count >= self.count:
+            raise ValueError(f"{part.count} of {self.count} samples cannot be taken away")
+        rest = type(self)(self.dim, diagonal=self.diagonal)
+        rest.count = self.count - part.count
+        mean = part.mean.to(self.mean.device)
+        rest.mean = self.mean + (self.mean - mean) * (part.count / rest.count)
+        between = self._outer(mean - rest.mean) * (part.count * rest.count / self.count)
+        rest.scatter = self.scatter - part.scatter.to(self.mean.device) - between
+        return rest
+
     def reduce(self, world: World) -> Self:
         """Give every process, in place, the moments of all processes together; call it once, at the end."""
         if world.size == 1:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from raekit.distributed import World
 from raekit.errors import UserError
-from raekit.evaluation.evaluate import evaluate, feature_bank, reference_moments, stored_images
+from raekit.evaluation.evaluate import StoredImages, evaluate, feature_bank, reference_moments
 from raekit.evaluation.features import Images
 from raekit.evaluation.metrics import Accumulator, FrechetDistance, NearestNeighbours, PairMean, psnr, ssim
 from raekit.moments import Moments
@@ -139,20 +139,22 @@ def test_saved_images_score_as_when_they_were_generated(tmp_path, kind):
     (tmp_path / "npz.npz").rename(tmp_path / "npz")
     for archive in "zip", "tar":
         Path(shutil.make_archive(str(tmp_path / "x"), archive, tmp_path / "flat")).rename(tmp_path / archive)
-    count, images = stored_images(f"{kind}:{tmp_path / kind}", world)
-    assert count == 70
-    result = evaluate(images, [FrechetDistance(network, reference)], world)
+    stored = StoredImages(f"{kind}:{tmp_path / kind}", batch_size=16)
+    assert (stored.count, stored.image_size) == (70, 16)
+    batches = list(stored.batches([range(20), range(20, 70)], world))
+    assert [len(batch) for batch in batches] == [16, 4, 16, 16, 16, 2]
+    result = evaluate(batches, [FrechetDistance(network, reference)], world)
     assert result == {"fd_thumbnail": pytest.approx(expected["fd_thumbnail"], rel=1e-9)}
 
 
 def test_saved_images_that_would_be_changed_or_left_out_are_refused(tmp_path):
     Image.new("RGB", (8, 6)).save(tmp_path / "a.png")
     with pytest.raises(UserError, match="its images are 8 x 6; crop them to squares first"):
-        stored_images(f"flat:{tmp_path}", ALONE)
+        StoredImages(f"flat:{tmp_path}")
     (tmp_path / "a.png").write_bytes(b"")
     with pytest.raises(UserError, match=r"unreadable image .*a\.png"):
-        stored_images(f"flat:{tmp_path}", ALONE)
+        StoredImages(f"flat:{tmp_path}")
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes(b"")
     with pytest.raises(UserError, match=r"1 of 2 images are unreadable.*b\.png"):
-        list(stored_images(f"flat:{tmp_path}", ALONE)[1])
+        list(StoredImages(f"flat:{tmp_path}").batches([range(2)], ALONE))

@@ -8,7 +8,7 @@ import transformers
 from scipy.optimize import minimize
 
 from raekit.errors import UserError
-from raekit.evaluation.probe import linear_probe, probe, untrained, wilson_interval
+from raekit.evaluation.probe import linear_probe, probe, untrained
 from raekit.models.autoencoder import Autoencoder
 from raekit.models.encoders import HALF, Encoder, EncoderSpec, load_encoder
 
@@ -85,14 +85,6 @@ def test_one_class_is_refused():
     features, labels = blobs(30, 0)
     with pytest.raises(UserError, match="at least two classes"):
         linear_probe(features, labels * 0, features, labels)
-
-
-def test_the_interval_is_that_of_wilson():
-    low, high = wilson_interval(8, 10)
-    for share in (low, high):  # where a share itself is z standard errors from the observed one
-        assert abs(0.8 - share) / math.sqrt(share * (1 - share) / 10) == pytest.approx(1.959964, abs=1e-5)
-    assert wilson_interval(0, 10)[0] == pytest.approx(0, abs=1e-12)
-    assert wilson_interval(10, 10)[1] == pytest.approx(1, abs=1e-12)
 
 
 def test_untrained_weights_are_others_of_the_same_shapes_and_leave_the_encoder_alone(tiny_model):

@@ -8,7 +8,7 @@ import tyro
 
 from raekit.cli import console
 from raekit.cli.autoencoding import encode, reconstruct
-from raekit.cli.evaluation import evaluate, probe, reference
+from raekit.cli.evaluation import compare, evaluate, probe, reference
 from raekit.cli.formats import convert, info
 from raekit.cli.generation import generate
 from raekit.cli.latents import latents_generate, latents_measure
@@ -26,6 +26,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "latents measure": latents_measure,
     "latents generate": latents_generate,
     "evaluate": evaluate,
+    "compare": compare,
     "reference": reference,
     "convert": convert,
     "info": info,

@@ -1,7 +1,8 @@
 """Commands that score."""
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from rich.table import Table
 from tyro.conf import Positional
@@ -12,63 +13,230 @@ from raekit.cli.generation import load_weaker
 from raekit.errors import UserError
 from raekit.progress import Display
 
+if TYPE_CHECKING:
+    from raekit.distributed import World
+    from raekit.inference import Sampling
+    from raekit.progress import Report
+
 
 def evaluate(
     model: Positional[str],
-    count: int = 1000,
+    reference: tuple[Path, ...] = (),
+    count: int | None = None,
+    seed: int = 0,
+    labels: Literal["balanced", "random", "reference"] = "balanced",
     guidance: tuple[str, ...] = (),
     weak: str | None = None,
     steps: int = 50,
-    seed: int = 0,
+    solver: Literal["euler", "heun", "dopri5", "euler-maruyama"] = "euler",
+    grid: Literal["full", "published"] = "full",
+    reuse: int = 1,
+    precision: Literal["fp32", "bf16"] = "fp32",
     source: str = "emoji",
-    features: str = "builtin:vit-tiny",
+    features: tuple[str, ...] = (),
+    baseline: tuple[Path, ...] = (),
+    intervals: bool = False,
+    batch_size: int = 64,
+    workers: int = 0,
     out: Path | None = None,
     device: Device | None = None,
 ) -> None:
-    """Score a model's samples and reconstructions beside baselines.
+    """Compare a model's samples, or saved images, with a reference, and write a report.
 
-    Example: raekit evaluate builtin:emoji --count 1000 --guidance cfg:2.0
+    Example: raekit evaluate builtin:emoji --reference emoji.safetensors --labels reference --count 5000
+    Stopped, the same command goes on. Several processes: torchrun --nproc-per-node 8 -m raekit -- evaluate MODEL ...
+    Without a reference it scores samples and reconstructions beside baselines, as in
+    raekit evaluate builtin:emoji --guidance cfg:2.0
 
     Args:
-        model: builtin:NAME, a model folder, a run, or OWNER/NAME on the Hub.
-        count: samples for each setting.
-        guidance: settings to score beside unguided sampling, as in cfg:2.0@0.1-0.9 or auto:1.4.
+        model: builtin:NAME, a model folder, a run, or OWNER/NAME on the Hub; or saved images: flat:DIR, folder:DIR,
+            npz:FILE, zip:FILE or tar:FILE.
+        reference: .safetensors of `raekit reference`, ADM's .npz, or statistics of other projects.
+        count: samples. Default: 50,000, or 1,000 for each setting without a reference.
+        seed: of the samples.
+        labels: each class equally often; each drawn uniformly; or in the proportions of the reference's images.
+        guidance: as in cfg:2.0@0.1-0.9 or auto:1.4. Without a reference, settings to score beside unguided sampling.
         weak: the weaker model of auto guidance, named as the model is.
         steps: solver steps.
-        seed: of the samples.
-        source: real images, split into train and held-out.
-        features: the encoder in whose features images are compared.
-        out: a JSON file for the scores.
+        solver: as of `raekit generate`.
+        grid: of times; published is the official sampler's, one step short of the data.
+        reuse: run the backbone at every so many steps only, the head at each.
+        precision: of the denoiser.
+        source: without a reference, real images, split into train and held-out.
+        features: networks to compare in: inception, inception:WEIGHTS, clean_inception, or encoders. Default: all that
+            the reference has statistics of, or builtin:vit-tiny without one.
+        baseline: references of other real images, to whose distance that of the images is given as a ratio.
+        intervals: 95 % intervals of distances and accuracies, and the distances' bias.
+        batch_size: images at once.
+        workers: processes that decode saved images.
+        out: the folder of the report, by default reports/HASH; without a reference a JSON file for the scores.
         device: default is the best there is.
     """
-    from raekit.config import to_json
-    from raekit.data.loader import DataConfig
+    from raekit.data.sources import is_address
     from raekit.distributed import world
-    from raekit.files import whole
     from raekit.flow.guidance import parse_guidance
     from raekit.inference import Sampling, load
-    from raekit.scoring import score
 
+    saved = is_address(model)
+    sampled = {
+        "seed": seed != 0,
+        "labels": labels != "balanced",
+        "guidance": bool(guidance),
+        "weak": weak is not None,
+        "steps": steps != 50,
+        "solver": solver != "euler",
+        "grid": grid != "full",
+        "reuse": reuse != 1,
+        "precision": precision != "fp32",
+        "count": count is not None,
+    }
+    if reference:
+        _no_effect("with --reference", source=source != "emoji")
+        _no_effect("on saved images, which are taken as they are", **sampled if saved else {})
+        if len(guidance) > 1:
+            raise UserError("--guidance: one setting for one report; run the others too, and see raekit compare")
+    else:
+        if saved:
+            raise UserError(f"--reference: saved images need one to be compared with, as of raekit reference {model}")
+        others = {"baseline": bool(baseline), "workers": workers != 0, "batch-size": batch_size != 64}
+        _no_effect("without --reference", labels=labels != "balanced", **others)
+    if count is not None and count < 1:
+        raise UserError(f"--count: {count} must be at least 1")
     rules = {text: parse_guidance(text) for text in guidance}
     if weak and not any(rule.method == "auto" for chosen in rules.values() for rule in chosen):
         raise UserError("--weak: no effect without --guidance auto:SCALE")
     with world(device) as here, Display(console.err, quiet=not here.is_main) as progress:
-        loaded, weaker = load(model, here.device), load_weaker(weak, model, here)
-        samplings = {"samples": Sampling(steps=steps)}
-        for text, chosen in rules.items():
-            needed = weaker if any(rule.method == "auto" for rule in chosen) else None
-            samplings[f"samples, {text}"] = Sampling(steps=steps, guidance=chosen, weak=needed)
-        data = DataConfig(source=source, image_size=loaded.autoencoder.image_size)
-        scores = score(
-            loaded, data, samplings, count=count, seed=seed, features=features, world=here, progress=progress
+        plain = Sampling(steps=steps, solver=solver, grid=grid, reuse=reuse, precision=precision)
+        weaker = load_weaker(weak, model, here)
+        guided = {
+            text: replace(plain, guidance=chosen, weak=weaker if any(r.method == "auto" for r in chosen) else None)
+            for text, chosen in rules.items()
+        }
+        if not reference:
+            if len(features) > 1:
+                raise UserError("--features: without --reference, one encoder")
+            _score(
+                model,
+                {"samples": plain} | {f"samples, {text}": each for text, each in guided.items()},
+                source,
+                out,
+                count=count or 1000,
+                seed=seed,
+                features=features[0] if features else "builtin:vit-tiny",
+                intervals=intervals,
+                world=here,
+                progress=progress,
+            )
+            return
+        from raekit.assessment import Samples, assess
+        from raekit.evaluation.against import Against
+        from raekit.evaluation.evaluate import StoredImages
+        from raekit.evaluation.references import read_reference
+
+        references, baselines = ([read_reference(path) for path in group] for group in (reference, baseline))
+        if saved:
+            stream = StoredImages(model, batch_size, workers)
+        else:
+            stream = Samples(
+                load(model, here.device),
+                count or 50_000,
+                guided[guidance[0]] if guidance else plain,
+                seed=seed,
+                labels=labels,
+                of_reference=references[0].about.classes,
+                batch_size=batch_size,
+            )
+        report, folder = assess(
+            stream,
+            Against(references, features, here.device, baselines),
+            {"model": model, "weak": weak, "reference": [*map(str, reference)], "baseline": [*map(str, baseline)]},
+            out,
+            intervals=intervals,
+            world=here,
+            progress=progress,
         )
     if here.is_main:
+        from raekit.reports import score_rows
+
+        table = Table("metric", "value", "95 % interval", "")
+        for row in score_rows(report):
+            table.add_row(*row)
+        console.out.print(table)
+        for note in report.notes:
+            console.out.print(note, markup=False)
+        console.out.print(f"report: {folder / 'report.html'}, settings {report.hash}", markup=False)
+
+
+def _no_effect(why: str, **given: bool) -> None:
+    for option, was in given.items():
+        if was:
+            raise UserError(f"--{option}: no effect {why}")
+
+
+def _score(
+    model: str,
+    samplings: "dict[str, Sampling]",
+    source: str,
+    out: Path | None,
+    *,
+    count: int,
+    seed: int,
+    features: str,
+    intervals: bool,
+    world: "World",
+    progress: "Report",
+) -> None:
+    """Score `samplings` beside baselines."""
+    from raekit.config import to_json
+    from raekit.data.loader import DataConfig
+    from raekit.files import whole
+    from raekit.inference import load
+    from raekit.scoring import score
+
+    loaded = load(model, world.device)
+    data = DataConfig(source=source, image_size=loaded.autoencoder.image_size)
+    scores = score(
+        loaded,
+        data,
+        samplings,
+        count=count,
+        seed=seed,
+        features=features,
+        intervals=intervals,
+        world=world,
+        progress=progress,
+    )
+    if world.is_main:
         console.out.print(scores_table(scores))
         if out:
+            steps = next(iter(samplings.values())).steps
             with whole(out) as partial:
                 partial.write_text(
                     to_json({"model": model, "count": count, "seed": seed, "steps": steps, "scores": scores})
                 )
+
+
+def compare(reports: Positional[tuple[Path, ...]], out: Path | None = None) -> None:
+    """Put reports of `raekit evaluate --reference` side by side, and say which settings differ.
+
+    Example: raekit compare reports/plain reports/guided --out guidance.png
+
+    Args:
+        reports: folders of reports, or their report.json.
+        out: a .png, .md or .html to write it to.
+    """
+    from raekit.reports import Comparison
+
+    comparison = Comparison(reports)
+    table = Table("", *comparison.labels)
+    for row in comparison.rows():
+        table.add_row(*row)
+    console.out.print(table)
+    for note in comparison.notes():
+        console.out.print(note, markup=False)
+    if out:
+        comparison.write(out)
+        console.out.print(f"written: {out}", markup=False)
 
 
 def reference(

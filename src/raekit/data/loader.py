@@ -119,8 +119,11 @@ class Loader:
         """
         share = _share(batch_size, world)
         firsts = range(world.rank * share, len(self), batch_size)
-        reader = _Reader(self.source, self.config, seed=None, attempts=1)
-        return self._batches(reader, (range(first, min(first + share, len(self))) for first in firsts), world)
+        return self.pick((range(first, min(first + share, len(self))) for first in firsts), world)
+
+    def pick(self, parts: Iterable[range], world: World) -> Iterator[Batch]:
+        """Yield each of `parts` of the source as a batch, centre-cropped; they are this rank's own choice."""
+        return self._batches(_Reader(self.source, self.config, seed=None, attempts=1), parts, world)
 
     def _batches(self, reader: "_Reader", positions: Iterable[range], world: World) -> Iterator[Batch]:
         loaded = DataLoader(

@@ -36,6 +36,11 @@ class Source(Protocol):
         """Names of the labels, the same for every split; () if unlabelled."""
         ...
 
+    @property
+    def labels(self) -> np.ndarray:
+        """The labels (N,) of all images, int64, read without decoding any; -1 where there is none."""
+        ...
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
@@ -77,6 +82,23 @@ def open_source(uri: str, split: Split = "train") -> Source:
     return source
 
 
+def is_address(name: str) -> bool:
+    """Whether `name` has the form of an address of images, and not of a model."""
+    scheme, _, place = name.partition(":")
+    return scheme in _OPENERS and bool(place) != (scheme == "emoji")
+
+
+def stamp(uri: str) -> str:
+    """16 digits that change with the files at `uri`: their names, sizes and times, without reading them."""
+    place = Path(uri.partition(":")[2]).expanduser()
+    files = [Path(top, name) for top, _, names in os.walk(place) for name in names] if place.is_dir() else [place]
+    digest = blake2b(digest_size=8)
+    for file in sorted(files) if ":" in uri else ():
+        status = file.stat()
+        digest.update(os.fsencode(file.relative_to(place)) + repr((status.st_size, status.st_mtime_ns)).encode())
+    return digest.hexdigest()
+
+
 def _chosen(keys: Sequence[str], split: Split) -> np.ndarray:
     """Indices of the `keys` that belong to `split`; a tenth is held out, by a hash."""
     if split == "all":
@@ -94,13 +116,13 @@ class Emoji:
         files = list(_emoji())
         self.files = [files[i] for i in _chosen([code_points(file) for file in files], split)]
         self.classes = tuple(sorted({file.split("/")[0] for file in files}))
+        self.labels = np.array([self.classes.index(file.split("/")[0]) for file in self.files])
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        file = self.files[index]
-        return _emoji_image(file).copy(), self.classes.index(file.split("/")[0])
+        return _emoji_image(self.files[index]).copy(), int(self.labels[index])
 
 
 def code_points(file: str) -> str:
@@ -128,14 +150,14 @@ class Files:
         self._folder = str(folder)
         # Arrays: the reference counts of a million strings would copy their pages into each forked worker.
         self._paths = np.array([os.fsencode(path) for path in paths])
-        self._labels = np.array(labels)
+        self.labels = np.array(labels)
 
     def __len__(self) -> int:
         return len(self._paths)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         path = os.path.join(self._folder, os.fsdecode(self._paths[index]))
-        return decode(path, path), int(self._labels[index])
+        return decode(path, path), int(self.labels[index])
 
 
 def _open_flat(uri: str, folder: Path, split: Split) -> Files:
@@ -180,13 +202,13 @@ class Idx:
             self._images = np.concatenate([parts[part][0] for part in wanted])
         except ValueError:
             raise UserError(f"{folder}: the images of train and t10k differ in size; use one split") from None
-        self._labels = np.concatenate([parts[part][1] for part in wanted])
+        self.labels = np.concatenate([parts[part][1] for part in wanted]).astype(np.int64)
 
     def __len__(self) -> int:
         return len(self._images)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(self._images[index]).convert("RGB"), int(self._labels[index])
+        return Image.fromarray(self._images[index]).convert("RGB"), int(self.labels[index])
 
 
 def _read_idx_pair(folder: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
@@ -262,6 +284,13 @@ class HuggingFace:
         file = image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])
         return decode(file, name), -1 if label is None else label
 
+    @property
+    def labels(self) -> np.ndarray:
+        if self._label is None:
+            return np.full(len(self), -1)
+        column = self._rows.select_columns([self._label])[:][self._label]
+        return np.array([-1 if label is None else label for label in column])[self._numbers]
+
 
 def _first_column(features: Mapping[str, object], kind: type) -> str | None:
     return next((name for name, feature in features.items() if isinstance(feature, kind)), None)
@@ -279,14 +308,15 @@ class NpzImages:
         if math.prod(shape[1:]) > MAX_FILE or shape[0] > 2**24:
             raise UserError(f"{path}: {shape[0]:,} images of {shape[1]} x {shape[2]} pixels are too many or too large")
         self._numbers = _chosen([str(row) for row in range(shape[0])], split)
-        self._labels = np.full(shape[0], -1)
+        labels = np.full(shape[0], -1)
         self.classes: tuple[str, ...] = ()
         kind, length = self._npz.arrays.get("arr_1", (None, ()))
         if kind is not None and kind.kind in "iu" and length == shape[:1]:
-            self._labels = self._npz.read("arr_1").astype(np.int64)
-            if not 0 <= self._labels.min() <= self._labels.max() < 2**20:
+            labels = self._npz.read("arr_1").astype(np.int64)
+            if not 0 <= labels.min() <= labels.max() < 2**20:
                 raise UserError(f"{path}: labels in arr_1 must be class numbers from 0")
-            self.classes = tuple(map(str, range(int(self._labels.max()) + 1)))
+            self.classes = tuple(map(str, range(int(labels.max()) + 1)))
+        self.labels = labels[self._numbers]
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -294,7 +324,7 @@ class NpzImages:
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         number = int(self._numbers[index])
         try:
-            return Image.fromarray(self._npz.row("arr_0", number)), int(self._labels[number])
+            return Image.fromarray(self._npz.row("arr_0", number)), int(self.labels[index])
         except (OSError, ValueError) as error:
             raise UnreadableImage(f"{self.name} row {number}", str(error)) from None
 
@@ -311,6 +341,7 @@ class Archived:
         chosen = [names[i] for i in _chosen(names, split)]
         self._names = np.array([os.fsencode(name) for name in chosen])
         self._entries = np.array([entries[name] for name in chosen], np.int64).reshape(len(chosen), -1)
+        self.labels = np.full(len(chosen), -1)
 
     def __len__(self) -> int:
         return len(self._names)

@@ -29,22 +29,39 @@ def images_of(batches: Iterable[Batch], world: World) -> Iterator[Images]:
         yield Images(batch.pixels(), batch.labels, indices=batch.positions)
 
 
-def stored_images(source: str, world: World, *, workers: int = 0) -> tuple[int, Iterator[Images]]:
-    """Images that were saved, such as samples: their number, and this process's share of them.
+class StoredImages:
+    """Images that were saved, such as samples, as a stream of `evaluation.chunks`.
 
     `source` is any address of `data.sources`, of which all images are taken as they are: they are square, and
-    of the size of the first; others are centre-cropped to it. UserError if the first is not square, or if one
-    is unreadable.
+    of the size of the first; others are centre-cropped to it. UserError if the first is not square, or, when its turn
+    comes, if one is unreadable.
     """
-    try:
-        width, height = open_source(source, "all")[0][0].size
-    except UnreadableImage as error:
-        raise UserError(f"data source {source!r}: unreadable image {error}") from None
-    if width != height:
-        raise UserError(f"data source {source!r}: its images are {width} x {height}; crop them to squares first")
-    data = DataConfig(source=source, split="all", image_size=width, workers=workers, max_unreadable=0)
-    loader = Loader(data, seed=0)
-    return len(loader), images_of(loader.once(BATCH, world), world)
+
+    def __init__(self, source: str, batch_size: int = BATCH, workers: int = 0):
+        try:
+            width, height = open_source(source, "all")[0][0].size
+        except UnreadableImage as error:
+            raise UserError(f"data source {source!r}: unreadable image {error}") from None
+        if width != height:
+            raise UserError(f"data source {source!r}: its images are {width} x {height}; crop them to squares first")
+        data = DataConfig(source=source, split="all", image_size=width, workers=workers, max_unreadable=0)
+        self.loader, self.batch_size = Loader(data, seed=0), batch_size
+
+    @property
+    def count(self) -> int:
+        return len(self.loader)
+
+    @property
+    def image_size(self) -> int:
+        return self.loader.config.image_size
+
+    def batches(self, chunks: Sequence[range], world: World) -> Iterator[Images]:
+        parts = (
+            chunk[first : first + self.batch_size]
+            for chunk in chunks
+            for first in range(0, len(chunk), self.batch_size)
+        )
+        return images_of(self.loader.pick(parts, world), world)
 
 
 @torch.no_grad()

@@ -1,9 +1,10 @@
 """What evaluation streams, and the networks in whose features images are compared."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from torch import Tensor
 from raekit.errors import UserError
 from raekit.models.encoders import FAMILIES, Encoder, LayersConfig, load_encoder, sides
 from raekit.models.inception import LOGITS, POOL, SIZE, SPATIAL, Inception, load_inception
+from raekit.weights import fingerprint
 
 
 class FeatureNetwork(Protocol):
@@ -29,6 +31,15 @@ class ReferenceNetwork(FeatureNetwork, Protocol):
 
     @property
     def resize(self) -> str: ...
+
+
+def weights_of(network: FeatureNetwork) -> str:
+    """16 digits that tell the weights of `network` from others of the same name."""
+    if isinstance(network, Part):
+        return weights_of(network.whole)
+    if isinstance(network, InceptionFeatures):
+        return fingerprint(network.network.state_dict())
+    return fingerprint(network.encoder.state_dict()) if isinstance(network, EncoderFeatures) else ""
 
 
 def check_width(what: str, width: int, network: FeatureNetwork) -> None:
@@ -85,12 +96,20 @@ class Images:
     def __len__(self) -> int:
         return len(self.images)
 
+    @classmethod
+    def gone(cls, features: Mapping[FeatureNetwork, Tensor], labels: Tensor, indices: Tensor) -> Self:
+        """A batch of which `features` alone are left."""
+        batch = cls(torch.empty(len(labels), 3, 0, 0), labels, indices=indices)
+        batch._features.update(features)
+        return batch
+
     def features(self, network: FeatureNetwork) -> Tensor:
         """The features (B, width) of the images, computed once for all metrics that share `network`."""
+        if network in self._features:
+            return self._features[network]
         if isinstance(network, Part):
             return self.features(network.whole)[:, network.columns]
-        if network not in self._features:
-            self._features[network] = network(self.images)
+        self._features[network] = network(self.images)
         return self._features[network]
 
 
@@ -133,6 +152,18 @@ class InceptionFeatures:
         return self.network(images)
 
 
+def encoder_name(encoder: str) -> str:
+    """What the features of an encoder that `load_encoder` takes are called."""
+    name = re.sub(f"^({'|'.join(FAMILIES)}|builtin):", "", encoder)
+    if Path(name).is_absolute() or Path(name).is_dir():
+        name = Path(name).resolve().name
+    return _plain(name)
+
+
+def _plain(name: str) -> str:
+    return re.sub("[^0-9A-Za-z]+", "_", name).strip("_")
+
+
 class EncoderFeatures:
     """The mean over an encoder's patch tokens, of images resized (bicubic, antialiased) to its input size.
 
@@ -144,14 +175,12 @@ class EncoderFeatures:
 
     def __init__(self, encoder: Encoder):
         self.encoder, self.width = encoder, encoder.spec.width
-        name = re.sub(f"^({'|'.join(FAMILIES)}|builtin):", "", encoder.name)
-        if Path(name).is_absolute() or Path(name).is_dir():
-            name = Path(name).resolve().name
+        name = encoder_name(encoder.name)
         if encoder.input_size != sides(encoder.spec.image_size):
             name = "_".join([name, *map(str, dict.fromkeys(encoder.input_size))])
         if encoder.layers != LayersConfig():
             name = f"{name}_{encoder.layers}"
-        self.name = re.sub("[^0-9A-Za-z]+", "_", name).strip("_")
+        self.name = _plain(name)
         self.resize = f"bicubic, antialiased, to {' x '.join(map(str, encoder.input_size))}"
 
     @torch.no_grad()

@@ -49,17 +49,18 @@ class Gaussian:
         return vectors[:, kept] * values[kept].sqrt()
 
 
-def frechet_distance(samples: Moments | Gaussian, reference: Moments | Gaussian) -> float:
+def frechet_distance(samples: Moments | Gaussian, reference: Moments | Gaussian, quiet: bool = False) -> float:
     """|mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2), for unbiased covariances.
 
     Stable for covariances without full rank, and zero between equal ones. It is biased upwards for few
-    samples: at most as many as dimensions brings a warning. NaN, with a warning, for moments not finite.
+    samples: at most as many as dimensions brings a warning, unless it is `quiet`. NaN, with a warning, for moments
+    not finite.
 
     Symmetric in its arguments; a `Gaussian` given as `reference` is factored once for all calls.
     """
     a, b = Gaussian.of(samples), Gaussian.of(reference)
     for part in (a, b):
-        if part.count is not None and part.count <= part.dim:
+        if part.count is not None and part.count <= part.dim and not quiet:
             log.warning(
                 "Frechet distance from %d samples in %d dimensions: the covariance has not full rank; "
                 "take more samples",

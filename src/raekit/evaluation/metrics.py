@@ -12,6 +12,7 @@ from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.evaluation.features import FeatureNetwork, Images, check_width, named
 from raekit.evaluation.frechet import Gaussian, frechet_distance
+from raekit.evaluation.intervals import GROUPS, jackknife, wilson_interval
 from raekit.moments import Moments
 
 log = logging.getLogger(__name__)
@@ -38,22 +39,44 @@ class FrechetDistance:
 
     Reported as `name`, by default `fid`, `sfid` and `clean_fid` for the parts of Inception that these names
     mean, and `fd_` and the network's name for any other.
+
+    With `intervals` also `NAME_low` and `NAME_high`, a 95 % interval by the jackknife over GROUPS groups of images, and
+    `NAME_bias`, by how much the distance is expected to exceed that of infinitely many images. It keeps the moments
+    of each group, and needs the images' indices.
     """
 
-    def __init__(self, network: FeatureNetwork, reference: Moments | Gaussian, name: str | None = None):
+    def __init__(
+        self, network: FeatureNetwork, reference: Moments | Gaussian, name: str | None = None, intervals: bool = False
+    ):
         check_width("reference", reference.dim, network)
         self.network, self.reference = network, Gaussian.of(reference)
         self.name = name or _FRECHET_NAMES.get(network.name, f"fd_{network.name}")
         self.moments = Moments(network.width)
+        self.groups = [Moments(network.width) for _ in range(GROUPS)] if intervals else []
 
     def update(self, batch: Images) -> None:
-        self.moments.update(batch.features(self.network))
+        features = batch.features(self.network)
+        self.moments.update(features)
+        if self.groups:
+            if batch.indices is None:
+                raise ValueError("an interval needs the images' indices")
+            of_group = (batch.indices % GROUPS).to(features.device)
+            for number, group in enumerate(self.groups):
+                group.update(features[of_group == number])
 
     def reduce(self, world: World) -> None:
-        self.moments.reduce(world)
+        for moments in (self.moments, *self.groups):
+            moments.reduce(world)
 
     def result(self) -> dict[str, float]:
-        return {self.name: frechet_distance(self.moments, self.reference)}
+        distance = frechet_distance(self.moments, self.reference)
+        if not self.groups:
+            return {self.name: distance}
+        if self.moments.count < 2 * GROUPS:
+            raise UserError(f"an interval needs at least {2 * GROUPS} images, and there are {self.moments.count}")
+        rests = [self.moments.without(group) for group in self.groups]
+        interval = jackknife(distance, [frechet_distance(rest, self.reference, quiet=True) for rest in rests])
+        return {self.name: distance} | {f"{self.name}_{part}": value for part, value in interval._asdict().items()}
 
 
 class FrechetRatio:
@@ -85,8 +108,8 @@ class FrechetRatio:
     def result(self) -> dict[str, float]:
         found = {name: value for distance in self.distances for name, value in distance.result().items()}
         ratios = {
-            f"fdr_{name.removeprefix('fd_')}": value / baseline
-            for (name, value), baseline in zip(found.items(), self.baselines, strict=True)
+            f"fdr_{distance.name.removeprefix('fd_')}": found[distance.name] / baseline
+            for distance, baseline in zip(self.distances, self.baselines, strict=True)
         }
         return {**found, **ratios, f"fdr{len(ratios)}": sum(ratios.values()) / len(ratios)}
 
@@ -183,14 +206,15 @@ class NearestNeighbours:
     tells of memorised ones.
 
     The images must not be in the bank themselves. `features` (N, width) and `labels` (N,), -1 if unknown,
-    come from `feature_bank`; the search runs on their device.
+    come from `feature_bank`; the search runs on their device. With `intervals` also `knn_accuracy_NETWORK_low` and
+    `_high`, Wilson's 95 % interval.
     """
 
-    def __init__(self, network: FeatureNetwork, features: Tensor, labels: Tensor, k: int = 10):
+    def __init__(self, network: FeatureNetwork, features: Tensor, labels: Tensor, k: int = 10, intervals: bool = False):
         if not 1 <= k <= len(features):
             raise UserError(f"k = {k} neighbours in a bank of {len(features)} images: choose 1 <= k <= images")
         check_width("bank", features.shape[1], network)
-        self.network, self.k = network, k
+        self.network, self.k, self.intervals = network, k, intervals
         self.bank, self.labels = _unit(features), labels.to(features.device)
         self.labelled = bool((labels >= 0).all())
         self.votes = Moments(1, diagonal=True)  # of 1 where the vote gives the label, else 0
@@ -214,7 +238,12 @@ class NearestNeighbours:
         self.distances = world.gather(mine)
 
     def result(self) -> dict[str, float]:
-        accuracy = {f"knn_accuracy_{self.network.name}": float(self.votes.mean)} if self.votes.count else {}
+        accuracy, name = {}, f"knn_accuracy_{self.network.name}"
+        if self.votes.count:
+            accuracy[name] = float(self.votes.mean)
+            if self.intervals:
+                low, high = wilson_interval(round(accuracy[name] * self.votes.count), self.votes.count)
+                accuracy |= {f"{name}_low": low, f"{name}_high": high}
         median = float(torch.cat(self.distances).quantile(0.5))
         return {**accuracy, f"nearest_distance_{self.network.name}": median}
 

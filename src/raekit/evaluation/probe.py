@@ -19,6 +19,7 @@ from raekit.data.sources import Split
 from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.evaluation.evaluate import BATCH, feature_bank, images_of
+from raekit.evaluation.intervals import wilson_interval
 from raekit.models.autoencoder import Autoencoder
 from raekit.models.encoders import REGISTRY, Encoder, load_encoder
 from raekit.models.layers import to_tokens
@@ -143,15 +144,6 @@ def linear_probe(
         training=float(regression.score(features, labels)),
         penalty=penalty,
     )
-
-
-def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
-    """The 95 % confidence interval of a share (Wilson, 1927)."""
-    z = 1.959963984540054
-    share, spread = successes / trials, z * z / trials
-    middle = (share + spread / 2) / (1 + spread)
-    half = z * math.sqrt(share * (1 - share) / trials + spread / (4 * trials)) / (1 + spread)
-    return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
 def untrained(encoder: Encoder) -> Encoder:

@@ -48,7 +48,8 @@ class About:
 
     `source` is the address of the images and `split` the part of it, None if the file does not tell, as those of
     others do not; `image_size` the side that they were centre-cropped to, `count` their number, `resize` how each
-    network brought them to its own size, `hash` 16 digits of the numbers.
+    network brought them to its own size, `classes` the number of images of each class, None if they have none, `hash`
+    16 digits of the features' numbers.
     """
 
     source: str | None = None
@@ -56,6 +57,7 @@ class About:
     image_size: int | None = None
     count: int | None = None
     resize: dict[str, str] = field(default_factory=dict)
+    classes: tuple[int, ...] | None = None
     hash: str = ""
 
 
@@ -260,6 +262,13 @@ def _tensors(gaussians: Mapping[str, Gaussian], features: Mapping[str, Tensor]) 
     return {name: value.contiguous() for name, value in tensors.items()}
 
 
+def _class_counts(loader: Loader) -> tuple[int, ...] | None:
+    if not loader.classes:
+        return None
+    labels = loader.source.labels
+    return tuple(np.bincount(labels[labels >= 0], minlength=len(loader.classes)).tolist())
+
+
 class _Measured:
     """An accumulator of what a reference holds of one network: moments, and features of about `keep` of `total`
     images, evenly spread over the stream. It reports no metric."""
@@ -319,5 +328,6 @@ def measure_reference(
         image_size=data.image_size,
         count=next(iter(gaussians.values())).count,
         resize={name: network.resize for name, network in networks.items()},
+        classes=_class_counts(loader),
     )
     return _reference(f"{data.source} ({data.split})", about, gaussians, features)

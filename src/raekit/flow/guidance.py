@@ -36,6 +36,10 @@ class Guidance:
         if self.scale == 1:
             raise UserError("guidance: a scale of 1 has no effect; leave guidance out")
 
+    def __str__(self) -> str:
+        """As `parse_guidance` reads it."""
+        return f"{self.method}:{self.scale}" + (f"@{self.start}-{self.end}" * ((self.start, self.end) != (0, 1)))
+
     def holds(self, t: float) -> bool:
         """Whether it acts at time `t`."""
         return self.start <= t <= self.end

@@ -1,0 +1,27 @@
+"""HTML pages that need no other file."""
+
+import base64
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from raekit.files import whole
+
+
+def write_page(path: Path, template: str, **values: Any) -> None:
+    """Render the template of that name among the assets; a value that it needs and is not given is an error."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("raekit", "assets"),
+        autoescape=True,
+        trim_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    html = environment.get_template(template).render(**values)
+    with whole(path) as partial:
+        partial.write_text(html)
+
+
+def embed(png: bytes) -> str:
+    """A picture as an address that holds all of it."""
+    return "data:image/png;base64," + base64.b64encode(png).decode()

@@ -1,0 +1,38 @@
+import numpy as np
+import pytest
+
+from raekit.errors import UserError
+from raekit.evaluation.labels import draw_labels
+
+
+def counts(labels: list[int], classes: int) -> list[int]:
+    return np.bincount(labels, minlength=classes).tolist()
+
+
+def test_balanced_labels_have_each_class_equally_often_in_an_order_of_the_seed():
+    labels = draw_labels("balanced", 10, 500, 3, None)
+    assert counts(labels, 10) == [50] * 10
+    assert labels == draw_labels("balanced", 10, 500, 3, None) != sorted(labels)
+    assert labels != draw_labels("balanced", 10, 500, 4, None)
+    assert sorted(counts(draw_labels("balanced", 10, 503, 3, None), 10)) == [50] * 7 + [51] * 3
+
+
+def test_random_labels_are_uniform_and_independent():
+    labels = draw_labels("random", 10, 5000, 3, None)
+    found = counts(labels, 10)
+    assert 400 < min(found) < max(found) < 600
+    assert draw_labels("random", 10, 100, 3, None) == labels[:100]
+
+
+def test_labels_of_the_reference_have_its_proportions():
+    assert counts(draw_labels("reference", 3, 100, 0, (5, 0, 15)), 3) == [25, 0, 75]
+    assert counts(draw_labels("reference", 3, 10, 0, (1, 1, 1)), 3) in ([4, 3, 3], [3, 4, 3], [3, 3, 4])
+    assert counts(draw_labels("reference", 3, 7, 0, (10, 1, 3)), 3) == [5, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("given", "told"), [(None, "proportions of none"), ((1, 2), "of 2 classes, the model has 3"), ((0, 0, 0), "of 3")]
+)
+def test_a_reference_of_other_classes_is_refused(given, told):
+    with pytest.raises(UserError, match=told):
+        draw_labels("reference", 3, 10, 0, given)
