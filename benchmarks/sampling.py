@@ -11,6 +11,7 @@ latents of a method and its baseline are compared first. Images/s are for 50 ste
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from raekit.flow.guidance import Guidance
 from raekit.flow.solvers import euler, time_grid
 from raekit.inference import Sampling, sample_latents
 from raekit.models.denoiser import Denoiser
-from raekit.train.trainer import Precision, autocast
+from raekit.train.trainer import autocast
 
 FULL_STEPS = 50
 RULES = {
@@ -32,16 +33,20 @@ RULES = {
 }
 
 
-def doubled(model: Denoiser, weak: Denoiser, labels: Tensor, rule: Guidance, steps: int) -> Tensor:
+@torch.no_grad()
+def doubled(
+    model: Denoiser, weak: Denoiser, labels: Tensor, rule: Guidance, steps: int, precision: Literal["fp32", "bf16"]
+) -> Tensor:
     """Latents by a sampler that runs each network on two batches, and chooses afterwards what it needs."""
     config, count = model.config, len(labels)
     twice = torch.cat([labels, labels if rule.method == "auto" else torch.full_like(labels, config.null_label)])
 
     def field(x: Tensor, t: float) -> Tensor:
         both, times = torch.cat([x, x]), torch.full((2 * count,), t, device=x.device)
-        v, other = model(both, times, twice).chunk(2)
-        if rule.method == "auto":
-            other = weak(both, times, twice).chunk(2)[0]
+        with autocast(precision, x.device):
+            v, other = model(both, times, twice).float().chunk(2)
+            if rule.method == "auto":
+                other = weak(both, times, twice).float().chunk(2)[0]
         return other + rule.scale * (v - other) if rule.holds(t) else v
 
     noise = randomness.normal(0, "sample", torch.arange(count), config.latent_shape).to(labels.device)
@@ -49,24 +54,18 @@ def doubled(model: Denoiser, weak: Denoiser, labels: Tensor, rule: Guidance, ste
 
 
 def samplers(
-    model: Denoiser, weak: Denoiser, labels: Tensor, steps: int, precision: Precision
+    model: Denoiser, weak: Denoiser, labels: Tensor, steps: int, precision: Literal["fp32", "bf16"]
 ) -> dict[str, Callable[[], Tensor]]:
     """{name: a call that gives latents}: unguided, with each of RULES, and the baselines."""
-    device = labels.device
-
-    @torch.no_grad()
-    def latents(call: Callable[[], Tensor]) -> Tensor:
-        with autocast(precision, device):
-            return call()
+    indices = torch.arange(len(labels))
 
     def ours(*rules: Guidance) -> Callable[[], Tensor]:
         needed = weak if any(rule.method == "auto" for rule in rules) else None
-        sampling = Sampling(steps=steps, guidance=rules, weak=needed)
-        indices = torch.arange(len(labels))
-        return lambda: latents(lambda: sample_latents(model, labels, indices, 0, sampling, device))
+        sampling = Sampling(steps=steps, guidance=rules, weak=needed, precision=precision)
+        return lambda: sample_latents(model, labels, indices, 0, sampling, labels.device)
 
     def baseline(rule: Guidance) -> Callable[[], Tensor]:
-        return lambda: latents(lambda: doubled(model, weak, labels, rule, steps))
+        return lambda: doubled(model, weak, labels, rule, steps, precision)
 
     return (
         {"unguided": ours()}
