@@ -1,6 +1,6 @@
 """Whole evaluations: from images to a report, however often they were stopped and by however many processes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +18,7 @@ from raekit.data.loader import DataConfig
 from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.evaluation import chunks, features
-from raekit.evaluation.against import Against
+from raekit.evaluation.against import Against, find_networks
 from raekit.evaluation.evaluate import StoredImages, evaluate
 from raekit.evaluation.features import Images, InceptionFeatures, load_networks
 from raekit.evaluation.metrics import FrechetDistance
@@ -71,8 +71,11 @@ def run(
     assessed = {name: options.pop(name) for name in ("intervals", "progress") if name in options}
     networks = options.pop("networks", [str(tiny_model)])
     stream = Samples(load(str(tiny_model)), count, options.pop("sampling", SAMPLING), **options)
-    against = Against([reference], networks, world.device)
-    return assess(stream, against, {"model": "tiny"}, out, world=world, **assessed)[0]
+    return assess(stream, against([reference], networks), {"model": "tiny"}, out, world=world, **assessed)[0]
+
+
+def against(references: Sequence[Reference], names: Sequence[str], baselines: Sequence[Reference] = ()) -> Against:
+    return Against(references, find_networks(references, names, ALONE.device), ALONE.device, baselines)
 
 
 def name_of(tiny_model: Path) -> str:
@@ -204,8 +207,8 @@ def test_saved_images_score_as_when_they_were_generated(reference, tiny_model, t
     np.savez(tmp_path / "samples.npz", pixels)
 
     def saved() -> tuple[Report, Path]:
-        against = Against([reference], [str(tiny_model)], ALONE.device)
-        return assess(StoredImages(f"npz:{tmp_path / 'samples.npz'}"), against, {"model": "npz"})
+        stored = StoredImages(f"npz:{tmp_path / 'samples.npz'}")
+        return assess(stored, against([reference], [str(tiny_model)]), {"model": "npz"})
 
     monkeypatch.chdir(tmp_path)
     found, out = saved()
@@ -224,8 +227,8 @@ def test_all_metrics_that_a_reference_allows(inception, images, tiny_model, tmp_
     """Inception's, an encoder's and the ratios to held-out images."""
     names = ["inception", str(tiny_model)]
     train, heldout = (measured(images, names, split) for split in ("train", "heldout"))
-    against = Against([train], names, ALONE.device, [heldout])
-    report, _ = assess(Samples(load(str(tiny_model)), 60, SAMPLING), against, {"model": "x"}, tmp_path, intervals=True)
+    stream = Samples(load(str(tiny_model)), 60, SAMPLING)
+    report, _ = assess(stream, against([train], names, [heldout]), {"model": "x"}, tmp_path, intervals=True)
     name = name_of(tiny_model)
     assert set(report.metrics) == {
         "fid",
@@ -248,8 +251,8 @@ def test_all_metrics_that_a_reference_allows(inception, images, tiny_model, tmp_
 
 def test_kid_comes_with_enough_images(inception, images):
     many = replace(measured(images, ["inception"]), features={"inception": torch.rand(1000, 6)})
-    against = Against([many], ["inception"], ALONE.device)
-    kinds = {count: [type(each).__name__ for each in against.accumulators(count)] for count in (3, 999, 1000)}
+    allowed = against([many], ["inception"])
+    kinds = {count: [type(each).__name__ for each in allowed.accumulators(count)] for count in (3, 999, 1000)}
     assert kinds[999] == ["FrechetDistance", "FrechetDistance", "PrecisionRecall", "InceptionScore"]
     assert "PrecisionRecall" not in kinds[3]
     assert "KernelDistance" in kinds[1000]
@@ -274,19 +277,18 @@ def refused(message: str, action: Callable[[], Any]) -> None:
 
 
 def test_what_cannot_be_compared_is_refused(reference, images, tiny_model, tmp_path):
-    device = ALONE.device
     large = replace(reference, about=replace(reference.about, image_size=256))
     refused("is of images of 256 pixels, and these have 16", lambda: run(large, tiny_model, tmp_path / "no"))
     assert not (tmp_path / "no").exists()
-    refused("no registered encoder: say by --features", lambda: Against([reference], [], device))
-    refused("and not of vit_tiny", lambda: Against([reference], ["builtin:vit-tiny"], device))
+    refused("no registered encoder: say by --features", lambda: against([reference], []))
+    refused("and not of vit_tiny", lambda: against([reference], ["builtin:vit-tiny"]))
     twice = [reference, replace(reference, place="other")]
-    refused("and other are both of .*; give one", lambda: Against(twice, [str(tiny_model)], device))
+    refused("and other are both of .*; give one", lambda: against(twice, [str(tiny_model)]))
     name = name_of(tiny_model)
     resized = replace(reference, about=replace(reference.about, resize={name: "nearest"}))
-    refused("resized for .* by nearest, these would be", lambda: Against([resized], [str(tiny_model)], device))
+    refused("resized for .* by nearest, these would be", lambda: against([resized], [str(tiny_model)]))
     nothing = replace(reference, place="b", gaussians={"x": reference.gaussians[name]})
-    refused("b: has statistics of none of", lambda: Against([reference], [str(tiny_model)], device, [nothing]))
+    refused("b: has statistics of none of", lambda: against([reference], [str(tiny_model)], [nothing]))
     model = load(str(tiny_model))
     refused("count: 0 must be at least 1", lambda: Samples(model, 0, SAMPLING))
     weak = replace(SAMPLING, guidance=parse_guidance("auto:2.0"))

@@ -34,6 +34,7 @@ from raekit.models.autoencoder import Autoencoder
 from raekit.models.encoders import LayersConfig, load_encoder
 from raekit.models.perceptual import LPIPS, load_perceptual
 from raekit.pictures import from_pil, to_pil
+from raekit.reports import read_report
 from raekit.train import checkpoint
 from raekit.train.tracking import read_metrics
 
@@ -869,6 +870,55 @@ def test_scores_are_printed_and_written(run, images, tiny_model, weaker, tmp_pat
     assert f"{rows['samples'][f'fd_{name}']:.4g}" in done.out
 
 
+def test_scores_have_intervals_on_request(run, images, tiny_model, tmp_path):
+    out = tmp_path / "scores.json"
+    options = ["--source", images, "--features", tiny_model, "--count", 40, "--steps", 1, "--out", out]
+    assert_fails(run("evaluate", tiny_model, *options, "--intervals"), "needs at least 40 images, and there are 9")
+    assert_fails(run("evaluate", tiny_model, *options, "--labels", "random"), "--labels: no effect without --reference")
+    assert_fails(run("evaluate", images), "--reference: saved images need one to be compared with")
+
+
+def test_samples_and_saved_images_are_compared_with_a_reference(run, images, tiny_model, tmp_path, monkeypatch):
+    reference = tmp_path / "reference.safetensors"
+    assert run("reference", images, "--image-size", 16, "--features", tiny_model, "--out", reference).code == 0
+    command = ["evaluate", tiny_model, "--reference", reference, "--count", 45, "--steps", 2, "--intervals"]
+    command += ["--features", tiny_model]
+    done = run(*command, "--out", tmp_path / "plain", "--labels", "reference")
+    assert done.code == 0, done.err
+    report = read_report(tmp_path / "plain")
+    (name,) = {metric for metric in report.metrics if metric.startswith("fd_")}
+    assert re.search(rf"{name} ↓ .* {report.results[name]:.6g} .* to .* bias", done.out)
+    assert f"report: {tmp_path / 'plain' / 'report.html'}, settings {report.hash}" in done.out
+    assert "An early estimate" in done.out
+    done = run(*command, "--out", tmp_path / "guided", "--labels", "reference", "--guidance", "cfg:2.0")
+    assert done.code == 0, done.err
+    done = run("compare", tmp_path / "plain", tmp_path / "guided", "--out", tmp_path / "both.png")
+    assert done.code == 0, done.err
+    assert "settings differ in sampling.guidance: none | cfg:2.0" in done.out
+    assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
+    assert_fails(run("compare", tmp_path / "plain"), "at least two")
+
+    assert run("generate", tiny_model, "--out", tmp_path / "images", "--count", 5, "--steps", 2).code == 0
+    monkeypatch.chdir(tmp_path)
+    saved = ["evaluate", f"flat:{tmp_path / 'images'}", "--reference", reference, "--features", tiny_model]
+    done = run(*saved)
+    assert done.code == 0, done.err
+    (folder,) = (tmp_path / "reports").iterdir()
+    assert read_report(folder).settings["count"] == 15
+
+    assert_fails(run(*saved, "--steps", 3), "--steps: no effect on saved images")
+    assert_fails(run(*saved, "--count", 3), "--count: no effect on saved images")
+    assert_fails(run(*command, "--source", images), "--source: no effect with --reference")
+    assert_fails(run(*command, "--guidance", "cfg:2.0", "cfg:3.0"), "--guidance: one setting")
+    assert_fails(run(*command, "--out", tmp_path / "plain"), "holds another evaluation", 'labels: "reference" -> ')
+    assert_fails(run("evaluate", tiny_model, "--reference", tmp_path / "no.npz"), "no.npz: no such file")
+    assert_fails(run("evaluate", tiny_model, "--reference", reference), "no registered encoder: say by --features")
+    large = tmp_path / "large.safetensors"
+    run("reference", images, "--image-size", 32, "--features", tiny_model, "--out", large)
+    command[command.index(reference)] = large
+    assert_fails(run(*command), f"{large}: is of images of 32 pixels, and these have 16")
+
+
 def test_a_model_is_converted_and_back(run, tiny_model, tmp_path):
     done = run("convert", tiny_model, tmp_path / "v1", "--to", "v1")
     assert done.code == 0, done.err
@@ -895,6 +945,7 @@ def test_info_tells_what_a_model_holds(run, tiny_model, tmp_path):
     for kind in ("encoder", "autoencoder", "denoiser"):
         assert re.search(rf"^  {kind}: \d+ tensors", done.out, re.MULTILINE)
     assert '"class_names": [' in done.out
+    assert_fails(run("info", tiny_model, "--reach", "loss", 1), "is no run")
     assert_fails(run("info", tmp_path), tmp_path, "neither a model, an artifact nor a run")
     assert_fails(run("info", tmp_path / "none"), tmp_path / "none", "no such folder")
 

@@ -211,6 +211,16 @@ def test_evaluations_of_each_solver_and_grid(model, sampling, evaluations):
     assert all(given for _, given in calls)
 
 
+def test_bf16_moves_samples_a_little_and_leaves_them_float32(model):
+    exact, rounded = (
+        next(generate(model, [0, 1, 2], sampling=Sampling(steps=4, precision=precision))).images
+        for precision in ("fp32", "bf16")
+    )
+    assert rounded.dtype == torch.float32
+    assert not torch.equal(exact, rounded)
+    assert torch.allclose(exact, rounded, atol=0.05)
+
+
 def test_forward_passes_of_each_guidance(two_outputs):
     """50 steps: 50 unguided, with CFG those within its interval more, with AutoGuidance 50 weak ones, internal 50."""
     weak = other_weights(two_outputs).denoiser

@@ -33,6 +33,18 @@ def test_batches_of_any_size_and_order_give_numpys_moments(size):
     np.testing.assert_allclose(moments.variance, exact.var(0), rtol=1e-12)
 
 
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_a_part_is_taken_away(diagonal):
+    rows = correlated(500, 12)
+    part, rest = (collect((x,), 12, diagonal) for x in (rows[:30], rows[30:]))
+    left = collect((rows,), 12, diagonal).without(part)
+    assert left.count == rest.count
+    torch.testing.assert_close(left.mean, rest.mean, rtol=1e-13, atol=0)
+    torch.testing.assert_close(left.scatter, rest.scatter, rtol=1e-10, atol=1e-8)
+    with pytest.raises(ValueError, match="30 of 30"):
+        part.without(part)
+
+
 @pytest.mark.parametrize("size", [7, 64])
 def test_diagonal_moments_flatten_latents(size):
     latents = correlated(300, 4 * 3 * 3).reshape(300, 4, 3, 3)

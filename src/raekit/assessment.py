@@ -18,13 +18,14 @@ from raekit.evaluation.against import Against
 from raekit.evaluation.chunks import collect, collected, discard, images_digest
 from raekit.evaluation.evaluate import BATCH, StoredImages, evaluate
 from raekit.evaluation.features import Images, weights_of
+from raekit.evaluation.intervals import LEAST
 from raekit.evaluation.labels import Labels, draw_labels
 from raekit.files import whole
 from raekit.inference import Model, Sampling, check_sampling, generate
 from raekit.progress import Report as Progress
 from raekit.progress import silent
 from raekit.reports import LITERATURE, Report, read_report, write_report
-from raekit.weights import fingerprint
+from raekit.weights import find_folder, fingerprint
 
 _CLAIM = "evaluation.json"
 
@@ -74,6 +75,11 @@ class Samples:
             ):
                 yield Images(batch.images, batch.labels, indices=batch.indices)
 
+    def share(self, world: World) -> Iterator[Images]:
+        """This process's share of all the images."""
+        firsts = range(world.rank * self.batch_size, self.count, world.size * self.batch_size)
+        return self.batches([range(first, min(first + self.batch_size, self.count)) for first in firsts], world)
+
     def settings(self) -> dict[str, Any]:
         """All that the images are a function of."""
         sampling = self.sampling
@@ -110,6 +116,8 @@ def assess(
     """
     world = world or World()
     against.check_size(stream.image_size)
+    if intervals and stream.count < LEAST:
+        raise UserError(f"intervals: they need at least {LEAST} images, and there are {stream.count}")
     settings = _settings(stream, against, intervals)
     environment = _environment(world)
     claim = {"settings": settings, "environment": environment, "images": _stamps(stream, against)}
@@ -139,6 +147,13 @@ def assess(
             discard(out)
         world.barrier()
     return read_report(out), out
+
+
+def exported_average(name: str) -> float | None:
+    """The decay of the average that a stage-2 run exports; None for a model that is no such run, or has none."""
+    path = find_folder(name) / "config.json"
+    values = read_json(path) if path.is_file() else {}
+    return values["ema"][0] if values.get("stage") == "generation" and values["ema"] else None
 
 
 def _settings(stream: Samples | StoredImages, against: Against, intervals: bool) -> dict[str, Any]:

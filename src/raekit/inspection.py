@@ -8,12 +8,13 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from raekit import artifacts
-from raekit.config import to_dict, to_json
+from raekit.config import read_json, to_dict, to_json
+from raekit.data.sources import open_source
 from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.stages.run import StageConfig, build
 from raekit.train import checkpoint
-from raekit.train.tracking import read_metrics
+from raekit.train.tracking import read_metrics, steps_to
 from raekit.train.trainer import autocast
 from raekit.weights import find_folder, read_weights
 
@@ -58,8 +59,11 @@ def describe_config(config: StageConfig, run: Path, world: World) -> str:
     return "\n".join(lines)
 
 
-def describe_folder(name: str) -> str:
-    """What the model, artifact or run `name` holds; UserError if it is none of them."""
+def describe_folder(name: str, reach: tuple[str, float] | None = None) -> str:
+    """What the model, artifact or run `name` holds; UserError if it is none of them.
+
+    `reach` asks of a run after how many epochs a logged metric, such as evaluation/fid, first was a value or less.
+    """
     folder = find_folder(name)
     lines = [str(name)]
     if (folder / "checkpoints").is_dir():
@@ -68,6 +72,10 @@ def describe_folder(name: str) -> str:
         lines.append(f"  run: checkpoints {', '.join(saved) or 'none'}")
         if records:
             lines.append(f"  last record: {json.dumps(records[-1])}")
+        if reach:
+            lines.append(f"  {_reached(folder, records, *reach)}")
+    elif reach:
+        raise UserError(f"{name}: is no run, and has no metrics on record")
     for kind in ("encoder", "autoencoder", "denoiser"):
         try:
             path, values = artifacts.find(name, kind)
@@ -81,3 +89,14 @@ def describe_folder(name: str) -> str:
     if len(lines) == 1:
         raise UserError(f"{name}: neither a model, an artifact nor a run (no config.json of a known kind in {folder})")
     return "\n".join(lines)
+
+
+def _reached(run: Path, records: list[dict[str, float]], metric: str, target: float) -> str:
+    steps = steps_to(records, metric, target)
+    if steps is None:
+        best = min(record[metric] for record in records if metric in record)
+        return f"{metric} has not reached {target:g}; its lowest is {best:g}"
+    config = read_json(run / "config.json")
+    images = len(open_source(config["data"]["source"], config["data"]["split"]))
+    epochs = steps * config["train"]["batch_size"] / images
+    return f"{metric} reached {target:g} after {epochs:.4g} epochs of {images:,} images ({steps:,.0f} steps)"

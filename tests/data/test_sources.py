@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from raekit.data.images import UnreadableImage
-from raekit.data.sources import Emoji, code_points, open_source
+from raekit.data.sources import Emoji, code_points, is_address, open_source, stamp
 from raekit.errors import UserError
 
 ASSETS = Path(str(resources.files("raekit").joinpath("assets")))
@@ -359,3 +359,40 @@ def test_every_source_can_be_pickled(tmp_path, classed):
         assert (copy.name, copy.classes, len(copy)) == (source.name, source.classes, len(source))
         assert copy[1][0].tobytes() == source[1][0].tobytes()
         assert copy[1][1] == source[1][1]
+
+
+# Labels and addresses
+
+
+@pytest.mark.parametrize("split", ["train", "heldout", "all"])
+def test_labels_are_known_without_decoding(classed, split, tmp_path):
+    rows = [Image.new("RGB", (4, 4), (i, 0, 0)) for i in range(40)]
+    columns = {"image": rows, "label": [None if i == 7 else i % 3 for i in range(40)]}
+    kinds = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])})
+    datasets.Dataset.from_dict(columns, kinds).save_to_disk(tmp_path / "hf")
+    np.savez(tmp_path / "x.npz", np.zeros((40, 4, 4, 3), np.uint8), np.arange(40) % 5)
+    for uri in (f"folder:{classed}", f"flat:{classed}", "emoji", f"hf:{tmp_path / 'hf'}", f"npz:{tmp_path / 'x.npz'}"):
+        source = open_source(uri, split)
+        assert source.labels.dtype == np.int64
+        assert source.labels.shape == (len(source),)
+        chosen = range(0, len(source), max(len(source) // 40, 1))
+        assert [int(source.labels[i]) for i in chosen] == [source[i][1] for i in chosen]
+
+
+def test_addresses_are_told_from_models():
+    assert all(map(is_address, ("emoji", "flat:x", "folder:a/b", "npz:x.npz", "hf:x")))
+    assert not any(map(is_address, ("builtin:emoji", "owner/name", "runs/emoji", "flat", "npz:", "emoji:x")))
+
+
+def test_a_stamp_changes_with_the_files(tmp_path, classed):
+    uri = f"flat:{classed}"
+    before = stamp(uri)
+    assert stamp(uri) == before
+    write_image(classed / "cat" / "deep" / "new.png", 1)
+    assert stamp(uri) != before
+    file = tmp_path / "x.npz"
+    file.write_bytes(b"a")
+    before = stamp(f"npz:{file}")
+    file.write_bytes(b"ab")
+    assert stamp(f"npz:{file}") != before
+    assert stamp("emoji") == stamp("emoji")

@@ -86,6 +86,12 @@ def test_parse(text: str, expected: list[Guidance]):
     assert parse_guidance(text) == tuple(expected)
 
 
+@pytest.mark.parametrize("text", ["cfg:2.0", "auto:1.4@0.1-0.9", "internal:-0.123456789@0.0-0.5"])
+def test_a_rule_is_written_as_it_is_read(text: str):
+    (rule,) = parse_guidance(text)
+    assert str(rule) == text
+
+
 @pytest.mark.parametrize(
     "text",
     ["", "2.0", "cfg", "cfg:", "cfg:two", "weak:2", "cfg:2@0.1", "cfg:2@a-b", "cfg:2:3", "cfg:2+", "cfg:2+auto"],

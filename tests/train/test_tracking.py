@@ -7,7 +7,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from raekit.errors import UserError
-from raekit.train.tracking import Tracker, read_metrics
+from raekit.train.tracking import Tracker, read_metrics, steps_to
 
 
 def write(run, step, steps, **options):
@@ -92,3 +92,15 @@ def test_without_tensorboard_installed_the_error_says_what_to_install(tmp_path, 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(UserError, match=r"train\.tensorboard.*pip install 'raekit\[track\]'"):
         Tracker(tmp_path, 0, tensorboard=True)
+
+
+def test_steps_to_a_target_are_read_from_the_curve():
+    values = {10: 8.0, 20: 4.0, 30: 5.0, 40: 1.0}
+    records = [{"step": step, "fid": value} for step, value in values.items()] + [{"step": 50, "loss": 1.0}]
+    assert steps_to(records, "fid", 9) == 10
+    assert steps_to(records, "fid", 6) == 15
+    assert steps_to(records, "fid", 4) == 20
+    assert steps_to(records, "fid", 2) == 37.5
+    assert steps_to(records, "fid", 0.5) is None
+    with pytest.raises(UserError, match="sfid: not on record; there are fid, loss"):
+        steps_to(records, "sfid", 1)

@@ -128,8 +128,8 @@ def evaluate(
                 progress=progress,
             )
             return
-        from raekit.assessment import Samples, assess
-        from raekit.evaluation.against import Against
+        from raekit.assessment import Samples, assess, exported_average
+        from raekit.evaluation.against import Against, find_networks
         from raekit.evaluation.evaluate import StoredImages
         from raekit.evaluation.references import read_reference
 
@@ -146,10 +146,17 @@ def evaluate(
                 of_reference=references[0].about.classes,
                 batch_size=batch_size,
             )
+        names = {
+            "model": model,
+            "ema": None if saved else exported_average(model),
+            "weak": weak,
+            "reference": [*map(str, reference)],
+            "baseline": [*map(str, baseline)],
+        }
         report, folder = assess(
             stream,
-            Against(references, features, here.device, baselines),
-            {"model": model, "weak": weak, "reference": [*map(str, reference)], "baseline": [*map(str, baseline)]},
+            Against(references, find_networks(references, features, here.device), here.device, baselines),
+            names,
             out,
             intervals=intervals,
             world=here,
@@ -209,10 +216,11 @@ def _score(
     if world.is_main:
         console.out.print(scores_table(scores))
         if out:
-            steps = next(iter(samplings.values())).steps
+            plain = next(iter(samplings.values()))
+            protocol = {name: getattr(plain, name) for name in ("steps", "solver", "grid", "reuse", "precision")}
             with whole(out) as partial:
                 partial.write_text(
-                    to_json({"model": model, "count": count, "seed": seed, "steps": steps, "scores": scores})
+                    to_json({"model": model, "count": count, "seed": seed, **protocol, "scores": scores})
                 )
 
 

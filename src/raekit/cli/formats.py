@@ -52,14 +52,15 @@ def convert(
     console.out.print(f"{dest}: encoder {parts.config.encoder}, latents {size}, a decoder of {numbers:,} parameters")
 
 
-def info(name: Positional[str]) -> None:
+def info(name: Positional[str], reach: tuple[str, float] | None = None) -> None:
     """Tell what a model, an artifact or a run is.
 
     Example: raekit info builtin:emoji
 
     Args:
         name: builtin:NAME, a model folder, a run, or OWNER/NAME on the Hub.
+        reach: a metric of a run and a value, as in evaluation/fid 2: the epochs until it first was as low.
     """
     from raekit.inspection import describe_folder
 
-    console.out.print(describe_folder(name), markup=False)
+    console.out.print(describe_folder(name, reach), markup=False)

@@ -1,6 +1,6 @@
 """All that references allow to be said of images."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -18,31 +18,40 @@ from raekit.progress import Report, silent
 _KID_SIZE = 1000
 
 
-class Against:
-    """What images are compared with: `references`, each in the features of `networks` that it has statistics of.
+def find_networks(
+    references: Sequence[Reference], features: Sequence[str], device: torch.device
+) -> dict[str, ReferenceNetwork]:
+    """The networks {name: network} that `references` have statistics of.
 
-    `features` names the networks, as `load_networks` takes them; by default all that the references have, as far as
-    they are FID's or registered encoders. `baselines` are other real images, to whose distance from the references
-    that of the images is given as a ratio. UserError if two references are of one network, if a network is in none, or
-    if nothing is known of it.
+    `features` chooses, as `load_networks` takes them; by default it is all that are FID's or registered encoders.
+    UserError, naming it, for one that is in no reference, or of which nothing is known.
+    """
+    networks: dict[str, ReferenceNetwork] = {}
+    for name in features or dict.fromkeys(_loaded_by(n, each) for each in references for n in each.gaussians):
+        loaded = load_networks(name, device)
+        held = {n: network for n, network in loaded.items() if any(n in each.gaussians for each in references)}
+        if not held:
+            references[0].gaussian(next(iter(loaded.values())))  # tells what there is
+        networks |= held
+    return networks
+
+
+class Against:
+    """What images are compared with: `references` in the features of `networks`, and `baselines`, other real images, to
+    whose distance from the references that of the images is given as a ratio.
+
+    UserError if two references, or two baselines, are of one network, or if one does not fit the networks.
     """
 
     def __init__(
         self,
         references: Sequence[Reference],
-        features: Sequence[str],
+        networks: Mapping[str, ReferenceNetwork],
         device: torch.device,
         baselines: Sequence[Reference] = (),
     ):
         self.references, self.baselines, self.device = list(references), list(baselines), device
-        self.networks: dict[str, ReferenceNetwork] = {}
-        names = features or dict.fromkeys(_loaded_by(n, each) for each in references for n in each.gaussians)
-        for name in names:
-            loaded = load_networks(name, device)
-            held = {n: network for n, network in loaded.items() if any(n in each.gaussians for each in references)}
-            if not held:
-                references[0].gaussian(next(iter(loaded.values())))
-            self.networks |= held
+        self.networks = dict(networks)
         for group, kind in (self.references, "reference"), (self.baselines, "baseline"):
             for name, network in self.networks.items():
                 having = [each for each in group if name in each.gaussians]

@@ -7,6 +7,9 @@ from typing import NamedTuple
 GROUPS = 20
 """Image i belongs to group i modulo this; each subset leaves one group out."""
 
+LEAST = 2 * GROUPS
+"""Images that an interval needs."""
+
 _T = 2.0930240544082634  # 97.5 % point of Student's t with GROUPS - 1 degrees of freedom
 _Z = 1.959963984540054  # and of the normal distribution
 

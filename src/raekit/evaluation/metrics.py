@@ -12,7 +12,7 @@ from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.evaluation.features import FeatureNetwork, Images, check_width, named
 from raekit.evaluation.frechet import Gaussian, frechet_distance
-from raekit.evaluation.intervals import GROUPS, jackknife, wilson_interval
+from raekit.evaluation.intervals import GROUPS, LEAST, jackknife, wilson_interval
 from raekit.moments import Moments
 
 log = logging.getLogger(__name__)
@@ -72,8 +72,8 @@ class FrechetDistance:
         distance = frechet_distance(self.moments, self.reference)
         if not self.groups:
             return {self.name: distance}
-        if self.moments.count < 2 * GROUPS:
-            raise UserError(f"an interval needs at least {2 * GROUPS} images, and there are {self.moments.count}")
+        if self.moments.count < LEAST:
+            raise UserError(f"an interval needs at least {LEAST} images, and there are {self.moments.count}")
         rests = [self.moments.without(group) for group in self.groups]
         interval = jackknife(distance, [frechet_distance(rest, self.reference, quiet=True) for rest in rests])
         return {self.name: distance} | {f"{self.name}_{part}": value for part, value in interval._asdict().items()}

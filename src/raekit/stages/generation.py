@@ -11,10 +11,12 @@ from raekit.data.loader import Batch, DataConfig, Loader
 from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.flow import path
+from raekit.inference import Model
 from raekit.models.autoencoder import Autoencoder
 from raekit.models.denoiser import Denoiser, DenoiserConfig, DenoiserSize
+from raekit.stages.evaluation import EvaluationConfig, evaluator
 from raekit.stages.stage import Stage
-from raekit.train.objective import Metrics, Objective
+from raekit.train.objective import Metrics, Objective, Periodic
 from raekit.train.optim import OptimConfig
 from raekit.train.trainer import TrainConfig, compute_dtype
 
@@ -25,6 +27,7 @@ class GenerationConfig:
 
     `conditional` False trains without classes; else labels are dropped with probability `class_dropout`.
     Times follow `time_law`, shifted by sqrt(dimension / `shift_base`). The encoder computes in `train.precision`.
+    `evaluation` scores samples during training.
     """
 
     stage: Literal["generation"] = "generation"
@@ -38,8 +41,11 @@ class GenerationConfig:
     train: TrainConfig
     optim: OptimConfig
     ema: tuple[float, ...] = (0.9995,)
+    evaluation: EvaluationConfig | None = None
 
     def __post_init__(self) -> None:
+        if self.evaluation and (others := set(self.evaluation.ema) - set(self.ema)):
+            raise UserError(f"evaluation.ema: {min(others)} is none of the averages {self.ema}; add it to ema")
         if not 0 <= self.class_dropout < 1:
             raise UserError(f"class_dropout: {self.class_dropout} must be at least 0 and below 1")
 
@@ -127,15 +133,29 @@ def build(config: GenerationConfig, run: Path, world: World) -> Stage:
         if config.train.compile:
             autoencoder.encoder.compile()
 
+    def averaged() -> Denoiser:
+        assert isinstance(objective.averaged, Denoiser)
+        return objective.averaged
+
     def export(folder: Path) -> None:
-        averaged = objective.averaged
-        assert isinstance(averaged, Denoiser)
-        averaged.save(folder, world)
+        averaged().save(folder, world)
         autoencoder.save(folder, world)
+
+    def models() -> dict[str, Model]:
+        chosen = config.evaluation.ema if config.evaluation else ()
+        averages = {f"ema_{decay}/": objective.averages[decay] for decay in chosen} or {"": averaged()}
+        return {
+            name: Model(autoencoder, average) for name, average in averages.items() if isinstance(average, Denoiser)
+        }
 
     return Stage(
         objectives=[objective],
         batches=lambda start: loader.stream(start, config.train.batch_size, world),
         prepare=prepare,
         export=export,
+        periodics=[
+            Periodic(every=chosen.every, call=evaluator(chosen, config.data, models, world))
+            for chosen in (config.evaluation,)
+            if chosen
+        ],
     )

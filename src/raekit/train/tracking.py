@@ -1,7 +1,7 @@
 """Where scalars and pictures go: always metrics.jsonl and PNG files, TensorBoard as well if it is wanted."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,26 @@ def read_metrics(run: Path) -> list[dict[str, float]]:
         except json.JSONDecodeError:
             break  # the process was killed while it wrote this line
     return records
+
+
+def steps_to(records: Sequence[Mapping[str, float]], metric: str, target: float) -> float | None:
+    """The steps after which the logged `metric` first was `target` or less, between records by a straight line.
+
+    None if it never was; UserError, naming what is on record, if there is no such metric.
+    """
+    curve = [(record["step"], record[metric]) for record in records if metric in record]
+    if not curve:
+        known = sorted({name for record in records for name in record} - {"step"})
+        raise UserError(f"{metric}: not on record; there are {', '.join(known) or 'no metrics'}")
+    before = None
+    for step, value in curve:
+        if value <= target:
+            if before is None:
+                return step
+            share = (before[1] - target) / (before[1] - value)
+            return before[0] + share * (step - before[0])
+        before = (step, value)
+    return None
 
 
 class Tracker:

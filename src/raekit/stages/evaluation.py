@@ -1,0 +1,100 @@
+"""How good the samples are while a denoiser is trained."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from raekit.assessment import Samples
+from raekit.config import configclass
+from raekit.data.loader import DataConfig, Loader
+from raekit.distributed import World
+from raekit.errors import UserError
+from raekit.evaluation.against import Against, find_networks
+from raekit.evaluation.evaluate import BATCH, evaluate
+from raekit.evaluation.features import load_networks
+from raekit.evaluation.intervals import LEAST
+from raekit.evaluation.labels import Labels
+from raekit.evaluation.references import measure_reference, read_reference
+from raekit.flow.guidance import parse_guidance
+from raekit.inference import Model, Sampling
+
+
+@configclass
+class EvaluationConfig:
+    """Score `count` samples every `every` steps, and log the scores as evaluation/METRIC.
+
+    They are samples of the averages with the decays `ema`, logged as evaluation/ema_DECAY/METRIC; by default of the
+    average that is exported, without such a prefix. They are compared with the file `reference`, as of
+    `raekit evaluate`, or without one with the source's held-out images, in the features of the networks `features`: by
+    default all of the reference's, or builtin:vit-tiny. All scores of a run are of the same noise and labels.
+    """
+
+    every: int
+    count: int = 5000
+    ema: tuple[float, ...] = ()
+    reference: str | None = None
+    features: tuple[str, ...] = ()
+    labels: Labels = "balanced"
+    seed: int = 0
+    steps: int = 50
+    guidance: str | None = None
+    precision: Literal["fp32", "bf16"] = "fp32"
+    batch_size: int = BATCH
+    intervals: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("every", "count", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"evaluation.{name}: {getattr(self, name)} must be at least 1")
+        if self.intervals and self.count < LEAST:
+            raise UserError(f"evaluation.intervals: they need at least {LEAST} images, and count is {self.count}")
+
+
+def evaluator(
+    config: EvaluationConfig, data: DataConfig, models: Callable[[], dict[str, Model]], world: World
+) -> Callable[[int], dict[str, float]]:
+    """A function for `Periodic` that scores `models()`, each under its name as a prefix.
+
+    UserError, at once, for a reference that is absent or of other images.
+    """
+    sampling = Sampling(
+        steps=config.steps,
+        guidance=parse_guidance(config.guidance) if config.guidance is not None else (),
+        precision=config.precision,
+    )
+    heldout = replace(data, split="heldout", flip=False, crop="center")
+    compared: list[Against] = []
+    if config.reference:
+        reference = read_reference(Path(config.reference))
+        reference.check_size(data.image_size)
+        networks = find_networks([reference], config.features, world.device)
+        compared.append(Against([reference], networks, world.device))
+    else:
+        if not len(Loader(heldout, seed=0)):
+            raise UserError(f"evaluation: {data.source} has no held-out images to compare with; give a reference")
+        names = config.features or ("builtin:vit-tiny",)
+        networks = {key: each for name in names for key, each in load_networks(name, world.device).items()}
+
+    def call(step: int) -> dict[str, float]:
+        if not compared:
+            measured = measure_reference(heldout, networks, world, keep=0)
+            compared.append(Against([measured], networks, world.device))
+        compared[0].complete(world)
+        values: dict[str, float] = {}
+        for prefix, model in models().items():
+            stream = Samples(
+                model,
+                config.count,
+                sampling,
+                seed=config.seed,
+                labels=config.labels,
+                of_reference=compared[0].references[0].about.classes,
+                batch_size=config.batch_size,
+            )
+            metrics = compared[0].accumulators(config.count, config.intervals)
+            scores = evaluate(stream.share(world), metrics, world)
+            values |= {prefix + name: value for name, value in scores.items()}
+        return values
+
+    return call

@@ -1,0 +1,127 @@
+"""Scores of samples during a training."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raekit.assessment import Samples, exported_average
+from raekit.data.loader import DataConfig
+from raekit.distributed import World
+from raekit.errors import UserError
+from raekit.evaluation.evaluate import evaluate
+from raekit.evaluation.features import load_networks
+from raekit.evaluation.metrics import FrechetDistance
+from raekit.evaluation.references import measure_reference
+from raekit.inference import Sampling, load
+from raekit.inspection import describe_folder
+from raekit.models.denoiser import TransformerConfig
+from raekit.stages.evaluation import EvaluationConfig
+from raekit.stages.generation import DenoiserSize, GenerationConfig
+from raekit.stages.run import train
+from raekit.train.optim import OptimConfig
+from raekit.train.tracking import read_metrics
+from raekit.train.trainer import TrainConfig
+
+ONE = World()
+PART = TransformerConfig(width=16, depth=1, heads=2)
+
+
+def configuration(images: str, tiny_model: Path, **options: Any) -> GenerationConfig:
+    settings = EvaluationConfig(every=2, count=25, features=(str(tiny_model),), steps=2, batch_size=4, **options)
+    return GenerationConfig(
+        data=DataConfig(source=images, image_size=16, crop="random", flip=True),
+        autoencoder=str(tiny_model),
+        denoiser=DenoiserSize(backbone=PART, head=PART),
+        train=TrainConfig(steps=3, batch_size=6, precision="fp32", log_every=1),
+        optim=OptimConfig(lr=0.01),
+        ema=(0.5, 0.9),
+        evaluation=settings,
+    )
+
+
+def reference(images: str, tiny_model: Path, split: Any = "heldout"):
+    networks = load_networks(str(tiny_model), ONE.device)
+    return measure_reference(DataConfig(source=images, split=split, image_size=16), networks, ONE, keep=20), networks
+
+
+def logged(run: Path) -> dict[int, dict[str, float]]:
+    """The scores by step."""
+    found = {}
+    for record in read_metrics(run):
+        if values := {name: value for name, value in record.items() if name.startswith("evaluation/")}:
+            found[int(record["step"])] = values
+    return found
+
+
+def test_the_exported_average_is_scored_against_held_out_images(images, tiny_model, tmp_path):
+    config = configuration(images, tiny_model)
+    assert train(config, tmp_path, ONE)
+    found = logged(tmp_path)
+    against, networks = reference(images, tiny_model)
+    (name,) = networks
+    assert {step: sorted(values) for step, values in found.items()} == {
+        step: [f"evaluation/fd_{name}", "evaluation/seconds"] for step in (2, 3)
+    }
+    stream = Samples(load(str(tmp_path)), 25, Sampling(steps=2), batch_size=9)
+    distance = FrechetDistance(networks[name], against.gaussian(networks[name]))
+    expected = evaluate(stream.share(ONE), [distance], ONE)[f"fd_{name}"]
+    assert found[3][f"evaluation/fd_{name}"] == pytest.approx(expected, rel=1e-9)
+    assert (exported_average(str(tmp_path)), exported_average(str(tiny_model))) == (0.5, None)
+    early = found[2][f"evaluation/fd_{name}"]
+    assert early != pytest.approx(expected, rel=1e-6)
+    higher = max(early, expected)
+    steps = 2 if early <= expected else 3
+    told = f"evaluation/fd_{name} reached {higher + 1:g} after 0.4 epochs of 30 images (2 steps)"
+    assert told in describe_folder(str(tmp_path), (f"evaluation/fd_{name}", higher + 1))
+    lowest = min(early, expected)
+    assert f"({steps} steps)" in describe_folder(str(tmp_path), (f"evaluation/fd_{name}", lowest * (1 + 1e-6)))
+    told = f"has not reached 0; its lowest is {lowest:g}"
+    assert told in describe_folder(str(tmp_path), (f"evaluation/fd_{name}", 0))
+
+
+def test_chosen_averages_against_a_file(images, tiny_model, tmp_path):
+    against, networks = reference(images, tiny_model, "all")
+    (name,) = networks
+    against.write(tmp_path / "all.safetensors")
+    options: dict[str, Any] = {"reference": str(tmp_path / "all.safetensors"), "labels": "reference"}
+    config = configuration(images, tiny_model, ema=(0.9, 0.5), guidance="cfg:2.0", **options)
+    train(config, tmp_path / "run", ONE)
+    found = logged(tmp_path / "run")[3]
+    metrics = (f"fd_{name}", f"precision_{name}", f"recall_{name}")
+    assert found.keys() - {"evaluation/seconds"} == {
+        f"evaluation/ema_{decay}/{metric}" for decay in (0.5, 0.9) for metric in metrics
+    }
+    assert found[f"evaluation/ema_0.5/fd_{name}"] != found[f"evaluation/ema_0.9/fd_{name}"]
+
+
+def trained(world: World, images: str, tiny_model: Path, run: Path) -> dict[str, float]:
+    train(configuration(images, tiny_model), run, world)
+    world.barrier()
+    return {name: value for name, value in logged(run)[3].items() if not name.endswith("seconds")}
+
+
+def test_two_processes_score_as_one(run_ranks, images, tiny_model, tmp_path):
+    one = trained(ONE, images, tiny_model, tmp_path / "one")
+    for found in run_ranks(trained, 2, images, tiny_model, tmp_path / "two"):
+        assert found == pytest.approx(one, rel=1e-3)  # the trainings differ in their last digits
+
+
+def test_what_cannot_be_scored_is_refused_before_the_training(images, tiny_model, tmp_path):
+    config = configuration(images, tiny_model)
+    assert config.evaluation
+    with pytest.raises(UserError, match=r"evaluation\.ema: 0\.7 is none of the averages \(0\.5, 0\.9\)"):
+        replace(config, evaluation=replace(config.evaluation, ema=(0.5, 0.7)))
+    for name in ("every", "count", "batch_size"):
+        with pytest.raises(UserError, match=rf"evaluation\.{name}: 0 must be at least 1"):
+            replace(config.evaluation, **{name: 0})
+    with pytest.raises(UserError, match=r"evaluation\.intervals: they need at least 40 images, and count is 25"):
+        replace(config.evaluation, intervals=True)
+    against, _ = reference(images, tiny_model)
+    replace(against, about=replace(against.about, image_size=32)).write(tmp_path / "large.safetensors")
+    for place, message in (("none.npz", "none.npz: no such file"), ("large.safetensors", "images of 32 pixels")):
+        wrong = replace(config, evaluation=replace(config.evaluation, reference=str(tmp_path / place)))
+        with pytest.raises(UserError, match=message):
+            train(wrong, tmp_path / "run", ONE)
+    assert not (tmp_path / "run" / "config.json").exists()
