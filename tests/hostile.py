@@ -29,7 +29,10 @@ from safetensors import safe_open
 from safetensors.torch import load, load_file, save, save_file
 from torch import nn
 
+from raekit.cache import LatentLoader, cache_latents
 from raekit.conversion import read
+from raekit.data.loader import DataConfig
+from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.inference import read_image
 from raekit.latents import encode_files, read_latents
@@ -380,13 +383,32 @@ def safetensors() -> Iterator[Case]:
 
     yield Case("latents as they are", partial(latents, lambda place: None), WORKS)
     yield Case(
-        "latents without metadata", partial(latents, lambda place: save_file(load_file(place), place)), "was not"
+        "latents without metadata",
+        partial(latents, lambda place: save_file(load_file(place), place)),
+        "was written neither",
     )
     yield Case("latents with unknown metadata", partial(latents, described(colour=1)), "colour: Unexpected")
     yield Case("latents of more images", partial(latents, described(images=["a", "b"])), "of its 2 images")
     yield Case(
         "half of a file of latents", partial(latents, lambda place: os.truncate(place, 99)), "damaged or no file"
     )
+
+    def cached(change: Callable[[Path], object], folder: Path) -> None:
+        (folder / "in").mkdir()
+        (folder / "in/a.png").write_bytes(saved("PNG"))
+        autoencoder = Autoencoder.load(model(folder / "model"))
+        data = DataConfig(source=f"flat:{folder / 'in'}", split="all", image_size=autoencoder.image_size)
+        cache_latents(autoencoder, "model", data, folder / "cache", world=World())
+        for place in (folder / "cache").iterdir():
+            change(place)
+        next(LatentLoader(folder / "cache", data, 0, autoencoder).stream(0, 1, World()))
+
+    yield Case("a cache of latents as it is", partial(cached, lambda place: None), WORKS)
+    yield Case("a cache that says it has 10^18 images", partial(cached, described(items=10**18)), "were unreadable")
+    yield Case("a cache without latents", partial(cached, described(images=0)), "needs `latents`")
+    yield Case("a cache of another kind", partial(cached, described(kind="images")), "of kind 'images'")
+    yield Case("a cache of an unknown kind", partial(cached, described(kind=[])), "kind: Input should be 'source'")
+    yield Case("half of a cache", partial(cached, lambda place: os.truncate(place, 99)), "damaged or no file")
 
 
 # Pickles

@@ -950,6 +950,27 @@ def test_info_tells_what_a_model_holds(run, tiny_model, tmp_path):
     assert_fails(run("info", tmp_path / "none"), tmp_path / "none", "no such folder")
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+def test_a_denoiser_trains_from_cached_latents(run, images, tiny_model, tmp_path, dtype):
+    out = tmp_path / "cache"
+    command = ["latents", "cache", tiny_model, "--source", images, "--out", out, "--dtype", dtype]
+    done = run(*command, "--shard-size", 20, "--precision", "fp32", "--flip")
+    assert done.code == 0, done.err
+    said = rf"{out}: 30 images in both orientations as {dtype}, 0\.\d MiB in 2 shards; error 0\.[1-9]\d% of .*\n"
+    assert re.fullmatch(said, done.out)
+    small = {"data.source": images, "data.image-size": 16, "autoencoder": tiny_model, "denoiser.backbone.width": 16}
+    small |= {"denoiser.backbone.heads": 2, "denoiser.head.width": 16, "denoiser.head.heads": 2, "train.steps": 2}
+    small |= {"train.precision": "fp32", "latents": out}
+    options = [str(x) for name, value in small.items() for x in (f"--{name}", value)]
+    done = run("train", "emoji_dit_dh", "--run", tmp_path / "run", *options, "--data.flip")
+    assert done.code == 0, done.err
+    assert load(str(tmp_path / "run")).classes == ("blue", "green", "red")
+    other = ["--data.split", "all", "--run", tmp_path / "other"]
+    assert_fails(run("train", "emoji_dit_dh", *options, *other), out, "of data.split train, not of all")
+    assert not (tmp_path / "other").exists()
+    assert_fails(run(*command, "--shard-size", 10), out, "holds shards of other latents")
+
+
 def test_generated_latents_decode_to_the_generated_images(run, tiny_model, tmp_path):
     out = tmp_path / "latents" / "generated.safetensors"
     done = run("latents", "generate", tiny_model, "--count", 7, "--steps", 3, "--batch-size", 3, "--out", out)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
+from typing import Literal, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,27 +26,46 @@ from raekit.progress import Report, silent
 from raekit.weights import fingerprint, read_weights
 
 _KEY = "raekit"  # of the metadata
+_REMEDIES = {
+    "images": "encode the images into an empty folder again",
+    "source": "the same `raekit latents cache` again completes it",
+}
+"""What to do about faulty shards, by their kind."""
 
 
 @configclass
-class LatentsInfo:
-    """What a shard is of.
+class ShardInfo:
+    """What every shard of latents says of itself.
 
-    `images` names them in order. `model` is the autoencoder as it was named, `weights` and `statistics` the
-    fingerprints of its state and of its whitening, `image_size` and `fit` how the images became squares.
-    `inputs` tells whether the same call would write the same again; `shard` counts from 0.
+    `model` is the autoencoder as it was named, `encoder` and `statistics` are `encoder_fingerprint` and
+    `statistics_fingerprint`; the images were squares of `image_size`. `shard` counts from 0.
     """
 
+    kind: str
     version: str
     model: str
-    weights: str
+    encoder: str
     statistics: str
     image_size: int
-    fit: Fit
-    inputs: str
     shard: int
     shards: int
+
+
+@configclass
+class LatentsInfo(ShardInfo):
+    """What a shard of images' latents is of.
+
+    `images` names them in order, `fit` is how they became squares. `inputs` tells whether the same call would write
+    the same again.
+    """
+
+    kind: Literal["images"] = "images"
+    fit: Fit
+    inputs: str
     images: tuple[str, ...]
+
+
+Info = TypeVar("Info", bound=ShardInfo)
 
 
 @dataclass(frozen=True)
@@ -59,6 +79,30 @@ class Latents:
 def statistics_fingerprint(autoencoder: Autoencoder) -> str:
     """What `LatentsInfo.statistics` is for this autoencoder: latents of another are not for its decoder."""
     return fingerprint({"mean": autoencoder.mean, "var": autoencoder.var})
+
+
+def encoder_fingerprint(autoencoder: Autoencoder) -> str:
+    """What `ShardInfo.encoder` is: of the weights, the input's size and colours, and the layers.
+
+    The same whether the encoder computes in float32 or in bfloat16.
+    """
+    encoder = autoencoder.encoder
+    weights = {key: w.bfloat16() if w.is_floating_point() else w for key, w in encoder.state_dict().items()}
+    return fingerprint(weights, encoder.input_size, encoder.spec.mean, encoder.spec.std, to_dict(encoder.layers))
+
+
+def shard_paths(folder: Path, shards: int) -> list[Path]:
+    """Where the shards of latents go; UserError if `folder` holds any that are not among them."""
+    places = [folder / f"latents-{i:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
+    if others := set(folder.glob("latents-*.safetensors")) - set(places):
+        raise UserError(f"{folder}: holds shards of other latents ({min(others).name}); give another folder")
+    return places
+
+
+def write_shard(path: Path, info: ShardInfo, tensors: dict[str, Tensor]) -> None:
+    """Write a shard, whole or not at all."""
+    with whole(path) as partial:
+        save_file(tensors, partial, {_KEY: json.dumps(to_dict(info))})
 
 
 def encode_files(
@@ -89,17 +133,15 @@ def encode_files(
             f"{out}: {len(images)} images are more than shard_size = {shard_size}; give a folder for shards"
         )
     parts = [images[first : first + shard_size] for first in range(0, len(images), shard_size)]
-    places = [out] if single else [out / f"latents-{i:05d}-of-{len(parts):05d}.safetensors" for i in range(len(parts))]
-    if not single and (others := set(out.glob("latents-*.safetensors")) - set(places)):
-        raise UserError(f"{out}: holds shards of other latents ({min(others).name}); give another folder")
-    weights = fingerprint(autoencoder.state_dict(), to_dict(autoencoder.config))
+    places = [out] if single else shard_paths(out, len(parts))
+    encoder = encoder_fingerprint(autoencoder)
     statistics = statistics_fingerprint(autoencoder)
     unreadable: list[str] = []
     done = encoded = 0
     for number, (part, place) in enumerate(zip(parts, places, strict=True)):
-        inputs = _digest(part, weights, fit)
+        inputs = _digest(part, encoder, statistics, autoencoder.image_size, fit)
         names = tuple(map(str, part))
-        if place.is_file() and (there := _info(place)).inputs == inputs and there.images == names:
+        if place.is_file() and (there := read_info(place, LatentsInfo)).inputs == inputs and there.images == names:
             encoded += len(part)
         else:
             read: list[Path] = []
@@ -120,7 +162,7 @@ def encode_files(
             info = LatentsInfo(
                 version=__version__,
                 model=model,
-                weights=weights,
+                encoder=encoder,
                 statistics=statistics,
                 image_size=autoencoder.image_size,
                 fit=fit,
@@ -130,8 +172,7 @@ def encode_files(
                 images=tuple(map(str, read)),
             )
             whole_shard = torch.cat(latents) if latents else torch.empty(0, *autoencoder.latent_shape)
-            with whole(place) as partial:
-                save_file({"latents": whole_shard}, partial, {_KEY: json.dumps(to_dict(info))})
+            write_shard(place, info, {"latents": whole_shard})
             encoded += len(read)
         done += len(part)
         progress("encode", done, len(images))
@@ -143,15 +184,10 @@ def read_latents(path: Path | str) -> Iterator[Latents]:
 
     UserError if there are none, one is damaged, or they are not those of one encoding.
     """
-    path = Path(path)
-    shards = sorted(path.glob("latents-*.safetensors")) if path.is_dir() else [path]
-    infos = [_info(shard) for shard in shards]
-    if [(info.shard, info.shards) for info in infos] != [(i, len(shards)) for i in range(len(shards))] or not shards:
-        wanted = infos[0].shards if infos else 1
-        raise UserError(f"{path}: holds {len(shards)} of {wanted} shards of latents; encode into an empty folder again")
-    if len({(info.weights, info.image_size, info.fit) for info in infos}) > 1:
-        raise UserError(f"{path}: holds latents of different models or sizes; encode into an empty folder again")
-    for shard, info in zip(shards, infos, strict=True):
+    infos = read_infos(Path(path), LatentsInfo)
+    if len({(info.encoder, info.statistics, info.image_size, info.fit) for info in infos.values()}) > 1:
+        raise UserError(f"{path}: holds latents of different models or sizes; {_REMEDIES['images']}")
+    for shard, info in infos.items():
         latents = read_weights(shard).get("latents")
         if latents is None or latents.ndim != 4 or len(latents) != len(info.images):
             raise UserError(
@@ -160,7 +196,19 @@ def read_latents(path: Path | str) -> Iterator[Latents]:
         yield Latents(latents, info)
 
 
-def _info(path: Path) -> LatentsInfo:
+def read_infos(path: Path, cls: type[Info]) -> dict[Path, Info]:
+    """The shards of the file or folder `path`, in order, and what they say; UserError if one is missing."""
+    shards = sorted(path.glob("latents-*.safetensors")) if path.is_dir() else [path]
+    infos = {shard: read_info(shard, cls) for shard in shards}
+    found = [(info.shard, info.shards) for info in infos.values()]
+    if not found or found != [(i, len(found)) for i in range(len(found))]:
+        wanted = found[0][1] if found else 1
+        raise UserError(f"{path}: holds {len(found)} of {wanted} shards of latents; {_REMEDIES[cls.kind]}")
+    return infos
+
+
+def read_info(path: Path, cls: type[Info]) -> Info:
+    """What the shard `path` says of itself; UserError if it is damaged or of another kind."""
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
@@ -168,10 +216,13 @@ def _info(path: Path) -> LatentsInfo:
             text = (file.metadata() or {}).get(_KEY)
         values = json.loads(text) if text else None
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: damaged or no file of latents ({error}); encode the images again") from None
-    if values is None:
-        raise UserError(f"{path}: was not written by `raekit encode`; its metadata has no {_KEY!r}")
-    return from_dict(LatentsInfo, values, path)
+        raise UserError(f"{path}: damaged or no file of latents ({error}); {_REMEDIES[cls.kind]}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: was written neither by `raekit encode` nor by `raekit latents cache`")
+    kind = values.get("kind")
+    if kind != cls.kind and kind in [*_REMEDIES]:
+        raise UserError(f"{path}: holds latents of kind {kind!r}, needed are those of kind {cls.kind!r}")
+    return from_dict(cls, values, path)
 
 
 def _digest(images: Sequence[Path], *settings: object) -> str:

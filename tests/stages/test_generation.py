@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from raekit import randomness
+from raekit.cache import cache_latents
 from raekit.config import from_dict, to_dict
+from raekit.data import sources
 from raekit.data.loader import Batch, DataConfig, Loader
 from raekit.distributed import World
 from raekit.errors import UserError
@@ -249,3 +251,43 @@ def test_the_config_goes_through_json_strictly(config):
     values["denoiser"]["backbone"]["heds"] = 3
     with pytest.raises(UserError, match=r"config\.json: denoiser\.backbone\.heds: "):
         from_dict(GenerationConfig, values, "config.json")
+
+
+def curve(config: GenerationConfig, run: Path) -> list[float]:
+    losses = []
+    made = stage(config, run)
+    made.prepare()
+    Trainer(run, config.train, made.objectives, made.batches, ONE).fit(
+        lambda step, values: losses.append(values["denoiser/loss"])
+    )
+    made.export(run / "artifact")
+    return losses
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-6), ("bf16", 5e-4), ("int8", 2e-3)])
+def test_cached_latents_give_the_loss_curve_of_the_images(config, tmp_path, monkeypatch, dtype, tolerance):
+    settings = replace(config.train, steps=8, batch_size=12, micro_batch=6, log_every=1)  # three epochs, not whole ones
+    config = replace(config, data=replace(config.data, flip=True), train=settings)
+    autoencoder = Autoencoder.load(config.autoencoder)
+    cache_latents(autoencoder, config.autoencoder, config.data, tmp_path / "cache", dtype=dtype, world=ONE)
+    on_the_fly = curve(config, tmp_path / "images")
+    # From here on neither the images nor the encoder are used.
+    monkeypatch.setattr(sources, "_OPENERS", {})
+    monkeypatch.setattr(Encoder, "forward", lambda self, images: pytest.fail("the encoder ran"))
+    cached = curve(replace(config, latents=str(tmp_path / "cache")), tmp_path / "cached")
+    assert cached == pytest.approx(on_the_fly, rel=tolerance)
+    assert len({*on_the_fly}) == 8
+    models = [load(str(tmp_path / name)) for name in ("images", "cached")]
+    assert models[0].denoiser.config == models[1].denoiser.config
+    assert models[1].classes == ("blue", "green", "red")
+    if dtype == "fp32":
+        for a, b in zip(*(model.denoiser.parameters() for model in models), strict=True):
+            assert torch.allclose(a, b, rtol=0, atol=1e-4)
+
+
+def test_a_cache_of_another_encoder_does_not_train(config, tmp_path):
+    autoencoder = Autoencoder.load(config.autoencoder)
+    next(autoencoder.encoder.parameters()).data += 0.1
+    cache_latents(autoencoder, "another", config.data, tmp_path / "cache", world=ONE)
+    with pytest.raises(UserError, match=r"cache: its latents are of another encoder: made with another "):
+        stage(replace(config, latents=str(tmp_path / "cache")), tmp_path)

@@ -11,7 +11,7 @@ from raekit.cli.autoencoding import encode, reconstruct
 from raekit.cli.evaluation import compare, evaluate, probe, reference
 from raekit.cli.formats import convert, info
 from raekit.cli.generation import generate
-from raekit.cli.latents import latents_generate, latents_measure
+from raekit.cli.latents import latents_cache, latents_generate, latents_measure
 from raekit.cli.training import demo, recipes, train
 from raekit.errors import UserError
 
@@ -24,6 +24,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "recipes": recipes,
     "train": train,
     "latents measure": latents_measure,
+    "latents cache": latents_cache,
     "latents generate": latents_generate,
     "evaluate": evaluate,
     "compare": compare,

@@ -74,6 +74,71 @@ def latents_measure(
             console.out.print(f"{out}: {shape}, mean variance {var.mean():.4f} ({var.min():.4f} to {var.max():.4f})")
 
 
+def latents_cache(
+    model: Positional[str],
+    out: Path,
+    source: str = "emoji",
+    split: Literal["train", "heldout", "all"] = "train",
+    flip: bool = False,
+    dtype: Literal["fp32", "bf16", "int8"] = "bf16",
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
+    batch_size: int = 64,
+    shard_size: int = 512,
+    verify: bool = False,
+    workers: int = 0,
+    device: Device | None = None,
+) -> None:
+    """Write the whitened latents of a data source, to train a denoiser from (`--latents`).
+
+    Example: raekit latents cache builtin:emoji --source emoji --flip --out latents
+    Shards that are there are kept, so the same command goes on after an interruption; under torchrun, processes share
+    them.
+
+    Args:
+        model: builtin:NAME, a model folder, a stage-1 run, or OWNER/NAME on the Hub.
+        out: the folder to fill.
+        source: emoji, folder:DIR, flat:DIR, idx:DIR or hf:DIR. The training has to name it the same.
+        split: of the source.
+        flip: of each image the mirrored one as well, for a training with data.flip.
+        dtype: to store as. int8 has one scale a token.
+        precision: that the encoder computes in; auto is bf16 where the hardware multiplies it fast.
+        batch_size: images at once.
+        shard_size: images in a shard, held in memory until it is written.
+        verify: read the shards that are there as well, and make those anew whose checksums are wrong.
+        workers: processes that decode images.
+        device: default is the best there is.
+    """
+    from raekit.cache import cache_latents, relative_error
+    from raekit.data.loader import DataConfig
+    from raekit.distributed import world
+    from raekit.models.autoencoder import Autoencoder
+    from raekit.train.trainer import compute_dtype
+
+    with world(device) as here, Display(console.err, quiet=not here.is_main) as progress:
+        autoencoder = Autoencoder.load(model, compute_dtype(precision, here.device)).to(here.device)
+        data = DataConfig(source=source, split=split, image_size=autoencoder.image_size, flip=flip, workers=workers)
+        infos = cache_latents(
+            autoencoder,
+            model,
+            data,
+            out,
+            dtype=dtype,
+            batch_size=batch_size,
+            shard_size=shard_size,
+            verify=verify,
+            world=here,
+            progress=progress,
+        )
+    if here.is_main:
+        images, size = sum(info.images for info in infos), sum(path.stat().st_size for path in out.glob("latents-*"))
+        console.out.print(
+            f"{out}: {images} images{' in both orientations' if flip else ''} as {dtype}, {size / 2**20:,.1f} MiB in "
+            f"{len(infos)} shards; error {relative_error(infos):.2%} of the latents' norm"
+        )
+        if unreadable := infos[0].items - images:
+            console.err.print(f"{unreadable} of {infos[0].items} images could not be read and were left out")
+
+
 def latents_generate(
     model: Positional[str],
     out: Path,

@@ -3,10 +3,10 @@
 import logging
 import signal
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from itertools import count
-from typing import Literal
+from typing import Literal, Self, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from raekit.errors import UserError
 from raekit.randomness import numpy_generator
 
 _log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 
 @configclass
@@ -50,9 +51,34 @@ class DataConfig:
         if not 0 <= self.max_unreadable <= 1:
             raise UserError(f"data.max_unreadable must be a share between 0 and 1, not {self.max_unreadable}")
 
+    def tolerated(self, items: int) -> int:
+        """How many of a source's `items` may be unreadable."""
+        return min(int(self.max_unreadable * items), items - 1)
+
+
+class Rows:
+    """The methods of a dataclass of tensors that have a row for each sample; one is their `positions`."""
+
+    positions: Tensor
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same on `device`. The positions stay: they address random numbers, for which the host reads them."""
+        asynchronous = torch.device(device).type == "cuda"  # towards the CPU, nothing would wait for the copy
+        rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "positions"}  # type: ignore[arg-type]
+        moved = {name: tensor.to(device, non_blocking=asynchronous) for name, tensor in rest.items()}
+        return replace(self, **moved)  # type: ignore[type-var]
+
+    def split(self, size: int) -> list[Self]:
+        """Parts of at most `size` samples, in order."""
+        parts = zip(*(getattr(self, f.name).split(size) for f in fields(self)), strict=True)  # type: ignore[arg-type]
+        return [type(self)(*part) for part in parts]
+
 
 @dataclass(frozen=True)
-class Batch:
+class Batch(Rows):
     """images uint8 (B, 3, S, S); labels int64 (B,), -1 without a label; positions int64 (B,).
 
     A position counts images in the training stream; in one pass it is the item's index in the source.
@@ -62,23 +88,9 @@ class Batch:
     labels: Tensor
     positions: Tensor
 
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on `device`."""
-        tensors = self.images, self.labels, self.positions
-        asynchronous = torch.device(device).type == "cuda"  # towards the CPU, nothing would wait for the copy
-        return Batch(*(tensor.to(device, non_blocking=asynchronous) for tensor in tensors))
-
     def pixels(self) -> Tensor:
         """Images as float32 (B, 3, S, S) in [0, 1]."""
         return self.images.float() / 255
-
-    def split(self, size: int) -> "list[Batch]":
-        """Parts of at most `size` images, in order."""
-        parts = zip(self.images.split(size), self.labels.split(size), self.positions.split(size), strict=True)
-        return [Batch(*part) for part in parts]
 
 
 class Loader:
@@ -88,7 +100,7 @@ class Loader:
         self.config, self.seed = config, seed
         self.source = open_source(config.source, config.split)
         self.unreadable: dict[str, str] = {}
-        self._tolerated = min(int(config.max_unreadable * len(self)), len(self) - 1)
+        self._tolerated = config.tolerated(len(self))
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -106,10 +118,8 @@ class Loader:
 
         Raises UserError if the ranks cannot share a batch equally, or too many images are unreadable.
         """
-        share = _share(batch_size, world)
-        firsts = count(start + world.rank * share, batch_size)
         reader = _Reader(self.source, self.config, self.seed, attempts=self._tolerated + 1)
-        return self._batches(reader, (range(first, first + share) for first in firsts), world)
+        return self._batches(reader, stream_shares(start, batch_size, world), world)
 
     def once(self, batch_size: int, world: World) -> Iterator[Batch]:
         """Yield this rank's share of each batch of one pass over the source, in its order, centre-cropped.
@@ -119,26 +129,20 @@ class Loader:
         """
         share = _share(batch_size, world)
         firsts = range(world.rank * share, len(self), batch_size)
-        return self.pick((range(first, min(first + share, len(self))) for first in firsts), world)
+        batches = self.read((range(first, min(first + share, len(self))) for first in firsts), world)
+        return (batch for batch in batches if len(batch))
 
-    def pick(self, parts: Iterable[range], world: World) -> Iterator[Batch]:
-        """Yield each of `parts` of the source as a batch, centre-cropped; they are this rank's own choice."""
+    def read(self, parts: Iterable[range], world: World) -> Iterator[Batch]:
+        """Yield the readable ones of each of `parts`, which are items of the source, centre-cropped.
+
+        Raises UserError as `stream` does.
+        """
         return self._batches(_Reader(self.source, self.config, seed=None, attempts=1), parts, world)
 
-    def _batches(self, reader: "_Reader", positions: Iterable[range], world: World) -> Iterator[Batch]:
-        loaded = DataLoader(
-            reader,
-            batch_size=None,  # `positions` are whole batches
-            sampler=positions,
-            num_workers=self.config.workers,
-            pin_memory=world.device.type == "cuda",
-            worker_init_fn=_ignore_signals,
-            generator=torch.Generator(),  # or it would draw from the global one
-        )
-        for images, labels, read, unreadable in loaded:
+    def _batches(self, reader: "_Reader", parts: Iterable[range], world: World) -> Iterator[Batch]:
+        for images, labels, read, unreadable in load_parts(reader, parts, self.config.workers, world):
             self._report(unreadable)
-            if len(images):
-                yield Batch(images, labels, read)
+            yield Batch(images, labels, read)
 
     def _report(self, unreadable: dict[str, str]) -> None:
         for name, reason in unreadable.items():
@@ -152,6 +156,37 @@ class Loader:
                 f"data source {self.source.name!r}: {share} are unreadable, more than the "
                 f"max_unreadable={self.config.max_unreadable:g} of them; repair or remove {names}"
             )
+
+
+def load_parts(reader: Dataset[_T], parts: Iterable[range], workers: int, world: World) -> Iterator[_T]:
+    """Yield `reader[part]` for each of `parts`, read ahead by so many `workers` (0: none but this process)."""
+    loaded = DataLoader(
+        reader,
+        batch_size=None,  # `parts` are whole batches
+        sampler=parts,
+        num_workers=workers,
+        pin_memory=world.device.type == "cuda",
+        worker_init_fn=_ignore_signals,
+        generator=torch.Generator(),  # or it would draw from the global one
+    )
+    yield from loaded
+
+
+def stream_shares(start: int, batch_size: int, world: World) -> Iterator[range]:
+    """This rank's contiguous share of the positions of each batch of the training stream, endlessly."""
+    share = _share(batch_size, world)
+    return (range(first, first + share) for first in count(start + world.rank * share, batch_size))
+
+
+def item_at(seed: int, position: int, items: int) -> int:
+    """The item of a source at `position` of the training stream, of which each epoch is a permutation."""
+    return int(_order(seed, position // items, items)[position % items])
+
+
+def augmentation(config: DataConfig, seed: int, position: int) -> tuple[bool, np.random.Generator]:
+    """Whether the image at `position` of the training stream is flipped, and the generator of its crop."""
+    generator = numpy_generator(seed, "augment", position)
+    return config.flip and generator.random() < 0.5, generator
 
 
 def _share(batch_size: int, world: World) -> int:
@@ -191,11 +226,12 @@ class _Reader(Dataset[_Read]):
                 labels.append(label)
                 read.append(position)
         pixels = torch.from_numpy(images[: len(read)]).permute(0, 3, 1, 2).contiguous()
-        return pixels, torch.tensor(labels), torch.tensor(read), unreadable
+        numbers = torch.tensor(labels, dtype=torch.int64), torch.tensor(read, dtype=torch.int64)
+        return pixels, *numbers, unreadable
 
     def _item(self, position: int, unreadable: dict[str, str]) -> tuple[Image.Image, int] | None:
         items = len(self.source)
-        first = position if self.seed is None else int(_order(self.seed, position // items, items)[position % items])
+        first = position if self.seed is None else item_at(self.seed, position, items)
         for index in range(first, first + self.attempts):
             try:
                 return self.source[index % items]
@@ -207,8 +243,7 @@ class _Reader(Dataset[_Read]):
         config = self.config
         if self.seed is None or (config.crop == "center" and not config.flip):
             return center_crop(image, config.image_size)
-        generator = numpy_generator(self.seed, "augment", position)
-        mirrored = config.flip and generator.random() < 0.5
+        mirrored, generator = augmentation(config, self.seed, position)
         if config.crop == "random":
             image = random_crop(image, config.image_size, generator)
         else:

@@ -61,7 +61,7 @@ class StoredImages:
             for chunk in chunks
             for first in range(0, len(chunk), self.batch_size)
         )
-        return images_of(self.loader.pick(parts, world), world)
+        return images_of(self.loader.read(parts, world), world)
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ from typing import Literal
 from torch import Tensor
 
 from raekit import randomness
+from raekit.cache import LatentBatch, LatentLoader
 from raekit.config import configclass
 from raekit.data.loader import Batch, DataConfig, Loader
 from raekit.distributed import World
@@ -26,13 +27,15 @@ class GenerationConfig:
     """`autoencoder` is builtin:NAME, a model folder, a stage-1 run, or OWNER/NAME on the Hub.
 
     `conditional` False trains without classes; else labels are dropped with probability `class_dropout`.
-    Times follow `time_law`, shifted by sqrt(dimension / `shift_base`). The encoder computes in `train.precision`.
+    Times follow `time_law`, shifted by sqrt(dimension / `shift_base`). The encoder computes in `train.precision`;
+    with `latents`, a folder that `raekit latents cache` filled, it is not used, nor are the images.
     `evaluation` scores samples during training.
     """
 
     stage: Literal["generation"] = "generation"
     data: DataConfig
     autoencoder: str
+    latents: str | None = None
     denoiser: DenoiserSize
     conditional: bool = True
     class_dropout: float = 0.1
@@ -84,9 +87,14 @@ def flow_matching_loss(
 
 def build(config: GenerationConfig, run: Path, world: World) -> Stage:
     """The denoiser's objective; the artifact is a model folder with autoencoder and averaged denoiser."""
-    loader = Loader(config.data, config.train.seed)
-    dtype = compute_dtype(config.train.precision, world.device)
-    autoencoder = Autoencoder.load(config.autoencoder, dtype).to(world.device)
+    seed, dtype = config.train.seed, compute_dtype(config.train.precision, world.device)
+    autoencoder = Autoencoder.load(config.autoencoder, dtype)
+    if config.latents:
+        loader = LatentLoader(Path(config.latents), config.data, seed, autoencoder)
+    else:
+        loader = Loader(config.data, seed)
+    if config.evaluation or not config.latents:
+        autoencoder.to(world.device)
     if autoencoder.image_size != config.data.image_size:
         raise UserError(
             f"data.image_size: {config.data.image_size}, but {config.autoencoder} is for {autoencoder.image_size}"
@@ -106,10 +114,9 @@ def build(config: GenerationConfig, run: Path, world: World) -> Stage:
             class_names=loader.classes if config.conditional else (),
         )
     )
-    seed = config.train.seed
 
-    def loss(batch: Batch, step: int) -> tuple[Tensor, Metrics]:
-        latents = autoencoder.encode(batch.pixels())
+    def loss(batch: Batch | LatentBatch, step: int) -> tuple[Tensor, Metrics]:
+        latents = batch.latents if isinstance(batch, LatentBatch) else autoencoder.encode(batch.pixels())
         labels = None
         if config.conditional:
             dropped = (
@@ -130,7 +137,7 @@ def build(config: GenerationConfig, run: Path, world: World) -> Stage:
     )
 
     def prepare() -> None:
-        if config.train.compile:
+        if config.train.compile and not config.latents:
             autoencoder.encoder.compile()
 
     def averaged() -> Denoiser:

@@ -1,0 +1,359 @@
+"""A data source's latents on disk, for training without the encoder: shards as those of `raekit.latents`."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from raekit import __version__
+from raekit.config import configclass, differences, to_dict
+from raekit.data.loader import Batch, DataConfig, Loader, Rows, augmentation, item_at, load_parts, stream_shares
+from raekit.data.sources import Split
+from raekit.distributed import World
+from raekit.errors import UserError
+from raekit.latents import (
+    ShardInfo,
+    encoder_fingerprint,
+    read_info,
+    read_infos,
+    shard_paths,
+    statistics_fingerprint,
+    write_shard,
+)
+from raekit.models.autoencoder import Autoencoder
+from raekit.progress import Report, silent
+
+Storage = Literal["fp32", "bf16", "int8"]
+DTYPES: dict[Storage, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
+
+
+@configclass
+class CacheInfo(ShardInfo):
+    """What a shard of a data source's latents is of: its `images`, among the `items` of the `split` of a `source`.
+
+    With `flipped` each image is there mirrored as well. `precision` is what the encoder computed in. `error` is the
+    root mean square of what storing as `dtype` did to the latents, whose own is `rms`.
+    """
+
+    kind: Literal["source"] = "source"
+    source: str
+    split: Split
+    items: int
+    classes: tuple[str, ...]
+    flipped: bool
+    precision: Literal["fp32", "bf16"]
+    dtype: Storage
+    images: int
+    error: float
+    rms: float
+
+
+@dataclass(frozen=True)
+class LatentBatch(Rows):
+    """Latents as they are stored (B, C, h, w) and what to multiply them by, `scale`; the rest as in a `Batch`."""
+
+    stored: Tensor
+    scale: Tensor
+    labels: Tensor
+    positions: Tensor
+
+    @property
+    def latents(self) -> Tensor:
+        """Whitened latents (B, C, h, w), float32."""
+        return unpack(self.stored, self.scale)
+
+
+def pack(latents: Tensor, dtype: Storage) -> tuple[Tensor, Tensor]:
+    """Latents (B, C, h, w) as `dtype`, and the scale to multiply them by: (B, 1, h, w), a token's, for int8; else 1."""
+    if dtype != "int8":
+        return latents.to(DTYPES[dtype]), latents.new_ones(len(latents), 1, 1, 1)
+    scale = latents.abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
+    return (latents / scale).round().to(torch.int8), scale
+
+
+def unpack(stored: Tensor, scale: Tensor) -> Tensor:
+    """The latents that `pack` took, as nearly as they are stored, float32."""
+    return stored.float() * scale
+
+
+def cache_latents(
+    autoencoder: Autoencoder,
+    model: str,
+    data: DataConfig,
+    out: Path,
+    *,
+    dtype: Storage = "bf16",
+    batch_size: int = 64,
+    shard_size: int = 512,
+    verify: bool = False,
+    world: World,
+    progress: Report = silent,
+) -> list[CacheInfo]:
+    """Write the whitened latents of the source of `data`, in both orientations if it flips, as shards in `out`.
+
+    Called by all processes, which share the shards; each holds one in memory. Those that are there are kept; with
+    `verify` only if their checksums are right. A shard is the same for any number of processes or interruptions.
+    Returns what the shards say of themselves. UserError if the folder holds other latents.
+    """
+    for name, value in (("batch_size", batch_size), ("shard_size", shard_size)):
+        if value < 1:
+            raise UserError(f"{name}: {value} must be at least 1")
+    _check_crop(data)
+    loader = Loader(data, seed=0)
+    parts = list(_chunks(range(len(loader)), shard_size))
+    places = shard_paths(out, len(parts))
+    about = CacheInfo(
+        version=__version__,
+        model=model,
+        encoder=encoder_fingerprint(autoencoder),
+        statistics=statistics_fingerprint(autoencoder),
+        image_size=data.image_size,
+        shard=0,
+        shards=len(parts),
+        source=data.source,
+        split=data.split,
+        items=len(loader),
+        classes=loader.classes,
+        flipped=data.flip,
+        precision="bf16" if autoencoder.encoder.dtype == torch.bfloat16 else "fp32",
+        dtype=dtype,
+        images=0,
+        error=0.0,
+        rms=0.0,
+    )
+    missing = [k for k, place in enumerate(places) if not _is_there(place, about, verify)]
+    world.barrier()  # before anyone writes, all have looked
+    mine = missing[world.rank :: world.size]
+    batches = loader.read((chunk for k in mine for chunk in _chunks(parts[k], batch_size)), world)
+    done = len(loader) - sum(len(parts[k]) for k in missing)
+    for k in mine:
+        rows: list[_Encoded] = []
+        for chunk in _chunks(parts[k], batch_size):
+            rows.append(_encode(autoencoder, next(batches).to(world.device), dtype, data.flip))
+            done = min(done + len(chunk) * world.size, len(loader))
+            progress("encode", done, len(loader))
+        tensors = {name: torch.cat([row.tensors[name] for row in rows]) for name in rows[0].tensors}
+        numbers = tensors["latents"].numel() or 1
+        error, rms = (math.sqrt(sum(r.squares[i] for r in rows) / numbers) for i in range(2))
+        if not math.isfinite(rms):
+            raise UserError(f"{data.source}: not all of its latents are finite; encode with --precision fp32")
+        info = replace(about, shard=k, images=len(tensors["labels"]), error=error, rms=rms)
+        write_shard(places[k], info, tensors)
+    world.barrier()
+    return list(read_infos(out, CacheInfo).values())
+
+
+def relative_error(infos: Sequence[CacheInfo]) -> float:
+    """The norm of what storing did to all latents, as a share of theirs."""
+    error = sum(info.images * info.error**2 for info in infos)
+    squares = sum(info.images * info.rms**2 for info in infos)
+    return math.sqrt(error / squares) if squares else 0.0
+
+
+class LatentLoader:
+    """Batches of the latents that `cache_latents` wrote to `folder`: those that a `Loader` of `config` would give.
+
+    The images need not be there. Raises UserError if the folder holds no whole cache of `config`'s source and split
+    at its image size, and flipped if it flips; or one of another encoder or other statistics than `autoencoder`'s.
+    """
+
+    def __init__(self, folder: Path, config: DataConfig, seed: int, autoencoder: Autoencoder) -> None:
+        infos = read_infos(folder, CacheInfo)
+        self.config, self.info = config, next(iter(infos.values()))
+        _check_fit(self.info, folder, config, autoencoder)
+        for path, info in infos.items():
+            if _settings(info) != _settings(self.info):
+                raise UserError(f"{path}: is of another cache than the shards beside it; make the cache again")
+        self.reader = _Reader(infos, config, seed, autoencoder.latent_shape)
+        absent = len(self) - len(self.reader.present)
+        if absent > config.tolerated(len(self)):
+            raise UserError(
+                f"{folder}: {absent} of {len(self)} images were unreadable, more than the "
+                f"data.max_unreadable={config.max_unreadable:g} of them; repair them and make the cache again"
+            )
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.info.classes
+
+    def __len__(self) -> int:
+        return self.info.items
+
+    def stream(self, start: int, batch_size: int, world: World) -> Iterator[LatentBatch]:
+        """As `Loader.stream`: the same positions, labels and flips. UserError if what is read is damaged."""
+        parts = stream_shares(start, batch_size, world)
+        return (LatentBatch(*read) for read in load_parts(self.reader, parts, self.config.workers, world))
+
+
+def _check_crop(data: DataConfig) -> None:
+    if data.crop != "center":
+        raise UserError(f"data.crop: {data.crop}, but cached latents are those of centre-cropped images")
+
+
+def _check_fit(info: CacheInfo, folder: Path, config: DataConfig, autoencoder: Autoencoder) -> None:
+    _check_crop(config)
+    for what, cached, wanted in (
+        ("encoder", info.encoder, encoder_fingerprint(autoencoder)),
+        ("latent statistics", info.statistics, statistics_fingerprint(autoencoder)),
+    ):
+        if cached != wanted:
+            raise UserError(
+                f"{folder}: its latents are of another {what}: made with {info.model} ({cached}), "
+                f"but this autoencoder's is {wanted}; cache this one's in another folder"
+            )
+    for field in ("source", "split", "image_size"):
+        cached, wanted = getattr(info, field), getattr(config, field)
+        if cached != wanted:
+            raise UserError(f"{folder}: its latents are of data.{field} {cached}, not of {wanted}")
+    if config.flip and not info.flipped:
+        raise UserError(f"{folder}: holds no flipped latents, which data.flip needs; cache them with --flip")
+
+
+def _chunks(part: range, size: int) -> Iterator[range]:
+    return (part[first : first + size] for first in range(0, len(part), size))
+
+
+def _settings(info: CacheInfo) -> CacheInfo:
+    """What the shards of one cache have in common, and two calls that make the same."""
+    return replace(info, version="", model="", shard=0, images=0, error=0.0, rms=0.0)
+
+
+def _is_there(place: Path, about: CacheInfo, verify: bool) -> bool:
+    """Whether the shard need not be made; UserError if it is one of other latents."""
+    if not place.is_file():
+        return False
+    there = read_info(place, CacheInfo)
+    if changed := list(differences(to_dict(_settings(there)), to_dict(_settings(about)))):
+        raise UserError(f"{place.parent}: holds other latents:\n  " + "\n  ".join(changed) + "\nGive another folder")
+    return not verify or _is_sound(_mapped(place))
+
+
+def _mapped(path: Path) -> dict[str, Tensor]:
+    """The tensors of a shard, mapped: what is not touched is not read."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: damaged ({error}); remove it and make the cache again") from None
+
+
+def _is_sound(shard: dict[str, Tensor]) -> bool:
+    rows = zip(shard["latents"].flatten(0, 1), shard["scale"].flatten(0, 1), strict=True)
+    return [_checksum(*row) for row in rows] == shard["checksums"].flatten().tolist()
+
+
+def _checksum(*tensors: Tensor) -> int:
+    """The sum of the bytes, taken as integers of 64 bits where they divide into such: as fast as memory is read."""
+    total = 0
+    for tensor in tensors:
+        octets = tensor.reshape(-1).view(torch.uint8)
+        total += int(octets.view(torch.int64 if len(octets) % 8 == 0 else torch.uint8).sum(dtype=torch.int64))
+    return (total + 2**63) % 2**64 - 2**63
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """The tensors of some of a shard's images, and the sums of squares of the error in their latents, and of these."""
+
+    tensors: dict[str, Tensor]
+    squares: tuple[float, float]
+
+
+@torch.no_grad()
+def _encode(autoencoder: Autoencoder, batch: Batch, dtype: Storage, flip: bool) -> _Encoded:
+    pixels = batch.pixels()
+    views = [pixels, pixels.flip(-1)] if flip else [pixels]
+    if len(batch):
+        exact = torch.stack([autoencoder.encode(view) for view in views], 1).flatten(0, 1)
+    else:  # none of them was readable
+        exact = torch.empty(0, *autoencoder.latent_shape, device=pixels.device)
+    stored, scale = pack(exact, dtype)
+    squares = _squares(unpack(stored, scale) - exact), _squares(exact)
+    stored, scale = stored.cpu().contiguous(), scale.cpu()
+    shape = len(batch), len(views)
+    checksums = [_checksum(*row) for row in zip(stored, scale, strict=True)]
+    tensors = {
+        "latents": stored.unflatten(0, shape),
+        "scale": scale.unflatten(0, shape),
+        "checksums": torch.tensor(checksums, dtype=torch.int64).view(shape),
+        "labels": batch.labels.cpu(),
+        "positions": batch.positions,
+    }
+    return _Encoded(tensors, squares)
+
+
+def _squares(values: Tensor) -> float:
+    return float(values.square().sum(dtype=torch.float64))
+
+
+_Read = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class _Reader(Dataset[_Read]):
+    """Reads a batch, in whatever process: positions -> the fields of a `LatentBatch`.
+
+    `present` are the items that the cache has, ascending, as many as it has rows.
+    """
+
+    def __init__(
+        self, infos: dict[Path, CacheInfo], config: DataConfig, seed: int, latent_shape: tuple[int, int, int]
+    ) -> None:
+        self.config, self.seed, self.paths = config, seed, list(infos)
+        self.shards = {path: _mapped(path) for path in infos}
+        for path, info in infos.items():
+            _check_shard(path, info, self.shards[path], latent_shape)
+        self.items = next(iter(infos.values())).items
+        self.present = torch.cat([shard["positions"] for shard in self.shards.values()]).numpy()
+        self.labels = torch.cat([shard["labels"] for shard in self.shards.values()])
+        self.ends = np.cumsum([info.images for info in infos.values()])
+        if not len(self.present) or (np.diff(self.present) <= 0).any() or self.present[-1] >= self.items:
+            raise UserError(
+                f"{self.paths[0].parent}: the positions of its shards are in disorder; make the cache again"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"shards": {}}  # a worker that is not forked maps them itself
+
+    def __getitem__(self, positions: range) -> _Read:
+        stored, scale, numbers = zip(*map(self._row, positions), strict=True)
+        return torch.stack(stored), torch.stack(scale), self.labels[list(numbers)], torch.tensor(positions)
+
+    def _row(self, position: int) -> tuple[Tensor, Tensor, int]:
+        """What is stored and its scale, in the mapped file, and the number of the row."""
+        item = item_at(self.seed, position, self.items)
+        number = int(np.searchsorted(self.present, item)) % len(self.present)  # for a missing item, that of the next
+        k = int(np.searchsorted(self.ends, number, side="right"))
+        path, first = self.paths[k], int(self.ends[k - 1]) if k else 0
+        if path not in self.shards:
+            self.shards[path] = _mapped(path)
+        place = number - first, int(augmentation(self.config, self.seed, position)[0])
+        stored, scale, checksum = (self.shards[path][name][place] for name in ("latents", "scale", "checksums"))
+        if _checksum(stored, scale) != int(checksum):
+            raise UserError(f"{path}: damaged; the same `raekit latents cache` again, with --verify, repairs it")
+        return stored, scale, number
+
+
+def _check_shard(path: Path, info: CacheInfo, shard: dict[str, Tensor], latent_shape: tuple[int, int, int]) -> None:
+    channels, *grid = latent_shape
+    rows = (info.images, 2 if info.flipped else 1)
+    wanted = {
+        "latents": (DTYPES[info.dtype], (*rows, channels, *grid)),
+        "scale": (torch.float32, (*rows, 1, *(grid if info.dtype == "int8" else (1, 1)))),
+        "checksums": (torch.int64, rows),
+        "labels": (torch.int64, rows[:1]),
+        "positions": (torch.int64, rows[:1]),
+    }
+    found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in shard.items()}
+    for name, value in wanted.items():
+        if found.get(name) != value:
+            raise UserError(f"{path}: needs `{name}` {value}, holds {found.get(name)}; make the cache again")
+    labels = shard["labels"]
+    if len(labels) and not -1 <= labels.min() <= labels.max() < max(len(info.classes), 1):
+        raise UserError(f"{path}: its labels are not those of {len(info.classes)} classes; make the cache again")
