@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from harness import compiled, denoiser, interleaved, report
-from raekit.inference import Sampling, sample_latents
 from raekit.models.denoiser import Denoiser
+from raekit.sampling import Sampling, sample_latents
 from raekit.train.trainer import autocast
 
 FULL_STEPS = 50

@@ -46,7 +46,8 @@ def evaluate(
     from raekit.distributed import world
     from raekit.files import whole
     from raekit.flow.guidance import parse_guidance
-    from raekit.inference import Sampling, load
+    from raekit.inference import load
+    from raekit.sampling import Sampling
     from raekit.scoring import score
 
     rules = {text: parse_guidance(text) for text in guidance}
