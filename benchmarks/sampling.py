@@ -20,8 +20,8 @@ from harness import compiled, denoiser, interleaved, report
 from raekit import randomness
 from raekit.flow.guidance import Guidance
 from raekit.flow.solvers import euler, time_grid
-from raekit.inference import Sampling, sample_latents
 from raekit.models.denoiser import Denoiser
+from raekit.sampling import Sampling, sample_latents
 from raekit.train.trainer import autocast
 
 FULL_STEPS = 50

@@ -46,15 +46,9 @@ from raekit.models.inception import LOGITS, POOL, SPATIAL, Inception, inception_
 from raekit.models.layers import to_grid
 from raekit.models.perceptual import LPIPS, perceptual_state
 from raekit.moments import Moments
-from raekit.published import (
-    decoder_config,
-    decoder_state,
-    denoiser_config,
-    denoiser_state,
-    denoiser_v2_config,
-    discriminator_state,
-    statistics,
-)
+from raekit.published.autoencoders import decoder_config, decoder_state, statistics
+from raekit.published.denoisers import denoiser_config, denoiser_state, denoiser_v2_config
+from raekit.published.discriminators import discriminator_state
 from raekit.train.optim import OptimConfig, learning_rate
 from raekit.weights import load_strict
 

@@ -24,8 +24,9 @@ from raekit.evaluation.features import Images, InceptionFeatures, load_networks
 from raekit.evaluation.metrics import FrechetDistance
 from raekit.evaluation.references import Reference, measure_reference
 from raekit.flow.guidance import parse_guidance
-from raekit.inference import Sampling, generate, load
+from raekit.inference import generate, load
 from raekit.reports import Report, read_report
+from raekit.sampling import Sampling
 
 ALONE = World()
 SAMPLING = Sampling(steps=2)

@@ -28,13 +28,14 @@ from raekit.evaluation.features import quantize
 from raekit.evaluation.metrics import psnr, ssim
 from raekit.evaluation.references import read_reference
 from raekit.folders import generate_folder
-from raekit.inference import Sampling, generate, load, read_image
+from raekit.inference import generate, load, read_image
 from raekit.latents import statistics_fingerprint
 from raekit.models.autoencoder import Autoencoder
 from raekit.models.encoders import LayersConfig, load_encoder
 from raekit.models.perceptual import LPIPS, load_perceptual
 from raekit.pictures import from_pil, to_pil
 from raekit.reports import read_report
+from raekit.sampling import Sampling
 from raekit.train import checkpoint
 from raekit.train.tracking import read_metrics
 

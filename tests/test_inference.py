@@ -19,18 +19,16 @@ from raekit.flow.guidance import Guidance, parse_guidance
 from raekit.flow.solvers import time_grid
 from raekit.inference import (
     Model,
-    Sampling,
     generate,
-    latents_to_noise,
     load,
     measure_latents,
     read_image,
     reconstruct,
-    sample_latents,
 )
 from raekit.models.autoencoder import Autoencoder
 from raekit.models.denoiser import ContextConfig, Denoiser, DenoiserConfig, TransformerConfig
 from raekit.pictures import from_pil, to_pil
+from raekit.sampling import Sampling, latents_to_noise, sample_latents
 
 ONE = World()
 FEW = Sampling(steps=3)

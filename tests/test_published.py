@@ -13,21 +13,19 @@ from torch import Tensor
 
 from raekit.errors import UserError
 from raekit.models.decoder import Decoder, DecoderConfig
-from raekit.models.denoiser import Denoiser, DenoiserConfig, TransformerConfig
-from raekit.published import (
+from raekit.models.denoiser import SIZES, Denoiser, DenoiserConfig, TransformerConfig
+from raekit.published.autoencoders import (
     DECODERS,
     decoder_config,
     decoder_state,
-    denoiser_config,
-    denoiser_state,
-    denoiser_v2_config,
     encoder_colours,
-    guess,
     published_decoder_config,
     published_decoder_state,
     statistics,
-    unwrap,
 )
+from raekit.published.denoisers import denoiser_arguments, denoiser_config, denoiser_state, denoiser_v2_config
+from raekit.published.guesses import guess
+from raekit.published.states import unwrap
 from raekit.weights import load_strict
 from tests.reference import check, state_dict
 
@@ -306,8 +304,10 @@ def test_released_v2_fits_by_name_and_shape():
     shapes = denoiser_v2_shapes({**values, "num_t_tokens": 4, "num_c_tokens": 8})
     assert shapes["enc_rope.freqs_cos"] == [268, 72]
     with torch.device("meta"):
-        state = {k: torch.empty(v) for k, v in shapes.items() if "freqs" not in k}
+        state = {k: torch.empty(v) for k, v in shapes.items()}
         model = Denoiser(denoiser_v2_config(values))
+    assert denoiser_v2_config(denoiser_arguments(state)) == model.config
+    assert guess(state).startswith("a denoiser of RAE v2 (28 x 1440, head 2 x 2048) for latents 1024x16x16")
     load_strict(model, denoiser_state(state, model.config), "test")
     assert model.config.base_depth == 8
     del state["blocks.3.attn.k.weight"]
@@ -416,6 +416,35 @@ def test_released_sizes_fit_by_name_and_shape():
         state = {k: torch.empty(v) for k, v in shapes.items() if k != "pos_embed" and "freqs" not in k}
         model = Denoiser(denoiser_config(values))
     load_strict(model, denoiser_state(state, model.config), "test")
+
+
+@pytest.mark.parametrize(
+    ("size", "tensors", "parameters"), [("S", 190, 196.5), ("B", 190, 294.3), ("L", 334, 621.7), ("XL", 382, 838.7)]
+)
+@pytest.mark.parametrize("side", [16, 32])
+def test_published_sizes_fit_with_their_tables_on_the_meta_device(size, tensors, parameters, side):
+    backbone = SIZES[size]
+    values = {
+        "input_size": side,
+        "patch_size": 1,
+        "in_channels": 768,
+        "hidden_size": [backbone.width, 2048],
+        "depth": [backbone.depth, 2],
+        "num_heads": [backbone.heads, 16],
+    }
+    shapes = denoiser_shapes({**values, "num_classes": 1000})
+    assert len(shapes) == tensors
+    with torch.device("meta"):
+        state = {key: torch.empty(shape) for key, shape in shapes.items()}
+        model = Denoiser(denoiser_config(values))
+    load_strict(model, denoiser_state(unwrap({"ema": state}), model.config), "test")
+    if side == 16:
+        own = sum(value.numel() for key, value in state.items() if "freqs" not in key)
+        assert own == pytest.approx(parameters * 1e6, abs=5e4)
+    assert denoiser_config(denoiser_arguments(state)) == model.config
+    assert guess(state).startswith(f"a DiT^DH-{size} (")
+    with pytest.raises(UserError, match="pos_embed: is"):
+        denoiser_state({"pos_embed": state["pos_embed"][:, 1:]}, model.config)
 
 
 def test_denoiser_config():

@@ -13,10 +13,11 @@ if TYPE_CHECKING:
     from raekit.conversion import convert
     from raekit.errors import UserError
     from raekit.flow.guidance import Guidance
-    from raekit.inference import Model, Sampling, generate, load, reconstruct
+    from raekit.inference import Model, generate, load, reconstruct
     from raekit.latents import read_latents
     from raekit.models.autoencoder import Autoencoder
     from raekit.models.denoiser import Denoiser
+    from raekit.sampling import Sampling
     from raekit.scoring import score as evaluate
 
 __all__ = [
@@ -41,7 +42,7 @@ _HOMES = {
     "Denoiser": "raekit.models.denoiser",
     "Guidance": "raekit.flow.guidance",
     "Model": "raekit.inference",
-    "Sampling": "raekit.inference",
+    "Sampling": "raekit.sampling",
     "UserError": "raekit.errors",
     "convert": "raekit.conversion",
     "evaluate": "raekit.scoring:score",

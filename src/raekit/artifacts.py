@@ -27,7 +27,7 @@ def find(name: str, kind: str) -> tuple[Path, dict[str, Any]]:
 
     UserError, telling where it was looked for, if there is none.
     """
-    folder = find_folder(name)
+    folder = find_folder(name, kind)
     for path in (folder / "artifact" / kind, folder / kind, folder):
         if (path / "config.json").is_file():
             values = read_json(path / "config.json")

@@ -21,10 +21,11 @@ from raekit.evaluation.features import Images, weights_of
 from raekit.evaluation.intervals import LEAST
 from raekit.evaluation.labels import Labels, draw_labels
 from raekit.files import whole
-from raekit.inference import Model, Sampling, check_sampling, generate
+from raekit.inference import Model, generate
 from raekit.progress import Report as Progress
 from raekit.progress import silent
 from raekit.reports import LITERATURE, Report, read_report, write_report
+from raekit.sampling import Sampling, check_sampling
 from raekit.weights import find_folder, fingerprint
 
 _CLAIM = "evaluation.json"

@@ -18,11 +18,12 @@ from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.files import whole
 from raekit.flow.guidance import Guidance
-from raekit.inference import Model, Sampling, generate, load, reconstruct
+from raekit.inference import Model, generate, load, reconstruct
 from raekit.pages import embed, write_page
 from raekit.pictures import grid, to_pil
 from raekit.progress import Report
 from raekit.recipes import find
+from raekit.sampling import Sampling
 from raekit.scoring import Scores, score
 from raekit.stages.generation import GenerationConfig
 from raekit.stages.reconstruction import ReconstructionConfig

@@ -24,10 +24,11 @@ from raekit.errors import UserError
 from raekit.evaluation.features import quantize
 from raekit.evaluation.metrics import psnr, ssim
 from raekit.files import whole
-from raekit.inference import Model, Sampling, generate, read_image, reconstruct
+from raekit.inference import Model, generate, read_image, reconstruct
 from raekit.models.autoencoder import Autoencoder
 from raekit.pictures import from_pil, grid, read_origin, to_pil, write_png
 from raekit.progress import Report, silent
+from raekit.sampling import Sampling
 from raekit.weights import fingerprint
 
 METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"psnr": psnr, "ssim": ssim}

@@ -11,10 +11,11 @@ from raekit.distributed import World
 from raekit.evaluation.evaluate import BATCH, evaluate, feature_bank, images_of
 from raekit.evaluation.features import EncoderFeatures, Images
 from raekit.evaluation.metrics import FrechetDistance, NearestNeighbours, PairMean, psnr, ssim
-from raekit.inference import Model, Sampling, generate, reconstruct
+from raekit.inference import Model, generate, reconstruct
 from raekit.models.encoders import load_encoder
 from raekit.moments import Moments
 from raekit.progress import Report, silent
+from raekit.sampling import Sampling
 
 Scores = dict[str, dict[str, float]]
 """{row: {metric: value}}, as `score` returns them."""

@@ -19,17 +19,18 @@ from raekit.errors import UserError
 
 ASSETS = Path(__file__).parent / "assets"
 
-MADE: dict[str, Callable[[str], Path]] = {}
+MADE: dict[str, Callable[[str, str | None], Path]] = {}
 """Names whose folder is made when it is first asked for, with what makes it: `raekit.conversion` enters its own."""
 
 
-def find_folder(name: str) -> Path:
+def find_folder(name: str, kind: str | None = None) -> Path:
     """Return the folder that `name` means: a published model, `builtin:NAME`, a local folder, or OWNER/NAME on the Hub.
 
-    Raises UserError, naming what was looked for, if there is none.
+    A published model may have its artifacts in several folders, of which `kind` names one. Raises UserError, naming
+    what was looked for, if there is none.
     """
     if make := MADE.get(name):
-        return make(name)
+        return make(name, kind)
     if name.startswith("builtin:"):
         folder = ASSETS / name.removeprefix("builtin:")
         if not folder.is_dir():

@@ -24,7 +24,7 @@ from raekit.models.discriminator import (
     load_backbone,
 )
 from raekit.models.encoders import Encoder, ViT, ViTConfig
-from raekit.published import discriminator_state
+from raekit.published.discriminators import discriminator_state
 from raekit.weights import load_strict
 
 VIT = ViTConfig(image_size=16, patch_size=4, width=32, depth=3, heads=2)

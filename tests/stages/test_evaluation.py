@@ -14,9 +14,10 @@ from raekit.evaluation.evaluate import evaluate
 from raekit.evaluation.features import load_networks
 from raekit.evaluation.metrics import FrechetDistance
 from raekit.evaluation.references import measure_reference
-from raekit.inference import Sampling, load
+from raekit.inference import load
 from raekit.inspection import describe_folder
 from raekit.models.denoiser import TransformerConfig
+from raekit.sampling import Sampling
 from raekit.stages.evaluation import EvaluationConfig
 from raekit.stages.generation import DenoiserSize, GenerationConfig
 from raekit.stages.run import train

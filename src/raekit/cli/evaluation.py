@@ -15,8 +15,8 @@ from raekit.progress import Display
 
 if TYPE_CHECKING:
     from raekit.distributed import World
-    from raekit.inference import Sampling
     from raekit.progress import Report
+    from raekit.sampling import Sampling
 
 
 def evaluate(
@@ -75,7 +75,8 @@ def evaluate(
     from raekit.data.sources import is_address
     from raekit.distributed import world
     from raekit.flow.guidance import parse_guidance
-    from raekit.inference import Sampling, load
+    from raekit.inference import load
+    from raekit.sampling import Sampling
 
     saved = is_address(model)
     sampled = {

@@ -18,14 +18,18 @@ def convert(
     statistics: Path | None = None,
     decoder_config: Path | None = None,
     output: Literal["encoder-colours", "pixels"] = "encoder-colours",
+    denoiser_config: Path | None = None,
+    prediction: Literal["velocity", "data"] | None = None,
+    autoencoder: str | None = None,
 ) -> None:
-    """Convert an autoencoder from or to the published formats and diffusers' AutoencoderRAE.
+    """Convert a model from the published formats, or its autoencoder to them and to diffusers' AutoencoderRAE.
 
     Example: raekit convert rae-dinov2-b rae-for-diffusers --to diffusers
-    A decoder or training checkpoint: raekit convert model.pt out --encoder dinov2-b --statistics stat.pt
+    A decoder or its training checkpoint: raekit convert model.pt out --encoder dinov2-b --statistics stat.pt
+    A denoiser, with the autoencoder of its latents: raekit convert stage2_model.pt out --autoencoder rae-dinov2-b
 
     Args:
-        source: a published name, a YAML, a decoder or checkpoint file, a diffusers folder, a raekit model, OWNER/NAME.
+        source: a published name, a YAML, a file of weights, a diffusers folder, a raekit model, OWNER/NAME.
         dest: the folder to write, new or empty.
         to: raekit; v1, the official files (model.pt, stat.pt, config.yaml); diffusers, an AutoencoderRAE.
         encoder: of a decoder file, a registered name or a folder.
@@ -34,6 +38,9 @@ def convert(
         statistics: of a decoder file, the file of its latents' mean and variance. Default: not whitened.
         decoder_config: of a decoder file of no published size, its config.json or the folder of it.
         output: of a decoder file, what the decoder gives; pixels for RAE v2.
+        denoiser_config: of a denoiser file whose shapes leave something open, the YAML with its stage_2.
+        prediction: of a denoiser file, what it predicts. Default: velocity, for RAE v2 data.
+        autoencoder: of a denoiser file, any source of the autoencoder to put beside it.
     """
     from raekit import conversion
     from raekit.models.encoders import LAYERS, LayersConfig
@@ -45,11 +52,23 @@ def convert(
         statistics=statistics,
         decoder_config=decoder_config,
         output=output,
+        denoiser_config=denoiser_config,
+        prediction=prediction,
+        autoencoder=autoencoder,
     )
     parts = conversion.convert(source, dest, to, options)
-    size = "x".join(map(str, parts.var.shape))
-    numbers = sum(value.numel() for value in parts.decoder.values())
-    console.out.print(f"{dest}: encoder {parts.config.encoder}, latents {size}, a decoder of {numbers:,} parameters")
+    if found := parts.autoencoder:
+        size, numbers = "x".join(map(str, found.var.shape)), sum(value.numel() for value in found.decoder.values())
+        told = f"{dest}: encoder {found.config.encoder}, latents {size}, a decoder of {numbers:,} parameters"
+        console.out.print(told, markup=False)
+    if made := parts.denoiser:
+        size, numbers = (
+            "x".join(map(str, made.config.latent_shape)),
+            sum(value.numel() for value in made.state.values()),
+        )
+        classes = made.config.num_classes
+        told = f"{dest}: a denoiser of {numbers:,} parameters for latents {size}, {classes} classes"
+        console.out.print(told, markup=False)
 
 
 def info(name: Positional[str], reach: tuple[str, float] | None = None) -> None:

@@ -57,10 +57,11 @@ def generate(
     from raekit.files import whole
     from raekit.flow.guidance import parse_guidance
     from raekit.folders import generate_folder
-    from raekit.inference import Sampling, load
     from raekit.inference import generate as stream
+    from raekit.inference import load
     from raekit.pictures import grid as tile
     from raekit.pictures import to_pil
+    from raekit.sampling import Sampling
 
     if count < 1:
         raise UserError(f"--count: {count} must be at least 1")

@@ -170,7 +170,8 @@ def latents_generate(
     from raekit.distributed import world
     from raekit.files import whole
     from raekit.flow.guidance import parse_guidance
-    from raekit.inference import Sampling, load, sample_latents
+    from raekit.inference import load
+    from raekit.sampling import Sampling, sample_latents
 
     for name, value in (("count", count), ("batch-size", batch_size)):
         if value < 1:

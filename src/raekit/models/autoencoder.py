@@ -1,5 +1,6 @@
 """The representation autoencoder: frozen encoder, whitening, trained decoder (spec 1.1, 1.3)."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, Self
 
@@ -56,7 +57,7 @@ class Autoencoder(nn.Module):
 
     @classmethod
     def load(cls, name: str, encoder_dtype: torch.dtype = torch.float32) -> Self:
-        """Load a published name (`raekit.conversion.RELEASES`), `builtin:NAME`, a model folder, a run, or OWNER/NAME
+        """Load a published name (`raekit.conversion.releases`), `builtin:NAME`, a model folder, a run, or OWNER/NAME
         on the Hub; UserError if it is not whole.
 
         The encoder computes in `encoder_dtype`, float32 or bfloat16.
@@ -66,9 +67,25 @@ class Autoencoder(nn.Module):
         check_fit(lambda: Decoder(config.decoder), state, path)
         own = path.parent / "encoder"
         source = str(own) if own.is_dir() else config.encoder
-        model = cls(config, load_encoder(source, config.encoder_size, config.layers, encoder_dtype))
-        load_strict(model.decoder, state, path)
-        model.set_statistics(*artifacts.read_statistics(path / artifacts.STATISTICS, model.latent_shape))
+        encoder = load_encoder(source, config.encoder_size, config.layers, encoder_dtype)
+        statistics = artifacts.read_statistics(path / artifacts.STATISTICS, (encoder.spec.width, *encoder.grid))
+        return cls.build(config, encoder, state, statistics, path)
+
+    @classmethod
+    def build(
+        cls,
+        config: AutoencoderConfig,
+        encoder: Encoder,
+        decoder: Mapping[str, Tensor],
+        statistics: tuple[Tensor | None, Tensor],
+        source: object,
+    ) -> Self:
+        """The autoencoder with the weights `decoder` and (mean or None, var); UserError, naming the weights' `source`,
+        if they do not fit.
+        """
+        model = cls(config, encoder)
+        load_strict(model.decoder, decoder, source)
+        model.set_statistics(*statistics)
         return model.eval()
 
     def save(self, folder: Path, world: World | None = None, dtype: torch.dtype | None = None) -> None:

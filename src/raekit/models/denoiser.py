@@ -1,5 +1,6 @@
 """The diffusion transformer: DiT, DiT^DH with its shallow, wide head (spec 2.3, 2.4), and that of RAE v2 (II.3)."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple, Self, overload
@@ -219,12 +220,18 @@ class Denoiser(nn.Module):
 
     @classmethod
     def load(cls, name: str) -> Self:
-        """Load `builtin:NAME`, a model folder, a run, or OWNER/NAME on the Hub; UserError if it is not whole."""
+        """Load a published name (`raekit.conversion.releases.DENOISERS`), `builtin:NAME`, a model folder, a run, or
+        OWNER/NAME on the Hub; UserError if it is not whole.
+        """
         path, values = artifacts.find(name, "denoiser")
-        config, state = from_dict(DenoiserConfig, values, path / "config.json"), artifacts.read(path)
-        check_fit(lambda: cls(config), state, path)
+        return cls.build(from_dict(DenoiserConfig, values, path / "config.json"), artifacts.read(path), path)
+
+    @classmethod
+    def build(cls, config: DenoiserConfig, state: Mapping[str, Tensor], source: object) -> Self:
+        """The denoiser with the weights `state`; UserError, naming their `source`, if they do not fit."""
+        check_fit(lambda: cls(config), state, source)
         model = cls(config)
-        load_strict(model, state, path)
+        load_strict(model, state, source)
         return model.eval()
 
     def save(self, folder: Path, world: World | None = None, dtype: torch.dtype | None = None) -> None:

@@ -17,7 +17,8 @@ from raekit.evaluation.intervals import LEAST
 from raekit.evaluation.labels import Labels
 from raekit.evaluation.references import measure_reference, read_reference
 from raekit.flow.guidance import parse_guidance
-from raekit.inference import Model, Sampling
+from raekit.inference import Model
+from raekit.sampling import Sampling
 
 
 @configclass

@@ -8,68 +8,41 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-
-from raekit import conversion, published
-from raekit.config import read_json, to_json
-from raekit.conversion import RELEASES, FileOptions, Parts, Release, convert, read
-from raekit.errors import UserError
-from raekit.models.autoencoder import Autoencoder
-from raekit.models.decoder import Decoder
-from raekit.models.encoders import REGISTRY, EncoderSpec
-from raekit.published import decoder_config, published_decoder_config
-from raekit.weights import load_strict
+from tests.conversion.conftest import SIZES, Hub, save
 from tests.reference import state_dict
 from tests.test_published import decoder_shapes
 
+from raekit import conversion
+from raekit.config import read_json, to_json
+from raekit.conversion import FileOptions, autoencoders, convert, releases
+from raekit.conversion.parts import AutoencoderParts
+from raekit.conversion.releases import RELEASES, Release
+from raekit.errors import UserError
+from raekit.models.autoencoder import Autoencoder
+from raekit.models.decoder import Decoder, DecoderConfig
+from raekit.models.encoders import REGISTRY
+from raekit.published.autoencoders import (
+    decoder_config,
+    decoder_state,
+    published_decoder_config,
+    published_decoder_state,
+)
+from raekit.weights import load_strict
+
+pytestmark = pytest.mark.usefixtures("tiny")
+
 State = dict[str, torch.Tensor]
 LATENT = (64, 2, 2)
-# The published decoder's shapes, over a small encoder: 64 channels, 2 x 2 tokens, patches of 4 pixels.
-SIZES = {"width": 24, "depth": 2, "heads": 3, "hidden": 40}
 TINY = state_dict(decoder_shapes(token_dim=64, tokens=4))
 STATISTICS = {"mean": torch.linspace(-1, 1, 256).view(LATENT), "var": torch.linspace(0.01, 3, 256).view(LATENT)}
 IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(scope="session")
-def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A DINOv2 with registers of one block and 64 channels, as it would lie on the Hub."""
-    import transformers
-
-    torch.manual_seed(0)
-    config = transformers.Dinov2WithRegistersConfig(
-        hidden_size=64, num_hidden_layers=1, num_attention_heads=1, image_size=518, patch_size=14
-    )
-    folder = tmp_path_factory.mktemp("encoder")
-    transformers.Dinov2WithRegistersModel(config).save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(autouse=True)
-def tiny(encoder_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every registered encoder is the small one, and the published decoders have the one size `ViT-tiny`."""
-    for name, spec in list(REGISTRY.items()):
-        monkeypatch.setitem(REGISTRY, name, tiny_spec(encoder_folder, spec))
-    monkeypatch.setattr(conversion, "DECODERS", {"ViT-tiny": SIZES})
-    monkeypatch.setattr(published, "DECODERS", {"ViT-tiny": SIZES})
-
-
-def tiny_spec(folder: str, like: EncoderSpec) -> EncoderSpec:
-    return EncoderSpec(
-        family="dinov2_with_registers",
-        width=64,
-        patch_size=14,
-        image_size=28,
-        prefix_tokens=5,
-        mean=like.mean,
-        std=like.std,
-        hub_id=folder,
-    )
-
-
-def save(path: Path, content: Any) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(content, path)
-    return path
+def read(source: str, options: FileOptions | None = None) -> AutoencoderParts:
+    """The autoencoder in a source."""
+    found = conversion.read(source, options).autoencoder
+    assert found
+    return found
 
 
 @pytest.fixture
@@ -83,17 +56,17 @@ def decoded(decoder: State, latents: torch.Tensor) -> torch.Tensor:
     """What a published decoder makes of un-whitened tokens."""
     config = decoder_config(published_decoder_config(tiny_config()), 64, (2, 2), 4)
     model = Decoder(config).eval()
-    load_strict(model, published.decoder_state(decoder, config), "test")
+    load_strict(model, decoder_state(decoder, config), "test")
     with torch.no_grad():
         return model(latents)
 
 
-def tiny_config() -> published.DecoderConfig:
-    return published.DecoderConfig(token_dim=64, grid=(2, 2), patch_size=4, **SIZES)
+def tiny_config() -> DecoderConfig:
+    return DecoderConfig(token_dim=64, grid=(2, 2), patch_size=4, **SIZES)
 
 
-def assert_is_tiny(parts: Parts, mean: torch.Tensor | None = STATISTICS["mean"]) -> None:
-    back = published.published_decoder_state(parts.decoder, parts.config.decoder)
+def assert_is_tiny(parts: AutoencoderParts, mean: torch.Tensor | None = STATISTICS["mean"]) -> None:
+    back = published_decoder_state(parts.decoder, parts.config.decoder)
     assert back.keys() == TINY.keys()
     assert all(torch.equal(back[key], TINY[key]) for key in TINY if key != "decoder_pos_embed")
     assert torch.equal(parts.var, STATISTICS["var"])
@@ -166,7 +139,7 @@ def test_exact_statistics_in_float64(files):
 
 def test_decoder_of_another_size_needs_its_configuration(files, tmp_path, monkeypatch):
     path, options = files
-    monkeypatch.setattr(conversion, "DECODERS", {"ViT-B": SIZES | {"width": 768}})
+    monkeypatch.setattr(autoencoders, "DECODERS", {"ViT-B": SIZES | {"width": 768}})
     with pytest.raises(UserError, match=r"model.pt: a decoder of width 24 is none of the published \(ViT-B 768\).*"):
         read(str(path), options)
     (tmp_path / "config.json").write_text(to_json(published_decoder_config(tiny_config())))
@@ -208,7 +181,10 @@ def test_table_may_be_left_out_but_not_be_another(files, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"x_embedder.proj.weight": torch.ones(1)}, "no published decoder; this looks like a denoiser, of stage 2"),
+        (
+            {"x_embedder.proj.weight": torch.ones(1)},
+            "holds a denoiser, which --encoder, --statistics would have no effect",
+        ),
         (STATISTICS, "no published decoder; this looks like latent statistics"),
         (
             {
@@ -400,29 +376,6 @@ def test_damaged_model_of_ours_is_refused(files, tmp_path):
 # Names.
 
 
-class Hub:
-    """Stands in for the Hub: files below a folder, and which of them were asked for."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.asked: list[str] = []
-        self.down = False
-
-    def __call__(self, repository: str, file: str) -> str:
-        self.asked.append(f"{repository}/{file}")
-        if self.down:
-            raise conversion.LocalEntryNotFoundError("no network")
-        return str(self.root / repository / file)
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
-    hub = Hub(tmp_path / "hub")
-    monkeypatch.setattr(conversion, "hf_hub_download", hub)
-    monkeypatch.setenv("RAEKIT_CACHE", str(tmp_path / "cache"))
-    return hub
-
-
 def publish(hub: Hub, release: Release) -> None:
     """Put small files on the Hub, for a grid as the release has it."""
     side = release.fields.get("encoder_size", 28) // 14
@@ -491,8 +444,8 @@ def test_damaged_download_is_not_cached(hub, tmp_path):
 
 def test_cache_is_beside_hugging_faces(monkeypatch, tmp_path):
     monkeypatch.delenv("RAEKIT_CACHE", raising=False)
-    monkeypatch.setattr(conversion.constants, "HF_HOME", str(tmp_path))
-    assert conversion.cache_folder() == tmp_path / "raekit"
+    monkeypatch.setattr(releases.constants, "HF_HOME", str(tmp_path))
+    assert releases.cache_folder() == tmp_path / "raekit"
     (tmp_path / "file").touch()
     monkeypatch.setenv("RAEKIT_CACHE", str(tmp_path / "file"))
     with pytest.raises(UserError, match="set RAEKIT_CACHE to a folder"):

@@ -7,14 +7,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.reference import state_dict
 from torch import Tensor
 
-from raekit.conversion import Parts, convert, read
+from raekit.conversion import convert, read
+from raekit.conversion.parts import AutoencoderParts
 from raekit.errors import UserError
 from raekit.models.autoencoder import Autoencoder, AutoencoderConfig
 from raekit.models.decoder import DecoderConfig
 from raekit.models.encoders import REGISTRY, EncoderSpec, load_encoder
-from tests.reference import state_dict
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # diffusers' own
 
@@ -133,7 +134,8 @@ def test_their_second_epsilon(tmp_path, monkeypatch):
     theirs = diffusers_model("dinov2", latents_std=(var + 1e-5).sqrt())
     register_its_encoder(theirs, tmp_path / "encoder", monkeypatch)
     theirs.save_pretrained(tmp_path / "theirs")
-    parts = read(str(tmp_path / "theirs"))
+    parts = read(str(tmp_path / "theirs")).autoencoder
+    assert parts
     ratio = ((var + 1e-5) / (parts.var + 1e-5)).sqrt()
     assert torch.allclose(ratio, (var + 1e-5).sqrt() / ((var + 1e-5).sqrt() + 1e-5), rtol=1e-6)
     assert 1.3e-4 < 1 - ratio.min() < 1.4e-4
@@ -153,7 +155,7 @@ def test_their_second_epsilon(tmp_path, monkeypatch):
     assert error(back.encode(IMAGES).latent, v1) < 1e-6
 
 
-def convert_parts(parts: Parts, var: Tensor, folder: Path) -> None:
+def convert_parts(parts: AutoencoderParts, var: Tensor, folder: Path) -> None:
     """A model of ours with v1's variance."""
     model = Autoencoder(parts.config, load_encoder(parts.config.encoder, parts.config.encoder_size))
     model.decoder.load_state_dict(parts.decoder)
