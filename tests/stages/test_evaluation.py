@@ -14,6 +14,7 @@ from raekit.evaluation.evaluate import evaluate
 from raekit.evaluation.features import load_networks
 from raekit.evaluation.metrics import FrechetDistance
 from raekit.evaluation.references import measure_reference
+from raekit.flow.guidance import parse_guidance
 from raekit.inference import Sampling, load
 from raekit.inspection import describe_folder
 from raekit.models.denoiser import TransformerConfig
@@ -85,7 +86,7 @@ def test_chosen_averages_against_a_file(images, tiny_model, tmp_path):
     against, networks = reference(images, tiny_model, "all")
     (name,) = networks
     against.write(tmp_path / "all.safetensors")
-    options: dict[str, Any] = {"reference": str(tmp_path / "all.safetensors"), "labels": "reference"}
+    options: dict[str, Any] = {"reference": str(tmp_path / "all.safetensors"), "labels": "random"}
     config = configuration(images, tiny_model, ema=(0.9, 0.5), guidance="cfg:2.0", **options)
     train(config, tmp_path / "run", ONE)
     found = logged(tmp_path / "run")[3]
@@ -94,6 +95,11 @@ def test_chosen_averages_against_a_file(images, tiny_model, tmp_path):
         f"evaluation/ema_{decay}/{metric}" for decay in (0.5, 0.9) for metric in metrics
     }
     assert found[f"evaluation/ema_0.5/fd_{name}"] != found[f"evaluation/ema_0.9/fd_{name}"]
+    sampling = Sampling(steps=2, guidance=parse_guidance("cfg:2.0"))
+    stream = Samples(load(str(tmp_path / "run")), 25, sampling, labels="random")
+    distance = FrechetDistance(networks[name], against.gaussian(networks[name]))
+    expected = evaluate(stream.share(ONE), [distance], ONE)[f"fd_{name}"]
+    assert found[f"evaluation/ema_0.5/fd_{name}"] == pytest.approx(expected, rel=1e-9)
 
 
 def trained(world: World, images: str, tiny_model: Path, run: Path) -> dict[str, float]:
