@@ -18,7 +18,7 @@ from raekit.flow.guidance import parse_guidance
 from raekit.inference import Sampling, load
 from raekit.inspection import describe_folder
 from raekit.models.denoiser import TransformerConfig
-from raekit.stages.evaluation import EvaluationConfig
+from raekit.stages.evaluation import EvaluationConfig, evaluator
 from raekit.stages.generation import DenoiserSize, GenerationConfig
 from raekit.stages.run import train
 from raekit.train.optim import OptimConfig
@@ -86,7 +86,7 @@ def test_chosen_averages_against_a_file(images, tiny_model, tmp_path):
     against, networks = reference(images, tiny_model, "all")
     (name,) = networks
     against.write(tmp_path / "all.safetensors")
-    options: dict[str, Any] = {"reference": str(tmp_path / "all.safetensors"), "labels": "random"}
+    options: dict[str, Any] = {"reference": str(tmp_path / "all.safetensors"), "labels": "reference"}
     config = configuration(images, tiny_model, ema=(0.9, 0.5), guidance="cfg:2.0", **options)
     train(config, tmp_path / "run", ONE)
     found = logged(tmp_path / "run")[3]
@@ -95,11 +95,21 @@ def test_chosen_averages_against_a_file(images, tiny_model, tmp_path):
         f"evaluation/ema_{decay}/{metric}" for decay in (0.5, 0.9) for metric in metrics
     }
     assert found[f"evaluation/ema_0.5/fd_{name}"] != found[f"evaluation/ema_0.9/fd_{name}"]
-    sampling = Sampling(steps=2, guidance=parse_guidance("cfg:2.0"))
-    stream = Samples(load(str(tmp_path / "run")), 25, sampling, labels="random")
+
+
+@pytest.mark.parametrize("changed", [{}, {"labels": "random"}, {"seed": 3}, {"guidance": "cfg:3.0"}, {"steps": 3}])
+def test_every_setting_of_the_samples_counts(images, tiny_model, changed):
+    against, networks = reference(images, tiny_model)
+    (name,) = networks
+    options: dict[str, Any] = {"labels": "balanced", "seed": 0, "guidance": "cfg:2.0", "steps": 2} | changed
+    config = EvaluationConfig(every=1, count=25, features=(str(tiny_model),), **options)
+    model = load(str(tiny_model))
+    call = evaluator(config, DataConfig(source=images, image_size=16, flip=True), lambda: {"x/": model}, ONE)
+    sampling = Sampling(steps=options.pop("steps"), guidance=parse_guidance(options.pop("guidance")))
+    stream = Samples(model, 25, sampling, **options)
     distance = FrechetDistance(networks[name], against.gaussian(networks[name]))
     expected = evaluate(stream.share(ONE), [distance], ONE)[f"fd_{name}"]
-    assert found[f"evaluation/ema_0.5/fd_{name}"] == pytest.approx(expected, rel=1e-9)
+    assert call(1) == {f"x/fd_{name}": pytest.approx(expected, rel=1e-9)}
 
 
 def trained(world: World, images: str, tiny_model: Path, run: Path) -> dict[str, float]:
