@@ -19,7 +19,8 @@ from harness import interleaved, matmul_rate, report
 from raekit.models.autoencoder import Autoencoder, AutoencoderConfig
 from raekit.models.decoder import DecoderConfig
 from raekit.models.encoders import REGISTRY, Encoder
-from raekit.published import DECODERS, decoder_state, from_diffusers
+from raekit.published.autoencoders import DECODERS, decoder_state
+from raekit.published.diffusers import from_diffusers
 from raekit.weights import load_strict
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -25,7 +25,7 @@ from raekit.models.decoder import DecoderConfig
 from raekit.models.discriminator import Dino, Discriminator
 from raekit.models.encoders import REGISTRY, Encoder
 from raekit.models.perceptual import LPIPS
-from raekit.published import DECODERS
+from raekit.published.autoencoders import DECODERS
 from raekit.recipes import dinov2b_decoder_xl
 from raekit.stages.reconstruction import Encoded, Losses
 from raekit.train.optim import adamw

@@ -245,6 +245,7 @@ def test_all_metrics_that_a_reference_allows(inception, images, tiny_model, tmp_
         f"precision_{name}",
         f"recall_{name}",
     }
+    assert report.results["precision_low"] <= report.results["precision"] < report.results["precision_high"]
     assert report.results["fid_low"] < report.results["fid"] < report.results["fid_high"]
     assert report.settings["networks"].keys() == {"inception", "inception_spatial", "inception_logits", name}
     assert report.settings["baselines"][0]["hash"] == heldout.about.hash

@@ -15,6 +15,7 @@ from raekit.evaluation.frechet import Gaussian, frechet_distance
 from raekit.evaluation.intervals import wilson_interval
 from raekit.evaluation.manifold import Manifold, PrecisionRecall
 from raekit.evaluation.metrics import FrechetDistance, FrechetRatio, NearestNeighbours
+from raekit.moments import Moments
 
 ALONE = World()
 DIM = 4
@@ -51,6 +52,21 @@ def test_an_interval_holds_the_expected_distance_and_the_bias_is_that_of_few_ima
     bias = sum(values["fd_rows_bias"] for values in found) / len(found)
     assert bias == pytest.approx(mean - exact, rel=0.35)
     assert mean > exact
+
+
+def test_the_interval_is_that_of_the_jackknife():
+    rows = 1 + torch.randn(90, DIM, generator=torch.Generator().manual_seed(3)).double()
+    rests = []
+    for left_out in range(20):
+        moments = Moments(DIM)
+        moments.update(rows[torch.arange(90) % 20 != left_out])
+        rests.append(frechet_distance(moments, REFERENCE))
+    values, mean = scored(rows, 13), sum(rests) / 20
+    deviation = math.sqrt(19 / 20 * sum((rest - mean) ** 2 for rest in rests))
+    assert values["fd_rows_high"] - values["fd_rows"] == pytest.approx(2.093024 * deviation, rel=1e-6)
+    assert values["fd_rows"] - values["fd_rows_low"] == pytest.approx(2.093024 * deviation, rel=1e-6)
+    assert values["fd_rows_low"] > 0
+    assert values["fd_rows_bias"] == pytest.approx(19 * (mean - values["fd_rows"]), rel=1e-6)
 
 
 def test_intervals_leave_the_score_alone_and_depend_on_no_batches():

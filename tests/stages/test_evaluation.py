@@ -14,11 +14,19 @@ from raekit.evaluation.evaluate import evaluate
 from raekit.evaluation.features import load_networks
 from raekit.evaluation.metrics import FrechetDistance
 from raekit.evaluation.references import measure_reference
+<<<<<<< HEAD
 from raekit.inference import load
 from raekit.inspection import describe_folder
 from raekit.models.denoiser import TransformerConfig
 from raekit.sampling import Sampling
 from raekit.stages.evaluation import EvaluationConfig
+=======
+from raekit.flow.guidance import parse_guidance
+from raekit.inference import Sampling, load
+from raekit.inspection import describe_folder
+from raekit.models.denoiser import TransformerConfig
+from raekit.stages.evaluation import EvaluationConfig, evaluator
+>>>>>>> reports
 from raekit.stages.generation import DenoiserSize, GenerationConfig
 from raekit.stages.run import train
 from raekit.train.optim import OptimConfig
@@ -95,6 +103,21 @@ def test_chosen_averages_against_a_file(images, tiny_model, tmp_path):
         f"evaluation/ema_{decay}/{metric}" for decay in (0.5, 0.9) for metric in metrics
     }
     assert found[f"evaluation/ema_0.5/fd_{name}"] != found[f"evaluation/ema_0.9/fd_{name}"]
+
+
+@pytest.mark.parametrize("changed", [{}, {"labels": "random"}, {"seed": 3}, {"guidance": "cfg:3.0"}, {"steps": 3}])
+def test_every_setting_of_the_samples_counts(images, tiny_model, changed):
+    against, networks = reference(images, tiny_model)
+    (name,) = networks
+    options: dict[str, Any] = {"labels": "balanced", "seed": 0, "guidance": "cfg:2.0", "steps": 2} | changed
+    config = EvaluationConfig(every=1, count=25, features=(str(tiny_model),), **options)
+    model = load(str(tiny_model))
+    call = evaluator(config, DataConfig(source=images, image_size=16, flip=True), lambda: {"x/": model}, ONE)
+    sampling = Sampling(steps=options.pop("steps"), guidance=parse_guidance(options.pop("guidance")))
+    stream = Samples(model, 25, sampling, **options)
+    distance = FrechetDistance(networks[name], against.gaussian(networks[name]))
+    expected = evaluate(stream.share(ONE), [distance], ONE)[f"fd_{name}"]
+    assert call(1) == {f"x/fd_{name}": pytest.approx(expected, rel=1e-9)}
 
 
 def trained(world: World, images: str, tiny_model: Path, run: Path) -> dict[str, float]:

@@ -49,7 +49,7 @@ class Gaussian:
         return vectors[:, kept] * values[kept].sqrt()
 
 
-def frechet_distance(samples: Moments | Gaussian, reference: Moments | Gaussian, quiet: bool = False) -> float:
+def frechet_distance(samples: Moments | Gaussian, reference: Moments | Gaussian, *, quiet: bool = False) -> float:
     """|mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2), for unbiased covariances.
 
     Stable for covariances without full rank, and zero between equal ones. It is biased upwards for few

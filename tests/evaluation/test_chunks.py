@@ -1,0 +1,62 @@
+"""What is kept of a stream until it is at its end."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from raekit.distributed import World
+from raekit.evaluation import chunks
+from raekit.evaluation.chunks import collect, collected, discard, images_digest
+from raekit.evaluation.features import Images, quantize
+
+ALONE = World()
+
+
+class Rows:
+    name, width = "rows", 12
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return images.flatten(1)
+
+
+class Noise:
+    """A stream of noise."""
+
+    count = 23
+
+    def __init__(self, size: int):
+        self.size = size
+        self.images = torch.rand(self.count, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+
+    def batches(self, chunks: Sequence[range], world: World) -> Iterator[Images]:
+        for chunk in chunks:
+            for numbers in torch.tensor(chunk).split(self.size):
+                yield Images(self.images[numbers], torch.zeros(len(numbers)).long(), indices=numbers)
+
+
+def test_features_come_back_in_order_whatever_the_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(chunks, "CHUNK", 10)
+    network, digests, done = Rows(), [], []
+
+    def report(what: str, at: int, total: int, text: str = "", unit: int = 1) -> None:
+        done.append((at, total))
+
+    for size in (3, 10):
+        out = tmp_path / str(size)
+        collect(Noise(size), {"rows": network}, out, ALONE, report)
+        assert done[-1] == (23, 23)
+        found = list(collected({"rows": network}, 23, out, "cpu"))
+        assert [len(batch) for batch in found] == [10, 10, 3]
+        assert torch.cat([batch.features(network) for batch in found]).equal(quantize(Noise(3).images).flatten(1))
+        indices = [batch.indices for batch in found if batch.indices is not None]
+        assert torch.cat(indices).tolist() == list(range(23))
+        digests.append(images_digest(23, out))
+        with Image.open(out / "samples.png") as picture:
+            assert picture.width > picture.height // 2
+        discard(out)
+        assert [path.name for path in out.iterdir()] == ["samples.png"]
+    assert digests[0] == digests[1]
