@@ -40,15 +40,15 @@ class Noise:
 
 def test_features_come_back_in_order_whatever_the_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(chunks, "CHUNK", 10)
-    network, digests, done = Rows(), [], []
+    network, digests, shown = Rows(), [], []
 
-    def report(what: str, at: int, total: int, text: str = "", unit: int = 1) -> None:
-        done.append((at, total))
+    def report(what: str, done: int, total: int, text: str = "", unit: int = 1) -> None:
+        shown.append((done, total))
 
     for size in (3, 10):
         out = tmp_path / str(size)
         collect(Noise(size), {"rows": network}, out, ALONE, report)
-        assert done[-1] == (23, 23)
+        assert shown[-1] == (23, 23)
         found = list(collected({"rows": network}, 23, out, "cpu"))
         assert [len(batch) for batch in found] == [10, 10, 3]
         assert torch.cat([batch.features(network) for batch in found]).equal(quantize(Noise(3).images).flatten(1))

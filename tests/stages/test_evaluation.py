@@ -14,19 +14,12 @@ from raekit.evaluation.evaluate import evaluate
 from raekit.evaluation.features import load_networks
 from raekit.evaluation.metrics import FrechetDistance
 from raekit.evaluation.references import measure_reference
-<<<<<<< HEAD
+from raekit.flow.guidance import parse_guidance
 from raekit.inference import load
 from raekit.inspection import describe_folder
 from raekit.models.denoiser import TransformerConfig
 from raekit.sampling import Sampling
-from raekit.stages.evaluation import EvaluationConfig
-=======
-from raekit.flow.guidance import parse_guidance
-from raekit.inference import Sampling, load
-from raekit.inspection import describe_folder
-from raekit.models.denoiser import TransformerConfig
 from raekit.stages.evaluation import EvaluationConfig, evaluator
->>>>>>> reports
 from raekit.stages.generation import DenoiserSize, GenerationConfig
 from raekit.stages.run import train
 from raekit.train.optim import OptimConfig
