@@ -39,12 +39,14 @@ def test_what_a_killed_process_left_is_written_over(tmp_path):
     path = tmp_path / "folder"
     with whole(path) as partial:
         partial.mkdir()
-    partial.mkdir()
+    partial.mkdir(parents=True)
     (partial / "torn").touch()
+    (partial.parent / ".tmpAbC").touch()  # as safetensors leaves them
     with whole(path) as partial:
         partial.mkdir()
         (partial / "good").touch()
     assert names(path) == ["good"]
+    assert names(tmp_path) == ["folder"]
 
 
 def test_an_error_leaves_what_was_there(tmp_path):

@@ -17,16 +17,18 @@ def whole(path: Path) -> Iterator[Path]:
     Until then what was at `path` stays, also if the process is killed. UserError, naming `path`, if the disk
     refuses. The folder of `path` is made.
     """
-    partial = path.with_name(path.name + ".partial")
+    # A folder of its own, since what writes there may leave temporary files of other names when it is killed.
+    work = path.with_name(path.name + ".partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _remove(partial)
-        yield partial
+        _remove(work)
+        work.mkdir(parents=True)
+        yield work / path.name
         if path.is_dir():
             shutil.rmtree(path)
-        partial.replace(path)
+        (work / path.name).replace(path)
+        _remove(work)
     except (OSError, SafetensorError) as error:
-        _remove(partial)
+        _remove(work)
         reason = error.strerror if isinstance(error, OSError) else None
         raise UserError(f"{path}: could not be written ({reason or error})") from None
 
