@@ -80,6 +80,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="default: 2 on a CPU, 64 on a GPU")
     parser.add_argument("--steps", type=int, help="solver steps to run; default: 2 on a CPU, 50 on a GPU")
     parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"])
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="of the variants; default: all")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, help="JSON files for the figures: FILE-eager.json and FILE-compiled.json")
     arguments = parser.parse_args()
@@ -92,8 +93,10 @@ def main() -> None:
         if mode == "compiled":
             model, weak = compiled(model), compiled(weak)
         variants = samplers(model, weak, labels, steps, arguments.precision)
+        if arguments.only:
+            variants = {name: variants[name] for name in arguments.only}
         for name in RULES:
-            if theirs := variants.get(f"{name}, doubled"):
+            if (theirs := variants.get(f"{name}, doubled")) and name in variants:
                 ours, theirs = variants[name](), theirs()
                 print(f"{mode}, {name}: relative difference {((ours - theirs).norm() / theirs.norm()).item():.1e}")
         times = {
@@ -104,7 +107,7 @@ def main() -> None:
         out = arguments.out and arguments.out.with_stem(f"{arguments.out.stem}-{mode}")
         report(f"sampling, {what}, {mode}", times, batch, device, out)
         for name in RULES:
-            if theirs := times.get(f"{name}, doubled"):
+            if (theirs := times.get(f"{name}, doubled")) and name in times:
                 ratios = sorted(a / b for a, b in zip(theirs, times[name], strict=True))
                 print(f"{name}: {ratios[len(ratios) // 2]:.2f} times its baseline ({ratios[0]:.2f}-{ratios[-1]:.2f})")
 
