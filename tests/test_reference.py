@@ -44,8 +44,7 @@ def test_every_shared_case_is_checked(golden: Golden, capsys: pytest.CaptureFixt
     paths = sorted(golden("dit_small.npz").parent.glob("*.npz"))
     assert reference.main([str(path) for path in paths]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert {line.split()[1] for line in lines[:-1]} == {path.stem for path in paths}
-    assert not any(line.startswith("skip") for line in lines)
+    assert {line.split()[1] for line in lines[:-1] if line.startswith("ok")} == {path.stem for path in paths}
 
 
 DINO_BLOCK = {

@@ -158,7 +158,7 @@ def denoiser_arguments(state: State) -> dict[str, Any]:
         "depth": tuple(depths),
         "num_heads": tuple(
             _head_count(state, width, first, table)
-            for width, first, table in zip(widths, (0, depths[0]), tables, strict=False)
+            for width, first, table in zip(widths, (0, depths[0])[: len(widths)], tables, strict=True)
         ),
         "num_classes": len(label) - 1,
     }
