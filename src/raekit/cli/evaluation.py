@@ -20,6 +20,7 @@ def evaluate(
     weak: str | None = None,
     steps: int = 50,
     seed: int = 0,
+    ema: float | None = None,
     source: str = "emoji",
     features: str = "builtin:vit-tiny",
     out: Path | None = None,
@@ -36,6 +37,7 @@ def evaluate(
         weak: the weaker model of auto guidance, named as the model is.
         steps: solver steps.
         seed: of the samples.
+        ema: the decay of the average to use, of those that were trained (the recipe's `ema`). Default: the first.
         source: real images, split into train and held-out.
         features: the encoder in whose features images are compared.
         out: a JSON file for the scores.
@@ -53,7 +55,7 @@ def evaluate(
     if weak and not any(rule.method == "auto" for chosen in rules.values() for rule in chosen):
         raise UserError("--weak: no effect without --guidance auto:SCALE")
     with world(device) as here, Display(console.err, quiet=not here.is_main) as progress:
-        loaded, weaker = load(model, here.device), load_weaker(weak, model, here)
+        loaded, weaker = load(model, here.device, ema), load_weaker(weak, model, here)
         samplings = {"samples": Sampling(steps=steps)}
         for text, chosen in rules.items():
             needed = weaker if any(rule.method == "auto" for rule in chosen) else None
@@ -67,7 +69,9 @@ def evaluate(
         if out:
             with whole(out) as partial:
                 partial.write_text(
-                    to_json({"model": model, "count": count, "seed": seed, "steps": steps, "scores": scores})
+                    to_json(
+                        {"model": model, "ema": ema, "count": count, "seed": seed, "steps": steps, "scores": scores}
+                    )
                 )
 
 
