@@ -30,7 +30,7 @@ def write(model: Path, data: DataConfig, out: Path, world: World = ONE, **option
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,9 @@
 """Shareable models: folders of `config.json` + `model.safetensors`.
 
 A model folder holds up to three artifacts: `encoder/` (only one that raekit pretrained), `autoencoder/`
-(decoder and latent statistics; the encoder by name) and `denoiser/`. Each is written whole or not at all,
-and read strictly: a missing, unexpected or misshapen tensor is an error.
+(decoder and latent statistics; the encoder by name) and `denoiser/`. Other averages of the same weights are beside
+the first, in `denoiser-ema-DECAY/`. Each is written whole or not at all, and read strictly: a missing, unexpected or
+misshapen tensor is an error.
 """
 
 from pathlib import Path
@@ -22,19 +23,43 @@ from raekit.weights import find_folder, read_weights
 STATISTICS = "statistics.safetensors"
 
 
-def find(name: str, kind: str) -> tuple[Path, dict[str, Any]]:
+def find(name: str, kind: str, ema: float | None = None) -> tuple[Path, dict[str, Any]]:
     """The folder and configuration of the artifact of `kind` in the model, run or Hub repository `name`.
 
-    UserError, telling where it was looked for, if there is none.
+    With `ema` that of the average of this decay. UserError, telling where it was looked for, if there is none.
     """
     folder = find_folder(name, kind)
     for path in (folder / "artifact" / kind, folder / kind, folder):
-        if (path / "config.json").is_file():
-            values = read_json(path / "config.json")
-            if isinstance(values, dict) and values.pop("kind", None) == kind:
-                return path, values
+        if (values := _read_config(path, kind)) is None:
+            continue
+        if ema is not None:
+            path, values = _average(name, path, kind, ema)
+        values.pop("ema", None)
+        return path, values
     hint = "; this run has saved none yet" if (folder / "checkpoints").is_dir() else ""
     raise UserError(f"{name}: holds no {kind} (looked for {kind}/config.json of kind {kind!r} in {folder}){hint}")
+
+
+def averages(path: Path, kind: str) -> dict[float, tuple[Path, dict[str, Any]]]:
+    """The artifact `path` of `kind` and those beside it, by the decays that they are averages of."""
+    known = ((other, _read_config(other, kind)) for other in (path, *sorted(path.parent.glob(f"{kind}-ema-*"))))
+    return {values["ema"]: (other, values) for other, values in known if values and "ema" in values}
+
+
+def _average(name: str, path: Path, kind: str, ema: float) -> tuple[Path, dict[str, Any]]:
+    known = averages(path, kind)
+    if ema not in known:
+        those = f"only of {', '.join(map(str, known))}" if known else f"{path} does not say of what decay it is"
+        raise UserError(f"{name}: has no average of decay {ema}, {those}")
+    return known[ema]
+
+
+def _read_config(path: Path, kind: str) -> dict[str, Any] | None:
+    """The configuration of the artifact `path`, with the decay that it is the average of, if it is one of `kind`."""
+    if not (path / "config.json").is_file():
+        return None
+    values = read_json(path / "config.json")
+    return values if isinstance(values, dict) and values.pop("kind", None) == kind else None
 
 
 def read(path: Path) -> dict[str, Tensor]:
@@ -50,11 +75,13 @@ def write(
     world: World,
     *,
     dtype: torch.dtype | None = None,
+    ema: float | None = None,
     statistics: dict[str, Tensor] | None = None,
 ) -> None:
     """Write one artifact, replacing the one in `folder`. Called by all processes, done by the first.
 
-    `dtype` converts the floating-point weights, by default kept as they are. `statistics` are not converted:
+    `dtype` converts the floating-point weights, by default kept as they are; `ema` is the decay that they are an
+    average of, if they are. `statistics` are not converted:
     variances span more orders of magnitude than float16 holds.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -63,7 +90,8 @@ def write(
         return
     with whole(folder) as partial:
         partial.mkdir()
-        (partial / "config.json").write_text(to_json({"kind": kind, **to_dict(config)}))
+        average = {} if ema is None else {"ema": ema}
+        (partial / "config.json").write_text(to_json({"kind": kind, **average, **to_dict(config)}))
         save_file(
             {k: v.to(dtype if dtype and v.is_floating_point() else v.dtype).contiguous() for k, v in state.items()},
             partial / "model.safetensors",

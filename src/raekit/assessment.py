@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from raekit import __version__
+from raekit import __version__, artifacts
 from raekit.config import differences, read_json, to_dict, to_json
 from raekit.data.sources import stamp
 from raekit.distributed import World
@@ -26,7 +26,7 @@ from raekit.progress import Report as Progress
 from raekit.progress import silent
 from raekit.reports import LITERATURE, Report, read_report, write_report
 from raekit.sampling import Sampling, check_sampling
-from raekit.weights import find_folder, fingerprint
+from raekit.weights import fingerprint
 
 _CLAIM = "evaluation.json"
 
@@ -151,10 +151,9 @@ def assess(
 
 
 def exported_average(name: str) -> float | None:
-    """The decay of the average that a stage-2 run exports; None for a model that is no such run, or has none."""
-    path = find_folder(name) / "config.json"
-    values = read_json(path) if path.is_file() else {}
-    return values["ema"][0] if values.get("stage") == "generation" and values["ema"] else None
+    """The decay of the average that the model `name` gives by default; None if it does not say."""
+    path, _ = artifacts.find(name, "denoiser")
+    return next((decay for decay, (of, _) in artifacts.averages(path, "denoiser").items() if of == path), None)
 
 
 def _settings(stream: Samples | StoredImages, against: Against, intervals: bool) -> dict[str, Any]:

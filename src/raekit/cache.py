@@ -128,8 +128,8 @@ def cache_latents(
         error=0.0,
         rms=0.0,
     )
-    missing = [k for k, place in enumerate(places) if not _is_there(place, about, verify)]
-    world.barrier()  # before anyone writes, all have looked
+    looked = [k for k in range(world.rank, len(parts), world.size) if not _is_there(places[k], about, verify)]
+    missing = sorted(k for found in world.gather(looked) for k in found)
     mine = missing[world.rank :: world.size]
     batches = loader.read((chunk for k in mine for chunk in _chunks(parts[k], batch_size)), world)
     done = len(loader) - sum(len(parts[k]) for k in missing)

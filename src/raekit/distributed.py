@@ -105,6 +105,9 @@ def world(device: str | None = None) -> Iterator[World]:
     this = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(this)
+        # On Hopper torch prefers cuDNN's attention from 2.11 on. Its bf16 gradients are NaN for some shapes and logits
+        # up to the cuDNN of torch 2.13 at least (pytorch issue 196678); flash attention is about as fast.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if size == 1:
         yield World(device=this)
         return

@@ -55,9 +55,12 @@ class Model:
         raise UserError(f"class {name!r}: no such class; there are {', '.join(self.classes)}")
 
 
-def load(name: str, device: torch.device | str = "cpu") -> Model:
-    """Load a model: `builtin:emoji`, a model folder, a stage-2 run, or OWNER/NAME on the Hub."""
-    return Model(Autoencoder.load(name).to(device), Denoiser.load(name).to(device))
+def load(name: str, device: torch.device | str = "cpu", ema: float | None = None) -> Model:
+    """Load a model: `builtin:emoji`, a model folder, a stage-2 run, or OWNER/NAME on the Hub.
+
+    `ema` chooses among the averages of its denoiser, as `Denoiser.load` does.
+    """
+    return Model(Autoencoder.load(name).to(device), Denoiser.load(name, ema).to(device))
 
 
 def load_published(path: Path, device: torch.device | str = "cpu") -> tuple[Model, Sampling]:

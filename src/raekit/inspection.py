@@ -15,7 +15,7 @@ from raekit.errors import UserError
 from raekit.stages.run import StageConfig, build
 from raekit.train import checkpoint
 from raekit.train.tracking import read_metrics, steps_to
-from raekit.train.trainer import autocast
+from raekit.train.trainer import autocast, checkpoint_blocks
 from raekit.weights import find_folder, read_weights
 
 
@@ -31,6 +31,8 @@ def describe_config(config: StageConfig, run: Path, world: World) -> str:
     share = config.train.micro_batch or config.train.batch_size // world.size
     for objective in stage.objectives:
         module = objective.module.to(world.device)
+        if config.train.checkpointing:
+            checkpoint_blocks(objective.blocks)
         parameters = sum(p.numel() for p in module.parameters())
         saved: dict[int, int] = {}
 
@@ -85,6 +87,8 @@ def describe_folder(name: str, reach: tuple[str, float] | None = None) -> str:
         types = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}))
         count = sum(tensor.numel() for tensor in state.values())
         lines.append(f"  {kind}: {len(state)} tensors, {count:,} numbers, {types}")
+        if known := artifacts.averages(path, kind):
+            lines.append(f"    averages of decay {', '.join(map(str, known))}")
         lines += [f"    {line}" for line in to_json(values).rstrip().splitlines()]
     if len(lines) == 1:
         raise UserError(f"{name}: neither a model, an artifact nor a run (no config.json of a known kind in {folder})")

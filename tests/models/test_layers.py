@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from raekit.models.layers import (
     Attention,
@@ -25,6 +25,7 @@ from raekit.models.layers import (
     to_grid,
     to_tokens,
     unpatchify,
+    watch_logits,
 )
 
 
@@ -255,3 +256,27 @@ def test_time_embedding_is_float32_under_autocast():
         out = embedding(t)
     assert out.dtype == torch.float32
     assert torch.equal(out, embedding(t))
+
+
+@pytest.mark.parametrize("qk_norm", [None, "rms"])
+@pytest.mark.parametrize("rotated", [False, True])
+def test_the_largest_logit_is_that_of_the_softmax(monkeypatch, qk_norm: NormKind | None, rotated: bool):
+    torch.manual_seed(0)
+    layers = [Attention(8, 2, qk_norm) for _ in range(2)]
+    inputs = [3 * torch.randn(3, 4, 8) for _ in layers]
+    rotary = rotary_table(4, (2, 2)) if rotated else None
+    logits = []
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        logits.append((q @ k.mT / 2).abs().max())
+        return v
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
+    with watch_logits(nn.ModuleList(layers)) as seen:
+        for layer, x in zip(layers, inputs, strict=True):
+            layer(x, rotary)
+    assert seen["max_logit"].item() == pytest.approx(max(logits).item(), rel=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layers[0].max_logit(inputs[0], rotary).dtype == torch.float32
+    layers[0](100 * inputs[0], rotary)
+    assert seen["max_logit"].item() == pytest.approx(max(logits[:2]).item(), rel=1e-5)

@@ -18,12 +18,14 @@ from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.flow import path
 from raekit.inference import load
+from raekit.inspection import describe_folder
 from raekit.models.autoencoder import Autoencoder
 from raekit.models.denoiser import ContextConfig, Denoiser, TransformerConfig
 from raekit.models.encoders import Encoder
 from raekit.stages.generation import DenoiserSize, GenerationConfig, build, flow_matching_loss
 from raekit.train.optim import OptimConfig
-from raekit.train.trainer import TrainConfig, Trainer
+from raekit.train.tracking import read_metrics
+from raekit.train.trainer import TrainConfig, Trainer, checkpoint_blocks
 
 ONE = World()
 PART = TransformerConfig(width=16, depth=1, heads=2)
@@ -291,3 +293,68 @@ def test_a_cache_of_another_encoder_does_not_train(config, tmp_path):
     cache_latents(autoencoder, "another", config.data, tmp_path / "cache", world=ONE)
     with pytest.raises(UserError, match=r"cache: its latents are of another encoder: made with another "):
         stage(replace(config, latents=str(tmp_path / "cache")), tmp_path)
+
+
+def test_checkpointing_saves_memory_and_changes_no_gradient(config, tmp_path):
+    size = DenoiserSize(backbone=replace(PART, depth=3), head=PART, context=ContextConfig(), base_depth=1, qk_norm=True)
+    config = replace(config, denoiser=size)
+    batch, found = batch_of(config, 6), []
+    for checkpointing in (False, True):
+        objective = stage(config, tmp_path).objectives[0]
+        for parameter in objective.module.parameters():
+            nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(parameter.numel()))
+        if checkpointing:
+            checkpoint_blocks(objective.blocks)
+        saved: dict[int, int] = {}
+
+        def pack(tensor: Tensor, saved: dict[int, int] = saved) -> Tensor:
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = objective.loss(batch, 0)[0]
+        loss.backward()
+        gradients = {name: p.grad for name, p in objective.module.named_parameters() if p.grad is not None}
+        found.append((sum(saved.values()), gradients))
+    assert found[1][0] < found[0][0] / 2
+    assert found[0][1].keys() == found[1][1].keys()
+    assert all(torch.equal(gradient, found[1][1][name]) for name, gradient in found[0][1].items())
+
+
+def test_the_largest_logit_is_logged_if_asked(config, tmp_path):
+    settings = replace(config.train, steps=4, log_every=2, monitor_every=4)
+    made = stage(replace(config, train=settings), tmp_path)
+    Trainer(tmp_path, settings, made.objectives, made.batches, ONE).fit()
+    logits = {r["step"]: r["denoiser/max_logit"] for r in read_metrics(tmp_path) if "denoiser/max_logit" in r}
+    assert list(logits) == [4]
+    assert 0 < logits[4] < 50
+
+
+def test_every_average_is_kept_and_can_be_chosen(config, tmp_path):
+    made = stage(replace(config, ema=(0.5, 0.9, 0.25)), tmp_path)
+    Trainer(tmp_path, config.train, made.objectives, made.batches, ONE).fit()
+    made.export(tmp_path / "artifact")
+    found = {}
+    for place in (tmp_path, tmp_path / "artifact", tmp_path / "artifact" / "denoiser"):
+        for decay, average in made.objectives[0].averages.items():
+            chosen = Denoiser.load(str(place), ema=decay)
+            assert all(torch.equal(a, b) for a, b in zip(chosen.parameters(), average.parameters(), strict=True))
+            found[decay] = chosen.get_parameter("final.out.weight")
+    assert not torch.equal(found[0.5], found[0.9])
+    assert torch.equal(load(str(tmp_path), ema=0.9).denoiser.get_parameter("final.out.weight"), found[0.9])
+    assert torch.equal(Denoiser.load(str(tmp_path)).get_parameter("final.out.weight"), found[0.5])
+    places = sorted(path.name for path in (tmp_path / "artifact").iterdir())
+    assert places == ["autoencoder", "denoiser", "denoiser-ema-0.25", "denoiser-ema-0.9", "encoder"]
+    assert "averages of decay 0.5, 0.25, 0.9\n" in describe_folder(str(tmp_path))
+
+
+def test_an_average_that_is_not_there_is_refused(config, tmp_path, tiny_model):
+    for ema, message in (((0.5, 0.9), r"has no average of decay 0\.99, only of 0\.5, 0\.9$"), ((), "does not say")):
+        run = tmp_path / str(len(ema))
+        made = stage(replace(config, ema=ema), run)
+        Trainer(run, config.train, made.objectives, made.batches, ONE).fit()
+        made.export(run / "artifact")
+        with pytest.raises(UserError, match=message):
+            load(str(run), ema=0.99)
+    with pytest.raises(UserError, match=r"has no average of decay 0\.9, .* does not say of what decay it is"):
+        Denoiser.load(str(tiny_model), ema=0.9)

@@ -1,11 +1,13 @@
 """The loop, on networks of a few hundred weights and data made of random numbers."""
 
 import copy
+import math
 import os
 import shutil
 import signal
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
@@ -283,6 +285,68 @@ def test_a_really_compiled_module_gives_the_same_curve(tmp_path, monkeypatch, al
     trained = trainer(tmp_path, config=replace(CONFIG, compile=True))
     assert fit(trained) == pytest.approx(alone[0], rel=1e-5)
     assert_close(state(trained), alone[1])
+
+
+@contextmanager
+def largest_output(net: Net) -> Iterator[dict[str, Tensor]]:
+    """A monitor: the largest output of the blocks, and how often one was seen."""
+    seen = {"output": torch.tensor(-math.inf), "blocks": torch.tensor(0.0)}
+
+    def look(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        seen["output"] = torch.maximum(seen["output"], output.detach().amax())
+        seen["blocks"] += 1
+
+    hooks = [block[1].register_forward_hook(look) for block in net.blocks]  # type: ignore[index]
+    yield seen
+    for hook in hooks:
+        hook.remove()
+
+
+def monitored() -> Objective:
+    one = objective()
+    one.monitor = partial(largest_output, one.module)  # type: ignore[arg-type]
+    return one
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_monitor_watches_now_and_then_and_changes_nothing(tmp_path, monkeypatch, alone, compiled):
+    if compiled:
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+        monkeypatch.setattr(shutil, "which", lambda name: name)
+    config = replace(CONFIG, log_every=1, monitor_every=3, micro_batch=4, compile=compiled)
+    trained = trainer(tmp_path, config=config, one=monitored())
+    assert fit(trained) == pytest.approx(alone[0], rel=1e-5)
+    assert_close(state(trained), alone[1])
+    seen = {r["step"]: (r["net/output"], r["net/blocks"]) for r in read_metrics(tmp_path) if "net/output" in r}
+    assert list(seen) == [3, 6]
+    assert all(0 < output < 1 and blocks == 2 for output, blocks in seen.values())
+
+
+def test_a_monitor_between_two_records_is_refused():
+    with pytest.raises(UserError, match=r"train\.monitor_every: 75 must be a multiple of train\.log_every = 50"):
+        replace(CONFIG, log_every=50, monitor_every=75)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch only hides it
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+def test_checkpointed_blocks_run_twice_and_train_the_same(tmp_path, monkeypatch, alone, backend):
+    if backend:
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+        monkeypatch.setattr(shutil, "which", lambda name: name)
+    trained = trainer(tmp_path, config=replace(CONFIG, checkpointing=True, compile=bool(backend)))
+    one, calls = trained.objectives[0], []
+    if not backend:
+        for part in (one.module, *one.averages.values()):
+            for block in part.blocks:  # type: ignore[union-attr]
+                block[0].register_forward_hook(lambda *_: calls.append(1))
+    losses = fit(trained)
+    assert len(calls) == (0 if backend else 2 * 2 * CONFIG.steps)
+    assert losses == (pytest.approx(alone[0], rel=1e-5) if backend else alone[0])
+    assert_close(state(trained), alone[1])
+    # A copy runs its own weights.
+    other = copy.deepcopy(one.module)
+    nn.init.zeros_(other.get_parameter("blocks.0.0.weight"))
+    assert not torch.equal(other(torch.ones(1, 6)), one.module(torch.ones(1, 6)))
 
 
 def test_compiling_without_a_compiler_is_refused(tmp_path, monkeypatch):
@@ -607,8 +671,9 @@ def in_two(world: World, folder: Path) -> dict[str, Any]:
     """All that two processes have to show, in one start of them."""
     warnings.simplefilter("error")
     found: dict[str, Any] = {}
-    for name, micro_batch in (("plain", None), ("accumulated", 2)):
-        trained = trainer(folder / name, world, replace(CONFIG, micro_batch=micro_batch))
+    ways = {"plain": {}, "accumulated": {"micro_batch": 2}, "checkpointed": {"micro_batch": 2, "checkpointing": True}}
+    for name, settings in ways.items():
+        trained = trainer(folder / name, world, replace(CONFIG, **settings))
         found[name] = fit(trained), state(trained)
 
     two = pair_trainer(folder / "pair", world, replace(CONFIG, micro_batch=2))
@@ -628,6 +693,8 @@ def in_two(world: World, folder: Path) -> dict[str, Any]:
 
     evaluated = trainer(folder / "evaluated", world, periodics=[Periodic(every=2, call=evaluate)])
     found["evaluated"] = fit(evaluated), state(evaluated)
+
+    trainer(folder / "monitored", world, replace(CONFIG, log_every=1, monitor_every=4), one=monitored()).fit()
 
     poison = trainer(folder / "poisoned", world, replace(CONFIG, steps=5), one=poisoned({3}))
     poison.fit()
@@ -655,7 +722,7 @@ def two(run_ranks, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list
     return folder, run_ranks(in_two, 2, folder)
 
 
-@pytest.mark.parametrize("how", ["plain", "accumulated"])
+@pytest.mark.parametrize("how", ["plain", "accumulated", "checkpointed"])
 def test_two_processes_train_as_one(two, alone, how):
     for rank in two[1]:
         losses, last = rank[how]
@@ -665,6 +732,16 @@ def test_two_processes_train_as_one(two, alone, how):
     records = read_metrics(two[0] / how)
     assert [r["net/loss"] for r in records] == pytest.approx(alone[0], rel=1e-5)
     assert [r["net/lr"] for r in records] == [learning_rate(OPTIM, step) for step in range(8)]
+
+
+def test_two_processes_log_the_largest_of_what_is_monitored(two, tmp_path):
+    trainer(tmp_path, config=replace(CONFIG, log_every=1, monitor_every=4), one=monitored()).fit()
+    alone, both = (
+        [record["net/output"] for record in read_metrics(run) if "net/output" in record]
+        for run in (tmp_path, two[0] / "monitored")
+    )
+    assert len(both) == 2
+    assert both == pytest.approx(alone, rel=1e-5)
 
 
 def test_two_processes_train_two_objectives_as_one(two, pair_alone):

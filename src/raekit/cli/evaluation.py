@@ -32,6 +32,7 @@ def evaluate(
     grid: Literal["full", "published"] = "full",
     reuse: int = 1,
     precision: Literal["fp32", "bf16"] = "fp32",
+    ema: float | None = None,
     source: str = "emoji",
     features: tuple[str, ...] = (),
     baseline: tuple[Path, ...] = (),
@@ -62,6 +63,7 @@ def evaluate(
         grid: of times; published is the official sampler's, one step short of the data.
         reuse: run the backbone at every so many steps only, the head at each.
         precision: of the denoiser.
+        ema: the decay of the average to use, of those that were trained (the recipe's `ema`). Default: the first.
         source: without a reference, real images, split into train and held-out.
         features: networks to compare in: inception, inception:WEIGHTS, clean_inception, or encoders. Default: all that
             the reference has statistics of, or builtin:vit-tiny without one.
@@ -80,6 +82,7 @@ def evaluate(
 
     saved = is_address(model)
     sampled = {
+        "ema": ema is not None,
         "seed": seed != 0,
         "labels": labels != "balanced",
         "guidance": bool(guidance),
@@ -124,6 +127,7 @@ def evaluate(
                 count=count or 1000,
                 seed=seed,
                 features=features[0] if features else "builtin:vit-tiny",
+                ema=ema,
                 intervals=intervals,
                 world=here,
                 progress=progress,
@@ -139,7 +143,7 @@ def evaluate(
             stream = StoredImages(model, batch_size, workers)
         else:
             stream = Samples(
-                load(model, here.device),
+                load(model, here.device, ema),
                 count or 50_000,
                 guided[guidance[0]] if guidance else plain,
                 seed=seed,
@@ -149,7 +153,7 @@ def evaluate(
             )
         names = {
             "model": model,
-            "ema": None if saved else exported_average(model),
+            "ema": None if saved else exported_average(model) if ema is None else ema,
             "weak": weak,
             "reference": [*map(str, reference)],
             "baseline": [*map(str, baseline)],
@@ -190,6 +194,7 @@ def _score(
     count: int,
     seed: int,
     features: str,
+    ema: float | None,
     intervals: bool,
     world: "World",
     progress: "Report",
@@ -201,7 +206,7 @@ def _score(
     from raekit.inference import load
     from raekit.scoring import score
 
-    loaded = load(model, world.device)
+    loaded = load(model, world.device, ema)
     data = DataConfig(source=source, image_size=loaded.autoencoder.image_size)
     scores = score(
         loaded,
@@ -221,7 +226,7 @@ def _score(
             protocol = {name: getattr(plain, name) for name in ("steps", "solver", "grid", "reuse", "precision")}
             with whole(out) as partial:
                 partial.write_text(
-                    to_json({"model": model, "count": count, "seed": seed, **protocol, "scores": scores})
+                    to_json({"model": model, "ema": ema, "count": count, "seed": seed, **protocol, "scores": scores})
                 )
 
 

@@ -29,6 +29,7 @@ def generate(
     guidance: str | None = None,
     weak: str | None = None,
     reuse: int = 1,
+    ema: float | None = None,
     batch_size: int = 64,
     device: Device | None = None,
 ) -> None:
@@ -49,6 +50,7 @@ def generate(
             internal, for models with a base output. Several are joined by +.
         weak: the weaker model of auto guidance, named as the model is.
         reuse: run the backbone at every so many steps only, the head at each.
+        ema: the decay of the average to use, of those that were trained (the recipe's `ema`). Default: the first.
         batch_size: images at once.
         device: default is the best there is.
     """
@@ -69,7 +71,7 @@ def generate(
     with world(device) as here, Display(console.err, quiet=not here.is_main) as progress:
         if single and here.size > 1:
             raise UserError("--out: one grid comes from one process; give a folder under torchrun")
-        loaded = load(model, here.device)
+        loaded = load(model, here.device, ema)
         labels = [loaded.class_id(name) for name in classes] or list(range(len(loaded.classes)))
         total = count * max(len(labels), 1)
         sampling = Sampling(

@@ -146,6 +146,7 @@ def latents_generate(
     seed: int = 0,
     steps: int = 50,
     guidance: str | None = None,
+    ema: float | None = None,
     batch_size: int = 64,
     device: Device | None = None,
 ) -> None:
@@ -161,6 +162,7 @@ def latents_generate(
         seed: latent i is a function of the seed, i and its class.
         steps: solver steps.
         guidance: cfg:SCALE or cfg:SCALE@START-END, as in cfg:2.0@0.1-0.9.
+        ema: the decay of the average to use, of those that were trained (the recipe's `ema`). Default: the first.
         batch_size: latents at once.
         device: default is the best there is.
     """
@@ -180,7 +182,7 @@ def latents_generate(
     with world(device) as here, Display(console.err) as progress:
         if here.size > 1:
             raise UserError("latents generate: works in one process, not under torchrun")
-        loaded = load(model, here.device)
+        loaded = load(model, here.device, ema)
         classes, parts = len(loaded.classes), []
         if guidance and not classes:
             raise UserError(f"--guidance: {model} is unconditional, and classifier-free guidance needs classes")

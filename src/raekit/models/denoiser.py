@@ -219,11 +219,13 @@ class Denoiser(nn.Module):
         _initialise(self)
 
     @classmethod
-    def load(cls, name: str) -> Self:
+    def load(cls, name: str, ema: float | None = None) -> Self:
         """Load a published name (`raekit.conversion.releases.DENOISERS`), `builtin:NAME`, a model folder, a run, or
         OWNER/NAME on the Hub; UserError if it is not whole.
+
+        With `ema` the average of this decay, by default the first of those that were trained.
         """
-        path, values = artifacts.find(name, "denoiser")
+        path, values = artifacts.find(name, "denoiser", ema)
         return cls.build(from_dict(DenoiserConfig, values, path / "config.json"), artifacts.read(path), path)
 
     @classmethod
@@ -234,9 +236,18 @@ class Denoiser(nn.Module):
         load_strict(model, state, source)
         return model.eval()
 
-    def save(self, folder: Path, world: World | None = None, dtype: torch.dtype | None = None) -> None:
-        """Write FOLDER/denoiser, for `load`."""
-        artifacts.write(folder / "denoiser", "denoiser", self.config, self, world or World(), dtype=dtype)
+    def save(
+        self,
+        folder: Path,
+        world: World | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        ema: float | None = None,
+        beside: bool = False,
+    ) -> None:
+        """Write FOLDER/denoiser, for `load`, as the average of decay `ema`; `beside` another, denoiser-ema-DECAY."""
+        target = folder / (f"denoiser-ema-{ema}" if beside else "denoiser")
+        artifacts.write(target, "denoiser", self.config, self, world or World(), dtype=dtype, ema=ema)
 
     def _register_rotary(self, name: str, part: TransformerConfig, unplaced: int = 0) -> None:
         table: tuple[Tensor | None, Tensor | None] = (None, None)

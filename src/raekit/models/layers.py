@@ -1,6 +1,8 @@
 """The pieces that the networks share."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -98,11 +100,45 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = norm(width // heads), norm(width // heads)
 
     def forward(self, x: Tensor, rotary: Rotary | None = None) -> Tensor:
+        q, k, v = self._project(x, rotary)
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    def _project(self, x: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, heads, N, head_dim)."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
-        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return q, k, v
+
+    @torch.no_grad()
+    def max_logit(self, x: Tensor, rotary: Rotary | None = None) -> Tensor:
+        """The largest input of the softmax, in absolute value; one image at a time, for the memory's sake."""
+        q, k, _ = self._project(x, rotary)
+        with torch.autocast(x.device.type, enabled=False):
+            largest = [(a.float() @ b.float().mT).abs().amax() for a, b in zip(q, k, strict=True)]
+        return torch.stack(largest).amax() / math.sqrt(q.shape[-1])
+
+
+@contextmanager
+def watch_logits(module: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Within it, forward passes of `module` leave the largest attention logit of all layers as `max_logit`.
+
+    For layers that are not compiled: a compiled one does not notice.
+    """
+    seen: dict[str, Tensor] = {}
+
+    def look(layer: nn.Module, inputs: tuple) -> None:
+        assert isinstance(layer, Attention)
+        logit = layer.max_logit(*inputs)
+        seen["max_logit"] = torch.maximum(seen["max_logit"], logit) if seen else logit
+
+    hooks = [layer.register_forward_pre_hook(look) for layer in module.modules() if isinstance(layer, Attention)]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class SwiGLU(nn.Module):

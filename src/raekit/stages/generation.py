@@ -1,5 +1,6 @@
 """Stage 2: a denoiser that learns flow matching on whitened latents (spec 2)."""
 
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +16,7 @@ from raekit.flow import path
 from raekit.inference import Model
 from raekit.models.autoencoder import Autoencoder
 from raekit.models.denoiser import Denoiser, DenoiserConfig, DenoiserSize
+from raekit.models.layers import watch_logits
 from raekit.stages.evaluation import EvaluationConfig, evaluator
 from raekit.stages.stage import Stage
 from raekit.train.objective import Metrics, Objective, Periodic
@@ -86,7 +88,7 @@ def flow_matching_loss(
 
 
 def build(config: GenerationConfig, run: Path, world: World) -> Stage:
-    """The denoiser's objective; the artifact is a model folder with autoencoder and averaged denoiser."""
+    """The denoiser's objective; the artifact is a model folder with the autoencoder and every average."""
     seed, dtype = config.train.seed, compute_dtype(config.train.precision, world.device)
     autoencoder = Autoencoder.load(config.autoencoder, dtype)
     if config.latents:
@@ -134,6 +136,7 @@ def build(config: GenerationConfig, run: Path, world: World) -> Stage:
         optim=config.optim,
         blocks=[*model.blocks, *(model.head_blocks if size.head else [])],
         ema=config.ema,
+        monitor=partial(watch_logits, model),
     )
 
     def prepare() -> None:
@@ -145,7 +148,9 @@ def build(config: GenerationConfig, run: Path, world: World) -> Stage:
         return objective.averaged
 
     def export(folder: Path) -> None:
-        averaged().save(folder, world)
+        for decay, average in (objective.averages or {None: model}).items():
+            assert isinstance(average, Denoiser)
+            average.save(folder, world, ema=decay, beside=average is not objective.averaged)
         autoencoder.save(folder, world)
 
     def models() -> dict[str, Model]:

@@ -1,7 +1,7 @@
 """Stage 1: a decoder for the tokens of a frozen encoder, and its discriminator (spec 1)."""
 
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
 
@@ -28,7 +28,7 @@ from raekit.models.discriminator import (
     load_backbone,
 )
 from raekit.models.encoders import LayersConfig, Size, load_encoder
-from raekit.models.layers import patchify
+from raekit.models.layers import patchify, watch_logits
 from raekit.models.perceptual import load_perceptual
 from raekit.stages.selection import SelectionConfig, selector
 from raekit.stages.stage import Stage
@@ -288,6 +288,7 @@ def build(config: ReconstructionConfig, run: Path, world: World) -> Stage:
             optim=config.optim,
             blocks=list(model.decoder.blocks),
             ema=config.ema,
+            monitor=partial(watch_logits, model.decoder),
         )
     ]
     if (adversarial := config.adversarial) and losses.discriminator_network:

@@ -1,6 +1,7 @@
 """Pretraining of a small encoder as a masked autoencoder (He et al., 2021), for data of one's own."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +18,7 @@ from raekit.evaluation.features import EncoderFeatures
 from raekit.evaluation.metrics import NearestNeighbours
 from raekit.evaluation.probe import untrained
 from raekit.models.encoders import Encoder, ViT, ViTConfig
-from raekit.models.layers import ViTBlock, patchify, sincos_positions
+from raekit.models.layers import ViTBlock, patchify, sincos_positions, watch_logits
 from raekit.stages.stage import Stage
 from raekit.train.objective import Metrics, Objective, Periodic
 from raekit.train.optim import OptimConfig
@@ -134,6 +135,7 @@ def build(config: RepresentationConfig, run: Path, world: World) -> Stage:
         optim=config.optim,
         blocks=[*model.encoder.blocks, *model.blocks],
         ema=config.ema,
+        monitor=partial(watch_logits, model),
     )
 
     def export(folder: Path) -> None:

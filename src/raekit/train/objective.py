@@ -1,6 +1,7 @@
 """What a stage hands to the trainer."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, Self
 
@@ -28,7 +29,8 @@ class Objective:
     `loss(batch, step)` returns the mean loss of a (micro-)batch and detached metrics to log. All its
     randomness is addressed by the batch's positions, so that it depends on neither the number of processes
     nor the size of the micro-batches. `blocks` are the module's repeated units: compiled and distributed
-    one by one. The objective is active from step `start` on; its schedule counts from there, or from
+    one by one. `monitor()` is a context that watches the module's forward passes, and gives what it saw; of that the
+    largest is logged. The objective is active from step `start` on; its schedule counts from there, or from
     `schedule_start`. `ema` lists decays, and `averages` holds a copy of the module for each.
     """
 
@@ -38,6 +40,7 @@ class Objective:
     optim: OptimConfig
     blocks: Sequence[nn.Module] = ()
     ema: tuple[float, ...] = ()
+    monitor: Callable[[], AbstractContextManager[Metrics]] | None = None
     start: int = 0
     schedule_start: int | None = None
     averages: dict[float, nn.Module] = field(default_factory=dict, init=False)

@@ -5,9 +5,10 @@ import shutil
 import signal
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import MethodType
 from typing import Any, Literal
 
 import torch
@@ -19,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint as recomputed
 
 from raekit.config import configclass
 from raekit.distributed import World, set_gradient_sync
@@ -36,25 +38,36 @@ Report = Callable[[int, dict[str, float]], None]
 
 @configclass
 class TrainConfig:
-    """`batch_size` is the global batch; `micro_batch`, the images at once on a process, by default all its share."""
+    """`batch_size` is the global batch; `micro_batch`, the images at once on a process, by default all its share.
+
+    With `checkpointing` a block keeps nothing but its input for the backward pass, and is run again in it. Every
+    `monitor_every` steps, a multiple of `log_every`, attention's largest logit is measured, in a forward pass more.
+    """
 
     steps: int
     batch_size: int
     micro_batch: int | None = None
     precision: Precision = "auto"
     compile: bool = False
+    checkpointing: bool = False
     seed: int = 0
     log_every: int = 50
+    monitor_every: int | None = None
     checkpoint_every: int = 1000
     keep: int = 2
     max_skipped: int = 20
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "micro_batch", "log_every", "checkpoint_every", "keep", "max_skipped"):
+        counts = ("steps", "batch_size", "micro_batch", "log_every", "checkpoint_every", "keep", "max_skipped")
+        for name in (*counts, "monitor_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"train.{name}: {value} must be at least 1")
+        if self.monitor_every and self.monitor_every % self.log_every:
+            raise UserError(
+                f"train.monitor_every: {self.monitor_every} must be a multiple of train.log_every = {self.log_every}"
+            )
 
 
 def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:
@@ -67,6 +80,19 @@ def autocast(precision: Precision, device: torch.device):
     """The context in which losses are computed."""
     dtype = compute_dtype(precision, device)
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+def checkpoint_blocks(blocks: Iterable[nn.Module]) -> None:
+    """Make each of `blocks` keep nothing but its input for the backward pass, in place.
+
+    The forward passes must be the same a second time: no random numbers of a generator, no change of a buffer.
+    """
+    for block in blocks:
+        block.forward = MethodType(_forward_again, block)
+
+
+def _forward_again(block: nn.Module, *args: Any) -> Any:
+    return recomputed(type(block).forward, block, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 class Trainer:
@@ -112,6 +138,8 @@ class Trainer:
         names = [name for name, m in module.named_modules() if any(m is block for block in objective.blocks)]
         for replica in (module, *objective.averages.values()):
             blocks = [replica.get_submodule(name) for name in names]
+            if self.config.checkpointing and replica is module:
+                checkpoint_blocks(blocks)
             self.world.shard(replica, blocks)
             if self.config.compile:
                 for block in blocks or [replica]:
@@ -182,7 +210,7 @@ class Trainer:
         module, optimizer = objective.module, self.optimizers[objective.name]
         module.train()
         parts = batch.split(self.micro_batch)
-        totals: Metrics = {}
+        totals = self._monitor(objective, parts[0])
         for part in parts:
             set_gradient_sync(module, part is parts[-1])
             with autocast(self.config.precision, self.world.device):
@@ -210,6 +238,20 @@ class Trainer:
         skipped[1] = (skipped[1] + 1) * failed
         totals[f"{objective.name}/grad_norm"] = norm.to_local() if isinstance(norm, DTensor) else norm
         return totals
+
+    def _monitor(self, objective: Objective, part: TrainingBatch) -> Metrics:
+        """If it is due, what the objective's monitor sees in a forward pass of its own, at most over all processes."""
+        every = self.config.monitor_every
+        if objective.monitor is None or not every or (self.step + 1) % every:
+            return {}
+        with (
+            torch.compiler.set_stance("force_eager"),
+            objective.monitor() as seen,
+            autocast(self.config.precision, self.world.device),
+        ):
+            objective.loss(part, self.step)
+        largest = {name: max(self.world.gather(value.item())) for name, value in seen.items()}
+        return {f"{objective.name}/{name}": torch.tensor(v, device=self.world.device) for name, v in largest.items()}
 
     def _summary(self, history: dict[str, list[Tensor]]) -> dict[str, float]:
         """Means over steps and processes, without skipped steps; UserError if too many in a row were skipped."""
