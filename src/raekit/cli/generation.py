@@ -149,6 +149,7 @@ def interpolate(
     """Generate the images on the way between two seeds, two classes, or both, as one row.
 
     Example: raekit interpolate builtin:emoji --seeds 0 1 --class flags --out row.png
+
     The noise goes along a great circle, the class in a straight line.
 
     Args:
@@ -167,6 +168,8 @@ def interpolate(
 
     form = _form(out)
     with world(device) as here, Display(console.err) as progress:
+        if here.size > 1:
+            raise UserError("interpolate: works in one process, not under torchrun")
         loaded = load(model, here.device)
         images, passes = [], Counter()
         batches = between(
@@ -198,6 +201,7 @@ def trajectory(
     """Show how samples come about: what their noise is taken for, step by step, a row for each.
 
     Example: raekit trajectory builtin:emoji --class flags --frames 8 --out strip.png
+
     An image is the data that the (guided) velocity points to; the last is the sample.
 
     Args:
@@ -218,6 +222,8 @@ def trajectory(
     if count < 1:
         raise UserError(f"--count: {count} must be at least 1")
     with world(device) as here:
+        if here.size > 1:
+            raise UserError("trajectory: works in one process, not under torchrun")
         loaded = load(model, here.device)
         labels = class_ids(loaded, classes)
         sampling = options.sampling(model, here)
