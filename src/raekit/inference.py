@@ -142,7 +142,7 @@ def generate(
         chosen = None if labels is None else torch.tensor([labels[i] for i in part], device=world.device)
         passes: Counter[str] = Counter()
         latents = sample_latents(model.denoiser, chosen, batch, seed, sampling, world.device, passes)
-        images = _decode(model, latents, sampling)
+        images = _decode(model, latents)
         return Samples(images, torch.full_like(batch, -1) if chosen is None else chosen, batch, passes)
 
     shares = (numbers[first : first + size] for first in range(world.rank * size, len(numbers), world.size * size))
@@ -163,7 +163,7 @@ def fitting_batch(model: Model, sampling: Sampling, batch_size: BatchSize, world
     each = math.inf
     with suppress(torch.OutOfMemoryError):
         latents = sample_latents(model.denoiser, None, torch.arange(trial), 0, short, world.device)
-        _decode(model, latents, sampling)
+        _decode(model, latents)
         each = (torch.cuda.max_memory_allocated(world.device) - held) / trial
     torch.cuda.empty_cache()
     return min(world.gather(_fitting(torch.cuda.mem_get_info(world.device)[0], each)))
@@ -234,7 +234,7 @@ def interpolate(
             weights[:, labels[1]] += along
             weights = weights.to(device)
         passes: Counter[str] = Counter()
-        images = _decode(model, denoise(denoiser, noise, weights, sampling, passes), sampling)
+        images = _decode(model, denoise(denoiser, noise, weights, sampling, passes))
         return Samples(images, torch.full((len(part),), -1), torch.tensor(part), passes)
 
     size = fitting_batch(model, sampling, batch_size, World(device=device))
@@ -270,13 +270,12 @@ def trajectory(
         raise UserError(f"frames: {frames} must be from 2 to {len(times) + 1}, the solver's evaluations and the sample")
     kept = [times[round(i)] for i in torch.linspace(0, len(times) - 1, frames - 1).tolist()]
     latents = [seen[t] for t in kept] + [final.cpu()]
-    return [*kept, 0.0], torch.stack([_decode(model, each.to(model.device), sampling).cpu() for each in latents])
+    return [*kept, 0.0], torch.stack([_decode(model, each.to(model.device)).cpu() for each in latents])
 
 
 @torch.no_grad()
-def _decode(model: Model, latents: Tensor, sampling: Sampling) -> Tensor:
-    with sampling.autocast(latents.device):
-        return model.autoencoder.decode(latents)
+def _decode(model: Model, latents: Tensor) -> Tensor:
+    return model.autoencoder.decode(latents)
 
 
 def _check_labels(model: Model, labels: Iterable[int]) -> None:

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -17,8 +16,6 @@ from raekit.flow.path import similarity, to_velocity
 from raekit.flow.solvers import Grid, SolverName, dopri5, euler, euler_maruyama, evaluated, heun, time_grid
 from raekit.models.denoiser import Denoiser
 
-Precision = Literal["fp32", "bf16"]
-
 
 @dataclass(frozen=True)
 class Sampling:
@@ -27,7 +24,7 @@ class Sampling:
     `weak` is the weaker denoiser of `auto` guidance. With `reuse` k the backbone of a network with a head runs
     at every k-th step only; with `reuse` below 1, once the latents' expected cosine similarity to those that it last
     saw (`flow.path.similarity`, a function of the times) falls below that. `atol` and `rtol` belong to dopri5.
-    In `precision` bf16 networks compute in bfloat16, solvers in float32 all the same.
+    In `bf16` the denoisers run under autocast; the state stays float32, and so does decoding.
     """
 
     steps: int = 50
@@ -38,11 +35,7 @@ class Sampling:
     reuse: float = 1
     atol: float = 1e-6
     rtol: float = 1e-3
-    precision: Precision = "fp32"
-
-    def autocast(self, device: torch.device | str) -> AbstractContextManager:
-        """The context that networks compute in."""
-        return torch.autocast(torch.device(device).type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
+    precision: Literal["fp32", "bf16"] = "fp32"
 
 
 Watch = Callable[[Tensor, Tensor, float], object]
@@ -90,11 +83,9 @@ def denoise(
     check_sampling(sampling, denoiser, labels is not None)
     field = _velocity(denoiser, labels, sampling, Counter() if passes is None else passes, watch)
     times = time_grid(sampling.steps, denoiser.config.shift, sampling.grid)
-    x = noise("sample")
-    with sampling.autocast(x.device):
-        if sampling.solver == "euler-maruyama":
-            return euler_maruyama(field, x, times, lambda step: noise(f"sample, step {step}"))
-        return _follow(sampling, field, x, times)
+    if sampling.solver == "euler-maruyama":
+        return euler_maruyama(field, noise("sample"), times, lambda step: noise(f"sample, step {step}"))
+    return _follow(sampling, field, noise("sample"), times)
 
 
 def slerp(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
@@ -114,8 +105,7 @@ def latents_to_noise(denoiser: Denoiser, latents: Tensor, labels: Tensor | None,
     """
     check_sampling(sampling, denoiser, labels is not None, reverse=True)
     field = _velocity(denoiser, labels, sampling, Counter())
-    with sampling.autocast(latents.device):
-        return _follow(sampling, field, latents, time_grid(sampling.steps, denoiser.config.shift, sampling.grid)[::-1])
+    return _follow(sampling, field, latents, time_grid(sampling.steps, denoiser.config.shift, sampling.grid)[::-1])
 
 
 def _follow(sampling: Sampling, field: Velocity, x: Tensor, times: Sequence[float]) -> Tensor:
@@ -174,21 +164,24 @@ def _velocity(
     def predict(x: Tensor, t: float, references: Collection[Reference]) -> tuple[Tensor, dict[Reference, Tensor]]:
         times = torch.full((len(x),), t, device=x.device)
         outputs: dict[Reference, Tensor] = {}
-        if "base" in references:
-            full, outputs["base"] = conditional(x, times, labels, with_base=True)
-        else:
-            full = conditional(x, times, labels)
-        if "unconditional" in references:
-            outputs["unconditional"] = unconditional(x, times, None)
+        weak: Tensor | None = None
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=sampling.precision == "bf16"):
+            if "base" in references:
+                full, outputs["base"] = conditional(x, times, labels, with_base=True)
+            else:
+                full = conditional(x, times, labels)
+            if "unconditional" in references:
+                outputs["unconditional"] = unconditional(x, times, None)
+            if "weak" in references:
+                assert sampling.weak
+                passes["weak"] += 1
+                weak = sampling.weak(x, times, labels)
         prediction = denoiser.config.prediction
         for name, output in outputs.items():
-            outputs[name] = to_velocity(x, output, times, prediction)
-        if "weak" in references:
-            assert sampling.weak
-            passes["weak"] += 1
-            weak = sampling.weak(x, times, labels)
-            outputs["weak"] = to_velocity(x, weak, times, sampling.weak.config.prediction)
-        return to_velocity(x, full, times, prediction), outputs
+            outputs[name] = to_velocity(x, output.to(x.dtype), times, prediction)
+        if weak is not None and sampling.weak:
+            outputs["weak"] = to_velocity(x, weak.to(x.dtype), times, sampling.weak.config.prediction)
+        return to_velocity(x, full.to(x.dtype), times, prediction), outputs
 
     field = guided(predict, sampling.guidance)
     if watch is None:

@@ -34,7 +34,7 @@ class SamplingOptions:
         weak: the weaker model of auto guidance, named as the model is.
         reuse: run the backbone at every so many steps only, the head at each; below 1, whenever the latents have
             become less similar than that to those that it last saw.
-        precision: what networks compute in. Published scores are those of fp32.
+        precision: what denoisers compute in. Published scores are those of fp32.
     """
 
     steps: int = 50

@@ -1,9 +1,9 @@
 """Stage 2 on the built-in emoji as RAE v2 does it: conditioning in context, predicted data, base output, Muon.
 
-Reproduces:     docs/results/, beside emoji_dit_dh at equal training compute
+Reproduces:     nothing yet; to be compared with emoji_dit_dh at equal training compute
 Command:        raekit train emoji_raev2 --train.compile
 Cost:           192 MFLOPs forward an image, where emoji_dit_dh has 189; as many images
-Last verified:  never; written to be compared with emoji_dit_dh.
+Last verified:  never
 
 One block less than emoji_dit_dh, and 3 tokens of time and class rather than 12, since an image here has but 16 tokens.
 """
