@@ -409,6 +409,82 @@ def test_a_folder_gets_one_picture_a_sample_and_is_completed_by_the_same_command
     assert not any(np.array_equal(pixels(out / name), image) for name, image in zip(names, first, strict=True))
 
 
+def test_ranges_of_classes_and_webp(run, tiny_model, tmp_path):
+    options = ["--count", 1, "--steps", 1]
+    for name, classes in (("range", ["0-1", "red"]), ("ids", [0, 1, 2])):
+        done = run("generate", tiny_model, "--class", *classes, *options, "--out", tmp_path / f"{name}.webp")
+        assert done.code == 0, done.err
+    with Image.open(tmp_path / "range.webp") as a, Image.open(tmp_path / "ids.webp") as b:
+        assert (a.format, a.size) == ("WEBP", (20, 56))
+        assert np.array_equal(np.asarray(a), np.asarray(b))
+    done = run("generate", tiny_model, *options, "--format", "webp", "--out", tmp_path / "folder")
+    assert done.code == 0, done.err
+    assert sorted(path.name for path in (tmp_path / "folder").iterdir()) == [f"{i:06d}.webp" for i in range(3)]
+    assert_fails(run("generate", tiny_model, "--format", "webp", "--out", tmp_path / "x.png"), "--format: no effect on")
+
+
+def test_an_archive_is_generated(run, tiny_model, tmp_path):
+    command = ["generate", tiny_model, "--count", 2, "--steps", 2, "--precision", "bf16", "--batch-size", "auto"]
+    done = run(*command, "--out", tmp_path / "new" / "samples.npz")
+    assert (done.code, done.out) == (0, f"6 images: {tmp_path / 'new' / 'samples.npz'} (2 model passes an image)\n")
+    with np.load(tmp_path / "new" / "samples.npz") as arrays:
+        assert arrays["arr_0"].shape == (6, 16, 16, 3)
+        assert arrays["arr_1"].tolist() == [0, 1, 2, 0, 1, 2]
+    done = run(*command, "--out", tmp_path / "new" / "samples.npz")
+    assert (done.code, done.out) == (0, f"6 images: {tmp_path / 'new' / 'samples.npz'}\n")
+
+
+def test_rows_of_interpolated_images(run, tiny_model, tmp_path):
+    out = tmp_path / "row.png"
+    options = ["--seeds", 1, 2, "--class", "red", "blue", "--frames", 5, "--steps", 3, "--guidance", "cfg:2.0"]
+    done = run("interpolate", tiny_model, *options, "--out", out)
+    assert (done.code, done.out) == (0, f"5 images: {out} (3 model + 3 unconditional passes an image)\n"), done.err
+    row = pixels(out)
+    assert row.shape == (20, 5 * 18 + 2, 3)
+    for seed, name, x in ((1, "red", 2), (2, "blue", 2 + 4 * 18)):
+        options = ["--class", name, "--count", 1, "--seed", seed, "--steps", 3, "--guidance", "cfg:2.0"]
+        assert run("generate", tiny_model, *options, "--out", tmp_path / "end.png").code == 0
+        end = pixels(tmp_path / "end.png")[2:18, 2:18].astype(int)
+        assert np.abs(row[2:18, x : x + 16] - end).max() <= 1
+    assert_fails(run("interpolate", tiny_model, "--out", out), "both ends are the same")
+    assert_fails(run("interpolate", tiny_model, "--seeds", 1, 2, 3, "--out", out), "--seeds: takes one", "not 3")
+    assert_fails(run("interpolate", tiny_model, "--seeds", 1, 2, "--out", tmp_path / "x.gif"), ".png or .webp")
+
+
+def test_a_strip_of_a_trajectory(run, tiny_model, tmp_path):
+    out = tmp_path / "strip.png"
+    options = ["--class", "0-1", "--count", 2, "--steps", 6]
+    done = run("trajectory", tiny_model, *options, "--frames", 4, "--out", out)
+    assert done.code == 0, done.err
+    assert done.out.startswith("4 x 4 images at times 1.000, ")
+    strip = pixels(out)
+    assert strip.shape == (4 * 18 + 2, 4 * 18 + 2, 3)
+    assert run("generate", tiny_model, *options, "--out", tmp_path / "grid.png").code == 0
+    grid = pixels(tmp_path / "grid.png").astype(int)
+    for row in range(4):  # two of each class
+        y, x = 2 + row // 2 * 18, 2 + row % 2 * 18
+        assert np.abs(strip[2 + row * 18 : 18 + row * 18, -18:-2] - grid[y : y + 16, x : x + 16]).max() <= 1
+    assert_fails(run("trajectory", tiny_model, "--frames", 60, "--out", out), "frames: 60 must be from 2 to 51")
+
+
+def test_a_published_yaml_is_generated_from(run, tiny_model, tmp_path, monkeypatch):
+    given = []
+
+    def load_published(path: Path, device: object) -> object:
+        given.append(path)
+        return load(str(tiny_model)), Sampling(steps=3, grid="published")
+
+    monkeypatch.setattr("raekit.inference.load_published", load_published)
+    command = ["generate", "--published", "a.yaml", "--count", 1, "--out", tmp_path / "grid.png"]
+    done = run(*command)
+    assert done.code == 0, done.err
+    assert "(2 model passes an image)" in done.out
+    assert given == [Path("a.yaml")]
+    assert_fails(run(*command, "--steps", 5, "--guidance", "cfg:2"), "--published: a.yaml gives --steps, --guidance")
+    assert_fails(run(*command, tiny_model), "give either a model or --published FILE.yaml")
+    assert_fails(run("generate", "--out", tmp_path / "x.png"), "give either a model or --published FILE.yaml")
+
+
 def test_two_processes_complete_a_folder(tiny_model, tmp_path, monkeypatch):
     """In two threads that meet at the barrier."""
     model, meeting = load(str(tiny_model)), threading.Barrier(2)

@@ -1,7 +1,9 @@
 import copy
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +18,23 @@ from raekit.data.loader import Batch, DataConfig, Loader
 from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.flow.guidance import Guidance, parse_guidance
+from raekit.flow.path import similarity
 from raekit.flow.solvers import time_grid
 from raekit.inference import (
     Model,
+    _fitting,
     generate,
+    interpolate,
     load,
     measure_latents,
     read_image,
     reconstruct,
+    trajectory,
 )
 from raekit.models.autoencoder import Autoencoder
 from raekit.models.denoiser import ContextConfig, Denoiser, DenoiserConfig, TransformerConfig
 from raekit.pictures import from_pil, to_pil
-from raekit.sampling import Sampling, latents_to_noise, sample_latents
+from raekit.sampling import Sampling, latents_to_noise, sample_latents, slerp
 
 ONE = World()
 FEW = Sampling(steps=3)
@@ -100,8 +106,126 @@ def test_a_sample_is_the_same_in_any_batch(model, two_outputs, guidance, solver)
     model = other_weights(two_outputs) if weak else model
     sampling = Sampling(steps=3, solver=solver, guidance=rules, weak=weak)
     whole = images_of(model, sampling=sampling, batch_size=7)
-    for batch_size in (1, 2, 64):
+    for batch_size in (1, 2, 64, "auto"):
         assert torch.allclose(images_of(model, sampling=sampling, batch_size=batch_size), whole, atol=1e-5)
+
+
+def made_in_rank(world: World, folder: Path, batch_size: int) -> list[tuple[Tensor, Tensor]]:
+    batches = generate(load(str(folder)), LABELS, sampling=FEW, batch_size=batch_size, world=world)
+    return [(batch.indices, batch.images) for batch in batches]
+
+
+def test_samples_of_two_real_processes_and_of_any_batch_size_are_those_of_one(model, tiny_model, run_ranks):
+    whole = images_of(model, batch_size=7)
+    for batch_size in (1, 7, 64):
+        assert torch.allclose(images_of(model, batch_size=batch_size), whole, rtol=0, atol=1e-5)
+    made = [batch for rank in run_ranks(made_in_rank, 2, tiny_model, 2) for batch in rank]
+    assert sorted(i for indices, _ in made for i in indices.tolist()) == list(range(7))
+    for indices, images in made:
+        assert torch.allclose(images, whole[indices], rtol=0, atol=1e-5)
+
+
+class Small(nn.Module):
+    """A denoiser on a device whose memory takes `limit` images."""
+
+    def __init__(self, denoiser: Denoiser, limit: int) -> None:
+        super().__init__()
+        self.denoiser, self.config, self.limit = denoiser, denoiser.config, limit
+        self.tried: list[int] = []
+
+    def forward(self, x: Tensor, *arguments: Any, **options: Any) -> Any:
+        if self.tried[-1:] != [len(x)]:
+            self.tried.append(len(x))
+        if len(x) > self.limit:
+            raise torch.OutOfMemoryError
+        return self.denoiser(x, *arguments, **options)
+
+
+def test_batches_are_halved_where_memory_does_not_suffice(model, caplog):
+    small = Small(model.denoiser, 3)
+    tight = Model(model.autoencoder, small)  # type: ignore[arg-type]
+    batches = list(generate(tight, LABELS * 2, sampling=FEW, batch_size=10))
+    assert [len(batch) for batch in batches] == [2] * 7  # of 10 at most 5, of 5 at most 2
+    assert small.tried == [10, 5, 2]
+    assert torch.allclose(torch.cat([batch.images for batch in batches]), images_of(model, LABELS * 2), atol=1e-5)
+    assert "batches of 10 images do not fit into the GPU's memory; going on with 5" in caplog.text
+    with pytest.raises(UserError, match="not even one image fits"):
+        list(generate(Model(model.autoencoder, Small(model.denoiser, 0)), [0], sampling=FEW))  # type: ignore[arg-type]
+
+
+def test_batch_sizes_that_fit_the_memory():
+    assert _fitting(80 * 2**30, 0.2 * 2**30) == 256
+    assert _fitting(2**30, 2**20) == 512
+    assert _fitting(2**40, 1) == 1024
+    assert _fitting(2**20, 2**30) == _fitting(2**20, math.inf) == 1
+
+
+def test_half_precision_is_close(model):
+    exact, rough = images_of(model), images_of(model, sampling=replace(FEW, precision="bf16"))
+    assert rough.dtype == torch.float32
+    assert not torch.equal(exact, rough)
+    assert (exact - rough).abs().mean() < 0.05 * exact.std()
+
+
+def test_interpolation_goes_from_one_sample_to_another(model, two_outputs):
+    weak = two_outputs.denoiser
+    for solver, text in (("euler", "auto:1.5+cfg:1.3"), ("euler-maruyama", "")):
+        sampling = Sampling(steps=3, solver=solver, guidance=parse_guidance(text) if text else ())  # type: ignore[arg-type]
+        sampling = replace(sampling, weak=weak if text else None)
+        ends = [next(iter(generate(model, [label], seed=seed, sampling=sampling))) for label, seed in ((0, 3), (2, 4))]
+        settings: Any = {"seeds": (3, 4), "labels": (0, 2), "frames": 5, "sampling": sampling}
+        images = torch.cat([batch.images for batch in interpolate(model, **settings)])
+        assert images.shape == (5, 3, 16, 16)
+        for i, end in zip((0, -1), ends, strict=True):
+            assert torch.allclose(images[i], end.images[0], atol=1e-5)
+        assert all(not torch.allclose(a, b, atol=1e-3) for a, b in pairwise(images))
+        parts = [batch.images for batch in interpolate(model, batch_size=2, **settings)]
+        assert [len(part) for part in parts] == [2, 2, 1]
+        assert torch.allclose(torch.cat(parts), images, atol=1e-5)
+
+
+def test_interpolation_without_classes(unconditional):
+    batches = list(interpolate(unconditional, seeds=(0, 1), frames=3, sampling=FEW))
+    assert batches[0].labels.tolist() == [-1] * 3
+    assert batches[0].passes == {"model": 3}
+    for options, message in (
+        ({"frames": 1}, "frames: 1 must be at least 2"),
+        ({"seeds": (1, 1)}, "both ends are the same"),
+        ({"labels": (0, 0)}, "labels: 0 is not among the model's 0 classes"),
+    ):
+        with pytest.raises(UserError, match=message):
+            list(interpolate(unconditional, **({"seeds": (0, 1)} | options)))  # type: ignore[arg-type]
+
+
+def test_the_great_circle():
+    a, b = torch.randn(2, 40, 4, 4)
+    way = slerp(a, b, torch.linspace(0, 1, 5))
+    assert torch.allclose(way[0], a)
+    assert torch.allclose(way[-1], b)
+    unit = slerp(a / a.norm(), b / b.norm(), torch.linspace(0, 1, 5)).flatten(1)
+    assert torch.allclose(unit.norm(dim=1), torch.ones(5))
+    steps = (unit[1:] * unit[:-1]).sum(1)
+    assert torch.allclose(steps, steps[:1].expand(4))
+    assert torch.allclose(slerp(a, a, torch.tensor([0.3])), a)
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_a_trajectory_ends_in_the_sample(model, solver):
+    sampling = Sampling(steps=6, solver=solver, guidance=parse_guidance("cfg:1.5@0.1-0.9"))
+    times, images = trajectory(model, [1, 2], frames=4, seed=5, sampling=sampling)
+    assert images.shape == (4, 2, 3, 16, 16)
+    assert times[0] == 1
+    assert times[-1] == 0
+    assert sorted(times, reverse=True) == times
+    assert torch.allclose(images[-1], images_of(model, [1, 2], sampling, seed=5), atol=1e-5)
+    # At time 1 the data that the velocity points to are x - v.
+    noise = randomness.normal(5, "sample", [0, 1], (16, 4, 4))
+    with torch.no_grad():
+        v = model.denoiser(noise, torch.ones(2), torch.tensor([1, 2]))
+        assert torch.allclose(images[0], model.autoencoder.decode(noise - v), atol=1e-5)
+    with pytest.raises(UserError, match="frames: 9 must be from 2 to 7"):
+        trajectory(model, [0], frames=9, sampling=sampling)
+    assert trajectory(model, count=1, frames=7, sampling=Sampling(steps=6))[1].shape == (7, 1, 3, 16, 16)
 
 
 def test_two_processes_share_the_samples_of_one(model):
@@ -273,7 +397,11 @@ def test_a_weak_model_as_good_as_the_model_changes_nothing(model):
         ("cfg:2@0.01-0.02", {}, r"cfg would have no effect, .* 0\.01-0\.02"),
         ("cfg:2@0.0-0.001", {"solver": "euler"}, "cfg would have no effect"),
         ("cfg:2@0.0-0.001", {"solver": "heun"}, None),
-        ("", {"reuse": 0}, "reuse: 0 must be at least 1"),
+        ("", {"reuse": 0}, "reuse: 0 must be a whole number of steps from 1, or a similarity"),
+        ("", {"reuse": 1.5}, "reuse: 1.5 must be a whole number"),
+        ("", {"reuse": -0.5}, "reuse: -0.5 must be a whole number"),
+        ("", {"reuse": float("nan")}, "reuse: nan must be a whole number"),
+        ("", {"reuse": 0.9999}, r"reuse: 0.9999 would have no effect, as neighbouring steps are at most 0\.9\d+ alike"),
         ("", {"reuse": 2, "solver": "heun"}, "reuse: only for a denoiser with a head"),
     ],
 )
@@ -307,6 +435,25 @@ def test_reusing_the_backbone(model, unconditional):
     assert (batch.images - plain).abs().mean() < 0.1 * plain.std()
     with pytest.raises(UserError, match="reuse: only for a denoiser with a head"):
         images_of(unconditional, None, Sampling(reuse=2), count=1)
+
+
+def test_reusing_the_backbone_by_similarity(model):
+    times = time_grid(20, model.denoiser.config.shift)[:-1]
+    fresh, seen = 0, None
+    for t in times:
+        if seen is None or similarity(t, seen) < 0.95:
+            fresh, seen = fresh + 1, t
+    assert 2 < fresh < 18
+    features = []
+    hook = model.denoiser.blocks[-1].register_forward_hook(lambda *_: features.append(1))
+    (batch,) = generate(model, LABELS, sampling=Sampling(steps=20, reuse=0.95))
+    hook.remove()
+    assert len(features) == fresh
+    assert batch.passes == {"model": fresh, "head": 20 - fresh}
+    plain = images_of(model, sampling=Sampling(steps=20))
+    close = images_of(model, sampling=Sampling(steps=20, reuse=0.99))
+    near, far = ((images - plain).abs().mean() for images in (close, batch.images))
+    assert 0 < near < far < 0.2 * plain.std()
 
 
 @pytest.mark.parametrize("grid", ["full", "published"])
@@ -354,7 +501,16 @@ def test_classes_by_name_or_number(model, unconditional):
         unconditional.class_id("0")
     part = TransformerConfig(width=16, depth=1, heads=2)
     nameless = Denoiser(DenoiserConfig(channels=16, grid=(4, 4), backbone=part, num_classes=12))
-    assert Model(model.autoencoder, nameless).class_id("11") == 11
+    twelve = Model(model.autoencoder, nameless)
+    assert twelve.class_id("11") == 11
+    assert twelve.class_ids("9-11") == [9, 10, 11]
+    assert twelve.class_ids("4") == [4]
+    assert model.class_ids("green") == [1]
+    for name, message in (("9-12", "class '12': no such"), ("3-1", "range runs backwards; give 1-3"), ("a-b", "'a-b'")):
+        with pytest.raises(UserError, match=message):
+            twelve.class_ids(name)
+    dashed = replace(nameless.config, class_names=tuple(f"{i}-{i}" for i in range(12)))
+    assert Model(model.autoencoder, Denoiser(dashed)).class_ids("3-3") == [3]  # a name goes first
 
 
 # Statistics of latents

@@ -2,13 +2,18 @@ import dataclasses
 import re
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from raekit import recipes
 from raekit.config import from_dict, to_dict
+from raekit.conversion.releases import DENOISERS
 from raekit.errors import UserError
+from raekit.models.denoiser import Denoiser, DenoiserConfig
 from raekit.stages.generation import GenerationConfig
 from raekit.stages.reconstruction import ReconstructionConfig
 from raekit.stages.representation import RepresentationConfig
+from raekit.train.optim import learning_rate
 from raekit.weights import ASSETS
 
 EVERY = pytest.mark.parametrize("name", recipes.names())
@@ -49,7 +54,7 @@ def test_a_mistyped_key_is_refused_wherever_it_stands(name):
 @EVERY
 def test_a_recipe_trains_to_the_end_of_its_schedule(name):
     config = recipes.find(name).config
-    if config.optim.decay != "constant":
+    if config.optim.decay != "constant" and not name.startswith(("dit_dh_", "raev2_")):
         assert config.optim.decay_end == config.train.steps
     assert config.train.steps >= config.train.checkpoint_every
 
@@ -64,7 +69,7 @@ def test_a_recipe_tells_what_it_is_in_one_line(name):
 
 @EVERY
 def test_a_recipe_tells_what_it_reproduces(name):
-    """A built-in model, results shown in the documentation, or published figures."""
+    """A built-in model, results shown in the documentation, published figures, or that there are none."""
     match = re.search(r"^Reproduces: +(\S.*)", recipes.find(name).about, re.MULTILINE)
     assert match
     if match[1].startswith("src/"):
@@ -73,7 +78,7 @@ def test_a_recipe_tells_what_it_reproduces(name):
     elif match[1].startswith("docs/"):
         assert (ASSETS.parents[2] / match[1].split()[0].rstrip(",")).is_file()
     else:
-        assert re.match(r"r?FID \d\.\d+.*\((paper, table|RAE v2)", match[1])
+        assert re.match(r"r?FID \d\.\d+.*\((paper|RAE v2)|no figure is published|nothing yet", match[1])
 
 
 def test_published_schedules_of_stage_1():
@@ -84,6 +89,93 @@ def test_published_schedules_of_stage_1():
             assert config.adversarial
             assert config.train.steps == 16 * 2502
             assert (config.adversarial.discriminator_start, config.adversarial.start) == (6 * 2502, 8 * 2502)
+
+
+def generation(name: str) -> GenerationConfig:
+    config = recipes.find(name).config
+    assert isinstance(config, GenerationConfig)
+    return config
+
+
+PUBLISHED = [name for name in recipes.names() if name.startswith(("dit_", "raev2_"))]
+
+
+def test_the_published_recipes_of_stage_2_are_there():
+    sizes = {f"dit_dh_{size}_dinov2b_256" for size in "sblx"} - {"dit_dh_x_dinov2b_256"}
+    raev2 = {f"raev2_k{k}_256" for k in (1, 7, 23)}
+    assert {*PUBLISHED} == {*sizes, *raev2, "dit_dh_xl_dinov2b_256", "dit_dh_xl_dinov2b_512", "dit_xl_dinov2s"}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_settings_of_stage_2(name):
+    config = generation(name)
+    epoch = 1_281_167 // 1024
+    assert (config.train.batch_size, config.optim.lr, config.optim.clip) == (1024, 2e-4, 1.0)
+    assert (config.optim.betas, config.optim.weight_decay, config.class_dropout) == ((0.9, 0.95), 0.0, 0.1)
+    assert (config.data.crop, config.data.flip) == ("center", True)
+    assert config.ema == ((0.9999,) if name == "dit_xl_dinov2s" else (0.9995,))
+    epochs = {"dit_dh_xl_dinov2b_512": 400, "dit_dh_xl_dinov2b_256": 800, "dit_xl_dinov2s": 800}
+    assert config.train.steps == epochs.get(name, 80) * epoch
+    rates = {step // epoch: learning_rate(config.optim, step) for step in (0, 24 * epoch, 39 * epoch, 50 * epoch)}
+    if name.startswith("raev2"):
+        assert rates[0] == rates[24] == 2e-4
+        assert rates[39] == pytest.approx(2e-4 - 14 / 25 * 1.8e-4)
+        assert rates[50] == pytest.approx(2e-5)
+        assert (config.optim.method, config.time_law) == ("muon", "logit-normal")
+    else:
+        assert rates[0] == rates[39] == 2e-4
+        assert (rates[50] == 2e-4) == (name == "dit_xl_dinov2s")
+        assert (config.optim.method, config.time_law) == ("adamw", "uniform")
+
+
+@pytest.mark.parametrize(
+    ("name", "latent", "millions"),
+    [
+        ("dit_dh_s_dinov2b_256", (768, 16, 16), 196.5),
+        ("dit_dh_b_dinov2b_256", (768, 16, 16), 294.3),
+        ("dit_dh_l_dinov2b_256", (768, 16, 16), 621.7),
+        ("dit_dh_xl_dinov2b_256", (768, 16, 16), 838.7),
+        ("dit_xl_dinov2s", (384, 16, 16), 676.4),
+    ],
+)
+def test_published_sizes_of_stage_2(name, latent, millions):
+    config = DenoiserConfig(**vars(generation(name).denoiser), channels=latent[0], grid=latent[1:])
+    with torch.device("meta"):
+        model = Denoiser(config)
+    # The published count has the fixed table of positions.
+    table = latent[1] * latent[2] * config.backbone.width
+    assert (sum(p.numel() for p in model.parameters()) + table) / 1e6 == pytest.approx(millions, abs=0.05)
+
+
+def test_recipes_of_released_denoisers_make_what_is_released():
+    for recipe, name in (
+        ("dit_dh_xl_dinov2b_256", "dit-dh-xl-256"),
+        ("dit_dh_s_dinov2b_256", "dit-dh-s-256-ep14"),
+        ("dit_dh_xl_dinov2b_512", "dit-dh-xl-512"),
+        ("raev2_k7_256", "raev2-k7-256"),
+    ):
+        config, release = generation(recipe), DENOISERS[name]
+        assert config.autoencoder == release.autoencoder
+        released = {field: getattr(release.config, field) for field in vars(config.denoiser)}
+        assert released == vars(config.denoiser)
+    for k in (1, 7, 23):
+        assert generation(f"raev2_k{k}_256").autoencoder == f"raev2-dinov3-l-k{k}"
+
+
+def test_the_two_recipes_of_emoji_cost_the_same():
+    ours, theirs = generation("emoji_raev2"), generation("emoji_dit_dh")
+    assert (ours.train, ours.data, ours.ema) == (theirs.train, theirs.data, theirs.ema)
+    costs = []
+    for config in (ours, theirs):
+        model = Denoiser(DenoiserConfig(**vars(config.denoiser), channels=256, grid=(4, 4), num_classes=9))
+        with FlopCounterMode(display=False) as counter:
+            inputs = (torch.zeros(1, 256, 4, 4), torch.ones(1), torch.zeros(1, dtype=torch.long))
+            if config.denoiser.base_depth:
+                model(*inputs, with_base=True)
+            else:
+                model(*inputs)
+        costs.append(counter.get_total_flops())
+    assert costs[0] == pytest.approx(costs[1], rel=0.02)
 
 
 def test_a_variant_is_a_replacement():

@@ -1,19 +1,24 @@
 """Folders of generated and of reconstructed pictures, which the same call completes after an interruption.
 
-Each picture keeps in its PNG what it was made from. It is left alone if the same would be made again, so a change
+Each picture keeps in its file what it was made from. It is left alone if the same would be made again, so a change
 of the model, of a setting or of an original is never mixed with what was there.
 """
 
 import csv
+import json
 import os
+import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from itertools import chain, count
 from pathlib import Path
+from zipfile import BadZipFile, ZipFile, ZipInfo
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from raekit.config import to_dict, to_json
@@ -24,9 +29,9 @@ from raekit.errors import UserError
 from raekit.evaluation.features import quantize
 from raekit.evaluation.metrics import psnr, ssim
 from raekit.files import whole
-from raekit.inference import Model, generate, read_image, reconstruct
+from raekit.inference import BatchSize, Model, fitting_batch, generate, read_image, reconstruct
 from raekit.models.autoencoder import Autoencoder
-from raekit.pictures import from_pil, grid, read_origin, to_pil, write_png
+from raekit.pictures import PictureFormat, from_pil, grid, read_origin, to_pil, write_picture
 from raekit.progress import Report, silent
 from raekit.sampling import Sampling
 from raekit.weights import fingerprint
@@ -46,51 +51,128 @@ def generate_folder(
     total: int,
     seed: int = 0,
     sampling: Sampling,
-    batch_size: int = 64,
+    batch_size: BatchSize = "auto",
     world: World,
+    form: PictureFormat = "png",
     progress: Report = silent,
 ) -> Counter[str]:
     """Write samples 0 to `total` as OUT/000000.png and so on, those alone that are missing.
 
-    The label of sample i is `labels[i % len(labels)]`, so a larger total later adds samples to the same. Called
-    by all processes, which share the work. Returns the forward passes that an image cost (`Samples.passes`), none if
-    all are there. Raises UserError as `generate` does.
+    The label of sample i is `labels[i % len(labels)]`, so a larger total later adds samples to the same. Batches are of
+    the same samples whatever is missing, so that an interruption changes no bit. Called by all processes, which share
+    the work. Returns the forward passes that an image cost (`Samples.passes`), none if all are there. Raises UserError
+    as `generate` does.
     """
-    every = None if labels is None else [labels[i % len(labels)] for i in range(total)]
-    state = {**model.autoencoder.state_dict(), **{f"denoiser.{k}": v for k, v in model.denoiser.state_dict().items()}}
-    weak = sampling.weak
-    if weak is not None:
-        state |= {f"weak.{key}": value for key, value in weak.state_dict().items()}
-    rest = (weak and weak.config, seed, replace(sampling, weak=None))
-    settings = fingerprint(state, model.autoencoder.config, model.denoiser.config, *rest)
+    every = _labels(labels, total)
+    settings = _settings(model, seed, sampling)
+    size = fitting_batch(model, sampling, batch_size, world)
 
     def origin(index: int) -> dict[str, object]:
         return {"settings": settings, "sample": index, "class": every[index] if every else None}
 
     def place(index: int) -> Path:
-        return out / f"{index:06d}.png"
+        return out / f"{index:06d}.{form}"
 
-    missing = [i for i in range(total) if read_origin(place(i)) != origin(i)]
+    missing = {i for i in range(total) if read_origin(place(i)) != origin(i)}
     world.barrier()  # before anyone writes, all have looked
+    shares = (range(first, min(first + size, total)) for first in range(0, total, size))
+    numbers = [i for share in shares if not missing.isdisjoint(share) for i in share]
     batches = generate(
         model,
         every,
         count=None if every else total,
         seed=seed,
         sampling=sampling,
-        batch_size=batch_size,
+        batch_size=size,
         world=world,
-        indices=missing,
+        indices=numbers,
     )
-    done, passes = total - len(missing), Counter()
+    done, passes = total - len(numbers), Counter()
     for batch in batches:
         passes |= batch.passes
         for image, index in zip(batch.images, batch.indices.tolist(), strict=True):
-            with whole(place(index)) as partial:
-                write_png(to_pil(image), partial, origin(index))
+            if index in missing:
+                with whole(place(index)) as partial:
+                    write_picture(to_pil(image), partial, origin(index), form)
         done = min(done + len(batch) * world.size, total)
         progress("generate", done, total)
     return passes
+
+
+def _labels(labels: Sequence[int] | None, total: int) -> list[int] | None:
+    return None if labels is None else [labels[i % len(labels)] for i in range(total)]
+
+
+def _settings(model: Model, seed: int, sampling: Sampling) -> str:
+    """A fingerprint of all that samples are a function of, but their number and label."""
+    state = {**model.autoencoder.state_dict(), **{f"denoiser.{k}": v for k, v in model.denoiser.state_dict().items()}}
+    weak = sampling.weak
+    if weak is not None:
+        state |= {f"weak.{key}": value for key, value in weak.state_dict().items()}
+    rest = (weak and weak.config, seed, replace(sampling, weak=None))
+    return fingerprint(state, model.autoencoder.config, model.denoiser.config, *rest)
+
+
+def generate_npz(
+    model: Model,
+    out: Path,
+    labels: Sequence[int] | None = None,
+    *,
+    total: int,
+    seed: int = 0,
+    sampling: Sampling,
+    batch_size: BatchSize = "auto",
+    world: World,
+    progress: Report = silent,
+) -> Counter[str]:
+    """Write samples 0 to `total` to the .npz file `out` as ADM does: `arr_0`, uint8 (N, H, W, 3), and `arr_1`, their
+    labels, if there are any.
+
+    They are gathered in the folder OUT.parts, which an interrupted call completes and the last removes. A file of
+    these very samples is left alone. As `generate_folder` otherwise.
+    """
+    every, parts = _labels(labels, total), out.with_name(out.name + ".parts")
+    origin = {"settings": _settings(model, seed, sampling), "total": total, "classes": fingerprint({}, every)}
+    if _npz_origin(out) == origin:
+        return Counter()
+    passes = generate_folder(
+        model,
+        parts,
+        labels,
+        total=total,
+        seed=seed,
+        sampling=sampling,
+        batch_size=batch_size,
+        world=world,
+        progress=progress,
+    )
+    world.barrier()
+    if world.is_main:
+        height, width = model.autoencoder.image_shape
+        with whole(out) as partial, ZipFile(partial, "w") as archive:
+            with archive.open(ZipInfo("arr_0.npy"), "w", force_zip64=True) as file:  # ZipInfo: of no date
+                shape = (total, height, width, 3)
+                np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+                for index in range(total):
+                    with Image.open(parts / f"{index:06d}.png") as image:
+                        file.write(image.tobytes())
+                    progress("pack", index + 1, total)
+            if every:
+                with archive.open(ZipInfo("arr_1.npy"), "w") as file:
+                    np.lib.format.write_array(file, np.array(every, np.int64))
+            archive.comment = json.dumps(origin).encode()
+        shutil.rmtree(parts)
+    world.barrier()
+    return passes
+
+
+def _npz_origin(path: Path) -> object:
+    """What `generate_npz` noted in the file; None if it is another's or not there."""
+    try:
+        with ZipFile(path) as archive:
+            return json.loads(archive.comment)
+    except (OSError, BadZipFile, ValueError, RecursionError):
+        return None
 
 
 @dataclass(frozen=True)
@@ -168,7 +250,7 @@ def reconstruct_folder(
             for i, (task, _) in enumerate(batch):
                 scores[task.output] = {name: values[name][i] for name in metrics}
                 with whole(task.output) as partial:
-                    write_png(to_pil(decoded[i]), partial, {**task.origin, "scores": scores[task.output]})
+                    write_picture(to_pil(decoded[i]), partial, {**task.origin, "scores": scores[task.output]})
         progress("reconstruct", len(tasks) - len(missing) + min(first + batch_size, len(missing)), len(tasks))
     pictures = [Reconstruction(t.image, t.output, scores[t.output]) for t in tasks if t.output in scores]
     results = Reconstructions(pictures, unreadable)

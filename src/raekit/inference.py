@@ -1,10 +1,14 @@
 """Using trained models: lazy streams of batches, one seed for each sample."""
 
+import logging
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from PIL import Image
@@ -16,10 +20,13 @@ from raekit.data.loader import Batch
 from raekit.data.transforms import FITS, Fit
 from raekit.distributed import World
 from raekit.errors import UserError
+from raekit.flow.path import to_data
 from raekit.models.autoencoder import Autoencoder
 from raekit.models.denoiser import Denoiser
 from raekit.moments import Moments
-from raekit.sampling import Sampling, check_sampling, sample_latents
+from raekit.sampling import Sampling, check_sampling, denoise, sample_latents, sample_noise, slerp
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,16 @@ class Model:
         if not self.classes:
             raise UserError(f"class {name!r}: this model is unconditional, it has no classes")
         raise UserError(f"class {name!r}: no such class; there are {', '.join(self.classes)}")
+
+    def class_ids(self, name: str) -> list[int]:
+        """The ids that a name, a number, or a range of numbers as 0-9, ends included, means; else as `class_id`."""
+        first, dash, last = name.partition("-")
+        if name in self.classes or not (dash and first.isdecimal() and last.isdecimal()):
+            return [self.class_id(name)]
+        start, end = self.class_id(first), self.class_id(last)
+        if end < start:
+            raise UserError(f"class {name!r}: the range runs backwards; give {last}-{first}")
+        return list(range(start, end + 1))
 
 
 def load(name: str, device: torch.device | str = "cpu", ema: float | None = None) -> Model:
@@ -90,6 +107,10 @@ class Samples:
         return len(self.images)
 
 
+BatchSize = int | Literal["auto"]
+"""Images at once; "auto" is what fits the memory of a GPU, and 64 elsewhere."""
+
+
 def generate(
     model: Model,
     labels: Sequence[int] | None = None,
@@ -97,7 +118,7 @@ def generate(
     count: int | None = None,
     seed: int = 0,
     sampling: Sampling | None = None,
-    batch_size: int = 64,
+    batch_size: BatchSize = "auto",
     world: World | None = None,
     indices: Sequence[int] | None = None,
 ) -> Iterator[Samples]:
@@ -105,30 +126,165 @@ def generate(
 
     `labels` has a class id for each sample; None generates `count` samples without a class. Sample i has
     its own noise, a function of `seed` and i, so it is the same for any batch size or number of processes.
-    Processes take turns: each yields every `world.size`-th batch. `indices` are the numbers of the samples to
-    make, by default all of them: those that an interrupted generation lacks. Raises UserError for labels
-    outside the model's classes.
+    Processes take turns: each yields every `world.size`-th batch, in parts where a GPU's memory does not suffice.
+    `indices` are the numbers of the samples to make, by default all of them: those that an interrupted generation
+    lacks. Raises UserError for labels outside the model's classes.
     """
     sampling = sampling or Sampling()
     world = world or World(device=model.device)
-    classes = model.denoiser.config.num_classes
     if (labels is None) == (count is None):
         raise UserError("generate: give either labels, one for each sample, or count")
-    if labels is not None and (wrong := [label for label in labels if not 0 <= label < classes]):
-        raise UserError(f"labels: {wrong[0]} is not among the model's {classes} classes")
-    if batch_size < 1:
-        raise UserError(f"batch_size: {batch_size} must be at least 1")
+    _check_labels(model, labels or ())
     total = len(labels) if labels is not None else count or 0
     check_sampling(sampling, model.denoiser, labels is not None)
+    size = fitting_batch(model, sampling, batch_size, world)
     numbers = range(total) if indices is None else indices
-    for first in range(world.rank * batch_size, len(numbers), world.size * batch_size):
-        batch = torch.tensor(numbers[first : first + batch_size])
-        chosen = None if labels is None else torch.tensor([labels[i] for i in batch.tolist()], device=world.device)
+
+    def make(part: Sequence[int]) -> Samples:
+        batch = torch.tensor(part)
+        chosen = None if labels is None else torch.tensor([labels[i] for i in part], device=world.device)
         passes: Counter[str] = Counter()
         latents = sample_latents(model.denoiser, chosen, batch, seed, sampling, world.device, passes)
-        with torch.no_grad():
-            images = model.autoencoder.decode(latents)
-        yield Samples(images, torch.full_like(batch, -1) if chosen is None else chosen, batch, passes)
+        images = _decode(model, latents)
+        return Samples(images, torch.full_like(batch, -1) if chosen is None else chosen, batch, passes)
+
+    shares = (numbers[first : first + size] for first in range(world.rank * size, len(numbers), world.size * size))
+    return _in_parts(make, shares)
+
+
+def fitting_batch(model: Model, sampling: Sampling, batch_size: BatchSize, world: World) -> int:
+    """`batch_size` as a number; UserError if it is none. "auto" is found by a trial on a GPU; all processes call it."""
+    if batch_size != "auto":
+        if batch_size < 1:
+            raise UserError(f"batch_size: {batch_size} must be at least 1")
+        return batch_size
+    if world.device.type != "cuda":
+        return 64
+    torch.cuda.reset_peak_memory_stats(world.device)
+    held, trial = torch.cuda.memory_allocated(world.device), 4
+    short = replace(sampling, steps=2, solver="euler", guidance=(), weak=None, reuse=1)
+    each = math.inf
+    with suppress(torch.OutOfMemoryError):
+        latents = sample_latents(model.denoiser, None, torch.arange(trial), 0, short, world.device)
+        _decode(model, latents)
+        each = (torch.cuda.max_memory_allocated(world.device) - held) / trial
+    torch.cuda.empty_cache()
+    return min(world.gather(_fitting(torch.cuda.mem_get_info(world.device)[0], each)))
+
+
+def _fitting(free: int, each: float) -> int:
+    """The power of two, up to 1024, of images of `each` bytes that fills at most 80 % of `free` bytes."""
+    return 2 ** min(int(math.log2(max(0.8 * free / each, 1))), 10)
+
+
+def _in_parts(make: Callable[[Sequence[int]], Samples], shares: Iterable[Sequence[int]]) -> Iterator[Samples]:
+    """`make` of each share, halved as often as memory demands it."""
+    limit = 0
+    for share in shares:
+        limit, start = limit or len(share), 0
+        while start < len(share):
+            part, made = share[start : start + limit], None
+            try:
+                made = make(part)
+            except torch.OutOfMemoryError:
+                if len(part) == 1:
+                    raise UserError("batch_size: not even one image fits into the GPU's memory") from None
+            if made is None:  # outside of the handler, whose traceback would hold what is to be freed
+                limit = len(part) // 2
+                torch.cuda.empty_cache()
+                _log.warning(
+                    "batches of %d images do not fit into the GPU's memory; going on with %d", len(part), limit
+                )
+                continue
+            yield made
+            start += len(part)
+
+
+def interpolate(
+    model: Model,
+    *,
+    seeds: tuple[int, int],
+    labels: tuple[int, int] | None = None,
+    frames: int = 8,
+    sampling: Sampling | None = None,
+    batch_size: BatchSize = "auto",
+) -> Iterator[Samples]:
+    """Yield `frames` images on the way from one sample to another, batch by batch.
+
+    The ends are sample 0 of each of `seeds`, with the classes `labels`, as `generate` makes them. The noise goes along
+    a great circle, the embedding of the class in a straight line. The `labels` of what is yielded are -1.
+    """
+    sampling = sampling or Sampling()
+    if frames < 2:
+        raise UserError(f"frames: {frames} must be at least 2")
+    _check_labels(model, labels or ())
+    if seeds[0] == seeds[1] and (labels is None or labels[0] == labels[1]):
+        raise UserError("interpolate: both ends are the same; give two seeds or two classes")
+    denoiser, device = model.denoiser, model.device
+    way = torch.linspace(0, 1, frames, dtype=torch.float64)
+
+    def make(part: Sequence[int]) -> Samples:
+        along = way[list(part)]
+
+        def noise(stream: str) -> Tensor:
+            start, end = (sample_noise(denoiser, seed, stream, [0])[0] for seed in seeds)
+            return slerp(start, end, along).to(device)
+
+        weights = None
+        if labels is not None:
+            weights = torch.zeros(len(part), denoiser.config.num_classes + 1)
+            weights[:, labels[0]] += 1 - along
+            weights[:, labels[1]] += along
+            weights = weights.to(device)
+        passes: Counter[str] = Counter()
+        images = _decode(model, denoise(denoiser, noise, weights, sampling, passes))
+        return Samples(images, torch.full((len(part),), -1), torch.tensor(part), passes)
+
+    size = fitting_batch(model, sampling, batch_size, World(device=device))
+    return _in_parts(make, (range(frames)[first : first + size] for first in range(0, frames, size)))
+
+
+def trajectory(
+    model: Model,
+    labels: Sequence[int] | None = None,
+    *,
+    count: int | None = None,
+    frames: int = 8,
+    seed: int = 0,
+    sampling: Sampling | None = None,
+) -> tuple[list[float], Tensor]:
+    """How samples 0, 1, .. come about: falling times, and images (frames, B, 3, S, S) of the data that the guided
+    velocity then points to, at evaluations spread evenly; at last, time 0, the samples themselves.
+    """
+    sampling = sampling or Sampling()
+    if (labels is None) == (count is None):
+        raise UserError("trajectory: give either labels, one for each sample, or count")
+    _check_labels(model, labels or ())
+    indices = torch.arange(len(labels) if labels is not None else count or 0)
+    chosen = None if labels is None else torch.tensor(labels, device=model.device)
+    seen: dict[float, Tensor] = {}
+
+    def watch(x: Tensor, v: Tensor, t: float) -> None:
+        seen[t] = to_data(x, v, torch.full((len(x),), t, device=x.device)).cpu()
+
+    final = sample_latents(model.denoiser, chosen, indices, seed, sampling, model.device, watch=watch)
+    times = sorted((t for t in seen if t > 0), reverse=True)
+    if not 2 <= frames <= len(times) + 1:
+        raise UserError(f"frames: {frames} must be from 2 to {len(times) + 1}, the solver's evaluations and the sample")
+    kept = [times[round(i)] for i in torch.linspace(0, len(times) - 1, frames - 1).tolist()]
+    latents = [seen[t] for t in kept] + [final.cpu()]
+    return [*kept, 0.0], torch.stack([_decode(model, each.to(model.device)).cpu() for each in latents])
+
+
+@torch.no_grad()
+def _decode(model: Model, latents: Tensor) -> Tensor:
+    return model.autoencoder.decode(latents)
+
+
+def _check_labels(model: Model, labels: Iterable[int]) -> None:
+    classes = model.denoiser.config.num_classes
+    if wrong := [label for label in labels if not 0 <= label < classes]:
+        raise UserError(f"labels: {wrong[0]} is not among the model's {classes} classes")
 
 
 @torch.no_grad()

@@ -4,11 +4,11 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
@@ -26,19 +26,41 @@ def from_pil(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 255
 
 
-def write_png(image: Image.Image, path: Path, origin: object) -> None:
-    """Write an 8-bit PNG that keeps `origin`, JSON values that tell what it was made from, as its text."""
+PictureFormat = Literal["png", "webp"]
+"""Of written pictures, both without loss."""
+
+
+def write_picture(image: Image.Image, path: Path, origin: object, form: PictureFormat = "png") -> None:
+    """Write an 8-bit picture that keeps `origin`, JSON values that tell what it was made from: as a PNG's text, or the
+    description in a WebP's EXIF.
+    """
+    if form == "webp":
+        exif = Image.Exif()
+        exif[ExifTags.Base.ImageDescription] = _ORIGIN + json.dumps(origin)
+        image.save(path, format="WEBP", lossless=True, exif=exif)
+        return
     text = PngInfo()
     text.add_text(_ORIGIN, json.dumps(origin))
     image.save(path, format="PNG", pnginfo=text)
 
 
+def save_picture(image: Image.Image, path: Path, form: PictureFormat) -> None:
+    """Write a picture to `path`, whatever that is called, without loss."""
+    if form == "webp":
+        image.save(path, format="WEBP", lossless=True)
+    else:
+        image.save(path, format="PNG")
+
+
 def read_origin(path: Path) -> Any:
-    """What `write_png` was told of the PNG in `path`; None if that is absent, no PNG, or another's."""
+    """What `write_picture` was told of the picture in `path`; None if that is absent, no such picture, or another's."""
     try:
-        with Image.open(path, formats=["PNG"]) as image:
-            return json.loads(image.info[_ORIGIN])
-    except (OSError, ValueError, SyntaxError, KeyError, TypeError, RecursionError):
+        with Image.open(path, formats=["PNG", "WEBP"]) as image:
+            if image.format == "PNG":
+                return json.loads(image.info[_ORIGIN])
+            text = image.getexif()[ExifTags.Base.ImageDescription]
+            return json.loads(text.removeprefix(_ORIGIN)) if text.startswith(_ORIGIN) else None
+    except (OSError, ValueError, SyntaxError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from raekit import randomness
 from raekit.errors import UserError
 from raekit.flow.guidance import Guidance, Reference, Velocity, check_guidance, guided
-from raekit.flow.path import to_velocity
+from raekit.flow.path import similarity, to_velocity
 from raekit.flow.solvers import Grid, SolverName, dopri5, euler, euler_maruyama, evaluated, heun, time_grid
 from raekit.models.denoiser import Denoiser
 
@@ -21,8 +22,9 @@ class Sampling:
     """How to sample. `steps` on a `full` grid are so many solver steps; `published` is the official grid (spec 3).
 
     `weak` is the weaker denoiser of `auto` guidance. With `reuse` k the backbone of a network with a head runs
-    at every k-th step only. `atol` and `rtol` belong to dopri5. In `bf16` the denoisers run under
-    autocast; the state stays float32, and so does decoding.
+    at every k-th step only; with `reuse` below 1, once the latents' expected cosine similarity to those that it last
+    saw (`flow.path.similarity`, a function of the times) falls below that. `atol` and `rtol` belong to dopri5.
+    In `bf16` the denoisers run under autocast; the state stays float32, and so does decoding.
     """
 
     steps: int = 50
@@ -30,13 +32,16 @@ class Sampling:
     grid: Grid = "full"
     guidance: tuple[Guidance, ...] = ()
     weak: Denoiser | None = None
-    reuse: int = 1
+    reuse: float = 1
     atol: float = 1e-6
     rtol: float = 1e-3
     precision: Literal["fp32", "bf16"] = "fp32"
 
 
-@torch.no_grad()
+Watch = Callable[[Tensor, Tensor, float], object]
+"""Called with the latents, the guided velocity and the time of each evaluation."""
+
+
 def sample_latents(
     denoiser: Denoiser,
     labels: Tensor | None,
@@ -45,21 +50,51 @@ def sample_latents(
     sampling: Sampling,
     device: torch.device | str,
     passes: Counter[str] | None = None,
+    watch: Watch | None = None,
 ) -> Tensor:
     """Whitened latents (B, C, H, W) of samples number `indices`, over the time grid shifted as in training.
 
     The noise is drawn on the CPU, so that it does not depend on the device. Forward passes are added to `passes`.
     """
 
-    def normal(stream: str) -> Tensor:
-        return randomness.normal(seed, stream, indices, denoiser.config.latent_shape).to(device)
+    def noise(stream: str) -> Tensor:
+        return sample_noise(denoiser, seed, stream, indices).to(device)
 
+    return denoise(denoiser, noise, labels, sampling, passes, watch)
+
+
+def sample_noise(denoiser: Denoiser, seed: int, stream: str, indices: Sequence[int] | Tensor) -> Tensor:
+    """Standard normals (B, C, H, W) of samples number `indices`, on the CPU."""
+    return randomness.normal(seed, stream, indices, denoiser.config.latent_shape)
+
+
+@torch.no_grad()
+def denoise(
+    denoiser: Denoiser,
+    noise: Callable[[str], Tensor],
+    labels: Tensor | None,
+    sampling: Sampling,
+    passes: Counter[str] | None = None,
+    watch: Watch | None = None,
+) -> Tensor:
+    """Whitened latents that come of `noise(stream)` (B, C, H, W): of stream "sample", and with Euler-Maruyama of each
+    step's own. `labels` as the denoiser takes them.
+    """
     check_sampling(sampling, denoiser, labels is not None)
-    field = _velocity(denoiser, labels, sampling, Counter() if passes is None else passes)
+    field = _velocity(denoiser, labels, sampling, Counter() if passes is None else passes, watch)
     times = time_grid(sampling.steps, denoiser.config.shift, sampling.grid)
     if sampling.solver == "euler-maruyama":
-        return euler_maruyama(field, normal("sample"), times, lambda step: normal(f"sample, step {step}"))
-    return _follow(sampling, field, normal("sample"), times)
+        return euler_maruyama(field, noise("sample"), times, lambda step: noise(f"sample, step {step}"))
+    return _follow(sampling, field, noise("sample"), times)
+
+
+def slerp(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
+    """Points (B, ...) on the great circle from `a` to `b` (...), at `weights` (B,) in [0, 1]: noise between noises."""
+    x, y, w = a.double(), b.double(), weights.double().view(-1, *[1] * a.ndim)
+    angle = ((x * y).sum() / (x.norm() * y.norm())).clamp(-1, 1).acos()
+    if angle.sin() < 1e-6:  # the same, or opposite
+        return ((1 - w) * x + w * y).to(a.dtype)
+    return ((((1 - w) * angle).sin() * x + (w * angle).sin() * y) / angle.sin()).to(a.dtype)
 
 
 @torch.no_grad()
@@ -99,17 +134,30 @@ def check_sampling(sampling: Sampling, denoiser: Denoiser, labelled: bool, rever
             f"the model for {config.latent_shape} of {config.num_classes}"
         )
     times = time_grid(sampling.steps, config.shift, sampling.grid)
-    check_guidance(sampling.guidance, missing, evaluated(sampling.solver, times[::-1] if reverse else times))
-    if sampling.reuse < 1:
-        raise UserError(f"reuse: {sampling.reuse} must be at least 1")
-    if sampling.reuse > 1 and (not config.head or sampling.solver not in ("euler", "euler-maruyama")):
-        raise UserError("reuse: only for a denoiser with a head, and the solvers euler and euler-maruyama")
+    points = evaluated(sampling.solver, times[::-1] if reverse else times)
+    check_guidance(sampling.guidance, missing, points)
+    _check_reuse(sampling, denoiser, points)
     if reverse and sampling.solver == "euler-maruyama":
         raise UserError("solver euler-maruyama: goes from noise to data only; take euler, heun or dopri5")
 
 
-def _velocity(denoiser: Denoiser, labels: Tensor | None, sampling: Sampling, passes: Counter[str]) -> Velocity:
-    """The guided velocity, which counts the forward passes that it makes."""
+def _check_reuse(sampling: Sampling, denoiser: Denoiser, times: Sequence[float]) -> None:
+    reuse = sampling.reuse
+    if reuse == 1:
+        return
+    if not reuse > 0 or (reuse > 1 and reuse != int(reuse)):
+        raise UserError(f"reuse: {reuse} must be a whole number of steps from 1, or a similarity between 0 and 1")
+    if not denoiser.config.head or sampling.solver not in ("euler", "euler-maruyama"):
+        raise UserError("reuse: only for a denoiser with a head, and the solvers euler and euler-maruyama")
+    nearest = max((similarity(t, s) for t, s in pairwise(times)), default=0.0)
+    if nearest < reuse < 1:
+        raise UserError(f"reuse: {reuse} would have no effect, as neighbouring steps are at most {nearest:.4f} alike")
+
+
+def _velocity(
+    denoiser: Denoiser, labels: Tensor | None, sampling: Sampling, passes: Counter[str], watch: Watch | None = None
+) -> Velocity:
+    """The guided velocity, which counts the forward passes that it makes and shows what it gives to `watch`."""
     conditional = _reusing(denoiser, sampling.reuse, "model", passes)
     unconditional = _reusing(denoiser, sampling.reuse, "unconditional", passes)
 
@@ -135,22 +183,33 @@ def _velocity(denoiser: Denoiser, labels: Tensor | None, sampling: Sampling, pas
             outputs["weak"] = to_velocity(x, weak.to(x.dtype), times, sampling.weak.config.prediction)
         return to_velocity(x, full.to(x.dtype), times, prediction), outputs
 
-    return guided(predict, sampling.guidance)
+    field = guided(predict, sampling.guidance)
+    if watch is None:
+        return field
+
+    def watched(x: Tensor, t: float) -> Tensor:
+        v = field(x, t)
+        watch(x, v, t)
+        return v
+
+    return watched
 
 
-def _reusing(denoiser: Denoiser, every: int, kind: str, passes: Counter[str]) -> Callable[..., Any]:
-    """`denoiser`, counted in `passes`, whose backbone runs at every `every`-th call only."""
-    calls, features = 0, None
+def _reusing(denoiser: Denoiser, reuse: float, kind: str, passes: Counter[str]) -> Callable[..., Any]:
+    """`denoiser`, counted in `passes`, whose backbone runs only as often as `Sampling.reuse` says."""
+    features, seen, since = None, 0.0, 0
 
     def forward(x: Tensor, t: Tensor, labels: Tensor | None, **options: Any) -> Any:
-        nonlocal calls, features
-        fresh = calls % every == 0
-        calls += 1
-        passes[kind if fresh else "head"] += 1
-        if every == 1:
+        nonlocal features, seen, since
+        if reuse == 1:
+            passes[kind] += 1
             return denoiser(x, t, labels, **options)
-        if fresh:
-            features = denoiser.features(x, t, labels)
+        now, since = t[0].item(), since + 1
+        if features is None or (since == reuse if reuse > 1 else similarity(now, seen) < reuse):
+            features, seen, since = denoiser.features(x, t, labels), now, 0
+            passes[kind] += 1
+        else:
+            passes["head"] += 1
         return denoiser(x, t, labels, features=features, **options)
 
     return forward

@@ -14,6 +14,7 @@ from raekit.flow.path import (
     sample_times,
     shift,
     shift_factor,
+    similarity,
     to_data,
     to_noise,
     to_velocity,
@@ -146,3 +147,11 @@ def test_extreme_uniforms_give_times_in_range(law):
     assert times.isfinite().all()
     assert times.min() >= 0
     assert times.max() <= shift(torch.tensor(TIME_CAP), 6.9282)
+
+
+def test_similarity_is_the_expected_cosine_on_the_path():
+    x, noise = torch.randn(2, 1, 400_000, dtype=torch.float64)
+    for t, s in ((1.0, 0.9), (0.3, 0.6), (1.0, 0.0)):
+        a, b = (interpolate(x, noise, torch.tensor([time], dtype=torch.float64)) for time in (t, s))
+        assert similarity(t, s) == pytest.approx(torch.cosine_similarity(a, b).item(), abs=0.01)
+    assert similarity(0.4, 0.4) == pytest.approx(1)

@@ -137,6 +137,23 @@ def test_no_labels_means_the_null_class(head: TransformerConfig | None):
     assert not torch.allclose(model(x, t), model(x, t, labels), atol=1e-4)
 
 
+@pytest.mark.parametrize("context", [None, ContextConfig()])
+def test_weights_of_classes_mix_their_embeddings(context: ContextConfig | None):
+    model = randomised(tiny(context=context))
+    x, t, labels = inputs(model)
+    weights = torch.nn.functional.one_hot(labels, 6).float()
+    assert torch.allclose(model(x, t, weights), model(x, t, labels), atol=1e-6)
+    none = torch.zeros(3, 6)
+    none[:, 5] = 1
+    assert torch.allclose(model(x, t, none), model(x, t), atol=1e-6)
+    assert model.label
+    mixed = model(x, t, 0.5 * weights + 0.5 * none)
+    table = model.label.weight.detach()
+    with torch.no_grad():
+        model.label.weight[:3] = (table[:3] + table[5]) / 2
+    assert torch.allclose(mixed, model(x, t, labels), atol=1e-6)
+
+
 def test_unconditional_network_has_no_labels():
     model = randomised(tiny(num_classes=0))
     x, t, labels = inputs(model)

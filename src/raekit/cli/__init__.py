@@ -10,7 +10,7 @@ from raekit.cli import console
 from raekit.cli.autoencoding import encode, reconstruct
 from raekit.cli.evaluation import compare, evaluate, probe, reference
 from raekit.cli.formats import convert, info
-from raekit.cli.generation import generate
+from raekit.cli.generation import generate, interpolate, trajectory
 from raekit.cli.latents import latents_cache, latents_generate, latents_measure
 from raekit.cli.training import demo, recipes, train
 from raekit.errors import UserError
@@ -18,6 +18,8 @@ from raekit.errors import UserError
 COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo,
     "generate": generate,
+    "interpolate": interpolate,
+    "trajectory": trajectory,
     "reconstruct": reconstruct,
     "encode": encode,
     "probe": probe,

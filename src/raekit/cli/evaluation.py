@@ -30,7 +30,7 @@ def evaluate(
     steps: int = 50,
     solver: Literal["euler", "heun", "dopri5", "euler-maruyama"] = "euler",
     grid: Literal["full", "published"] = "full",
-    reuse: int = 1,
+    reuse: int | float = 1,
     precision: Literal["fp32", "bf16"] = "fp32",
     ema: float | None = None,
     source: str = "emoji",
@@ -61,7 +61,7 @@ def evaluate(
         steps: solver steps.
         solver: as of `raekit generate`.
         grid: of times; published is the official sampler's, one step short of the data.
-        reuse: run the backbone at every so many steps only, the head at each.
+        reuse: as of `raekit generate`.
         precision: of the denoiser.
         ema: the decay of the average to use, of those that were trained (the recipe's `ema`). Default: the first.
         source: without a reference, real images, split into train and held-out.

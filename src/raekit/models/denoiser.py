@@ -290,7 +290,8 @@ class Denoiser(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Noisy latents (B, C, H, W), times (B,) in [0, 1] (1 is noise), class ids (B,) -> prediction (B, C, H, W).
 
-        `labels` None means the null class for all. `with_base` gives the base output as well. With the `features`
+        Instead of ids, `labels` may be weights (B, num_classes + 1) of classes, the last of none, which mix their
+        embeddings; None means the null class for all. `with_base` gives the base output as well. With the `features`
         of another time the backbone is not run: DDT's approximation, for networks with a head.
         """
         time, label = self._embed_condition(t, labels)
@@ -321,7 +322,8 @@ class Denoiser(nn.Module):
             return time, 0.0
         if labels is None:
             labels = torch.full((len(t),), self.config.null_label, device=t.device)
-        return time, self.label(labels)[:, None]
+        label = labels @ self.label.weight if labels.is_floating_point() else self.label(labels)
+        return time, label[:, None]
 
     def _features(self, x: Tensor, time: Tensor, label: Tensor | float) -> Features:
         tokens = self.embed(patchify(x, self.config.patch_size))
