@@ -338,6 +338,33 @@ def test_a_dry_run_of_a_recipe_as_it_is(run, tmp_path, monkeypatch, recipe):
     assert not list(tmp_path.iterdir())
 
 
+def test_parts_are_added_to_a_recipe_and_left_out(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def dry(recipe: str, *options: str) -> Done:
+        return run("train", recipe, "--dry-run", "--train.batch-size", 2, *options)
+
+    def resolved(done: Done) -> dict:
+        assert done.code == 0, done.err
+        return json.loads(done.out.partition("\n\n")[0])
+
+    plain = resolved(dry("emoji_decoder"))
+    assert plain["selection"] is plain["adversarial"] is None
+    added = ["--selection.every", "70", "--adversarial.discriminator.backbone", "builtin:vit-tiny"]
+    more = ["--adversarial.discriminator.blocks", "0", "2", "--adversarial.optim.lr", "0.1"]
+    both = resolved(dry("emoji_decoder", *added, *more, "--adversarial.max_weight=9"))
+    assert both["selection"] == {"every": 70, "latents": None, "features": "builtin:vit-tiny"}
+    assert both["adversarial"]["discriminator"]["blocks"] == [0, 2]
+    assert (both["adversarial"]["optim"]["lr"], both["adversarial"]["max_weight"]) == (0.1, 9)
+    assert {**both, "selection": None, "adversarial": None} == plain
+    assert resolved(dry("emoji_decoder_gan", "--perceptual", "None", "--adversarial", "None")) == plain
+    assert (
+        resolved(dry("emoji_dit_dh", "--denoiser.head", "None", "--denoiser.allow-narrow"))["denoiser"]["head"] is None
+    )
+    assert_fails(dry("emoji_decoder", "--selection.latents", "x"), "--selection.every", code=2)
+    assert_fails(dry("emoji_decoder", "--optim", "None"), "--optim", code=2)
+
+
 def test_a_device_that_is_not_there_is_refused(run, images, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     done = run("train", "emoji_encoder", "--device", "cuda", "--run", tmp_path, *tiny(images))

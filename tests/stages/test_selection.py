@@ -42,8 +42,10 @@ def config(images, tiny_model, generated) -> ReconstructionConfig:
     )
 
 
+@pytest.mark.parametrize("ema", [(), (0.1,)])
 @pytest.mark.parametrize("by", ["generation", "reconstruction"])
-def test_the_best_decoder_is_kept(config, tmp_path, by):
+def test_the_best_decoder_is_kept(config, tmp_path, by, ema):
+    config = replace(config, ema=ema)
     if by == "reconstruction":
         config = replace(config, selection=replace(config.selection, latents=None))
     run = tmp_path / "run"
@@ -53,7 +55,7 @@ def test_the_best_decoder_is_kept(config, tmp_path, by):
     best = min(scores, key=scores.__getitem__)
     assert read_json(run / "selected.json") == {"step": best, "score": scores[best]}
     kept = Autoencoder.load(str(run))
-    again = selector(config.selection, config.data, tmp_path / "again", lambda: kept, ONE)(best)
+    again = selector(config.selection, config.data, kept.latent_shape, tmp_path / "again", lambda: kept, ONE)(best)
     assert again[f"{by}_fd"] == pytest.approx(scores[best], rel=1e-9)
     assert ("generation_fd" in again) == (by == "generation")
     assert again["psnr"] > 0
@@ -61,7 +63,7 @@ def test_the_best_decoder_is_kept(config, tmp_path, by):
 
 def test_a_worse_decoder_does_not_replace_the_best(config, tmp_path, tiny_model):
     model = Autoencoder.load(str(tiny_model))
-    call = selector(config.selection, config.data, tmp_path, lambda: model, ONE)
+    call = selector(config.selection, config.data, model.latent_shape, tmp_path, lambda: model, ONE)
     first = call(2)
     kept = (tmp_path / "artifact" / "autoencoder" / "model.safetensors").read_bytes()
     with torch.no_grad():

@@ -1,8 +1,10 @@
 """Commands that train."""
 
+import copy
 import sys
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_type_hints
 
 import tyro
 from rich.table import Table
@@ -49,7 +51,8 @@ def train(arguments: list[str]) -> None:
     """Train a recipe, or go on with its run.
 
     Example: raekit train emoji_decoder --run runs/decoder --train.steps 500
-    `raekit train RECIPE --help` lists all that can be overridden; --dry-run shows what would run.
+    `raekit train RECIPE --help` lists all that can be overridden; --dry-run shows what would run. A part that the
+    recipe lacks is added by an option of its own, as --selection.every 100, and one that it has left out by --PART None.
     Under torchrun: torchrun --nproc-per-node 8 -m raekit -- train RECIPE
     """
     from raekit.recipes import find, names
@@ -63,6 +66,7 @@ def train(arguments: list[str]) -> None:
             sys.exit(2)
         return
     recipe = find(arguments[0])
+    default, rest = _with_parts(recipe.config, arguments[1:])
 
     def command(
         run: Path = Path("runs") / recipe.name, dry_run: bool = False, device: Device | None = None, config: Any = None
@@ -89,10 +93,50 @@ def train(arguments: list[str]) -> None:
 
     # tyro derives the options from the recipe's own type and values.
     command.__annotations__["config"] = Annotated[type(recipe.config), tyro.conf.arg(name="")]
-    command.__defaults__ = (*(command.__defaults__ or ())[:-1], recipe.config)
+    command.__defaults__ = (*(command.__defaults__ or ())[:-1], default)
     command.__doc__ = recipe.about
     # An optional part, such as a head, is overridden field by field like the others; else tyro asks for subcommands.
-    tyro.cli(command, prog=f"raekit train {recipe.name}", args=arguments[1:], config=(tyro.conf.AvoidSubcommands,))
+    tyro.cli(command, prog=f"raekit train {recipe.name}", args=rest, config=(tyro.conf.AvoidSubcommands,))
+
+
+def _with_parts(config: Any, arguments: list[str], prefix: str = "--") -> tuple[Any, list[str]]:
+    """`config` and the arguments that are left, once optional parts are there or not as the arguments want them.
+
+    A part that `config` lacks is wanted by an option of its own, as in --selection.every 100, and one that it has is
+    not wanted by --selection None.
+    """
+    config = copy.copy(config)
+    for field, kind in get_type_hints(type(config)).items():
+        option, part = f"{prefix}{field.replace('_', '-')}", getattr(config, field)
+        kinds = [each for each in get_args(kind) if is_dataclass(each)]
+        if kinds and (at := _find(arguments, option, "None")) is not None:
+            part, arguments = None, arguments[:at] + arguments[at + 2 :]
+        elif kinds and part is None and any(argument.replace("_", "-").startswith(f"{option}.") for argument in arguments):
+            part = _unset(kinds[0])
+        if is_dataclass(part):
+            part, arguments = _with_parts(part, arguments, f"{option}.")
+        object.__setattr__(config, field, part)
+    return config, arguments
+
+
+def _find(arguments: list[str], *wanted: str) -> int | None:
+    """Where `wanted` stand in a row."""
+    return next((i for i in range(len(arguments)) if arguments[i : i + len(wanted)] == [*wanted]), None)
+
+
+def _unset(kind: Any) -> Any:
+    """A configuration of defaults, of which tyro demands what has none."""
+    config = object.__new__(kind)
+    hints = get_type_hints(kind)
+    for field in fields(kind):
+        if field.default is not MISSING:
+            value = field.default
+        elif field.default_factory is not MISSING:
+            value = field.default_factory()
+        else:
+            value = _unset(hints[field.name]) if is_dataclass(hints[field.name]) else tyro.MISSING
+        object.__setattr__(config, field.name, value)
+    return config
 
 
 def _headline(values: dict[str, float]) -> str:

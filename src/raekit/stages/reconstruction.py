@@ -335,7 +335,7 @@ def build(config: ReconstructionConfig, run: Path, world: World) -> Stage:
         prepare=prepare,
         export=export,
         periodics=[
-            Periodic(every=chosen.every, call=selector(chosen, config.data, run, current, world))
+            Periodic(every=chosen.every, call=selector(chosen, config.data, model.latent_shape, run, current, world))
             for chosen in (config.selection,)
             if chosen
         ],

@@ -95,13 +95,18 @@ def scorer(
 
 
 def selector(
-    config: SelectionConfig, data: DataConfig, run: Path, current: Callable[[], Autoencoder], world: World
+    config: SelectionConfig,
+    data: DataConfig,
+    latent_shape: tuple[int, int, int],
+    run: Path,
+    current: Callable[[], Autoencoder],
+    world: World,
 ) -> Callable[[int], dict[str, float]]:
     """A function for `Periodic` that scores the autoencoder of `current()` and exports it if it is the best so far.
 
     RUN/selected.json has the step and the score of the best.
     """
-    score = scorer(config, data, current().latent_shape, world)
+    score = scorer(config, data, latent_shape, world)
 
     def call(step: int) -> dict[str, float]:
         model = current()
