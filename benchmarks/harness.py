@@ -87,7 +87,7 @@ def report(
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{title}\n{machine}, torch {torch.__version__}, peak memory {peak_memory(device):.2f} GiB")
     if flops and rate:
-        print(f"{flops / images / 1e9:.1f} GFLOP an image; the machine's matmul rate is {rate / 1e12:.3f} TFLOP/s")
+        print(f"{flops / images / 1e9:.1f} GFLOP an image; the machine's matmul rate is {rate / 1e12:.3g} TFLOP/s")
     print(f"{'':24}{'ms':>10}{'images/s':>12}{'speed-up':>12}   {'range':12}{'rate' if flops and rate else ''}")
     first = next(iter(times.values()))
     rows = {}

@@ -12,19 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from raekit import assessment
-from raekit.assessment import Samples, assess
+from raekit.assessment import Reconstructions, Samples, assess
 from raekit.config import read_json
-from raekit.data.loader import DataConfig
+from raekit.data.loader import DataConfig, Loader
 from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.evaluation import chunks, features
 from raekit.evaluation.against import Against, find_networks
 from raekit.evaluation.evaluate import StoredImages, evaluate
-from raekit.evaluation.features import Images, InceptionFeatures, load_networks
-from raekit.evaluation.metrics import FrechetDistance
-from raekit.evaluation.references import Reference, measure_reference
+from raekit.evaluation.features import Images, InceptionFeatures, PairScore, load_networks
+from raekit.evaluation.metrics import FrechetDistance, PairMean, psnr, ssim
+from raekit.evaluation.references import About, Reference, measure_reference
 from raekit.flow.guidance import parse_guidance
-from raekit.inference import generate, load
+from raekit.inference import generate, load, reconstruct
+from raekit.models.autoencoder import Autoencoder
 from raekit.reports import Report, read_report
 from raekit.sampling import Sampling
 
@@ -222,6 +223,59 @@ def test_saved_images_score_as_when_they_were_generated(reference, tiny_model, t
     assert other != out
     assert changed.hash == found.hash
     assert changed.results != found.results
+
+
+def reconstructions(images: str, tiny_model: Path, split: Any = "heldout", batch_size: int = 4) -> Reconstructions:
+    model = Autoencoder.load(str(tiny_model))
+    return Reconstructions(model, images, split, {"psnr": psnr, "ssim": ssim}, batch_size=batch_size)
+
+
+def test_reconstructions_are_compared_with_their_originals(inception, images, tiny_model, tmp_path, monkeypatch):
+    """As the one-pass evaluation scores them; a stop, and the size of batches, change nothing."""
+    monkeypatch.setattr(chunks, "CHUNK", 7)
+    names = ["inception", str(tiny_model)]
+    reference, name = measured(images, names, "train"), name_of(tiny_model)
+    compared = against([reference], names)
+
+    def scored(out: str, **options: Any) -> Report:
+        stream = reconstructions(images, tiny_model, "train", options.pop("batch_size", 4))
+        return assess(stream, compared, {"model": "x"}, tmp_path / out, **options)[0]
+
+    report = scored("whole")
+    assert list(report.results) == ["rfid", "rsfid", f"rfd_{name}", "psnr", "ssim"]
+    assert report.settings["reconstructions"]
+    assert "denoiser" not in report.settings["weights"]
+
+    network, model = compared.networks[name], Autoencoder.load(str(tiny_model))
+    loader = Loader(DataConfig(source=images, split="train", image_size=16), seed=0)
+    originals = torch.cat([batch.pixels() for batch in loader.once(5, ALONE)])
+    with torch.no_grad():
+        whole = Images(reconstruct(model, originals), torch.zeros(len(originals)).long(), originals)
+    distance = FrechetDistance(network, reference.gaussian(network))
+    plain = evaluate([whole], [distance, PairMean(PairScore("psnr", psnr))], ALONE)
+    assert report.results[f"rfd_{name}"] == pytest.approx(plain[f"fd_{name}"], rel=1e-6)
+    assert report.results["psnr"] == pytest.approx(plain["psnr"], rel=1e-6)
+
+    def stop(what: str, done: int, total: int, text: str = "", unit: int = 1) -> None:
+        if done >= 12:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        scored("stopped", progress=stop)
+    assert scored("stopped") == report
+    assert scored("others", batch_size=3).results == pytest.approx(report.results, rel=1e-6)
+
+
+def test_reconstructions_are_not_compared_with_other_images(images, tiny_model, tmp_path):
+    for reference, reason in (
+        (measured(images, [str(tiny_model)], "train"), "reconstructions are compared with their own originals"),
+        (replace(measured(images, [str(tiny_model)]), about=About()), "a reference for generated images"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            assess(reconstructions(images, tiny_model), against([reference], [str(tiny_model)]), {}, tmp_path / "x")
+        assert not (tmp_path / "x").exists()
+    with pytest.raises(UserError, match="batch_size: 0"):
+        reconstructions(images, tiny_model, batch_size=0)
 
 
 def test_all_metrics_that_a_reference_allows(inception, images, tiny_model, tmp_path):

@@ -1010,6 +1010,22 @@ def test_samples_and_saved_images_are_compared_with_a_reference(run, images, tin
     (folder,) = (tmp_path / "reports").iterdir()
     assert read_report(folder).settings["count"] == 15
 
+    rebuilt = ["evaluate", tiny_model, "--reference", reference, "--features", tiny_model, "--reconstruct"]
+    done = run(*rebuilt, "--out", tmp_path / "rebuilt")
+    assert done.code == 0, done.err
+    assert re.search(rf"r{name} ↓ ", done.out)
+    assert read_report(tmp_path / "rebuilt").metrics == [f"r{name}", "psnr", "ssim"]
+    assert_fails(run(*rebuilt, "--steps", 3), "--steps: no effect with --reconstruct")
+    assert_fails(run(*rebuilt, "--intervals"), "intervals: not of reconstructions")
+    assert_fails(run(*rebuilt, "--lpips", tmp_path / "no.safetensors"), "no.safetensors: no such file")
+    theirs = tmp_path / "theirs.npz"
+    np.savez(theirs, mu=np.zeros(2048), sigma=np.eye(2048))
+    assert_fails(
+        run("evaluate", tiny_model, "--reference", theirs, "--reconstruct"), "does not tell what images it is of"
+    )
+    assert_fails(run(*saved, "--reconstruct"), "--reconstruct: no effect on saved images")
+    assert_fails(run(*command, "--lpips", "x"), "--lpips: no effect without --reconstruct")
+
     assert_fails(run(*saved, "--steps", 3), "--steps: no effect on saved images")
     assert_fails(run(*saved, "--count", 3), "--count: no effect on saved images")
     assert_fails(run(*command, "--source", images), "--source: no effect with --reference")

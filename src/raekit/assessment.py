@@ -2,26 +2,30 @@
 
 import json
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from raekit import __version__, artifacts
 from raekit.config import differences, read_json, to_dict, to_json
-from raekit.data.sources import stamp
+from raekit.data.loader import DataConfig, Loader
+from raekit.data.sources import Split, stamp
 from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.evaluation.against import Against
-from raekit.evaluation.chunks import collect, collected, discard, images_digest
-from raekit.evaluation.evaluate import BATCH, StoredImages, evaluate
-from raekit.evaluation.features import Images, weights_of
+from raekit.evaluation.chunks import Stream, collect, collected, discard, images_digest
+from raekit.evaluation.evaluate import BATCH, StoredImages, batches_of, evaluate, images_of
+from raekit.evaluation.features import Images, PairScore, weights_of
 from raekit.evaluation.intervals import LEAST
 from raekit.evaluation.labels import Labels, draw_labels
+from raekit.evaluation.metrics import PairMean
 from raekit.files import whole
-from raekit.inference import Model, generate
+from raekit.inference import Model, generate, reconstruct
+from raekit.models.autoencoder import Autoencoder
 from raekit.progress import Report as Progress
 from raekit.progress import silent
 from raekit.reports import LITERATURE, Report, read_report, write_report
@@ -29,6 +33,19 @@ from raekit.sampling import Sampling, check_sampling
 from raekit.weights import fingerprint
 
 _CLAIM = "evaluation.json"
+
+
+class Assessed(Stream, Protocol):
+    """Images to report on."""
+
+    @property
+    def image_size(self) -> int: ...
+    @property
+    def source(self) -> str | None: ...  # where images are read from, if they are
+
+    def settings(self) -> dict[str, Any]:
+        """All that the images are a function of, but for those of `source`."""
+        ...
 
 
 class Samples:
@@ -61,6 +78,10 @@ class Samples:
     @property
     def image_size(self) -> int:
         return self.model.autoencoder.image_size
+
+    @property
+    def source(self) -> str | None:
+        return None
 
     def batches(self, chunks: Sequence[range], world: World) -> Iterator[Images]:
         for chunk in chunks:
@@ -98,8 +119,55 @@ class Samples:
         }
 
 
+class Reconstructions:
+    """What `autoencoder` makes of the images of `source`, as a stream of `evaluation.chunks`.
+
+    `scores` {name: (images, originals) -> (B,)} compare each with its original. UserError, when its turn comes, if an
+    image is unreadable.
+    """
+
+    def __init__(
+        self,
+        autoencoder: Autoencoder,
+        source: str,
+        split: Split,
+        scores: Mapping[str, Callable[[Tensor, Tensor], Tensor]],
+        *,
+        batch_size: int = BATCH,
+        workers: int = 0,
+    ):
+        if batch_size < 1:
+            raise UserError(f"batch_size: {batch_size} must be at least 1")
+        data = DataConfig(
+            source=source, split=split, image_size=autoencoder.image_size, workers=workers, max_unreadable=0
+        )
+        self.autoencoder, self.loader, self.batch_size = autoencoder, Loader(data, seed=0), batch_size
+        self.scores = {name: PairScore(name, score) for name, score in scores.items()}
+
+    @property
+    def count(self) -> int:
+        return len(self.loader)
+
+    @property
+    def image_size(self) -> int:
+        return self.autoencoder.image_size
+
+    @property
+    def source(self) -> str:
+        return self.loader.config.source
+
+    def batches(self, chunks: Sequence[range], world: World) -> Iterator[Images]:
+        for batch in images_of(self.loader.read(batches_of(chunks, self.batch_size), world), world):
+            made = reconstruct(self.autoencoder, batch.images)
+            yield Images(made, torch.full_like(batch.labels, -1), batch.images, batch.indices)
+
+    def settings(self) -> dict[str, Any]:
+        autoencoder = fingerprint(self.autoencoder.state_dict(), self.autoencoder.config)
+        return {"reconstructions": True, "weights": {"autoencoder": autoencoder}, "batch_size": self.batch_size}
+
+
 def assess(
-    stream: Samples | StoredImages,
+    stream: Assessed,
     against: Against,
     names: dict[str, Any],
     out: Path | None = None,
@@ -110,13 +178,20 @@ def assess(
 ) -> tuple[Report, Path]:
     """Compare the images of `stream` with references, and write the report into the folder `out`; both are returned.
 
-    Stopped, the same call goes on after the last chunk of images that was done; done, it reads the report. By default
-    `out` is reports/ and a hash of all settings. `names` are for the report, its `model` and the files. Called by all
-    processes, which share the work. UserError if the images must not be compared with the references, or if `out` holds
-    another evaluation.
+    Reconstructions are compared with references of their originals. Stopped, the same call goes on after the last chunk
+    of images that was done; done, it reads the report. By default `out` is reports/ and a hash of all settings. `names`
+    are for the report, its `model` and the files. Called by all processes, which share the work. UserError if the
+    images must not be compared with the references, or if `out` holds another evaluation.
     """
     world = world or World()
     against.check_size(stream.image_size)
+    scores = stream.scores if isinstance(stream, Reconstructions) else {}
+    features = {**against.networks, **scores}
+    if isinstance(stream, Reconstructions):
+        if intervals:
+            raise UserError("intervals: not of reconstructions: they and their reference are of the same images")
+        for each in against.references:
+            each.check_originals(stream.source, stream.loader.config.split)
     if intervals and stream.count < LEAST:
         raise UserError(f"intervals: they need at least {LEAST} images, and there are {stream.count}")
     settings = _settings(stream, against, intervals)
@@ -127,14 +202,18 @@ def assess(
     with world.main_first():
         _claim(out, claim, world)
     if not (out / "report.json").is_file():
-        collect(stream, against.networks, out, world, progress)
-        against.complete(world, progress)
+        collect(stream, features, out, world, progress)
+        if not scores:
+            against.complete(world, progress)
         if world.is_main:
             # By one process: for any number of them the sums are of the same numbers in the same order.
             alone = World(device=world.device)
-            accumulators = against.accumulators(stream.count, intervals)
-            features = collected(against.networks, stream.count, out, world.device)
-            results = evaluate(features, accumulators, alone, lambda done: progress("scores", done, stream.count))
+            if scores:
+                accumulators = [*against.reconstruction_accumulators(), *map(PairMean, scores.values())]
+            else:
+                accumulators = against.accumulators(stream.count, intervals)
+            kept = collected(features, stream.count, out, world.device)
+            results = evaluate(kept, accumulators, alone, lambda done: progress("scores", done, stream.count))
             report = Report(
                 names=names,
                 hash=digest,
@@ -156,7 +235,7 @@ def exported_average(name: str) -> float | None:
     return next((decay for decay, (of, _) in artifacts.averages(path, "denoiser").items() if of == path), None)
 
 
-def _settings(stream: Samples | StoredImages, against: Against, intervals: bool) -> dict[str, Any]:
+def _settings(stream: Assessed, against: Against, intervals: bool) -> dict[str, Any]:
     def about(references: Sequence[Any]) -> list[dict[str, Any]]:
         told = [to_dict(each.about) for each in references]
         return [{key: value for key, value in each.items() if key not in ("resize", "classes")} for each in told]
@@ -164,7 +243,7 @@ def _settings(stream: Samples | StoredImages, against: Against, intervals: bool)
     return {
         "count": stream.count,
         "image_size": stream.image_size,
-        **(stream.settings() if isinstance(stream, Samples) else {"batch_size": stream.batch_size}),
+        **stream.settings(),
         "rounding": "8 bit",
         "networks": {
             name: {"resize": network.resize, "weights": weights_of(network)}
@@ -189,9 +268,9 @@ def _environment(world: World) -> dict[str, Any]:
     }
 
 
-def _stamps(stream: Samples | StoredImages, against: Against) -> list[str]:
+def _stamps(stream: Assessed, against: Against) -> list[str]:
     """Of the files that no hash among the settings is of."""
-    places = [stream.loader.config.source] if isinstance(stream, StoredImages) else []
+    places = [stream.source] if stream.source else []
     return [stamp(place) for place in (*places, *(each.images for each in against.references if each.images))]
 
 
@@ -209,7 +288,7 @@ def _claim(out: Path, claim: dict[str, Any], world: World) -> None:
             partial.write_text(to_json(claim))
 
 
-def _notes(stream: Samples | StoredImages, against: Against, results: dict[str, float]) -> list[str]:
+def _notes(stream: Assessed, against: Against, results: dict[str, float]) -> list[str]:
     notes = []
     count = stream.count
     if count < LITERATURE:

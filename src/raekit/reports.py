@@ -14,8 +14,9 @@ from raekit.pages import embed, write_page
 LITERATURE = 50_000
 """The number of images that published scores are of."""
 
-_LOWER = ("fid", "sfid", "clean_fid", "fd_", "fdr", "kid")
-_HIGHER = ("inception_score", "precision", "recall")
+_DISTANCES = ("fid", "sfid", "clean_fid", "fd_")
+_LOWER = (*_DISTANCES, *(f"r{name}" for name in _DISTANCES), "fdr", "kid", "lpips")
+_HIGHER = ("inception_score", "precision", "recall", "psnr", "ssim")
 _PARTS = ("low", "high", "bias", "std")
 
 

@@ -9,7 +9,7 @@ from raekit import randomness
 from raekit.data.loader import DataConfig, Loader
 from raekit.distributed import World
 from raekit.evaluation.evaluate import BATCH, evaluate, feature_bank, images_of
-from raekit.evaluation.features import EncoderFeatures, Images
+from raekit.evaluation.features import EncoderFeatures, Images, PairScore
 from raekit.evaluation.metrics import FrechetDistance, NearestNeighbours, PairMean, psnr, ssim
 from raekit.inference import Model, generate, reconstruct
 from raekit.models.encoders import load_encoder
@@ -94,7 +94,7 @@ def score(
 
     heldout_metrics = [NearestNeighbours(network, bank, bank_labels)]
     training_metrics = [FrechetDistance(network, reference)]
-    pairs = [PairMean("psnr", psnr), PairMean("ssim", ssim)]
+    pairs = [PairMean(PairScore("psnr", psnr)), PairMean(PairScore("ssim", ssim))]
     scores = {
         "held-out images": scored(
             "held-out images", images_of(heldout.once(BATCH, world), world), heldout_metrics, len(heldout)

@@ -12,7 +12,7 @@ from torch import Tensor
 from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.evaluation.evaluate import StoredImages, evaluate, feature_bank, reference_moments
-from raekit.evaluation.features import Images
+from raekit.evaluation.features import Images, PairScore
 from raekit.evaluation.metrics import Accumulator, FrechetDistance, NearestNeighbours, PairMean, psnr, ssim
 from raekit.moments import Moments
 from raekit.pictures import to_pil
@@ -58,7 +58,7 @@ def metrics(world: World, size: int, network: Thumbnail) -> Sequence[Accumulator
     return (
         FrechetDistance(network, reference),
         NearestNeighbours(network, bank, labels),
-        PairMean("psnr", psnr),
+        PairMean(PairScore("psnr", psnr)),
     )
 
 
@@ -74,7 +74,7 @@ def scores(world: World, size: int) -> list[dict[str, float]]:
 
 def test_one_pass_gives_every_metric_and_computes_features_once():
     network, done = Thumbnail(), []
-    accumulators = [*metrics(ALONE, 40, network), PairMean("ssim", ssim)]
+    accumulators = [*metrics(ALONE, 40, network), PairMean(PairScore("ssim", ssim))]
     network.calls = 0
     results = evaluate(stream(61, 8, 2), accumulators, ALONE, done.append)
     assert list(results) == [
@@ -113,7 +113,7 @@ def test_the_bank_holds_the_moments():
 def test_an_empty_stream_is_refused():
     network = Thumbnail()
     for action in (
-        lambda: evaluate((), [PairMean("psnr", psnr)], ALONE),
+        lambda: evaluate((), [PairMean(PairScore("psnr", psnr))], ALONE),
         lambda: reference_moments((), network, ALONE),
         lambda: feature_bank((), network, ALONE),
     ):
@@ -123,7 +123,7 @@ def test_an_empty_stream_is_refused():
 
 def test_two_metrics_of_one_name_are_refused():
     with pytest.raises(ValueError, match="two metrics report psnr"):
-        evaluate(stream(8, 8, 1), [PairMean("psnr", psnr), PairMean("psnr", psnr)], ALONE)
+        evaluate(stream(8, 8, 1), [PairMean(PairScore("psnr", psnr)), PairMean(PairScore("psnr", psnr))], ALONE)
 
 
 @pytest.mark.parametrize("kind", ["flat", "npz", "zip", "tar"])

@@ -9,7 +9,7 @@ from torch import Tensor
 from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.evaluation import metrics
-from raekit.evaluation.features import Images, quantize
+from raekit.evaluation.features import Images, PairScore, quantize
 from raekit.evaluation.frechet import Gaussian, frechet_distance
 from raekit.evaluation.metrics import (
     FrechetDistance,
@@ -153,7 +153,7 @@ def test_psnr_of_known_errors():
 def test_psnr_is_averaged_over_images_not_over_errors():
     originals = levels([100, 0, 0, 0], [100, 0, 0, 0])
     images = levels([151, 0, 0, 0], [100, 0, 0, 0])  # one error of 0.2 among 48 numbers, and a perfect image
-    metric = PairMean("psnr", psnr)
+    metric = PairMean(PairScore("psnr", psnr))
     metric.update(batch(images[:1], originals=originals[:1]))
     metric.update(batch(images[1:], originals=originals[1:]))
     assert metric.result() == {"psnr": pytest.approx((10 * math.log10(48 / 0.04) + 100) / 2, rel=1e-6)}

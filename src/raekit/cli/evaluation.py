@@ -14,7 +14,9 @@ from raekit.errors import UserError
 from raekit.progress import Display
 
 if TYPE_CHECKING:
+    from raekit.assessment import Reconstructions
     from raekit.distributed import World
+    from raekit.evaluation.references import Reference
     from raekit.progress import Report
     from raekit.sampling import Sampling
 
@@ -23,6 +25,8 @@ def evaluate(
     model: Positional[str],
     reference: tuple[Path, ...] = (),
     count: int | None = None,
+    reconstruct: bool = False,
+    lpips: str | None = None,
     seed: int = 0,
     labels: Literal["balanced", "random", "reference"] = "balanced",
     guidance: tuple[str, ...] = (),
@@ -46,6 +50,8 @@ def evaluate(
 
     Example: raekit evaluate builtin:emoji --reference emoji.safetensors --labels reference --count 5000
     Stopped, the same command goes on. Several processes: torchrun --nproc-per-node 8 -m raekit -- evaluate MODEL ...
+    With --reconstruct it scores reconstructions of the reference's own images (rFID, PSNR, SSIM), as in
+    raekit evaluate builtin:emoji --reference emoji.safetensors --reconstruct
     Without a reference it scores samples and reconstructions beside baselines, as in
     raekit evaluate builtin:emoji --guidance cfg:2.0
 
@@ -54,6 +60,8 @@ def evaluate(
             npz:FILE, zip:FILE or tar:FILE.
         reference: .safetensors of `raekit reference`, ADM's .npz, or statistics of other projects.
         count: samples. Default: 50,000, or 1,000 for each setting without a reference.
+        reconstruct: the images that the reference was made of, in place of generating any.
+        lpips: score reconstructions by LPIPS too, with VGG16's weights from this file.
         seed: of the samples.
         labels: each class equally often; each drawn uniformly; or in the proportions of the reference's images.
         guidance: as in cfg:2.0@0.1-0.9 or auto:1.4. Without a reference, settings to score beside unguided sampling.
@@ -96,13 +104,25 @@ def evaluate(
     }
     if reference:
         _no_effect("with --reference", source=source != "emoji")
-        _no_effect("on saved images, which are taken as they are", **sampled if saved else {})
+        _no_effect(
+            "on saved images, which are taken as they are",
+            **sampled if saved else {},
+            reconstruct=reconstruct and saved,
+        )
+        _no_effect("with --reconstruct", **sampled if reconstruct else {}, baseline=reconstruct and bool(baseline))
+        _no_effect("without --reconstruct", lpips=lpips is not None and not reconstruct)
         if len(guidance) > 1:
             raise UserError("--guidance: one setting for one report; run the others too, and see raekit compare")
     else:
         if saved:
             raise UserError(f"--reference: saved images need one to be compared with, as of raekit reference {model}")
-        others = {"baseline": bool(baseline), "workers": workers != 0, "batch-size": batch_size != 64}
+        others = {
+            "reconstruct": reconstruct,
+            "lpips": lpips is not None,
+            "baseline": bool(baseline),
+            "workers": workers != 0,
+            "batch-size": batch_size != 64,
+        }
         _no_effect("without --reference", labels=labels != "balanced", **others)
     if count is not None and count < 1:
         raise UserError(f"--count: {count} must be at least 1")
@@ -141,6 +161,8 @@ def evaluate(
         references, baselines = ([read_reference(path) for path in group] for group in (reference, baseline))
         if saved:
             stream = StoredImages(model, batch_size, workers)
+        elif reconstruct:
+            stream = _reconstructions(model, references[0], lpips, batch_size, workers, here)
         else:
             stream = Samples(
                 load(model, here.device, ema),
@@ -153,7 +175,7 @@ def evaluate(
             )
         names = {
             "model": model,
-            "ema": None if saved else exported_average(model) if ema is None else ema,
+            "ema": None if saved or reconstruct else exported_average(model) if ema is None else ema,
             "weak": weak,
             "reference": [*map(str, reference)],
             "baseline": [*map(str, baseline)],
@@ -183,6 +205,26 @@ def _no_effect(why: str, **given: bool) -> None:
     for option, was in given.items():
         if was:
             raise UserError(f"--{option}: no effect {why}")
+
+
+def _reconstructions(
+    model: str, reference: "Reference", lpips: str | None, batch_size: int, workers: int, world: "World"
+) -> "Reconstructions":
+    """Of the images that `reference` is of, by the autoencoder `model`."""
+    from raekit.assessment import Reconstructions
+    from raekit.folders import METRICS
+    from raekit.models.autoencoder import Autoencoder
+    from raekit.models.perceptual import load_perceptual
+
+    source, split = reference.about.source, reference.about.split
+    if source is None or split is None:
+        raise UserError(
+            f"{reference.place}: does not tell what images it is of, and reconstructions are compared with their own "
+            "originals; make one by raekit reference"
+        )
+    scores = METRICS | ({"lpips": load_perceptual(lpips).to(world.device)} if lpips else {})
+    autoencoder = Autoencoder.load(model).to(world.device)
+    return Reconstructions(autoencoder, source, split, scores, batch_size=batch_size, workers=workers)
 
 
 def _score(

@@ -52,7 +52,7 @@ def train(arguments: list[str]) -> None:
 
     Example: raekit train emoji_decoder --run runs/decoder --train.steps 500
     `raekit train RECIPE --help` lists all that can be overridden; --dry-run shows what would run. A part that the
-    recipe lacks is added by an option of its own, as --selection.every 100, and one that it has left out by --PART None.
+    recipe lacks is added by an option of its own, as --selection.every 100; one that it has is left out by --PART None.
     Under torchrun: torchrun --nproc-per-node 8 -m raekit -- train RECIPE
     """
     from raekit.recipes import find, names
@@ -105,13 +105,13 @@ def _with_parts(config: Any, arguments: list[str], prefix: str = "--") -> tuple[
     A part that `config` lacks is wanted by an option of its own, as in --selection.every 100, and one that it has is
     not wanted by --selection None.
     """
-    config = copy.copy(config)
+    config, given = copy.copy(config), [argument.replace("_", "-") for argument in arguments]
     for field, kind in get_type_hints(type(config)).items():
         option, part = f"{prefix}{field.replace('_', '-')}", getattr(config, field)
         kinds = [each for each in get_args(kind) if is_dataclass(each)]
         if kinds and (at := _find(arguments, option, "None")) is not None:
             part, arguments = None, arguments[:at] + arguments[at + 2 :]
-        elif kinds and part is None and any(argument.replace("_", "-").startswith(f"{option}.") for argument in arguments):
+        elif kinds and part is None and any(argument.startswith(f"{option}.") for argument in given):
             part = _unset(kinds[0])
         if is_dataclass(part):
             part, arguments = _with_parts(part, arguments, f"{option}.")

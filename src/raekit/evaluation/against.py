@@ -10,7 +10,7 @@ from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.evaluation.features import InceptionFeatures, Part, ReferenceNetwork, encoder_name, load_networks
 from raekit.evaluation.manifold import KernelDistance, Manifold, PrecisionRecall
-from raekit.evaluation.metrics import Accumulator, FrechetDistance, FrechetRatio, InceptionScore
+from raekit.evaluation.metrics import Accumulator, FrechetDistance, FrechetRatio, InceptionScore, frechet_name
 from raekit.evaluation.references import Reference, measure_reference
 from raekit.models.encoders import REGISTRY
 from raekit.progress import Report, silent
@@ -88,6 +88,15 @@ class Against:
                 data = DataConfig(source=each.images, split="all", image_size=each.about.image_size)
                 measured = measure_reference(data, lacking, world, keep=2**24, progress=progress)
                 self.references[number] = replace(each, features={**each.features, **measured.features})
+
+    def reconstruction_accumulators(self) -> list[Accumulator]:
+        """One for the Frechet distance of reconstructions in each network: `rfid` and `rfd_` and the network's name."""
+        return [
+            FrechetDistance(network, each.gaussian(network), f"r{frechet_name(network)}")
+            for name, network in self.networks.items()
+            for each in self.references
+            if name in each.gaussians
+        ]
 
     def accumulators(self, count: int, intervals: bool = False) -> list[Accumulator]:
         """One for each metric that `count` images allow: Frechet distances, and ratios where there are baselines; the

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from raekit.distributed import World
 from raekit.errors import UserError
-from raekit.evaluation.features import FeatureNetwork, Images
+from raekit.evaluation.features import FeatureNetwork, Images, PairScore
 from raekit.files import whole
 from raekit.pictures import grid, to_pil
 from raekit.progress import Report, silent
@@ -27,6 +27,9 @@ CHUNK = 250
 
 _PICTURE = 36  # of the first images
 _FOLDER = "features"
+
+
+Features = Mapping[str, FeatureNetwork | PairScore]
 
 
 class Stream(Protocol):
@@ -41,9 +44,7 @@ class Stream(Protocol):
 
 
 @torch.no_grad()
-def collect(
-    stream: Stream, networks: Mapping[str, FeatureNetwork], out: Path, world: World, progress: Report = silent
-) -> None:
+def collect(stream: Stream, networks: Features, out: Path, world: World, progress: Report = silent) -> None:
     """Write the features of all images below `out`, of those alone that are missing there.
 
     OUT/samples.png has the first images. Called by all processes, which share the work.
@@ -74,16 +75,14 @@ def collect(
     world.barrier()
 
 
-def collected(
-    networks: Mapping[str, FeatureNetwork], count: int, out: Path, device: torch.device | str
-) -> Iterator[Images]:
+def collected(networks: Features, count: int, out: Path, device: torch.device | str) -> Iterator[Images]:
     """The features of all images that `collect` wrote, in order; UserError, naming the file, if one is damaged."""
     for chunk in _chunks(count):
         tensors = _read(out, chunk)
         widths = {name: tensors[name].shape for name in networks if name in tensors}
         if widths != {name: (len(chunk), network.width) for name, network in networks.items()}:
             raise UserError(f"{_place(out, chunk)}: damaged; remove it and run the same again")
-        features: dict[FeatureNetwork, Tensor] = {n: tensors[name].to(device) for name, n in networks.items()}
+        features = {n: tensors[name].to(device) for name, n in networks.items()}
         yield Images.gone(features, torch.full((len(chunk),), -1), torch.arange(chunk.start, chunk.stop))
 
 

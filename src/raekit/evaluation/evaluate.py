@@ -1,6 +1,7 @@
 """One pass of a stream of images through metrics, and the references that the metrics compare with."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,13 +56,20 @@ class StoredImages:
     def image_size(self) -> int:
         return self.loader.config.image_size
 
+    @property
+    def source(self) -> str:
+        return self.loader.config.source
+
     def batches(self, chunks: Sequence[range], world: World) -> Iterator[Images]:
-        parts = (
-            chunk[first : first + self.batch_size]
-            for chunk in chunks
-            for first in range(0, len(chunk), self.batch_size)
-        )
-        return images_of(self.loader.read(parts, world), world)
+        return images_of(self.loader.read(batches_of(chunks, self.batch_size), world), world)
+
+    def settings(self) -> dict[str, Any]:
+        return {"batch_size": self.batch_size}
+
+
+def batches_of(chunks: Iterable[range], size: int) -> Iterator[range]:
+    """At most `size` numbers at once, none of two chunks."""
+    return (chunk[first : first + size] for chunk in chunks for first in range(0, len(chunk), size))
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """What evaluation streams, and the networks in whose features images are compared."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, Self
@@ -77,7 +77,7 @@ class Images:
     labels: Tensor
     originals: Tensor | None = None
     indices: Tensor | None = None
-    _features: dict[FeatureNetwork, Tensor] = field(default_factory=dict, init=False, repr=False)
+    _features: "dict[FeatureNetwork | PairScore, Tensor]" = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         shape = tuple(self.images.shape)
@@ -97,20 +97,37 @@ class Images:
         return len(self.images)
 
     @classmethod
-    def gone(cls, features: Mapping[FeatureNetwork, Tensor], labels: Tensor, indices: Tensor) -> Self:
+    def gone(cls, features: "Mapping[FeatureNetwork | PairScore, Tensor]", labels: Tensor, indices: Tensor) -> Self:
         """A batch of which `features` alone are left."""
         batch = cls(torch.empty(len(labels), 3, 0, 0), labels, indices=indices)
         batch._features.update(features)
         return batch
 
-    def features(self, network: FeatureNetwork) -> Tensor:
+    def features(self, network: "FeatureNetwork | PairScore") -> Tensor:
         """The features (B, width) of the images, computed once for all metrics that share `network`."""
         if network in self._features:
             return self._features[network]
         if isinstance(network, Part):
             return self.features(network.whole)[:, network.columns]
-        self._features[network] = network(self.images)
+        if not isinstance(network, PairScore):
+            self._features[network] = network(self.images)
+        elif self.originals is not None:
+            self._features[network] = network(self.images, self.originals)
+        else:
+            raise ValueError(f"{network.name} compares with originals, and the batch has none")
         return self._features[network]
+
+
+@dataclass(frozen=True, eq=False)
+class PairScore:
+    """`score(images, originals) -> (B,)`, such as PSNR, as a feature of one dimension (B, 1)."""
+
+    name: str
+    score: Callable[[Tensor, Tensor], Tensor]
+    width: int = 1
+
+    def __call__(self, images: Tensor, originals: Tensor, /) -> Tensor:
+        return self.score(images, originals)[:, None]
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,7 +1,7 @@
 """Streaming metrics: each sees batches one by one, and processes meet once, at the end."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from raekit.distributed import World
 from raekit.errors import UserError
-from raekit.evaluation.features import FeatureNetwork, Images, check_width, named
+from raekit.evaluation.features import FeatureNetwork, Images, PairScore, check_width, named
 from raekit.evaluation.frechet import Gaussian, frechet_distance
 from raekit.evaluation.intervals import GROUPS, LEAST, jackknife, wilson_interval
 from raekit.moments import Moments
@@ -34,6 +34,10 @@ class Accumulator(Protocol):
     def result(self) -> dict[str, float]: ...
 
 
+def frechet_name(network: FeatureNetwork) -> str:
+    return _FRECHET_NAMES.get(network.name, f"fd_{network.name}")
+
+
 class FrechetDistance:
     """Frechet distance of the images from `reference`, in the features of `network`.
 
@@ -50,7 +54,7 @@ class FrechetDistance:
     ):
         check_width("reference", reference.dim, network)
         self.network, self.reference = network, Gaussian.of(reference)
-        self.name = name or _FRECHET_NAMES.get(network.name, f"fd_{network.name}")
+        self.name = name or frechet_name(network)
         self.moments = Moments(network.width)
         self.groups = [Moments(network.width) for _ in range(GROUPS)] if intervals else []
 
@@ -177,22 +181,20 @@ def ssim(images: Tensor, originals: Tensor) -> Tensor:
 
 
 class PairMean:
-    """The mean over images of `score(images, originals) -> (B,)`, such as `psnr` and `ssim`, as `name`."""
+    """The mean over images of a score of images and their originals, such as PSNR, under its name."""
 
-    def __init__(self, name: str, score: Callable[[Tensor, Tensor], Tensor]):
-        self.name, self.score = name, score
+    def __init__(self, pair: PairScore):
+        self.pair = pair
         self.moments = Moments(1, diagonal=True)
 
     def update(self, batch: Images) -> None:
-        if batch.originals is None:
-            raise ValueError(f"{self.name} compares with originals, and the batch has none")
-        self.moments.update(self.score(batch.images, batch.originals)[:, None])
+        self.moments.update(batch.features(self.pair))
 
     def reduce(self, world: World) -> None:
         self.moments.reduce(world)
 
     def result(self) -> dict[str, float]:
-        return {self.name: float(self.moments.mean)}
+        return {self.pair.name: float(self.moments.mean)}
 
 
 class NearestNeighbours:

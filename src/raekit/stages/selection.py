@@ -12,7 +12,7 @@ from raekit.data.loader import DataConfig, Loader
 from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.evaluation.evaluate import BATCH, evaluate, images_of, reference_moments
-from raekit.evaluation.features import EncoderFeatures, Images
+from raekit.evaluation.features import EncoderFeatures, Images, PairScore
 from raekit.evaluation.metrics import FrechetDistance, PairMean, psnr, ssim
 from raekit.files import whole
 from raekit.inference import reconstruct
@@ -85,7 +85,8 @@ def scorer(
             stream = images_of(heldout.once(BATCH * world.size, world), world)
             reference.append(reference_moments(stream, network, world))
         metrics = [FrechetDistance(network, reference[0], "reconstruction_fd")]
-        values = evaluate(reconstructed(model), [*metrics, *(PairMean(*pair) for pair in pairs.items())], world)
+        scores = [PairMean(PairScore(*pair)) for pair in pairs.items()]
+        values = evaluate(reconstructed(model), [*metrics, *scores], world)
         if latents is not None:
             metrics = [FrechetDistance(network, reference[0], "generation_fd")]
             values |= evaluate(decoded(model, latents), metrics, world)
