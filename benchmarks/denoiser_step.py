@@ -2,21 +2,25 @@
 
     python benchmarks/denoiser_step.py [--size S] [--batch 2] [--precision bf16] [--repeats 5] [--out step.json]
 
-Eager and compiled steps alternate in one process; the ratio is given with its range. `rate` is the share of the
-machine's own matmul rate in that precision, measured here, that the step's multiplications reach.
+Steps, eager and compiled, without and with activation checkpointing, alternate in one process; the ratio to the first
+is given with its range. `rate` is the share of the machine's own matmul rate in that precision, measured here, that
+the multiplications of a step without checkpointing reach. The peak memory is that of the process: for one variant's
+own, run that alone (`--only "compiled, checkpointed"`).
 """
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from harness import compiled, denoiser, interleaved, matmul_rate, report
-from raekit.models.denoiser import Denoiser
 from raekit.stages.generation import flow_matching_loss
 from raekit.train.optim import OptimConfig, adamw
-from raekit.train.trainer import autocast, compute_dtype
+from raekit.train.trainer import autocast, checkpoint_blocks, compute_dtype
+
+VARIANTS = ("eager", "compiled", "eager, checkpointed", "compiled, checkpointed")
 
 
 def main() -> None:
@@ -24,6 +28,7 @@ def main() -> None:
     parser.add_argument("--size", default="S", choices=["S", "B", "L", "XL"])
     parser.add_argument("--batch", type=int, help="default: 2 on a CPU, 64 on a GPU")
     parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"])
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, metavar="NAME", help="of the variants; default: all")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     arguments = parser.parse_args()
@@ -32,7 +37,12 @@ def main() -> None:
     latents = torch.randn(batch, 768, 16, 16, device=device)
     labels = torch.randint(1000, (batch,), device=device)
 
-    def stepper(model: Denoiser):
+    def stepper(variant: str) -> Callable[[], None]:
+        model = denoiser(arguments.size, device)
+        if "checkpointed" in variant:
+            checkpoint_blocks([*model.blocks, *model.head_blocks])
+        if "compiled" in variant:
+            compiled(model)
         optimizer = adamw(OptimConfig(), model.parameters())
 
         def step() -> None:
@@ -47,13 +57,10 @@ def main() -> None:
 
         return step
 
-    variants = {
-        "eager": stepper(denoiser(arguments.size, device)),
-        "compiled": stepper(compiled(denoiser(arguments.size, device))),
-    }
     counter = FlopCounterMode(display=False)
     with counter:
-        variants["eager"]()
+        stepper("eager")()
+    variants = {variant: stepper(variant) for variant in arguments.only or VARIANTS}
     rate = matmul_rate(compute_dtype(arguments.precision, device), device)
     times = interleaved(variants, arguments.repeats, device)
     title = f"training step, DiT^DH-{arguments.size}, 768x16x16, batch {batch}, {arguments.precision}"

@@ -18,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch._inductor.exc import InductorError
 from torch.distributed.run import parse_args
 
 import raekit
@@ -336,6 +337,21 @@ def test_a_dry_run_of_a_recipe_as_it_is(run, tmp_path, monkeypatch, recipe):
     gflops = float(re.search(r"([\d.]+) GFLOPs forward an image", done.out)[1])  # type: ignore[index]
     assert gflops > 0.01
     assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_compilation_is_one_message(run, tmp_path, monkeypatch):
+    """As torch's cache gives it that a killed compilation left with an empty library."""
+
+    def fail(*arguments: object) -> None:
+        raise InductorError(ImportError("x.main.so: file too short"), None)
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr("raekit.stages.run.train", fail)
+    done = run("train", "emoji_encoder", "--run", tmp_path / "run")
+    assert_fails(done, "torch.compile: ImportError: x.main.so: file too short", f"remove {tmp_path / 'cache'}")
+    monkeypatch.setattr("raekit.stages.run.train", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # a fault of ours stays one
+        run("train", "emoji_encoder", "--run", tmp_path / "run")
 
 
 def test_parts_are_added_to_a_recipe_and_left_out(run, tmp_path, monkeypatch):

@@ -61,6 +61,16 @@ def main() -> None:
         console.fail(f"{error.filename or 'input/output'}: {error.strerror or error}")
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        compiler = sys.modules.get("torch._dynamo.exc")  # there as soon as anything is compiled
+        if not compiler or not isinstance(error, compiler.BackendCompilerFailed):
+            raise
+        from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+        reason = str(error).splitlines()[0]
+        console.fail(
+            f"torch.compile: {reason}. After a killed compilation remove {cache_dir()}; else leave out --train.compile"
+        )
 
 
 def _usage(wrong: bool, given: list[str]) -> None:

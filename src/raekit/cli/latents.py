@@ -42,7 +42,7 @@ def latents_measure(
         combine: how several blocks are combined.
         token_mean: add the mean over the patches of the last block's output.
         mirror: count each image flipped as well.
-        batch_size: images at once.
+        batch_size: images at once on each process.
         workers: processes that decode images.
         device: default is the best there is.
     """
@@ -62,7 +62,7 @@ def latents_measure(
 
         def counted() -> Iterator[Any]:
             done = 0
-            for batch in loader.once(batch_size, here):
+            for batch in loader.once(batch_size * here.size, here):
                 yield batch
                 done += len(batch) * here.size
                 progress("measure", min(done, len(loader)), len(loader))
