@@ -15,7 +15,7 @@ import torch
 from diffusers import AutoencoderRAE  # pyright: ignore[reportPrivateImportUsage]
 from torch.utils.flop_counter import FlopCounterMode
 
-from harness import interleaved, matmul_rate, report
+from harness import MatmulRate, interleaved, report
 from raekit.models.autoencoder import Autoencoder, AutoencoderConfig
 from raekit.models.decoder import DecoderConfig
 from raekit.models.encoders import REGISTRY, Encoder
@@ -71,7 +71,6 @@ def compare(size: str, precision: str, batch: int, repeats: int, device: torch.d
         block.compile()
     images = torch.rand(batch, 3, 224, 224, device=device)
     latents = mine.encode(images)
-    rate = matmul_rate(dtype, device)
     narrow = images.to(dtype), latents.to(dtype)
     tasks: dict[str, tuple[Any, Any, Any]] = {
         "encode": (lambda: theirs.encode(narrow[0]).latent, lambda: mine.encode(images), lambda: fast.encode(images)),
@@ -83,7 +82,9 @@ def compare(size: str, precision: str, batch: int, repeats: int, device: torch.d
             eager()
         clamped = reference().clamp(0, 1) if task == "decode" else reference()
         print(f"\n{task}: relative difference {difference(eager(), clamped):.1e}")
-        times = interleaved({"diffusers": reference, "raekit": eager, "raekit, compiled": compiled}, repeats, device)
+        rate = MatmulRate(dtype, device)
+        variants = {"diffusers": reference, "raekit": eager, "raekit, compiled": compiled}
+        times = interleaved(variants, repeats, device, rate)
         title = f"{task}, DINOv2-B and a {size} decoder, batch {batch}, {precision}"
         path = out and out.with_stem(f"{out.stem}-{task}-{precision}")
         report(title, times, batch, device, path, flops=counter.get_total_flops(), rate=rate)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from harness import compiled, denoiser, interleaved, matmul_rate, report
+from harness import MatmulRate, compiled, denoiser, interleaved, report
 from raekit.stages.generation import flow_matching_loss
 from raekit.train.optim import OptimConfig, adamw
 from raekit.train.trainer import autocast, checkpoint_blocks, compute_dtype
@@ -61,8 +61,8 @@ def main() -> None:
     with counter:
         stepper("eager")()
     variants = {variant: stepper(variant) for variant in arguments.only or VARIANTS}
-    rate = matmul_rate(compute_dtype(arguments.precision, device), device)
-    times = interleaved(variants, arguments.repeats, device)
+    rate = MatmulRate(compute_dtype(arguments.precision, device), device)
+    times = interleaved(variants, arguments.repeats, device, rate)
     title = f"training step, DiT^DH-{arguments.size}, 768x16x16, batch {batch}, {arguments.precision}"
     report(title, times, batch, device, arguments.out, flops=counter.get_total_flops(), rate=rate)
 

@@ -35,32 +35,55 @@ def compiled(model: Denoiser) -> Denoiser:
     return model
 
 
+class MatmulRate:
+    """What this machine can do: FLOP/s of square matrix products in `dtype`, just before and after each timed run, as
+    other users of a machine may change it from second to second."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device, side: int = 2048) -> None:
+        self.a, self.b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+        self.device = device
+        self.around: dict[str, list[float]] = {}
+        self.measure()
+
+    def measure(self, repeats: int = 3) -> float:
+        times = []
+        for _ in range(repeats):
+            synchronise(self.device)
+            began = time.perf_counter()
+            _ = self.a @ self.b
+            synchronise(self.device)
+            times.append(time.perf_counter() - began)
+        return 2 * len(self.a) ** 3 / statistics.median(times)
+
+
 def interleaved(
-    variants: Mapping[str, Callable[[], object]], repeats: int, device: torch.device
+    variants: Mapping[str, Callable[[], object]],
+    repeats: int,
+    device: torch.device,
+    rate: MatmulRate | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of each variant, run in turns after one warm-up each, so that a busy machine slows all alike."""
+    """Seconds of each variant, run in turns after one warm-up each, so that a busy machine slows all alike.
+
+    `rate` gets the machine's own around each run.
+    """
     times: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(repeats + 1):
         for name, run in variants.items():
+            before = rate.measure() if rate and turn else 0.0
             synchronise(device)
             began = time.perf_counter()
             run()
             synchronise(device)
             if turn:
                 times[name].append(time.perf_counter() - began)
+                if rate:
+                    rate.around.setdefault(name, []).append((before + rate.measure()) / 2)
     return times
 
 
 def synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
-
-
-def matmul_rate(dtype: torch.dtype, device: torch.device, side: int = 2048, repeats: int = 5) -> float:
-    """FLOP/s of the best of some square matrix products: what this machine can do in `dtype`."""
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    times = interleaved({"matmul": lambda: a @ b}, repeats, device)["matmul"]
-    return 2 * side**3 / min(times)
 
 
 def peak_memory(device: torch.device) -> float:
@@ -78,7 +101,7 @@ def report(
     out: Path | None,
     *,
     flops: float | None = None,
-    rate: float | None = None,
+    rate: MatmulRate | None = None,
 ) -> None:
     """Print a table (median, images/s, ratio to the first variant with its range over turns), and write JSON.
 
@@ -87,7 +110,11 @@ def report(
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{title}\n{machine}, torch {torch.__version__}, peak memory {peak_memory(device):.2f} GiB")
     if flops and rate:
-        print(f"{flops / images / 1e9:.1f} GFLOP an image; the machine's matmul rate is {rate / 1e12:.3g} TFLOP/s")
+        every = [each for rates in rate.around.values() for each in rates]
+        print(
+            f"{flops / images / 1e9:.1f} GFLOP an image; the machine's matmul rate is "
+            f"{statistics.median(every) / 1e12:.3g} TFLOP/s ({min(every) / 1e12:.3g}-{max(every) / 1e12:.3g})"
+        )
     print(f"{'':24}{'ms':>10}{'images/s':>12}{'speed-up':>12}   {'range':12}{'rate' if flops and rate else ''}")
     first = next(iter(times.values()))
     rows = {}
@@ -97,8 +124,9 @@ def report(
         rows[name] = {"seconds": seconds, "images_per_second": images / median, "speed_up": statistics.median(ratios)}
         share = ""
         if flops and rate:
-            rows[name] |= {"flops_per_second": flops / median, "share_of_matmul_rate": flops / median / rate}
-            share = f"{flops / median / rate:.0%}"
+            shares = [flops / a / b for a, b in zip(seconds, rate.around[name], strict=True)]
+            rows[name] |= {"flops_per_second": flops / median, "shares_of_matmul_rate": shares}
+            share = f"{statistics.median(shares):.0%} ({min(shares):.0%}-{max(shares):.0%})"
         figures = f"{1000 * median:10.1f}{images / median:12.3f}{statistics.median(ratios):12.2f}"
         print(f"{name:24}{figures}   {f'{min(ratios):.2f}-{max(ratios):.2f}':12}{share}")
     if out:

@@ -1,6 +1,7 @@
 """Folders and archives of generated pictures, and what a kill leaves of them."""
 
 import json
+import os
 import random
 import threading
 import time
@@ -147,7 +148,9 @@ def test_wrong_settings_leave_nothing(model, tmp_path):
 
 # Kills
 
-KILLS, TOTAL = 6, 60
+TOTAL = 60
+KILLS = int(os.environ.get("RAEKIT_KILLS", "3"))
+"""RAEKIT_KILLS=20 makes the test of resuming as long as the claim."""
 
 
 def life(folder: str, out: Path) -> None:

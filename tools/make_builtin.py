@@ -9,6 +9,7 @@ import sys
 
 import torch
 
+from raekit.assessment import exported_average
 from raekit.models.autoencoder import Autoencoder
 from raekit.models.denoiser import Denoiser
 from raekit.models.encoders import load_encoder
@@ -21,6 +22,6 @@ match kind:
     case "autoencoder":
         Autoencoder.load(run).save(ASSETS / "emoji", dtype=torch.float16)
     case "denoiser":
-        Denoiser.load(run).save(ASSETS / "emoji", dtype=torch.float16)
+        Denoiser.load(run).save(ASSETS / "emoji", dtype=torch.float16, ema=exported_average(run))
     case _:
         sys.exit(__doc__)

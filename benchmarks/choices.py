@@ -1,0 +1,108 @@
+"""What does each choice in a training step of DiT^DH bring? The step with one of them undone, beside ours.
+
+    python benchmarks/choices.py [--size S] [--batch 2] [--precision bf16] [--repeats 5] [--out choices.json]
+
+All take turns in one process, first eager, then compiled; each speed-up is to ours, with its range, so that below 1 is
+what a choice saves. Undone are: contiguous halves in the rotary embedding (the published code has interleaved pairs),
+the norm as one operation, the joint projection of queries, keys and values, attention without a mask (RAE v2's has one
+of zeros), the fused optimizer; and, compiled, blocks compiled one by one.
+"""
+
+import argparse
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from harness import compiled, denoiser, interleaved, report
+from raekit.models import layers
+from raekit.models.denoiser import Denoiser
+from raekit.stages.generation import flow_matching_loss
+from raekit.train.trainer import autocast
+
+ATTENTION = F.scaled_dot_product_attention
+
+
+def interleaved_pairs(x: Tensor, rotary: layers.Rotary) -> Tensor:
+    cos, sin = (table.to(x.dtype) for table in rotary)
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
+
+
+def norm_in_steps(self: layers.RMSNorm, x: Tensor) -> Tensor:
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps) * self.weight).to(x.dtype)
+
+
+def three_projections(self: layers.Attention, x: Tensor, rotary: layers.Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
+    parts = zip(self.qkv.weight.chunk(3), self.qkv.bias.chunk(3), strict=True)
+    q, k, v = (F.linear(x, w, b).unflatten(-1, (self.heads, -1)).transpose(1, 2) for w, b in parts)
+    q, k = self.q_norm(q), self.k_norm(k)
+    return (layers.rotate(q, rotary), layers.rotate(k, rotary), v) if rotary else (q, k, v)
+
+
+def attention_with_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return ATTENTION(q, k, v, attn_mask=torch.zeros(q.shape[-2], k.shape[-2], dtype=q.dtype, device=q.device))
+
+
+PATCHES: dict[str, tuple[Any, str, Any]] = {
+    "interleaved rotary": (layers, "rotate", interleaved_pairs),
+    "norm in steps": (layers.RMSNorm, "forward", norm_in_steps),
+    "three projections": (layers.Attention, "_project", three_projections),
+    "attention with a mask": (layers.F, "scaled_dot_product_attention", attention_with_mask),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="S", choices=["S", "B", "L", "XL"])
+    parser.add_argument("--batch", type=int, help="default: 2 on a CPU, 64 on a GPU")
+    parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path, help="JSON files for the figures: FILE-eager.json and FILE-compiled.json")
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    batch = arguments.batch or (64 if device.type == "cuda" else 2)
+    latents = torch.randn(batch, 768, 16, 16, device=device)
+    labels = torch.randint(1000, (batch,), device=device)
+
+    def stepper(model: Denoiser, optimizer: torch.optim.Optimizer, undone: str | None = None) -> Callable[[], None]:
+        def step() -> None:
+            with ExitStack() as stack:
+                if undone:
+                    stack.enter_context(patch.object(*PATCHES[undone]))
+                with autocast(arguments.precision, device):
+                    loss, _ = flow_matching_loss(
+                        model, latents, labels, torch.arange(batch), seed=0, time_law="uniform", alpha=6.93
+                    )
+                loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        return step
+
+    torch._dynamo.config.recompile_limit = 64  # a block is compiled for each variant and width
+    for mode in ("eager", "compiled"):
+        model = denoiser(arguments.size, device)
+        fused, plain = (torch.optim.AdamW(model.parameters(), fused=f, foreach=not f) for f in (True, False))
+        variants = {"ours": stepper(model, fused), "optimizer not fused": stepper(model, plain)}
+        if mode == "compiled":
+            compiled(model)
+            whole = denoiser(arguments.size, device)
+            whole.compile()
+            variants["compiled as a whole"] = stepper(whole, torch.optim.AdamW(whole.parameters(), fused=True))
+        variants |= {name: stepper(model, fused, undone=name) for name in PATCHES}
+        times = interleaved(variants, arguments.repeats, device)
+        title = f"training step, DiT^DH-{arguments.size}, 768x16x16, batch {batch}, {arguments.precision}, {mode}"
+        out = arguments.out and arguments.out.with_stem(f"{arguments.out.stem}-{mode}")
+        report(title, times, batch, device, out)
+
+
+if __name__ == "__main__":
+    main()
