@@ -10,7 +10,7 @@ of zeros), the fused optimizer; and, compiled, blocks compiled one by one.
 
 import argparse
 from collections.abc import Callable
-from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -19,11 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from harness import compiled, denoiser, interleaved, report
+from harness import compiled, denoiser, interleaved, report, training_step
 from raekit.models import layers
 from raekit.models.denoiser import Denoiser
-from raekit.stages.generation import flow_matching_loss
-from raekit.train.trainer import autocast
 
 ATTENTION = F.scaled_dot_product_attention
 
@@ -68,24 +66,13 @@ def main() -> None:
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batch = arguments.batch or (64 if device.type == "cuda" else 2)
-    latents = torch.randn(batch, 768, 16, 16, device=device)
-    labels = torch.randint(1000, (batch,), device=device)
 
-    def stepper(model: Denoiser, optimizer: torch.optim.Optimizer, undone: str | None = None) -> Callable[[], None]:
-        def step() -> None:
-            with ExitStack() as stack:
-                if undone:
-                    stack.enter_context(patch.object(*PATCHES[undone]))
-                with autocast(arguments.precision, device):
-                    loss, _ = flow_matching_loss(
-                        model, latents, labels, torch.arange(batch), seed=0, time_law="uniform", alpha=6.93
-                    )
-                loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+    def stepper(model: Denoiser, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+        return training_step(model, optimizer, batch, arguments.precision, device)
 
-        return step
+    def undone(name: str, step: Callable[[], None]) -> None:
+        with patch.object(*PATCHES[name]):
+            step()
 
     torch._dynamo.config.recompile_limit = 64  # a block is compiled for each variant and width
     for mode in ("eager", "compiled"):
@@ -97,7 +84,7 @@ def main() -> None:
             whole = denoiser(arguments.size, device)
             whole.compile()
             variants["compiled as a whole"] = stepper(whole, torch.optim.AdamW(whole.parameters(), fused=True))
-        variants |= {name: stepper(model, fused, undone=name) for name in PATCHES}
+        variants |= {name: partial(undone, name, variants["ours"]) for name in PATCHES}
         times = interleaved(variants, arguments.repeats, device)
         title = f"training step, DiT^DH-{arguments.size}, 768x16x16, batch {batch}, {arguments.precision}, {mode}"
         out = arguments.out and arguments.out.with_stem(f"{arguments.out.stem}-{mode}")

@@ -15,10 +15,9 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from harness import MatmulRate, compiled, denoiser, interleaved, report
-from raekit.stages.generation import flow_matching_loss
+from harness import MatmulRate, compiled, denoiser, interleaved, report, training_step
 from raekit.train.optim import OptimConfig, adamw
-from raekit.train.trainer import autocast, checkpoint_blocks, compute_dtype
+from raekit.train.trainer import checkpoint_blocks, compute_dtype
 
 VARIANTS = ("eager", "compiled", "eager, checkpointed", "compiled, checkpointed")
 
@@ -34,8 +33,6 @@ def main() -> None:
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batch = arguments.batch or (64 if device.type == "cuda" else 2)
-    latents = torch.randn(batch, 768, 16, 16, device=device)
-    labels = torch.randint(1000, (batch,), device=device)
 
     def stepper(variant: str) -> Callable[[], None]:
         model = denoiser(arguments.size, device)
@@ -43,19 +40,7 @@ def main() -> None:
             checkpoint_blocks([*model.blocks, *model.head_blocks])
         if "compiled" in variant:
             compiled(model)
-        optimizer = adamw(OptimConfig(), model.parameters())
-
-        def step() -> None:
-            with autocast(arguments.precision, device):
-                loss, _ = flow_matching_loss(
-                    model, latents, labels, torch.arange(batch), seed=0, time_law="uniform", alpha=6.93
-                )
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-        return step
+        return training_step(model, adamw(OptimConfig(), model.parameters()), batch, arguments.precision, device)
 
     counter = FlopCounterMode(display=False)
     with counter:

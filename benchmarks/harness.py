@@ -12,6 +12,8 @@ import torch
 
 from raekit.flow.path import shift_factor
 from raekit.models.denoiser import SIZES, Denoiser, DenoiserConfig, wide_head
+from raekit.stages.generation import flow_matching_loss
+from raekit.train.trainer import Precision, autocast
 
 
 def denoiser(size: str, device: torch.device, *, seed: int = 0, base_depth: int = 0) -> Denoiser:
@@ -33,6 +35,26 @@ def compiled(model: Denoiser) -> Denoiser:
     for block in [*model.blocks, *model.head_blocks]:
         block.compile()
     return model
+
+
+def training_step(
+    model: Denoiser, optimizer: torch.optim.Optimizer, batch: int, precision: Precision, device: torch.device
+) -> Callable[[], None]:
+    """A call that trains `model` by one step: forward, backward, clipping, and the optimizer."""
+    latents = torch.randn(batch, *model.config.latent_shape, device=device)
+    labels = torch.randint(1000, (batch,), device=device)
+
+    def step() -> None:
+        with autocast(precision, device):
+            loss, _ = flow_matching_loss(
+                model, latents, labels, torch.arange(batch), seed=0, time_law="uniform", alpha=model.config.shift
+            )
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
 
 
 class MatmulRate:

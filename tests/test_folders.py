@@ -149,7 +149,7 @@ def test_wrong_settings_leave_nothing(model, tmp_path):
 # Kills
 
 TOTAL = 60
-KILLS = int(os.environ.get("RAEKIT_KILLS", "3"))
+KILLS = int(os.environ.get("RAEKIT_KILLS", "6"))
 """RAEKIT_KILLS=20 makes the test of resuming as long as the claim."""
 
 
