@@ -93,6 +93,22 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small AutoencoderKL of diffusers with random weights: 16 pixels, latents (4, 8, 8)."""
+    from diffusers import AutoencoderKL  # slow to import
+
+    folder = tmp_path_factory.mktemp("vae")
+    torch.manual_seed(0)
+    sizes: Any = {
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "block_out_channels": (8, 8),
+    }
+    AutoencoderKL(**sizes, norm_num_groups=4).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def full_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of four MiB, empty at first; the test is skipped where it may not be mounted."""

@@ -78,7 +78,7 @@ def test_a_recipe_tells_what_it_reproduces(name):
     elif match[1].startswith("docs/"):
         assert (ASSETS.parents[2] / match[1].split()[0].rstrip(",")).is_file()
     else:
-        assert re.match(r"r?FID \d\.\d+.*\((paper|RAE v2)|no figure is published|nothing yet", match[1])
+        assert re.match(r"r?FID \d+\.\d+.*\((paper|RAE v2)|no figure is published|nothing yet", match[1])
 
 
 def test_published_schedules_of_stage_1():
@@ -97,13 +97,15 @@ def generation(name: str) -> GenerationConfig:
     return config
 
 
-PUBLISHED = [name for name in recipes.names() if name.startswith(("dit_", "raev2_"))]
+BASELINES = ["pixel_dit_xl", "sdvae_dit_xl"]
+PUBLISHED = [name for name in recipes.names() if name.startswith(("dit_", "raev2_"))] + BASELINES
+CONSTANT_RATE = ["dit_xl_dinov2s", *BASELINES]
 
 
 def test_the_published_recipes_of_stage_2_are_there():
     sizes = {f"dit_dh_{size}_dinov2b_256" for size in "sblx"} - {"dit_dh_x_dinov2b_256"}
     raev2 = {f"raev2_k{k}_256" for k in (1, 7, 23)}
-    assert {*PUBLISHED} == {*sizes, *raev2, "dit_dh_xl_dinov2b_256", "dit_dh_xl_dinov2b_512", "dit_xl_dinov2s"}
+    assert {*PUBLISHED} == {*sizes, *raev2, "dit_dh_xl_dinov2b_256", "dit_dh_xl_dinov2b_512", *CONSTANT_RATE}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -113,7 +115,7 @@ def test_published_settings_of_stage_2(name):
     assert (config.train.batch_size, config.optim.lr, config.optim.clip) == (1024, 2e-4, 1.0)
     assert (config.optim.betas, config.optim.weight_decay, config.class_dropout) == ((0.9, 0.95), 0.0, 0.1)
     assert (config.data.crop, config.data.flip) == ("center", True)
-    assert config.ema == ((0.9999,) if name == "dit_xl_dinov2s" else (0.9995,))
+    assert config.ema == ((0.9999,) if name in CONSTANT_RATE else (0.9995,))
     epochs = {"dit_dh_xl_dinov2b_512": 400, "dit_dh_xl_dinov2b_256": 800, "dit_xl_dinov2s": 800}
     assert config.train.steps == epochs.get(name, 80) * epoch
     rates = {step // epoch: learning_rate(config.optim, step) for step in (0, 24 * epoch, 39 * epoch, 50 * epoch)}
@@ -124,7 +126,7 @@ def test_published_settings_of_stage_2(name):
         assert (config.optim.method, config.time_law) == ("muon", "logit-normal")
     else:
         assert rates[0] == rates[39] == 2e-4
-        assert (rates[50] == 2e-4) == (name == "dit_xl_dinov2s")
+        assert (rates[50] == 2e-4) == (name in CONSTANT_RATE)
         assert (config.optim.method, config.time_law) == ("adamw", "uniform")
 
 

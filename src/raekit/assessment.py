@@ -25,7 +25,7 @@ from raekit.evaluation.labels import Labels, draw_labels
 from raekit.evaluation.metrics import PairMean
 from raekit.files import whole
 from raekit.inference import Model, generate, reconstruct
-from raekit.models.autoencoder import Autoencoder
+from raekit.models.latent_space import LatentSpace
 from raekit.progress import Report as Progress
 from raekit.progress import silent
 from raekit.reports import LITERATURE, Report, read_report, write_report
@@ -128,7 +128,7 @@ class Reconstructions:
 
     def __init__(
         self,
-        autoencoder: Autoencoder,
+        autoencoder: LatentSpace,
         source: str,
         split: Split,
         scores: Mapping[str, Callable[[Tensor, Tensor], Tensor]],

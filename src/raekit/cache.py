@@ -27,7 +27,7 @@ from raekit.latents import (
     statistics_fingerprint,
     write_shard,
 )
-from raekit.models.autoencoder import Autoencoder
+from raekit.models.latent_space import LatentSpace
 from raekit.progress import Report, silent
 
 Storage = Literal["fp32", "bf16", "int8"]
@@ -84,7 +84,7 @@ def unpack(stored: Tensor, scale: Tensor) -> Tensor:
 
 
 def cache_latents(
-    autoencoder: Autoencoder,
+    autoencoder: LatentSpace,
     model: str,
     data: DataConfig,
     out: Path,
@@ -122,7 +122,7 @@ def cache_latents(
         items=len(loader),
         classes=loader.classes,
         flipped=data.flip,
-        precision="bf16" if autoencoder.encoder.dtype == torch.bfloat16 else "fp32",
+        precision="bf16" if autoencoder.encoder_dtype == torch.bfloat16 else "fp32",
         dtype=dtype,
         images=0,
         error=0.0,
@@ -164,7 +164,7 @@ class LatentLoader:
     at its image size, and flipped if it flips; or one of another encoder or other statistics than `autoencoder`'s.
     """
 
-    def __init__(self, folder: Path, config: DataConfig, seed: int, autoencoder: Autoencoder) -> None:
+    def __init__(self, folder: Path, config: DataConfig, seed: int, autoencoder: LatentSpace) -> None:
         infos = read_infos(folder, CacheInfo)
         self.config, self.info = config, next(iter(infos.values()))
         _check_fit(self.info, folder, config, autoencoder)
@@ -197,7 +197,7 @@ def _check_crop(data: DataConfig) -> None:
         raise UserError(f"data.crop: {data.crop}, but cached latents are those of centre-cropped images")
 
 
-def _check_fit(info: CacheInfo, folder: Path, config: DataConfig, autoencoder: Autoencoder) -> None:
+def _check_fit(info: CacheInfo, folder: Path, config: DataConfig, autoencoder: LatentSpace) -> None:
     _check_crop(config)
     for what, cached, wanted in (
         ("encoder", info.encoder, encoder_fingerprint(autoencoder)),
@@ -267,7 +267,7 @@ class _Encoded:
 
 
 @torch.no_grad()
-def _encode(autoencoder: Autoencoder, batch: Batch, dtype: Storage, flip: bool) -> _Encoded:
+def _encode(autoencoder: LatentSpace, batch: Batch, dtype: Storage, flip: bool) -> _Encoded:
     pixels = batch.pixels()
     views = [pixels, pixels.flip(-1)] if flip else [pixels]
     if len(batch):

@@ -30,7 +30,7 @@ from raekit.evaluation.features import quantize
 from raekit.evaluation.metrics import psnr, ssim
 from raekit.files import whole
 from raekit.inference import BatchSize, Model, fitting_batch, generate, read_image, reconstruct
-from raekit.models.autoencoder import Autoencoder
+from raekit.models.latent_space import LatentSpace
 from raekit.pictures import PictureFormat, from_pil, grid, read_origin, to_pil, write_picture
 from raekit.progress import Report, silent
 from raekit.sampling import Sampling
@@ -206,7 +206,7 @@ class _Task:
 
 @torch.no_grad()
 def reconstruct_folder(
-    autoencoder: Autoencoder,
+    autoencoder: LatentSpace,
     paths: Sequence[Path],
     out: Path,
     *,

@@ -21,8 +21,9 @@ from raekit.data.transforms import FITS, Fit
 from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.flow.path import to_data
-from raekit.models.autoencoder import Autoencoder
+from raekit.models.autoencoder import load_autoencoder
 from raekit.models.denoiser import Denoiser
+from raekit.models.latent_space import LatentSpace
 from raekit.moments import Moments
 from raekit.sampling import Sampling, check_sampling, denoise, sample_latents, sample_noise, slerp
 
@@ -33,7 +34,7 @@ _log = logging.getLogger(__name__)
 class Model:
     """A denoiser with the autoencoder of its latents: all that generation needs."""
 
-    autoencoder: Autoencoder
+    autoencoder: LatentSpace
     denoiser: Denoiser
 
     def __post_init__(self) -> None:
@@ -77,7 +78,7 @@ def load(name: str, device: torch.device | str = "cpu", ema: float | None = None
 
     `ema` chooses among the averages of its denoiser, as `Denoiser.load` does.
     """
-    return Model(Autoencoder.load(name).to(device), Denoiser.load(name, ema).to(device))
+    return Model(load_autoencoder(name).to(device), Denoiser.load(name, ema).to(device))
 
 
 def load_published(path: Path, device: torch.device | str = "cpu") -> tuple[Model, Sampling]:
@@ -311,7 +312,7 @@ def measure_latents(
 
 
 @torch.no_grad()
-def reconstruct(autoencoder: Autoencoder, images: Tensor) -> Tensor:
+def reconstruct(autoencoder: LatentSpace, images: Tensor) -> Tensor:
     """Encode and decode images (B, 3, H, W) in [0, 1]; gives (B, 3, *image_shape) in [0, 1]."""
     return autoencoder.decode(autoencoder.encode(images))
 

@@ -20,7 +20,7 @@ from raekit.data.transforms import Fit
 from raekit.errors import UserError
 from raekit.files import whole
 from raekit.inference import read_image
-from raekit.models.autoencoder import Autoencoder
+from raekit.models.latent_space import LatentSpace
 from raekit.pictures import from_pil
 from raekit.progress import Report, silent
 from raekit.weights import fingerprint, read_weights
@@ -76,19 +76,19 @@ class Latents:
     info: LatentsInfo
 
 
-def statistics_fingerprint(autoencoder: Autoencoder) -> str:
+def statistics_fingerprint(autoencoder: LatentSpace) -> str:
     """What `LatentsInfo.statistics` is for this autoencoder: latents of another are not for its decoder."""
     return fingerprint({"mean": autoencoder.mean, "var": autoencoder.var})
 
 
-def encoder_fingerprint(autoencoder: Autoencoder) -> str:
+def encoder_fingerprint(autoencoder: LatentSpace) -> str:
     """What `ShardInfo.encoder` is: of the weights, the input's size and colours, and the layers.
 
     The same whether the encoder computes in float32 or in bfloat16.
     """
-    encoder = autoencoder.encoder
-    weights = {key: w.bfloat16() if w.is_floating_point() else w for key, w in encoder.state_dict().items()}
-    return fingerprint(weights, encoder.input_size, encoder.spec.mean, encoder.spec.std, to_dict(encoder.layers))
+    state = autoencoder.encoder.state_dict()
+    weights = {key: w.bfloat16() if w.is_floating_point() else w for key, w in state.items()}
+    return fingerprint(weights, *autoencoder.encoder_facts)
 
 
 def shard_paths(folder: Path, shards: int) -> list[Path]:
@@ -106,7 +106,7 @@ def write_shard(path: Path, info: ShardInfo, tensors: dict[str, Tensor]) -> None
 
 
 def encode_files(
-    autoencoder: Autoencoder,
+    autoencoder: LatentSpace,
     model: str,
     paths: Sequence[Path],
     out: Path,

@@ -139,6 +139,11 @@ def test_an_encoder_alone_is_probed_too(tiny_model, images, tmp_path):
     assert alone["random weights"] == probe(str(tiny_model), images, penalty=0.01)["random weights"]
 
 
+def test_a_baseline_is_probed_alone(images):
+    results = probe("pixels@16", images, penalty=0.01)
+    assert {name: result.accuracy for name, result in results.items()} == {"pixels@16": 1.0}
+
+
 def test_an_autoencoders_latents_are_whitened(tiny_model, images, tmp_path, monkeypatch):
     encoded = []
     monkeypatch.setattr(

@@ -12,16 +12,18 @@ from torch import Tensor, nn
 from raekit import randomness
 from raekit.cache import cache_latents
 from raekit.config import from_dict, to_dict
+from raekit.conversion import convert
 from raekit.data import sources
 from raekit.data.loader import Batch, DataConfig, Loader
 from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.flow import path
-from raekit.inference import load
+from raekit.inference import generate, load
 from raekit.inspection import describe_folder
 from raekit.models.autoencoder import Autoencoder
 from raekit.models.denoiser import ContextConfig, Denoiser, TransformerConfig
 from raekit.models.encoders import Encoder
+from raekit.sampling import Sampling
 from raekit.stages.generation import DenoiserSize, GenerationConfig, build, flow_matching_loss
 from raekit.train.optim import OptimConfig
 from raekit.train.tracking import read_metrics
@@ -207,6 +209,20 @@ def test_the_artifact_is_a_model_of_the_averages(config, tmp_path):
     assert sorted(path.name for path in (tmp_path / "artifact").iterdir()) == ["autoencoder", "denoiser", "encoder"]
     images = torch.rand(1, 3, 16, 16)
     assert torch.equal(model.autoencoder.encode(images), Autoencoder.load(config.autoencoder).encode(images))
+
+
+@pytest.mark.parametrize(("latents", "patch_size"), [("pixels@16", 4), ("vae:{vae}@16", 2)])
+def test_baselines_train_and_generate(config, tmp_path, vae, latents, patch_size):
+    latents = latents.format(vae=vae)
+    wide = TransformerConfig(width=48, depth=1, heads=2)
+    size = DenoiserSize(backbone=wide, patch_size=patch_size)
+    made = stage(replace(config, autoencoder=latents, denoiser=size), tmp_path)
+    Trainer(tmp_path, config.train, made.objectives, made.batches, ONE).fit()
+    made.export(tmp_path / "artifact")
+    samples = next(generate(load(str(tmp_path)), [0, 1], sampling=Sampling(steps=2)))
+    assert samples.images.shape == (2, 3, 16, 16)
+    with pytest.raises(UserError, match=f"names {latents.partition('@')[0]}, a baseline"):
+        convert(str(tmp_path), tmp_path / "converted")
 
 
 def test_all_blocks_are_units_of_compilation_and_sharding(config, tmp_path):

@@ -41,7 +41,7 @@ def reconstruct(
     """
     from raekit.distributed import world
     from raekit.folders import METRICS, reconstruct_folder
-    from raekit.models.autoencoder import Autoencoder
+    from raekit.models.autoencoder import load_autoencoder
     from raekit.models.perceptual import load_perceptual
 
     if not paths:
@@ -49,7 +49,7 @@ def reconstruct(
     with world(device) as here, Display(console.err) as progress:
         if here.size > 1:
             raise UserError("reconstruct: works in one process, not under torchrun")
-        autoencoder = Autoencoder.load(model).to(here.device)
+        autoencoder = load_autoencoder(model).to(here.device)
         metrics = METRICS | ({"lpips": load_perceptual(lpips).to(here.device)} if lpips else {})
         results = reconstruct_folder(
             autoencoder, paths, out, fit=fit, batch_size=batch_size, metrics=metrics, progress=progress
@@ -85,14 +85,14 @@ def encode(
     """
     from raekit.distributed import world
     from raekit.latents import encode_files
-    from raekit.models.autoencoder import Autoencoder
+    from raekit.models.autoencoder import load_autoencoder
 
     if not paths:
         raise UserError("encode: give at least one image file or folder")
     with world(device) as here, Display(console.err) as progress:
         if here.size > 1:
             raise UserError("encode: works in one process, not under torchrun")
-        autoencoder = Autoencoder.load(model).to(here.device)
+        autoencoder = load_autoencoder(model).to(here.device)
         encoded, unreadable = encode_files(
             autoencoder,
             model,

@@ -213,7 +213,7 @@ def _reconstructions(
     """Of the images that `reference` is of, by the autoencoder `model`."""
     from raekit.assessment import Reconstructions
     from raekit.folders import METRICS
-    from raekit.models.autoencoder import Autoencoder
+    from raekit.models.autoencoder import load_autoencoder
     from raekit.models.perceptual import load_perceptual
 
     source, split = reference.about.source, reference.about.split
@@ -223,7 +223,7 @@ def _reconstructions(
             "originals; make one by raekit reference"
         )
     scores = METRICS | ({"lpips": load_perceptual(lpips).to(world.device)} if lpips else {})
-    autoencoder = Autoencoder.load(model).to(world.device)
+    autoencoder = load_autoencoder(model).to(world.device)
     return Reconstructions(autoencoder, source, split, scores, batch_size=batch_size, workers=workers)
 
 

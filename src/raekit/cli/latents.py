@@ -111,11 +111,11 @@ def latents_cache(
     from raekit.cache import cache_latents, relative_error
     from raekit.data.loader import DataConfig
     from raekit.distributed import world
-    from raekit.models.autoencoder import Autoencoder
+    from raekit.models.autoencoder import load_autoencoder
     from raekit.train.trainer import compute_dtype
 
     with world(device) as here, Display(console.err, quiet=not here.is_main) as progress:
-        autoencoder = Autoencoder.load(model, compute_dtype(precision, here.device)).to(here.device)
+        autoencoder = load_autoencoder(model, compute_dtype(precision, here.device)).to(here.device)
         data = DataConfig(source=source, split=split, image_size=autoencoder.image_size, flip=flip, workers=workers)
         infos = cache_latents(
             autoencoder,

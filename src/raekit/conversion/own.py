@@ -35,6 +35,8 @@ def read_model(name: str, denoiser: bool = True) -> Parts:
 
 
 def _read_autoencoder(path: Path, values: dict) -> AutoencoderParts:
+    if "baseline" in values:
+        raise UserError(f"{path}: names {values['baseline']}, a baseline, whose weights are not ours to convert")
     config = from_dict(AutoencoderConfig, values, path / "config.json")
     if (own := path.parent / "encoder").is_dir():
         config = dataclasses.replace(config, encoder=str(own))

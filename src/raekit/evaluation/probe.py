@@ -20,8 +20,10 @@ from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.evaluation.evaluate import BATCH, feature_bank, images_of
 from raekit.evaluation.intervals import wilson_interval
-from raekit.models.autoencoder import Autoencoder
+from raekit.models.autoencoder import Autoencoder, load_autoencoder
+from raekit.models.baselines import BaselineConfig
 from raekit.models.encoders import REGISTRY, Encoder, load_encoder
+from raekit.models.latent_space import LatentSpace
 from raekit.models.layers import to_tokens
 from raekit.progress import Report, silent
 
@@ -63,18 +65,18 @@ def probe(
     """Probe the encoder or autoencoder `name` on the labelled images of `source`, split as `open_source` does.
 
     Of an autoencoder, the whitened latents; beside them the tokens of its encoder with random weights, which are
-    not whitened. Images are centre-cropped to `image_size`, by default the model's. Called by all processes, which
-    share the images; the features of all are held in memory. UserError without labels, or without scikit-learn.
+    not whitened; a baseline stands alone. Images are centre-cropped to `image_size`, by default the model's. Called by
+    all processes, which share the images; the features of all are held in memory. UserError without labels, or without
+    scikit-learn.
     """
     world = world or World()
-    model = _load(name)
+    model = _load(name).to(world.device)
+    size = image_size or (max(model.input_size) if isinstance(model, Encoder) else model.image_size)
+    networks = {name: _Features(name, _tokens_of(model), _shape(model), tokens)}
     encoder = model.encoder if isinstance(model, Autoencoder) else model
-    size = image_size or (model.image_size if isinstance(model, Autoencoder) else max(encoder.input_size))
-    networks = {name: _Features(name, _tokens_of(model), encoder, tokens)}
-    random = untrained(encoder)
-    networks["random weights"] = _Features("random weights", random, random, tokens)
-    model.to(world.device)
-    random.to(world.device)
+    if isinstance(encoder, Encoder):
+        random = untrained(encoder)
+        networks["random weights"] = _Features("random weights", random, _shape(random), tokens)
     loaders = {split: _loader(source, split, size, workers) for split in ("train", "heldout")}
     results: dict[str, Probe] = {}
     for row, network in networks.items():
@@ -158,14 +160,13 @@ def untrained(encoder: Encoder) -> Encoder:
     return twin
 
 
-def _load(name: str) -> Encoder | Autoencoder:
-    if name not in REGISTRY:
+def _load(name: str) -> Encoder | LatentSpace:
+    if name not in REGISTRY and not BaselineConfig.named(name):
         try:
             artifacts.find(name, "autoencoder")
         except UserError:
             return load_encoder(name)
-        return Autoencoder.load(name)
-    return load_encoder(name)
+    return load_encoder(name) if name in REGISTRY else load_autoencoder(name)
 
 
 def _loader(source: str, split: Split, size: int, workers: int) -> Loader:
@@ -175,8 +176,12 @@ def _loader(source: str, split: Split, size: int, workers: int) -> Loader:
     return loader
 
 
-def _tokens_of(model: Encoder | Autoencoder) -> Callable[[Tensor], Tensor]:
-    return (lambda images: to_tokens(model.encode(images))) if isinstance(model, Autoencoder) else model
+def _tokens_of(model: Encoder | LatentSpace) -> Callable[[Tensor], Tensor]:
+    return (lambda images: to_tokens(model.encode(images))) if isinstance(model, LatentSpace) else model
+
+
+def _shape(model: Encoder | LatentSpace) -> tuple[int, int, int]:
+    return model.latent_shape if isinstance(model, LatentSpace) else (model.width, *model.grid)
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,12 +190,13 @@ class _Features:
 
     name: str
     model: Callable[[Tensor], Tensor]
-    encoder: Encoder
+    shape: tuple[int, int, int]
     tokens: Tokens
 
     @property
     def width(self) -> int:
-        return self.encoder.spec.width * (1 if self.tokens == "mean" else math.prod(self.encoder.grid))
+        channels, height, width = self.shape
+        return channels * (1 if self.tokens == "mean" else height * width)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:

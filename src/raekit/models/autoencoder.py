@@ -5,18 +5,17 @@ from pathlib import Path
 from typing import Literal, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from raekit import artifacts
-from raekit.config import configclass, from_dict
+from raekit.config import configclass, from_dict, to_dict
 from raekit.distributed import World
-from raekit.errors import UserError
+from raekit.models.baselines import Baseline, BaselineConfig
 from raekit.models.decoder import Decoder, DecoderConfig
 from raekit.models.encoders import Encoder, LayersConfig, Size, ViT, load_encoder
+from raekit.models.latent_space import LatentSpace
 from raekit.models.layers import to_grid
 from raekit.weights import check_fit, load_strict
-
-VARIANCE_EPS = 1e-5
 
 Output = Literal["encoder-colours", "pixels"]
 
@@ -36,24 +35,19 @@ class AutoencoderConfig:
     output: Output = "encoder-colours"
 
 
-class Autoencoder(nn.Module):
-    """Images to whitened latents and back.
+class Autoencoder(LatentSpace):
+    """Images to whitened latents and back, by a frozen encoder and a trained decoder."""
 
-    The statistics `mean` (None if it is not used: scale-only whitening) and `var`, both (C, H, W), are
-    zeros and ones until `set_statistics` is called.
-    """
-
-    mean: Tensor | None
-    var: Tensor
+    config: AutoencoderConfig
+    encoder: Encoder
+    decoder: Decoder
 
     def __init__(self, config: AutoencoderConfig, encoder: Encoder) -> None:
-        super().__init__()
+        super().__init__((encoder.spec.width, *encoder.grid))
         self.config = config
         self.encoder = encoder
+        self.encoder_dtype = encoder.dtype
         self.decoder = Decoder(config.decoder)
-        shape = (encoder.spec.width, *encoder.grid)
-        self.register_buffer("mean", torch.zeros(shape))
-        self.register_buffer("var", torch.ones(shape))
 
     @classmethod
     def load(cls, name: str, encoder_dtype: torch.dtype = torch.float32) -> Self:
@@ -99,39 +93,23 @@ class Autoencoder(nn.Module):
             (self.encoder if exact else load_encoder(self.encoder.name)).save(folder, world, dtype)
 
     @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        return (self.encoder.spec.width, *self.encoder.grid)
-
-    @property
     def image_shape(self) -> tuple[int, int]:
-        """(height, width) of the decoded images in pixels."""
         height, width = self.config.decoder.grid
         return (height * self.config.decoder.patch_size, width * self.config.decoder.patch_size)
 
     @property
-    def image_size(self) -> int:
-        """Side of the decoded images in pixels; UserError if they are not square."""
-        height, width = self.image_shape
-        if height != width:
-            raise UserError(f"this autoencoder gives images of {height} x {width} pixels; this needs square ones")
-        return height
+    def encoder_facts(self) -> tuple[object, ...]:
+        encoder = self.encoder
+        return (encoder.input_size, encoder.spec.mean, encoder.spec.std, to_dict(encoder.layers))
 
-    def set_statistics(self, mean: Tensor | None, var: Tensor) -> None:
-        """Whiten by these, each (C, H, W), from now on. A mean of None stays None: nothing is subtracted."""
-        self.mean = None if mean is None else mean.to(self.var)
-        self.var = var.to(self.var)
+    def compile_encoder(self) -> None:
+        self.encoder.compile()
 
     def tokens(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] -> the encoder's latents (B, C, h, w), not whitened."""
         return to_grid(self.encoder(images), self.encoder.grid)
 
-    def whiten(self, latents: Tensor) -> Tensor:
-        centred = latents if self.mean is None else latents - self.mean
-        return centred / (self.var + VARIANCE_EPS).sqrt()
-
-    def unwhiten(self, latents: Tensor) -> Tensor:
-        scaled = latents * (self.var + VARIANCE_EPS).sqrt()
-        return scaled if self.mean is None else scaled + self.mean
+    def pixels(self, tokens: Tensor) -> Tensor:
+        return self.to_pixels(self.decoder(tokens))
 
     def to_pixels(self, decoded: Tensor) -> Tensor:
         """The decoder's output as pixels; about [0, 1], not clamped."""
@@ -139,11 +117,12 @@ class Autoencoder(nn.Module):
             return decoded.float()
         return decoded.float() * self.encoder.std + self.encoder.mean
 
-    @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] -> whitened latents (B, C, h, w). Adds no noise."""
-        return self.whiten(self.tokens(images).float())
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Whitened latents (B, C, h, w) -> images (B, 3, *image_shape) in [0, 1]."""
-        return self.to_pixels(self.decoder(self.unwhiten(latents))).clamp(0, 1)
+def load_autoencoder(name: str, encoder_dtype: torch.dtype = torch.float32) -> LatentSpace:
+    """As `Autoencoder.load`, and the baselines `pixels` and `vae:WHERE`, @SIZE after them for another size than 256."""
+    if config := BaselineConfig.named(name):
+        return Baseline.load(config, encoder_dtype)
+    path, values = artifacts.find(name, "autoencoder")
+    if "baseline" in values:
+        return Baseline.load(from_dict(BaselineConfig, values, path / "config.json"), encoder_dtype)
+    return Autoencoder.load(name, encoder_dtype)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from raekit.config import from_dict
 from raekit.errors import UserError
-from raekit.models.autoencoder import VARIANCE_EPS
 from raekit.models.decoder import DecoderConfig
+from raekit.models.latent_space import VARIANCE_EPS
 from raekit.models.layers import sincos_positions
 from raekit.published.states import State, rename, without_tables
 

@@ -16,9 +16,9 @@ from raekit.errors import UserError
 from raekit.flow.guidance import Guidance
 from raekit.flow.path import SHIFT_BASE, Prediction
 from raekit.flow.solvers import Grid, SolverName
-from raekit.models.autoencoder import VARIANCE_EPS
 from raekit.models.denoiser import DenoiserConfig
 from raekit.models.encoders import REGISTRY, LayersConfig
+from raekit.models.latent_space import VARIANCE_EPS
 from raekit.published.denoisers import denoiser_config, denoiser_v2_config
 
 YAML_SECTIONS = ("stage_1", "stage_2", "transport", "sampler", "guidance", "misc", "training", "eval", "gan")

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from raekit.config import configclass
 from raekit.errors import UserError
-from raekit.models.autoencoder import VARIANCE_EPS
 from raekit.models.decoder import DecoderConfig
+from raekit.models.latent_space import VARIANCE_EPS
 from raekit.published.states import State, rename
 
 DIFFUSERS_EPS = 1e-5

@@ -14,7 +14,7 @@ from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.flow import path
 from raekit.inference import Model
-from raekit.models.autoencoder import Autoencoder
+from raekit.models.autoencoder import load_autoencoder
 from raekit.models.denoiser import Denoiser, DenoiserConfig, DenoiserSize
 from raekit.models.layers import watch_logits
 from raekit.stages.evaluation import EvaluationConfig, evaluator
@@ -90,7 +90,7 @@ def flow_matching_loss(
 def build(config: GenerationConfig, run: Path, world: World) -> Stage:
     """The denoiser's objective; the artifact is a model folder with the autoencoder and every average."""
     seed, dtype = config.train.seed, compute_dtype(config.train.precision, world.device)
-    autoencoder = Autoencoder.load(config.autoencoder, dtype)
+    autoencoder = load_autoencoder(config.autoencoder, dtype)
     if config.latents:
         loader = LatentLoader(Path(config.latents), config.data, seed, autoencoder)
     else:
@@ -141,7 +141,7 @@ def build(config: GenerationConfig, run: Path, world: World) -> Stage:
 
     def prepare() -> None:
         if config.train.compile and not config.latents:
-            autoencoder.encoder.compile()
+            autoencoder.compile_encoder()
 
     def averaged() -> Denoiser:
         assert isinstance(objective.averaged, Denoiser)

@@ -16,8 +16,8 @@ from raekit.evaluation.features import EncoderFeatures, Images, PairScore
 from raekit.evaluation.metrics import FrechetDistance, PairMean, psnr, ssim
 from raekit.files import whole
 from raekit.inference import reconstruct
-from raekit.models.autoencoder import Autoencoder
 from raekit.models.encoders import load_encoder
+from raekit.models.latent_space import LatentSpace
 from raekit.moments import Moments
 from raekit.weights import read_weights
 
@@ -56,7 +56,7 @@ def scorer(
     latent_shape: tuple[int, int, int],
     world: World,
     more: Mapping[str, Callable[[Tensor, Tensor], Tensor]] | None = None,
-) -> Callable[[Autoencoder], dict[str, float]]:
+) -> Callable[[LatentSpace], dict[str, float]]:
     """A function that scores autoencoders on the held-out images of `data`, and on the latents of `config`.
 
     Gives `reconstruction_fd`, psnr and ssim, and `generation_fd` if there are latents. `more` are further
@@ -70,17 +70,17 @@ def scorer(
     pairs = {"psnr": psnr, "ssim": ssim, **(more or {})}
     reference: list[Moments] = []
 
-    def reconstructed(model: Autoencoder) -> Iterator[Images]:
+    def reconstructed(model: LatentSpace) -> Iterator[Images]:
         for batch in heldout.once(BATCH * world.size, world):
             images = batch.to(world.device).pixels()
             yield Images(reconstruct(model, images), batch.labels, images)
 
-    def decoded(model: Autoencoder, latents: Tensor) -> Iterator[Images]:
+    def decoded(model: LatentSpace, latents: Tensor) -> Iterator[Images]:
         for part in latents.split(BATCH)[world.rank :: world.size]:
             with torch.no_grad():
                 yield Images(model.decode(model.whiten(part.to(world.device))), torch.full((len(part),), -1))
 
-    def score(model: Autoencoder) -> dict[str, float]:
+    def score(model: LatentSpace) -> dict[str, float]:
         if not reference:
             stream = images_of(heldout.once(BATCH * world.size, world), world)
             reference.append(reference_moments(stream, network, world))
@@ -100,7 +100,7 @@ def selector(
     data: DataConfig,
     latent_shape: tuple[int, int, int],
     run: Path,
-    current: Callable[[], Autoencoder],
+    current: Callable[[], LatentSpace],
     world: World,
 ) -> Callable[[int], dict[str, float]]:
     """A function for `Periodic` that scores the autoencoder of `current()` and exports it if it is the best so far.

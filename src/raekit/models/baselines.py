@@ -1,0 +1,122 @@
+"""What the paper sets RAE against: the latents of a VAE, and raw pixels (tables 10 and 11)."""
+
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from raekit import artifacts
+from raekit.config import check_sizes, configclass
+from raekit.distributed import World
+from raekit.errors import UserError
+from raekit.models.latent_space import LatentSpace
+from raekit.weights import is_repository
+
+
+@configclass
+class BaselineConfig:
+    """`baseline` is "pixels", or "vae:WHERE", a diffusers AutoencoderKL in a folder or as OWNER/NAME on the Hub."""
+
+    baseline: str
+    image_size: int = 256
+
+    def __post_init__(self) -> None:
+        if self.baseline != "pixels" and not self.baseline.removeprefix("vae:"):
+            raise UserError("autoencoder vae: name its weights, as in vae:stabilityai/sd-vae-ft-ema")
+        check_sizes("autoencoder", image_size=self.image_size)
+
+    @classmethod
+    def named(cls, name: str) -> Self | None:
+        """That of the name `pixels` or `vae:WHERE`, @SIZE after it or not; None if `name` is of another kind."""
+        place, _, size = name.rpartition("@")
+        if not (place and size.isdecimal()):
+            place, size = name, "256"
+        if place != "pixels" and not place.startswith("vae:"):
+            return None
+        return cls(baseline=place, image_size=int(size))
+
+
+class Baseline(LatentSpace):
+    """Pixels in [-1, 1] as latents (3, H, W), or a VAE's: the mean of its posterior, scaled as its config.json says.
+
+    Neither is trained here, nor is anything sampled in encoding.
+    """
+
+    config: BaselineConfig
+    encoder: nn.Module
+    decoder: nn.Module
+
+    def __init__(self, config: BaselineConfig, vae: Any = None, encoder_dtype: torch.dtype = torch.float32) -> None:
+        """`vae` is a diffusers AutoencoderKL; without it the latents are the pixels."""
+        channels, factor = 3, 1
+        if vae:
+            channels, factor = vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1)
+        if config.image_size % factor:
+            raise UserError(f"{config.baseline}: images of {config.image_size} pixels; needs a multiple of {factor}")
+        super().__init__((channels, config.image_size // factor, config.image_size // factor))
+        self.config = config
+        self.encoder_dtype = encoder_dtype
+        self.encoder = _sequence(vae and vae.encoder, vae and vae.quant_conv).to(encoder_dtype)
+        self.decoder = _sequence(vae and vae.post_quant_conv, vae and vae.decoder)
+        if vae:
+            shift = vae.config.shift_factor
+            ones = torch.ones(self.latent_shape)
+            self.set_statistics(shift and shift * ones, ones / vae.config.scaling_factor**2)
+        self.requires_grad_(False).eval()
+
+    @classmethod
+    def load(cls, config: BaselineConfig, encoder_dtype: torch.dtype = torch.float32) -> Self:
+        """The baseline of `config`; UserError if its weights are not whole, or diffusers is not installed."""
+        vae = None if config.baseline == "pixels" else _read_vae(config.baseline.removeprefix("vae:"))
+        return cls(config, vae, encoder_dtype)
+
+    def save(self, folder: Path, world: World | None = None, dtype: torch.dtype | None = None) -> None:
+        """Write FOLDER/autoencoder, which names the weights and holds none."""
+        artifacts.write(folder / "autoencoder", "autoencoder", self.config, nn.Module(), world or World(), dtype=dtype)
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        return (self.config.image_size, self.config.image_size)
+
+    @property
+    def encoder_facts(self) -> tuple[object, ...]:
+        return (self.config.image_size,)
+
+    def compile_encoder(self) -> None:
+        self.encoder.compile()
+
+    @torch.no_grad()
+    def tokens(self, images: Tensor) -> Tensor:
+        with torch.autocast(images.device.type, enabled=False):
+            moments = self.encoder((2 * images - 1).to(self.encoder_dtype))
+        return moments[:, : self.latent_shape[0]]  # a VAE gives the mean, then the logarithm of the variance
+
+    def pixels(self, tokens: Tensor) -> Tensor:
+        return (self.decoder(tokens).float() + 1) / 2
+
+
+def _sequence(*modules: nn.Module | None) -> nn.Sequential:
+    return nn.Sequential(*(module for module in modules if module is not None))
+
+
+def _read_vae(where: str) -> Any:
+    try:
+        from diffusers import AutoencoderKL
+    except ImportError:
+        raise UserError(f"vae:{where}: diffusers is not installed; pip install 'raekit[vae]'") from None
+    if Path(where).is_dir():
+        advice = f"fetch it again: `hf download ID --local-dir {where}`, ID its repository on the Hub"
+    elif is_repository(where):
+        advice = f"run `hf download {where}` where there is a network"
+    else:
+        raise UserError(f"vae:{where}: {where!r} is neither a folder nor OWNER/NAME on the Hub")
+    try:
+        loaded: Any = AutoencoderKL.from_pretrained(where, use_safetensors=True, output_loading_info=True)
+    except Exception as error:  # of many types, for files that are absent, cut off, changed or from elsewhere
+        reason = f"{type(error).__name__}: {str(error).strip().split(chr(10), 1)[0][:200]}"
+        raise UserError(f"vae:{where}: could not be loaded ({reason}); {advice}") from error
+    vae, found = loaded
+    if missing := sorted(found["missing_keys"]):  # which diffusers would fill with random numbers
+        raise UserError(f"vae:{where}: lacks {', '.join(missing[:8])}; {advice}")
+    return vae

@@ -1,0 +1,114 @@
+"""The latents that RAE is set against, beside diffusers' own VAE."""
+
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
+
+from raekit.errors import UserError
+from raekit.models.autoencoder import load_autoencoder
+from raekit.models.baselines import Baseline, BaselineConfig
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def diffusers_vae(folder: Path) -> Any:
+    return AutoencoderKL.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("pixels", BaselineConfig(baseline="pixels")),
+        ("pixels@64", BaselineConfig(baseline="pixels", image_size=64)),
+        ("vae:someone/something", BaselineConfig(baseline="vae:someone/something")),
+        ("vae:a@b@512", BaselineConfig(baseline="vae:a@b", image_size=512)),
+        ("pixels2", None),
+        ("builtin:emoji", None),
+    ],
+)
+def test_names(name: str, expected: BaselineConfig | None):
+    assert BaselineConfig.named(name) == expected
+
+
+def test_pixels():
+    model = load_autoencoder("pixels@8")
+    images = torch.rand(2, 3, 8, 8)
+    latents = model.encode(images)
+    assert (model.latent_shape, model.image_size) == ((3, 8, 8), 8)
+    assert torch.allclose(latents, 2 * images - 1, atol=1e-5)
+    assert torch.allclose(model.decode(latents), images, atol=1e-6)
+
+
+def test_a_vae_is_that_of_diffusers(vae: Path):
+    model, theirs = load_autoencoder(f"vae:{vae}@16"), diffusers_vae(vae)
+    images = torch.rand(2, 3, 16, 16)
+    with torch.no_grad():
+        expected = theirs.encode(2 * images - 1).latent_dist.mode() * theirs.config.scaling_factor
+        decoded = (theirs.decode(expected / theirs.config.scaling_factor).sample + 1) / 2
+    latents = model.encode(images)
+    assert (model.latent_shape, model.image_size) == ((4, 8, 8), 16)
+    assert torch.allclose(latents, expected, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(model.decode(latents), decoded.clamp(0, 1), atol=1e-5)
+
+
+def test_a_vae_that_shifts(vae: Path, tmp_path: Path):
+    theirs = diffusers_vae(vae)
+    theirs.register_to_config(shift_factor=0.25, scaling_factor=0.5)
+    theirs.save_pretrained(tmp_path)
+    images = torch.rand(1, 3, 16, 16)
+    model = load_autoencoder(f"vae:{tmp_path}@16")
+    with torch.no_grad():
+        expected = (theirs.encode(2 * images - 1).latent_dist.mode() - 0.25) * 0.5
+    assert torch.allclose(model.encode(images), expected, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(model.unwhiten(model.whiten(expected)), expected, atol=1e-5)
+
+
+def test_only_the_encoder_computes_in_bfloat16(vae: Path):
+    model, exact = load_autoencoder(f"vae:{vae}@16", torch.bfloat16), load_autoencoder(f"vae:{vae}@16")
+    images = torch.rand(1, 3, 16, 16)
+    latents = model.encode(images)
+    assert latents.dtype == torch.float32
+    assert 0 < (latents - exact.encode(images)).norm() / latents.norm() < 0.02
+    assert torch.equal(model.decode(latents), exact.decode(latents))
+
+
+def test_a_folder_names_the_weights(vae: Path, tmp_path: Path):
+    model = load_autoencoder(f"vae:{vae}@16")
+    model.save(tmp_path)
+    again = load_autoencoder(str(tmp_path))
+    assert isinstance(again, Baseline)
+    assert again.config == model.config
+    images = torch.rand(1, 3, 16, 16)
+    assert torch.equal(again.encode(images), model.encode(images))
+    assert not any(parameter.requires_grad for parameter in again.parameters())
+
+
+def test_errors(vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name, message in (
+        ("vae:", "name its weights"),
+        ("vae:nowhere", "neither a folder nor OWNER/NAME on the Hub"),
+        ("vae:no-such/vae", "hf download no-such/vae"),
+        (f"vae:{vae}@15", "images of 15 pixels; needs a multiple of 2"),
+        ("pixels@0", "image_size"),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            load_autoencoder(name)
+    shutil.copytree(vae, tmp_path / "partial")
+    state = load_file(vae / WEIGHTS)
+    lost = state.popitem()[0]
+    save_file(state, tmp_path / "partial" / WEIGHTS)
+    with pytest.raises(UserError, match=f"lacks {re.escape(lost)}; fetch it again"):
+        load_autoencoder(f"vae:{tmp_path / 'partial'}@16")
+    (tmp_path / "partial" / WEIGHTS).write_bytes(b"")
+    with pytest.raises(UserError, match="could not be loaded"):
+        load_autoencoder(f"vae:{tmp_path / 'partial'}@16")
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(UserError, match=re.escape("pip install 'raekit[vae]'")):
+        load_autoencoder(f"vae:{vae}@16")
