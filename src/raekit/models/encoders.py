@@ -5,6 +5,7 @@ Adding a family is one `Family` entry.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from torch import Tensor, nn
 
 from raekit import artifacts
@@ -441,6 +443,25 @@ def load_encoder(
     return Encoder(name, spec, model, input_size, layers)
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep `transformers` from warning and from showing how it loads; downloads still show their progress."""
+    from transformers import logging
+
+    verbosity, bar, silent = logging.get_verbosity(), logging.is_progress_bar_enabled(), are_progress_bars_disabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()  # that of downloads too
+    if not silent:
+        enable_progress_bars()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
+
+
+@_quiet()  # what it would print is checked
 def _read_transformers(name: str, family: str, where: str, dtype: torch.dtype) -> Any:
     """The `transformers` model in the folder or Hub repository `where`; UserError if it is not whole."""
     import transformers  # slow to import, and not needed for our own encoders
@@ -453,8 +474,6 @@ def _read_transformers(name: str, family: str, where: str, dtype: torch.dtype) -
         advice = f"run `hf download {where}` where there is a network"
     else:
         raise UserError(f"encoder {name}: {where!r} is neither a folder nor OWNER/NAME on the Hub")
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity(transformers.logging.CRITICAL)  # what it would print is checked below
     try:
         values, _ = transformers.PretrainedConfig.get_config_dict(where)
         if not isinstance(values, dict) or not values:
@@ -472,8 +491,6 @@ def _read_transformers(name: str, family: str, where: str, dtype: torch.dtype) -
         raise
     except Exception as error:  # of many types, for files that are absent, cut off, changed or from elsewhere
         raise UserError(f"encoder {name}: {where} could not be loaded ({_reason(error)}); {advice}") from error
-    finally:
-        transformers.logging.set_verbosity(verbosity)
     if missing := sorted(found["missing_keys"]):  # which transformers would fill with random numbers
         raise UserError(f"encoder {name}: {where} lacks {', '.join(missing[:8])}; {advice}")
     return model
