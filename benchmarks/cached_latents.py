@@ -3,8 +3,8 @@
     python benchmarks/cached_latents.py [--autoencoder builtin:emoji] [--source emoji] [--steps 10] [--out cached.json]
 
 The caches (float32, bfloat16, 8 bits) are written first, to a folder that is removed afterwards; then four trainings of
-the same seed take turns of so many steps in one process. The denoiser is that of `emoji_dit_dh`, widened to the channels
-of the latents where they need it. Losses are compared with those on the fly, step by step.
+the same seed take turns of so many steps in one process. The denoiser is that of `emoji_dit_dh`, widened to the
+channels of the latents where they need it. Losses are compared with those on the fly, step by step.
 """
 
 import argparse
