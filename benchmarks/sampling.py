@@ -4,8 +4,9 @@
 
 "doubled" is a baseline as the published sampler works: each network that takes part runs on the batch twice over, at
 every step. The weak model of AutoGuidance is as large as the guided one, and the base output of internal guidance is
-taken after block 8. All take turns in one process; a speed-up is to the first line of its table, with its range. The
-latents of a method and its baseline are compared first. Images/s are for 50 steps, scaled from the steps run.
+taken after block 8. The backbone's output is reused where the steps run are a multiple. All take turns in one process;
+a speed-up is to the first line of its table, with its range. The latents of a method and its baseline are compared
+first. Images/s are for 50 steps, scaled from the steps run.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from raekit.sampling import Sampling, sample_latents
 from raekit.train.trainer import autocast
 
 FULL_STEPS = 50
+REUSE = (2, 4)
 RULES = {
     "CFG": Guidance(scale=1.5),
     "CFG in an interval": Guidance(scale=1.5, start=0.1, end=0.9),
@@ -59,9 +61,9 @@ def samplers(
     """{name: a call that gives latents}: unguided, with each of RULES, and the baselines."""
     indices = torch.arange(len(labels))
 
-    def ours(*rules: Guidance) -> Callable[[], Tensor]:
+    def ours(*rules: Guidance, reuse: int = 1) -> Callable[[], Tensor]:
         needed = weak if any(rule.method == "auto" for rule in rules) else None
-        sampling = Sampling(steps=steps, guidance=rules, weak=needed, precision=precision)
+        sampling = Sampling(steps=steps, guidance=rules, weak=needed, reuse=reuse, precision=precision)
         return lambda: sample_latents(model, labels, indices, 0, sampling, labels.device)
 
     def baseline(rule: Guidance) -> Callable[[], Tensor]:
@@ -69,6 +71,7 @@ def samplers(
 
     return (
         {"unguided": ours()}
+        | {f"backbone 1 step in {k}": ours(reuse=k) for k in REUSE if steps % k == 0}
         | {name: ours(rule) for name, rule in RULES.items()}
         | {f"{name}, doubled": baseline(rule) for name, rule in RULES.items() if rule.method != "internal"}
     )
