@@ -1,13 +1,9 @@
 """Stage 1 on the built-in emoji: a small decoder for builtin:vit-tiny, L1 only.
 
-Reproduces:     src/raekit/assets/emoji/autoencoder (4.2 M parameters, seed 0)
+Reproduces:     docs/results/gan.md, what emoji_decoder_gan is compared with
 Command:        raekit train emoji_decoder --train.compile
-                python tools/make_builtin.py autoencoder runs/emoji_decoder
 Cost:           16 minutes on one CPU core (80 images/s)
 Last verified:  2026-11-22. Held-out images: PSNR 22.3 dB, SSIM 0.78, fd_vit_tiny 0.32 (training images 0.87).
-
-The committed weights come from a run whose warm-up still began at 0, not at lr / warmup_steps: a rerun gives
-close figures, not the same bits.
 """
 
 from raekit.data.loader import DataConfig
