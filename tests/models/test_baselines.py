@@ -1,5 +1,6 @@
 """The latents that RAE is set against, beside diffusers' own VAE."""
 
+import pickle
 import re
 import shutil
 import sys
@@ -112,3 +113,19 @@ def test_errors(vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(UserError, match=re.escape("pip install 'raekit[vae]'")):
         load_autoencoder(f"vae:{vae}@16")
+
+
+def test_no_pickle_is_read(vae: Path, tmp_path: Path):
+    ran = tmp_path / "ran"
+
+    class Code:
+        def __reduce__(self) -> tuple[Any, tuple[str]]:
+            return Path.touch, (ran,)  # type: ignore[return-value]
+
+    shutil.copy(vae / "config.json", tmp_path)
+    (tmp_path / "diffusion_pytorch_model.bin").write_bytes(pickle.dumps(Code()))
+    with pytest.raises(UserError, match="could not be loaded"):
+        load_autoencoder(f"vae:{tmp_path}@16")
+    assert not ran.exists()
+    pickle.loads((tmp_path / "diffusion_pytorch_model.bin").read_bytes())
+    assert ran.exists()
