@@ -1,5 +1,6 @@
 """The training loop, for any list of objectives and any number of processes."""
 
+import logging
 import os
 import shutil
 import signal
@@ -32,6 +33,7 @@ from raekit.train.tracking import Tracker
 
 CXX_COMPILERS = (os.environ.get("CXX", "g++"), "clang++")
 Precision = Literal["auto", "fp32", "bf16"]
+_log = logging.getLogger(__name__)
 Report = Callable[[int, dict[str, float]], None]
 """Called with the number of steps done and the latest metrics."""
 
@@ -118,6 +120,8 @@ class Trainer:
             )
         if config.compile and world.device.type == "cpu" and not any(map(shutil.which, CXX_COMPILERS)):
             raise UserError("train.compile: on a CPU it needs a C++ compiler; install g++, or leave it off")
+        if config.precision == "bf16" and compute_dtype("auto", world.device) == torch.float32:
+            _log.warning("train.precision: bf16 is slow on this processor, which has no instructions for it")
         self.run, self.config, self.world = run, config, world
         self.objectives, self.batches, self.periodics = list(objectives), batches, periodics
         self.micro_batch = config.micro_batch or share
