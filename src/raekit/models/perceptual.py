@@ -48,7 +48,6 @@ class LPIPS(nn.Module):
         # The published constants, for colours in [-1, 1], not quite those of ImageNet.
         self.register_buffer("mean", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1), persistent=False)
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # 1.2 times as fast on a CPU
         self.requires_grad_(False)
         super().train(False)
 
@@ -66,6 +65,7 @@ class LPIPS(nn.Module):
 
     def _directions(self, images: Tensor) -> list[Tensor]:
         """The features at the end of each stage, of unit length over the channels."""
+        # Channels last: 1.2 times as fast on a CPU. The weights follow their input.
         x = ((2 * images.float() - 1 - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         found = []
         for index, layer in enumerate(self.features):
