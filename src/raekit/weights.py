@@ -61,6 +61,15 @@ def is_repository(name: str) -> bool:
     return name.count("/") == 1 and not name.startswith((".", "/", "~"))
 
 
+def how_to_fetch(where: str, what: str) -> str:
+    """What to do if the files of `what` at `where` are not whole; UserError if that is no folder and no OWNER/NAME."""
+    if where and Path(where).is_dir():
+        return f"fetch it again: `hf download ID --local-dir {where}`, ID its repository on the Hub"
+    if is_repository(where):
+        return f"run `hf download {where}` where there is a network"
+    raise UserError(f"{what}: {where!r} is neither a folder nor OWNER/NAME on the Hub")
+
+
 def find_file(repository: str, name: str) -> Path:
     """The file `name` of a repository OWNER/NAME of the Hub: cached, or downloaded now. UserError if it is neither."""
     try:

@@ -59,16 +59,25 @@ def test_a_vae_is_that_of_diffusers(vae: Path):
     assert torch.allclose(model.decode(latents), decoded.clamp(0, 1), atol=1e-5)
 
 
-def test_a_vae_that_shifts(vae: Path, tmp_path: Path):
+@pytest.mark.parametrize("shift", [0.25, 0.0])
+def test_a_vae_that_shifts(vae: Path, tmp_path: Path, shift: float):
     theirs = diffusers_vae(vae)
-    theirs.register_to_config(shift_factor=0.25, scaling_factor=0.5)
+    theirs.register_to_config(shift_factor=shift, scaling_factor=0.5)
     theirs.save_pretrained(tmp_path)
     images = torch.rand(1, 3, 16, 16)
     model = load_autoencoder(f"vae:{tmp_path}@16")
     with torch.no_grad():
-        expected = (theirs.encode(2 * images - 1).latent_dist.mode() - 0.25) * 0.5
+        expected = (theirs.encode(2 * images - 1).latent_dist.mode() - shift) * 0.5
     assert torch.allclose(model.encode(images), expected, rtol=1e-5, atol=1e-5)
     assert torch.allclose(model.unwhiten(model.whiten(expected)), expected, atol=1e-5)
+
+
+def test_a_vae_with_statistics_of_its_channels_is_refused(vae: Path, tmp_path: Path):
+    theirs = diffusers_vae(vae)
+    theirs.register_to_config(latents_mean=[0.5] * 4, latents_std=[2.0] * 4)
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="latents_mean and latents_std of its config.json are not supported"):
+        load_autoencoder(f"vae:{tmp_path}@16")
 
 
 def test_only_the_encoder_computes_in_bfloat16(vae: Path):

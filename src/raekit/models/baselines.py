@@ -11,7 +11,7 @@ from raekit.config import check_sizes, configclass
 from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.models.latent_space import LatentSpace
-from raekit.weights import is_repository
+from raekit.weights import how_to_fetch
 
 
 @configclass
@@ -62,7 +62,7 @@ class Baseline(LatentSpace):
         if vae:
             shift = vae.config.shift_factor
             ones = torch.ones(self.latent_shape)
-            self.set_statistics(shift and shift * ones, ones / vae.config.scaling_factor**2)
+            self.set_statistics(shift * ones if shift else None, ones / vae.config.scaling_factor**2)
         self.requires_grad_(False).eval()
 
     @classmethod
@@ -105,12 +105,7 @@ def _read_vae(where: str) -> Any:
         from diffusers import AutoencoderKL
     except ImportError:
         raise UserError(f"vae:{where}: diffusers is not installed; pip install 'raekit[vae]'") from None
-    if Path(where).is_dir():
-        advice = f"fetch it again: `hf download ID --local-dir {where}`, ID its repository on the Hub"
-    elif is_repository(where):
-        advice = f"run `hf download {where}` where there is a network"
-    else:
-        raise UserError(f"vae:{where}: {where!r} is neither a folder nor OWNER/NAME on the Hub")
+    advice = how_to_fetch(where, f"vae:{where}")
     try:
         loaded: Any = AutoencoderKL.from_pretrained(where, use_safetensors=True, output_loading_info=True)
     except Exception as error:  # of many types, for files that are absent, cut off, changed or from elsewhere
@@ -119,4 +114,6 @@ def _read_vae(where: str) -> Any:
     vae, found = loaded
     if missing := sorted(found["missing_keys"]):  # which diffusers would fill with random numbers
         raise UserError(f"vae:{where}: lacks {', '.join(missing[:8])}; {advice}")
+    if vae.config.latents_mean or vae.config.latents_std:
+        raise UserError(f"vae:{where}: latents_mean and latents_std of its config.json are not supported; take another")
     return vae

@@ -23,7 +23,7 @@ from raekit.config import check_sizes, configclass, from_dict, read_json
 from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.models.layers import ViTBlock, patchify, sincos_positions
-from raekit.weights import check_fit, find_folder, is_repository, load_strict
+from raekit.weights import check_fit, find_folder, how_to_fetch, load_strict
 
 Colours = tuple[float, float, float]
 Size = int | tuple[int, int]
@@ -468,12 +468,7 @@ def _read_transformers(name: str, family: str, where: str, dtype: torch.dtype) -
 
     kind = FAMILIES[family]
     model_class = getattr(transformers, kind.model_class)
-    if where and Path(where).is_dir():
-        advice = f"fetch it again: `hf download ID --local-dir {where}`, ID its repository on the Hub"
-    elif is_repository(where):
-        advice = f"run `hf download {where}` where there is a network"
-    else:
-        raise UserError(f"encoder {name}: {where!r} is neither a folder nor OWNER/NAME on the Hub")
+    advice = how_to_fetch(where, f"encoder {name}")
     try:
         values, _ = transformers.PretrainedConfig.get_config_dict(where)
         if not isinstance(values, dict) or not values:
