@@ -16,6 +16,7 @@ from diffusers import AutoencoderRAE  # pyright: ignore[reportPrivateImportUsage
 from torch.utils.flop_counter import FlopCounterMode
 
 from harness import MatmulRate, interleaved, report
+from raekit.distributed import prepare_device
 from raekit.models.autoencoder import Autoencoder, AutoencoderConfig
 from raekit.models.decoder import DecoderConfig
 from raekit.models.encoders import REGISTRY, Encoder
@@ -98,7 +99,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, help="JSON files for the figures: FILE-encode-fp32.json and so on")
     arguments = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = prepare_device()
     batch = arguments.batch or (64 if device.type == "cuda" else 2)
     for precision in arguments.precisions:
         compare(arguments.decoder, precision, batch, arguments.repeats, device, arguments.out)

@@ -19,7 +19,7 @@ from torch import nn
 
 from harness import interleaved, report, synchronise
 from raekit.cache import Storage, cache_latents, relative_error
-from raekit.distributed import World
+from raekit.distributed import World, prepare_device
 from raekit.models.autoencoder import load_autoencoder
 from raekit.recipes import emoji_dit_dh
 from raekit.stages.generation import GenerationConfig
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     arguments = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = prepare_device()
     world = World(device=device)
     autoencoder = load_autoencoder(arguments.autoencoder, compute_dtype(arguments.precision, device)).to(device)
     base = emoji_dit_dh.config()

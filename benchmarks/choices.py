@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from harness import compiled, denoiser, interleaved, report, training_step
+from raekit.distributed import prepare_device
 from raekit.models import layers
 from raekit.models.denoiser import Denoiser
 
@@ -64,7 +65,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, help="JSON files for the figures: FILE-eager.json and FILE-compiled.json")
     arguments = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = prepare_device()
     batch = arguments.batch or (64 if device.type == "cuda" else 2)
 
     def stepper(model: Denoiser, optimizer: torch.optim.Optimizer) -> Callable[[], None]:

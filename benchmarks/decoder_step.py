@@ -19,7 +19,7 @@ from torch import nn
 
 from harness import interleaved, report
 from raekit.data.loader import Batch
-from raekit.distributed import World
+from raekit.distributed import World, prepare_device
 from raekit.models.autoencoder import Autoencoder, AutoencoderConfig
 from raekit.models.decoder import DecoderConfig
 from raekit.models.discriminator import Dino, Discriminator
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     arguments = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = prepare_device()
     count = arguments.batch or (32 if device.type == "cuda" else 2)
     recipe = dinov2b_decoder_xl.config()
     published = recipe.adversarial

@@ -12,10 +12,10 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from harness import MatmulRate, compiled, denoiser, interleaved, report, training_step
+from raekit.distributed import prepare_device
 from raekit.train.optim import OptimConfig, adamw
 from raekit.train.trainer import checkpoint_blocks, compute_dtype
 
@@ -31,10 +31,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     arguments = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = prepare_device()
     batch = arguments.batch or (64 if device.type == "cuda" else 2)
 
-    def stepper(variant: str) -> Callable[[], None]:
+    def stepper(variant: str, batch: int = batch) -> Callable[[], None]:
         model = denoiser(arguments.size, device)
         if "checkpointed" in variant:
             checkpoint_blocks([*model.blocks, *model.head_blocks])
@@ -43,13 +43,13 @@ def main() -> None:
         return training_step(model, adamw(OptimConfig(), model.parameters()), batch, arguments.precision, device)
 
     counter = FlopCounterMode(display=False)
-    with counter:
-        stepper("eager")()
+    with counter:  # of one image, so that it does not count for the peak memory of the others
+        stepper("eager", batch=1)()
     variants = {variant: stepper(variant) for variant in arguments.only or VARIANTS}
     rate = MatmulRate(compute_dtype(arguments.precision, device), device)
     times = interleaved(variants, arguments.repeats, device, rate)
     title = f"training step, DiT^DH-{arguments.size}, 768x16x16, batch {batch}, {arguments.precision}"
-    report(title, times, batch, device, arguments.out, flops=counter.get_total_flops(), rate=rate)
+    report(title, times, batch, device, arguments.out, flops=batch * counter.get_total_flops(), rate=rate)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from harness import compiled, denoiser, interleaved, report
 from raekit import randomness
+from raekit.distributed import prepare_device
 from raekit.flow.guidance import Guidance
 from raekit.flow.solvers import euler, time_grid
 from raekit.models.denoiser import Denoiser
@@ -87,7 +88,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, help="JSON files for the figures: FILE-eager.json and FILE-compiled.json")
     arguments = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = prepare_device()
     batch = arguments.batch or (64 if device.type == "cuda" else 2)
     steps = arguments.steps or (FULL_STEPS if device.type == "cuda" else 2)
     labels = torch.randint(1000, (batch,), device=device)

@@ -226,7 +226,7 @@ def _predictions(model: Denoiser, labels: Tensor) -> Predict:
 
 def _guided(model: Denoiser, case: Case) -> Tensor:
     """Classifier-free guidance, sample by sample: ours has one time for a whole batch."""
-    interval = case.array("cfg_interval").float().tolist() if "cfg_interval" in case else (0.0, 1.0)
+    interval = case.array("cfg_interval").tolist() if "cfg_interval" in case else (0.0, 1.0)
     rules = _rules("cfg", case.array("cfg_scale").item(), interval)
     rows = []
     for x, t, label in zip(case.array("x"), case.array("t"), case.array("y"), strict=True):

@@ -442,14 +442,21 @@ def test_a_folder_gets_one_picture_a_sample_and_is_completed_by_the_same_command
     for name, image in zip(names, first, strict=True):  # another batch may round another way
         assert np.abs(pixels(out / name).astype(int) - image).max() <= 1
     assert {name for name, time in times(out).items() if time != before.get(name)} == {names[1], names[4]}
-    # More samples are added to the same; another seed makes others.
+    # More samples are added to the same; those of another seed, class or format are not mixed with them.
     before = times(out)
     assert run(*command, "--count", 3).code == 0
     assert {name for name, time in times(out).items() if time != before.get(name)} == {
         f"{i:06d}.png" for i in (6, 7, 8)
     }
-    assert run(*command, "--count", 3, "--seed", 1).code == 0
-    assert not any(np.array_equal(pixels(out / name), image) for name, image in zip(names, first, strict=True))
+    before = times(out)
+    for other in (["--seed", 1], ["--class", "red"], ["--format", "webp"], ["--steps", 3]):
+        done = run(*command, "--count", 1, *other)
+        assert_fails(done, f"{out}: holds other pictures, as 000000.png", "give another folder, or remove them")
+    stranger = tmp_path / "photos"
+    stranger.mkdir()
+    Image.new("RGB", (8, 8)).save(stranger / "000000.png")
+    assert_fails(run("generate", tiny_model, "--out", stranger), f"{stranger}: holds other pictures, as 000000.png")
+    assert (times(out), len(list(stranger.iterdir()))) == (before, 1)
 
 
 def test_ranges_of_classes_and_webp(run, tiny_model, tmp_path):
@@ -524,6 +531,8 @@ def test_a_published_yaml_is_generated_from(run, tiny_model, tmp_path, monkeypat
     assert "(2 model passes an image)" in done.out
     assert given == [Path("a.yaml")]
     assert_fails(run(*command, "--steps", 5, "--guidance", "cfg:2"), "--published: a.yaml gives --steps, --guidance")
+    for option, default in (("--steps", 50), ("--solver", "euler"), ("--grid", "full")):  # which is not the file's
+        assert_fails(run(*command, option, default), f"--published: a.yaml gives {option} itself")
     assert_fails(run(*command, tiny_model), "give either a model or --published FILE.yaml")
     assert_fails(run("generate", "--out", tmp_path / "x.png"), "give either a model or --published FILE.yaml")
 
@@ -596,8 +605,10 @@ def weaker(tiny_model, tmp_path) -> Path:
         (["--guidance", "cfg:1"], ["a scale of 1"]),
         (["--guidance", ""], ["guidance: ''"]),
         (["--guidance", "internal:2"], ["guidance: internal needs a base output"]),
-        (["--guidance", "auto:2"], ["guidance: auto needs a weaker model; give it with --weak"]),
+        (["--guidance", "auto:2"], ["guidance: auto needs a weaker model (--weak"]),
         (["--reuse", "2", "--solver", "heun"], ["reuse: only for"]),
+        (["--solver", "dopri5", "--steps", "50"], ["--steps: no effect with --solver dopri5"]),
+        (["--atol", "1e-6"], ["--atol: no effect with --solver euler"]),
     ],
 )
 def test_a_wrong_wish_is_one_message_and_leaves_no_picture(run, tiny_model, tmp_path, options, words):
@@ -619,6 +630,49 @@ def test_a_place_that_cannot_be_written_is_named(run, tiny_model, tmp_path):
     (tmp_path / "file").touch()
     done = run("generate", tiny_model, "--steps", 1, "--count", 1, "--out", tmp_path / "file" / "grid.png")
     assert_fails(done, tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["generate", "builtin:emoji", "--out", "FOLDER.png"],
+        ["generate", "builtin:emoji", "--out", "FOLDER.npz"],
+        ["interpolate", "builtin:emoji", "--seeds", "0", "1", "--out", "FOLDER.png"],
+        ["trajectory", "builtin:emoji", "--out", "FOLDER.webp"],
+        ["latents", "measure", "builtin:vit-tiny", "--out", "FOLDER.safetensors"],
+        ["latents", "generate", "builtin:emoji", "--out", "FOLDER.safetensors"],
+        ["evaluate", "builtin:emoji", "--out", "FOLDER"],
+        ["reference", "emoji", "--image-size", "64", "--out", "FOLDER.safetensors"],
+        ["probe", "builtin:vit-tiny", "--out", "FOLDER"],
+    ],
+    ids=" ".join,
+)
+def test_a_folder_where_a_file_is_meant_is_left_alone(run, tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    folder = Path(command[-1])
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("years of work")
+    assert_fails(run(*command), f"{folder}: is a folder; give a file")
+    assert [path.read_text() for path in folder.iterdir()] == ["years of work"]
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["generate", "builtin:emoji", "--out", "x.jpg"], "x.jpg must be a .png, .webp or .npz file, or a folder"),
+        (["generate", "builtin:emoji", "--out", "file"], "file: is a file; give a folder"),
+        (["latents", "cache", "builtin:emoji", "--out", "file"], "file: is a file; give a folder"),
+        (["latents", "generate", "builtin:emoji", "--out", "x.png"], "x.png: the file to write must end in .safetens"),
+        (["latents", "generate", "builtin:emoji", "--out", "x.safetensors", "--guidance", "auto:2"], "a weaker model"),
+        (["latents", "measure", "builtin:vit-tiny", "--out", "file/x.safetensors"], "as file is a file"),
+    ],
+    ids=str,
+)
+def test_a_place_of_another_kind_is_refused_at_once(run, tmp_path, monkeypatch, command, message):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("mine")
+    assert_fails(run(*command), message)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
 
 
 def test_a_grid_on_a_full_disk_leaves_the_old_one(run, tiny_model, full_disk):

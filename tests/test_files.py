@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ def test_a_file_appears_when_it_is_whole(tmp_path):
 def test_a_folder_takes_the_place_of_another(tmp_path):
     path = tmp_path / "folder"
     for name in ("old", "new"):
-        with whole(path) as partial:
+        with whole(path, folder=True) as partial:
             partial.mkdir()
             (partial / name).touch()
     assert names(tmp_path) == ["folder"]
@@ -37,16 +38,66 @@ def test_a_folder_takes_the_place_of_another(tmp_path):
 
 def test_what_a_killed_process_left_is_written_over(tmp_path):
     path = tmp_path / "folder"
-    with whole(path) as partial:
+    with whole(path, folder=True) as partial:
         partial.mkdir()
     partial.mkdir(parents=True)
     (partial / "torn").touch()
     (partial.parent / ".tmpAbC").touch()  # as safetensors leaves them
-    with whole(path) as partial:
+    with whole(path, folder=True) as partial:
         partial.mkdir()
         (partial / "good").touch()
     assert names(path) == ["good"]
     assert names(tmp_path) == ["folder"]
+
+
+def test_a_folder_is_not_replaced_by_a_file_nor_a_file_by_a_folder(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("good")
+    with pytest.raises(UserError, match="folder: is a folder; give a file"), whole(tmp_path / "folder"):
+        pass
+    with pytest.raises(UserError, match="file: is a file; give a folder"), whole(tmp_path / "file", folder=True):
+        pass
+    with pytest.raises(UserError, match=r"x: cannot be written, as .*file is a file"), whole(tmp_path / "file" / "x"):
+        pass
+    assert names(tmp_path) == ["file", "folder"]
+
+
+def test_a_kill_while_a_folder_takes_the_place_of_another_loses_neither(tmp_path, monkeypatch):
+    path = tmp_path / "folder"
+    for content in ("first", "second"):
+        with whole(path, folder=True) as partial:
+            partial.mkdir()
+            (partial / content).touch()
+    moves, move = [], Path.replace
+
+    def killed(self: Path, target: Path) -> Path:
+        moves.append(self)
+        if len(moves) == 2:  # the old one is out of the way
+            raise KeyboardInterrupt
+        return move(self, target)
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt), whole(path, folder=True) as partial:
+        partial.mkdir()
+    assert not path.exists()
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="could not be written"), whole(path, folder=True) as partial:
+        (partial / "into nothing").mkdir()
+    assert names(path) == ["second"]
+
+
+def test_all_whom_the_umask_lets_may_read(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with whole(tmp_path / "x.safetensors") as partial:
+            save_file({"x": torch.ones(1)}, partial)
+        with whole(tmp_path / "folder", folder=True) as partial:
+            partial.mkdir()
+            save_file({"x": torch.ones(1)}, partial / "y.safetensors")
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "x.safetensors", tmp_path / "folder" / "y.safetensors"):
+        assert path.stat().st_mode & 0o777 == 0o640
 
 
 def test_an_error_leaves_what_was_there(tmp_path):

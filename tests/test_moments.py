@@ -60,26 +60,12 @@ def test_a_large_mean_costs_no_digits():
     torch.testing.assert_close(far.covariance, near.covariance, rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("diagonal", [False, True])
-def test_merging_equals_one_pass(diagonal):
-    rows = correlated(100, 6)
-    whole = collect((rows,), 6, diagonal)
-    first, rest = collect((rows[:30],), 6, diagonal), collect((rows[30:],), 6, diagonal)
-    empty = Moments(6, diagonal=diagonal)
-    for part in (empty, first, Moments(6, diagonal=diagonal), rest):
-        empty.merge(part)
-    assert empty.count == 100
-    torch.testing.assert_close(empty.scatter, whole.scatter, rtol=1e-12, atol=0)
-
-
 def test_wrong_sizes_and_too_few_samples_are_refused():
     moments = Moments(3)
     moments.update(torch.zeros(0, 3))
     assert moments.count == 0
     with pytest.raises(ValueError, match="4 elements"):
         moments.update(torch.zeros(2, 4))
-    with pytest.raises(ValueError, match="merged"):
-        moments.merge(Moments(3, diagonal=True))
     with pytest.raises(UserError, match="at least one sample"):
         _ = moments.variance
     moments.update(torch.zeros(1, 3))

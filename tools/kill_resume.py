@@ -130,7 +130,7 @@ def contents(run: Path) -> dict[str, str]:
         warnings.simplefilter("ignore")
         dcp_to_torch_save(newest, Path(scratch) / "state.pt")
         add(newest.name, torch.load(Path(scratch) / "state.pt"))
-    for path in (run / "artifact").rglob("*.*"):
+    for path in filter(Path.is_file, (run / "artifact").rglob("*")):
         found[str(path.relative_to(run))] = digest(path.read_bytes())
     for record in read_metrics(run):
         if record.pop("images_per_second", None):  # of training, not of an evaluation in between

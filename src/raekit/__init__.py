@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from raekit.conversion import convert
     from raekit.errors import UserError
     from raekit.flow.guidance import Guidance
-    from raekit.inference import Model, generate, load, reconstruct
+    from raekit.inference import Model, generate, images_to_noise, load, noise_to_images, reconstruct
     from raekit.latents import read_latents
     from raekit.models.autoencoder import Autoencoder
     from raekit.models.denoiser import Denoiser
@@ -31,7 +31,9 @@ __all__ = [
     "convert",
     "evaluate",
     "generate",
+    "images_to_noise",
     "load",
+    "noise_to_images",
     "read_latents",
     "reconstruct",
 ]
@@ -47,7 +49,9 @@ _HOMES = {
     "convert": "raekit.conversion",
     "evaluate": "raekit.scoring:score",
     "generate": "raekit.inference",
+    "images_to_noise": "raekit.inference",
     "load": "raekit.inference",
+    "noise_to_images": "raekit.inference",
     "read_latents": "raekit.latents",
     "reconstruct": "raekit.inference",
 }

@@ -88,7 +88,7 @@ def write(
     state: dict[str, Tensor] = get_model_state_dict(module, options=options)  # type: ignore[assignment]
     if not world.is_main:
         return
-    with whole(folder) as partial:
+    with whole(folder, folder=True) as partial:
         partial.mkdir()
         average = {} if ema is None else {"ema": ema}
         (partial / "config.json").write_text(to_json({"kind": kind, **average, **to_dict(config)}))

@@ -15,6 +15,7 @@ from raekit import __version__
 from raekit.config import configclass, from_dict, read_json, to_dict, to_json
 from raekit.data.loader import Loader
 from raekit.distributed import World
+from raekit.distributed import world as enter_world
 from raekit.errors import UserError
 from raekit.files import whole
 from raekit.flow.guidance import Guidance
@@ -55,15 +56,18 @@ def run_demo(run: Path, minutes: float, quick: bool, progress: Report) -> bool:
     """
     if minutes <= 0:
         raise UserError(f"--minutes: {minutes} must be positive")
-    world = World(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     decoder, denoiser = _recipes(run)
-    plan = _plan(run, minutes, quick, decoder, denoiser, world, progress)
-    for name, config, steps in (("decoder", decoder, plan.decoder_steps), ("denoiser", denoiser, plan.denoiser_steps)):
-        if not _train(name, _for_steps(config, steps), run / name, world, progress):
-            return False
-    model = load(str(run / "denoiser"), world.device)
-    _pictures(run, model, plan, decoder, world, progress)
-    _report(run, plan, _scores(run, model, plan, denoiser, world, progress))
+    with enter_world() as world:
+        if world.size > 1:
+            raise UserError("demo: works in one process, not under torchrun")
+        plan = _plan(run, minutes, quick, decoder, denoiser, world, progress)
+        stages = (("decoder", decoder, plan.decoder_steps), ("denoiser", denoiser, plan.denoiser_steps))
+        for name, config, steps in stages:
+            if not _train(name, _for_steps(config, steps), run / name, world, progress):
+                return False
+        model = load(str(run / "denoiser"), world.device)
+        _pictures(run, model, plan, decoder, world, progress)
+        _report(run, plan, _scores(run, model, plan, denoiser, world, progress))
     return True
 
 
@@ -142,7 +146,7 @@ def _train(name: str, config: StageConfig, run: Path, world: World, progress: Re
     def report(step: int, values: dict[str, float]) -> None:
         progress(name, step, config.train.steps, f"loss {values[f'{name}/loss']:.4f}", config.train.batch_size)
 
-    return train(config, run, world, report)
+    return train(config, run, world, report, progress)
 
 
 def _pictures(run: Path, model: Model, plan: Plan, config: StageConfig, world: World, progress: Report) -> None:

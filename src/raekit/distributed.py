@@ -92,26 +92,38 @@ def set_gradient_sync(module: nn.Module, enabled: bool) -> None:
         module.set_requires_gradient_sync(enabled)
 
 
+def prepare_device(device: str | None = None, local_rank: int = 0) -> torch.device:
+    """ "cpu", "cuda" or, for None, the best there is, for the process `local_rank` of this machine; UserError if it
+    is not there. Sets up torch for it.
+    """
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind != "cuda":
+        return torch.device(kind)
+    if not torch.cuda.is_available():
+        raise UserError("--device cuda: there is no CUDA device that torch can use")
+    if local_rank >= (count := torch.cuda.device_count()):
+        raise UserError(f"torchrun: {local_rank + 1} or more processes for {count} CUDA devices; start {count} at most")
+    this = torch.device(kind, local_rank)
+    torch.cuda.set_device(this)
+    # On Hopper torch prefers cuDNN's attention from 2.11 on. Its bf16 gradients are NaN for some shapes and logits
+    # up to the cuDNN of torch 2.13 at least (pytorch issue 196678); flash attention is about as fast.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    return this
+
+
 @contextmanager
 def world(device: str | None = None) -> Iterator[World]:
     """Enter the world that `torchrun` describes in the environment; without it, a world of one.
 
     `device` is "cpu", "cuda" or None for the best there is.
     """
-    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: there is no CUDA device that torch can use")
-    this = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
-    if kind == "cuda":
-        torch.cuda.set_device(this)
-        # On Hopper torch prefers cuDNN's attention from 2.11 on. Its bf16 gradients are NaN for some shapes and logits
-        # up to the cuDNN of torch 2.13 at least (pytorch issue 196678); flash attention is about as fast.
-        torch.backends.cuda.enable_cudnn_sdp(False)
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    this = prepare_device(device, int(os.environ.get("LOCAL_RANK", 0)))
     if size == 1:
         yield World(device=this)
         return
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(minutes=30))
+    cuda = this.type == "cuda"
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=30), device_id=this if cuda else None)
     try:
         yield World(rank=dist.get_rank(), size=size, device=this)
     finally:

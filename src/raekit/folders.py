@@ -1,15 +1,17 @@
 """Folders of generated and of reconstructed pictures, which the same call completes after an interruption.
 
-Each picture keeps in its file what it was made from. It is left alone if the same would be made again, so a change
-of the model, of a setting or of an original is never mixed with what was there.
+Each picture keeps in its file what it was made from. It is left alone if the same would be made again. Samples of
+another model or setting are refused a folder that holds some; reconstructions of them are made anew.
 """
 
 import csv
 import json
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from itertools import chain, count
@@ -18,7 +20,7 @@ from zipfile import BadZipFile, ZipFile, ZipInfo
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
 from raekit.config import to_dict, to_json
@@ -31,13 +33,20 @@ from raekit.evaluation.metrics import psnr, ssim
 from raekit.files import whole
 from raekit.inference import BatchSize, Model, fitting_batch, generate, read_image, reconstruct
 from raekit.models.latent_space import LatentSpace
+from raekit.models.perceptual import load_perceptual
 from raekit.pictures import PictureFormat, from_pil, grid, read_origin, to_pil, write_picture
 from raekit.progress import Report, silent
-from raekit.sampling import Sampling
+from raekit.sampling import Sampling, check_sampling
 from raekit.weights import fingerprint
 
 METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"psnr": psnr, "ssim": ssim}
 """What a reconstruction is scored by: (images, originals), both (B, 3, S, S) in [0, 1] -> (B,)."""
+
+
+def reconstruction_metrics(lpips: str | None, device: torch.device) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+    """METRICS, and LPIPS with VGG16's weights from the file `lpips` if there is one."""
+    return METRICS | ({"lpips": load_perceptual(lpips).to(device)} if lpips else {})
+
 
 CONTACT_SHEET = "contact-sheet.png"
 _PAIRS, _COLUMNS, _SIDE = 32, 8, 192  # at most, on a contact sheet; the side in pixels
@@ -56,8 +65,9 @@ def generate_folder(
     form: PictureFormat = "png",
     progress: Report = silent,
 ) -> Counter[str]:
-    """Write samples 0 to `total` as OUT/000000.png and so on, those alone that are missing.
+    """Write samples 0 to `total` as OUT/000000.png and so on, those alone that are missing or damaged.
 
+    Other pictures of such names are neither written over nor added to: UserError if there are any.
     The label of sample i is `labels[i % len(labels)]`, so a larger total later adds samples to the same. Batches are of
     the same samples whatever is missing, so that an interruption changes no bit. Called by all processes, which share
     the work. Returns the forward passes that an image cost (`Samples.passes`), none if all are there. Raises UserError
@@ -65,15 +75,22 @@ def generate_folder(
     """
     every = _labels(labels, total)
     settings = _settings(model, seed, sampling)
+    check_sampling(sampling, model.denoiser, labels is not None)
     size = fitting_batch(model, sampling, batch_size, world)
 
     def origin(index: int) -> dict[str, object]:
-        return {"settings": settings, "sample": index, "class": every[index] if every else None}
+        return {"settings": settings, "sample": index, "class": labels[index % len(labels)] if labels else None}
 
     def place(index: int) -> Path:
         return out / f"{index:06d}.{form}"
 
-    missing = {i for i in range(total) if read_origin(place(i)) != origin(i)}
+    there = _numbered(out)
+    if others := [path for i, path in sorted(there) if path != place(i) or read_origin(path) != origin(i)]:
+        raise UserError(
+            f"{out}: holds other pictures, as {others[0].name}: of another model, class, seed, setting or format, "
+            "or not of raekit; give another folder, or remove them"
+        )
+    missing = set(range(total)) - {i for i, _ in there}
     world.barrier()  # before anyone writes, all have looked
     shares = (range(first, min(first + size, total)) for first in range(0, total, size))
     numbers = [i for share in shares if not missing.isdisjoint(share) for i in share]
@@ -97,6 +114,16 @@ def generate_folder(
         done = min(done + len(batch) * world.size, total)
         progress("generate", done, total)
     return passes
+
+
+def _numbered(folder: Path) -> list[tuple[int, Path]]:
+    """The pictures in `folder` that are named as samples are, with their numbers; without those that are damaged."""
+    found = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if re.fullmatch(r"\d{6,}\.(png|webp)", path.name):
+            with suppress(UnidentifiedImageError), Image.open(path):
+                found.append((int(path.stem), path))
+    return found
 
 
 def _labels(labels: Sequence[int] | None, total: int) -> list[int] | None:

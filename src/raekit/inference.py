@@ -21,11 +21,12 @@ from raekit.data.transforms import FITS, Fit
 from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.flow.path import to_data
+from raekit.flow.solvers import evaluated, time_grid
 from raekit.models.autoencoder import load_autoencoder
 from raekit.models.denoiser import Denoiser
 from raekit.models.latent_space import LatentSpace
 from raekit.moments import Moments
-from raekit.sampling import Sampling, check_sampling, denoise, sample_latents, sample_noise, slerp
+from raekit.sampling import Sampling, check_sampling, denoise, latents_to_noise, sample_latents, sample_noise, slerp
 
 _log = logging.getLogger(__name__)
 
@@ -260,6 +261,11 @@ def trajectory(
     sampling = sampling or Sampling()
     if (labels is None) == (count is None):
         raise UserError("trajectory: give either labels, one for each sample, or count")
+    check_sampling(sampling, model.denoiser, labels is not None)
+    points = evaluated(sampling.solver, time_grid(sampling.steps, model.denoiser.config.shift, sampling.grid))
+    most = len({t for t in points if t > 0}) + 1
+    if not 2 <= frames <= most:
+        raise UserError(f"frames: {frames} must be from 2 to {most}, the solver's evaluations and the sample")
     _check_labels(model, labels or ())
     indices = torch.arange(len(labels) if labels is not None else count or 0)
     chosen = None if labels is None else torch.tensor(labels, device=model.device)
@@ -270,11 +276,47 @@ def trajectory(
 
     final = sample_latents(model.denoiser, chosen, indices, seed, sampling, model.device, watch=watch)
     times = sorted((t for t in seen if t > 0), reverse=True)
-    if not 2 <= frames <= len(times) + 1:
-        raise UserError(f"frames: {frames} must be from 2 to {len(times) + 1}, the solver's evaluations and the sample")
+    if frames > len(times) + 1:  # of dopri5, whose evaluations are not known before
+        raise UserError(f"frames: {frames} must be at most {len(times) + 1}, the solver's evaluations and the sample")
     kept = [times[round(i)] for i in torch.linspace(0, len(times) - 1, frames - 1).tolist()]
     latents = [seen[t] for t in kept] + [final.cpu()]
     return [*kept, 0.0], torch.stack([_decode(model, each.to(model.device)).cpu() for each in latents])
+
+
+@torch.no_grad()
+def images_to_noise(
+    model: Model, images: Tensor, labels: Sequence[int] | None = None, sampling: Sampling | None = None
+) -> Tensor:
+    """The noise (B, C, H, W) from which `noise_to_images` makes the images (B, 3, H, W) in [0, 1] again, as far as the
+    autoencoder holds them and the solver's steps are exact: the flow backwards. `labels` has a class id for each.
+    """
+    sampling, chosen = sampling or Sampling(), _chosen(model, labels, len(images))
+    latents = model.autoencoder.encode(images.to(model.device))
+    return latents_to_noise(model.denoiser, latents, chosen, sampling)
+
+
+@torch.no_grad()
+def noise_to_images(
+    model: Model, noise: Tensor, labels: Sequence[int] | None = None, sampling: Sampling | None = None
+) -> Tensor:
+    """Images (B, 3, H, W) in [0, 1] from noise (B, C, H, W) of one's own, where `generate` draws it."""
+    sampling, chosen = sampling or Sampling(), _chosen(model, labels, len(noise))
+    if noise.shape[1:] != model.denoiser.config.latent_shape:
+        raise UserError(
+            f"noise: of shape {tuple(noise.shape[1:])}, and the model's latents of {model.denoiser.config.latent_shape}"
+        )
+    if sampling.solver == "euler-maruyama":
+        raise UserError("solver euler-maruyama: draws noise at every step; take euler, heun or dopri5")
+    return _decode(model, denoise(model.denoiser, lambda stream: noise.to(model.device), chosen, sampling))
+
+
+def _chosen(model: Model, labels: Sequence[int] | None, count: int) -> Tensor | None:
+    if labels is None:
+        return None
+    if len(labels) != count:
+        raise UserError(f"labels: {len(labels)} of them for {count} images")
+    _check_labels(model, labels)
+    return torch.tensor(labels, device=model.device)
 
 
 @torch.no_grad()
@@ -295,17 +337,22 @@ def measure_latents(
     latent_shape: tuple[int, int, int],
     world: World,
     mirror: bool = False,
+    shown: Callable[[int], None] = lambda done: None,
 ) -> tuple[Tensor, Tensor]:
     """Mean and population variance, each (C, H, W), of `tokens(images)` over all processes' batches.
 
     Exact in one pass, in float64: independent of batch size, order and number of processes. `mirror` counts
     each image a second time, flipped left to right. `tokens` gives un-whitened latents (B, C, H, W).
+    `shown` is called with the number of images that this process has done.
     """
     moments = Moments(torch.Size(latent_shape).numel(), diagonal=True)
+    done = 0
     for batch in batches:
         images = batch.to(world.device).pixels()
         for view in (images, images.flip(-1)) if mirror else (images,):
             moments.update(tokens(view).float())
+        done += len(batch)
+        shown(done)
     moments.reduce(world)
     mean, variance = moments.mean.view(latent_shape), moments.variance.view(latent_shape)
     return mean.float().to(world.device), variance.float().to(world.device)

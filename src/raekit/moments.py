@@ -33,13 +33,6 @@ class Moments:
             rows = rows - mean
             self._add(len(rows), mean, rows.square().sum(0) if self.diagonal else rows.T @ rows)
 
-    def merge(self, other: Self) -> None:
-        """Add all that `other` has seen."""
-        if (other.dim, other.diagonal) != (self.dim, self.diagonal):
-            raise ValueError("moments of different kinds cannot be merged")
-        if other.count:
-            self._add(other.count, other.mean, other.scatter)
-
     def without(self, part: Self) -> Self:
         """The moments of all that was seen but for `part`, which was among it."""
         if part.count >= self.count:

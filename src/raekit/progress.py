@@ -1,6 +1,7 @@
 """How far long work has come: live bars on a terminal, a line now and then elsewhere."""
 
 import time
+from collections.abc import Callable
 from typing import Protocol, Self
 
 from rich.console import Console
@@ -24,6 +25,11 @@ class Report(Protocol):
 
 def silent(what: str, done: int, total: int, text: str = "", unit: int = 1) -> None:
     """A `Report` that shows nothing."""
+
+
+def counted(report: Report, what: str, total: int, processes: int) -> Callable[[int], None]:
+    """Called with the images that this process has done, tell `report` of all, where `processes` share them evenly."""
+    return lambda done: report(what, min(done * processes, total), total)
 
 
 class Display:

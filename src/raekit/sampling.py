@@ -123,7 +123,7 @@ def check_sampling(sampling: Sampling, denoiser: Denoiser, labelled: bool, rever
     if not config.base_depth:
         missing["base"] = "needs a base output, which this denoiser was trained without (denoiser.base_depth is 0)"
     if weak is None:
-        missing["weak"] = "needs a weaker model; give it with --weak"
+        missing["weak"] = "needs a weaker model (--weak, Sampling.weak)"
     elif not any(rule.method == "auto" for rule in sampling.guidance):
         raise UserError("weak: no effect without guidance auto:SCALE")
     elif weak is denoiser:

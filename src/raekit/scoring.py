@@ -14,7 +14,7 @@ from raekit.evaluation.metrics import FrechetDistance, NearestNeighbours, PairMe
 from raekit.inference import Model, generate, reconstruct
 from raekit.models.encoders import load_encoder
 from raekit.moments import Moments
-from raekit.progress import Report, silent
+from raekit.progress import Report, counted, silent
 from raekit.sampling import Sampling
 
 Scores = dict[str, dict[str, float]]
@@ -53,7 +53,7 @@ def score(
     network = EncoderFeatures(load_encoder(features).to(world.device))
 
     def shown(what: str, total: int) -> Callable[[int], None]:
-        return lambda done: progress(what, min(done * world.size, total), total)
+        return counted(progress, what, total, world.size)
 
     bank, bank_labels = feature_bank(
         images_of(train.once(BATCH, world), world), network, world, shown("training images", len(train))

@@ -155,7 +155,7 @@ def test_the_global_generator_is_left_alone(folder):
 @given(share=st.integers(1, N + 3), size=st.integers(1, 3))
 def test_one_pass_has_every_image_exactly_once_over_all_ranks(folder, share, size):
     data = loader(folder)
-    samples = join(b for rank in range(size) for b in data.once(share * size, World(rank=rank, size=size)))
+    samples = join(b for rank in range(size) for b in data.once(share, World(rank=rank, size=size)))
     assert sorted(samples) == [*range(N)]
     for i, (label, pixels) in samples.items():
         image, expected = data.source[i]
@@ -281,12 +281,16 @@ def test_a_batch_is_split_in_order(folder):
         assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(batch, name))
 
 
-@pytest.mark.parametrize("way", ["stream", "once"])
 @pytest.mark.parametrize("batch_size", [5, 0, -2])
-def test_a_batch_that_the_ranks_cannot_share_is_refused(folder, way, batch_size):
-    data, world = loader(folder), World(rank=0, size=2)
+def test_a_batch_that_the_ranks_cannot_share_is_refused(folder, batch_size):
     with pytest.raises(UserError, match=f"batch size {batch_size} cannot be shared equally by 2 processes"):
-        data.stream(0, batch_size, world) if way == "stream" else data.once(batch_size, world)
+        loader(folder).stream(0, batch_size, World(rank=0, size=2))
+
+
+@pytest.mark.parametrize("batch_size", [0, -2])
+def test_a_pass_without_batches_is_refused(folder, batch_size):
+    with pytest.raises(UserError, match=f"batch size {batch_size} must be at least 1"):
+        loader(folder).once(batch_size, ONE)
 
 
 @pytest.mark.parametrize(("field", "value"), [("image_size", 0), ("workers", -1), ("max_unreadable", 1.5)])

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from raekit.errors import UserError
 from raekit.flow.guidance import REFERENCES, Guidance, Method, Reference, check_guidance, guided, parse_guidance
+from raekit.flow.solvers import time_grid
 
 X = torch.zeros(2, 3, 2, 2)
 
@@ -56,6 +57,14 @@ def test_outside_its_interval_guidance_costs_nothing(method: Method, t: float, i
     v, asked = at(t, Guidance(method=method, scale=2, start=0.2, end=0.8))
     assert v == (2 * 5 - VALUES[REFERENCES[method]] if inside else 5)
     assert asked == ([REFERENCES[method]] if inside else [])
+
+
+@pytest.mark.parametrize("steps", [10, 20, 50, 100])
+@pytest.mark.parametrize("end", [0.1, 0.3, 0.7, 0.9])
+def test_an_end_of_an_interval_that_is_a_point_of_the_grid_belongs_to_it(steps: int, end: float):
+    times = time_grid(steps, 1.0)
+    assert sum(map(Guidance(scale=2, start=end).holds, times)) == round((1 - end) * steps) + 1
+    assert sum(map(Guidance(scale=2, end=end).holds, times)) == round(end * steps) + 1
 
 
 def test_whole_interval_by_default():

@@ -1,5 +1,6 @@
 """Scores of samples during a training."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -105,12 +106,40 @@ def test_every_setting_of_the_samples_counts(images, tiny_model, changed):
     options: dict[str, Any] = {"labels": "balanced", "seed": 0, "guidance": "cfg:2.0", "steps": 2} | changed
     config = EvaluationConfig(every=1, count=25, features=(str(tiny_model),), **options)
     model = load(str(tiny_model))
-    call = evaluator(config, DataConfig(source=images, image_size=16, flip=True), lambda: {"x/": model}, ONE)
+    call = evaluator(
+        config, DataConfig(source=images, image_size=16, flip=True), model.denoiser, lambda: {"x/": model}, ONE
+    )
     sampling = Sampling(steps=options.pop("steps"), guidance=parse_guidance(options.pop("guidance")))
     stream = Samples(model, 25, sampling, **options)
     distance = FrechetDistance(networks[name], against.gaussian(networks[name]))
     expected = evaluate(stream.share(ONE), [distance], ONE)[f"fd_{name}"]
     assert call(1) == {f"x/fd_{name}": pytest.approx(expected, rel=1e-9)}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"guidance": "auto:2.0"}, "evaluation.guidance: auto:2.0 needs a weaker model, and a training has none"),
+        ({"guidance": "internal:2.0"}, "evaluation.guidance: internal needs a base output"),
+        ({"guidance": "cfg:2.0@0.6-0.7"}, "evaluation.guidance: cfg would have no effect"),
+        ({"reference": "unlabelled.safetensors", "labels": "reference"}, "the reference tells the proportions of none"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused_before_the_training(
+    images, tiny_model, tmp_path, monkeypatch, changed, message
+):
+    monkeypatch.chdir(tmp_path)
+    measured, _ = reference(images, tiny_model)
+    replace(measured, about=replace(measured.about, classes=None)).write(Path("unlabelled.safetensors"))
+    with pytest.raises(UserError, match=re.escape(message)):
+        train(configuration(images, tiny_model, **changed), tmp_path / "run", ONE)
+    assert not (tmp_path / "run").exists()
+
+
+def test_guidance_by_classes_is_refused_where_there_are_none(images, tiny_model, tmp_path):
+    config = replace(configuration(images, tiny_model, guidance="cfg:2.0"), conditional=False)
+    with pytest.raises(UserError, match=r"evaluation\.guidance: cfg needs labels"):
+        train(config, tmp_path / "run", ONE)
 
 
 def trained(world: World, images: str, tiny_model: Path, run: Path) -> dict[str, float]:

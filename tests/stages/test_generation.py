@@ -23,6 +23,7 @@ from raekit.inspection import describe_folder
 from raekit.models.autoencoder import Autoencoder
 from raekit.models.denoiser import ContextConfig, Denoiser, TransformerConfig
 from raekit.models.encoders import Encoder
+from raekit.progress import silent
 from raekit.sampling import Sampling
 from raekit.stages.generation import DenoiserSize, GenerationConfig, build, flow_matching_loss
 from raekit.train.optim import OptimConfig
@@ -58,7 +59,7 @@ def test_the_encoder_follows_the_training(config, tmp_path, monkeypatch):
     made.objectives[0].loss(batch_of(config, 2), 0)
     assert used[0].dtype == torch.bfloat16
     assert not compiled  # which a dry run would not want
-    made.prepare()
+    made.prepare(silent)
     assert compiled == used
 
 
@@ -274,7 +275,7 @@ def test_the_config_goes_through_json_strictly(config):
 def curve(config: GenerationConfig, run: Path) -> list[float]:
     losses = []
     made = stage(config, run)
-    made.prepare()
+    made.prepare(silent)
     Trainer(run, config.train, made.objectives, made.batches, ONE).fit(
         lambda step, values: losses.append(values["denoiser/loss"])
     )

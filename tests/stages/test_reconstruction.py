@@ -18,6 +18,7 @@ from raekit.models.discriminator import DiscriminatorConfig
 from raekit.models.encoders import Encoder, LayersConfig, load_encoder
 from raekit.models.layers import to_grid
 from raekit.models.perceptual import LPIPS, load_perceptual
+from raekit.progress import silent
 from raekit.stages.reconstruction import (
     AdversarialConfig,
     DecoderSize,
@@ -125,7 +126,7 @@ def test_the_artifact_holds_the_averages_and_the_exact_statistics(config, tmp_pa
         train=replace(config.train, batch_size=batch_size),
     )
     made = stage(config, tmp_path)
-    made.prepare()
+    made.prepare(silent)
     Trainer(tmp_path, config.train, made.objectives, made.batches, ONE).fit()
     made.export(tmp_path / "artifact")
     loaded = Autoencoder.load(str(tmp_path))
@@ -159,14 +160,14 @@ def test_the_encoder_follows_the_configuration(config, tmp_path, monkeypatch):
         assert used[-1].layers == layers
         assert used[-1].dtype == dtype
         assert not compiled  # which a dry run would not want
-    made.prepare()
+    made.prepare(silent)
     assert compiled == used[-1:]
 
 
 def test_the_artifact_remembers_the_layers(config, tmp_path):
     layers = LayersConfig(blocks=(0,), combine="sum", token_mean=True)
     made = stage(replace(config, layers=layers), tmp_path)
-    made.prepare()
+    made.prepare(silent)
     Trainer(tmp_path, config.train, made.objectives, made.batches, ONE).fit()
     made.export(tmp_path / "artifact")
     loaded = Autoencoder.load(str(tmp_path))
@@ -177,7 +178,7 @@ def test_the_artifact_remembers_the_layers(config, tmp_path):
 
 def test_training_latents_are_white(config, tmp_path):
     made = stage(config, tmp_path)
-    made.prepare()
+    made.prepare(silent)
     Trainer(tmp_path, config.train, made.objectives, made.batches, ONE).fit()
     made.export(tmp_path / "artifact")
     latents = Autoencoder.load(str(tmp_path)).encode(next(iter(Loader(config.data, 0).once(30, ONE))).pixels())
@@ -187,13 +188,13 @@ def test_training_latents_are_white(config, tmp_path):
 
 
 def test_statistics_are_measured_once(config, tmp_path, monkeypatch):
-    stage(config, tmp_path).prepare()
+    stage(config, tmp_path).prepare(silent)
     assert [path.name for path in tmp_path.iterdir()] == ["statistics.safetensors"]
     monkeypatch.setattr(Loader, "once", None)
-    stage(config, tmp_path).prepare()
+    stage(config, tmp_path).prepare(silent)
     (tmp_path / "statistics.safetensors").write_bytes(b"torn")
     with pytest.raises(UserError, match=rf"{tmp_path / 'statistics.safetensors'}: damaged"):
-        stage(config, tmp_path).prepare()
+        stage(config, tmp_path).prepare(silent)
 
 
 def test_a_dry_build_measures_and_writes_nothing(config, tmp_path, monkeypatch):

@@ -70,7 +70,7 @@ def test_adamw_takes_every_field():
 def blocks_and_more() -> nn.ModuleDict:
     torch.manual_seed(0)
     blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 4)) for _ in range(2))
-    return nn.ModuleDict({"embed": nn.Linear(4, 4), "blocks": blocks})
+    return nn.ModuleDict({"embed": nn.Linear(4, 4), "blocks": blocks, "classes": nn.Embedding(5, 4)})
 
 
 def with_gradients(module: nn.Module) -> nn.Module:
@@ -86,14 +86,14 @@ def weights(module: nn.Module) -> list[torch.Tensor]:
 MUON = OptimConfig(method="muon", lr=0.01, betas=(0.6, 0.7), momentum=0.9)
 
 
-def test_muon_moves_the_matrices_of_the_blocks_and_adamw_the_rest():
+def test_muon_moves_the_matrices_but_of_convolutions_and_adamw_the_rest():
     module = blocks_and_more()
     start = copy.deepcopy(module)
-    optimizer = build_optimizer(MUON, module, list(module["blocks"]))  # type: ignore[call-overload]
+    optimizer = build_optimizer(MUON, module, [module["embed"]])  # type: ignore[call-overload]
     expected = copy.deepcopy(module)
-    matrices = [p for name, p in expected.named_parameters() if name.startswith("blocks") and p.ndim == 2]
+    matrices = [p for name, p in expected.named_parameters() if not name.startswith("embed") and p.ndim == 2]
     others = [p for p in expected.parameters() if all(p is not m for m in matrices)]
-    assert (len(matrices), len(others)) == (4, 10)
+    assert (len(matrices), len(others)) == (5, 10)
     by_hand = [
         torch.optim.Muon(matrices, lr=0.01, weight_decay=0, momentum=0.9, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=0.01, weight_decay=0, betas=(0.6, 0.7)),
@@ -109,14 +109,14 @@ def test_muon_moves_the_matrices_of_the_blocks_and_adamw_the_rest():
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
     # A step of Muon is about as large as one of AdamW: 0.2 of the rate, root mean square.
     (one,) = [name for name, _ in module.named_parameters() if name == "blocks.0.0.weight"]
-    build_optimizer(MUON, with_gradients(start), list(start["blocks"])).step()  # type: ignore[call-overload]
+    build_optimizer(MUON, with_gradients(start), [start["embed"]]).step()  # type: ignore[call-overload]
     moved = start.get_parameter(one) - blocks_and_more().get_parameter(one)
     assert moved.square().mean().sqrt().item() == pytest.approx(0.2 * 0.01, rel=0.3)
 
 
 def test_a_step_of_muon_that_is_not_finite_changes_nothing():
     module = blocks_and_more()
-    optimizer = build_optimizer(MUON, module, list(module["blocks"]))  # type: ignore[call-overload]
+    optimizer = build_optimizer(MUON, module, [module["embed"]])  # type: ignore[call-overload]
     for bad in (True, False, True):
         before, state = weights(module), copy.deepcopy(optimizer.state_dict()["state"])
         for parameter in with_gradients(module).parameters():
@@ -133,7 +133,7 @@ def test_a_step_of_muon_that_is_not_finite_changes_nothing():
 
 
 def test_muon_without_matrices_is_refused():
-    with pytest.raises(UserError, match=r"optim\.method: muon moves the matrices of blocks, and this module has none"):
-        build_optimizer(MUON, blocks_and_more(), [])
+    with pytest.raises(UserError, match=r"optim\.method: muon moves matrices, and this module has none"):
+        build_optimizer(MUON, nn.LayerNorm(4))
     with pytest.raises(UserError, match=r"optim\.momentum: 1 must be"):
         OptimConfig(momentum=1)

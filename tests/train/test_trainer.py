@@ -362,6 +362,12 @@ def test_compiling_without_a_compiler_is_refused(tmp_path, monkeypatch):
         trainer(tmp_path, config=replace(CONFIG, compile=True))
 
 
+def test_without_tensorboard_a_run_that_wants_it_does_not_begin(tmp_path, alone, monkeypatch):
+    monkeypatch.setattr("raekit.train.trainer.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"train\.tensorboard.*pip install 'raekit\[track\]'"):
+        trainer(tmp_path, config=replace(CONFIG, tensorboard=True))
+
+
 def test_metrics_go_to_tensorboard_if_asked(tmp_path, alone):
     fit(trainer(tmp_path, config=replace(CONFIG, tensorboard=True)))
     events = EventAccumulator(str(tmp_path / "tensorboard"))

@@ -40,9 +40,8 @@ def reconstruct(
         device: default is the best there is.
     """
     from raekit.distributed import world
-    from raekit.folders import METRICS, reconstruct_folder
+    from raekit.folders import reconstruct_folder, reconstruction_metrics
     from raekit.models.autoencoder import load_autoencoder
-    from raekit.models.perceptual import load_perceptual
 
     if not paths:
         raise UserError("reconstruct: give at least one image file or folder")
@@ -50,7 +49,7 @@ def reconstruct(
         if here.size > 1:
             raise UserError("reconstruct: works in one process, not under torchrun")
         autoencoder = load_autoencoder(model).to(here.device)
-        metrics = METRICS | ({"lpips": load_perceptual(lpips).to(here.device)} if lpips else {})
+        metrics = reconstruction_metrics(lpips, here.device)
         results = reconstruct_folder(
             autoencoder, paths, out, fit=fit, batch_size=batch_size, metrics=metrics, progress=progress
         )

@@ -9,8 +9,9 @@ from tyro.conf import Positional
 
 from raekit.cli import console
 from raekit.cli.console import Device
-from raekit.cli.generation import load_weaker
+from raekit.cli.sampling import Solver, SolverOptions, load_weaker
 from raekit.errors import UserError
+from raekit.files import check_file, check_folder
 from raekit.progress import Display
 
 if TYPE_CHECKING:
@@ -31,11 +32,7 @@ def evaluate(
     labels: Literal["balanced", "random", "reference"] = "balanced",
     guidance: tuple[str, ...] = (),
     weak: str | None = None,
-    steps: int = 50,
-    solver: Literal["euler", "heun", "dopri5", "euler-maruyama"] = "euler",
-    grid: Literal["full", "published"] = "full",
-    reuse: int | float = 1,
-    precision: Literal["fp32", "bf16"] = "fp32",
+    options: Solver = SolverOptions(),
     ema: float | None = None,
     source: str = "emoji",
     features: tuple[str, ...] = (),
@@ -66,11 +63,6 @@ def evaluate(
         labels: each class equally often; each drawn uniformly; or in the proportions of the reference's images.
         guidance: as in cfg:2.0@0.1-0.9 or auto:1.4. Without a reference, settings to score beside unguided sampling.
         weak: the weaker model of auto guidance, named as the model is.
-        steps: solver steps.
-        solver: as of `raekit generate`.
-        grid: of times; published is the official sampler's, one step short of the data.
-        reuse: as of `raekit generate`.
-        precision: of the denoiser.
         ema: the decay of the average to use, of those that were trained (the recipe's `ema`). Default: the first.
         source: without a reference, real images, split into train and held-out.
         features: networks to compare in: inception, inception:WEIGHTS, clean_inception, or encoders. Default: all that
@@ -86,7 +78,6 @@ def evaluate(
     from raekit.distributed import world
     from raekit.flow.guidance import parse_guidance
     from raekit.inference import load
-    from raekit.sampling import Sampling
 
     saved = is_address(model)
     sampled = {
@@ -95,11 +86,7 @@ def evaluate(
         "labels": labels != "balanced",
         "guidance": bool(guidance),
         "weak": weak is not None,
-        "steps": steps != 50,
-        "solver": solver != "euler",
-        "grid": grid != "full",
-        "reuse": reuse != 1,
-        "precision": precision != "fp32",
+        **dict.fromkeys(options.given(), True),
         "count": count is not None,
     }
     if reference:
@@ -126,11 +113,13 @@ def evaluate(
         _no_effect("without --reference", labels=labels != "balanced", **others)
     if count is not None and count < 1:
         raise UserError(f"--count: {count} must be at least 1")
+    if out:
+        (check_folder if reference else check_file)(out)
     rules = {text: parse_guidance(text) for text in guidance}
     if weak and not any(rule.method == "auto" for chosen in rules.values() for rule in chosen):
         raise UserError("--weak: no effect without --guidance auto:SCALE")
     with world(device) as here, Display(console.err, quiet=not here.is_main) as progress:
-        plain = Sampling(steps=steps, solver=solver, grid=grid, reuse=reuse, precision=precision)
+        plain = options.unguided()
         weaker = load_weaker(weak, model, here)
         guided = {
             text: replace(plain, guidance=chosen, weak=weaker if any(r.method == "auto" for r in chosen) else None)
@@ -212,9 +201,8 @@ def _reconstructions(
 ) -> "Reconstructions":
     """Of the images that `reference` is of, by the autoencoder `model`."""
     from raekit.assessment import Reconstructions
-    from raekit.folders import METRICS
+    from raekit.folders import reconstruction_metrics
     from raekit.models.autoencoder import load_autoencoder
-    from raekit.models.perceptual import load_perceptual
 
     source, split = reference.about.source, reference.about.split
     if source is None or split is None:
@@ -222,7 +210,7 @@ def _reconstructions(
             f"{reference.place}: does not tell what images it is of, and reconstructions are compared with their own "
             "originals; make one by raekit reference"
         )
-    scores = METRICS | ({"lpips": load_perceptual(lpips).to(world.device)} if lpips else {})
+    scores = reconstruction_metrics(lpips, world.device)
     autoencoder = load_autoencoder(model).to(world.device)
     return Reconstructions(autoencoder, source, split, scores, batch_size=batch_size, workers=workers)
 
@@ -324,6 +312,7 @@ def reference(
     from raekit.evaluation.features import load_networks
     from raekit.evaluation.references import measure_reference
 
+    check_file(out, ".safetensors")
     with world(device) as here, Display(console.err, quiet=not here.is_main) as progress:
         networks = {key: network for name in features for key, network in load_networks(name, here.device).items()}
         data = DataConfig(source=source, split=split, image_size=image_size, workers=workers)
@@ -366,6 +355,8 @@ def probe(
     from raekit.evaluation.probe import probe as run_probe
     from raekit.files import whole
 
+    if out:
+        check_file(out)
     with world(device) as here, Display(console.err, quiet=not here.is_main) as progress:
         results = run_probe(
             name,

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -11,58 +10,34 @@ from tyro.conf import Positional
 
 from raekit.cli import console
 from raekit.cli.console import Device
+from raekit.cli.sampling import Options, SamplingOptions
 from raekit.errors import UserError
+from raekit.files import check_file, check_folder
 from raekit.progress import Display
 
 if TYPE_CHECKING:
     from raekit.distributed import World
     from raekit.inference import Model
-    from raekit.models.denoiser import Denoiser
     from raekit.sampling import Sampling
 
 
-@dataclass(frozen=True)
-class SamplingOptions:
-    """How to sample.
-
-    Args:
-        steps: solver steps.
-        solver: euler; heun, with two evaluations a step; dopri5, with steps of its own; or the SDE's euler-maruyama.
-        grid: of times; published is the official sampler's, one step short of the data.
-        guidance: METHOD:SCALE or METHOD:SCALE@START-END, as in cfg:2.0@0.1-0.9. Methods: cfg, auto (see WEAK), and
-            internal, for models with a base output. Several are joined by +.
-        weak: the weaker model of auto guidance, named as the model is.
-        reuse: run the backbone at every so many steps only, the head at each; below 1, whenever the latents have
-            become less similar than that to those that it last saw.
-        precision: what denoisers compute in. Published scores are those of fp32.
-    """
-
-    steps: int = 50
-    solver: Literal["euler", "heun", "dopri5", "euler-maruyama"] = "euler"
-    grid: Literal["full", "published"] = "full"
-    guidance: str | None = None
-    weak: str | None = None
-    reuse: int | float = 1
-    precision: Literal["fp32", "bf16"] = "fp32"
-
-    def sampling(self, model: str, world: "World") -> "Sampling":
-        from raekit.flow.guidance import parse_guidance
-        from raekit.sampling import Sampling
-
-        return Sampling(
-            steps=self.steps,
-            solver=self.solver,
-            grid=self.grid,
-            guidance=parse_guidance(self.guidance) if self.guidance is not None else (),
-            weak=load_weaker(self.weak, model, world),
-            reuse=self.reuse,
-            precision=self.precision,
-        )
-
-
-Options = Annotated[SamplingOptions, tyro.conf.arg(name="")]
 Classes = Annotated[tuple[str, ...], tyro.conf.arg(name="class")]
 PICTURES = (".png", ".webp")
+OTHER_FILES = (
+    ".jpg",
+    ".jpeg",
+    ".gif",
+    ".bmp",
+    ".tif",
+    ".tiff",
+    ".npy",
+    ".safetensors",
+    ".zip",
+    ".tar",
+    ".txt",
+    ".json",
+)
+"""What nobody means to be a folder."""
 
 
 def generate(
@@ -106,6 +81,9 @@ def generate(
         raise UserError(f"--count: {count} must be at least 1")
     suffix = out.suffix.lower()
     single = suffix in PICTURES
+    if suffix in OTHER_FILES:
+        raise UserError(f"--out: {out} must be a .png, .webp or .npz file, or a folder")
+    (check_file if single or suffix == ".npz" else check_folder)(out)
     if format and (single or suffix == ".npz"):
         raise UserError(f"--format: no effect on {out}; it is for the files of a folder")
     with world(device) as here, Display(console.err, quiet=not here.is_main) as progress:
@@ -114,7 +92,6 @@ def generate(
         loaded, sampling = _load(model, ema, published, options, here)
         labels = class_ids(loaded, classes) or list(range(len(loaded.classes)))
         total = count * max(len(labels), 1)
-        (out if not single and suffix != ".npz" else out.parent).mkdir(parents=True, exist_ok=True)  # before the work
         passes: Counter[str] = Counter()
         shared: dict[str, Any] = {"seed": seed, "sampling": sampling, "batch_size": batch_size}
         if single:
@@ -248,14 +225,6 @@ def class_ids(model: "Model", classes: Iterable[str]) -> list[int]:
     return [label for name in classes for label in model.class_ids(name)]
 
 
-def load_weaker(weak: str | None, model: str, world: "World") -> "Denoiser | None":
-    from raekit.models.denoiser import Denoiser
-
-    if weak == model:
-        raise UserError(f"--weak: {weak} is the model itself, which has no effect")
-    return Denoiser.load(weak).to(world.device) if weak else None
-
-
 def _load(
     model: str | None, ema: float | None, published: Path | None, options: SamplingOptions, world: "World"
 ) -> "tuple[Model, Sampling]":
@@ -268,18 +237,19 @@ def _load(
     if published is None:
         assert model is not None
         return load(model, world.device, ema), options.sampling(model, world)
-    own = [f.name for f in fields(options) if f.name not in ("reuse", "precision")]
-    given = [name for name in own if getattr(options, name) != getattr(SamplingOptions(), name)]
-    if given := given + ["ema"] * (ema is not None):
-        raise UserError(f"--published: {published} gives --{', --'.join(given)} itself; leave it out or edit the file")
+    ours = {name: getattr(options, name) for name in options.given() if name in ("reuse", "precision")}
+    theirs = [name for name in options.given() if name not in ours] + ["ema"] * (ema is not None)
+    if theirs:
+        raise UserError(f"--published: {published} gives --{', --'.join(theirs)} itself; leave it out or edit the file")
     loaded, sampling = load_published(published, world.device)
-    return loaded, replace(sampling, reuse=options.reuse, precision=options.precision)
+    return loaded, replace(sampling, **ours)
 
 
 def _form(out: Path) -> Literal["png", "webp"]:
     suffix = out.suffix.lower()
     if suffix not in PICTURES:
         raise UserError(f"--out: {out} must be a .png or .webp file")
+    check_file(out)
     return "webp" if suffix == ".webp" else "png"
 
 

@@ -1,15 +1,16 @@
 """Commands for the latents of data sources and of denoisers."""
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from tyro.conf import Positional
 
 from raekit.cli import console
 from raekit.cli.console import Device
+from raekit.cli.sampling import Options, SamplingOptions
 from raekit.errors import UserError
-from raekit.progress import Display
+from raekit.files import check_file, check_folder
+from raekit.progress import Display, counted
 
 
 def latents_measure(
@@ -53,22 +54,16 @@ def latents_measure(
     from raekit.models.encoders import LayersConfig, load_encoder
     from raekit.models.layers import to_grid
 
+    check_file(out, ".safetensors")
     layers = LayersConfig(blocks=blocks, combine=combine, token_mean=token_mean)
 
     with world(device) as here, Display(console.err, quiet=not here.is_main) as progress:
         model = load_encoder(encoder, encoder_size, layers).to(here.device)
         size = image_size or max(model.input_size)
         loader = Loader(DataConfig(source=source, split=split, image_size=size, workers=workers), seed=0)
-
-        def counted() -> Iterator[Any]:
-            done = 0
-            for batch in loader.once(batch_size * here.size, here):
-                yield batch
-                done += len(batch) * here.size
-                progress("measure", min(done, len(loader)), len(loader))
-
-        shape = (model.spec.width, *model.grid)
-        mean, var = measure_latents(lambda x: to_grid(model(x), model.grid), counted(), shape, here, mirror)
+        shape, batches = (model.spec.width, *model.grid), loader.once(batch_size, here)
+        shown = counted(progress, "measure", len(loader), here.size)
+        mean, var = measure_latents(lambda x: to_grid(model(x), model.grid), batches, shape, here, mirror, shown)
         if here.is_main:
             write_statistics(out, var, mean)
             console.out.print(f"{out}: {shape}, mean variance {var.mean():.4f} ({var.min():.4f} to {var.max():.4f})")
@@ -114,6 +109,7 @@ def latents_cache(
     from raekit.models.autoencoder import load_autoencoder
     from raekit.train.trainer import compute_dtype
 
+    check_folder(out)
     with world(device) as here, Display(console.err, quiet=not here.is_main) as progress:
         autoencoder = load_autoencoder(model, compute_dtype(precision, here.device)).to(here.device)
         data = DataConfig(source=source, split=split, image_size=autoencoder.image_size, flip=flip, workers=workers)
@@ -144,8 +140,7 @@ def latents_generate(
     out: Path,
     count: int = 1000,
     seed: int = 0,
-    steps: int = 50,
-    guidance: str | None = None,
+    options: Options = SamplingOptions(),
     ema: float | None = None,
     batch_size: int = 64,
     device: Device | None = None,
@@ -160,8 +155,6 @@ def latents_generate(
         out: the .safetensors file to write, `unwhitened` of shape (COUNT, C, H, W).
         count: latents in all.
         seed: latent i is a function of the seed, i and its class.
-        steps: solver steps.
-        guidance: cfg:SCALE or cfg:SCALE@START-END, as in cfg:2.0@0.1-0.9.
         ema: the decay of the average to use, of those that were trained (the recipe's `ema`). Default: the first.
         batch_size: latents at once.
         device: default is the best there is.
@@ -171,21 +164,19 @@ def latents_generate(
 
     from raekit.distributed import world
     from raekit.files import whole
-    from raekit.flow.guidance import parse_guidance
     from raekit.inference import load
-    from raekit.sampling import Sampling, sample_latents
+    from raekit.sampling import sample_latents
+
+    check_file(out, ".safetensors")
 
     for name, value in (("count", count), ("batch-size", batch_size)):
         if value < 1:
             raise UserError(f"--{name}: {value} must be at least 1")
-    sampling = Sampling(steps=steps, guidance=parse_guidance(guidance) if guidance is not None else ())
     with world(device) as here, Display(console.err) as progress:
         if here.size > 1:
             raise UserError("latents generate: works in one process, not under torchrun")
         loaded = load(model, here.device, ema)
-        classes, parts = len(loaded.classes), []
-        if guidance and not classes:
-            raise UserError(f"--guidance: {model} is unconditional, and classifier-free guidance needs classes")
+        classes, parts, sampling = len(loaded.classes), [], options.sampling(model, here)
         for indices in torch.arange(count).split(batch_size):
             labels = indices.to(here.device) % classes if classes else None
             latents = sample_latents(loaded.denoiser, labels, indices, seed, sampling, here.device)

@@ -85,7 +85,7 @@ def train(arguments: list[str]) -> None:
                 def report(step: int, values: dict[str, float]) -> None:
                     progress(recipe.name, step, total, _headline(values), batch)
 
-                finished = fit(config, run, here, report)
+                finished = fit(config, run, here, report, progress)
             if not finished:
                 console.stopped()
             if here.is_main:

@@ -99,7 +99,7 @@ def write_v1(parts: AutoencoderParts, folder: Path) -> None:
     spec, grid = geometry(parts.config.encoder, parts.config.encoder_size)
     if grid[0] != grid[1]:
         raise UserError(f"v1: holds square images alone, this model's latents are {grid[0]} x {grid[1]}")
-    with whole(folder) as partial:
+    with whole(folder, folder=True) as partial:
         partial.mkdir()
         torch.save(to_published_decoder(parts, spec), partial / "model.pt")
         torch.save({"mean": parts.mean, "var": parts.var}, partial / "stat.pt")

@@ -150,7 +150,7 @@ def write_diffusers(parts: AutoencoderParts, folder: Path) -> None:
     state |= {"encoder_mean": encoder.mean[None], "encoder_std": encoder.std[None]}
     state |= {"_latents_mean": mean, "_latents_std": std}
     header = {"_class_name": "AutoencoderRAE", "_diffusers_version": DIFFUSERS_VERSION}
-    with whole(folder) as partial:
+    with whole(folder, folder=True) as partial:
         partial.mkdir()
         (partial / "config.json").write_text(to_json(header | to_dict(config)))
         save_file({key: value.contiguous() for key, value in state.items()}, partial / DIFFUSERS_WEIGHTS)

@@ -4,7 +4,6 @@ import dataclasses
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from raekit import artifacts
 from raekit.config import from_dict
@@ -14,7 +13,7 @@ from raekit.errors import UserError
 from raekit.models.autoencoder import AutoencoderConfig
 from raekit.models.decoder import Decoder
 from raekit.models.denoiser import Denoiser, DenoiserConfig
-from raekit.weights import load_strict, mismatches
+from raekit.weights import check_fit, load_strict
 
 
 def read_model(name: str, denoiser: bool = True) -> Parts:
@@ -42,23 +41,14 @@ def _read_autoencoder(path: Path, values: dict) -> AutoencoderParts:
         config = dataclasses.replace(config, encoder=str(own))
     spec, grid = geometry(config.encoder, config.encoder_size)
     state = artifacts.read(path)
-    with torch.device("meta"):
-        decoder = Decoder(config.decoder)
-    _check(path, state, decoder)
+    check_fit(lambda: Decoder(config.decoder), state, path)
     return AutoencoderParts(config, state, *artifacts.read_statistics(path / artifacts.STATISTICS, (spec.width, *grid)))
 
 
 def _read_denoiser(path: Path, values: dict) -> DenoiserParts:
     config, state = from_dict(DenoiserConfig, values, path / "config.json"), artifacts.read(path)
-    with torch.device("meta"):
-        denoiser = Denoiser(config)
-    _check(path, state, denoiser)
+    check_fit(lambda: Denoiser(config), state, path)
     return DenoiserParts(config, state)
-
-
-def _check(path: Path, state: dict, module: nn.Module) -> None:
-    if faults := mismatches(state, module.state_dict()):
-        raise UserError(f"{path}: the weights do not fit its configuration: {faults}")
 
 
 def write_model(parts: Parts, folder: Path) -> None:

@@ -122,20 +122,21 @@ class Loader:
         return self._batches(reader, stream_shares(start, batch_size, world), world)
 
     def once(self, batch_size: int, world: World) -> Iterator[Batch]:
-        """Yield this rank's share of each batch of one pass over the source, in its order, centre-cropped.
+        """Yield batches of one pass over the source, in its order, centre-cropped: ranks take them in turn.
 
-        Every readable image comes exactly once over all ranks; the last batch is short.
-        Raises UserError as `stream` does.
+        Every readable image comes exactly once over all ranks; the last batch is short. `batch_size` is that of one
+        rank. Raises UserError if it is not positive, or too many images are unreadable.
         """
-        share = _share(batch_size, world)
-        firsts = range(world.rank * share, len(self), batch_size)
-        batches = self.read((range(first, min(first + share, len(self))) for first in firsts), world)
+        if batch_size < 1:
+            raise UserError(f"batch size {batch_size} must be at least 1")
+        firsts = range(world.rank * batch_size, len(self), world.size * batch_size)
+        batches = self.read((range(first, min(first + batch_size, len(self))) for first in firsts), world)
         return (batch for batch in batches if len(batch))
 
     def read(self, parts: Iterable[range], world: World) -> Iterator[Batch]:
         """Yield the readable ones of each of `parts`, which are items of the source, centre-cropped.
 
-        Raises UserError as `stream` does.
+        Raises UserError if too many images are unreadable.
         """
         return self._batches(_Reader(self.source, self.config, seed=None, attempts=1), parts, world)
 

@@ -25,7 +25,7 @@ from raekit.models.baselines import BaselineConfig
 from raekit.models.encoders import REGISTRY, Encoder, load_encoder
 from raekit.models.latent_space import LatentSpace
 from raekit.models.layers import to_tokens
-from raekit.progress import Report, silent
+from raekit.progress import Report, counted, silent
 
 _log = logging.getLogger(__name__)
 
@@ -66,8 +66,8 @@ def probe(
 
     Of an autoencoder, the whitened latents; beside them the tokens of its encoder with random weights, which are
     not whitened; a baseline stands alone. Images are centre-cropped to `image_size`, by default the model's. Called by
-    all processes, which share the images; the features of all are held in memory. UserError without labels, or without
-    scikit-learn.
+    all processes, which share the images; the first fits, the others get nothing. The features of all are held in
+    memory. UserError without labels, or without scikit-learn.
     """
     world = world or World()
     model = _load(name).to(world.device)
@@ -78,19 +78,14 @@ def probe(
         random = untrained(encoder)
         networks["random weights"] = _Features("random weights", random, _shape(random), tokens)
     loaders = {split: _loader(source, split, size, workers) for split in ("train", "heldout")}
-    results: dict[str, Probe] = {}
+    banks: dict[str, list[np.ndarray]] = {row: [] for row in networks}
     for row, network in networks.items():
-        banks = []
         for split, loader in loaders.items():
-
-            def shown(done: int, what: str = f"{row}, {split}", total: int = len(loader)) -> None:
-                progress(what, min(done * world.size, total), total)
-
+            shown = counted(progress, f"{row}, {split}", len(loader), world.size)
             features, labels = feature_bank(images_of(loader.once(BATCH, world), world), network, world, shown)
-            banks += [features.cpu().numpy()[labels.cpu() >= 0], labels.cpu().numpy()[labels.cpu() >= 0]]
-        found = linear_probe(*banks, penalty=penalty) if world.is_main else None
-        results[row] = world.gather(found)[0]
-    return results
+            banks[row] += [features.cpu().numpy()[labels.cpu() >= 0], labels.cpu().numpy()[labels.cpu() >= 0]]
+    # After all that is done together: the others do not wait for what may take long.
+    return {row: linear_probe(*bank, penalty=penalty) for row, bank in banks.items()} if world.is_main else {}
 
 
 def linear_probe(

@@ -23,7 +23,7 @@ from raekit.evaluation.frechet import Gaussian
 from raekit.evaluation.manifold import Kept
 from raekit.files import whole
 from raekit.moments import Moments
-from raekit.progress import Report, silent
+from raekit.progress import Report, counted, silent
 from raekit.weights import fingerprint, read_weights
 
 MAX_WIDTH = 16_384
@@ -315,10 +315,7 @@ def measure_reference(
         name: _Measured(network, 0 if name.endswith("_spatial") else keep, len(loader))
         for name, network in networks.items()
     }
-
-    def shown(done: int) -> None:
-        progress("reference", min(done * world.size, len(loader)), len(loader))
-
+    shown = counted(progress, "reference", len(loader), world.size)
     evaluate(images_of(loader.once(BATCH, world), world), list(measured.values()), world, shown)
     gaussians = {name: Gaussian.of(part.moments) for name, part in measured.items()}
     features = {name: part.features for name, part in measured.items() if part.keep}

@@ -41,8 +41,8 @@ class Guidance:
         return f"{self.method}:{self.scale}" + (f"@{self.start}-{self.end}" * ((self.start, self.end) != (0, 1)))
 
     def holds(self, t: float) -> bool:
-        """Whether it acts at time `t`."""
-        return self.start <= t <= self.end
+        """Whether it acts at time `t`, which a grid gives in float32: 0.1 as 0.09999999403953552."""
+        return self.start - 1e-6 <= t <= self.end + 1e-6
 
 
 def parse_guidance(text: str) -> tuple[Guidance, ...]:

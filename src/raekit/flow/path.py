@@ -47,11 +47,6 @@ def to_data(x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
     return x_t - _per_sample(t, x_t) * v
 
 
-def to_noise(x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
-    """The noise that `v` at (x_t, t) comes from."""
-    return x_t + (1 - _per_sample(t, x_t)) * v
-
-
 def similarity(t: float, s: float) -> float:
     """The cosine of x_t and x_s of one path that is to be expected, for whitened data."""
     return ((1 - t) * (1 - s) + t * s) / math.sqrt(((1 - t) ** 2 + t**2) * ((1 - s) ** 2 + s**2))

@@ -34,7 +34,7 @@ def augment(images: Tensor, config: AugmentConfig, *, seed: int, stream: str, st
     other images. `stream` names the use: real and generated images are augmented independently.
     """
     fires = randomness.uniform(seed, f"{stream} policies", [step], (3,))[0] < config.prob
-    draws = randomness.uniform(seed, stream, positions, (7,)).to(images.device).mT
+    draws = randomness.uniform(seed, stream, positions, (7,)).to(images.device, non_blocking=True).mT
     x = 2 * images - 1  # what is moved in or cut out is grey
     if fires[0] and config.translation:
         x = _translate(x, config.translation, draws[0], draws[1])

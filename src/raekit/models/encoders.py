@@ -266,13 +266,16 @@ class ViT(nn.Module):
             for _ in range(config.depth)
         )
         self.norm = nn.LayerNorm(config.width, eps=1e-6, elementwise_affine=False)
+        side = config.image_size // config.patch_size
+        self.grid = (side, side)
+        self.register_buffer("positions", sincos_positions(config.width, self.grid), persistent=False)
 
     def tokens(self, pixels: Tensor) -> Tensor:
         """The embedded patches (B, N, width), with their positions: what enters the first block."""
         size = self.config.patch_size
         grid = (pixels.shape[2] // size, pixels.shape[3] // size)
-        positions = sincos_positions(self.config.width, grid).to(pixels)
-        return self.embed(patchify(pixels, size)) + positions
+        positions = self.get_buffer("positions") if grid == self.grid else sincos_positions(self.config.width, grid)
+        return self.embed(patchify(pixels, size)) + positions.to(pixels)
 
     def forward(self, pixels: Tensor, keep: Tensor | None = None) -> Tensor:
         x = self.tokens(pixels)

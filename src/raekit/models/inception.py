@@ -186,7 +186,9 @@ class Inception(nn.Module):
             spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)  # Mixed_6d begins with its branch1x1
             x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(x))))
             pooled = x.mean((2, 3))
-            return torch.cat([pooled, pooled @ self.fc.weight.T, spatial], 1)
+            # In float64, since TF32 of matrix products is nobody's setting here.
+            logits = (pooled.double() @ self.fc.weight.T.double()).float()
+            return torch.cat([pooled, logits, spatial], 1)
 
     def resized(self, pixels: Tensor) -> Tensor:
         """Pixels from 0 to 255 at the network's own size."""

@@ -5,8 +5,9 @@ Command:        torchrun --nproc-per-node 8 -m raekit -- train raev2_k7_256 --da
 Cost:           80 epochs
 Last verified:  never at this scale, for want of ImageNet and GPUs; the parts agree with the reference cases.
 
-The backbone is 1440 wide, as released; the paper's is 1152. Sampled with 100 Euler steps. Muon moves the query, key and
-value matrices as one, where the published optimizer has three.
+875 M parameters. The backbone is 1440 wide, as released; the paper's is 1152, with 839 M (ours: 620 M). Sampled
+with 100 Euler steps. Muon moves the query, key and value matrices as one, and SwiGLU's two of the input, where the
+published optimizer has five.
 """
 
 from dataclasses import replace

@@ -7,18 +7,20 @@ from typing import Literal
 
 from raekit.assessment import Samples
 from raekit.config import configclass
-from raekit.data.loader import DataConfig, Loader
+from raekit.data.loader import DataConfig
+from raekit.data.sources import open_source
 from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.evaluation.against import Against, find_networks
 from raekit.evaluation.evaluate import BATCH, evaluate
 from raekit.evaluation.features import load_networks
 from raekit.evaluation.intervals import LEAST
-from raekit.evaluation.labels import Labels
+from raekit.evaluation.labels import Labels, draw_labels
 from raekit.evaluation.references import measure_reference, read_reference
 from raekit.flow.guidance import parse_guidance
 from raekit.inference import Model
-from raekit.sampling import Sampling
+from raekit.models.denoiser import Denoiser
+from raekit.sampling import Sampling, check_sampling
 
 
 @configclass
@@ -44,26 +46,41 @@ class EvaluationConfig:
     batch_size: int = BATCH
     intervals: bool = False
 
+    @property
+    def sampling(self) -> Sampling:
+        """How it samples."""
+        rules = parse_guidance(self.guidance) if self.guidance is not None else ()
+        return Sampling(steps=self.steps, guidance=rules, precision=self.precision)
+
     def __post_init__(self) -> None:
         for name in ("every", "count", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"evaluation.{name}: {getattr(self, name)} must be at least 1")
         if self.intervals and self.count < LEAST:
             raise UserError(f"evaluation.intervals: they need at least {LEAST} images, and count is {self.count}")
+        if any(rule.method == "auto" for rule in self.sampling.guidance):
+            raise UserError(
+                f"evaluation.guidance: {self.guidance} needs a weaker model, and a training has none; take another, "
+                "and score the run by raekit evaluate --weak later"
+            )
 
 
 def evaluator(
-    config: EvaluationConfig, data: DataConfig, models: Callable[[], dict[str, Model]], world: World
+    config: EvaluationConfig,
+    data: DataConfig,
+    denoiser: Denoiser,
+    models: Callable[[], dict[str, Model]],
+    world: World,
 ) -> Callable[[int], dict[str, float]]:
-    """A function for `Periodic` that scores `models()`, each under its name as a prefix.
+    """A function for `Periodic` that scores `models()`, each under its name as a prefix: averages of `denoiser`.
 
-    UserError, at once, for a reference that is absent or of other images.
+    UserError, at once, for a reference that is absent or of other images, and for what `denoiser` does not allow.
     """
-    sampling = Sampling(
-        steps=config.steps,
-        guidance=parse_guidance(config.guidance) if config.guidance is not None else (),
-        precision=config.precision,
-    )
+    classes = denoiser.config.num_classes
+    try:
+        check_sampling(config.sampling, denoiser, labelled=bool(classes))
+    except UserError as error:
+        raise UserError(f"evaluation.{error}") from None
     heldout = replace(data, split="heldout", flip=False, crop="center")
     compared: list[Against] = []
     if config.reference:
@@ -71,9 +88,10 @@ def evaluator(
         reference.check_size(data.image_size)
         networks = find_networks([reference], config.features, world.device)
         compared.append(Against([reference], networks, world.device))
+        if classes:  # that there are labels of the kind wanted
+            draw_labels(config.labels, classes, config.count, config.seed, reference.about.classes)
     else:
-        if not len(Loader(heldout, seed=0)):
-            raise UserError(f"evaluation: {data.source} has no held-out images to compare with; give a reference")
+        open_source(data.source, "heldout")  # that there are images to compare with
         names = config.features or ("builtin:vit-tiny",)
         networks = {key: each for name in names for key, each in load_networks(name, world.device).items()}
 
@@ -87,7 +105,7 @@ def evaluator(
             stream = Samples(
                 model,
                 config.count,
-                sampling,
+                config.sampling,
                 seed=config.seed,
                 labels=config.labels,
                 of_reference=compared[0].references[0].about.classes,

@@ -17,6 +17,7 @@ from raekit.inference import Model
 from raekit.models.autoencoder import load_autoencoder
 from raekit.models.denoiser import Denoiser, DenoiserConfig, DenoiserSize
 from raekit.models.layers import watch_logits
+from raekit.progress import Report
 from raekit.stages.evaluation import EvaluationConfig, evaluator
 from raekit.stages.stage import Stage
 from raekit.train.objective import Metrics, Objective, Periodic
@@ -124,7 +125,7 @@ def build(config: GenerationConfig, run: Path, world: World) -> Stage:
             dropped = (
                 randomness.uniform(seed, "class dropout", batch.positions, (), world.device) < config.class_dropout
             )
-            labels = batch.labels.masked_fill(dropped, model.config.null_label)
+            labels = batch.labels.masked_fill(dropped | (batch.labels < 0), model.config.null_label)
         return flow_matching_loss(
             model, latents, labels, batch.positions, seed=seed, time_law=config.time_law, alpha=alpha
         )
@@ -135,11 +136,12 @@ def build(config: GenerationConfig, run: Path, world: World) -> Stage:
         loss=loss,
         optim=config.optim,
         blocks=[*model.blocks, *(model.head_blocks if size.head else [])],
+        convolutions=[model.embed, *([model.head_embed] if size.head else [])],
         ema=config.ema,
         monitor=partial(watch_logits, model),
     )
 
-    def prepare() -> None:
+    def prepare(progress: Report) -> None:
         if config.train.compile and not config.latents:
             autoencoder.compile_encoder()
 
@@ -166,7 +168,7 @@ def build(config: GenerationConfig, run: Path, world: World) -> Stage:
         prepare=prepare,
         export=export,
         periodics=[
-            Periodic(every=chosen.every, call=evaluator(chosen, config.data, models, world))
+            Periodic(every=chosen.every, call=evaluator(chosen, config.data, model, models, world))
             for chosen in (config.evaluation,)
             if chosen
         ],

@@ -30,6 +30,7 @@ from raekit.models.discriminator import (
 from raekit.models.encoders import LayersConfig, Size, load_encoder
 from raekit.models.layers import patchify, watch_logits
 from raekit.models.perceptual import load_perceptual
+from raekit.progress import Report, counted
 from raekit.stages.selection import SelectionConfig, selector
 from raekit.stages.stage import Stage
 from raekit.train.objective import Metrics, Objective, Periodic
@@ -302,9 +303,11 @@ def build(config: ReconstructionConfig, run: Path, world: World) -> Stage:
                 schedule_start=0 if adversarial.schedule == "common" else None,
             )
         )
-    averaged = Autoencoder(model.config, encoder).to(world.device)
+    averaged = Autoencoder(model.config, encoder)
+    averaged.decoder = model.decoder  # in the place of its own, until the average is asked for
+    averaged.to(world.device)
 
-    def prepare() -> None:
+    def prepare(progress: Report) -> None:
         if config.train.compile:
             encoder.compile()
         # Measured once, kept beside the run: the pass over the data is the same for every restart.
@@ -312,8 +315,11 @@ def build(config: ReconstructionConfig, run: Path, world: World) -> Stage:
         if path.is_file():
             mean, var = read_statistics(path, model.latent_shape)
         else:
-            batches = loader.once(config.train.batch_size, world)
-            mean, var = measure_latents(model.tokens, batches, model.latent_shape, world, mirror=config.data.flip)
+            batches = loader.once(max(config.train.batch_size // world.size, 1), world)
+            shown = counted(progress, "measure latents", len(loader), world.size)
+            mean, var = measure_latents(
+                model.tokens, batches, model.latent_shape, world, mirror=config.data.flip, shown=shown
+            )
             if world.is_main:
                 write_statistics(path, var, mean)
         averaged.set_statistics(mean, var)

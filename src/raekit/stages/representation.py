@@ -134,6 +134,7 @@ def build(config: RepresentationConfig, run: Path, world: World) -> Stage:
         loss=loss,
         optim=config.optim,
         blocks=[*model.encoder.blocks, *model.blocks],
+        convolutions=[model.encoder.embed],
         ema=config.ema,
         monitor=partial(watch_logits, model),
     )

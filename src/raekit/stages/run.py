@@ -8,6 +8,8 @@ from raekit.config import differences, read_json, to_dict, to_json
 from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.files import whole
+from raekit.progress import Report as Progress
+from raekit.progress import silent
 from raekit.stages import generation, reconstruction, representation
 from raekit.stages.stage import Stage
 from raekit.train.trainer import Report, Trainer
@@ -26,8 +28,16 @@ def build(config: StageConfig, run: Path, world: World) -> Stage:
     return _BUILDERS[type(config)](config, run, world)  # type: ignore[operator]
 
 
-def train(config: StageConfig, run: Path, world: World, report: Report = lambda step, metrics: None) -> bool:
+def train(
+    config: StageConfig,
+    run: Path,
+    world: World,
+    report: Report = lambda step, metrics: None,
+    progress: Progress = silent,
+) -> bool:
     """Train `config` in the folder `run`, or go on where a run of the same configuration stopped.
+
+    `report` is told of steps, `progress` of what precedes them.
 
     False if a signal stopped it. Either way RUN/artifact holds the present model. Raises UserError, listing
     the fields, if `run` belongs to another configuration, or if its disk is full.
@@ -38,7 +48,7 @@ def train(config: StageConfig, run: Path, world: World, report: Report = lambda 
     # Now that all of it could be built: a mistake in the configuration does not occupy the folder.
     with world.main_first():
         claim(run, config, world)
-    stage.prepare()
+    stage.prepare(progress)
     finished = trainer.fit(report)
     stage.export(run / "artifact")
     world.barrier()  # written by the first process, it may be read by all

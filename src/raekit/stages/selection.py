@@ -64,14 +64,12 @@ def scorer(
     """
     network = EncoderFeatures(load_encoder(config.features).to(world.device))
     heldout = Loader(replace(data, split="heldout", flip=False, crop="center"), seed=0)
-    if not len(heldout):
-        raise UserError(f"selection: {data.source} has no held-out images to compare with")
     latents = read_generated(Path(config.latents), latent_shape) if config.latents else None
     pairs = {"psnr": psnr, "ssim": ssim, **(more or {})}
     reference: list[Moments] = []
 
     def reconstructed(model: LatentSpace) -> Iterator[Images]:
-        for batch in heldout.once(BATCH * world.size, world):
+        for batch in heldout.once(BATCH, world):
             images = batch.to(world.device).pixels()
             yield Images(reconstruct(model, images), batch.labels, images)
 
@@ -82,7 +80,7 @@ def scorer(
 
     def score(model: LatentSpace) -> dict[str, float]:
         if not reference:
-            stream = images_of(heldout.once(BATCH * world.size, world), world)
+            stream = images_of(heldout.once(BATCH, world), world)
             reference.append(reference_moments(stream, network, world))
         metrics = [FrechetDistance(network, reference[0], "reconstruction_fd")]
         scores = [PairMean(PairScore(*pair)) for pair in pairs.items()]
@@ -114,12 +112,13 @@ def selector(
         values = score(model)
         chosen = values["generation_fd" if config.latents else "reconstruction_fd"]
         path = run / "selected.json"
-        if not path.is_file() or chosen < read_json(path)["score"]:
+        # Said by one process: another may see the file that this one writes, or a score of other last bits.
+        if world.any(world.is_main and (not path.is_file() or chosen < read_json(path)["score"])):
             model.save(run / "artifact", world)
             if world.is_main:
                 with whole(path) as partial:
                     partial.write_text(to_json({"step": step, "score": chosen}))
-            world.barrier()
+            world.barrier()  # whoever reads RUN/artifact next finds the whole of it
         return values
 
     return call

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from raekit.progress import Report
 from raekit.train.objective import Objective, Periodic
 
 
@@ -12,12 +13,12 @@ from raekit.train.objective import Objective, Periodic
 class Stage:
     """A training: its objectives, its stream of batches from a number of images seen, and what it leaves.
 
-    `prepare()` does what must precede training and is not part of it (a dry run leaves it out);
+    `prepare(progress)` does what must precede training and is not part of it (a dry run leaves it out);
     `export(folder)` writes the artifact of the present (averaged) weights.
     """
 
     objectives: Sequence[Objective]
     batches: Callable[[int], Iterator[Any]]
     export: Callable[[Path], None]
-    prepare: Callable[[], None] = lambda: None
+    prepare: Callable[[Report], None] = lambda progress: None
     periodics: Sequence[Periodic] = ()

@@ -29,8 +29,9 @@ class Objective:
     `loss(batch, step)` returns the mean loss of a (micro-)batch and detached metrics to log. All its
     randomness is addressed by the batch's positions, so that it depends on neither the number of processes
     nor the size of the micro-batches. `blocks` are the module's repeated units: compiled and distributed
-    one by one. `monitor()` is a context that watches the module's forward passes, and gives what it saw; of that the
-    largest is logged. The objective is active from step `start` on; its schedule counts from there, or from
+    one by one; `convolutions` are those of its linear layers that stand for convolutions, as patch embeddings do
+    (`build_optimizer`). `monitor()` is a context that watches the module's forward passes, and gives what it saw; of
+    that the largest is logged. The objective is active from step `start` on; its schedule counts from there, or from
     `schedule_start`. `ema` lists decays, and `averages` holds a copy of the module for each.
     """
 
@@ -39,6 +40,7 @@ class Objective:
     loss: Callable[[Any, int], tuple[Tensor, Metrics]]
     optim: OptimConfig
     blocks: Sequence[nn.Module] = ()
+    convolutions: Sequence[nn.Module] = ()
     ema: tuple[float, ...] = ()
     monitor: Callable[[], AbstractContextManager[Metrics]] | None = None
     start: int = 0

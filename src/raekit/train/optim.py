@@ -16,8 +16,8 @@ from raekit.errors import UserError
 class OptimConfig:
     """An optimizer and its schedule, counted in optimizer steps.
 
-    `muon` moves the matrices of the blocks by Muon with `momentum`, its steps scaled to the size of AdamW's so
-    that one `lr` serves both, and all else by AdamW (spec II.7).
+    `muon` moves two-dimensional parameters by Muon with `momentum`, its steps scaled to the size of AdamW's so that
+    one `lr` serves both, and all else by AdamW (spec II.7).
 
     The rate is `lr` during `warmup_steps` (or climbs to it by lr / warmup_steps a step, `warmup_from_zero`),
     then goes to `final_lr` at step `decay_end` along `decay`, and stays there. `clip` bounds the global
@@ -102,19 +102,21 @@ class MuonAdamW(optim.Optimizer):
         for part, group in zip((self.muon, self.adamw), self.param_groups, strict=True):
             part.param_groups, part.state = [group], self.state
         for matrix in self.param_groups[0]["params"]:
-            if matrix.grad is not None:
-                self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix.grad))
+            if matrix.grad is not None and "momentum_buffer" not in self.state[matrix]:
+                self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix.grad)
         self.adamw.found_inf = self.found_inf  # type: ignore[attr-defined]
         self.adamw.step()
         if not found:
             self.muon.step()
 
 
-def build_optimizer(config: OptimConfig, module: nn.Module, blocks: Iterable[nn.Module]) -> optim.Optimizer:
-    """The configured optimizer of `module`, whose repeated units are `blocks`."""
+def build_optimizer(config: OptimConfig, module: nn.Module, convolutions: Iterable[nn.Module] = ()) -> optim.Optimizer:
+    """The configured optimizer of `module`; of `convolutions` even matrices are not for Muon."""
     if config.method == "adamw":
         return adamw(config, module.parameters())
-    matrices = {p: None for block in blocks for p in block.parameters() if p.ndim == 2}
+    kernels = {p for each in convolutions for p in each.parameters()}
+    matrices = [p for p in module.parameters() if p.ndim == 2 and p not in kernels]
     if not matrices:
-        raise UserError("optim.method: muon moves the matrices of blocks, and this module has none; take adamw")
-    return MuonAdamW(config, list(matrices), [p for p in module.parameters() if p not in matrices])
+        raise UserError("optim.method: muon moves matrices, and this module has none; take adamw")
+    moved = set(matrices)
+    return MuonAdamW(config, matrices, [p for p in module.parameters() if p not in moved])

@@ -1,11 +1,8 @@
-"""Where scalars and pictures go: always metrics.jsonl and PNG files, TensorBoard as well if it is wanted."""
+"""Where scalars go: always metrics.jsonl, TensorBoard as well if it is wanted."""
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-import numpy as np
-from PIL import Image
 
 from raekit.errors import UserError
 from raekit.files import whole
@@ -57,12 +54,8 @@ class Tracker:
             partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
         self._writer = None
         if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise UserError(
-                    "train.tensorboard: TensorBoard is not installed; pip install 'raekit[track]'"
-                ) from None
+            from torch.utils.tensorboard import SummaryWriter
+
             self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -76,14 +69,6 @@ class Tracker:
         if self._writer:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
-
-    def image(self, step: int, name: str, image: Image.Image) -> None:
-        """Save a picture as RUN/samples/NAME-STEP.png."""
-        folder = self.run / "samples"
-        folder.mkdir(exist_ok=True)
-        image.save(folder / f"{name}-{step:08d}.png")
-        if self._writer:
-            self._writer.add_image(name, np.asarray(image), step, dataformats="HWC")
 
     def close(self) -> None:
         if self._writer:

@@ -8,6 +8,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from types import MethodType
 from typing import Any, Literal
@@ -74,7 +75,10 @@ class TrainConfig:
 
 def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     """bfloat16 or float32. `auto` is bf16 where the hardware multiplies it fast, else float32."""
-    fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if precision == "bf16" or (precision == "auto" and fast) else torch.float32
 
 
@@ -120,6 +124,8 @@ class Trainer:
             )
         if config.compile and world.device.type == "cpu" and not any(map(shutil.which, CXX_COMPILERS)):
             raise UserError("train.compile: on a CPU it needs a C++ compiler; install g++, or leave it off")
+        if config.tensorboard and not find_spec("tensorboard"):
+            raise UserError("train.tensorboard: TensorBoard is not installed; pip install 'raekit[track]'")
         if config.precision == "bf16" and compute_dtype("auto", world.device) == torch.float32:
             _log.warning("train.precision: bf16 is slow on this processor, which has no instructions for it")
         self.run, self.config, self.world = run, config, world
@@ -148,7 +154,7 @@ class Trainer:
             if self.config.compile:
                 for block in blocks or [replica]:
                     block.compile()
-        optimizer = self.optimizers[objective.name] = build_optimizer(objective.optim, module, objective.blocks)
+        optimizer = self.optimizers[objective.name] = build_optimizer(objective.optim, module, objective.convolutions)
         # Reading its state for a checkpoint makes an unused optimizer do a step, which must not count.
         optimizer.found_inf = torch.ones((), device=self.world.device)  # type: ignore[attr-defined]
 
