@@ -8,6 +8,7 @@ is the share of the machine's own matmul rate in that precision, measured here. 
 """
 
 import argparse
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,8 @@ def ours(theirs: Any, size: str) -> Autoencoder:
     decoder = DecoderConfig(token_dim=768, grid=(16, 16), patch_size=16, **DECODERS[size])
     spec = REGISTRY["dinov2-b"]
     model = Autoencoder(
-        AutoencoderConfig(encoder="dinov2-b", decoder=decoder), Encoder("dinov2-b", spec, theirs.encoder)
+        AutoencoderConfig(encoder="dinov2-b", decoder=decoder),
+        Encoder("dinov2-b", spec, copy.deepcopy(theirs.encoder)),  # its own, as it may be compiled in place
     )
     state, _, _ = from_diffusers(theirs.state_dict())
     load_strict(model.decoder, decoder_state(state, decoder), "diffusers")

@@ -8,6 +8,7 @@ one part more, so that a part's cost is the difference of two lines; the whole s
 """
 
 import argparse
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from raekit.models.perceptual import LPIPS
 from raekit.published.autoencoders import DECODERS
 from raekit.recipes import dinov2b_decoder_xl
 from raekit.stages.reconstruction import Encoded, Losses
+from raekit.train import ema
 from raekit.train.optim import adamw
 from raekit.train.trainer import autocast, compute_dtype
 
@@ -79,16 +81,20 @@ def main() -> None:
         if both:
             objectives.append((discriminator, parts.discriminator))
         optimizers = [adamw(recipe.optim, module.parameters()) for module, _ in objectives]
+        average = copy.deepcopy(model.decoder) if update else None
 
         def run() -> None:
             encoded = Encoded(batch, model.tokens)
-            for (_, loss), optimizer in zip(objectives, optimizers, strict=True):
+            for (module, loss), optimizer in zip(objectives, optimizers, strict=True):
                 with autocast(arguments.precision, device):
                     value, _ = loss(encoded, 0)
                 value.backward()
                 if update:
+                    nn.utils.clip_grad_norm_(module.parameters(), recipe.optim.clip or float("inf"))
                     optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
+            if average is not None:
+                ema.update(average, model.decoder, recipe.ema[0])
 
         return run
 

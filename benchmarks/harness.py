@@ -2,10 +2,10 @@
 
 import json
 import platform
-import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -78,29 +78,39 @@ class MatmulRate:
         return 2 * len(self.a) ** 3 / statistics.median(times)
 
 
+@dataclass
+class Runs:
+    """Seconds of each run of a variant, and the most memory that one took beyond what was held before it, in GiB."""
+
+    seconds: list[float] = field(default_factory=list)
+    peak: float = 0.0
+
+
 def interleaved(
     variants: Mapping[str, Callable[[], object]],
     repeats: int,
     device: torch.device,
     rate: MatmulRate | None = None,
-) -> dict[str, list[float]]:
-    """Seconds of each variant, run in turns after one warm-up each, so that a busy machine slows all alike.
+) -> dict[str, Runs]:
+    """The runs of each variant, in turns after one warm-up each, so that a busy machine slows all alike.
 
     `rate` gets the machine's own around each run.
     """
-    times: dict[str, list[float]] = {name: [] for name in variants}
+    runs = {name: Runs() for name in variants}
     for turn in range(repeats + 1):
         for name, run in variants.items():
             before = rate.measure() if rate and turn else 0.0
             synchronise(device)
+            held = reset_peak_memory(device)
             began = time.perf_counter()
             run()
             synchronise(device)
             if turn:
-                times[name].append(time.perf_counter() - began)
+                runs[name].seconds.append(time.perf_counter() - began)
+                runs[name].peak = max(runs[name].peak, peak_memory(device) - held)
                 if rate:
                     rate.around.setdefault(name, []).append((before + rate.measure()) / 2)
-    return times
+    return runs
 
 
 def synchronise(device: torch.device) -> None:
@@ -109,15 +119,29 @@ def synchronise(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> float:
-    """GiB: of the device's allocator on CUDA, of the process's resident set on the CPU (both so far)."""
+    """GiB since the last reset: of the device's allocator on CUDA, of the process's resident set on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return _resident("VmHWM")
+
+
+def reset_peak_memory(device: torch.device) -> float:
+    """Forget the peak so far; gives what is held now, in GiB."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated() / 2**30
+    Path("/proc/self/clear_refs").write_text("5")
+    return _resident("VmRSS")
+
+
+def _resident(name: str) -> float:
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[name].split()[0]) / 2**20
 
 
 def report(
     title: str,
-    times: Mapping[str, list[float]],
+    runs: Mapping[str, Runs],
     images: int,
     device: torch.device,
     out: Path | None,
@@ -130,26 +154,30 @@ def report(
     With the `flops` of a turn and the machine's `rate`, also the share of that rate that each variant reaches.
     """
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{title}\n{machine}, torch {torch.__version__}, peak memory {peak_memory(device):.2f} GiB")
+    print(f"{title}\n{machine}, torch {torch.__version__}")
     if flops and rate:
         every = [each for rates in rate.around.values() for each in rates]
         print(
             f"{flops / images / 1e9:.1f} GFLOP an image; the machine's matmul rate is "
             f"{statistics.median(every) / 1e12:.3g} TFLOP/s ({min(every) / 1e12:.3g}-{max(every) / 1e12:.3g})"
         )
-    print(f"{'':24}{'ms':>10}{'images/s':>12}{'speed-up':>12}   {'range':12}{'rate' if flops and rate else ''}")
-    first = next(iter(times.values()))
+    print(
+        f"{'':24}{'ms':>10}{'images/s':>12}{'GiB':>8}{'speed-up':>12}   {'range':12}{'rate' if flops and rate else ''}"
+    )
+    first = next(iter(runs.values()))
     rows = {}
-    for name, seconds in times.items():
-        ratios = [a / b for a, b in zip(first, seconds, strict=True)]
+    for name, run in runs.items():
+        seconds = run.seconds
+        ratios = [a / b for a, b in zip(first.seconds, seconds, strict=True)]
         median = statistics.median(seconds)
         rows[name] = {"seconds": seconds, "images_per_second": images / median, "speed_up": statistics.median(ratios)}
+        rows[name] |= {"peak_memory_gib": run.peak}
         share = ""
         if flops and rate:
             shares = [flops / a / b for a, b in zip(seconds, rate.around[name], strict=True)]
             rows[name] |= {"flops_per_second": flops / median, "shares_of_matmul_rate": shares}
             share = f"{statistics.median(shares):.0%} ({min(shares):.0%}-{max(shares):.0%})"
-        figures = f"{1000 * median:10.1f}{images / median:12.3f}{statistics.median(ratios):12.2f}"
+        figures = f"{1000 * median:10.1f}{images / median:12.3f}{run.peak:8.2f}{statistics.median(ratios):12.2f}"
         print(f"{name:24}{figures}   {f'{min(ratios):.2f}-{max(ratios):.2f}':12}{share}")
     if out:
         values = {
@@ -157,7 +185,6 @@ def report(
             "machine": machine,
             "platform": platform.platform(),
             "torch": torch.__version__,
-            "peak_memory_gib": peak_memory(device),
             "images": images,
             "variants": rows,
         }

@@ -103,16 +103,15 @@ def main() -> None:
             if (theirs := variants.get(f"{name}, doubled")) and name in variants:
                 ours, theirs = variants[name](), theirs()
                 print(f"{mode}, {name}: relative difference {((ours - theirs).norm() / theirs.norm()).item():.1e}")
-        times = {
-            name: [FULL_STEPS / steps * t for t in seconds]
-            for name, seconds in interleaved(variants, arguments.repeats, device).items()
-        }
+        runs = interleaved(variants, arguments.repeats, device)
+        for each in runs.values():
+            each.seconds = [FULL_STEPS / steps * seconds for seconds in each.seconds]
         what = f"DiT^DH-{arguments.size}, 768x16x16, batch {batch}, {FULL_STEPS} Euler steps, {arguments.precision}"
         out = arguments.out and arguments.out.with_stem(f"{arguments.out.stem}-{mode}")
-        report(f"sampling, {what}, {mode}", times, batch, device, out)
+        report(f"sampling, {what}, {mode}", runs, batch, device, out)
         for name in RULES:
-            if (theirs := times.get(f"{name}, doubled")) and name in times:
-                ratios = sorted(a / b for a, b in zip(theirs, times[name], strict=True))
+            if (theirs := runs.get(f"{name}, doubled")) and name in runs:
+                ratios = sorted(a / b for a, b in zip(theirs.seconds, runs[name].seconds, strict=True))
                 print(f"{name}: {ratios[len(ratios) // 2]:.2f} times its baseline ({ratios[0]:.2f}-{ratios[-1]:.2f})")
 
 

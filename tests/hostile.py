@@ -6,6 +6,7 @@ or a pattern in the one message of a UserError. To add rows, write a function th
 
 import io
 import json
+import math
 import os
 import pickle
 import re
@@ -29,7 +30,9 @@ from safetensors import safe_open
 from safetensors.torch import load, load_file, save, save_file
 from torch import nn
 
+from raekit.artifacts import read_statistics
 from raekit.cache import LatentLoader, cache_latents
+from raekit.config import from_dict
 from raekit.conversion import read
 from raekit.data.loader import DataConfig
 from raekit.distributed import World
@@ -39,8 +42,13 @@ from raekit.latents import encode_files, read_latents
 from raekit.models.autoencoder import Autoencoder, AutoencoderConfig
 from raekit.models.decoder import DecoderConfig
 from raekit.models.denoiser import Denoiser, DenoiserConfig, TransformerConfig
+from raekit.models.discriminator import dino
 from raekit.models.encoders import Encoder, ViT, ViTConfig, load_encoder
-from raekit.weights import read_weights
+from raekit.models.perceptual import LPIPS, load_perceptual
+from raekit.published.autoencoders import statistics
+from raekit.published.diffusers import DiffusersAutoencoder
+from raekit.stages.selection import read_generated
+from raekit.weights import load_strict, read_weights
 
 WORKS = "works"
 MEMORY = 400  # MiB that no case may take
@@ -486,6 +494,90 @@ def pickles() -> Iterator[Case]:
     yield case("weights and a folder of settings", WORKS, lambda path: torch.save(state | {"epoch": {"n": 3}}, path))
 
 
+# Numbers
+
+
+def numbers() -> Iterator[Case]:
+    """Files that are whole, with what are no weights, statistics or latents in them."""
+
+    def case(row: str, expected: str, use: Callable[[Any, Path], object], content: object) -> Case:
+        def through_a_file(folder: Path) -> None:
+            torch.save({"it": content}, folder / "a.pt")
+            use(read_weights(folder / "a.pt")["it"], folder / "a.pt")
+
+        return Case(row, through_a_file, expected)
+
+    kinds = {
+        "whole numbers": torch.ones(4, dtype=torch.int64),
+        "truth values": torch.ones(4, dtype=torch.bool),
+        "complex numbers": torch.ones(4, dtype=torch.complex64),
+        "a sparse tensor": torch.eye(4)[0].to_sparse(),
+        "None": None,
+        "a list": [1.0] * 4,
+    }
+
+    def weights(value: Any, path: Path) -> None:
+        layer = nn.LayerNorm(4)
+        load_strict(layer, layer.state_dict() | {"weight": value}, path)
+
+    for name, value in kinds.items():
+        yield case(f"{name} for weights", "weight is .*expected floating-point numbers", weights, value)
+
+    def of_vgg(value: Any, path: Path) -> None:
+        torch.save({"features.0.weight": value}, path)
+        load_perceptual(str(path))
+
+    yield case("None for VGG's weights", r"features\.0\.weight is None", of_vgg, None)
+    yield case("a sparse tensor for VGG's weights", r"features\.0\.weight is sparse", of_vgg, torch.eye(4).to_sparse())
+
+    def of_dino(value: Any, path: Path) -> None:
+        state = {"pos_embed": torch.zeros(1, 5, 64), "patch_embed.proj.weight": torch.zeros(64, 3, 8, 8)}
+        dino(state | {"blocks.0.attn.qkv.bias": value}, path)
+
+    yield case("a number for DINO's bias", "do not fit Dino", of_dino, torch.tensor(1.0))
+    yield case("whole numbers for DINO's bias", "needs tensors", of_dino, torch.ones(192, dtype=torch.int64))
+
+    def of_statistics(value: Any, path: Path) -> None:
+        statistics({"mean": torch.zeros(8, 2, 2), "var": value})
+
+    def of_ours(value: Any, path: Path) -> None:
+        save_file({"var": value}, path.with_suffix(".safetensors"))
+        read_statistics(path.with_suffix(".safetensors"), (8, 2, 2))
+
+    var = torch.ones(8, 2, 2)
+    yield case("a sparse variance", "var must be a tensor", of_statistics, var.to_sparse())
+    yield case("a variance of whole numbers", "var must be a tensor", of_statistics, var.long())
+    for use, whose in ((of_statistics, "published"), (of_ours, "of ours")):
+        for name, value in (("NaN", var * math.nan), ("infinite", var * math.inf), ("negative", -var)):
+            yield case(f"a variance that is {name}, {whose}", "must be finite, and var not negative", use, value)
+
+    def of_latents(value: Any, path: Path) -> None:
+        torch.save({"unwhitened": value}, path)
+        read_generated(path, (8, 2, 2))
+
+    for name, value in (
+        ("a list", [1.0]),
+        ("no latents", torch.zeros(0, 8, 2, 2)),
+        ("one latent", torch.zeros(1, 8, 2, 2)),
+        ("latents of NaN", torch.full((3, 8, 2, 2), math.nan)),
+        ("whole numbers", torch.zeros(3, 8, 2, 2, dtype=torch.int64)),
+    ):
+        yield case(f"{name} to select by", "needs two generated latents or more", of_latents, value)
+
+    def of_diffusers(value: Any, path: Path) -> None:
+        from_dict(DiffusersAutoencoder, value, path)
+
+    for field, value in (("encoder_patch_size", 0), ("encoder_patch_size", -14), ("encoder_hidden_size", 0)):
+        yield case(f"{field} {value} of diffusers", f"{field}: {value}", of_diffusers, {field: value})
+    for value in (math.nan, math.inf, 0.0):
+        yield case(f"scaling_factor {value} of diffusers", "scaling_factor", of_diffusers, {"scaling_factor": value})
+
+    def of_images(side: Any, path: Path) -> None:
+        LPIPS()(torch.zeros(1, 3, side, side), torch.zeros(1, 3, side, side))
+
+    yield case("images of 8 pixels for LPIPS", "too small for VGG16", of_images, 8)
+
+
 # Configurations
 
 
@@ -566,7 +658,14 @@ def yamls() -> Iterator[Case]:
     yield case("10^29 references", "unknown a0", laughs + stage(f"{decoder}, noise_tau: *a29"))
 
 
-GROUPS = {"image": images, "safetensors": safetensors, "pickle": pickles, "configuration": configs, "YAML": yamls}
+GROUPS = {
+    "image": images,
+    "safetensors": safetensors,
+    "pickle": pickles,
+    "numbers": numbers,
+    "configuration": configs,
+    "YAML": yamls,
+}
 
 
 @cache

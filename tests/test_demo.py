@@ -14,6 +14,7 @@ from raekit import demo
 from raekit.demo import PER_CLASS, run_demo
 from raekit.distributed import World
 from raekit.errors import UserError
+from raekit.train.tracking import read_metrics
 
 
 def silent(what: str, done: int, total: int, text: str = "", unit: int = 1) -> None:
@@ -39,6 +40,9 @@ def test_quick_demo_goes_on_after_an_interrupt_and_writes_a_whole_report(tmp_pat
     assert len(re.findall(r'src="data:image/png;base64,', html)) == 5  # samples, guided, reconstructions, two curves
     assert not re.search(r'(src|href)="http', html)
     scores = json.loads((tmp_path / "scores.json").read_text())
+    records = read_metrics(tmp_path / "decoder")
+    for name, start in (("discriminator/loss", 15), ("decoder/gan", 20)):  # of 40 steps, as emoji_decoder_gan's 1,200
+        assert min(record["step"] for record in records if name in record) == start + 1
     assert set(scores) >= {"held-out images", "training images", "reconstructions", "decoded noise", "samples"}
     assert all(row in html for row in scores)
     # Even a minute of training brings reconstructions far closer to real images than decoded noise is.

@@ -10,8 +10,9 @@ from raekit.config import from_dict, to_dict
 from raekit.conversion.releases import DENOISERS
 from raekit.errors import UserError
 from raekit.models.denoiser import Denoiser, DenoiserConfig
+from raekit.models.encoders import LAYERS, LayersConfig
 from raekit.stages.generation import GenerationConfig
-from raekit.stages.reconstruction import ReconstructionConfig
+from raekit.stages.reconstruction import PerceptualConfig, ReconstructionConfig
 from raekit.stages.representation import RepresentationConfig
 from raekit.train.optim import learning_rate
 from raekit.weights import ASSETS
@@ -89,6 +90,56 @@ def test_published_schedules_of_stage_1():
             assert config.adversarial
             assert config.train.steps == 16 * 2502
             assert (config.adversarial.discriminator_start, config.adversarial.start) == (6 * 2502, 8 * 2502)
+
+
+LAST = LayersConfig()
+
+
+@pytest.mark.parametrize(
+    ("name", "encoder", "size", "patch", "width", "noise", "layers", "output", "figures"),
+    [
+        ("dinov2b_decoder_b", "dinov2-b", None, 16, 768, 0.0, LAST, "encoder-colours", "rFID 0.58"),
+        ("dinov2b_decoder_l", "dinov2-b", None, 16, 1024, 0.0, LAST, "encoder-colours", "rFID 0.50"),
+        (
+            "dinov2b_decoder_xl",
+            "dinov2-b",
+            None,
+            16,
+            1152,
+            0.8,
+            LAST,
+            "encoder-colours",
+            "rFID 0.57, PSNR 18.9",
+        ),
+        ("siglip2b_decoder_xl", "siglip2-b", None, 16, 1152, 0.8, LAST, "encoder-colours", "rFID 0.53"),
+        ("mae_decoder_xl", "mae-b", None, 16, 1152, 0.8, LAST, "encoder-colours", "rFID 0.16"),
+        ("dinov2b_512_direct", "dinov2-b", 448, 16, 1152, 0.8, LAST, "encoder-colours", "rFID 0.53"),
+        ("dinov2b_512_upsample", "dinov2-b", None, 32, 1152, 0.8, LAST, "encoder-colours", "rFID 0.97"),
+        ("dinov3l_k1_decoder_xl", "dinov3-l", None, 16, 1152, 0.8, LAYERS["k1"], "pixels", "rFID 0.60, PSNR 18.9"),
+        ("dinov3l_k7_decoder_xl", "dinov3-l", None, 16, 1152, 0.8, LAYERS["k7"], "pixels", "rFID 0.29, PSNR 22.6"),
+        ("dinov3l_k23_decoder_xl", "dinov3-l", None, 16, 1152, 0.8, LAYERS["k23"], "pixels", "rFID 0.18, PSNR 27.0"),
+    ],
+)
+def test_published_settings_of_stage_1(name, encoder, size, patch, width, noise, layers, output, figures):
+    recipe = recipes.find(name)
+    config = recipe.config
+    assert isinstance(config, ReconstructionConfig)
+    assert (config.encoder, config.encoder_size, config.layers, config.output) == (encoder, size, layers, output)
+    decoder = {768: (12, 12, 3072), 1024: (24, 16, 4096), 1152: (28, 16, 4096)}[width]
+    found = config.decoder
+    assert (found.width, found.depth, found.heads, found.hidden, found.patch_size) == (width, *decoder, patch)
+    assert (config.noise, config.noise_law) == (noise, "uniform")
+    assert (config.data.image_size, config.data.crop) == (512 if "512" in name else 256, "random")
+    assert (config.train.batch_size, config.train.precision, config.ema) == (512, "tf32", (0.9978,))
+    assert config.adversarial
+    assert config.perceptual == PerceptualConfig(weight=1.0, start=0)
+    assert config.adversarial.discriminator.backbone == "dino-s8"
+    assert (config.adversarial.weight, config.adversarial.max_weight, config.adversarial.loss) == (0.75, 1e4, "hinge")
+    for optim in (config.optim, config.adversarial.optim):
+        assert (optim.betas, optim.weight_decay, optim.clip) == ((0.5, 0.9), 0.0, 0.0)
+        rates = [learning_rate(optim, epoch * 2502) for epoch in (0, 1, 16)]
+        assert rates == pytest.approx([2e-4, 2e-4, 2e-5])
+    assert figures in recipe.about
 
 
 def generation(name: str) -> GenerationConfig:

@@ -18,7 +18,7 @@ from raekit.config import read_json, to_dict, to_json
 from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.files import whole
-from raekit.weights import find_folder, read_weights
+from raekit.weights import check_statistics, find_folder, read_weights
 
 STATISTICS = "statistics.safetensors"
 
@@ -113,4 +113,9 @@ def read_statistics(path: Path, shape: tuple[int, ...]) -> tuple[Tensor | None, 
     if "var" not in tensors or any(tensor.shape != shape for tensor in tensors.values()):
         found = {key: tuple(value.shape) for key, value in tensors.items()}
         raise UserError(f"{path}: needs `var` (and `mean`) of shape {shape}, holds {found}; measure the latents again")
-    return tensors.get("mean"), tensors["var"]
+    mean, var = tensors.get("mean"), tensors["var"]
+    try:
+        check_statistics(mean, var)
+    except UserError as error:
+        raise UserError(f"{path}: {error}; measure the latents again") from None
+    return mean, var

@@ -30,7 +30,7 @@ from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.evaluation.features import quantize
 from raekit.evaluation.metrics import psnr, ssim
-from raekit.files import whole
+from raekit.files import check_folder, whole
 from raekit.inference import BatchSize, Model, fitting_batch, generate, read_image, reconstruct
 from raekit.models.latent_space import LatentSpace
 from raekit.models.perceptual import load_perceptual
@@ -44,8 +44,8 @@ METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"psnr": psnr, "ssim": 
 
 
 def reconstruction_metrics(lpips: str | None, device: torch.device) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
-    """METRICS, and LPIPS with VGG16's weights from the file `lpips` if there is one."""
-    return METRICS | ({"lpips": load_perceptual(lpips).to(device)} if lpips else {})
+    """METRICS, and LPIPS with VGG16 from the file `lpips`; "auto" seeks one (`load_perceptual`), None leaves it out."""
+    return METRICS | ({"lpips": load_perceptual(None if lpips == "auto" else lpips).to(device)} if lpips else {})
 
 
 CONTACT_SHEET = "contact-sheet.png"
@@ -251,6 +251,7 @@ def reconstruct_folder(
     """
     if batch_size < 1:
         raise UserError(f"batch_size: {batch_size} must be at least 1")
+    check_folder(out)
     names = find_images(paths, besides=out)
     if any(image.parent.resolve() == out.resolve() for image in names):
         raise UserError(f"{out}: holds originals; give another folder for the reconstructions")

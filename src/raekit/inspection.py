@@ -1,6 +1,7 @@
 """What a configuration would cost, and what a model or run folder holds."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,9 +26,10 @@ def describe_config(config: StageConfig, run: Path, world: World) -> str:
     FLOPs and activation memory are measured on the loss of two images, forward (the backward pass costs about
     twice that again).
     """
-    stage = build(config, run, world)
+    few = replace(config.train, batch_size=2 * world.size, micro_batch=None)
+    stage = build(replace(config, train=few, data=replace(config.data, workers=0)), run, world)
     lines = [to_json(to_dict(config)).rstrip(), ""]
-    batch = next(stage.batches(0)).to(world.device).split(2)[0]
+    batch = next(stage.batches(0)).to(world.device)
     share = config.train.micro_batch or config.train.batch_size // world.size
     for objective in stage.objectives:
         module = objective.module.to(world.device)

@@ -18,7 +18,7 @@ from raekit.config import configclass, from_dict, to_dict
 from raekit.data.images import find_images
 from raekit.data.transforms import Fit
 from raekit.errors import UserError
-from raekit.files import whole
+from raekit.files import check_file, check_folder, whole
 from raekit.inference import read_image
 from raekit.models.latent_space import LatentSpace
 from raekit.pictures import from_pil
@@ -94,8 +94,12 @@ def encoder_fingerprint(autoencoder: LatentSpace) -> str:
 def shard_paths(folder: Path, shards: int) -> list[Path]:
     """Where the shards of latents go; UserError if `folder` holds any that are not among them."""
     places = [folder / f"latents-{i:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
+    check_folder(folder)
     if others := set(folder.glob("latents-*.safetensors")) - set(places):
-        raise UserError(f"{folder}: holds shards of other latents ({min(others).name}); give another folder")
+        raise UserError(
+            f"{folder}: holds shards of other latents, or of another size ({min(others).name}); give the same "
+            "shard size again, or another folder"
+        )
     return places
 
 
@@ -128,6 +132,10 @@ def encode_files(
             raise UserError(f"{name}: {value} must be at least 1")
     images = list(find_images(paths))
     single = out.suffix.lower() == ".safetensors"
+    if single:
+        check_file(out)
+    elif out.suffix.lower() in (".pt", ".pth", ".npz", ".npy", ".bin"):
+        raise UserError(f"{out}: must be a .safetensors file, or a folder for shards")
     if single and len(images) > shard_size:
         raise UserError(
             f"{out}: {len(images)} images are more than shard_size = {shard_size}; give a folder for shards"
@@ -171,6 +179,8 @@ def encode_files(
                 shards=len(parts),
                 images=tuple(map(str, read)),
             )
+            if not images or len(unreadable) == len(images):
+                break  # nothing to write: none of the images could be read
             whole_shard = torch.cat(latents) if latents else torch.empty(0, *autoencoder.latent_shape)
             write_shard(place, info, {"latents": whole_shard})
             encoded += len(read)

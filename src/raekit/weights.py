@@ -7,7 +7,7 @@ import zipfile
 from collections.abc import Callable, Mapping
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from raekit.errors import UserError
 
 ASSETS = Path(__file__).parent / "assets"
+VARIANCE_EPS = 1e-5  # what whitening adds to a variance (spec 1.3)
 
 MADE: dict[str, Callable[[str, str | None], Path]] = {}
 """Names whose folder is made when it is first asked for, with what makes it: `raekit.conversion` enters its own."""
@@ -147,13 +148,33 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: object) 
     module.load_state_dict(dict(state), assign=any(p.is_meta for p in module.parameters()))
 
 
+def _kind(value: object) -> str:
+    return f"{value.layout} of {value.dtype}".replace("torch.", "") if isinstance(value, Tensor) else f"{value!r:.40}"
+
+
+def is_real(value: object) -> TypeGuard[Tensor]:
+    """Whether it is a dense tensor of real floating-point numbers."""
+    return isinstance(value, Tensor) and value.layout == torch.strided and value.is_floating_point()
+
+
+def check_statistics(mean: Tensor | None, var: Tensor) -> None:
+    """UserError if latents cannot be whitened by them."""
+    if not (var.isfinite() & (var + VARIANCE_EPS > 0)).all() or (mean is not None and not mean.isfinite().all()):
+        raise UserError("statistics: mean and var must be finite, and var not negative")
+
+
 def mismatches(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
-    """What is missing in `state`, unexpected or of another shape than in `wanted`; empty if it is neither."""
+    """What is missing in `state`, unexpected, no numbers or of another shape than in `wanted`; empty if all fits."""
     faults = [f"missing {key}" for key in wanted.keys() - state.keys()]
     faults += [f"unexpected {key}" for key in state.keys() - wanted.keys()]
     faults += [
         f"{key} is {tuple(state[key].shape)}, expected {tuple(wanted[key].shape)}"
         for key in wanted.keys() & state.keys()
-        if state[key].shape != wanted[key].shape
+        if isinstance(state[key], Tensor) and state[key].shape != wanted[key].shape
+    ]
+    faults += [
+        f"{key} is {_kind(state[key])}, expected floating-point numbers"
+        for key in wanted.keys() & state.keys()
+        if wanted[key].is_floating_point() and not is_real(state[key])
     ]
     return "; ".join(sorted(faults)[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else "")

@@ -255,7 +255,7 @@ def test_layers(family: str, layers: LayersConfig, checkpoint: Callable[..., Pat
 
 def test_published_choices_of_layers():
     assert {name: layers.blocks for name, layers in LAYERS.items()} == {
-        "k1": (23,),
+        "k1": (-1,),
         "k7": (11, 13, 15, 17, 19, 21, 23),
         "k23": tuple(range(1, 24)),
     }

@@ -78,7 +78,9 @@ def test_latents_of_another_shape_are_refused(config, tmp_path):
     path = tmp_path / "other.safetensors"
     save_file({"unwhitened": torch.zeros(3, 16, 2, 2)}, path)
     wrong = replace(config, selection=replace(config.selection, latents=str(path)))
-    message = re.escape(f"{path}: needs generated latents of shape (16, 4, 4), has (16, 2, 2); make them with ")
+    message = re.escape(
+        f"{path}: needs two generated latents or more of shape (16, 4, 4), all finite, has (3, 16, 2, 2); make "
+    )
     with pytest.raises(UserError, match=message):
         train(wrong, tmp_path / "run", ONE)
     save_file({"latents": torch.zeros(3, 16, 4, 4)}, path)

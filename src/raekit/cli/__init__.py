@@ -39,6 +39,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 def main() -> None:
     """Run the command in sys.argv. Exits with 2 for a wrong command line, 1 for any other error, 130 after Ctrl-C."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every try
     arguments = sys.argv[1:]
     if arguments in (["--version"], ["-V"]):
         from raekit import __version__

@@ -35,7 +35,7 @@ def reconstruct(
         paths: image files, and folders with whatever is below them.
         out: folder for the results, another than the originals'.
         fit: to the model's square, cut to the middle, or padded with white.
-        lpips: score LPIPS too, with VGG16's weights from this file.
+        lpips: score LPIPS too, with VGG16's weights from this file; auto: from torchvision's cache or the Hub.
         batch_size: images at once.
         device: default is the best there is.
     """

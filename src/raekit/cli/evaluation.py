@@ -58,7 +58,7 @@ def evaluate(
         reference: .safetensors of `raekit reference`, ADM's .npz, or statistics of other projects.
         count: samples. Default: 50,000, or 1,000 for each setting without a reference.
         reconstruct: the images that the reference was made of, in place of generating any.
-        lpips: score reconstructions by LPIPS too, with VGG16's weights from this file.
+        lpips: score reconstructions by LPIPS too; a file, or auto, as of `raekit reconstruct`.
         seed: of the samples.
         labels: each class equally often; each drawn uniformly; or in the proportions of the reference's images.
         guidance: as in cfg:2.0@0.1-0.9 or auto:1.4. Without a reference, settings to score beside unguided sampling.

@@ -89,6 +89,8 @@ def read(source: str, options: FileOptions | None = None, *, denoiser: bool = Tr
         raise UserError(f"{source}: describes itself; encoder, statistics and so on are only for a decoder's file")
     if path.suffix in (".yaml", ".yml"):
         return read_yaml(path, denoiser)
+    if path.is_file():
+        raise UserError(f"{source}: no model; files read end in .safetensors, .pt, .pth, .ckpt, .bin, .yaml or .yml")
     if source in releases.DENOISERS:
         return read_model(source, denoiser)
     folder = find_folder(source)
@@ -97,6 +99,11 @@ def read(source: str, options: FileOptions | None = None, *, denoiser: bool = Tr
     config = folder / "config.json"
     if config.is_file() and isinstance(values := read_json(config), dict) and "_class_name" in values:
         return Parts(read_diffusers(folder, values))
+    if (folder / "model.pt").is_file() and not (folder / "autoencoder").is_dir():
+        raise UserError(
+            f"{source}: has a v1 decoder, and no config.yaml that tells its encoder; name its files: raekit convert "
+            f"{folder / 'model.pt'} DEST --encoder ENCODER --statistics {folder / 'stat.pt'} --decoder-config {folder}"
+        )
     return read_model(source, denoiser)
 
 

@@ -25,7 +25,7 @@ from raekit.published.diffusers import (
     statistics_from_diffusers,
 )
 from raekit.published.states import State
-from raekit.weights import mismatches, read_weights
+from raekit.weights import is_real, mismatches, read_weights
 
 _log = logging.getLogger(__name__)
 
@@ -51,7 +51,8 @@ def read_diffusers(folder: Path, values: dict[str, Any]) -> AutoencoderParts:
             path,
             *config.grid,
         )
-    decoder, encoder, rest = from_diffusers(read_weights(source))
+    read = {key: value.float() if is_real(value) else value for key, value in read_weights(source).items()}
+    decoder, encoder, rest = from_diffusers(read)
     ours = checked_decoder(decoder, built, f"{source}: does not fit config.json")
     # The statistics are of one of several shapes, which are looked at below.
     wanted = {key: rest.get(key, torch.empty(1)) for key in ("_latents_mean", "_latents_std")}
@@ -88,7 +89,9 @@ def _registered(config: DiffusersAutoencoder, state: State, colours: tuple[Tenso
         except UserError as error:
             failed = error
             continue
-        if all(map(torch.allclose, colours, (ours.mean[None], ours.std[None]))) and _same_weights(ours, config, state):
+        pairs = zip(colours, (ours.mean[None], ours.std[None]), strict=True)
+        # Far enough for a folder in half precision, and too near for another family's.
+        if all(torch.allclose(*pair, rtol=0, atol=2e-3) for pair in pairs) and _same_weights(ours, config, state):
             return name
     raise failed or UserError(f"{source}: its encoder has other weights, mean or deviation than {', '.join(names)}")
 
@@ -105,8 +108,10 @@ def _same_weights(encoder: Encoder, config: DiffusersAutoencoder, state: State) 
         theirs = type(ours).from_pretrained(None, config=ours.config, state_dict=given).state_dict()
     except RuntimeError:  # of other shapes
         return False
-    return all(
-        torch.equal(theirs[key], value) for key, value in ours.state_dict().items() if not key.startswith(f"{norm}.")
+    found = {key: value for key, value in ours.state_dict().items() if not key.startswith(f"{norm}.")}
+    return any(
+        all(torch.equal(theirs[key].float(), value.to(dtype).float()) for key, value in found.items())
+        for dtype in (torch.float32, torch.float16, torch.bfloat16)  # a folder may be in half precision
     )
 
 

@@ -55,9 +55,11 @@ class Parts:
                 raise UserError(f"the denoiser is for latents {ours}, the autoencoder has {theirs}")
 
 
-def geometry(encoder: str, size: Size | None) -> tuple[EncoderSpec, tuple[int, int]]:
-    """What the encoder is, and its grid; a registered one is not loaded."""
-    spec = REGISTRY.get(encoder) or load_encoder(encoder).spec
+def geometry(
+    encoder: str, size: Size | None, layers: LayersConfig | None = None
+) -> tuple[EncoderSpec, tuple[int, int]]:
+    """What the encoder is, and its grid; a registered one is not loaded. UserError if it has not these `layers`."""
+    spec = REGISTRY.get(encoder) or load_encoder(encoder, layers=layers or LayersConfig()).spec
     return spec, grid_of(spec, encoder, size)
 
 

@@ -14,7 +14,7 @@ from raekit.config import configclass
 from raekit.errors import UserError
 from raekit.models.encoders import IMAGENET, Encoder, load_encoder
 from raekit.models.layers import ViTBlock, to_tokens
-from raekit.weights import find_file, load_strict, read_weights
+from raekit.weights import find_file, is_real, load_strict, read_weights
 
 DINO_S8 = ("nyu-visionx/RAE-collections", "discs/dino_vit_small_patch8_224.pth")
 NORM_EPS = 1e-6
@@ -75,7 +75,7 @@ def dino(state: Mapping[str, Tensor], source: object) -> Dino:
     The final norm is not used. UserError, naming `source`, if a tensor is missing, unexpected or misshapen.
     """
     positions, kernel = state.get("pos_embed"), state.get("patch_embed.proj.weight")
-    tensors = all(isinstance(value, Tensor) for value in state.values())
+    tensors = all(is_real(value) for value in state.values())
     if not tensors or positions is None or kernel is None or positions.ndim != 3 or kernel.ndim != 4:
         raise UserError(f"{source}: no DINO ViT: it needs tensors, pos_embed (1, 1 + N, width) and patch_embed.proj")
     if positions.shape[1] < 2 or kernel.shape[0] % HEAD_DIM:
@@ -88,7 +88,7 @@ def dino(state: Mapping[str, Tensor], source: object) -> Dino:
     for key, value in state.items():
         if key.startswith("norm."):
             continue
-        if key.endswith("attn.qkv.bias"):
+        if key.endswith("attn.qkv.bias") and value.ndim:
             value = value.clone()
             value[model.width : 2 * model.width] = 0  # as published; it shifts all of a query's scores alike
         ours[re.sub("|".join(map(re.escape, _DINO)), lambda match: _DINO[match[0]], key)] = value.float()

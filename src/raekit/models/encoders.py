@@ -47,6 +47,8 @@ class LayersConfig:
 
     `blocks` are zero-based; negative ones count from the end, so (-1,) is the last. Several are averaged or
     summed (`combine`); `token_mean` adds the mean over the patches of the last block's output, normalised.
+    RAE v2's choices for DINOv3-L are (`LAYERS`): k1, the last; k7, blocks 11, 13, .. 23; k23, blocks 1 to 23; k7 and
+    k23 as means with the token mean.
     """
 
     blocks: tuple[int, ...] = (-1,)
@@ -65,7 +67,7 @@ class LayersConfig:
 # RAE v2's choices for DINOv3-L, as its code combines them. The paper writes a sum of the blocks; for DINOv2
 # the code leaves the token mean out (spec II.1).
 LAYERS = {
-    "k1": LayersConfig(blocks=(23,)),
+    "k1": LayersConfig(),
     "k7": LayersConfig(blocks=tuple(range(11, 24, 2)), token_mean=True),
     "k23": LayersConfig(blocks=tuple(range(1, 24)), token_mean=True),
 }

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from raekit.distributed import World
 from raekit.errors import UserError
-
-VARIANCE_EPS = 1e-5
+from raekit.weights import VARIANCE_EPS
 
 
 class LatentSpace(nn.Module, ABC):

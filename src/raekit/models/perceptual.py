@@ -56,6 +56,10 @@ class LPIPS(nn.Module):
         return self
 
     def forward(self, images: Tensor, targets: Tensor) -> Tensor:
+        if min(images.shape[2:]) < 16:
+            raise UserError(
+                f"LPIPS: images of {images.shape[2]} x {images.shape[3]} pixels are too small for VGG16, at least 16"
+            )
         total = torch.zeros(len(images), device=images.device)
         for index, (a, b) in enumerate(zip(self._directions(images), self._directions(targets), strict=True)):
             with torch.autocast(images.device.type, enabled=False):

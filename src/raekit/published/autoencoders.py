@@ -11,9 +11,9 @@ from torch import Tensor
 from raekit.config import from_dict
 from raekit.errors import UserError
 from raekit.models.decoder import DecoderConfig
-from raekit.models.latent_space import VARIANCE_EPS
 from raekit.models.layers import sincos_positions
 from raekit.published.states import State, rename, without_tables
+from raekit.weights import VARIANCE_EPS, check_statistics, is_real
 
 
 def statistics(values: Any, eps: float = VARIANCE_EPS) -> tuple[Tensor | None, Tensor]:
@@ -27,11 +27,13 @@ def statistics(values: Any, eps: float = VARIANCE_EPS) -> tuple[Tensor | None, T
     mean, var = values.get("mean"), values.get("var")
     if unknown := sorted(values.keys() - {"mean", "var"}, key=str):
         raise UserError(f"statistics: unknown {', '.join(map(str, unknown))}; expected mean and var alone")
-    if not isinstance(var, Tensor) or var.ndim != 3:
-        raise UserError("statistics: var must be a tensor of shape (C, H, W)")
-    if mean is not None and not (isinstance(mean, Tensor) and mean.shape == var.shape):
+    if not is_real(var) or var.ndim != 3:
+        raise UserError("statistics: var must be a tensor of shape (C, H, W), of floating-point numbers")
+    if mean is not None and not (is_real(mean) and mean.shape == var.shape):
         raise UserError(f"statistics: mean must be None or a tensor of var's shape {tuple(var.shape)}")
-    return (None if mean is None else mean.float()), var.float() + (eps - VARIANCE_EPS)
+    mean, var = (None if mean is None else mean.float()), var.float() + (eps - VARIANCE_EPS)
+    check_statistics(mean, var)
+    return mean, var
 
 
 def decoder_config(values: Any, token_dim: int, grid: tuple[int, int], patch_size: int) -> DecoderConfig:

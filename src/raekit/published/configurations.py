@@ -18,8 +18,8 @@ from raekit.flow.path import SHIFT_BASE, Prediction
 from raekit.flow.solvers import Grid, SolverName
 from raekit.models.denoiser import DenoiserConfig
 from raekit.models.encoders import REGISTRY, LayersConfig
-from raekit.models.latent_space import VARIANCE_EPS
 from raekit.published.denoisers import denoiser_config, denoiser_v2_config
+from raekit.weights import VARIANCE_EPS
 
 YAML_SECTIONS = ("stage_1", "stage_2", "transport", "sampler", "guidance", "misc", "training", "eval", "gan")
 YAML_SECTIONS_V2 = ("conditioning", "dataset")

@@ -1,5 +1,6 @@
 """The AutoencoderRAE of diffusers."""
 
+import math
 import re
 from typing import Any, Literal
 
@@ -9,8 +10,8 @@ from torch import Tensor
 from raekit.config import configclass
 from raekit.errors import UserError
 from raekit.models.decoder import DecoderConfig
-from raekit.models.latent_space import VARIANCE_EPS
 from raekit.published.states import State, rename
+from raekit.weights import VARIANCE_EPS, check_statistics
 
 DIFFUSERS_EPS = 1e-5
 DIFFUSERS_GRID = (16, 16)
@@ -54,7 +55,9 @@ class DiffusersAutoencoder:
     use_encoder_loss: bool = False
 
     def __post_init__(self) -> None:
-        if self.encoder_hidden_size % 64:
+        if self.encoder_patch_size < 1:
+            raise UserError(f"encoder_patch_size: {self.encoder_patch_size} must be at least 1")
+        if self.encoder_hidden_size < 64 or self.encoder_hidden_size % 64:
             raise UserError(f"encoder_hidden_size: {self.encoder_hidden_size} is no multiple of a head's 64 channels")
         if self.encoder_input_size % self.encoder_patch_size:
             raise UserError(
@@ -63,8 +66,8 @@ class DiffusersAutoencoder:
             )
         if self.image_size not in (None, self.patch_size * self.grid[0]):
             raise UserError(f"image_size: {self.image_size} is not the {self.grid[0]} patches of patch_size")
-        if self.scaling_factor <= 0:
-            raise UserError(f"scaling_factor: {self.scaling_factor} must be positive")
+        if not 0 < self.scaling_factor < math.inf:
+            raise UserError(f"scaling_factor: {self.scaling_factor} must be positive and finite")
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -133,7 +136,9 @@ def statistics_from_diffusers(
         given = f"{tuple(mean.shape)} and {tuple(std.shape)}"
         raise UserError(f"_latents_mean and _latents_std are {given}, expected {shape}") from None
     var = ((std + DIFFUSERS_EPS) / scale).square() - VARIANCE_EPS
-    return (mean.float().clone() if mean.any() else None), var.float()
+    ours = (mean.float().clone() if mean.any() else None), var.float()
+    check_statistics(*ours)
+    return ours
 
 
 def statistics_for_diffusers(mean: Tensor | None, var: Tensor) -> tuple[Tensor, Tensor]:

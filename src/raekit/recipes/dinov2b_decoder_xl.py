@@ -7,8 +7,8 @@ Last verified:  never at this scale, for want of ImageNet and GPUs; the parts ag
 
 Where the paper and the released code differ (spec 9), this follows the code that trained the released decoders:
 betas (0.5, 0.9), noise of tau * U(0, 1). Its warm-up held the rate constant for the first of 16 epochs; so does this.
-Deviations: the discriminator's gradients are averaged over processes, which that code omits, and the adaptive weight is
-taken over all of a step's images, not each process's own.
+Deviations: products of the published float32 are in TF32; the gradients of the discriminator are averaged over
+processes, which that code omits; the adaptive weight is taken over all of a step's images, not each process's own.
 """
 
 from raekit.data.loader import DataConfig
@@ -38,7 +38,9 @@ def config() -> ReconstructionConfig:
         noise_law="uniform",
         perceptual=PerceptualConfig(),
         adversarial=AdversarialConfig(discriminator_start=6 * EPOCH, start=8 * EPOCH, optim=optim),
-        train=TrainConfig(steps=EPOCHS * EPOCH, batch_size=BATCH, compile=True, checkpoint_every=EPOCH),
+        train=TrainConfig(
+            steps=EPOCHS * EPOCH, batch_size=BATCH, precision="tf32", compile=True, checkpoint_every=EPOCH
+        ),
         optim=optim,
         ema=(0.9978,),
     )

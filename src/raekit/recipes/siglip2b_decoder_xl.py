@@ -1,6 +1,7 @@
 """Stage 1 on ImageNet 256: ViT-XL decoder for SigLIP2-B.
 
-Reproduces:     rFID 0.53, without noise (paper, table 1a); the released decoder has tau = 0.8, as here
+Reproduces:     no figure is published with tau = 0.8, as the released decoder has; without (--noise 0) rFID 0.53
+                (paper, table 1a)
 Command:        torchrun --nproc-per-node 8 -m raekit -- train siglip2b_decoder_xl --data.source folder:imagenet
 Cost:           16 epochs, 107 GFLOPs forward an image
 Last verified:  never at this scale, for want of ImageNet and GPUs; the parts agree with the reference cases.

@@ -1,5 +1,6 @@
 """Which decoder to keep: the one that is best for generation, which is not always the last, nor the best by rFID."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from raekit.inference import reconstruct
 from raekit.models.encoders import load_encoder
 from raekit.models.latent_space import LatentSpace
 from raekit.moments import Moments
-from raekit.weights import read_weights
+from raekit.weights import is_real, read_weights
 
 
 @configclass
@@ -42,10 +43,11 @@ class SelectionConfig:
 def read_generated(path: Path, shape: tuple[int, int, int]) -> Tensor:
     """Generated latents (N, C, h, w), not whitened; UserError if the file holds none of this shape."""
     latents = read_weights(path).get("unwhitened")
-    if latents is None or latents.shape[1:] != shape:
-        found = "none" if latents is None else tuple(latents.shape[1:])
+    if not is_real(latents) or latents.shape[1:] != shape or len(latents) < 2 or not latents.isfinite().all():
+        found = tuple(latents.shape) if is_real(latents) else "none"
         raise UserError(
-            f"{path}: needs generated latents of shape {shape}, has {found}; make them with `raekit latents generate`"
+            f"{path}: needs two generated latents or more of shape {shape}, all finite, has {found}; make them with "
+            "`raekit latents generate`"
         )
     return latents.float()
 
@@ -93,6 +95,11 @@ def scorer(
     return score
 
 
+def _is_better(score: float, path: Path) -> bool:
+    """Than that in the file `path`, if there is one; one that is not a number is no score."""
+    return not path.is_file() or score < read_json(path)["score"] or not math.isfinite(read_json(path)["score"])
+
+
 def selector(
     config: SelectionConfig,
     data: DataConfig,
@@ -113,7 +120,7 @@ def selector(
         chosen = values["generation_fd" if config.latents else "reconstruction_fd"]
         path = run / "selected.json"
         # Said by one process: another may see the file that this one writes, or a score of other last bits.
-        if world.any(world.is_main and (not path.is_file() or chosen < read_json(path)["score"])):
+        if world.any(world.is_main and _is_better(chosen, path)):
             model.save(run / "artifact", world)
             if world.is_main:
                 with whole(path) as partial:
