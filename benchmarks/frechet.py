@@ -109,7 +109,7 @@ def stream(count: int, dim: int) -> float:
 
     reference = Gaussian(torch.full((dim,), 0.5), torch.eye(dim) / 12)
     evaluate(generated(), [FrechetDistance(Stub(dim), reference)], World())
-    return peak_memory(torch.device("cpu"))
+    return peak_memory(torch.device("cpu")) / 2**30
 
 
 def memory(counts: list[int], dim: int, out: Path | None) -> None:

@@ -1,5 +1,6 @@
 """What every benchmark here shares: interleaved timing, peak memory, a table, and JSON."""
 
+import ctypes
 import json
 import platform
 import statistics
@@ -80,10 +81,10 @@ class MatmulRate:
 
 @dataclass
 class Runs:
-    """Seconds of each run of a variant, and the most memory that one took beyond what was held before it, in GiB."""
+    """Seconds of each run of a variant, and the most memory that one took beyond what was held before it, in bytes."""
 
     seconds: list[float] = field(default_factory=list)
-    peak: float = 0.0
+    peak: int = 0
 
 
 def interleaved(
@@ -118,25 +119,26 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def peak_memory(device: torch.device) -> float:
-    """GiB since the last reset: of the device's allocator on CUDA, of the process's resident set on the CPU."""
+def peak_memory(device: torch.device) -> int:
+    """Bytes since the last reset: of the device's allocator on CUDA, of the process's resident set on the CPU."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
+        return torch.cuda.max_memory_allocated()
     return _resident("VmHWM")
 
 
-def reset_peak_memory(device: torch.device) -> float:
-    """Forget the peak so far; gives what is held now, in GiB."""
+def reset_peak_memory(device: torch.device) -> int:
+    """Forget the peak so far; gives what is held now."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated() / 2**30
+        return torch.cuda.memory_allocated()
+    ctypes.CDLL(None).malloc_trim(0)  # else memory that was freed is held for later, and no run takes any
     Path("/proc/self/clear_refs").write_text("5")
     return _resident("VmRSS")
 
 
-def _resident(name: str) -> float:
+def _resident(name: str) -> int:
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines[name].split()[0]) / 2**20
+    return int(lines[name].split()[0]) * 1024
 
 
 def report(
@@ -162,7 +164,7 @@ def report(
             f"{statistics.median(every) / 1e12:.3g} TFLOP/s ({min(every) / 1e12:.3g}-{max(every) / 1e12:.3g})"
         )
     print(
-        f"{'':24}{'ms':>10}{'images/s':>12}{'GiB':>8}{'speed-up':>12}   {'range':12}{'rate' if flops and rate else ''}"
+        f"{'':24}{'ms':>10}{'images/s':>12}{'MiB':>8}{'speed-up':>12}   {'range':12}{'rate' if flops and rate else ''}"
     )
     first = next(iter(runs.values()))
     rows = {}
@@ -171,13 +173,15 @@ def report(
         ratios = [a / b for a, b in zip(first.seconds, seconds, strict=True)]
         median = statistics.median(seconds)
         rows[name] = {"seconds": seconds, "images_per_second": images / median, "speed_up": statistics.median(ratios)}
-        rows[name] |= {"peak_memory_gib": run.peak}
+        rows[name] |= {"peak_memory_bytes": run.peak}
         share = ""
         if flops and rate:
             shares = [flops / a / b for a, b in zip(seconds, rate.around[name], strict=True)]
             rows[name] |= {"flops_per_second": flops / median, "shares_of_matmul_rate": shares}
             share = f"{statistics.median(shares):.0%} ({min(shares):.0%}-{max(shares):.0%})"
-        figures = f"{1000 * median:10.1f}{images / median:12.3f}{run.peak:8.2f}{statistics.median(ratios):12.2f}"
+        figures = (
+            f"{1000 * median:10.1f}{images / median:12.3f}{run.peak / 2**20:8.0f}{statistics.median(ratios):12.2f}"
+        )
         print(f"{name:24}{figures}   {f'{min(ratios):.2f}-{max(ratios):.2f}':12}{share}")
     if out:
         values = {

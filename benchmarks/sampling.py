@@ -42,7 +42,7 @@ def doubled(
 ) -> Tensor:
     """Latents by a sampler that runs each network on two batches, and chooses afterwards what it needs."""
     config, count = model.config, len(labels)
-    twice = torch.cat([labels, labels if rule.method == "auto" else torch.full_like(labels, config.null_label)])
+    twice = torch.cat([labels, labels if rule.method == "auto" else torch.full_like(labels, config.num_classes)])
 
     def field(x: Tensor, t: float) -> Tensor:
         both, times = torch.cat([x, x]), torch.full((2 * count,), t, device=x.device)

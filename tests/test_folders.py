@@ -155,10 +155,12 @@ KILLS = int(os.environ.get("RAEKIT_KILLS", "6"))
 
 def life(folder: str, out: Path) -> None:
     torch.set_num_threads(1)
-    generate_folder(load(folder), out, [0, 1, 2], total=TOTAL, sampling=Sampling(steps=4), batch_size=5, world=ONE)
+    write = generate_npz if out.suffix else generate_folder
+    write(load(folder), out, [0, 1, 2], total=TOTAL, sampling=Sampling(steps=4), batch_size=5, world=ONE)
 
 
-def test_kills_at_random_moments_change_no_bit(tiny_model, tmp_path):
+@pytest.mark.parametrize("suffix", ["", ".npz"])
+def test_kills_at_random_moments_change_no_bit(tiny_model, tmp_path, suffix):
     context = get_context("forkserver")
     context.set_forkserver_preload(["tests.test_folders"])
 
@@ -167,25 +169,30 @@ def test_kills_at_random_moments_change_no_bit(tiny_model, tmp_path):
         process.start()
         return process
 
-    process = start(tmp_path / "alone")
+    alone, out = tmp_path / f"alone{suffix}", tmp_path / f"killed{suffix}"
+    pictures = out.with_name(out.name + ".parts") if suffix else out
+    process = start(alone)
     process.join()
     assert process.exitcode == 0
-    randomly, out = random.Random(0), tmp_path / "killed"
+    randomly = random.Random(0)
     kept = 0
     for target in sorted(randomly.uniform(0, 0.95 * TOTAL) for _ in range(KILLS)):
         process = start(out)
-        while process.is_alive() and len(list(out.glob("*.png"))) < target:
+        while process.is_alive() and len(list(pictures.glob("*.png"))) < target:
             time.sleep(0.001)
         time.sleep(randomly.uniform(0, 0.01))
         process.kill()
         process.join()
         assert process.exitcode == -9
-        finished = len(list(out.glob("*.png")))
+        finished = len(list(pictures.glob("*.png")))
         assert finished >= kept  # what was finished is still there
         kept = finished
-    times = {path.name: path.stat().st_mtime_ns for path in out.glob("*.png")}
+    times = {path.name: path.stat().st_mtime_ns for path in pictures.glob("*.png")}
     process = start(out)
     process.join()
     assert process.exitcode == 0
-    assert contents(out) == contents(tmp_path / "alone")
+    if suffix:
+        assert out.read_bytes() == alone.read_bytes()
+        return
+    assert contents(out) == contents(alone)
     assert times.items() <= {path.name: path.stat().st_mtime_ns for path in out.glob("*.png")}.items()

@@ -68,10 +68,10 @@ def generate_folder(
     """Write samples 0 to `total` as OUT/000000.png and so on, those alone that are missing or damaged.
 
     Other pictures of such names are neither written over nor added to: UserError if there are any.
-    The label of sample i is `labels[i % len(labels)]`, so a larger total later adds samples to the same. Batches are of
-    the same samples whatever is missing, so that an interruption changes no bit. Called by all processes, which share
-    the work. Returns the forward passes that an image cost (`Samples.passes`), none if all are there. Raises UserError
-    as `generate` does.
+    The label of sample i is `labels[i % len(labels)]`, so a larger total later adds samples to the same. Batches are
+    of the same samples whatever is missing, so that with a `batch_size` of one's own an interruption changes no bit.
+    Called by all processes, which share the work. Returns the forward passes that an image cost (`Samples.passes`),
+    none if all are there. Raises UserError as `generate` does.
     """
     every = _labels(labels, total)
     settings = _settings(model, seed, sampling)

@@ -396,3 +396,14 @@ def test_a_stamp_changes_with_the_files(tmp_path, classed):
     file.write_bytes(b"ab")
     assert stamp(f"npz:{file}") != before
     assert stamp("emoji") == stamp("emoji")
+
+
+def test_what_lies_behind_a_link_belongs_to_the_stamp(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "elsewhere" / "a.png")
+    (tmp_path / "images" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "images" / "loop").symlink_to(tmp_path / "images")
+    before = stamp(f"flat:{tmp_path / 'images'}")
+    Image.new("RGB", (5, 5)).save(tmp_path / "elsewhere" / "a.png")
+    assert stamp(f"flat:{tmp_path / 'images'}") != before

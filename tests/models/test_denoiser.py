@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from raekit.errors import UserError
+from raekit.models.conditioning import ClassCondition
 from raekit.models.denoiser import SIZES, ContextConfig, Denoiser, DenoiserConfig, TransformerConfig, wide_head
 
 BACKBONE = TransformerConfig(width=16, depth=2, heads=2)
@@ -133,7 +134,7 @@ def test_features_stand_for_the_backbone():
 def test_no_labels_means_the_null_class(head: TransformerConfig | None):
     model = randomised(tiny(head))
     x, t, labels = inputs(model)
-    assert torch.equal(model(x, t), model(x, t, torch.full((3,), model.config.null_label)))
+    assert torch.equal(model(x, t), model(x, t, torch.full((3,), model.config.num_classes)))
     assert not torch.allclose(model(x, t), model(x, t, labels), atol=1e-4)
 
 
@@ -146,7 +147,7 @@ def test_weights_of_classes_mix_their_embeddings(context: ContextConfig | None):
     none = torch.zeros(3, 6)
     none[:, 5] = 1
     assert torch.allclose(model(x, t, none), model(x, t), atol=1e-6)
-    assert model.label
+    assert isinstance(model.label, ClassCondition)
     mixed = model(x, t, 0.5 * weights + 0.5 * none)
     table = model.label.weight.detach()
     with torch.no_grad():
@@ -204,7 +205,7 @@ def test_label_embeddings_start_with_the_spread_asked_for():
     for spread in (0.02, 0.5):
         torch.manual_seed(0)
         label = tiny(num_classes=500, label_std=spread).label
-        assert label is not None
+        assert isinstance(label, ClassCondition)
         assert label.weight.std().item() == pytest.approx(spread, rel=0.05)
     with pytest.raises(UserError, match=r"denoiser\.label_std: -1\.0 is negative"):
         tiny(label_std=-1.0)

@@ -46,7 +46,7 @@ def read_decoder(
     its width, without `patch_size` it has that of its shapes.
     """
     name = fields["encoder"]
-    spec, grid = geometry(name, fields.get("encoder_size"))
+    spec, grid = geometry(name, fields.get("encoder_size"), fields.get("layers"))
     with about(decoder):
         state = decoder_part(unwrap(read_weights(decoder) if weights is None else weights))
     sizes = decoder_sizes(state)

@@ -100,6 +100,11 @@ def find_images(paths: Sequence[Path], besides: Path | None = None) -> dict[Path
 
 def image_files(folder: Path) -> list[str]:
     """Paths, within `folder` and sorted, of the image files below it; hidden ones and hidden folders are left out."""
+    return sorted(path for path in files_below(folder) if path.lower().endswith(EXTENSIONS))
+
+
+def files_below(folder: Path) -> list[str]:
+    """All files below `folder`, as paths within it, through links as well; without hidden ones and hidden folders."""
 
     def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename}: cannot be read ({error.strerror})")
@@ -108,9 +113,8 @@ def image_files(folder: Path) -> list[str]:
     for parent, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".") and not _is_loop(parent, name)]
         inside = os.path.relpath(parent, folder)
-        images = (name for name in files if name.lower().endswith(EXTENSIONS) and not name.startswith("."))
-        found += [os.path.normpath(os.path.join(inside, name)) for name in images]
-    return sorted(found)
+        found += [os.path.normpath(os.path.join(inside, name)) for name in files if not name.startswith(".")]
+    return found
 
 
 def _is_loop(parent: str, name: str) -> bool:

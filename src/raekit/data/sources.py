@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from raekit.data.archives import MAX_FILE, Entry, Npz, read_entry, tar_entries, zip_entries
-from raekit.data.images import EXTENSIONS, UnreadableImage, decode, image_files
+from raekit.data.images import EXTENSIONS, UnreadableImage, decode, files_below, image_files
 from raekit.errors import UserError
 
 Split = Literal["train", "heldout", "all"]
@@ -91,11 +91,11 @@ def is_address(name: str) -> bool:
 def stamp(uri: str) -> str:
     """16 digits that change with the files at `uri`: their names, sizes and times, without reading them."""
     place = Path(uri.partition(":")[2]).expanduser()
-    files = [Path(top, name) for top, _, names in os.walk(place) for name in names] if place.is_dir() else [place]
+    files = files_below(place) if place.is_dir() else [""]
     digest = blake2b(digest_size=8)
     for file in sorted(files) if ":" in uri else ():
-        status = file.stat()
-        digest.update(os.fsencode(file.relative_to(place)) + repr((status.st_size, status.st_mtime_ns)).encode())
+        status = (place / file).stat()
+        digest.update(os.fsencode(file) + repr((status.st_size, status.st_mtime_ns)).encode())
     return digest.hexdigest()
 
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from raekit.config import configclass
@@ -41,8 +42,13 @@ class Guidance:
         return f"{self.method}:{self.scale}" + (f"@{self.start}-{self.end}" * ((self.start, self.end) != (0, 1)))
 
     def holds(self, t: float) -> bool:
-        """Whether it acts at time `t`, which a grid gives in float32: 0.1 as 0.09999999403953552."""
-        return self.start - 1e-6 <= t <= self.end + 1e-6
+        """Whether it acts at time `t`, compared in float32 as the published samplers do.
+
+        So a grid's 0.1 is in an interval that begins at 0.1, and a first time that the shift's rounding put at
+        1.0000001 is past one that ends at 1.
+        """
+        start, time, end = torch.tensor([self.start, t, self.end], dtype=torch.float32).tolist()
+        return start <= time <= end
 
 
 def parse_guidance(text: str) -> tuple[Guidance, ...]:

@@ -13,6 +13,7 @@ from raekit import artifacts
 from raekit.config import check_sizes, configclass, from_dict
 from raekit.distributed import World
 from raekit.errors import UserError
+from raekit.models.conditioning import ClassCondition, Condition
 from raekit.models.layers import (
     DiTBlock,
     FinalLayer,
@@ -174,11 +175,6 @@ class DenoiserConfig(DenoiserSize):
     def latent_shape(self) -> tuple[int, int, int]:
         return (self.channels, *self.grid)
 
-    @property
-    def null_label(self) -> int:
-        """The label that stands for 'no class'."""
-        return self.num_classes
-
 
 class Features(NamedTuple):
     """What the backbone makes of noisy latents: its tokens (B, N, width), and those that the base output reads."""
@@ -188,17 +184,21 @@ class Features(NamedTuple):
 
 
 class Denoiser(nn.Module):
-    """Predicts the velocity of noisy latents, or the data behind them (`config.prediction`)."""
+    """Predicts the velocity of noisy latents, or the data behind them (`config.prediction`).
+
+    With a `condition` (a module, see `models.conditioning`) that takes the place of the configured classes. Artifacts
+    hold denoisers of classes, or of nothing.
+    """
 
     positions: Tensor | None
 
-    def __init__(self, config: DenoiserConfig) -> None:
+    def __init__(self, config: DenoiserConfig, condition: Condition | None = None) -> None:
         super().__init__()
         self.config = config
         width = config.backbone.width
         self.embed = nn.Linear(config.token_dim, width)
         self.time = TimeEmbedding(width)
-        self.label = nn.Embedding(config.num_classes + 1, width) if config.num_classes else None
+        self.label = condition or (ClassCondition(config.num_classes, width) if config.num_classes else None)
         context = config.context
         self.time_tokens = nn.Parameter(torch.zeros(context.time_tokens, width)) if context else None
         tokens = torch.zeros(context.label_tokens, width) if context and self.label else None
@@ -320,10 +320,7 @@ class Denoiser(nn.Module):
         time = self.time(t)[:, None]
         if self.label is None:
             return time, 0.0
-        if labels is None:
-            labels = torch.full((len(t),), self.config.null_label, device=t.device)
-        label = labels @ self.label.weight if labels.is_floating_point() else self.label(labels)
-        return time, label[:, None]
+        return time, self.label(labels, len(t))[:, None]
 
     def _features(self, x: Tensor, time: Tensor, label: Tensor | float) -> Features:
         tokens = self.embed(patchify(x, self.config.patch_size))
@@ -377,7 +374,7 @@ def _initialise(model: Denoiser) -> None:
     for embed in embeds:
         nn.init.xavier_uniform_(embed.weight)
         nn.init.zeros_(embed.bias)
-    if model.label is not None:
+    if isinstance(model.label, ClassCondition):
         nn.init.normal_(model.label.weight, std=model.config.label_std)
     for layer in model.time.mlp:
         if isinstance(layer, nn.Linear):

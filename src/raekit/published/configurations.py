@@ -238,8 +238,8 @@ def _denoiser(
     for name, ours in (("latent_size", config.latent_shape), ("num_classes", config.num_classes)):
         if (theirs := getattr(misc, name)) not in (None, ours):
             raise UserError(f"{source}: misc.{name} = {theirs}, but the denoiser of {where} has {ours}")
-    if misc.null_label not in (None, config.null_label):
-        raise UserError(f"{source}: misc.null_label = {misc.null_label} is not supported, only {config.null_label}")
+    if misc.null_label not in (None, config.num_classes):
+        raise UserError(f"{source}: misc.null_label = {misc.null_label} is not supported, only {config.num_classes}")
     if min(misc.time_dist_shift_base, misc.time_dist_shift_dim or 1) < 1:
         raise UserError(f"{source}: misc.time_dist_shift_dim and time_dist_shift_base must be positive")
     dimension = misc.time_dist_shift_dim or math.prod(config.latent_shape)

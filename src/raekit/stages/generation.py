@@ -125,7 +125,8 @@ def build(config: GenerationConfig, run: Path, world: World) -> Stage:
             dropped = (
                 randomness.uniform(seed, "class dropout", batch.positions, (), world.device) < config.class_dropout
             )
-            labels = batch.labels.masked_fill(dropped | (batch.labels < 0), model.config.null_label)
+            assert model.label
+            labels = model.label.without(batch.labels, dropped)
         return flow_matching_loss(
             model, latents, labels, batch.positions, seed=seed, time_law=config.time_law, alpha=alpha
         )
