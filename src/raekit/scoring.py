@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from raekit import randomness
@@ -10,6 +11,7 @@ from raekit.data.loader import DataConfig, Loader
 from raekit.distributed import World
 from raekit.evaluation.evaluate import BATCH, evaluate, feature_bank, images_of
 from raekit.evaluation.features import EncoderFeatures, Images, PairScore
+from raekit.evaluation.labels import draw_labels
 from raekit.evaluation.metrics import FrechetDistance, NearestNeighbours, PairMean, psnr, ssim
 from raekit.inference import Model, generate, reconstruct
 from raekit.models.encoders import load_encoder
@@ -19,13 +21,6 @@ from raekit.sampling import Sampling
 
 Scores = dict[str, dict[str, float]]
 """{row: {metric: value}}, as `score` returns them."""
-
-
-def balanced_labels(loader: Loader, count: int) -> list[int]:
-    """`count` labels in the proportions of the loader's images, shuffled by a fixed seed."""
-    labels = loader.source.labels
-    order = randomness.numpy_generator(0, "labels", 0).permutation(len(labels))
-    return [int(labels[order[i % len(order)]]) for i in range(count)]
 
 
 def score(
@@ -40,7 +35,8 @@ def score(
     world: World | None = None,
     progress: Report = silent,
 ) -> Scores:
-    """Score each of `samplings` with `count` images, and the baselines: real, reconstructed, and decoded noise.
+    """Score each of `samplings` with `count` images, in the proportions of the training images' classes, and the
+    baselines: real, reconstructed, and decoded noise.
 
     All distances are to the held-out images of `data`, in the features of the registered encoder `features`.
     `knn_accuracy_*` is the share of images whose nearest training images have the class that was asked for,
@@ -87,8 +83,11 @@ def score(
             yield Images(images, torch.full((len(images),), -1))
 
     def samples(sampling: Sampling) -> Iterator[Images]:
-        labels = balanced_labels(train, count) if model.denoiser.config.num_classes else None
-        number = None if labels else count
+        labels, number = None, count
+        if classes := model.denoiser.config.num_classes:
+            known = train.source.labels[train.source.labels >= 0]
+            images = np.bincount(known, minlength=classes).tolist()
+            labels, number = draw_labels("reference", classes, count, 0, images), None
         for batch in generate(model, labels, count=number, seed=seed, sampling=sampling, batch_size=BATCH, world=world):
             yield Images(batch.images, batch.labels, indices=batch.indices)
 

@@ -28,7 +28,7 @@ from raekit.errors import UserError
 from raekit.flow.guidance import Guidance
 from raekit.inference import load, load_published
 from raekit.models.denoiser import Denoiser
-from raekit.models.encoders import LayersConfig
+from raekit.models.encoders import REGISTRY, LayersConfig
 from raekit.published.autoencoders import published_decoder_config
 from raekit.published.denoisers import denoiser_config, denoiser_v2_config
 from raekit.sampling import Sampling, sample_latents
@@ -263,10 +263,10 @@ def test_a_file_that_is_not_the_release_is_told(hub):
     with pytest.raises(UserError, match=r"stage2_model.pt: pos_embed: is .*; this looks like a DiT \(2 x 64\)"):
         load_denoiser()
     hub.down = True
-    with pytest.raises(
-        UserError, match=r"dit-dh-xl-256: the Hub did not deliver .*; run `hf download nyu-visionx/RAE-c"
-    ):
+    with pytest.raises(UserError, match="dit-dh-xl-256: the Hub did not deliver ") as info:
         load_denoiser()
+    needed = [DENOISERS["dit-dh-xl-256"].files, RELEASES["rae-dinov2-b"].files, [REGISTRY["dinov2-b"].hub_id]]
+    assert all(f" {' '.join(files)}`" in str(info.value) for files in needed)
 
 
 def load_denoiser() -> Denoiser:

@@ -75,7 +75,7 @@ def test_a_measured_reference_scores_as_the_images_themselves(images: str, tmp_p
     features = NETWORKS["inception"](rows.permute(0, 3, 1, 2).float() / 255)
     expected = torch.cov(features.double().T)
     torch.testing.assert_close(reference.gaussian(NETWORKS["inception"]).covariance, expected)
-    assert torch.equal(reference.bank(NETWORKS["inception"]), features[::3])
+    assert torch.equal(reference.features["inception"], features[::3])
     assert reference.features.keys() == {"inception"}
 
     reference.write(tmp_path / "r.safetensors")
@@ -92,7 +92,7 @@ def test_a_measured_reference_scores_as_the_images_themselves(images: str, tmp_p
         mine, theirs = other.gaussian(network), again.gaussian(network)
         assert frechet_distance(mine, theirs) == frechet_distance(mine, reference.gaussians[name])
         assert theirs.count == 30
-    assert torch.equal(again.bank(NETWORKS["inception"]), reference.bank(NETWORKS["inception"]))
+    assert torch.equal(again.features["inception"], reference.features["inception"])
 
 
 def pictures(images: str):
@@ -124,7 +124,7 @@ def test_every_metric_takes_a_read_reference(images: str, tmp_path: Path):
     reference, network = read_reference(tmp_path / "r.safetensors"), NETWORKS["inception"]
     metrics = [
         FrechetDistance(network, reference.gaussian(network)),
-        PrecisionRecall(network, Manifold(reference.bank(network))),
+        PrecisionRecall(network, Manifold(reference.features[network.name])),
     ]
     result = evaluate(images_of(Loader(data(images), 0).once(8, ALONE), ALONE), metrics, ALONE)
     assert result == {"fid": pytest.approx(0, abs=1e-12), "precision": 1, "recall": 1}
@@ -172,8 +172,7 @@ def test_adms_file_has_statistics_of_fid_and_sfid_and_images(tmp_path: Path):
         assert np.array_equal(gaussian.covariance.numpy(), expected["sigma"])
     assert reference.images == f"npz:{tmp_path}/VIRTUAL_imagenet16_labeled.npz"
     assert len(open_source(f"npz:{tmp_path}/VIRTUAL_imagenet16_labeled.npz", "all")) == 9
-    with pytest.raises(UserError, match=r"no features of single images by inception.*measured from npz:"):
-        reference.bank(Means())
+    assert not reference.features
 
 
 @pytest.mark.parametrize(
@@ -290,8 +289,6 @@ def test_a_reference_of_the_wrong_kind_is_refused_with_the_reason(images: str, t
         reference.gaussian(Means("vit_tiny"))
     with pytest.raises(UserError, match="statistics of inception have 12 dimensions, its features 6"):
         reference.gaussian(Means(width=6))
-    with pytest.raises(UserError, match="no features of single images by inception_spatial"):
-        reference.bank(NETWORKS["inception_spatial"])
     for each in reference, theirs:
         each.check_size(16)
         with pytest.raises(UserError, match="is of images of 16 pixels, and these have 256"):

@@ -155,13 +155,18 @@ def _download(name: str, release: Release | DenoiserRelease, file: str) -> Path:
     try:
         return Path(hf_hub_download(release.repository, file))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        commands = f"`hf download {release.repository} {' '.join(release.files)}`"
-        if isinstance(release, Release):
-            commands += f", and `hf download {REGISTRY[release.fields['encoder']].hub_id}` for its encoder,"
         raise UserError(
             f"{name}: the Hub did not deliver {file} of {release.repository} ({type(error).__name__}); run "
-            f"{commands} where there is a network"
+            f"{', '.join(_commands(release))} where there is a network"
         ) from None
+
+
+def _commands(release: Release | DenoiserRelease) -> list[str]:
+    """What fetches all files of a release: a denoiser's autoencoder among them, and the encoder of that."""
+    own = f"`hf download {release.repository} {' '.join(release.files)}`"
+    if isinstance(release, DenoiserRelease):
+        return [own, *_commands(RELEASES[release.autoencoder])]
+    return [own, f"`hf download {REGISTRY[release.fields['encoder']].hub_id}`"]
 
 
 MADE.update(dict.fromkeys([*RELEASES, *DENOISERS], cached))

@@ -99,16 +99,6 @@ class Reference:
             )
         return gaussian
 
-    def bank(self, network: FeatureNetwork) -> Tensor:
-        """The features (N, width) of single images; UserError without any."""
-        if network.name in self.features:
-            return self.features[network.name]
-        hint = f"; those of the images in it can be measured from {self.images}" if self.images else ""
-        raise UserError(
-            f"{self.place}: has no features of single images by {network.name}, which precision, recall and KID "
-            f"need: build a reference with them (raekit reference){hint}"
-        )
-
     def check_size(self, image_size: int) -> None:
         """UserError if images of `image_size` must not be compared with these."""
         if self.about.image_size not in (None, image_size):
