@@ -6,6 +6,7 @@ from torch import Tensor
 
 from raekit.errors import UserError
 from raekit.flow.guidance import REFERENCES, Guidance, Method, Reference, check_guidance, guided, parse_guidance
+from raekit.flow.solvers import time_grid
 
 X = torch.zeros(2, 3, 2, 2)
 
@@ -61,15 +62,18 @@ def test_outside_its_interval_guidance_costs_nothing(method: Method, t: float, i
 @pytest.mark.parametrize("end", [0.1, 0.3, 0.7, 0.9, 1.0])
 def test_an_interval_is_compared_in_float32(end: float):
     point = torch.tensor(end)
-    beyond = torch.nextafter(point, torch.tensor(2.0)).item()
-    assert Guidance(scale=2, end=end).holds(point.item())
-    assert not Guidance(scale=2, end=end).holds(beyond)
+    before, beyond = torch.nextafter(point, torch.tensor(0.0)).item(), torch.nextafter(point, torch.tensor(2.0)).item()
+    until = Guidance(scale=2, start=0.05, end=end)
+    assert [until.holds(t) for t in (before, point.item(), beyond)] == [True, True, False]
     if end < 1:
-        assert Guidance(scale=2, start=end).holds(point.item())
+        since = Guidance(scale=2, start=end)
+        assert [since.holds(t) for t in (before, point.item(), beyond)] == [False, True, True]
 
 
 def test_whole_interval_by_default():
-    for t in (0.0, 0.5, 1.0):
+    rounded = time_grid(50, 6**0.5)[0]
+    assert rounded > 1
+    for t in (0.0, 0.5, 1.0, rounded):
         assert at(t, Guidance(scale=2))[1] == ["unconditional"]
 
 

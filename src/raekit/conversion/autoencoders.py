@@ -13,7 +13,7 @@ from raekit.errors import UserError
 from raekit.files import whole
 from raekit.models.autoencoder import AutoencoderConfig
 from raekit.models.decoder import Decoder, DecoderConfig
-from raekit.models.encoders import EncoderSpec
+from raekit.models.encoders import EncoderSpec, LayersConfig
 from raekit.published.autoencoders import (
     DECODERS,
     decoder_config,
@@ -46,7 +46,8 @@ def read_decoder(
     its width, without `patch_size` it has that of its shapes.
     """
     name = fields["encoder"]
-    spec, grid = geometry(name, fields.get("encoder_size"), fields.get("layers"))
+    layers = from_dict(LayersConfig, fields.get("layers", {}), decoder)
+    spec, grid = geometry(name, fields.get("encoder_size"), layers)
     with about(decoder):
         state = decoder_part(unwrap(read_weights(decoder) if weights is None else weights))
     sizes = decoder_sizes(state)

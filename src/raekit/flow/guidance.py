@@ -39,16 +39,20 @@ class Guidance:
 
     def __str__(self) -> str:
         """As `parse_guidance` reads it."""
-        return f"{self.method}:{self.scale}" + (f"@{self.start}-{self.end}" * ((self.start, self.end) != (0, 1)))
+        return f"{self.method}:{self.scale}" + ("" if self._always else f"@{self.start}-{self.end}")
+
+    @property
+    def _always(self) -> bool:
+        return (self.start, self.end) == (0, 1)
 
     def holds(self, t: float) -> bool:
-        """Whether it acts at time `t`, compared in float32 as the published samplers do.
+        """Whether it acts at time `t`: within the interval in float32, as the published samplers compare them.
 
-        So a grid's 0.1 is in an interval that begins at 0.1, and a first time that the shift's rounding put at
-        1.0000001 is past one that ends at 1.
+        So the last digit decides at an end: a first time that the shift's rounding puts at 1.0000001 is past an
+        interval that ends at 1. The whole of 0-1, in which nothing is left out, holds that as well.
         """
         start, time, end = torch.tensor([self.start, t, self.end], dtype=torch.float32).tolist()
-        return start <= time <= end
+        return self._always or start <= time <= end
 
 
 def parse_guidance(text: str) -> tuple[Guidance, ...]:
