@@ -20,7 +20,8 @@ from harness import MatmulRate, interleaved, report
 from raekit.distributed import prepare_device
 from raekit.models.autoencoder import Autoencoder, AutoencoderConfig
 from raekit.models.decoder import DecoderConfig
-from raekit.models.encoders import REGISTRY, Encoder
+from raekit.models.encoders import Encoder
+from raekit.models.registry import REGISTRY
 from raekit.published.autoencoders import DECODERS, decoder_state
 from raekit.published.diffusers import from_diffusers
 from raekit.weights import load_strict

@@ -24,8 +24,9 @@ from raekit.distributed import World, prepare_device
 from raekit.models.autoencoder import Autoencoder, AutoencoderConfig
 from raekit.models.decoder import DecoderConfig
 from raekit.models.discriminator import Dino, Discriminator
-from raekit.models.encoders import REGISTRY, Encoder
+from raekit.models.encoders import Encoder
 from raekit.models.perceptual import LPIPS
+from raekit.models.registry import REGISTRY
 from raekit.published.autoencoders import DECODERS
 from raekit.recipes import dinov2b_decoder_xl
 from raekit.stages.reconstruction import Encoded, Losses

@@ -19,7 +19,8 @@ from raekit.distributed import world
 from raekit.models.autoencoder import Autoencoder, AutoencoderConfig
 from raekit.models.decoder import DecoderConfig
 from raekit.models.denoiser import Denoiser, DenoiserConfig, TransformerConfig
-from raekit.models.encoders import Encoder, ViT, ViTConfig, load_encoder
+from raekit.models.encoders import Encoder, load_encoder
+from raekit.models.vit import ViT, ViTConfig
 
 
 @pytest.fixture(scope="session")

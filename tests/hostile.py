@@ -43,8 +43,9 @@ from raekit.models.autoencoder import Autoencoder, AutoencoderConfig
 from raekit.models.decoder import DecoderConfig
 from raekit.models.denoiser import Denoiser, DenoiserConfig, TransformerConfig
 from raekit.models.discriminator import dino
-from raekit.models.encoders import Encoder, ViT, ViTConfig, load_encoder
+from raekit.models.encoders import Encoder, load_encoder
 from raekit.models.perceptual import LPIPS, load_perceptual
+from raekit.models.vit import ViT, ViTConfig
 from raekit.published.autoencoders import statistics
 from raekit.published.diffusers import DiffusersAutoencoder
 from raekit.stages.selection import read_generated

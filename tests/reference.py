@@ -41,10 +41,11 @@ from raekit.models.discriminator import (
     discriminator_loss,
     generator_loss,
 )
-from raekit.models.encoders import FAMILIES, Encoder, EncoderSpec, LayersConfig, sides
+from raekit.models.encoders import Encoder
 from raekit.models.inception import LOGITS, POOL, SPATIAL, Inception, inception_state
 from raekit.models.layers import to_grid
 from raekit.models.perceptual import LPIPS, perceptual_state
+from raekit.models.registry import FAMILIES, EncoderSpec, LayersConfig, sides
 from raekit.moments import Moments
 from raekit.published.autoencoders import decoder_config, decoder_state, statistics
 from raekit.published.denoisers import denoiser_config, denoiser_state, denoiser_v2_config

@@ -32,8 +32,9 @@ from raekit.folders import generate_folder
 from raekit.inference import generate, load, read_image
 from raekit.latents import statistics_fingerprint
 from raekit.models.autoencoder import Autoencoder
-from raekit.models.encoders import LayersConfig, load_encoder
+from raekit.models.encoders import load_encoder
 from raekit.models.perceptual import LPIPS, load_perceptual
+from raekit.models.registry import LayersConfig
 from raekit.pictures import from_pil, to_pil
 from raekit.reports import read_report
 from raekit.sampling import Sampling

@@ -10,7 +10,7 @@ from raekit.config import from_dict, to_dict
 from raekit.conversion.releases import DENOISERS
 from raekit.errors import UserError
 from raekit.models.denoiser import Denoiser, DenoiserConfig
-from raekit.models.encoders import LAYERS, LayersConfig
+from raekit.models.registry import LAYERS, LayersConfig
 from raekit.stages.generation import GenerationConfig
 from raekit.stages.reconstruction import PerceptualConfig, ReconstructionConfig
 from raekit.stages.representation import RepresentationConfig

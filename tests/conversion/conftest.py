@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from raekit.conversion import autoencoders, releases
-from raekit.models.encoders import REGISTRY, EncoderSpec
+from raekit.models.registry import REGISTRY, EncoderSpec
 from raekit.published import guesses
 
 # The published decoder's shapes, over a small encoder: 64 channels, 2 x 2 tokens, patches of 4 pixels.

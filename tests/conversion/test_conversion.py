@@ -20,7 +20,7 @@ from raekit.conversion.releases import RELEASES, Release
 from raekit.errors import UserError
 from raekit.models.autoencoder import Autoencoder
 from raekit.models.decoder import Decoder, DecoderConfig
-from raekit.models.encoders import REGISTRY
+from raekit.models.registry import REGISTRY
 from raekit.published.autoencoders import (
     decoder_config,
     decoder_state,

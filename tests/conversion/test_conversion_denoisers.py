@@ -28,7 +28,7 @@ from raekit.errors import UserError
 from raekit.flow.guidance import Guidance
 from raekit.inference import load, load_published
 from raekit.models.denoiser import Denoiser
-from raekit.models.encoders import REGISTRY, LayersConfig
+from raekit.models.registry import REGISTRY, LayersConfig
 from raekit.published.autoencoders import published_decoder_config
 from raekit.published.denoisers import denoiser_config, denoiser_v2_config
 from raekit.sampling import Sampling, sample_latents

@@ -15,7 +15,8 @@ from raekit.conversion.parts import AutoencoderParts
 from raekit.errors import UserError
 from raekit.models.autoencoder import Autoencoder, AutoencoderConfig
 from raekit.models.decoder import DecoderConfig
-from raekit.models.encoders import REGISTRY, EncoderSpec, load_encoder
+from raekit.models.encoders import load_encoder
+from raekit.models.registry import REGISTRY, EncoderSpec
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # diffusers' own
 

@@ -10,7 +10,8 @@ from scipy.optimize import minimize
 from raekit.errors import UserError
 from raekit.evaluation.probe import linear_probe, probe, untrained
 from raekit.models.autoencoder import Autoencoder
-from raekit.models.encoders import HALF, Encoder, EncoderSpec, load_encoder
+from raekit.models.encoders import Encoder, load_encoder
+from raekit.models.registry import HALF, EncoderSpec
 
 
 def blobs(count: int, seed: int, spread: float = 1.0) -> tuple[np.ndarray, np.ndarray]:

@@ -10,7 +10,9 @@ from raekit.errors import UserError
 from raekit.inference import reconstruct
 from raekit.models.autoencoder import Autoencoder, AutoencoderConfig
 from raekit.models.decoder import DecoderConfig
-from raekit.models.encoders import Encoder, LayersConfig, ViT, ViTConfig, load_encoder
+from raekit.models.encoders import Encoder, load_encoder
+from raekit.models.registry import LayersConfig
+from raekit.models.vit import ViT, ViTConfig
 
 VIT = ViTConfig(image_size=16, patch_size=4, width=16, depth=1, heads=2, mean=(0.4, 0.5, 0.6), std=(0.5, 0.25, 0.2))
 

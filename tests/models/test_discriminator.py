@@ -23,7 +23,8 @@ from raekit.models.discriminator import (
     generator_loss,
     load_backbone,
 )
-from raekit.models.encoders import Encoder, ViT, ViTConfig
+from raekit.models.encoders import Encoder
+from raekit.models.vit import ViT, ViTConfig
 from raekit.published.discriminators import discriminator_state
 from raekit.weights import load_strict
 

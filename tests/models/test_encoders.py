@@ -14,18 +14,10 @@ from torch.nn.functional import interpolate
 
 from raekit.config import from_dict, to_dict, to_json
 from raekit.errors import UserError
-from raekit.models import encoders
-from raekit.models.encoders import (
-    FAMILIES,
-    LAYERS,
-    REGISTRY,
-    Encoder,
-    LayersConfig,
-    ViT,
-    ViTConfig,
-    load_encoder,
-)
+from raekit.models.encoders import Encoder, load_encoder
 from raekit.models.layers import patchify
+from raekit.models.registry import FAMILIES, LAYERS, REGISTRY, LayersConfig, register
+from raekit.models.vit import ViT, ViTConfig
 
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 HALF = ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5])
@@ -590,9 +582,9 @@ def test_a_damaged_configuration_is_not_an_unknown_name(content: str, tmp_path: 
 
 
 def test_registering_takes_one_line(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(encoders, "REGISTRY", {})
-    encoders.register("mine", REGISTRY["mae-b"])
-    assert list(encoders.REGISTRY.values()) == [REGISTRY["mae-b"]]
+    monkeypatch.delitem(REGISTRY, "mine", raising=False)  # afterwards too
+    register("mine", REGISTRY["mae-b"])
+    assert REGISTRY["mine"] == REGISTRY["mae-b"]
 
 
 def test_every_registered_family_has_an_adapter():

@@ -15,9 +15,10 @@ from raekit.errors import UserError
 from raekit.models.augment import AugmentConfig, augment
 from raekit.models.autoencoder import Autoencoder
 from raekit.models.discriminator import DiscriminatorConfig
-from raekit.models.encoders import Encoder, LayersConfig, load_encoder
+from raekit.models.encoders import Encoder, load_encoder
 from raekit.models.layers import to_grid
 from raekit.models.perceptual import LPIPS, load_perceptual
+from raekit.models.registry import LayersConfig
 from raekit.progress import silent
 from raekit.stages.reconstruction import (
     AdversarialConfig,

@@ -10,7 +10,8 @@ from raekit.config import from_dict, to_dict
 from raekit.data.loader import Batch, DataConfig, Loader
 from raekit.distributed import World
 from raekit.errors import UserError
-from raekit.models.encoders import ViTConfig, load_encoder
+from raekit.models.encoders import load_encoder
+from raekit.models.vit import ViTConfig
 from raekit.stages.representation import RepresentationConfig, build
 from raekit.train.optim import OptimConfig
 from raekit.train.trainer import TrainConfig, Trainer

@@ -22,7 +22,7 @@ from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.inference import load
 from raekit.models.denoiser import TransformerConfig
-from raekit.models.encoders import ViTConfig
+from raekit.models.vit import ViTConfig
 from raekit.stages.generation import DenoiserSize, GenerationConfig
 from raekit.stages.reconstruction import DecoderSize, ReconstructionConfig
 from raekit.stages.representation import RepresentationConfig

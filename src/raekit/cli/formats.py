@@ -43,7 +43,7 @@ def convert(
         autoencoder: of a denoiser file, any source of the autoencoder to put beside it.
     """
     from raekit import conversion
-    from raekit.models.encoders import LAYERS, LayersConfig
+    from raekit.models.registry import LAYERS, LayersConfig
 
     options = conversion.FileOptions(
         encoder=encoder,

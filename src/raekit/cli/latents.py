@@ -51,8 +51,9 @@ def latents_measure(
     from raekit.data.loader import DataConfig, Loader
     from raekit.distributed import world
     from raekit.inference import measure_latents
-    from raekit.models.encoders import LayersConfig, load_encoder
+    from raekit.models.encoders import load_encoder
     from raekit.models.layers import to_grid
+    from raekit.models.registry import LayersConfig
 
     check_file(out, ".safetensors")
     layers = LayersConfig(blocks=blocks, combine=combine, token_mean=token_mean)

@@ -21,7 +21,7 @@ from raekit.conversion.parts import AutoencoderParts, Parts, about
 from raekit.errors import UserError
 from raekit.flow.path import Prediction
 from raekit.models.autoencoder import Output
-from raekit.models.encoders import LayersConfig, Size
+from raekit.models.registry import LayersConfig, Size
 from raekit.published.autoencoders import decoder_part, decoder_sizes
 from raekit.published.states import unwrap
 from raekit.weights import find_folder, read_weights

@@ -13,7 +13,7 @@ from raekit.errors import UserError
 from raekit.files import whole
 from raekit.models.autoencoder import AutoencoderConfig
 from raekit.models.decoder import Decoder, DecoderConfig
-from raekit.models.encoders import EncoderSpec, LayersConfig
+from raekit.models.registry import EncoderSpec, LayersConfig
 from raekit.published.autoencoders import (
     DECODERS,
     decoder_config,

@@ -14,7 +14,8 @@ from raekit.conversion.parts import AutoencoderParts, about, only_last_block
 from raekit.errors import UserError
 from raekit.files import whole
 from raekit.models.autoencoder import AutoencoderConfig
-from raekit.models.encoders import FAMILIES, REGISTRY, Encoder, load_encoder
+from raekit.models.encoders import Encoder, load_encoder
+from raekit.models.registry import FAMILIES, REGISTRY
 from raekit.published.diffusers import (
     DIFFUSERS_ENCODERS,
     DIFFUSERS_GRID,

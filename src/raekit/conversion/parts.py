@@ -10,7 +10,8 @@ from torch import Tensor
 from raekit.errors import UserError
 from raekit.models.autoencoder import Autoencoder, AutoencoderConfig
 from raekit.models.denoiser import Denoiser, DenoiserConfig
-from raekit.models.encoders import REGISTRY, EncoderSpec, LayersConfig, Size, grid_of, load_encoder
+from raekit.models.encoders import load_encoder
+from raekit.models.registry import REGISTRY, EncoderSpec, LayersConfig, Size, grid_of
 from raekit.published.guesses import guess
 from raekit.published.states import State
 

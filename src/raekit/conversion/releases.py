@@ -16,7 +16,7 @@ from raekit.conversion.own import write_model
 from raekit.conversion.parts import Parts
 from raekit.errors import UserError
 from raekit.models.denoiser import SIZES, DenoiserConfig, wide_head
-from raekit.models.encoders import LAYERS, REGISTRY
+from raekit.models.registry import LAYERS, REGISTRY
 from raekit.published.denoisers import denoiser_config, denoiser_v2_config
 from raekit.weights import MADE
 

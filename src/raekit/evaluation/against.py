@@ -12,7 +12,7 @@ from raekit.evaluation.features import InceptionFeatures, Part, ReferenceNetwork
 from raekit.evaluation.manifold import KernelDistance, Manifold, PrecisionRecall
 from raekit.evaluation.metrics import Accumulator, FrechetDistance, FrechetRatio, InceptionScore, frechet_name
 from raekit.evaluation.references import Reference, measure_reference
-from raekit.models.encoders import REGISTRY
+from raekit.models.registry import REGISTRY
 from raekit.progress import Report, silent
 
 _KID_SIZE = 1000

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from raekit.errors import UserError
-from raekit.models.encoders import FAMILIES, Encoder, LayersConfig, load_encoder, sides
+from raekit.models.encoders import Encoder, load_encoder
 from raekit.models.inception import LOGITS, POOL, SIZE, SPATIAL, Inception, load_inception
+from raekit.models.registry import FAMILIES, LayersConfig, sides
 from raekit.weights import fingerprint
 
 

@@ -22,9 +22,10 @@ from raekit.evaluation.evaluate import BATCH, feature_bank, images_of
 from raekit.evaluation.intervals import wilson_interval
 from raekit.models.autoencoder import Autoencoder, load_autoencoder
 from raekit.models.baselines import BaselineConfig
-from raekit.models.encoders import REGISTRY, Encoder, load_encoder
+from raekit.models.encoders import Encoder, load_encoder
 from raekit.models.latent_space import LatentSpace
 from raekit.models.layers import to_tokens
+from raekit.models.registry import REGISTRY
 from raekit.progress import Report, counted, silent
 
 _log = logging.getLogger(__name__)

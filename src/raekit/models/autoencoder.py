@@ -12,9 +12,11 @@ from raekit.config import configclass, from_dict, to_dict
 from raekit.distributed import World
 from raekit.models.baselines import Baseline, BaselineConfig
 from raekit.models.decoder import Decoder, DecoderConfig
-from raekit.models.encoders import Encoder, LayersConfig, Size, ViT, load_encoder
+from raekit.models.encoders import Encoder, load_encoder
 from raekit.models.latent_space import LatentSpace
 from raekit.models.layers import to_grid
+from raekit.models.registry import LayersConfig, Size
+from raekit.models.vit import ViT
 from raekit.weights import check_fit, load_strict
 
 Output = Literal["encoder-colours", "pixels"]

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from raekit.config import configclass
 from raekit.errors import UserError
-from raekit.models.encoders import IMAGENET, Encoder, load_encoder
+from raekit.models.encoders import Encoder, load_encoder
 from raekit.models.layers import ViTBlock, to_tokens
+from raekit.models.registry import IMAGENET
 from raekit.weights import find_file, is_real, load_strict, read_weights
 
 DINO_S8 = ("nyu-visionx/RAE-collections", "discs/dino_vit_small_patch8_224.pth")

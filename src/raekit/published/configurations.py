@@ -17,7 +17,7 @@ from raekit.flow.guidance import Guidance
 from raekit.flow.path import SHIFT_BASE, Prediction
 from raekit.flow.solvers import Grid, SolverName
 from raekit.models.denoiser import DenoiserConfig
-from raekit.models.encoders import REGISTRY, LayersConfig
+from raekit.models.registry import REGISTRY, LayersConfig
 from raekit.published.denoisers import denoiser_config, denoiser_v2_config
 from raekit.weights import VARIANCE_EPS
 

@@ -8,7 +8,7 @@ Last verified:  never at this scale, for want of ImageNet and GPUs; the parts ag
 
 from dataclasses import replace
 
-from raekit.models.encoders import LAYERS
+from raekit.models.registry import LAYERS
 from raekit.recipes import dinov3l_k7_decoder_xl
 from raekit.stages.reconstruction import ReconstructionConfig
 

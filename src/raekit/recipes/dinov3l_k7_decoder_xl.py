@@ -10,7 +10,7 @@ As dinov2b_decoder_xl, except that the decoder gives pixels. Version 2 says no m
 
 from dataclasses import replace
 
-from raekit.models.encoders import LAYERS
+from raekit.models.registry import LAYERS
 from raekit.recipes import dinov2b_decoder_xl
 from raekit.stages.reconstruction import ReconstructionConfig
 

@@ -15,7 +15,7 @@ close figures, not the same bits.
 """
 
 from raekit.data.loader import DataConfig
-from raekit.models.encoders import ViTConfig
+from raekit.models.vit import ViTConfig
 from raekit.stages.representation import RepresentationConfig
 from raekit.train.optim import OptimConfig
 from raekit.train.trainer import TrainConfig

@@ -27,9 +27,10 @@ from raekit.models.discriminator import (
     generator_loss,
     load_backbone,
 )
-from raekit.models.encoders import LayersConfig, Size, load_encoder
+from raekit.models.encoders import load_encoder
 from raekit.models.layers import patchify, watch_logits
 from raekit.models.perceptual import load_perceptual
+from raekit.models.registry import LayersConfig, Size
 from raekit.progress import Report, counted
 from raekit.stages.selection import SelectionConfig, selector
 from raekit.stages.stage import Stage

@@ -17,8 +17,9 @@ from raekit.evaluation.evaluate import BATCH, evaluate, feature_bank, images_of
 from raekit.evaluation.features import EncoderFeatures
 from raekit.evaluation.metrics import NearestNeighbours
 from raekit.evaluation.probe import untrained
-from raekit.models.encoders import Encoder, ViT, ViTConfig
+from raekit.models.encoders import Encoder
 from raekit.models.layers import ViTBlock, patchify, sincos_positions, watch_logits
+from raekit.models.vit import ViT, ViTConfig
 from raekit.stages.stage import Stage
 from raekit.train.objective import Metrics, Objective, Periodic
 from raekit.train.optim import OptimConfig

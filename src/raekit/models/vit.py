@@ -1,0 +1,76 @@
+"""The small ViT of our own pretraining."""
+
+from torch import Tensor, nn
+
+from raekit.config import check_sizes, configclass
+from raekit.errors import UserError
+from raekit.models.layers import ViTBlock, patchify, sincos_positions
+from raekit.models.registry import HALF, MAX_DEPTH, Colours, EncoderSpec
+
+
+@configclass
+class ViTConfig:
+    """The small ViT of our own pretraining (`stages.representation`): sine-cosine positions, no class token."""
+
+    image_size: int
+    patch_size: int
+    width: int
+    depth: int
+    heads: int
+    mlp_ratio: float = 4.0
+    mean: Colours = HALF[0]
+    std: Colours = HALF[1]
+
+    def __post_init__(self) -> None:
+        sizes = {"image_size": self.image_size, "patch_size": self.patch_size, "width": self.width}
+        check_sizes("vit", **sizes, heads=self.heads)
+        check_sizes("vit", limit=MAX_DEPTH, depth=self.depth)
+        if self.width % self.heads or self.width % 4:
+            raise UserError(f"vit.width: {self.width} must be a multiple of 4 and of vit.heads = {self.heads}")
+
+    @property
+    def spec(self) -> EncoderSpec:
+        return EncoderSpec(
+            family="raekit",
+            width=self.width,
+            patch_size=self.patch_size,
+            image_size=self.image_size,
+            prefix_tokens=0,
+            mean=self.mean,
+            std=self.std,
+        )
+
+
+class ViT(nn.Module):
+    """Normalised pixels (B, 3, H, W) -> tokens (B, N, width), standardised over channels.
+
+    `keep` (B, K), indices of patches, runs it on those alone (masked pretraining).
+    """
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Linear(3 * config.patch_size**2, config.width)
+        self.blocks = nn.ModuleList(
+            ViTBlock(config.width, config.heads, int(config.width * config.mlp_ratio), eps=1e-6)
+            for _ in range(config.depth)
+        )
+        self.norm = nn.LayerNorm(config.width, eps=1e-6, elementwise_affine=False)
+        side = config.image_size // config.patch_size
+        self.grid = (side, side)
+        self.register_buffer("positions", sincos_positions(config.width, self.grid), persistent=False)
+
+    def tokens(self, pixels: Tensor) -> Tensor:
+        """The embedded patches (B, N, width), with their positions: what enters the first block."""
+        size = self.config.patch_size
+        grid = (pixels.shape[2] // size, pixels.shape[3] // size)
+        positions = self.get_buffer("positions") if grid == self.grid else sincos_positions(self.config.width, grid)
+        return self.embed(patchify(pixels, size)) + positions.to(pixels)
+
+    def forward(self, pixels: Tensor, keep: Tensor | None = None) -> Tensor:
+        x = self.tokens(pixels)
+        if keep is not None:
+            x = x.gather(1, keep[:, :, None].expand(-1, -1, x.shape[2]))
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
