@@ -1,6 +1,7 @@
 """Files of other formats, read and written; the Hub is a folder here."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from raekit.conversion.releases import RELEASES, Release
 from raekit.errors import UserError
 from raekit.models.autoencoder import Autoencoder
 from raekit.models.decoder import Decoder, DecoderConfig
-from raekit.models.registry import REGISTRY
+from raekit.models.registry import LAYERS, REGISTRY
 from raekit.published.autoencoders import (
     decoder_config,
     decoder_state,
@@ -219,6 +220,14 @@ def test_foreign_statistics_are_refused(content: Any, message: str, files):
     save(options.statistics, content)
     with pytest.raises(UserError, match=f"stat.pt: .*{message}"):
         read(str(path), options)
+
+
+def test_layers_that_an_encoder_has_not_are_refused(files, encoder_folder):
+    path, options = files
+    own = replace(options, encoder=f"dinov2_with_registers:{encoder_folder}", encoder_size=28)
+    assert_is_tiny(read(str(path), own))
+    with pytest.raises(UserError, match=r"layers\.blocks: 11, but dinov2_with_registers:.* has blocks 0 to 0"):
+        read(str(path), replace(own, layers=LAYERS["k7"]))
 
 
 def test_options_that_do_not_suit_are_named(files, tmp_path):
