@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.multiprocessing.spawn import spawn
 
@@ -20,6 +21,7 @@ from raekit.models.autoencoder import Autoencoder, AutoencoderConfig
 from raekit.models.decoder import DecoderConfig
 from raekit.models.denoiser import Denoiser, DenoiserConfig, TransformerConfig
 from raekit.models.encoders import Encoder, load_encoder
+from raekit.models.perceptual import LPIPS
 from raekit.models.vit import ViT, ViTConfig
 
 
@@ -108,6 +110,16 @@ def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     AutoencoderKL(**sizes, norm_num_groups=4).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def vgg(tmp_path) -> str:
+    """A file of random weights for LPIPS."""
+    torch.manual_seed(0)
+    model = LPIPS()
+    state = {name: torch.rand(value.shape) * 0.02 for name, value in model.state_dict().items()}
+    save_file(state, tmp_path / "vgg.safetensors")
+    return str(tmp_path / "vgg.safetensors")
 
 
 @pytest.fixture

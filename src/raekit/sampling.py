@@ -167,11 +167,11 @@ def _velocity(
         weak: Tensor | None = None
         with torch.autocast(x.device.type, torch.bfloat16, enabled=sampling.precision == "bf16"):
             if "base" in references:
-                full, outputs["base"] = conditional(x, times, labels, with_base=True)
+                full, outputs["base"] = conditional(t, x, times, labels, with_base=True)
             else:
-                full = conditional(x, times, labels)
+                full = conditional(t, x, times, labels)
             if "unconditional" in references:
-                outputs["unconditional"] = unconditional(x, times, None)
+                outputs["unconditional"] = unconditional(t, x, times, None)
             if "weak" in references:
                 assert sampling.weak
                 passes["weak"] += 1
@@ -196,15 +196,15 @@ def _velocity(
 
 
 def _reusing(denoiser: Denoiser, reuse: float, kind: str, passes: Counter[str]) -> Callable[..., Any]:
-    """`denoiser`, counted in `passes`, whose backbone runs only as often as `Sampling.reuse` says."""
+    """`denoiser` at a time, counted in `passes`, whose backbone runs only as often as `Sampling.reuse` says."""
     features, seen, since = None, 0.0, 0
 
-    def forward(x: Tensor, t: Tensor, labels: Tensor | None, **options: Any) -> Any:
+    def forward(now: float, x: Tensor, t: Tensor, labels: Tensor | None, **options: Any) -> Any:
         nonlocal features, seen, since
         if reuse == 1:
             passes[kind] += 1
             return denoiser(x, t, labels, **options)
-        now, since = t[0].item(), since + 1
+        since += 1
         if features is None or (since == reuse if reuse > 1 else similarity(now, seen) < reuse):
             features, seen, since = denoiser.features(x, t, labels), now, 0
             passes[kind] += 1

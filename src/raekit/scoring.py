@@ -35,7 +35,7 @@ def score(
     world: World | None = None,
     progress: Report = silent,
 ) -> Scores:
-    """Score each of `samplings` with `count` images, in the proportions of the training images' classes, and the
+    """Score each of `samplings` with `count` images, in the proportions of the held-out images' classes, and the
     baselines: real, reconstructed, and decoded noise.
 
     All distances are to the held-out images of `data`, in the features of the registered encoder `features`.
@@ -85,7 +85,7 @@ def score(
     def samples(sampling: Sampling) -> Iterator[Images]:
         labels, number = None, count
         if classes := model.denoiser.config.num_classes:
-            known = train.source.labels[train.source.labels >= 0]
+            known = heldout.source.labels[heldout.source.labels >= 0]
             images = np.bincount(known, minlength=classes).tolist()
             labels, number = draw_labels("reference", classes, count, 0, images), None
         for batch in generate(model, labels, count=number, seed=seed, sampling=sampling, batch_size=BATCH, world=world):

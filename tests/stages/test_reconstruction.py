@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch.distributed.checkpoint import FileSystemReader
 
 from raekit import randomness
@@ -17,7 +16,7 @@ from raekit.models.autoencoder import Autoencoder
 from raekit.models.discriminator import DiscriminatorConfig
 from raekit.models.encoders import Encoder, load_encoder
 from raekit.models.layers import to_grid
-from raekit.models.perceptual import LPIPS, load_perceptual
+from raekit.models.perceptual import load_perceptual
 from raekit.models.registry import LayersConfig
 from raekit.progress import silent
 from raekit.stages.reconstruction import (
@@ -339,16 +338,6 @@ def test_each_image_is_encoded_once_for_both_objectives(adversarial, tmp_path, m
     Trainer(tmp_path, config.train, made.objectives, made.batches, ONE).fit()
     assert sum(seen) == 4 * 6
     assert max(seen) == (micro_batch or 6)
-
-
-@pytest.fixture
-def vgg(tmp_path) -> str:
-    """A file of random weights for LPIPS."""
-    torch.manual_seed(0)
-    model = LPIPS()
-    state = {name: torch.rand(value.shape) * 0.02 for name, value in model.state_dict().items()}
-    save_file(state, tmp_path / "vgg.safetensors")
-    return str(tmp_path / "vgg.safetensors")
 
 
 def test_lpips_joins_the_loss_at_its_start(config, tmp_path, vgg):

@@ -151,7 +151,7 @@ class SpectralConv1d(nn.Conv1d):
 
     @torch.no_grad()
     def _iterate(self, matrix: Tensor) -> None:
-        self.v.copy_(F.normalize(self.u @ matrix, dim=0))
+        self.v.copy_(F.normalize(matrix.mT @ self.u, dim=0))
         self.u.copy_(F.normalize(matrix @ self.v, dim=0))
 
     def forward(self, input: Tensor) -> Tensor:

@@ -4,8 +4,8 @@ Reproduces:     src/raekit/assets/emoji/denoiser (7.5 M parameters, seed 0)
 Command:        raekit train emoji_dit_dh --train.compile
                 python tools/make_builtin.py denoiser runs/emoji_dit_dh
 Cost:           88 minutes on one CPU core (73 images/s, 384,000 images)
-Last verified:  2026-11-23. 1,000 samples, 50 steps: fd_vit_tiny 1.14 (decoded noise 33.8), class accuracy 50 %;
-                with cfg:3.0@0.1-1.0, 1.14 and 71 % (held-out images themselves 66 %).
+Last verified:  2026-11-23. 1,000 samples, 50 steps: fd_vit_tiny 1.17 (decoded noise 33.8), class accuracy 52 %;
+                with cfg:3.0@0.1-1.0, 1.19 and 73 % (held-out images themselves 66 %).
 
 Tried for four minutes of one core each: steps of 64, of 32 with the published spread of label embeddings, and of 32
 with the present one gave, guided, class accuracies of 12, 11 and 47 %.

@@ -121,10 +121,10 @@ def build(config: RepresentationConfig, run: Path, world: World) -> Stage:
 
     def trained(name: str) -> Encoder:
         """The averaged encoder: a copy, for among several processes a part of a module cannot run without it."""
-        prefix, vit = "encoder.", ViT(config.encoder).to(world.device)
+        prefix, vit = "encoder.", ViT(config.encoder)
         state = full_state(objective.averaged)
         vit.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
-        return Encoder(name, config.encoder.spec, vit)
+        return Encoder(name, config.encoder.spec, vit).to(world.device)
 
     def accuracy(step: int) -> dict[str, float]:
         return class_accuracy(trained("trained"), config.data, world)

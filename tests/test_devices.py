@@ -1,0 +1,136 @@
+"""Use and training on a device that is not the CPU: all stays there, and no step makes the host wait."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from raekit.data.loader import DataConfig
+from raekit.distributed import World
+from raekit.flow.guidance import parse_guidance
+from raekit.inference import generate, images_to_noise, interpolate, load, noise_to_images
+from raekit.models.denoiser import TransformerConfig
+from raekit.models.discriminator import DiscriminatorConfig
+from raekit.models.vit import ViTConfig
+from raekit.sampling import Sampling
+from raekit.stages.generation import DenoiserSize, GenerationConfig
+from raekit.stages.reconstruction import AdversarialConfig, DecoderSize, PerceptualConfig, ReconstructionConfig
+from raekit.stages.representation import RepresentationConfig
+from raekit.stages.run import StageConfig, train
+from raekit.train.optim import OptimConfig
+from raekit.train.tracking import read_metrics
+from raekit.train.trainer import TrainConfig
+from tests.virtual_gpu import GPU, virtual_gpu
+
+
+def test_tensors_of_two_devices_do_not_go_together():
+    with virtual_gpu() as waits:
+        remote = torch.ones(2, 3).to(GPU)
+        assert remote.device == GPU
+        assert (remote * 2 + torch.tensor(1.0)).tolist() == [[3.0] * 3] * 2
+        assert waits() == 1
+        with pytest.raises(RuntimeError, match=r"add.*two devices: GPU \(2, 3\), CPU \(3,\)"):
+            torch.add(remote, torch.ones(3))
+        assert remote.sum().item() == 6
+        assert remote.cpu().device.type == "cpu"
+        assert waits() == 3
+
+
+@pytest.mark.parametrize(
+    ("sampling", "waiting"),
+    [
+        (Sampling(steps=4), 0),
+        (Sampling(steps=4, guidance=parse_guidance("cfg:2.0@0.2-0.9")), 0),
+        (Sampling(steps=4, solver="heun"), 0),
+        (Sampling(steps=4, solver="euler-maruyama"), 0),
+        (Sampling(steps=4, reuse=2), 0),
+        (Sampling(steps=8, reuse=0.8), 0),
+        (Sampling(steps=4, solver="dopri5"), None),  # its steps depend on what it finds
+    ],
+)
+def test_samples(tiny_model, sampling, waiting):
+    def images(device: torch.device) -> torch.Tensor:
+        (made,) = generate(load(str(tiny_model), device), labels=[0, 2], sampling=sampling)
+        return made.images
+
+    expected = images(torch.device("cpu"))
+    with virtual_gpu() as waits:
+        made = images(GPU)
+        assert made.device == GPU
+        assert waiting in (waits(), None)
+        made = made.cpu()
+    torch.testing.assert_close(made, expected, rtol=0, atol=1e-3 if sampling.solver == "dopri5" else 1e-5)
+
+
+def test_ways_between_images_and_noise(tiny_model):
+    pictures = torch.rand(2, 3, 16, 16)
+
+    def there_and_back(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        model = load(str(tiny_model), device)
+        noise = images_to_noise(model, pictures, labels=[0, 1])
+        way = list(interpolate(model, seeds=(0, 1), labels=(0, 1), frames=3))
+        return noise_to_images(model, noise, labels=[0, 1]).cpu(), torch.cat([part.images.cpu() for part in way])
+
+    expected = there_and_back(torch.device("cpu"))
+    with virtual_gpu():
+        made = there_and_back(GPU)
+    torch.testing.assert_close(made, expected, rtol=0, atol=1e-4)
+
+
+@pytest.fixture
+def config(images, tiny_model, vgg) -> Callable[[str], StageConfig]:
+    optim = OptimConfig(lr=1e-3)
+    shared = {
+        "data": DataConfig(source=images, image_size=16, flip=True),
+        "train": TrainConfig(steps=3, batch_size=6, micro_batch=3, precision="fp32", monitor_every=2, log_every=2),
+        "optim": optim,
+        "ema": (0.5,),
+    }
+
+    def make(name: str) -> StageConfig:
+        if name == "encoder":
+            vit = ViTConfig(image_size=16, patch_size=4, width=16, depth=1, heads=2)
+            return RepresentationConfig(encoder=vit, decoder_width=16, decoder_depth=1, **shared)
+        if name == "decoder":
+            discriminator = DiscriminatorConfig(backbone=str(tiny_model), blocks=(0,), kernel_size=3)
+            return ReconstructionConfig(
+                encoder=str(tiny_model),
+                decoder=DecoderSize(width=16, depth=1, heads=2, hidden=32, patch_size=4),
+                perceptual=PerceptualConfig(weights=vgg),
+                adversarial=AdversarialConfig(discriminator=discriminator, start=1, optim=optim),
+                **shared,
+            )
+        part = TransformerConfig(width=16, depth=2, heads=2)
+        size = DenoiserSize(backbone=part, head=part, qk_norm=True, base_depth=1)
+        return GenerationConfig(autoencoder=str(tiny_model), denoiser=size, time_law="logit-normal", **shared)
+
+    return make
+
+
+@pytest.mark.parametrize("name", ["encoder", "decoder", "denoiser"])
+def test_training(config, tmp_path, name):
+    def losses(run: Path, device: torch.device) -> list[dict[str, float]]:
+        train(config(name), run, World(device=device))
+        return [
+            {key: value for key, value in record.items() if "second" not in key and key != "time"}
+            for record in read_metrics(run)
+        ]
+
+    expected = losses(tmp_path / "cpu", torch.device("cpu"))
+    with virtual_gpu():
+        made = losses(tmp_path / "gpu", GPU)
+    assert made == [pytest.approx(record, rel=1e-4, abs=1e-5) for record in expected]
+
+
+@pytest.mark.parametrize("name", ["encoder", "decoder", "denoiser"])
+def test_the_host_waits_for_no_step(config, tmp_path, name):
+    def waits(steps: int) -> int:
+        whole = config(name)
+        settings = replace(whole.train, steps=steps, monitor_every=None, log_every=100)
+        with virtual_gpu() as count:
+            train(replace(whole, train=settings), tmp_path / str(steps), World(device=GPU))
+            return count()
+
+    assert waits(3) == waits(6)

@@ -1,0 +1,122 @@
+"""A GPU for tests of machines without one: what does not stay on the device, or makes the host wait, shows here.
+
+Its tensors call their device "meta", hold their numbers on the CPU and are computed there. What a real device would
+refuse, an operation on tensors of both places, is an error; what would make the host wait for it is counted. Of a GPU's
+kernels, memory and speed this tells nothing.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.utils import _foreach_utils
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+GPU = torch.device("meta")
+_CPU = torch.device("cpu")
+_aten = torch.ops.aten
+_BETWEEN = (_aten.copy_.default, _aten._to_copy.default, _aten.index.Tensor, _aten.index_put_.default)
+"""Operations on tensors of both places."""
+
+
+class _Remote(Tensor):
+    """A tensor on the virtual GPU; `numbers` is the tensor of the CPU that it stands for."""
+
+    numbers: Tensor
+
+    @staticmethod
+    def __new__(cls, numbers: Tensor) -> "_Remote":
+        layout = {"strides": numbers.stride(), "storage_offset": numbers.storage_offset(), "dtype": numbers.dtype}
+        remote = Tensor._make_wrapper_subclass(cls, numbers.shape, device=GPU, **layout)  # type: ignore[attr-defined]
+        remote.numbers = numbers
+        return remote
+
+    @classmethod
+    def __torch_dispatch__(cls, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise RuntimeError(f"{operation}: outside of virtual_gpu()")
+
+
+class _Machine(TorchDispatchMode):
+    """Sees every operation, below autograd."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits = 0
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        given = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
+        remote = [isinstance(x, _Remote) for x in given]
+        here = [x for x in given if not isinstance(x, _Remote) and x.ndim]  # a number may come from anywhere
+        if any(remote) and here and operation not in _BETWEEN:
+            places = ", ".join(f"{'GPU' if r else 'CPU'} {tuple(x.shape)}" for x, r in zip(given, remote, strict=True))
+            raise RuntimeError(f"{operation}: tensors on two devices: {places}")
+        if operation is _aten.copy_.default:
+            self.waits += remote == [False, True]
+            _numbers(args[0]).copy_(_numbers(args[1]))
+            return args[0]
+        goes = remote[0] if remote else False
+        if (device := kwargs.get("device")) is not None:
+            goes, kwargs["device"] = torch.device(device) == GPU, _CPU
+            if any(remote) != goes and operation is _aten._to_copy.default:
+                args = (args[0].numbers if any(remote) else args[0]).clone(), *args[1:]
+        self.waits += any(remote) and (not goes or operation is _aten._local_scalar_dense.default)
+        plain = tree_map(_numbers, (args, kwargs))
+        of = {id(_numbers(x)): x for x in given}  # an operation in place gives back what it was given
+
+        def placed(x: Any) -> Any:
+            return of.get(id(x), _Remote(x) if goes else x) if isinstance(x, Tensor) else x
+
+        drawn = goes and torch.Tag.nondeterministic_seeded in operation.tags
+        with torch.random.fork_rng(devices=[]) if drawn else nullcontext():  # a device has a generator of its own
+            return tree_map(placed, operation(*plain[0], **plain[1]))
+
+
+def _numbers(x: Any) -> Any:
+    return x.numbers if isinstance(x, _Remote) else x
+
+
+@contextmanager
+def virtual_gpu() -> Iterator[Callable[[], int]]:
+    """The device `GPU` is there meanwhile. Gives what counts how often the host waited for it so far."""
+    machine = _Machine()
+    tolist, autocast, generator = Tensor.tolist, torch.autocast, torch.Generator
+    fused = _foreach_utils._get_fused_kernels_supported_devices
+
+    def made_here(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """`torch.tensor` would make one without numbers."""
+        return lambda data, *, device=None, **options: make(data, **options).to(device or _CPU)
+
+    def to_list(self: Tensor) -> Any:
+        machine.waits += isinstance(self, _Remote)
+        return tolist(_numbers(self))
+
+    def place(device: torch.device | str) -> str:
+        return "cpu" if torch.device(device) == GPU else torch.device(device).type
+
+    replaced = {
+        "torch.tensor": made_here(torch.tensor),
+        "torch.as_tensor": made_here(torch.as_tensor),
+        "torch.Tensor.tolist": to_list,
+        "torch.Generator": lambda device="cpu": generator(place(device)),
+        "torch.autocast": lambda device_type, *args, **options: autocast(place(device_type), *args, **options),
+        "torch.optim.optimizer._get_fused_kernels_supported_devices": lambda: [*fused(), GPU.type],
+    }
+    swap = torch.__future__.get_swap_module_params_on_conversion()
+    with ExitStack() as stack:
+        for name, value in replaced.items():
+            stack.enter_context(patch(name, value))
+        # A module that moves keeps its parameters, as on a real device.
+        stack.callback(torch.__future__.set_swap_module_params_on_conversion, swap)
+        torch.__future__.set_swap_module_params_on_conversion(True)
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings(
+            "ignore", message=".* in the checkpoint to a meta parameter"
+        )  # here it is one with numbers
+        stack.enter_context(machine)
+        yield lambda: machine.waits
