@@ -306,9 +306,13 @@ def _encoder(
     model_class = getattr(transformers, kind.model_class)
     config = model_class.config_class(**values.get("vision_config", values) | kind.config)
     model = model_class(config, **kind.arguments)
-    # Of what nothing here uses, pooling heads and a MAE's decoder, the shapes may be listed or not.
-    shapes = {key: shape for key, shape in shapes.items() if not key.startswith(("head.", "pooler.", "decoder."))}
-    load_strict(model, state_dict(shapes), "reference case: encoder")
+    state = state_dict(shapes)
+    for tower in ("vision_model.", "vit."):  # of a whole model's weights, those of its images
+        if any(key.startswith(tower) for key in state):
+            state = {key.removeprefix(tower): value for key, value in state.items() if key.startswith(tower)}
+    # What nothing here uses, pooling heads and a MAE's decoder, may be listed or not.
+    state = {key: value for key, value in state.items() if not key.startswith(("head.", "pooler.", "decoder."))}
+    load_strict(model, state, "reference case: encoder")
     spec = EncoderSpec(
         family=family,
         width=config.hidden_size,

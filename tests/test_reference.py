@@ -262,6 +262,16 @@ def test_layers_of_other_encoders(family: str, grid: tuple[int, int], tmp_path: 
     assert statuses(tmp_path / "case.npz") == {"z_last": "ok", "z_layers": "ok"}
 
 
+@pytest.mark.parametrize(("family", "tower"), [("siglip", "vision_model."), ("vit_mae", "vit.")])
+def test_the_image_tower_of_a_whole_model(family: str, tower: str, tmp_path: Path):
+    model, x = tiny_model(family), torch.rand(2, 3, 32, 32)
+    shapes = {tower + key: shape for key, shape in shapes_of(model).items()}
+    model.load_state_dict({k.removeprefix(tower): v for k, v in reference.state_dict(shapes).items()})
+    case = {"kind": "encoder_layers", "config": model.config.to_dict(), "shapes": shapes | {"decoder_norm.bias": [3]}}
+    np.savez(tmp_path / "case.npz", config=json.dumps(case), x=x, z_last=latents(family, model, x, (4, 4), [2]).float())  # type: ignore[arg-type]
+    assert statuses(tmp_path / "case.npz") == {"z_last": "ok"}
+
+
 @GRIDS
 @pytest.mark.parametrize("statistics", ["none", "var", "mean and var"])
 @pytest.mark.parametrize("family", ["siglip", "vit_mae"])
