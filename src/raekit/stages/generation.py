@@ -19,6 +19,7 @@ from raekit.models.denoiser import Denoiser, DenoiserConfig, DenoiserSize
 from raekit.models.layers import watch_logits
 from raekit.progress import Report
 from raekit.stages.evaluation import EvaluationConfig, evaluator
+from raekit.stages.initial import initialise_denoiser
 from raekit.stages.stage import Stage
 from raekit.train.objective import Metrics, Objective, Periodic
 from raekit.train.optim import OptimConfig
@@ -31,8 +32,9 @@ class GenerationConfig:
 
     `conditional` False trains without classes; else labels are dropped with probability `class_dropout`.
     Times follow `time_law`, shifted by sqrt(dimension / `shift_base`). The encoder computes in `train.precision`;
-    with `latents`, a folder that `raekit latents cache` filled, it is not used, nor are the images.
-    `evaluation` scores samples during training.
+    with `latents`, a folder that `raekit latents cache` filled, it is not used, nor are the images. `init_from` is a
+    denoiser to fine-tune, of the same sizes and latents; its classes may be others. `evaluation` scores samples during
+    training.
     """
 
     stage: Literal["generation"] = "generation"
@@ -40,6 +42,7 @@ class GenerationConfig:
     autoencoder: str
     latents: str | None = None
     denoiser: DenoiserSize
+    init_from: str | None = None
     conditional: bool = True
     class_dropout: float = 0.1
     time_law: path.TimeLaw = "uniform"
@@ -117,6 +120,8 @@ def build(config: GenerationConfig, run: Path, world: World) -> Stage:
             class_names=loader.classes if config.conditional else (),
         )
     )
+    if config.init_from:
+        initialise_denoiser(model, config.init_from)
 
     def loss(batch: Batch | LatentBatch, step: int) -> tuple[Tensor, Metrics]:
         latents = batch.latents if isinstance(batch, LatentBatch) else autoencoder.encode(batch.pixels())

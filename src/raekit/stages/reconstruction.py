@@ -32,6 +32,7 @@ from raekit.models.layers import patchify, watch_logits
 from raekit.models.perceptual import load_perceptual
 from raekit.models.registry import LayersConfig, Size
 from raekit.progress import Report, counted
+from raekit.stages.initial import initialise_decoder
 from raekit.stages.selection import SelectionConfig, selector
 from raekit.stages.stage import Stage
 from raekit.train.objective import Metrics, Objective, Periodic
@@ -99,7 +100,7 @@ class ReconstructionConfig:
 
     The latent statistics are measured over the training images, centre-cropped, and mirrored too if the
     training flips them. `encoder_size`, `layers` and `output` are those of the autoencoder; the encoder computes in
-    `train.precision`.
+    `train.precision`. `init_from` is an autoencoder whose decoder, of the same sizes, is to be fine-tuned.
     """
 
     stage: Literal["reconstruction"] = "reconstruction"
@@ -109,6 +110,7 @@ class ReconstructionConfig:
     layers: LayersConfig = LayersConfig()
     output: Output = "encoder-colours"
     decoder: DecoderSize
+    init_from: str | None = None
     noise: float = 0.8
     noise_law: NoiseLaw = "half-normal"
     perceptual: PerceptualConfig | None = None
@@ -281,6 +283,8 @@ def build(config: ReconstructionConfig, run: Path, world: World) -> Stage:
             f"decoder.patch_size: {size.patch_size} over a grid of {encoder.grid} gives images of "
             f"{' x '.join(map(str, model.image_shape))} pixels, but data.image_size is {config.data.image_size}"
         )
+    if config.init_from:
+        initialise_decoder(model.decoder, config.init_from)
     losses = Losses(config, model, world)
     objectives = [
         Objective(

@@ -1,0 +1,108 @@
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from raekit.data.loader import DataConfig
+from raekit.distributed import World
+from raekit.errors import UserError
+from raekit.models.autoencoder import Autoencoder
+from raekit.models.denoiser import Denoiser, TransformerConfig
+from raekit.stages.generation import DenoiserSize, GenerationConfig
+from raekit.stages.reconstruction import DecoderSize, ReconstructionConfig
+from raekit.stages.run import StageConfig, build, train
+from raekit.train.optim import OptimConfig
+from raekit.train.trainer import TrainConfig
+
+ONE = World()
+
+
+@pytest.fixture
+def config(images, tiny_model) -> Callable[[str], StageConfig]:
+    """A training of either stage, of the sizes of the tiny model."""
+    data, optim = DataConfig(source=images, image_size=16), OptimConfig(lr=1e-3)
+    settings = TrainConfig(steps=2, batch_size=6, precision="fp32", seed=5)
+    part = TransformerConfig(width=16, depth=1, heads=2)
+    size = DecoderSize(width=16, depth=1, heads=2, hidden=32, patch_size=4)
+    shared = {"data": data, "train": settings, "optim": optim, "ema": (0.5,)}
+    configs: dict[str, StageConfig] = {
+        "decoder": ReconstructionConfig(encoder=str(tiny_model), decoder=size, **shared),
+        "denoiser": GenerationConfig(
+            autoencoder=str(tiny_model), denoiser=DenoiserSize(backbone=part, head=part), **shared
+        ),
+    }
+    return configs.__getitem__
+
+
+def initial(config: StageConfig, folder: Path) -> dict[str, torch.Tensor]:
+    return build(config, folder, ONE).objectives[0].module.state_dict()
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
+    assert one.keys() == other.keys()
+    return [key for key in one if torch.equal(one[key], other[key])]
+
+
+def test_fine_tuning_starts_from_the_decoder(config, tiny_model, tmp_path):
+    published = Autoencoder.load(str(tiny_model)).decoder.state_dict()
+    tuned = replace(config("decoder"), init_from=str(tiny_model))
+    assert same(initial(tuned, tmp_path), published) == list(published)
+    assert same(initial(config("decoder"), tmp_path), published) != list(published)
+
+
+def test_fine_tuning_starts_from_the_denoiser(config, tiny_model, tmp_path):
+    published = Denoiser.load(str(tiny_model)).state_dict()
+    tuned = replace(config("denoiser"), init_from=str(tiny_model))
+    # Its classes have the same names. The time shift of the fixture is not that of its latents.
+    with pytest.raises(UserError, match=r"init_from: .* otherwise than this recipe's:\n  shift: 1.0 -> 0.25$"):
+        initial(tuned, tmp_path)
+    tuned = replace(tuned, shift_base=256)
+    assert same(initial(tuned, tmp_path), published) == list(published)
+
+
+@pytest.mark.parametrize("name", ["decoder", "denoiser"])
+def test_a_run_can_be_gone_on_from_by_another(config, tmp_path, name):
+    first, second = config(name), replace(config(name), init_from=str(tmp_path / "first"))
+    assert train(first, tmp_path / "first", ONE)
+    began = initial(second, tmp_path / "second")
+    assert same(began, initial(first, tmp_path / "other")) != list(began)
+    assert train(second, tmp_path / "second", ONE)
+    assert train(second, tmp_path / "second", ONE)  # again, from its own checkpoint
+
+
+def test_other_classes_start_anew(config, tiny_model, tmp_path):
+    tuned = replace(config("denoiser"), init_from=str(tiny_model), shift_base=256)
+    published = Denoiser.load(str(tiny_model)).state_dict()
+    without = initial(replace(tuned, conditional=False), tmp_path)
+    assert without.keys() == published.keys() - {"label.weight"}
+    assert all(torch.equal(value, published[key]) for key, value in without.items())
+    folder = tmp_path / "other"
+    other = Denoiser.load(str(tiny_model))
+    other.config = replace(other.config, class_names=("one", "two", "three"))
+    other.save(folder)
+    renamed = initial(replace(tuned, init_from=str(folder)), tmp_path)
+    assert same(renamed, published) == [key for key in published if key != "label.weight"]
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "message"),
+    [
+        ("decoder", "pixels@16", "init_from: pixels@16 has no decoder to train"),
+        (
+            "decoder",
+            "builtin:emoji",
+            r"init_from: builtin:emoji .* otherwise than this recipe's:\n  token_dim: 256 -> 16",
+        ),
+        (
+            "denoiser",
+            "builtin:emoji",
+            r"init_from: builtin:emoji .* otherwise than this recipe's:\n  backbone\.width: 192",
+        ),
+        ("denoiser", "nowhere", "nowhere"),
+    ],
+)
+def test_what_does_not_fit_is_refused(config, tmp_path, name, source, message):
+    with pytest.raises(UserError, match=message):
+        initial(replace(config(name), init_from=source), tmp_path)
