@@ -25,7 +25,7 @@ def initialise_denoiser(denoiser: Denoiser, source: str) -> None:
     The classes may be others: then their embeddings start anew.
     """
     begun = Denoiser.load(source)
-    _check_same(source, _without_classes(begun.config), _without_classes(denoiser.config))
+    _check_same(source, _built(begun.config), _built(denoiser.config))
     state = begun.state_dict()
     if not _same_classes(begun.config, denoiser.config):
         fresh = {key: value for key, value in denoiser.state_dict().items() if key.startswith("label.")}
@@ -38,8 +38,9 @@ def _check_same(source: str, theirs: Any, ours: Any) -> None:
         raise UserError(f"init_from: {source} is built otherwise than this recipe's:\n  " + "\n  ".join(changed))
 
 
-def _without_classes(config: DenoiserConfig) -> DenoiserConfig:
-    return replace(config, num_classes=0, class_names=())
+def _built(config: DenoiserConfig) -> DenoiserConfig:
+    """Without its classes, and what matters only to random weights."""
+    return replace(config, num_classes=0, class_names=(), label_std=0.0, allow_narrow=True)
 
 
 def _same_classes(one: DenoiserConfig, other: DenoiserConfig) -> bool:
