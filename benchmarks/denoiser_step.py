@@ -1,11 +1,11 @@
 """How fast is a training step of DiT^DH? Forward, backward, clipping and AdamW on 768 x 16 x 16 latents.
 
-    python benchmarks/denoiser_step.py [--size S] [--batch 2] [--precision bf16] [--repeats 5] [--out step.json]
+    python benchmarks/denoiser_step.py [--size S] [--batch 4] [--precision bf16] [--repeats 5] [--out step.json]
 
 Steps, eager and compiled, without and with activation checkpointing, alternate in one process; the ratio to the first
 is given with its range. `rate` is the share of the machine's own matmul rate in that precision, measured here, that
-the multiplications of a step without checkpointing reach. The peak memory is that of the process: for one variant's
-own, run that alone (`--only "compiled, checkpointed"`).
+the multiplications of a step without checkpointing reach (on a GPU, its MFU as measured, not of the data sheet). Each
+variant has weights and moments of its own: where they do not all fit, take them by `--only`.
 """
 
 import argparse
@@ -25,14 +25,14 @@ VARIANTS = ("eager", "compiled", "eager, checkpointed", "compiled, checkpointed"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="S", choices=["S", "B", "L", "XL"])
-    parser.add_argument("--batch", type=int, help="default: 2 on a CPU, 64 on a GPU")
+    parser.add_argument("--batch", type=int, help="default: 4 on a CPU, 64 on a GPU")
     parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"])
     parser.add_argument("--only", nargs="+", choices=VARIANTS, metavar="NAME", help="of the variants; default: all")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     arguments = parser.parse_args()
     device = prepare_device()
-    batch = arguments.batch or (64 if device.type == "cuda" else 2)
+    batch = arguments.batch or (64 if device.type == "cuda" else 4)
 
     def stepper(variant: str, batch: int = batch) -> Callable[[], None]:
         model = denoiser(arguments.size, device)

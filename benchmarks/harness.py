@@ -60,9 +60,10 @@ def training_step(
 
 class MatmulRate:
     """What this machine can do: FLOP/s of square matrix products in `dtype`, just before and after each timed run, as
-    other users of a machine may change it from second to second."""
+    other users of a machine may change it from second to second. The matrices are large enough to fill the device."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device, side: int = 2048) -> None:
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        side = 8192 if device.type == "cuda" else 2048
         self.a, self.b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
         self.device = device
         self.around: dict[str, list[float]] = {}
