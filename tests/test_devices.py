@@ -30,38 +30,55 @@ def test_tensors_of_two_devices_do_not_go_together():
         remote = torch.ones(2, 3).to(GPU)
         assert remote.device == GPU
         assert (remote * 2 + torch.tensor(1.0)).tolist() == [[3.0] * 3] * 2
-        assert waits() == 1
+        assert waits() == 2  # there and back
         with pytest.raises(RuntimeError, match=r"add.*two devices: GPU \(2, 3\), CPU \(3,\)"):
             torch.add(remote, torch.ones(3))
         assert remote.sum().item() == 6
         assert remote.cpu().device.type == "cpu"
-        assert waits() == 3
+        assert waits() == 4
+        assert remote[remote > 0].shape == (6,)  # as many as there are
+        assert waits() == 5
+        remote[torch.tensor([0]).to(GPU, non_blocking=True)] += 1
+        assert waits() == 5
 
 
 @pytest.mark.parametrize(
-    ("sampling", "waiting"),
+    ("sampling", "waits_a_step"),
     [
         (Sampling(steps=4), 0),
         (Sampling(steps=4, guidance=parse_guidance("cfg:2.0@0.2-0.9")), 0),
         (Sampling(steps=4, solver="heun"), 0),
-        (Sampling(steps=4, solver="euler-maruyama"), 0),
+        (
+            Sampling(steps=4, solver="euler-maruyama"),
+            1,
+        ),  # for the step's noise, made on the CPU to be the same anywhere
         (Sampling(steps=4, reuse=2), 0),
         (Sampling(steps=8, reuse=0.8), 0),
-        (Sampling(steps=4, solver="dopri5"), None),  # its steps depend on what it finds
     ],
 )
-def test_samples(tiny_model, sampling, waiting):
-    def images(device: torch.device) -> torch.Tensor:
-        (made,) = generate(load(str(tiny_model), device), labels=[0, 2], sampling=sampling)
-        return made.images
-
-    expected = images(torch.device("cpu"))
+def test_samples(tiny_model, sampling, waits_a_step):
+    expected = samples(tiny_model, torch.device("cpu"), sampling)
     with virtual_gpu() as waits:
-        made = images(GPU)
+        made = samples(tiny_model, GPU, sampling)
         assert made.device == GPU
-        assert waiting in (waits(), None)
+        once = waits()
+        samples(tiny_model, GPU, replace(sampling, steps=2 * sampling.steps))
+        assert waits() - 2 * once == waits_a_step * sampling.steps
         made = made.cpu()
-    torch.testing.assert_close(made, expected, rtol=0, atol=1e-3 if sampling.solver == "dopri5" else 1e-5)
+    torch.testing.assert_close(made, expected, rtol=0, atol=1e-5)
+
+
+def test_samples_of_adaptive_steps(tiny_model):
+    sampling = Sampling(solver="dopri5")
+    expected = samples(tiny_model, torch.device("cpu"), sampling)
+    with virtual_gpu():
+        made = samples(tiny_model, GPU, sampling).cpu()
+    torch.testing.assert_close(made, expected, rtol=0, atol=1e-3)
+
+
+def samples(model: Path, device: torch.device, sampling: Sampling) -> torch.Tensor:
+    (made,) = generate(load(str(model), device), labels=[0, 2], sampling=sampling)
+    return made.images
 
 
 def test_ways_between_images_and_noise(tiny_model):

@@ -56,16 +56,17 @@ class _Machine(TorchDispatchMode):
         if any(remote) and here and operation not in _BETWEEN:
             places = ", ".join(f"{'GPU' if r else 'CPU'} {tuple(x.shape)}" for x, r in zip(given, remote, strict=True))
             raise RuntimeError(f"{operation}: tensors on two devices: {places}")
+        self.waits += any(remote) and _waits_for(operation, given)
         if operation is _aten.copy_.default:
-            self.waits += remote == [False, True]
+            self.waits += remote[0] != remote[1] and not (kwargs.get("non_blocking") or args[2:] == (True,))
             _numbers(args[0]).copy_(_numbers(args[1]))
             return args[0]
         goes = remote[0] if remote else False
         if (device := kwargs.get("device")) is not None:
             goes, kwargs["device"] = torch.device(device) == GPU, _CPU
             if any(remote) != goes and operation is _aten._to_copy.default:
+                self.waits += not (goes and kwargs.get("non_blocking"))
                 args = (args[0].numbers if any(remote) else args[0]).clone(), *args[1:]
-        self.waits += any(remote) and (not goes or operation is _aten._local_scalar_dense.default)
         plain = tree_map(_numbers, (args, kwargs))
         of = {id(_numbers(x)): x for x in given}  # an operation in place gives back what it was given
 
@@ -75,6 +76,13 @@ class _Machine(TorchDispatchMode):
         drawn = goes and torch.Tag.nondeterministic_seeded in operation.tags
         with torch.random.fork_rng(devices=[]) if drawn else nullcontext():  # a device has a generator of its own
             return tree_map(placed, operation(*plain[0], **plain[1]))
+
+
+def _waits_for(operation: Any, given: list[Tensor]) -> bool:
+    """Whether the host has to know numbers of the device: one of them, or how many a mask chooses."""
+    if operation in (_aten.index.Tensor, _aten.index_put_.default):
+        return any(x.dtype in (torch.bool, torch.uint8) for x in given[1:])
+    return bool({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & {*operation.tags})
 
 
 def _numbers(x: Any) -> Any:
@@ -115,8 +123,7 @@ def virtual_gpu() -> Iterator[Callable[[], int]]:
         stack.callback(torch.__future__.set_swap_module_params_on_conversion, swap)
         torch.__future__.set_swap_module_params_on_conversion(True)
         stack.enter_context(warnings.catch_warnings())
-        warnings.filterwarnings(
-            "ignore", message=".* in the checkpoint to a meta parameter"
-        )  # here it is one with numbers
+        # Here a parameter on "meta" has numbers.
+        warnings.filterwarnings("ignore", message=".* in the checkpoint to a meta parameter")
         stack.enter_context(machine)
         yield lambda: machine.waits

@@ -1,3 +1,4 @@
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -69,6 +70,7 @@ def test_a_run_can_be_gone_on_from_by_another(config, tmp_path, name):
     began = initial(second, tmp_path / "second")
     assert same(began, initial(first, tmp_path / "other")) != list(began)
     assert train(second, tmp_path / "second", ONE)
+    shutil.rmtree(tmp_path / "first")
     assert train(second, tmp_path / "second", ONE)  # again, from its own checkpoint
 
 

@@ -66,7 +66,7 @@ class Rows:
 
     def to(self, device: torch.device | str) -> Self:
         """The same on `device`. The positions stay: they address random numbers, for which the host reads them."""
-        asynchronous = torch.device(device).type == "cuda"  # towards the CPU, nothing would wait for the copy
+        asynchronous = torch.device(device).type != "cpu"  # towards the CPU, nothing would wait for the copy
         rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "positions"}  # type: ignore[arg-type]
         moved = {name: tensor.to(device, non_blocking=asynchronous) for name, tensor in rest.items()}
         return replace(self, **moved)  # type: ignore[type-var]

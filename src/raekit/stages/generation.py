@@ -21,6 +21,7 @@ from raekit.progress import Report
 from raekit.stages.evaluation import EvaluationConfig, evaluator
 from raekit.stages.initial import initialise_denoiser
 from raekit.stages.stage import Stage
+from raekit.train.checkpoint import checkpoints
 from raekit.train.objective import Metrics, Objective, Periodic
 from raekit.train.optim import OptimConfig
 from raekit.train.trainer import TrainConfig, compute_dtype
@@ -120,7 +121,7 @@ def build(config: GenerationConfig, run: Path, world: World) -> Stage:
             class_names=loader.classes if config.conditional else (),
         )
     )
-    if config.init_from:
+    if config.init_from and not checkpoints(run / "checkpoints"):  # a run that goes on has weights
         initialise_denoiser(model, config.init_from)
 
     def loss(batch: Batch | LatentBatch, step: int) -> tuple[Tensor, Metrics]:

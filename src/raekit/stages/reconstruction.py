@@ -35,6 +35,7 @@ from raekit.progress import Report, counted
 from raekit.stages.initial import initialise_decoder
 from raekit.stages.selection import SelectionConfig, selector
 from raekit.stages.stage import Stage
+from raekit.train.checkpoint import checkpoints
 from raekit.train.objective import Metrics, Objective, Periodic
 from raekit.train.optim import OptimConfig
 from raekit.train.trainer import TrainConfig, compute_dtype
@@ -283,7 +284,7 @@ def build(config: ReconstructionConfig, run: Path, world: World) -> Stage:
             f"decoder.patch_size: {size.patch_size} over a grid of {encoder.grid} gives images of "
             f"{' x '.join(map(str, model.image_shape))} pixels, but data.image_size is {config.data.image_size}"
         )
-    if config.init_from:
+    if config.init_from and not checkpoints(run / "checkpoints"):  # a run that goes on has weights
         initialise_decoder(model.decoder, config.init_from)
     losses = Losses(config, model, world)
     objectives = [
