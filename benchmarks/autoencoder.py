@@ -18,12 +18,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from harness import MatmulRate, interleaved, report
 from raekit.distributed import prepare_device
+from raekit.formats.decoder_keys import DECODERS, decoder_state
+from raekit.formats.diffusers_keys import from_diffusers
 from raekit.models.autoencoder import Autoencoder, AutoencoderConfig
 from raekit.models.decoder import DecoderConfig
 from raekit.models.encoders import Encoder
 from raekit.models.registry import REGISTRY
-from raekit.published.autoencoders import DECODERS, decoder_state
-from raekit.published.diffusers import from_diffusers
 from raekit.weights import load_strict
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -18,14 +18,14 @@ import torch
 from torch import nn
 
 from harness import interleaved, report, synchronise
-from raekit.cache import Storage, cache_latents, relative_error
 from raekit.distributed import World, prepare_device
+from raekit.inference.cache import Storage, cache_latents, relative_error
 from raekit.models.autoencoder import load_autoencoder
 from raekit.recipes import emoji_dit_dh
 from raekit.stages.generation import GenerationConfig
 from raekit.stages.run import build
 from raekit.train.optim import build_optimizer
-from raekit.train.trainer import autocast, compute_dtype
+from raekit.train.precision import autocast, compute_dtype
 
 BYTES = 2**20
 

@@ -21,18 +21,18 @@ from torch import nn
 from harness import interleaved, report
 from raekit.data.loader import Batch
 from raekit.distributed import World, prepare_device
+from raekit.formats.decoder_keys import DECODERS
 from raekit.models.autoencoder import Autoencoder, AutoencoderConfig
 from raekit.models.decoder import DecoderConfig
 from raekit.models.discriminator import Dino, Discriminator
 from raekit.models.encoders import Encoder
 from raekit.models.perceptual import LPIPS
 from raekit.models.registry import REGISTRY
-from raekit.published.autoencoders import DECODERS
 from raekit.recipes import dinov2b_decoder_xl
-from raekit.stages.reconstruction import Encoded, Losses
+from raekit.stages.decoder_losses import Encoded, Losses
 from raekit.train import ema
 from raekit.train.optim import adamw
-from raekit.train.trainer import autocast, compute_dtype
+from raekit.train.precision import autocast, compute_dtype
 
 
 def main() -> None:
@@ -68,7 +68,7 @@ def main() -> None:
 
     def losses(perceptual: bool, adversarial: bool) -> Losses:
         # Without the fields that name files of weights; the networks are put in below.
-        bare = Losses(replace(recipe, perceptual=None, adversarial=None), model, World(device=device))
+        bare = Losses(replace(recipe, perceptual=None, adversarial=None), model, 0, World(device=device))
         bare.config = replace(bare.config, perceptual=recipe.perceptual if perceptual else None)
         if perceptual:
             bare.perceptual = LPIPS().to(device)

@@ -17,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from harness import MatmulRate, compiled, denoiser, interleaved, report, training_step
 from raekit.distributed import prepare_device
 from raekit.train.optim import OptimConfig, adamw
-from raekit.train.trainer import checkpoint_blocks, compute_dtype
+from raekit.train.precision import compute_dtype
+from raekit.train.recompute import checkpoint_blocks
 
 VARIANTS = ("eager", "compiled", "eager, checkpointed", "compiled, checkpointed")
 

@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 
 from raekit.flow.path import shift_factor
-from raekit.models.denoiser import SIZES, Denoiser, DenoiserConfig, wide_head
+from raekit.models.denoiser import Denoiser
+from raekit.models.denoiser_config import SIZES, DenoiserConfig, wide_head
 from raekit.stages.generation import flow_matching_loss
-from raekit.train.trainer import Precision, autocast
+from raekit.train.precision import Precision, autocast
 
 
 def denoiser(size: str, device: torch.device, *, seed: int = 0, base_depth: int = 0) -> Denoiser:

@@ -21,10 +21,10 @@ from harness import compiled, denoiser, interleaved, report
 from raekit import randomness
 from raekit.distributed import prepare_device
 from raekit.flow.guidance import Guidance
+from raekit.flow.sampling import Sampling, sample_latents
 from raekit.flow.solvers import euler, time_grid
 from raekit.models.denoiser import Denoiser
-from raekit.sampling import Sampling, sample_latents
-from raekit.train.trainer import autocast
+from raekit.train.precision import autocast
 
 FULL_STEPS = 50
 REUSE = (2, 4)

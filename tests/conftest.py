@@ -19,7 +19,8 @@ from torch.multiprocessing.spawn import spawn
 from raekit.distributed import world
 from raekit.models.autoencoder import Autoencoder, AutoencoderConfig
 from raekit.models.decoder import DecoderConfig
-from raekit.models.denoiser import Denoiser, DenoiserConfig, TransformerConfig
+from raekit.models.denoiser import Denoiser
+from raekit.models.denoiser_config import DenoiserConfig, TransformerConfig
 from raekit.models.encoders import Encoder, load_encoder
 from raekit.models.perceptual import LPIPS
 from raekit.models.vit import ViT, ViTConfig

@@ -31,23 +31,25 @@ from safetensors.torch import load, load_file, save, save_file
 from torch import nn
 
 from raekit.artifacts import read_statistics
-from raekit.cache import LatentLoader, cache_latents
 from raekit.config import from_dict
-from raekit.conversion import read
+from raekit.data.images import read_image
 from raekit.data.loader import DataConfig
 from raekit.distributed import World
 from raekit.errors import UserError
-from raekit.inference import read_image
-from raekit.latents import encode_files, read_latents
+from raekit.formats.conversion import read
+from raekit.formats.decoder_keys import statistics
+from raekit.formats.diffusers_keys import DiffusersAutoencoder
+from raekit.inference.cache import cache_latents
+from raekit.inference.cached_loader import LatentLoader
+from raekit.inference.latents import encode_files, read_latents
 from raekit.models.autoencoder import Autoencoder, AutoencoderConfig
 from raekit.models.decoder import DecoderConfig
-from raekit.models.denoiser import Denoiser, DenoiserConfig, TransformerConfig
+from raekit.models.denoiser import Denoiser
+from raekit.models.denoiser_config import DenoiserConfig, TransformerConfig
 from raekit.models.discriminator import dino
 from raekit.models.encoders import Encoder, load_encoder
 from raekit.models.perceptual import LPIPS, load_perceptual
 from raekit.models.vit import ViT, ViTConfig
-from raekit.published.autoencoders import statistics
-from raekit.published.diffusers import DiffusersAutoencoder
 from raekit.stages.selection import read_generated
 from raekit.weights import load_strict, read_weights
 

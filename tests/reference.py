@@ -5,7 +5,7 @@
 prints, for each output of each case, the relative error ||ours - theirs|| / ||theirs||, and `ok` or `FAIL`.
 The exit status is the number of failures (at most 255). A case holds a configuration (`config`, JSON),
 inputs and expected outputs. Its weights are a function of each parameter's published name, so a case
-checks the reading of published formats (`raekit.published`) as well as the arithmetic. Whatever is in a
+checks the reading of published formats (`raekit.formats`) as well as the arithmetic. Whatever is in a
 file and has not been used is a failure, never passed over.
 """
 
@@ -31,6 +31,9 @@ from raekit.evaluation.metrics import InceptionScore
 from raekit.flow.guidance import Guidance, Method, Predict, guided
 from raekit.flow.path import DATA_PREDICTION_FLOOR, shift_factor, to_velocity
 from raekit.flow.solvers import euler, time_grid
+from raekit.formats.decoder_keys import decoder_config, decoder_state, statistics
+from raekit.formats.denoiser_keys import denoiser_config, denoiser_state, denoiser_v2_config
+from raekit.formats.discriminator_keys import discriminator_state
 from raekit.models.autoencoder import Autoencoder, AutoencoderConfig
 from raekit.models.decoder import Decoder, DecoderConfig
 from raekit.models.denoiser import Denoiser
@@ -47,9 +50,6 @@ from raekit.models.layers import to_grid
 from raekit.models.perceptual import LPIPS, perceptual_state
 from raekit.models.registry import FAMILIES, EncoderSpec, LayersConfig, sides
 from raekit.moments import Moments
-from raekit.published.autoencoders import decoder_config, decoder_state, statistics
-from raekit.published.denoisers import denoiser_config, denoiser_state, denoiser_v2_config
-from raekit.published.discriminators import discriminator_state
 from raekit.train.optim import OptimConfig, learning_rate
 from raekit.weights import load_strict
 

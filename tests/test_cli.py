@@ -23,21 +23,22 @@ from torch.distributed.run import parse_args
 
 import raekit
 from raekit import cli
+from raekit.data.images import read_image
 from raekit.data.loader import DataConfig, Loader
 from raekit.distributed import World
-from raekit.evaluation.features import quantize
-from raekit.evaluation.metrics import psnr, ssim
+from raekit.evaluation.pairs import psnr, ssim
 from raekit.evaluation.references import read_reference
-from raekit.folders import generate_folder
-from raekit.inference import generate, load, read_image
-from raekit.latents import statistics_fingerprint
+from raekit.evaluation.reports import read_report
+from raekit.flow.sampling import Sampling
+from raekit.inference.generation import generate
+from raekit.inference.model import load
+from raekit.inference.sample_folders import generate_folder
+from raekit.inference.shards import statistics_fingerprint
 from raekit.models.autoencoder import Autoencoder
 from raekit.models.encoders import load_encoder
 from raekit.models.perceptual import LPIPS, load_perceptual
 from raekit.models.registry import LayersConfig
-from raekit.pictures import from_pil, to_pil
-from raekit.reports import read_report
-from raekit.sampling import Sampling
+from raekit.pictures import from_pil, quantize, to_pil
 from raekit.train import checkpoint
 from raekit.train.tracking import read_metrics
 
@@ -525,7 +526,7 @@ def test_a_published_yaml_is_generated_from(run, tiny_model, tmp_path, monkeypat
         given.append(path)
         return load(str(tiny_model)), Sampling(steps=3, grid="published")
 
-    monkeypatch.setattr("raekit.inference.load_published", load_published)
+    monkeypatch.setattr("raekit.inference.model.load_published", load_published)
     command = ["generate", "--published", "a.yaml", "--count", 1, "--out", tmp_path / "grid.png"]
     done = run(*command)
     assert done.code == 0, done.err

@@ -10,13 +10,15 @@ import torch
 from raekit.data.loader import DataConfig
 from raekit.distributed import World
 from raekit.flow.guidance import parse_guidance
-from raekit.inference import generate, images_to_noise, interpolate, load, noise_to_images
-from raekit.models.denoiser import TransformerConfig
+from raekit.flow.sampling import Sampling
+from raekit.inference.generation import generate, images_to_noise, interpolate, noise_to_images
+from raekit.inference.model import load
+from raekit.models.denoiser_config import TransformerConfig
 from raekit.models.discriminator import DiscriminatorConfig
 from raekit.models.vit import ViTConfig
-from raekit.sampling import Sampling
+from raekit.stages.decoder_losses import AdversarialConfig, PerceptualConfig
 from raekit.stages.generation import DenoiserSize, GenerationConfig
-from raekit.stages.reconstruction import AdversarialConfig, DecoderSize, PerceptualConfig, ReconstructionConfig
+from raekit.stages.reconstruction import DecoderSize, ReconstructionConfig
 from raekit.stages.representation import RepresentationConfig
 from raekit.stages.run import StageConfig, train
 from raekit.train.optim import OptimConfig

@@ -7,15 +7,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from raekit import recipes
 from raekit.config import from_dict, to_dict
-from raekit.conversion.releases import DENOISERS
 from raekit.errors import UserError
-from raekit.models.denoiser import Denoiser, DenoiserConfig
+from raekit.formats.releases import DENOISERS
+from raekit.hub import ASSETS
+from raekit.models.denoiser import Denoiser
+from raekit.models.denoiser_config import DenoiserConfig
 from raekit.models.registry import LAYERS, LayersConfig
+from raekit.stages.decoder_losses import PerceptualConfig
 from raekit.stages.generation import GenerationConfig
-from raekit.stages.reconstruction import PerceptualConfig, ReconstructionConfig
+from raekit.stages.reconstruction import ReconstructionConfig
 from raekit.stages.representation import RepresentationConfig
 from raekit.train.optim import learning_rate
-from raekit.weights import ASSETS
 
 EVERY = pytest.mark.parametrize("name", recipes.names())
 

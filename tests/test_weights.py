@@ -7,7 +7,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from raekit.errors import UserError
-from raekit.weights import check_fit, find_file, find_folder, fingerprint, load_strict, read_weights
+from raekit.hub import find_file, find_folder
+from raekit.weights import check_fit, fingerprint, load_strict, read_weights
 
 STATE = {"weight": torch.arange(6.0).view(2, 3), "bias": torch.ones(2)}
 
@@ -156,7 +157,7 @@ def test_long_lists_of_faults_are_cut():
 def test_folders(tmp_path: Path):
     assert find_folder(str(tmp_path)) == tmp_path
     with pytest.raises(
-        UserError, match=r"builtin:nothing: no such built-in; there are builtin:emoji, builtin:vit-tiny"
+        UserError, match=r"builtin:nothing: no such built-in model; choose one of builtin:emoji, builtin:vit-tiny"
     ):
         find_folder("builtin:nothing")
 

@@ -14,7 +14,7 @@ import torch
 
 from raekit.data.loader import DataConfig, Loader
 from raekit.distributed import World
-from raekit.inference import reconstruct
+from raekit.inference.model import reconstruct
 from raekit.models.autoencoder import Autoencoder
 from raekit.models.perceptual import load_perceptual
 from raekit.pictures import grid, to_pil

@@ -9,11 +9,11 @@ import sys
 
 import torch
 
-from raekit.assessment import exported_average
+from raekit.evaluation.assessment import exported_average
+from raekit.hub import ASSETS
 from raekit.models.autoencoder import Autoencoder
 from raekit.models.denoiser import Denoiser
 from raekit.models.encoders import load_encoder
-from raekit.weights import ASSETS
 
 kind, run = sys.argv[1:]
 match kind:

@@ -7,18 +7,21 @@ Images are float tensors (B, 3, H, W) in [0, 1], latents (B, C, h, w) whitened p
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from raekit import hub
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from raekit.conversion import convert
     from raekit.errors import UserError
+    from raekit.evaluation.scoring import score as evaluate
     from raekit.flow.guidance import Guidance
-    from raekit.inference import Model, generate, images_to_noise, load, noise_to_images, reconstruct
-    from raekit.latents import read_latents
+    from raekit.flow.sampling import Sampling
+    from raekit.formats.conversion import convert
+    from raekit.inference.generation import generate, images_to_noise, noise_to_images
+    from raekit.inference.latents import read_latents
+    from raekit.inference.model import Model, load, reconstruct
     from raekit.models.autoencoder import Autoencoder
     from raekit.models.denoiser import Denoiser
-    from raekit.sampling import Sampling
-    from raekit.scoring import score as evaluate
 
 __all__ = [
     "Autoencoder",
@@ -38,30 +41,37 @@ __all__ = [
     "reconstruct",
 ]
 
-# Imported when they are asked for: torch takes seconds, and `raekit --help` needs none of it.
+# Imported on first use: torch takes seconds to import, and `raekit --help` does not need it.
 _HOMES = {
     "Autoencoder": "raekit.models.autoencoder",
     "Denoiser": "raekit.models.denoiser",
     "Guidance": "raekit.flow.guidance",
-    "Model": "raekit.inference",
-    "Sampling": "raekit.sampling",
+    "Model": "raekit.inference.model",
+    "Sampling": "raekit.flow.sampling",
     "UserError": "raekit.errors",
-    "convert": "raekit.conversion",
-    "evaluate": "raekit.scoring:score",
-    "generate": "raekit.inference",
-    "images_to_noise": "raekit.inference",
-    "load": "raekit.inference",
-    "noise_to_images": "raekit.inference",
-    "read_latents": "raekit.latents",
-    "reconstruct": "raekit.inference",
+    "convert": "raekit.formats.conversion",
+    "evaluate": "raekit.evaluation.scoring:score",
+    "generate": "raekit.inference.generation",
+    "images_to_noise": "raekit.inference.generation",
+    "load": "raekit.inference.model",
+    "noise_to_images": "raekit.inference.generation",
+    "read_latents": "raekit.inference.latents",
+    "reconstruct": "raekit.inference.model",
 }
+
+
+def _published() -> hub.Published:
+    from raekit.formats import releases
+
+    return releases
+
+
+hub.published = _published
 
 
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module 'raekit' has no attribute {name!r}")
-    if name != "UserError":
-        import_module("raekit.conversion")  # enters the published names, for everything that loads by name
     module, _, other = _HOMES[name].partition(":")
     value = globals()[name] = getattr(import_module(module), other or name)
     return value

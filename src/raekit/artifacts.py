@@ -18,7 +18,8 @@ from raekit.config import read_json, to_dict, to_json
 from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.files import whole
-from raekit.weights import check_statistics, find_folder, read_weights
+from raekit.hub import find_folder
+from raekit.weights import check_statistics, read_weights
 
 STATISTICS = "statistics.safetensors"
 

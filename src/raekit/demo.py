@@ -17,15 +17,16 @@ from raekit.data.loader import Loader
 from raekit.distributed import World
 from raekit.distributed import world as enter_world
 from raekit.errors import UserError
+from raekit.evaluation.scoring import Scores, score
 from raekit.files import whole
 from raekit.flow.guidance import Guidance
-from raekit.inference import Model, generate, load, reconstruct
+from raekit.flow.sampling import Sampling
+from raekit.inference.generation import generate
+from raekit.inference.model import Model, load, reconstruct
 from raekit.pages import embed, write_page
 from raekit.pictures import grid, to_pil
 from raekit.progress import Report
 from raekit.recipes import find
-from raekit.sampling import Sampling
-from raekit.scoring import Scores, score
 from raekit.stages.generation import GenerationConfig
 from raekit.stages.reconstruction import ReconstructionConfig
 from raekit.stages.run import StageConfig, train

@@ -73,3 +73,8 @@ def grid(images: Sequence[Image.Image], columns: int | None = None, gap: int = 2
     for i, image in enumerate(images):
         sheet.paste(image, (gap + i % columns * width, gap + i // columns * height))
     return sheet
+
+
+def quantize(images: Tensor) -> Tensor:
+    """Round float images in [0, 1] to the 256 levels of an 8-bit file; values outside are clamped."""
+    return images.clamp(0, 1).mul(255).round().div(255)

@@ -10,76 +10,12 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
-from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from raekit.errors import UserError
 
-ASSETS = Path(__file__).parent / "assets"
 VARIANCE_EPS = 1e-5  # what whitening adds to a variance (spec 1.3)
-
-MADE: dict[str, Callable[[str, str | None], Path]] = {}
-"""Names whose folder is made when it is first asked for, with what makes it: `raekit.conversion` enters its own."""
-
-
-def find_folder(name: str, kind: str | None = None) -> Path:
-    """Return the folder that `name` means: a published model, `builtin:NAME`, a local folder, or OWNER/NAME on the Hub.
-
-    A published model may have its artifacts in several folders, of which `kind` names one. Raises UserError, naming
-    what was looked for, if there is none.
-    """
-    if make := MADE.get(name):
-        return make(name, kind)
-    if name.startswith("builtin:"):
-        folder = ASSETS / name.removeprefix("builtin:")
-        if not folder.is_dir():
-            known = ", ".join(f"builtin:{p.name}" for p in sorted(ASSETS.iterdir()) if any(p.glob("*/config.json")))
-            raise UserError(f"{name}: no such built-in; there are {known}")
-        return folder
-    if (path := Path(name)).is_dir():
-        return path
-    if not is_repository(name):
-        raise UserError(
-            f"{name}: no such folder (a model is a local folder, builtin:NAME, OWNER/NAME on the Hub"
-            + "".join(f", {known}" for known in MADE)
-            + ")"
-        )
-    try:
-        return Path(snapshot_download(name))
-    except HFValidationError as error:
-        raise UserError(f"{name}: neither a local folder nor a repository name ({error})") from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(
-            f"{name}: no such local folder, and the Hub did not deliver it ({type(error).__name__}); "
-            f"run `hf download {name}` where there is a network"
-        ) from None
-
-
-def is_repository(name: str) -> bool:
-    """Whether `name` has the form OWNER/NAME of a repository on the Hub."""
-    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
-
-
-def how_to_fetch(where: str, what: str) -> str:
-    """What to do if the files of `what` at `where` are not whole; UserError if that is no folder and no OWNER/NAME."""
-    if where and Path(where).is_dir():
-        return f"fetch it again: `hf download ID --local-dir {where}`, ID its repository on the Hub"
-    if is_repository(where):
-        return f"run `hf download {where}` where there is a network"
-    raise UserError(f"{what}: {where!r} is neither a folder nor OWNER/NAME on the Hub")
-
-
-def find_file(repository: str, name: str) -> Path:
-    """The file `name` of a repository OWNER/NAME of the Hub: cached, or downloaded now. UserError if it is neither."""
-    try:
-        return Path(hf_hub_download(repository, name))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(
-            f"{repository}: the Hub did not deliver {name} ({type(error).__name__}); "
-            f"run `hf download {repository} {name}` where there is a network"
-        ) from None
 
 
 def read_weights(path: Path) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from PIL import Image
 from raekit.data import archives
 from raekit.data.archives import Npz, zip_entries
 from raekit.data.images import UnreadableImage
-from raekit.data.sources import Source, open_source
+from raekit.data.sources import open_source
+from raekit.data.sources.base import Source
 from raekit.errors import UserError
 
 
@@ -135,7 +136,7 @@ def test_npz_files_with_false_sizes_are_refused(tmp_path: Path, content: bytes, 
 
 def test_an_npz_of_too_many_images_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     np.savez(tmp_path / "x.npz", np.zeros((2, 40, 50, 3), np.uint8))
-    monkeypatch.setattr("raekit.data.sources.MAX_FILE", 5_999)
+    monkeypatch.setattr("raekit.data.sources.npz.MAX_FILE", 5_999)
     with pytest.raises(UserError, match="2 images of 40 x 50 pixels are too many or too large"):
         open_source(f"npz:{tmp_path / 'x.npz'}", "all")
 

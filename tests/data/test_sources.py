@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 from raekit.data.images import UnreadableImage
-from raekit.data.sources import Emoji, code_points, is_address, open_source, stamp
+from raekit.data.sources import is_address, open_source, stamp
+from raekit.data.sources.emoji import Emoji, code_points
 from raekit.errors import UserError
 
 ASSETS = Path(str(resources.files("raekit").joinpath("assets")))

@@ -11,7 +11,8 @@ from torch import Tensor
 from raekit.distributed import World
 from raekit.evaluation import chunks
 from raekit.evaluation.chunks import collect, collected, discard, images_digest
-from raekit.evaluation.features import Images, quantize
+from raekit.evaluation.features import Images
+from raekit.pictures import quantize
 
 ALONE = World()
 

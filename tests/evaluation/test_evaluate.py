@@ -13,7 +13,8 @@ from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.evaluation.evaluate import StoredImages, evaluate, feature_bank, reference_moments
 from raekit.evaluation.features import Images, PairScore
-from raekit.evaluation.metrics import Accumulator, FrechetDistance, NearestNeighbours, PairMean, psnr, ssim
+from raekit.evaluation.metrics import Accumulator, FrechetDistance, NearestNeighbours
+from raekit.evaluation.pairs import PairMean, psnr, ssim
 from raekit.moments import Moments
 from raekit.pictures import to_pil
 

@@ -6,10 +6,11 @@ from torch import Tensor, nn
 
 import raekit.evaluation.features
 from raekit.data.loader import Batch
-from raekit.evaluation.features import EncoderFeatures, Images, InceptionFeatures, load_networks, quantize
+from raekit.evaluation.features import EncoderFeatures, Images, InceptionFeatures, load_networks
 from raekit.models.encoders import Encoder
 from raekit.models.inception import Inception
 from raekit.models.registry import EncoderSpec, LayersConfig, Size, sides
+from raekit.pictures import quantize
 
 
 class FakeEncoder(nn.Module):

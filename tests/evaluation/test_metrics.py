@@ -9,18 +9,12 @@ from torch import Tensor
 from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.evaluation import metrics
-from raekit.evaluation.features import Images, PairScore, quantize
+from raekit.evaluation.features import Images, PairScore
 from raekit.evaluation.frechet import Gaussian, frechet_distance
-from raekit.evaluation.metrics import (
-    FrechetDistance,
-    FrechetRatio,
-    InceptionScore,
-    NearestNeighbours,
-    PairMean,
-    psnr,
-    ssim,
-)
+from raekit.evaluation.metrics import FrechetDistance, FrechetRatio, InceptionScore, NearestNeighbours
+from raekit.evaluation.pairs import PairMean, psnr, ssim
 from raekit.moments import Moments
+from raekit.pictures import quantize
 
 
 def moments(rows: Tensor) -> Moments:

@@ -7,7 +7,7 @@ from torch import nn
 
 from raekit.config import from_dict, to_dict
 from raekit.errors import UserError
-from raekit.inference import reconstruct
+from raekit.inference.model import reconstruct
 from raekit.models.autoencoder import Autoencoder, AutoencoderConfig
 from raekit.models.decoder import DecoderConfig
 from raekit.models.encoders import Encoder, load_encoder

@@ -9,9 +9,10 @@ from raekit import randomness
 from raekit.data.loader import Batch
 from raekit.distributed import World
 from raekit.flow.guidance import Guidance
+from raekit.flow.sampling import Sampling, denoise
 from raekit.models.conditioning import ClassCondition
-from raekit.models.denoiser import Denoiser, DenoiserConfig, TransformerConfig
-from raekit.sampling import Sampling, denoise
+from raekit.models.denoiser import Denoiser
+from raekit.models.denoiser_config import DenoiserConfig, TransformerConfig
 from raekit.stages.generation import flow_matching_loss
 from raekit.train.objective import Metrics, Objective
 from raekit.train.optim import OptimConfig

@@ -5,7 +5,8 @@ import torch
 
 from raekit.errors import UserError
 from raekit.models.conditioning import ClassCondition
-from raekit.models.denoiser import SIZES, ContextConfig, Denoiser, DenoiserConfig, TransformerConfig, wide_head
+from raekit.models.denoiser import Denoiser
+from raekit.models.denoiser_config import SIZES, ContextConfig, DenoiserConfig, TransformerConfig, wide_head
 
 BACKBONE = TransformerConfig(width=16, depth=2, heads=2)
 HEAD = TransformerConfig(width=24, depth=1, heads=3)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from raekit.config import from_dict, to_dict
 from raekit.distributed import World, full_state
 from raekit.errors import UserError
+from raekit.formats.discriminator_keys import discriminator_state
 from raekit.models.discriminator import (
     Dino,
     Discriminator,
@@ -25,7 +26,6 @@ from raekit.models.discriminator import (
 )
 from raekit.models.encoders import Encoder
 from raekit.models.vit import ViT, ViTConfig
-from raekit.published.discriminators import discriminator_state
 from raekit.weights import load_strict
 
 VIT = ViTConfig(image_size=16, patch_size=4, width=32, depth=3, heads=2)

@@ -7,21 +7,21 @@ from typing import Any
 
 import pytest
 
-from raekit.assessment import Samples, exported_average
 from raekit.data.loader import DataConfig
 from raekit.distributed import World
 from raekit.errors import UserError
+from raekit.evaluation.assessment import Samples, exported_average
 from raekit.evaluation.evaluate import evaluate
 from raekit.evaluation.features import load_networks
 from raekit.evaluation.metrics import FrechetDistance
 from raekit.evaluation.references import measure_reference
 from raekit.flow.guidance import parse_guidance
-from raekit.inference import load
-from raekit.inspection import describe_folder
-from raekit.models.denoiser import TransformerConfig
-from raekit.sampling import Sampling
+from raekit.flow.sampling import Sampling
+from raekit.inference.model import load
+from raekit.models.denoiser_config import TransformerConfig
 from raekit.stages.evaluation import EvaluationConfig, evaluator
 from raekit.stages.generation import DenoiserSize, GenerationConfig
+from raekit.stages.inspection import describe_folder
 from raekit.stages.run import train
 from raekit.train.optim import OptimConfig
 from raekit.train.tracking import read_metrics

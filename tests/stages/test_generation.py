@@ -10,25 +10,28 @@ import torch
 from torch import Tensor, nn
 
 from raekit import randomness
-from raekit.cache import cache_latents
 from raekit.config import from_dict, to_dict
-from raekit.conversion import convert
 from raekit.data import sources
 from raekit.data.loader import Batch, DataConfig, Loader
 from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.flow import path
-from raekit.inference import generate, load
-from raekit.inspection import describe_folder
+from raekit.flow.sampling import Sampling
+from raekit.formats.conversion import convert
+from raekit.inference.cache import cache_latents
+from raekit.inference.generation import generate
+from raekit.inference.model import load
 from raekit.models.autoencoder import Autoencoder
-from raekit.models.denoiser import ContextConfig, Denoiser, TransformerConfig
+from raekit.models.denoiser import Denoiser
+from raekit.models.denoiser_config import ContextConfig, TransformerConfig
 from raekit.models.encoders import Encoder
 from raekit.progress import silent
-from raekit.sampling import Sampling
 from raekit.stages.generation import DenoiserSize, GenerationConfig, build, flow_matching_loss
+from raekit.stages.inspection import describe_folder
 from raekit.train.optim import OptimConfig
+from raekit.train.recompute import checkpoint_blocks
 from raekit.train.tracking import read_metrics
-from raekit.train.trainer import TrainConfig, Trainer, checkpoint_blocks
+from raekit.train.trainer import TrainConfig, Trainer
 
 ONE = World()
 PART = TransformerConfig(width=16, depth=1, heads=2)

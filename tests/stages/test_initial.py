@@ -10,7 +10,8 @@ from raekit.data.loader import DataConfig
 from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.models.autoencoder import Autoencoder
-from raekit.models.denoiser import Denoiser, TransformerConfig
+from raekit.models.denoiser import Denoiser
+from raekit.models.denoiser_config import TransformerConfig
 from raekit.stages.generation import DenoiserSize, GenerationConfig
 from raekit.stages.reconstruction import DecoderSize, ReconstructionConfig
 from raekit.stages.run import StageConfig, build, train

@@ -19,16 +19,8 @@ from raekit.models.layers import to_grid
 from raekit.models.perceptual import load_perceptual
 from raekit.models.registry import LayersConfig
 from raekit.progress import silent
-from raekit.stages.reconstruction import (
-    AdversarialConfig,
-    DecoderSize,
-    Encoded,
-    PerceptualConfig,
-    ReconstructionConfig,
-    build,
-    noise_scales,
-    noisy,
-)
+from raekit.stages.decoder_losses import AdversarialConfig, Encoded, PerceptualConfig, noise_scales, noisy
+from raekit.stages.reconstruction import DecoderSize, ReconstructionConfig, build
 from raekit.stages.stage import Stage
 from raekit.train.objective import Objective
 from raekit.train.optim import OptimConfig
@@ -257,7 +249,9 @@ def test_the_adversarial_loss_and_its_gradient(adversarial, tmp_path):
     heads.eval()
     settings = adversarial.adversarial
     encoder = load_encoder(adversarial.encoder)
-    decoded = network(noisy(batch.latents, adversarial, batch.positions)) * encoder.std + encoder.mean
+    decoded = (
+        network(noisy(batch.latents, adversarial, adversarial.train.seed, batch.positions)) * encoder.std + encoder.mean
+    )
     l1 = (decoded - batch.images).abs().mean()
     seen = augment(decoded, settings.augment, seed=5, stream="generator", step=1, positions=batch.positions)
     gan = -heads(seen).mean()
@@ -347,7 +341,10 @@ def test_lpips_joins_the_loss_at_its_start(config, tmp_path, vgg):
     before, _ = made.objectives[0].loss(batch, 0)
     loss, metrics = made.objectives[0].loss(batch, 1)
     encoder = load_encoder(config.encoder)
-    decoded = made.objectives[0].module(noisy(batch.latents, config, batch.positions)) * encoder.std + encoder.mean
+    decoded = (
+        made.objectives[0].module(noisy(batch.latents, config, config.train.seed, batch.positions)) * encoder.std
+        + encoder.mean
+    )
     distance = load_perceptual(vgg)(decoded, batch.images).mean()
     assert distance.item() > 0
     assert loss.item() == pytest.approx(before.item() + 2 * distance.item(), rel=1e-5)

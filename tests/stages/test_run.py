@@ -20,8 +20,8 @@ from raekit.config import to_dict
 from raekit.data.loader import DataConfig
 from raekit.distributed import World
 from raekit.errors import UserError
-from raekit.inference import load
-from raekit.models.denoiser import TransformerConfig
+from raekit.inference.model import load
+from raekit.models.denoiser_config import TransformerConfig
 from raekit.models.vit import ViTConfig
 from raekit.stages.generation import DenoiserSize, GenerationConfig
 from raekit.stages.reconstruction import DecoderSize, ReconstructionConfig

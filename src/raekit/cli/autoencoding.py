@@ -12,7 +12,7 @@ from raekit.errors import UserError
 from raekit.progress import Display
 
 if TYPE_CHECKING:
-    from raekit.folders import Reconstructions
+    from raekit.inference.reconstruction_folders import Reconstructions
 
 
 def reconstruct(
@@ -40,7 +40,8 @@ def reconstruct(
         device: default is the best there is.
     """
     from raekit.distributed import world
-    from raekit.folders import reconstruct_folder, reconstruction_metrics
+    from raekit.evaluation.pairs import reconstruction_metrics
+    from raekit.inference.reconstruction_folders import reconstruct_folder
     from raekit.models.autoencoder import load_autoencoder
 
     if not paths:
@@ -83,7 +84,7 @@ def encode(
         device: default is the best there is.
     """
     from raekit.distributed import world
-    from raekit.latents import encode_files
+    from raekit.inference.latents import encode_files
     from raekit.models.autoencoder import load_autoencoder
 
     if not paths:

@@ -15,11 +15,11 @@ from raekit.files import check_file, check_folder
 from raekit.progress import Display
 
 if TYPE_CHECKING:
-    from raekit.assessment import Reconstructions
     from raekit.distributed import World
+    from raekit.evaluation.assessment import Reconstructions
     from raekit.evaluation.references import Reference
+    from raekit.flow.sampling import Sampling
     from raekit.progress import Report
-    from raekit.sampling import Sampling
 
 
 def evaluate(
@@ -77,7 +77,7 @@ def evaluate(
     from raekit.data.sources import is_address
     from raekit.distributed import world
     from raekit.flow.guidance import parse_guidance
-    from raekit.inference import load
+    from raekit.inference.model import load
 
     saved = is_address(model)
     sampled = {
@@ -142,8 +142,8 @@ def evaluate(
                 progress=progress,
             )
             return
-        from raekit.assessment import Samples, assess, exported_average
         from raekit.evaluation.against import Against, find_networks
+        from raekit.evaluation.assessment import Samples, assess, exported_average
         from raekit.evaluation.evaluate import StoredImages
         from raekit.evaluation.references import read_reference
 
@@ -179,7 +179,7 @@ def evaluate(
             progress=progress,
         )
     if here.is_main:
-        from raekit.reports import score_rows
+        from raekit.evaluation.reports import score_rows
 
         table = Table("metric", "value", "95 % interval", "")
         for row in score_rows(report):
@@ -200,8 +200,8 @@ def _reconstructions(
     model: str, reference: "Reference", lpips: str | None, batch_size: int, workers: int, world: "World"
 ) -> "Reconstructions":
     """Of the images that `reference` is of, by the autoencoder `model`."""
-    from raekit.assessment import Reconstructions
-    from raekit.folders import reconstruction_metrics
+    from raekit.evaluation.assessment import Reconstructions
+    from raekit.evaluation.pairs import reconstruction_metrics
     from raekit.models.autoencoder import load_autoencoder
 
     source, split = reference.about.source, reference.about.split
@@ -232,9 +232,9 @@ def _score(
     """Score `samplings` beside baselines."""
     from raekit.config import to_json
     from raekit.data.loader import DataConfig
+    from raekit.evaluation.scoring import score
     from raekit.files import whole
-    from raekit.inference import load
-    from raekit.scoring import score
+    from raekit.inference.model import load
 
     loaded = load(model, world.device, ema)
     data = DataConfig(source=source, image_size=loaded.autoencoder.image_size)
@@ -269,7 +269,7 @@ def compare(reports: Positional[tuple[Path, ...]], out: Path | None = None) -> N
         reports: folders of reports, or their report.json.
         out: a .png, .md or .html to write it to.
     """
-    from raekit.reports import Comparison
+    from raekit.evaluation.reports import Comparison
 
     comparison = Comparison(reports)
     table = Table("", *comparison.labels)

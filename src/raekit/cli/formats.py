@@ -42,7 +42,7 @@ def convert(
         prediction: of a denoiser file, what it predicts. Default: velocity, for RAE v2 data.
         autoencoder: of a denoiser file, any source of the autoencoder to put beside it.
     """
-    from raekit import conversion
+    from raekit.formats import conversion as conversion
     from raekit.models.registry import LAYERS, LayersConfig
 
     options = conversion.FileOptions(
@@ -80,6 +80,6 @@ def info(name: Positional[str], reach: tuple[str, float] | None = None) -> None:
         name: builtin:NAME, a model folder, a run, or OWNER/NAME on the Hub.
         reach: a metric of a run and a value, as in evaluation/fid 2: the epochs until it first was as low.
     """
-    from raekit.inspection import describe_folder
+    from raekit.stages.inspection import describe_folder
 
     console.out.print(describe_folder(name, reach), markup=False)

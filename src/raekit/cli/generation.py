@@ -17,8 +17,8 @@ from raekit.progress import Display
 
 if TYPE_CHECKING:
     from raekit.distributed import World
-    from raekit.inference import Model
-    from raekit.sampling import Sampling
+    from raekit.flow.sampling import Sampling
+    from raekit.inference.model import Model
 
 
 Classes = Annotated[tuple[str, ...], tyro.conf.arg(name="class")]
@@ -72,8 +72,8 @@ def generate(
     """
     from raekit.distributed import world
     from raekit.files import whole
-    from raekit.folders import generate_folder, generate_npz
-    from raekit.inference import generate as stream
+    from raekit.inference.generation import generate as stream
+    from raekit.inference.sample_folders import generate_folder, generate_npz
     from raekit.pictures import grid as tile
     from raekit.pictures import save_picture, to_pil
 
@@ -143,8 +143,8 @@ def interpolate(
         device: default is the best there is.
     """
     from raekit.distributed import world
-    from raekit.inference import interpolate as between
-    from raekit.inference import load
+    from raekit.inference.generation import interpolate as between
+    from raekit.inference.model import load
     from raekit.pictures import to_pil
 
     form = _form(out)
@@ -197,8 +197,8 @@ def trajectory(
         device: default is the best there is.
     """
     from raekit.distributed import world
-    from raekit.inference import load
-    from raekit.inference import trajectory as follow
+    from raekit.inference.generation import trajectory as follow
+    from raekit.inference.model import load
     from raekit.pictures import to_pil
 
     form = _form(out)
@@ -230,7 +230,7 @@ def _load(
 ) -> "tuple[Model, Sampling]":
     from dataclasses import replace
 
-    from raekit.inference import load, load_published
+    from raekit.inference.model import load, load_published
 
     if (model is None) == (published is None):
         raise UserError("generate: give either a model or --published FILE.yaml")

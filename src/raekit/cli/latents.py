@@ -50,7 +50,7 @@ def latents_measure(
     from raekit.artifacts import write_statistics
     from raekit.data.loader import DataConfig, Loader
     from raekit.distributed import world
-    from raekit.inference import measure_latents
+    from raekit.inference.statistics import measure_latents
     from raekit.models.encoders import load_encoder
     from raekit.models.layers import to_grid
     from raekit.models.registry import LayersConfig
@@ -104,11 +104,11 @@ def latents_cache(
         workers: processes that decode images.
         device: default is the best there is.
     """
-    from raekit.cache import cache_latents, relative_error
     from raekit.data.loader import DataConfig
     from raekit.distributed import world
+    from raekit.inference.cache import cache_latents, relative_error
     from raekit.models.autoencoder import load_autoencoder
-    from raekit.train.trainer import compute_dtype
+    from raekit.train.precision import compute_dtype
 
     check_folder(out)
     with world(device) as here, Display(console.err, quiet=not here.is_main) as progress:
@@ -165,8 +165,8 @@ def latents_generate(
 
     from raekit.distributed import world
     from raekit.files import whole
-    from raekit.inference import load
-    from raekit.sampling import sample_latents
+    from raekit.flow.sampling import sample_latents
+    from raekit.inference.model import load
 
     check_file(out, ".safetensors")
 

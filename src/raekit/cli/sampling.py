@@ -9,8 +9,8 @@ from raekit.errors import UserError
 
 if TYPE_CHECKING:
     from raekit.distributed import World
+    from raekit.flow.sampling import Sampling
     from raekit.models.denoiser import Denoiser
-    from raekit.sampling import Sampling
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class SolverOptions:
         return [field.name for field in fields(self) if getattr(self, field.name) is not None]
 
     def unguided(self) -> "Sampling":
-        from raekit.sampling import Sampling
+        from raekit.flow.sampling import Sampling
 
         unused = ("steps",) if self.solver == "dopri5" else ("atol", "rtol")
         for name in unused:

@@ -72,7 +72,7 @@ def train(arguments: list[str]) -> None:
         run: Path = Path("runs") / recipe.name, dry_run: bool = False, device: Device | None = None, config: Any = None
     ) -> None:
         from raekit.distributed import world
-        from raekit.inspection import describe_config
+        from raekit.stages.inspection import describe_config
         from raekit.stages.run import train as fit
 
         with world(device) as here:

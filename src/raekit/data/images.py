@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from raekit.data.transforms import to_rgb
+from raekit.data.transforms import FITS, Fit, to_rgb
 from raekit.errors import UserError
 
 FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP")
@@ -121,3 +121,16 @@ def _is_loop(parent: str, name: str) -> bool:
     """Whether the folder `name` is a link to one that `parent` lies in."""
     path = Path(parent, name)
     return path.is_symlink() and Path(parent).resolve().is_relative_to(path.resolve())
+
+
+def read_image(path: Path, size: int, fit: Fit = "crop") -> Image.Image:
+    """The picture in `path`, of any format and mode, as size x size: cropped to its middle, or whole on white.
+
+    UserError if it is unreadable, or larger than `data.images.MAX_PIXELS`.
+    """
+    if not os.path.lexists(path):
+        raise UserError(f"{path}: no such file")
+    try:
+        return FITS[fit](decode(path, str(path)), size)
+    except UnreadableImage as error:
+        raise UserError(f"{path}: not a readable image ({error.reason})") from None

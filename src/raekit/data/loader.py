@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from raekit.config import configclass
 from raekit.data.images import UnreadableImage
-from raekit.data.sources import Source, Split, open_source
+from raekit.data.sources import open_source
+from raekit.data.sources.base import Source, Split
 from raekit.data.transforms import center_crop, flip, random_crop
 from raekit.distributed import World
 from raekit.errors import UserError

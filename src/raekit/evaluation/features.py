@@ -14,6 +14,7 @@ from raekit.errors import UserError
 from raekit.models.encoders import Encoder, load_encoder
 from raekit.models.inception import LOGITS, POOL, SIZE, SPATIAL, Inception, load_inception
 from raekit.models.registry import FAMILIES, LayersConfig, sides
+from raekit.pictures import quantize
 from raekit.weights import fingerprint
 
 
@@ -55,11 +56,6 @@ def check_width(what: str, width: int, network: FeatureNetwork) -> None:
 def named(metric: str, network: FeatureNetwork) -> str:
     """`metric` in the features of `network`, as it is reported; in those of FID's network by its own name."""
     return metric if network.name in ("inception", "inception_logits") else f"{metric}_{network.name}"
-
-
-def quantize(images: Tensor) -> Tensor:
-    """Round float images in [0, 1] to the 256 levels of an 8-bit file; values outside are clamped."""
-    return images.clamp(0, 1).mul(255).round().div(255)
 
 
 @dataclass(frozen=True, eq=False)

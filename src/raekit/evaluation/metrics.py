@@ -10,7 +10,7 @@ from torch import Tensor
 
 from raekit.distributed import World
 from raekit.errors import UserError
-from raekit.evaluation.features import FeatureNetwork, Images, PairScore, check_width, named
+from raekit.evaluation.features import FeatureNetwork, Images, check_width, named
 from raekit.evaluation.frechet import Gaussian, frechet_distance
 from raekit.evaluation.intervals import GROUPS, LEAST, jackknife, wilson_interval
 from raekit.moments import Moments
@@ -163,38 +163,6 @@ class InceptionScore:
             mean = p / count
             scores.append((p_log_p / count - torch.xlogy(mean, mean).sum()).exp())
         return {named("inception_score", self.network): float(torch.stack(scores).mean())}
-
-
-def psnr(images: Tensor, originals: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio (B,) in dB of images in [0, 1]; at most 100, by a squared error of 1e-10."""
-    error = (images.double() - originals.double()).square().flatten(1).mean(1)
-    return -10 * error.clamp(min=1e-10).log10()
-
-
-def ssim(images: Tensor, originals: Tensor) -> Tensor:
-    """Structural similarity (B,) of images in [0, 1] (Wang et al., 2004; Gaussian window 11, sigma 1.5)."""
-    from torchmetrics.functional.image import structural_similarity_index_measure  # takes seconds
-
-    similarity = structural_similarity_index_measure(images, originals, data_range=1.0, reduction="none")
-    assert isinstance(similarity, Tensor)  # a tuple only for its optional outputs
-    return similarity.reshape(len(images))
-
-
-class PairMean:
-    """The mean over images of a score of images and their originals, such as PSNR, under its name."""
-
-    def __init__(self, pair: PairScore):
-        self.pair = pair
-        self.moments = Moments(1, diagonal=True)
-
-    def update(self, batch: Images) -> None:
-        self.moments.update(batch.features(self.pair))
-
-    def reduce(self, world: World) -> None:
-        self.moments.reduce(world)
-
-    def result(self) -> dict[str, float]:
-        return {self.pair.name: float(self.moments.mean)}
 
 
 class NearestNeighbours:

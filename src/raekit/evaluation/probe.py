@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from raekit import artifacts, randomness
-from raekit import conversion as conversion  # enters the published names, of which one may be probed
 from raekit.data.loader import DataConfig, Loader
-from raekit.data.sources import Split
+from raekit.data.sources.base import Split
 from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.evaluation.evaluate import BATCH, feature_bank, images_of
 from raekit.evaluation.intervals import wilson_interval
+from raekit.formats import conversion as conversion
 from raekit.models.autoencoder import Autoencoder, load_autoencoder
 from raekit.models.baselines import BaselineConfig
 from raekit.models.encoders import Encoder, load_encoder

@@ -14,7 +14,7 @@ from torch import Tensor
 from raekit.config import configclass, from_dict, to_dict
 from raekit.data.archives import Npz
 from raekit.data.loader import DataConfig, Loader
-from raekit.data.sources import Split
+from raekit.data.sources.base import Split
 from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.evaluation.evaluate import BATCH, evaluate, images_of

@@ -53,7 +53,7 @@ class Autoencoder(LatentSpace):
 
     @classmethod
     def load(cls, name: str, encoder_dtype: torch.dtype = torch.float32) -> Self:
-        """Load a published name (`raekit.conversion.releases`), `builtin:NAME`, a model folder, a run, or OWNER/NAME
+        """Load a published name (`raekit.formats.releases`), `builtin:NAME`, a model folder, a run, or OWNER/NAME
         on the Hub; UserError if it is not whole.
 
         The encoder computes in `encoder_dtype`, float32 or bfloat16.

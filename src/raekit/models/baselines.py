@@ -10,8 +10,8 @@ from raekit import artifacts
 from raekit.config import check_sizes, configclass
 from raekit.distributed import World
 from raekit.errors import UserError
+from raekit.hub import how_to_fetch
 from raekit.models.latent_space import LatentSpace
-from raekit.weights import how_to_fetch
 
 
 @configclass

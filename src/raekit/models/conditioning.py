@@ -1,7 +1,7 @@
 """What a denoiser is told of an image beside the time: the seam at which conditions other than classes come in.
 
 A condition is a module that a `Denoiser` holds as `label`. What is given of each image (here its class; a text's
-embedding, say) passes to it from the data and from the callers of `raekit.sampling`, and nothing between looks inside:
+embedding, say) passes to it from the data and from the callers of `raekit.flow.sampling`. Nothing between looks inside:
 not the trainer, the loss, the solvers, or guidance, for which None means that nothing is given.
 """
 

@@ -1,7 +1,6 @@
 """The diffusion transformer: DiT, DiT^DH with its shallow, wide head (spec 2.3, 2.4), and that of RAE v2 (II.3)."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple, Self, overload
 
@@ -10,15 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raekit import artifacts
-from raekit.config import check_sizes, configclass, from_dict
+from raekit.config import from_dict
 from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.models.conditioning import ClassCondition, Condition
+from raekit.models.denoiser_config import DenoiserConfig, TransformerConfig
 from raekit.models.layers import (
     DiTBlock,
     FinalLayer,
-    MLPKind,
-    NormKind,
     Rotary,
     TimeEmbedding,
     patchify,
@@ -27,153 +25,6 @@ from raekit.models.layers import (
     unpatchify,
 )
 from raekit.weights import check_fit, load_strict
-
-
-@configclass
-class TransformerConfig:
-    """A stack of DiT blocks."""
-
-    width: int
-    depth: int
-    heads: int
-
-    def __post_init__(self) -> None:
-        check_sizes("denoiser", width=self.width, heads=self.heads)
-        check_sizes("denoiser", limit=1024, depth=self.depth)
-        if self.width % self.heads or self.width // self.heads % 4:
-            raise UserError(f"width: {self.width} over heads = {self.heads} must give a multiple of 4 channels a head")
-
-
-SIZES = {
-    "S": TransformerConfig(width=384, depth=12, heads=6),
-    "B": TransformerConfig(width=768, depth=12, heads=12),
-    "L": TransformerConfig(width=1024, depth=24, heads=16),
-    "XL": TransformerConfig(width=1152, depth=28, heads=16),
-    "XXL": TransformerConfig(width=1280, depth=32, heads=16),
-    "H": TransformerConfig(width=1536, depth=32, heads=16),
-    "G": TransformerConfig(width=2048, depth=40, heads=16),
-    "T": TransformerConfig(width=2688, depth=40, heads=21),
-}
-"""The published sizes of a plain DiT, and of the backbone of a DiT^DH."""
-
-
-def wide_head(size: str = "G", depth: int = 2) -> TransformerConfig:
-    """The head of a DiT^DH: shallow, and as wide as the DiT of that size. G is the published default."""
-    return replace(SIZES[size], depth=depth)
-
-
-@configclass
-class ContextConfig:
-    """Conditioning in context, as in RAE v2: no adaLN in the backbone, but tokens of time and class after the image's.
-
-    Each is a learned token plus the embedding of the time, or of the class.
-    """
-
-    time_tokens: int = 4
-    label_tokens: int = 8
-
-    def __post_init__(self) -> None:
-        for name in ("time_tokens", "label_tokens"):
-            if getattr(self, name) < 1:
-                raise UserError(f"denoiser.context.{name}: {getattr(self, name)} must be at least 1")
-
-
-@configclass
-class DenoiserSize:
-    """What a denoiser is built of, whatever its latents are. Without `head` it is a plain DiT, with it a DiT^DH.
-
-    The switches are those of the published networks: `norm` "layer" is a LayerNorm without weights, `mlp` "gelu"
-    two layers around a tanh-GELU, `hidden = mlp_ratio * width` wide (2/3 of that for "swiglu"), `positions` the
-    fixed table added to the backbone's tokens, `rotary` the turning of queries and keys, `qk_norm` their norm,
-    `adaln_shift` the shifts in the blocks' modulation.
-
-    `context` conditions the backbone by tokens. After `base_depth` blocks of the backbone stands a second output,
-    the base of internal guidance; 0 means that there is none.
-
-    `allow_narrow` lifts the refusal of a width below the token dimension, for experiments on that very limit.
-    `prediction` is what the output stands for. `label_std` is the spread of the label embeddings at the start, as
-    published. They are added to a time embedding whose norm soon exceeds ten: in a short training, larger ones
-    are heard sooner.
-    """
-
-    backbone: TransformerConfig
-    head: TransformerConfig | None = None
-    patch_size: int = 1
-    mlp_ratio: float = 4.0
-    norm: NormKind = "rms"
-    mlp: MLPKind = "swiglu"
-    positions: bool = True
-    rotary: bool = True
-    qk_norm: bool = False
-    adaln_shift: bool = True
-    context: ContextConfig | None = None
-    base_depth: int = 0
-    allow_narrow: bool = False
-    prediction: Literal["velocity", "data"] = "velocity"
-    label_std: float = 0.02
-
-    def __post_init__(self) -> None:
-        if self.label_std < 0:
-            raise UserError(f"denoiser.label_std: {self.label_std} is negative")
-        if not 0 <= self.base_depth <= self.backbone.depth:
-            raise UserError(
-                f"denoiser.base_depth: {self.base_depth} must be at most denoiser.backbone.depth = "
-                f"{self.backbone.depth}; 0 means no base output"
-            )
-        if not self.positions and not self.rotary:
-            raise UserError("denoiser.rotary: off, as is denoiser.positions; a network must know where a token stands")
-
-
-@configclass
-class DenoiserConfig(DenoiserSize):
-    """A denoiser of latents (channels, *grid).
-
-    `num_classes` = 0 makes it unconditional. For its sampler it keeps `shift`, the time shift that it is trained
-    with; for its users `class_names`, if they are known.
-    """
-
-    channels: int
-    grid: tuple[int, int]
-    num_classes: int = 1000
-    shift: float = 1.0
-    class_names: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        height, width = self.grid
-        check_sizes("denoiser", channels=self.channels, patch_size=self.patch_size, tokens=height * width)
-        if any(side % self.patch_size for side in self.grid):
-            raise UserError(f"denoiser.patch_size: {self.patch_size} does not divide the grid {self.grid}")
-        if self.num_classes < 0:
-            raise UserError(f"denoiser.num_classes: {self.num_classes} is negative; 0 means unconditional")
-        if self.class_names and len(self.class_names) != self.num_classes:
-            raise UserError(f"denoiser.class_names: {len(self.class_names)} names for {self.num_classes} classes")
-        n, d = self.token_dim, self.output_width
-        if d < n and not self.allow_narrow:
-            part = "head" if self.head else "backbone"
-            raise UserError(
-                f"denoiser.{part}.width: {d} is below the token dimension {n}. The noise fills all {n} dimensions, "
-                f"so no such network gets its mean squared error below {(n - d) / n:.3f} on one image "
-                f"(paper, theorem 1). Widen it to {n}, add a wide head, or set denoiser.allow_narrow"
-            )
-
-    @property
-    def token_dim(self) -> int:
-        """Dimension of one token, n of the paper."""
-        return self.channels * self.patch_size**2
-
-    @property
-    def token_grid(self) -> tuple[int, int]:
-        return (self.grid[0] // self.patch_size, self.grid[1] // self.patch_size)
-
-    @property
-    def output_width(self) -> int:
-        """Width of the last blocks, which must hold the velocity."""
-        return (self.head or self.backbone).width
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        return (self.channels, *self.grid)
 
 
 class Features(NamedTuple):
@@ -220,7 +71,7 @@ class Denoiser(nn.Module):
 
     @classmethod
     def load(cls, name: str, ema: float | None = None) -> Self:
-        """Load a published name (`raekit.conversion.releases.DENOISERS`), `builtin:NAME`, a model folder, a run, or
+        """Load a published name (`raekit.formats.releases.DENOISERS`), `builtin:NAME`, a model folder, a run, or
         OWNER/NAME on the Hub; UserError if it is not whole.
 
         With `ema` the average of this decay, by default the first of those that were trained.

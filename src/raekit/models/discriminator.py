@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from raekit.config import configclass
 from raekit.errors import UserError
+from raekit.hub import find_file
 from raekit.models.encoders import Encoder, load_encoder
 from raekit.models.layers import ViTBlock, to_tokens
 from raekit.models.registry import IMAGENET
-from raekit.weights import find_file, is_real, load_strict, read_weights
+from raekit.weights import is_real, load_strict, read_weights
 
 DINO_S8 = ("nyu-visionx/RAE-collections", "discs/dino_vit_small_patch8_224.pth")
 NORM_EPS = 1e-6

@@ -17,6 +17,7 @@ from raekit import artifacts
 from raekit.config import from_dict, read_json
 from raekit.distributed import World
 from raekit.errors import UserError
+from raekit.hub import find_folder, how_to_fetch
 from raekit.models.registry import (
     FAMILIES,
     MAX_DEPTH,
@@ -29,7 +30,7 @@ from raekit.models.registry import (
     sides,
 )
 from raekit.models.vit import ViT, ViTConfig
-from raekit.weights import check_fit, find_folder, how_to_fetch, load_strict
+from raekit.weights import check_fit, load_strict
 
 _OWN = Family(model_class="", blocks="blocks", norm="norm", embed=lambda m, x: m.tokens(x), prefix_tokens=0)
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.hub import download_url_to_file, get_dir
 
 from raekit.errors import UserError
-from raekit.weights import find_file, load_strict, read_weights
+from raekit.hub import find_file
+from raekit.weights import load_strict, read_weights
 
 CHECKPOINTS = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05-6726825d.pth")
 """The published weights as pytorch-fid and torch-fidelity call them; at the end stands how their SHA-256 begins."""

@@ -64,7 +64,7 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     """Rotate channel i against channel i + head_dim/2 of x (B, heads, N, head_dim).
 
     Contiguous halves, where the published code interleaves the pairs: the same attention after a fixed
-    permutation of the query and key channels, which `raekit.published.denoisers` applies, and cheaper in eager mode.
+    permutation of the query and key channels, which `raekit.formats.denoiser_keys` applies, and cheaper in eager mode.
     """
     cos, sin = (table.to(x.dtype) for table in rotary)
     a, b = x.chunk(2, dim=-1)

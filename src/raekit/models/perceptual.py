@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.hub import get_dir
 
 from raekit.errors import UserError
-from raekit.weights import ASSETS, find_file, load_strict, read_weights
+from raekit.hub import ASSETS, find_file
+from raekit.weights import load_strict, read_weights
 
 HEADS = ASSETS / "lpips" / "heads.safetensors"
 VGG_CHECKPOINT = "vgg16-397923af.pth"  # as torchvision caches it

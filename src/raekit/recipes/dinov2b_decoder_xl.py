@@ -12,7 +12,8 @@ processes, which that code omits; the adaptive weight is taken over all of a ste
 """
 
 from raekit.data.loader import DataConfig
-from raekit.stages.reconstruction import AdversarialConfig, DecoderSize, PerceptualConfig, ReconstructionConfig
+from raekit.stages.decoder_losses import AdversarialConfig, PerceptualConfig
+from raekit.stages.reconstruction import DecoderSize, ReconstructionConfig
 from raekit.train.optim import OptimConfig
 from raekit.train.trainer import TrainConfig
 

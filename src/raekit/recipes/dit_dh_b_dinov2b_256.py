@@ -10,7 +10,7 @@ The schedule is that of 800 epochs, left after 80.
 
 from dataclasses import replace
 
-from raekit.models.denoiser import SIZES
+from raekit.models.denoiser_config import SIZES
 from raekit.recipes import dit_dh_xl_dinov2b_256
 from raekit.recipes.dit_dh_xl_dinov2b_256 import EPOCH
 from raekit.stages.generation import GenerationConfig

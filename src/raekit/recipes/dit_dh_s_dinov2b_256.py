@@ -12,7 +12,7 @@ Its weights after 14 epochs guide the published DiT^DH-XL (`auto:1.42`).
 
 from dataclasses import replace
 
-from raekit.models.denoiser import SIZES
+from raekit.models.denoiser_config import SIZES
 from raekit.recipes import dit_dh_xl_dinov2b_256
 from raekit.recipes.dit_dh_xl_dinov2b_256 import EPOCH
 from raekit.stages.generation import GenerationConfig

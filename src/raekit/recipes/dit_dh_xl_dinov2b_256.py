@@ -12,7 +12,7 @@ balanced classes.
 """
 
 from raekit.data.loader import DataConfig
-from raekit.models.denoiser import SIZES, wide_head
+from raekit.models.denoiser_config import SIZES, wide_head
 from raekit.stages.generation import DenoiserSize, GenerationConfig
 from raekit.train.optim import OptimConfig
 from raekit.train.trainer import TrainConfig

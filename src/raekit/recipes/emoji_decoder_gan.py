@@ -17,7 +17,8 @@ from dataclasses import replace
 
 from raekit.models.discriminator import DiscriminatorConfig
 from raekit.recipes import emoji_decoder
-from raekit.stages.reconstruction import AdversarialConfig, PerceptualConfig, ReconstructionConfig
+from raekit.stages.decoder_losses import AdversarialConfig, PerceptualConfig
+from raekit.stages.reconstruction import ReconstructionConfig
 from raekit.train.optim import OptimConfig
 
 

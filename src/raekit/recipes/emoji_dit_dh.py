@@ -12,7 +12,7 @@ with the present one gave, guided, class accuracies of 12, 11 and 47 %.
 """
 
 from raekit.data.loader import DataConfig
-from raekit.models.denoiser import TransformerConfig
+from raekit.models.denoiser_config import TransformerConfig
 from raekit.stages.generation import DenoiserSize, GenerationConfig
 from raekit.train.optim import OptimConfig
 from raekit.train.trainer import TrainConfig

@@ -12,7 +12,7 @@ One block less than emoji_dit_dh, and 3 tokens of time and class rather than 12,
 
 from dataclasses import replace
 
-from raekit.models.denoiser import ContextConfig
+from raekit.models.denoiser_config import ContextConfig
 from raekit.recipes import emoji_dit_dh
 from raekit.stages.generation import GenerationConfig
 

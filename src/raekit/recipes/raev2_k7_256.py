@@ -12,7 +12,7 @@ published optimizer has five.
 
 from dataclasses import replace
 
-from raekit.models.denoiser import ContextConfig, TransformerConfig
+from raekit.models.denoiser_config import ContextConfig, TransformerConfig
 from raekit.recipes import dit_dh_xl_dinov2b_256
 from raekit.recipes.dit_dh_xl_dinov2b_256 import EPOCH
 from raekit.stages.generation import GenerationConfig

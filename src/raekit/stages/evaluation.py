@@ -5,22 +5,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from raekit.assessment import Samples
 from raekit.config import configclass
 from raekit.data.loader import DataConfig
 from raekit.data.sources import open_source
 from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.evaluation.against import Against, find_networks
+from raekit.evaluation.assessment import Samples
 from raekit.evaluation.evaluate import BATCH, evaluate
 from raekit.evaluation.features import load_networks
 from raekit.evaluation.intervals import LEAST
 from raekit.evaluation.labels import Labels, draw_labels
 from raekit.evaluation.references import measure_reference, read_reference
 from raekit.flow.guidance import parse_guidance
-from raekit.inference import Model
+from raekit.flow.sampling import Sampling, check_sampling
+from raekit.inference.model import Model
 from raekit.models.denoiser import Denoiser
-from raekit.sampling import Sampling, check_sampling
 
 
 @configclass

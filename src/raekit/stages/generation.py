@@ -7,15 +7,16 @@ from typing import Literal
 from torch import Tensor
 
 from raekit import randomness
-from raekit.cache import LatentBatch, LatentLoader
 from raekit.config import configclass
 from raekit.data.loader import Batch, DataConfig, Loader
 from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.flow import path
-from raekit.inference import Model
+from raekit.inference.cached_loader import LatentBatch, LatentLoader
+from raekit.inference.model import Model
 from raekit.models.autoencoder import load_autoencoder
-from raekit.models.denoiser import Denoiser, DenoiserConfig, DenoiserSize
+from raekit.models.denoiser import Denoiser
+from raekit.models.denoiser_config import DenoiserConfig, DenoiserSize
 from raekit.models.layers import watch_logits
 from raekit.progress import Report
 from raekit.stages.evaluation import EvaluationConfig, evaluator
@@ -24,7 +25,8 @@ from raekit.stages.stage import Stage
 from raekit.train.checkpoint import checkpoints
 from raekit.train.objective import Metrics, Objective, Periodic
 from raekit.train.optim import OptimConfig
-from raekit.train.trainer import TrainConfig, compute_dtype
+from raekit.train.precision import compute_dtype
+from raekit.train.trainer import TrainConfig
 
 
 @configclass

@@ -7,7 +7,8 @@ from raekit.config import differences, to_dict
 from raekit.errors import UserError
 from raekit.models.autoencoder import Autoencoder, load_autoencoder
 from raekit.models.decoder import Decoder
-from raekit.models.denoiser import Denoiser, DenoiserConfig
+from raekit.models.denoiser import Denoiser
+from raekit.models.denoiser_config import DenoiserConfig
 
 
 def initialise_decoder(decoder: Decoder, source: str) -> None:

@@ -14,9 +14,10 @@ from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.evaluation.evaluate import BATCH, evaluate, images_of, reference_moments
 from raekit.evaluation.features import EncoderFeatures, Images, PairScore
-from raekit.evaluation.metrics import FrechetDistance, PairMean, psnr, ssim
+from raekit.evaluation.metrics import FrechetDistance
+from raekit.evaluation.pairs import PairMean, psnr, ssim
 from raekit.files import whole
-from raekit.inference import reconstruct
+from raekit.inference.model import reconstruct
 from raekit.models.encoders import load_encoder
 from raekit.models.latent_space import LatentSpace
 from raekit.moments import Moments

@@ -3,15 +3,12 @@
 import logging
 import os
 import shutil
-import signal
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from types import MethodType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn, optim
@@ -22,7 +19,6 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint as recomputed
 
 from raekit.config import configclass
 from raekit.distributed import World, set_gradient_sync
@@ -30,12 +26,12 @@ from raekit.errors import UserError
 from raekit.train import checkpoint, ema
 from raekit.train.objective import Metrics, Objective, Periodic, TrainingBatch
 from raekit.train.optim import build_optimizer
+from raekit.train.precision import Precision, autocast, compute_dtype, matmul_precision
+from raekit.train.recompute import checkpoint_blocks
+from raekit.train.signals import stop_signals
 from raekit.train.tracking import Tracker
 
 CXX_COMPILERS = (os.environ.get("CXX", "g++"), "clang++")
-Precision = Literal["auto", "fp32", "tf32", "bf16"]
-"""What losses are computed in. `tf32` is float32 whose matrix products have 10 bits of fraction on CUDA (on Ampere and
-later eight times as fast), and float32 elsewhere; for `auto` see `compute_dtype`."""
 _log = logging.getLogger(__name__)
 Report = Callable[[int, dict[str, float]], None]
 """Called with the number of steps done and the latest metrics."""
@@ -73,45 +69,6 @@ class TrainConfig:
             raise UserError(
                 f"train.monitor_every: {self.monitor_every} must be a multiple of train.log_every = {self.log_every}"
             )
-
-
-def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:
-    """bfloat16 or float32. `auto` is bf16 where the hardware multiplies it fast, else float32."""
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if precision == "bf16" or (precision == "auto" and fast) else torch.float32
-
-
-def autocast(precision: Precision, device: torch.device):
-    """The context in which losses are computed."""
-    dtype = compute_dtype(precision, device)
-    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
-
-
-@contextmanager
-def matmul_precision(precision: Precision) -> Iterator[None]:
-    """The context of forward and backward passes: in it CUDA's float32 products are those of `precision`."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
-
-
-def checkpoint_blocks(blocks: Iterable[nn.Module]) -> None:
-    """Make each of `blocks` keep nothing but its input for the backward pass, in place.
-
-    The forward passes must be the same a second time: no random numbers of a generator, no change of a buffer.
-    """
-    for block in blocks:
-        block.forward = MethodType(_forward_again, block)
-
-
-def _forward_again(block: nn.Module, *args: Any) -> Any:
-    return recomputed(type(block).forward, block, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 class Trainer:
@@ -178,7 +135,7 @@ class Trainer:
         history: defaultdict[str, list[Tensor]] = defaultdict(list)
         since, began = self.step, time.perf_counter()
         try:
-            with _stop_signals() as stopped:
+            with stop_signals() as stopped:
                 if self.step:  # a kill may have come between this checkpoint and its evaluation
                     self._evaluate(tracker, again=False)
                     began = time.perf_counter()
@@ -323,25 +280,3 @@ class Trainer:
             set_optimizer_state_dict(objective.module, self.optimizers[objective.name], saved["optimizer"])
             for decay, module in objective.averages.items():
                 set_model_state_dict(module, saved["averages"][str(decay)])
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """A list that receives SIGINT and SIGTERM instead of their default actions. A second SIGINT interrupts at once."""
-    received: list[int] = []
-
-    def receive(number: int, frame: object) -> None:
-        if received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    try:
-        previous = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread: signals are not ours to take
-        yield received
-        return
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -1,0 +1,47 @@
+"""`emoji`: the built-in images."""
+
+import io
+import zipfile
+from functools import cache
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from raekit.data.images import decode
+from raekit.data.sources.base import Split, in_split
+
+
+class Emoji:
+    """The built-in images, decoded once per process and then kept (46 MB in all); `files` names them."""
+
+    def __init__(self, uri: str, _: Path, split: Split):
+        self.name = uri
+        files = list(_emoji())
+        self.files = [files[i] for i in in_split([code_points(file) for file in files], split)]
+        self.classes = tuple(sorted({file.split("/")[0] for file in files}))
+        self.labels = np.array([self.classes.index(file.split("/")[0]) for file in self.files])
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return _emoji_image(self.files[index]).copy(), int(self.labels[index])
+
+
+def code_points(file: str) -> str:
+    """What a file CLASS/DRAWING-CODEPOINTS.webp draws: its code points without the variation selector."""
+    return "-".join(point for point in Path(file).stem.split("-")[1:] if point != "fe0f")
+
+
+@cache
+def _emoji() -> dict[str, bytes]:
+    packed = resources.files("raekit").joinpath("assets/emoji/data/emoji64.zip").read_bytes()
+    with zipfile.ZipFile(io.BytesIO(packed)) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+@cache
+def _emoji_image(file: str) -> Image.Image:
+    return decode(io.BytesIO(_emoji()[file]), file)

@@ -1,0 +1,45 @@
+"""`npz:FILE`: images in an array, as ADM writes samples."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from raekit.data.archives import MAX_FILE, Npz
+from raekit.data.images import UnreadableImage
+from raekit.data.sources.base import Split, in_split
+from raekit.errors import UserError
+
+
+class NpzImages:
+    """Rows of an array of images, read at each access."""
+
+    def __init__(self, uri: str, path: Path, split: Split):
+        self.name, self._npz = uri, Npz(path)
+        dtype, shape = self._npz.arrays.get("arr_0", (None, ()))
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or min(shape) < 1:
+            found = ", ".join(f"{name} {kind} {sizes}" for name, (kind, sizes) in self._npz.arrays.items())
+            raise UserError(f"{path}: needs images in arr_0, uint8 (N, H, W, 3); it holds {found or 'no array'}")
+        if math.prod(shape[1:]) > MAX_FILE or shape[0] > 2**24:
+            raise UserError(f"{path}: {shape[0]:,} images of {shape[1]} x {shape[2]} pixels are too many or too large")
+        self._numbers = in_split([str(row) for row in range(shape[0])], split)
+        labels = np.full(shape[0], -1)
+        self.classes: tuple[str, ...] = ()
+        kind, length = self._npz.arrays.get("arr_1", (None, ()))
+        if kind is not None and kind.kind in "iu" and length == shape[:1]:
+            labels = self._npz.read("arr_1").astype(np.int64)
+            if not 0 <= labels.min() <= labels.max() < 2**20:
+                raise UserError(f"{path}: labels in arr_1 must be class numbers from 0")
+            self.classes = tuple(map(str, range(int(labels.max()) + 1)))
+        self.labels = labels[self._numbers]
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        number = int(self._numbers[index])
+        try:
+            return Image.fromarray(self._npz.row("arr_0", number)), int(self.labels[index])
+        except (OSError, ValueError) as error:
+            raise UnreadableImage(f"{self.name} row {number}", str(error)) from None

@@ -1,0 +1,173 @@
+"""Published autoencoders: decoders and latent statistics (spec 1.3, 1.5, 7.2)."""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raekit.config import from_dict
+from raekit.errors import UserError
+from raekit.formats.states import State, rename, without_tables
+from raekit.models.decoder import DecoderConfig
+from raekit.models.layers import sincos_positions
+from raekit.weights import VARIANCE_EPS, check_statistics, is_real
+
+
+def statistics(values: Any, eps: float = VARIANCE_EPS) -> tuple[Tensor | None, Tensor]:
+    """Mean (None: not subtracted) and variance, each (C, H, W), of a statistics file {"mean", "var"}.
+
+    `eps` is what the publisher adds to the variance; where it is not ours the difference goes into the
+    variance. UserError if a field is missing, foreign or of another shape.
+    """
+    if not isinstance(values, Mapping):
+        raise UserError("statistics: must be a dictionary of mean and var")
+    mean, var = values.get("mean"), values.get("var")
+    if unknown := sorted(values.keys() - {"mean", "var"}, key=str):
+        raise UserError(f"statistics: unknown {', '.join(map(str, unknown))}; expected mean and var alone")
+    if not is_real(var) or var.ndim != 3:
+        raise UserError("statistics: var must be a tensor of shape (C, H, W), of floating-point numbers")
+    if mean is not None and not (is_real(mean) and mean.shape == var.shape):
+        raise UserError(f"statistics: mean must be None or a tensor of var's shape {tuple(var.shape)}")
+    mean, var = (None if mean is None else mean.float()), var.float() + (eps - VARIANCE_EPS)
+    check_statistics(mean, var)
+    return mean, var
+
+
+def decoder_config(values: Any, token_dim: int, grid: tuple[int, int], patch_size: int) -> DecoderConfig:
+    """The decoder of a ViT-MAE style `config.json`, for tokens of `token_dim` channels on `grid`.
+
+    As in the release, the file's own `hidden_size`, `image_size` and `patch_size` are not used.
+    """
+    if not isinstance(values, Mapping):
+        raise UserError("decoder config: must be a dictionary")
+    for field, built in (("hidden_act", "gelu"), ("qkv_bias", True), ("num_channels", 3)):
+        if (value := values.get(field, built)) != built:
+            raise UserError(f"decoder config: {field} = {value!r} is not supported, only {built!r}")
+    ours = {
+        "width": "decoder_hidden_size",
+        "depth": "decoder_num_hidden_layers",
+        "heads": "decoder_num_attention_heads",
+        "hidden": "decoder_intermediate_size",
+        "norm_eps": "layer_norm_eps",
+    }
+    if missing := [name for name in ours.values() if name not in values]:
+        raise UserError(f"decoder config: {', '.join(missing)} missing")
+    sizes = {field: values[name] for field, name in ours.items()}
+    return from_dict(
+        DecoderConfig, {"token_dim": token_dim, "grid": grid, "patch_size": patch_size, **sizes}, "decoder config"
+    )
+
+
+_DECODER = {
+    "decoder_embed": "embed",
+    "decoder_norm": "norm",
+    "decoder_pred": "out",
+}
+_DECODER_BLOCK = {
+    "attention.output.dense": "attention.out",
+    "intermediate.dense": "mlp.0",
+    "output.dense": "mlp.2",
+    "layernorm_before": "norm1",
+    "layernorm_after": "norm2",
+}
+
+
+def decoder_state(state: State, config: DecoderConfig) -> dict[str, Tensor]:
+    """Our Decoder's state dict from the published one. UserError if its position table is not ours."""
+    positions = sincos_positions(config.width, config.grid)
+    state = without_tables(state, {"decoder_pos_embed": torch.cat([torch.zeros(1, config.width), positions])[None]})
+    ours = {}
+    for key, value in state.items():
+        if key == "trainable_cls_token":
+            ours["cls_token"] = value.flatten()
+        elif match := re.fullmatch(r"decoder_layers\.(\d+)\.(.+)", key):
+            ours[f"blocks.{match[1]}.{rename(match[2], _DECODER_BLOCK)}"] = value
+        else:
+            ours[rename(key, _DECODER)] = value
+    for index in range(config.depth):
+        prefix = f"blocks.{index}.attention"
+        for kind in ("weight", "bias"):
+            parts = [f"{prefix}.attention.{part}.{kind}" for part in ("query", "key", "value")]
+            if all(part in ours for part in parts):
+                ours[f"{prefix}.qkv.{kind}"] = torch.cat([ours.pop(part) for part in parts])
+    return ours
+
+
+DECODERS = {  # spec 1.5
+    "ViT-B": {"width": 768, "depth": 12, "heads": 12, "hidden": 3072},
+    "ViT-L": {"width": 1024, "depth": 24, "heads": 16, "hidden": 4096},
+    "ViT-XL": {"width": 1152, "depth": 28, "heads": 16, "hidden": 4096},
+}
+
+
+def decoder_part(state: State) -> dict[str, Tensor]:
+    """The decoder in the state dict of a whole published autoencoder; another state dict as it is."""
+    if not any(key.startswith("decoder.decoder_") for key in state):
+        return dict(state)
+    return {key.removeprefix("decoder."): value for key, value in state.items() if not key.startswith("encoder.")}
+
+
+def decoder_sizes(state: State) -> dict[str, int]:
+    """The sizes that the shapes in a published decoder tell: those of DECODERS but `heads`, `token_dim`,
+    `patch_size`, and `tokens` if it has a position table. Empty if it is no decoder.
+    """
+    embed, out = state.get("decoder_embed.weight"), state.get("decoder_pred.weight")
+    hidden = state.get("decoder_layers.0.intermediate.dense.weight")
+    if embed is None or out is None or hidden is None or not embed.ndim == out.ndim == hidden.ndim == 2:
+        return {}
+    layers = {int(match[1]) for key in state if (match := re.match(r"decoder_layers\.(\d+)\.", key))}
+    sizes = {"width": len(embed), "depth": len(layers), "hidden": len(hidden)}
+    sizes |= {"token_dim": embed.shape[1], "patch_size": math.isqrt(len(out) // 3)}
+    positions = state.get("decoder_pos_embed")
+    return sizes | ({"tokens": positions.shape[1] - 1} if positions is not None and positions.ndim == 3 else {})
+
+
+def published_decoder_state(ours: State, config: DecoderConfig) -> dict[str, Tensor]:
+    """The published state dict from our Decoder's: the inverse of `decoder_state`."""
+    positions = sincos_positions(config.width, config.grid)
+    state = {"decoder_pos_embed": torch.cat([torch.zeros(1, config.width), positions])[None]}
+    names = {ours: theirs for theirs, ours in _DECODER.items()}
+    block_names = {ours: theirs for theirs, ours in _DECODER_BLOCK.items()}
+    for key, value in ours.items():
+        if key == "cls_token":
+            state["trainable_cls_token"] = value[None, None]
+        elif match := re.fullmatch(r"blocks\.(\d+)\.attention\.qkv\.(weight|bias)", key):
+            for part, rows in zip(("query", "key", "value"), value.chunk(3), strict=True):
+                state[f"decoder_layers.{match[1]}.attention.attention.{part}.{match[2]}"] = rows
+        elif match := re.fullmatch(r"blocks\.(\d+)\.(.+)", key):
+            state[f"decoder_layers.{match[1]}.{rename(match[2], block_names)}"] = value
+        else:
+            state[rename(key, names)] = value
+    return state
+
+
+def published_decoder_config(config: DecoderConfig) -> dict[str, Any]:
+    """The ViT-MAE style `config.json` of a decoder: the inverse of `decoder_config`."""
+    return {
+        "model_type": "vit_mae",
+        "decoder_hidden_size": config.width,
+        "decoder_num_hidden_layers": config.depth,
+        "decoder_num_attention_heads": config.heads,
+        "decoder_intermediate_size": config.hidden,
+        "layer_norm_eps": config.norm_eps,
+        "hidden_act": "gelu",
+        "qkv_bias": True,
+        "num_channels": 3,
+        "hidden_size": config.token_dim,
+        "patch_size": config.patch_size,
+        "image_size": config.patch_size * config.grid[0],
+    }
+
+
+def encoder_colours(ours: State, mean: Tensor, std: Tensor) -> dict[str, Tensor]:
+    """Our Decoder's state dict for one that gives pixels, made to give colours normalised by `mean` and `std`.
+
+    Both are linear in the last layer, so nothing is lost. Other formats know only such decoders.
+    """
+    weight, bias = ours["out.weight"], ours["out.bias"]
+    rows = len(bias) // 3  # a patch has its pixels one after the other, each with three channels
+    scale, shift = std.flatten().to(bias).repeat(rows), mean.flatten().to(bias).repeat(rows)
+    return {**ours, "out.weight": weight / scale[:, None], "out.bias": (bias - shift) / scale}

@@ -1,0 +1,60 @@
+"""Denoisers of version 1 and 2, from their files."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from raekit.errors import UserError
+from raekit.flow.path import Prediction
+from raekit.formats.denoiser_keys import denoiser_config, denoiser_state, denoiser_v2_config
+from raekit.formats.denoiser_shapes import denoiser_arguments
+from raekit.formats.parts import DenoiserParts, about, guessed
+from raekit.formats.states import State, unwrap
+from raekit.models.denoiser import Denoiser
+from raekit.models.denoiser_config import DenoiserConfig
+from raekit.weights import mismatches, read_weights
+
+
+def read_denoiser(
+    path: Path,
+    config: DenoiserConfig | None = None,
+    *,
+    weights: Mapping[str, Any] | None = None,
+    prediction: Prediction | None = None,
+) -> DenoiserParts:
+    """Read the file of a denoiser, `weights` being what it holds if that is read.
+
+    Without `config` it is what the names and shapes in the file tell. `prediction` goes before the configuration's.
+    UserError if the file does not fit it, or is no denoiser's.
+    """
+    with about(path):
+        state = unwrap(read_weights(path) if weights is None else weights)
+        whose = "its configuration"
+        if config is None:
+            config, whose = _told(state), "the denoiser that its shapes tell"
+        if prediction:
+            config = replace(config, prediction=prediction)
+        try:
+            ours = denoiser_state(state, config)
+        except UserError as error:
+            raise UserError(f"{error}{guessed(state)}") from None
+        with torch.device("meta"):
+            wanted = Denoiser(config).state_dict()
+        if faults := mismatches(ours, wanted):
+            raise UserError(f"does not fit {whose}: {faults}{guessed(state)}")
+    return DenoiserParts(config, ours)
+
+
+def _told(state: State) -> DenoiserConfig:
+    """What the names and shapes tell."""
+    try:
+        values = denoiser_arguments(state)
+        config = (denoiser_v2_config if "num_t_tokens" in values else denoiser_config)(values) if values else None
+    except UserError as error:
+        raise UserError(f"{error}; give its YAML, as in --denoiser-config FILE.yaml") from None
+    if config is None:
+        raise UserError(f"holds no published denoiser{guessed(state)}")
+    return config

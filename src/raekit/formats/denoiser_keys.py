@@ -1,0 +1,235 @@
+"""Published denoisers: DiT and DiT^DH of version 1, and that of version 2 (spec 2.3, 2.4, 7.3, II.3, II.9)."""
+
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from raekit.config import configclass, from_dict
+from raekit.errors import UserError
+from raekit.flow.path import Prediction, shift_factor
+from raekit.formats.states import State, rename, without_tables
+from raekit.models.denoiser_config import ContextConfig, DenoiserConfig, TransformerConfig
+from raekit.models.layers import rotary_table, sincos_positions
+
+
+@configclass
+class PublishedDenoiser:
+    """The arguments of the published networks (spec 7.5): pairs (backbone, head) for DiT^DH, numbers for DiT.
+
+    `class_dropout_prob` belongs to training. `learn_sigma` and `use_gembed` have the one value that we build.
+    Of `use_rope` False and a `patch_size` above 1 in a DiT^DH, and of `wo_shift`, the published code crashes
+    (spec 8): there is no checkpoint to agree with, and ours are the obvious readings.
+    """
+
+    input_size: int
+    in_channels: int
+    hidden_size: int | tuple[int, int]
+    depth: int | tuple[int, int]
+    num_heads: int | tuple[int, int]
+    patch_size: int | tuple[int, int] = 1
+    mlp_ratio: float = 4.0
+    class_dropout_prob: float = 0.1
+    num_classes: int = 1000
+    use_qknorm: bool = False
+    use_swiglu: bool = True
+    use_rope: bool = True
+    use_rmsnorm: bool = True
+    use_pos_embed: bool = True
+    wo_shift: bool = False
+    learn_sigma: Literal[False] = False
+    use_gembed: Literal[True] = True
+
+
+def denoiser_config(values: Mapping[str, Any]) -> DenoiserConfig:
+    """Our configuration of a published denoiser, from its arguments.
+
+    The shift of time is the published default, that of the latent's dimension over 4096. A network narrower
+    than the token dimension is read as it is. UserError names the fields that are unknown, and the switches
+    that we do not build.
+    """
+    published = from_dict(PublishedDenoiser, dict(values), "published denoiser")
+    return DenoiserConfig(
+        **_sizes(published),
+        mlp_ratio=published.mlp_ratio,
+        norm="rms" if published.use_rmsnorm else "layer",
+        mlp="swiglu" if published.use_swiglu else "gelu",
+        positions=published.use_pos_embed,
+        rotary=published.use_rope,
+        qk_norm=published.use_qknorm,
+        adaln_shift=not published.wo_shift,
+    )
+
+
+@configclass
+class PublishedDenoiserV2:
+    """The arguments of the denoiser of RAE v2 (spec II.3): pairs (backbone, head). It has no switches.
+
+    The base output stands after `base_model_depth` blocks; the released one has 8.
+    """
+
+    input_size: int
+    in_channels: int
+    hidden_size: tuple[int, int]
+    depth: tuple[int, int]
+    num_heads: int | tuple[int, int]
+    patch_size: int | tuple[int, int] = 1
+    mlp_ratio: float = 4.0
+    class_dropout_prob: float = 0.1
+    num_classes: int = 1000
+    base_model_depth: int = 8
+    num_t_tokens: int = 4
+    num_c_tokens: int = 8
+
+
+def denoiser_v2_config(values: Mapping[str, Any], prediction: Prediction = "data") -> DenoiserConfig:
+    """Our configuration of a denoiser of RAE v2, from its arguments; as `denoiser_config` otherwise."""
+    published = from_dict(PublishedDenoiserV2, dict(values), "published denoiser, version 2")
+    return DenoiserConfig(
+        **_sizes(published),
+        mlp_ratio=published.mlp_ratio,
+        qk_norm=True,
+        positions=False,
+        context=ContextConfig(time_tokens=published.num_t_tokens, label_tokens=published.num_c_tokens),
+        base_depth=published.base_model_depth,
+        prediction=prediction,
+    )
+
+
+def _sizes(published: PublishedDenoiser | PublishedDenoiserV2) -> dict[str, Any]:
+    """The fields of a DenoiserConfig that are sizes."""
+    wide = isinstance(published.hidden_size, tuple)
+    if isinstance(published.depth, tuple) != wide:
+        raise UserError("published denoiser: hidden_size and depth must both be pairs, or both numbers")
+    widths, depths, heads, patches = map(
+        _pair, (published.hidden_size, published.depth, published.num_heads, published.patch_size)
+    )
+    if patches[0] != patches[1]:
+        raise UserError(f"published denoiser: patch_size = {published.patch_size} is not supported, only two equal")
+    parts = [TransformerConfig(width=widths[i], depth=depths[i], heads=heads[i]) for i in range(2 if wide else 1)]
+    grid = (published.input_size, published.input_size)
+    return {
+        "channels": published.in_channels,
+        "grid": grid,
+        "backbone": parts[0],
+        "head": parts[1] if wide else None,
+        "num_classes": published.num_classes,
+        "patch_size": patches[0],
+        "shift": shift_factor((published.in_channels, *grid)),
+        "allow_narrow": parts[-1].width < published.in_channels * patches[0] ** 2,
+    }
+
+
+_DENOISER = {
+    "s_projector": "head_condition",
+    "t_embedder.W": "time.frequencies",
+    "t_embedder.mlp": "time.mlp",
+    "y_embedder.embedding_table": "label",
+    "final_layer.norm_final": "final.norm",
+    "final_layer.linear": "final.out",
+    "final_layer.adaLN_modulation.1": "final.modulation",
+}
+_DENOISER_V2 = {
+    "t_embedder.learnable_tokens": "time_tokens",
+    "ctx_embedder.learnable_tokens": "label_tokens",
+    "ctx_embedder.embedding_table": "label",
+    "final_layer.norm": "final.norm",
+    "final_layer.adaln_modulation.1": "final.modulation",
+    "base_final_layer.norm": "base_final.norm",
+    "base_final_layer.linear": "base_final.out",
+    "base_final_layer.adaln_modulation.1": "base_final.modulation",
+}
+_DIT = {"x_embedder.proj": "embed"}
+_DIT_DH = {"s_embedder.proj": "embed", "x_embedder.proj": "head_embed"}
+_DENOISER_BLOCK = {
+    "attn.qkv": "attention.qkv",
+    "attn.q_norm": "attention.q_norm",
+    "attn.k_norm": "attention.k_norm",
+    "attn.proj": "attention.out",
+    "mlp.w12": "mlp.w_in",
+    "mlp.w3": "mlp.w_out",
+    "mlp.fc1": "mlp.0",
+    "mlp.fc2": "mlp.2",
+    "adaLN_modulation.1": "modulation",
+    "adaln_modulation.1": "modulation",
+}
+# Projections that version 2 keeps apart, and version 1 and we as one.
+_FUSED = {"attn.qkv": ("attn.q", "attn.k", "attn.v"), "mlp.w12": ("mlp.w1", "mlp.w2")}
+
+
+def denoiser_state(state: State, config: DenoiserConfig) -> dict[str, Tensor]:
+    """Our Denoiser's state dict from the published one of a DiT, a DiT^DH, or the denoiser of RAE v2.
+
+    UserError if its position or rotary tables are not ours. A network trained without class dropout has no
+    null class: its row of the label table becomes zero.
+    """
+    ours = {}
+    names = _DENOISER | (_DIT_DH if config.head else _DIT) | (_DENOISER_V2 if config.context else {})
+    for key, value in _fused(without_tables(state, _denoiser_tables(config))).items():
+        match = re.fullmatch(r"blocks\.(\d+)\.(.+)", key)
+        if not match:
+            value = _patch_matrix(value) if key.endswith("_embedder.proj.weight") else value
+            if key.endswith("_embedder.embedding_table.weight") and len(value) == config.num_classes:
+                value = torch.cat([value, torch.zeros_like(value[:1])])
+            ours[rename(key, names)] = value
+            continue
+        index, name = int(match[1]), match[2]
+        part, prefix = config.backbone, f"blocks.{index}"
+        if config.head and index >= part.depth:
+            part, prefix = config.head, f"head_blocks.{index - config.backbone.depth}"
+        if name.startswith("attn.qkv."):
+            value = torch.cat([*(_halves(x, part) for x in value.chunk(3)[:2]), *value.chunk(3)[2:]])
+        elif name.startswith(("attn.q_norm.", "attn.k_norm.")):
+            value = _halves(value, part)
+        ours[f"{prefix}.{rename(name, _DENOISER_BLOCK)}"] = value
+    return ours
+
+
+def _denoiser_tables(config: DenoiserConfig) -> dict[str, Tensor]:
+    """The fixed tables under their published names and in their published layout."""
+    tables = {}
+    if config.positions:
+        tables["pos_embed"] = sincos_positions(config.backbone.width, config.token_grid)[None]
+    context = config.context.time_tokens + config.context.label_tokens if config.context else 0
+    rope = "rope" if config.context else "feat_rope"
+    parts = [(f"enc_{rope}", config.backbone, context), (f"dec_{rope}", config.head, 0)]
+    if config.head is None:
+        parts = [(rope, config.backbone, context)]
+    for name, part, unplaced in parts if config.rotary else ():
+        assert part is not None
+        table = rotary_table(part.width // part.heads, config.token_grid, unplaced)
+        for suffix, values in zip(("cos", "sin"), table, strict=True):
+            tables[f"{name}.freqs_{suffix}"] = values.repeat_interleave(2, dim=1)
+    return tables
+
+
+def _fused(state: State) -> dict[str, Tensor]:
+    """`state` with the projections of `_FUSED` put together; one that lacks a part is left for `load_strict`."""
+    ours = dict(state)
+    for key in state:
+        for whole, (first, *others) in _FUSED.items():
+            prefix, found, kind = key.partition(f".{first}.")
+            parts = [f"{prefix}.{part}.{kind}" for part in (first, *others)]
+            if found and all(part in ours for part in parts):
+                ours[f"{prefix}.{whole}.{kind}"] = torch.cat([ours.pop(part) for part in parts])
+    return ours
+
+
+def _patch_matrix(kernel: Tensor) -> Tensor:
+    """A patch embedding's convolution (d, C, p, p) as a matrix (d, p*p*C) over `layers.patchify`'s order."""
+    return kernel.permute(0, 2, 3, 1).flatten(1) if kernel.ndim == 4 else kernel
+
+
+def _halves(rows: Tensor, part: TransformerConfig) -> Tensor:
+    """Reorder each head's rows from interleaved rotary pairs (0 1) (2 3) .. to halves (0 2 ..) (1 3 ..).
+
+    Rows that do not divide into heads are left for `load_strict` to report.
+    """
+    pairs = part.width // part.heads // 2
+    return rows if len(rows) % (2 * pairs) else rows.unflatten(0, (-1, pairs, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    return value if isinstance(value, tuple) else (value, value)

@@ -1,0 +1,24 @@
+"""The published discriminator's heads (spec 1.7)."""
+
+from torch import Tensor
+
+from raekit.formats.states import State, rename
+
+_DISCRIMINATOR = {
+    "0.0": "first.0",
+    "0.1": "first.1",
+    "1.fn.0": "residual.0",
+    "1.fn.1": "residual.1",
+    "2": "out",
+}
+_SPECTRAL = {"weight_orig": "weight", "weight_u": "u", "weight_v": "v"}
+
+
+def discriminator_state(state: State) -> dict[str, Tensor]:
+    """Our Discriminator's state dict from the published one, which is that of its heads too (without `heads.`)."""
+    ours = {}
+    for key, value in state.items():
+        head, _, rest = key.removeprefix("heads.").partition(".")
+        layer, _, tensor = rename(rest, _DISCRIMINATOR).rpartition(".")
+        ours[f"heads.{head}.{layer}.{_SPECTRAL.get(tensor, tensor)}"] = value
+    return ours

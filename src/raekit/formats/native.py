@@ -1,0 +1,68 @@
+"""Our own model folders."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from raekit import artifacts
+from raekit.config import from_dict
+from raekit.distributed import World
+from raekit.errors import UserError
+from raekit.formats.parts import AutoencoderParts, DenoiserParts, Parts, geometry
+from raekit.models.autoencoder import AutoencoderConfig
+from raekit.models.decoder import Decoder
+from raekit.models.denoiser import Denoiser
+from raekit.models.denoiser_config import DenoiserConfig
+from raekit.weights import check_fit, load_strict
+
+
+def read_model(name: str, denoiser: bool = True) -> Parts:
+    """Read the artifacts of a model, run or Hub repository of ours; `denoiser` False leaves that out."""
+    found: list[UserError] = []
+    places = {}
+    for kind in ("autoencoder", "denoiser") if denoiser else ("autoencoder",):
+        try:
+            places[kind] = artifacts.find(name, kind)
+        except UserError as error:
+            found.append(error)
+    if not places:
+        raise found[0]
+    return Parts(
+        _read_autoencoder(*places["autoencoder"]) if "autoencoder" in places else None,
+        _read_denoiser(*places["denoiser"]) if "denoiser" in places else None,
+    )
+
+
+def _read_autoencoder(path: Path, values: dict) -> AutoencoderParts:
+    if "baseline" in values:
+        raise UserError(f"{path}: names {values['baseline']}, a baseline, whose weights are not ours to convert")
+    config = from_dict(AutoencoderConfig, values, path / "config.json")
+    if (own := path.parent / "encoder").is_dir():
+        config = dataclasses.replace(config, encoder=str(own))
+    spec, grid = geometry(config.encoder, config.encoder_size)
+    state = artifacts.read(path)
+    check_fit(lambda: Decoder(config.decoder), state, path)
+    return AutoencoderParts(config, state, *artifacts.read_statistics(path / artifacts.STATISTICS, (spec.width, *grid)))
+
+
+def _read_denoiser(path: Path, values: dict) -> DenoiserParts:
+    config, state = from_dict(DenoiserConfig, values, path / "config.json"), artifacts.read(path)
+    check_fit(lambda: Denoiser(config), state, path)
+    return DenoiserParts(config, state)
+
+
+def write_model(parts: Parts, folder: Path) -> None:
+    """`autoencoder/` and `denoiser/`, those of them that there are."""
+    if parts.autoencoder:
+        own = parts.autoencoder
+        with torch.device("meta"):
+            decoder = Decoder(own.config.decoder)
+        load_strict(decoder, own.decoder, folder)
+        statistics = {"var": own.var} | ({} if own.mean is None else {"mean": own.mean})
+        artifacts.write(folder / "autoencoder", "autoencoder", own.config, decoder, World(), statistics=statistics)
+    if parts.denoiser:
+        with torch.device("meta"):
+            denoiser = Denoiser(parts.denoiser.config)
+        load_strict(denoiser, parts.denoiser.state, folder)
+        artifacts.write(folder / "denoiser", "denoiser", parts.denoiser.config, denoiser, World())

@@ -1,0 +1,172 @@
+"""Published models by name, downloaded and converted when they are first asked for."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.utils import WeakFileLock
+
+from raekit.config import to_dict
+from raekit.errors import UserError
+from raekit.formats.decoder_files import read_decoder
+from raekit.formats.denoiser_files import read_denoiser
+from raekit.formats.denoiser_keys import denoiser_config, denoiser_v2_config
+from raekit.formats.native import write_model
+from raekit.formats.parts import Parts
+from raekit.models.denoiser_config import SIZES, DenoiserConfig, wide_head
+from raekit.models.registry import LAYERS, REGISTRY
+
+V1, V2 = "nyu-visionx/RAE-collections", "nyu-visionx/RAEv2-models"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Release:
+    """Where a published autoencoder lies on the Hub, and the fields of its AutoencoderConfig but `decoder`."""
+
+    repository: str
+    decoder: str
+    statistics: str | None
+    fields: dict[str, Any]
+
+    @property
+    def files(self) -> list[str]:
+        return [self.decoder, *([self.statistics] if self.statistics else [])]
+
+
+def _v1(decoder: str, statistics: str | None, **fields: Any) -> Release:
+    return Release(
+        repository=V1,
+        decoder=f"decoders/{decoder}/model.pt",
+        statistics=statistics and f"stats/{statistics}/stat.pt",
+        fields=fields,
+    )
+
+
+def _v2(domain: str, layers: str) -> Release:
+    folder = f"stage1/{domain}/dinov3l-{layers}"
+    return Release(
+        repository=V2,
+        decoder=f"{folder}/decoder.pt",
+        statistics=f"{folder}/stats.pt",
+        fields={"encoder": "dinov3-l", "layers": to_dict(LAYERS[layers]), "output": "pixels"},
+    )
+
+
+RELEASES = {
+    "rae-dinov2-s": _v1("dinov2/wReg_small/ViTXL_n08", None, encoder="dinov2-s"),
+    "rae-dinov2-b": _v1("dinov2/wReg_base/ViTXL_n08", "dinov2/wReg_base/imagenet1k", encoder="dinov2-b"),
+    "rae-dinov2-b-512": _v1(
+        "dinov2/wReg_base/ViTXL_n08_i512", "dinov2/wReg_base/imagenet1k_512", encoder="dinov2-b", encoder_size=448
+    ),
+    "rae-siglip2-b": _v1("siglip2/base_p16_i256/ViTXL_n08", "siglip2/base_p16_i256/ImageNet1k", encoder="siglip2-b"),
+    "rae-mae-b": _v1("mae/base_p16/ViTXL_n08", "mae/base_p16/ImageNet1k", encoder="mae-b"),
+    **{f"raev2-dinov3-l-{k}": _v2("imagenet", k) for k in ("k1", "k7", "k23")},
+    **{f"raev2-dinov3-l-{k}-general": _v2("general", k) for k in ("k1", "k7", "k23")},
+}
+"""The published autoencoders (spec 7.1, II.9). No statistics are published for DINOv2-S."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoiserRelease:
+    """Where a published denoiser lies on the Hub, what it is, and the published autoencoder of its latents."""
+
+    repository: str
+    denoiser: str
+    config: DenoiserConfig
+    autoencoder: str
+
+    @property
+    def files(self) -> list[str]:
+        return [self.denoiser]
+
+
+def _dit_dh(folder: str, size: str, side: int, autoencoder: str) -> DenoiserRelease:
+    backbone, head = SIZES[size], wide_head()
+    arguments = {"hidden_size": (backbone.width, head.width), "depth": (backbone.depth, head.depth)}
+    arguments |= {"num_heads": (backbone.heads, head.heads)}
+    return DenoiserRelease(
+        repository=V1,
+        denoiser=f"DiTs/Dinov2/wReg_base/{folder}/stage2_model.pt",
+        config=denoiser_config({"input_size": side, "in_channels": 768, **arguments}),
+        autoencoder=autoencoder,
+    )
+
+
+DENOISERS = {
+    "dit-dh-xl-256": _dit_dh("ImageNet256/DiTDH-XL", "XL", 16, "rae-dinov2-b"),
+    "dit-dh-xl-256-ep20": _dit_dh("ImageNet256/DiTDH-XL_ep20", "XL", 16, "rae-dinov2-b"),
+    "dit-dh-xl-256-ep80": _dit_dh("ImageNet256/DiTDH-XL_ep80", "XL", 16, "rae-dinov2-b"),
+    "dit-dh-s-256-ep14": _dit_dh("ImageNet256/DiTDH-S_ep14", "S", 16, "rae-dinov2-b"),
+    "dit-dh-xl-512": _dit_dh("ImageNet512/DiTDH-XL_ep400", "XL", 32, "rae-dinov2-b-512"),
+    "dit-dh-s-512-ep20": _dit_dh("ImageNet512/DiTDH-S_ep20", "S", 32, "rae-dinov2-b-512"),
+    "raev2-k7-256": DenoiserRelease(
+        repository=V2,
+        denoiser="stage2/imagenet/dinov3l-k7/checkpoint.pt",
+        config=denoiser_v2_config(
+            {
+                "input_size": 16,
+                "in_channels": 1024,
+                "hidden_size": (1440, 2048),
+                "depth": (28, 2),
+                "num_heads": (20, 16),
+            }
+        ),
+        autoencoder="raev2-dinov3-l-k7",
+    ),
+}
+"""The published denoisers (spec 7.1, II.3, II.9)."""
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept."""
+    return Path(os.environ.get("RAEKIT_CACHE") or Path(constants.HF_HOME, "raekit")).expanduser()
+
+
+def cached(name: str, kind: str | None = None) -> Path:
+    """The folder of the published model `name`, downloaded and converted if this is the first time.
+
+    That of a denoiser's autoencoder, if `kind` asks for it: several denoisers share one. UserError, with the command
+    to run, if the Hub does not deliver.
+    """
+    release = RELEASES[name] if name in RELEASES else DENOISERS[name]
+    if isinstance(release, DenoiserRelease) and kind == "autoencoder":
+        return cached(release.autoencoder)
+    folder = cache_folder() / name
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder.parent}: {error.strerror}; set RAEKIT_CACHE to a folder to write to") from None
+    with WeakFileLock(folder.with_name(f"{name}.lock")):  # of several processes, one converts
+        if not (folder / ("denoiser" if isinstance(release, DenoiserRelease) else "autoencoder")).is_dir():
+            paths = [_download(name, release, file) for file in release.files]
+            if isinstance(release, DenoiserRelease):
+                parts = Parts(denoiser=read_denoiser(paths[0], release.config))
+            else:
+                parts = Parts(read_decoder(release.fields, paths[0], paths[1] if release.statistics else None))
+            write_model(parts, folder)
+    return folder
+
+
+def _download(name: str, release: Release | DenoiserRelease, file: str) -> Path:
+    try:
+        return Path(hf_hub_download(release.repository, file))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"{name}: the Hub did not deliver {file} of {release.repository} ({type(error).__name__}); run "
+            f"{', '.join(_commands(release))} where there is a network"
+        ) from None
+
+
+def _commands(release: Release | DenoiserRelease) -> list[str]:
+    """What fetches all files of a release: a denoiser's autoencoder among them, and the encoder of that."""
+    own = f"`hf download {release.repository} {' '.join(release.files)}`"
+    if isinstance(release, DenoiserRelease):
+        return [own, *_commands(RELEASES[release.autoencoder])]
+    return [own, f"`hf download {REGISTRY[release.fields['encoder']].hub_id}`"]
+
+
+NAMES = (*RELEASES, *DENOISERS)
+"""All published names."""

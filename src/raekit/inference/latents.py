@@ -1,0 +1,160 @@
+"""The whitened latents of image files, on disk."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from raekit import __version__
+from raekit.config import configclass
+from raekit.data.images import find_images, read_image
+from raekit.data.transforms import Fit
+from raekit.errors import UserError
+from raekit.files import check_file
+from raekit.inference.shards import (
+    REMEDIES,
+    ShardInfo,
+    encoder_fingerprint,
+    read_info,
+    read_infos,
+    shard_paths,
+    statistics_fingerprint,
+    write_shard,
+)
+from raekit.models.latent_space import LatentSpace
+from raekit.pictures import from_pil
+from raekit.progress import Report, silent
+from raekit.weights import read_weights
+
+
+@configclass
+class LatentsInfo(ShardInfo):
+    """What a shard of images' latents is of.
+
+    `images` names them in order, `fit` is how they became squares. `inputs` tells whether the same call would write
+    the same again.
+    """
+
+    kind: Literal["images"] = "images"
+    fit: Fit
+    inputs: str
+    images: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Whitened latents (N, C, h, w) of `info.images`."""
+
+    latents: Tensor
+    info: LatentsInfo
+
+
+def encode_files(
+    autoencoder: LatentSpace,
+    model: str,
+    paths: Sequence[Path],
+    out: Path,
+    *,
+    fit: Fit = "crop",
+    batch_size: int = 32,
+    shard_size: int = 512,
+    progress: Report = silent,
+) -> tuple[int, list[str]]:
+    """Write the whitened latents of the images that `paths` mean (`find_images`), at the autoencoder's image size.
+
+    `out` is a .safetensors file, or a folder for shards of `shard_size` images, which is what the memory must
+    hold; shards that are there and would become the same are left alone. Returns the number of images encoded,
+    and the messages of those that could not be read. UserError if there are too many for one file, or the folder
+    holds other shards.
+    """
+    for name, value in (("batch_size", batch_size), ("shard_size", shard_size)):
+        if value < 1:
+            raise UserError(f"{name}: {value} must be at least 1")
+    images = list(find_images(paths))
+    single = out.suffix.lower() == ".safetensors"
+    if single:
+        check_file(out)
+    elif out.suffix.lower() in (".pt", ".pth", ".npz", ".npy", ".bin"):
+        raise UserError(f"{out}: must be a .safetensors file, or a folder for shards")
+    if single and len(images) > shard_size:
+        raise UserError(
+            f"{out}: {len(images)} images are more than shard_size = {shard_size}; give a folder for shards"
+        )
+    parts = [images[first : first + shard_size] for first in range(0, len(images), shard_size)]
+    places = [out] if single else shard_paths(out, len(parts))
+    encoder = encoder_fingerprint(autoencoder)
+    statistics = statistics_fingerprint(autoencoder)
+    unreadable: list[str] = []
+    done = encoded = 0
+    for number, (part, place) in enumerate(zip(parts, places, strict=True)):
+        inputs = _digest(part, encoder, statistics, autoencoder.image_size, fit)
+        names = tuple(map(str, part))
+        if place.is_file() and (there := read_info(place, LatentsInfo)).inputs == inputs and there.images == names:
+            encoded += len(part)
+        else:
+            read: list[Path] = []
+            latents: list[Tensor] = []
+            for first in range(0, len(part), batch_size):
+                pixels: list[Tensor] = []
+                for image in part[first : first + batch_size]:
+                    try:
+                        pixels.append(from_pil(read_image(image, autoencoder.image_size, fit)))
+                        read.append(image)
+                    except UserError as error:
+                        unreadable.append(str(error))
+                if pixels:
+                    latents.append(
+                        autoencoder.encode(torch.stack(pixels).to(autoencoder.var.device)).cpu().contiguous()
+                    )
+                progress("encode", done + min(first + batch_size, len(part)), len(images))
+            info = LatentsInfo(
+                version=__version__,
+                model=model,
+                encoder=encoder,
+                statistics=statistics,
+                image_size=autoencoder.image_size,
+                fit=fit,
+                inputs=inputs,
+                shard=number,
+                shards=len(parts),
+                images=tuple(map(str, read)),
+            )
+            if not images or len(unreadable) == len(images):
+                break  # nothing to write: none of the images could be read
+            whole_shard = torch.cat(latents) if latents else torch.empty(0, *autoencoder.latent_shape)
+            write_shard(place, info, {"latents": whole_shard})
+            encoded += len(read)
+        done += len(part)
+        progress("encode", done, len(images))
+    return encoded, unreadable
+
+
+def read_latents(path: Path | str) -> Iterator[Latents]:
+    """Yield the shards that `raekit encode` wrote to the file or folder `path`, in order, one in memory at a time.
+
+    UserError if there are none, one is damaged, or they are not those of one encoding.
+    """
+    infos = read_infos(Path(path), LatentsInfo)
+    if len({(info.encoder, info.statistics, info.image_size, info.fit) for info in infos.values()}) > 1:
+        raise UserError(f"{path}: holds latents of different models or sizes; {REMEDIES['images']}")
+    for shard, info in infos.items():
+        latents = read_weights(shard).get("latents")
+        if latents is None or latents.ndim != 4 or len(latents) != len(info.images):
+            raise UserError(
+                f"{shard}: needs `latents` (N, C, h, w) of its {len(info.images)} images; encode them again"
+            )
+        yield Latents(latents, info)
+
+
+def _digest(images: Sequence[Path], *settings: object) -> str:
+    """Of the files' contents as their sizes and times tell, and the settings."""
+    digest = blake2b(repr(settings).encode(), digest_size=8)
+    for image in images:
+        status = image.stat() if image.is_file() else None
+        digest.update(os.fsencode(image.resolve()) + repr(status and (status.st_size, status.st_mtime_ns)).encode())
+    return digest.hexdigest()

@@ -1,0 +1,174 @@
+"""Folders of generated pictures, which the same call completes after an interruption."""
+
+import json
+import re
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from zipfile import BadZipFile, ZipFile, ZipInfo
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from raekit.distributed import World
+from raekit.errors import UserError
+from raekit.files import whole
+from raekit.flow.sampling import Sampling, check_sampling
+from raekit.inference.generation import BatchSize, fitting_batch, generate
+from raekit.inference.model import Model
+from raekit.pictures import PictureFormat, read_origin, to_pil, write_picture
+from raekit.progress import Report, silent
+from raekit.weights import fingerprint
+
+
+def generate_folder(
+    model: Model,
+    out: Path,
+    labels: Sequence[int] | None = None,
+    *,
+    total: int,
+    seed: int = 0,
+    sampling: Sampling,
+    batch_size: BatchSize = "auto",
+    world: World,
+    form: PictureFormat = "png",
+    progress: Report = silent,
+) -> Counter[str]:
+    """Write samples 0 to `total` as OUT/000000.png and so on, those alone that are missing or damaged.
+
+    Other pictures of such names are neither written over nor added to: UserError if there are any.
+    The label of sample i is `labels[i % len(labels)]`, so a larger total later adds samples to the same. Batches are
+    of the same samples whatever is missing, so that with a `batch_size` of one's own an interruption changes no bit.
+    Called by all processes, which share the work. Returns the forward passes that an image cost (`Samples.passes`),
+    none if all are there. Raises UserError as `generate` does.
+    """
+    every = _labels(labels, total)
+    settings = _settings(model, seed, sampling)
+    check_sampling(sampling, model.denoiser, labels is not None)
+    size = fitting_batch(model, sampling, batch_size, world)
+
+    def origin(index: int) -> dict[str, object]:
+        return {"settings": settings, "sample": index, "class": labels[index % len(labels)] if labels else None}
+
+    def place(index: int) -> Path:
+        return out / f"{index:06d}.{form}"
+
+    there = _numbered(out)
+    if others := [path for i, path in sorted(there) if path != place(i) or read_origin(path) != origin(i)]:
+        raise UserError(
+            f"{out}: holds other pictures, as {others[0].name}: of another model, class, seed, setting or format, "
+            "or not of raekit; give another folder, or remove them"
+        )
+    missing = set(range(total)) - {i for i, _ in there}
+    world.barrier()  # before anyone writes, all have looked
+    shares = (range(first, min(first + size, total)) for first in range(0, total, size))
+    numbers = [i for share in shares if not missing.isdisjoint(share) for i in share]
+    batches = generate(
+        model,
+        every,
+        count=None if every else total,
+        seed=seed,
+        sampling=sampling,
+        batch_size=size,
+        world=world,
+        indices=numbers,
+    )
+    done, passes = total - len(numbers), Counter()
+    for batch in batches:
+        passes |= batch.passes
+        for image, index in zip(batch.images, batch.indices.tolist(), strict=True):
+            if index in missing:
+                with whole(place(index)) as partial:
+                    write_picture(to_pil(image), partial, origin(index), form)
+        done = min(done + len(batch) * world.size, total)
+        progress("generate", done, total)
+    return passes
+
+
+def _numbered(folder: Path) -> list[tuple[int, Path]]:
+    """The pictures in `folder` that are named as samples are, with their numbers; without those that are damaged."""
+    found = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if re.fullmatch(r"\d{6,}\.(png|webp)", path.name):
+            with suppress(UnidentifiedImageError), Image.open(path):
+                found.append((int(path.stem), path))
+    return found
+
+
+def _labels(labels: Sequence[int] | None, total: int) -> list[int] | None:
+    return None if labels is None else [labels[i % len(labels)] for i in range(total)]
+
+
+def _settings(model: Model, seed: int, sampling: Sampling) -> str:
+    """A fingerprint of all that samples are a function of, but their number and label."""
+    state = {**model.autoencoder.state_dict(), **{f"denoiser.{k}": v for k, v in model.denoiser.state_dict().items()}}
+    weak = sampling.weak
+    if weak is not None:
+        state |= {f"weak.{key}": value for key, value in weak.state_dict().items()}
+    rest = (weak and weak.config, seed, replace(sampling, weak=None))
+    return fingerprint(state, model.autoencoder.config, model.denoiser.config, *rest)
+
+
+def generate_npz(
+    model: Model,
+    out: Path,
+    labels: Sequence[int] | None = None,
+    *,
+    total: int,
+    seed: int = 0,
+    sampling: Sampling,
+    batch_size: BatchSize = "auto",
+    world: World,
+    progress: Report = silent,
+) -> Counter[str]:
+    """Write samples 0 to `total` to the .npz file `out` as ADM does: `arr_0`, uint8 (N, H, W, 3), and `arr_1`, their
+    labels, if there are any.
+
+    They are gathered in the folder OUT.parts, which an interrupted call completes and the last removes. A file of
+    these very samples is left alone. As `generate_folder` otherwise.
+    """
+    every, parts = _labels(labels, total), out.with_name(out.name + ".parts")
+    origin = {"settings": _settings(model, seed, sampling), "total": total, "classes": fingerprint({}, every)}
+    if _npz_origin(out) == origin:
+        return Counter()
+    passes = generate_folder(
+        model,
+        parts,
+        labels,
+        total=total,
+        seed=seed,
+        sampling=sampling,
+        batch_size=batch_size,
+        world=world,
+        progress=progress,
+    )
+    world.barrier()
+    if world.is_main:
+        height, width = model.autoencoder.image_shape
+        with whole(out) as partial, ZipFile(partial, "w") as archive:
+            with archive.open(ZipInfo("arr_0.npy"), "w", force_zip64=True) as file:  # ZipInfo: of no date
+                shape = (total, height, width, 3)
+                np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+                for index in range(total):
+                    with Image.open(parts / f"{index:06d}.png") as image:
+                        file.write(image.tobytes())
+                    progress("pack", index + 1, total)
+            if every:
+                with archive.open(ZipInfo("arr_1.npy"), "w") as file:
+                    np.lib.format.write_array(file, np.array(every, np.int64))
+            archive.comment = json.dumps(origin).encode()
+        shutil.rmtree(parts)
+    world.barrier()
+    return passes
+
+
+def _npz_origin(path: Path) -> object:
+    """What `generate_npz` noted in the file; None if it is another's or not there."""
+    try:
+        with ZipFile(path) as archive:
+            return json.loads(archive.comment)
+    except (OSError, BadZipFile, ValueError, RecursionError):
+        return None

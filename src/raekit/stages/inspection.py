@@ -1,0 +1,110 @@
+"""What a configuration would cost, and what a model or run folder holds."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from raekit import artifacts
+from raekit.config import read_json, to_dict, to_json
+from raekit.data.sources import open_source
+from raekit.distributed import World
+from raekit.errors import UserError
+from raekit.hub import find_folder
+from raekit.stages.run import StageConfig, build
+from raekit.train import checkpoint
+from raekit.train.precision import autocast
+from raekit.train.recompute import checkpoint_blocks
+from raekit.train.tracking import read_metrics, steps_to
+from raekit.weights import read_weights
+
+
+def describe_config(config: StageConfig, run: Path, world: World) -> str:
+    """The resolved configuration, and its parameters, FLOPs, memory, steps and images; trains nothing.
+
+    FLOPs and activation memory are measured on the loss of two images, forward (the backward pass costs about
+    twice that again).
+    """
+    few = replace(config.train, batch_size=2 * world.size, micro_batch=None)
+    stage = build(replace(config, train=few, data=replace(config.data, workers=0)), run, world)
+    lines = [to_json(to_dict(config)).rstrip(), ""]
+    batch = next(stage.batches(0)).to(world.device)
+    share = config.train.micro_batch or config.train.batch_size // world.size
+    for objective in stage.objectives:
+        module = objective.module.to(world.device)
+        if config.train.checkpointing:
+            checkpoint_blocks(objective.blocks)
+        parameters = sum(p.numel() for p in module.parameters())
+        saved: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor, saved: dict[int, int] = saved) -> torch.Tensor:
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        own = {p.untyped_storage().data_ptr() for p in module.parameters()}
+        with (
+            FlopCounterMode(display=False) as counter,
+            saved_tensors_hooks(pack, lambda tensor: tensor),
+            autocast(config.train.precision, world.device),
+        ):
+            objective.loss(batch, objective.start)
+        activations = sum(size for address, size in saved.items() if address not in own) / len(batch)
+        # Weights, gradients, two moments of AdamW, and the averages, in float32.
+        state = 4 * parameters * (4 + len(objective.ema))
+        lines += [
+            f"{objective.name}: {parameters:,} parameters",
+            f"  {counter.get_total_flops() / len(batch) / 1e9:,.2f} GFLOPs forward an image, frozen parts included",
+            f"  memory: about {state / 2**30:,.2f} GiB of state and {activations * share / 2**30:,.2f} GiB "
+            f"of activations for {share} images at once",
+        ]
+    images = config.train.steps * config.train.batch_size
+    lines.append(f"{config.train.steps:,} steps of {config.train.batch_size} images: {images:,} images")
+    return "\n".join(lines)
+
+
+def describe_folder(name: str, reach: tuple[str, float] | None = None) -> str:
+    """What the model, artifact or run `name` holds; UserError if it is none of them.
+
+    `reach` asks of a run after how many epochs a logged metric, such as evaluation/fid, first was a value or less.
+    """
+    folder = find_folder(name)
+    lines = [str(name)]
+    if (folder / "checkpoints").is_dir():
+        saved = [path.name for path in checkpoint.checkpoints(folder / "checkpoints")]
+        records = read_metrics(folder)
+        lines.append(f"  run: checkpoints {', '.join(saved) or 'none'}")
+        if records:
+            lines.append(f"  last record: {json.dumps(records[-1])}")
+        if reach:
+            lines.append(f"  {_reached(folder, records, *reach)}")
+    elif reach:
+        raise UserError(f"{name}: is no run, and has no metrics on record")
+    for kind in ("encoder", "autoencoder", "denoiser"):
+        try:
+            path, values = artifacts.find(name, kind)
+        except UserError:
+            continue
+        state = read_weights(path / "model.safetensors")
+        types = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}))
+        count = sum(tensor.numel() for tensor in state.values())
+        lines.append(f"  {kind}: {len(state)} tensors, {count:,} numbers, {types}")
+        if known := artifacts.averages(path, kind):
+            lines.append(f"    averages of decay {', '.join(map(str, known))}")
+        lines += [f"    {line}" for line in to_json(values).rstrip().splitlines()]
+    if len(lines) == 1:
+        raise UserError(f"{name}: neither a model, an artifact nor a run (no config.json of a known kind in {folder})")
+    return "\n".join(lines)
+
+
+def _reached(run: Path, records: list[dict[str, float]], metric: str, target: float) -> str:
+    steps = steps_to(records, metric, target)
+    if steps is None:
+        best = min(record[metric] for record in records if metric in record)
+        return f"{metric} has not reached {target:g}; its lowest is {best:g}"
+    config = read_json(run / "config.json")
+    images = len(open_source(config["data"]["source"], config["data"]["split"]))
+    epochs = steps * config["train"]["batch_size"] / images
+    return f"{metric} reached {target:g} after {epochs:.4g} epochs of {images:,} images ({steps:,.0f} steps)"

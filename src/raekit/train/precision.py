@@ -1,0 +1,37 @@
+"""The precision that losses are computed in."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Literal
+
+import torch
+
+Precision = Literal["auto", "fp32", "tf32", "bf16"]
+"""What losses are computed in. `tf32` is float32 whose matrix products have 10 bits of fraction on CUDA (on Ampere and
+later eight times as fast), and float32 elsewhere; for `auto` see `compute_dtype`."""
+
+
+def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    """bfloat16 or float32. `auto` is bf16 where the hardware multiplies it fast, else float32."""
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if precision == "bf16" or (precision == "auto" and fast) else torch.float32
+
+
+def autocast(precision: Precision, device: torch.device):
+    """The context in which losses are computed."""
+    dtype = compute_dtype(precision, device)
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+@contextmanager
+def matmul_precision(precision: Precision) -> Iterator[None]:
+    """The context of forward and backward passes: in it CUDA's float32 products are those of `precision`."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before

@@ -1,0 +1,116 @@
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from raekit.config import to_dict
+from raekit.errors import UserError
+from raekit.evaluation.reports import Comparison, Report, flat, read_report, score_rows, write_report
+
+
+def report(guidance: str | None = None, **results: float) -> Report:
+    return Report(
+        names={"model": "a | b <script>", "reference": ["r.npz"]},
+        hash=f"hash {guidance}",
+        images=f"images {guidance}",
+        results=results
+        or {"fid": 2.5, "fid_low": 2.25, "fid_high": 2.75, "fid_bias": 0.5, "kid": 0.1, "kid_std": 0.01},
+        notes=("An early estimate.",),
+        settings={"count": 60, "sampling": {"guidance": guidance, "steps": 2}, "references": [{"hash": "1"}]},
+        environment={"torch": "2", "processes": 1},
+    )
+
+
+def written(folder: Path, made: Report, picture: bool = True) -> Path:
+    folder.mkdir()
+    if picture:
+        Image.new("RGB", (40, 40), "red").save(folder / "samples.png")
+    write_report(made, folder)
+    return folder
+
+
+def height(path: Path) -> int:
+    with Image.open(path) as picture:
+        return picture.height
+
+
+def test_a_report_is_written_for_machines_and_people(tmp_path):
+    made = report("cfg:2.0")
+    folder = written(tmp_path / "out", made)
+    assert read_report(folder) == read_report(folder / "report.json") == made
+    assert made.metrics == ["fid", "kid"]
+    assert score_rows(made) == [["fid ↓", "2.5", "2.25 to 2.75", "bias +0.5"], ["kid ↓", "0.1", "", "deviation 0.01"]]
+    text = (folder / "report.md").read_text()
+    assert "| fid ↓ | 2.5 | 2.25 to 2.75 | bias +0.5 |" in text
+    assert "| sampling.guidance | cfg:2.0 |" in text
+    assert "| model | a \\| b <script> |" in text
+    page = (folder / "report.html").read_text()
+    assert "<script>" not in page
+    assert "&lt;script&gt;" in page
+    assert "data:image/png;base64," in page
+    assert not re.search(r"(src|href)=.(?!data:)", page)
+    for word in ("hash cfg:2.0", "images cfg:2.0", "An early estimate.", "2.25 to 2.75", "sampling.steps", "torch"):
+        assert word in page
+    assert "<img" not in (written(tmp_path / "bare", made, picture=False) / "report.html").read_text()
+
+
+def test_what_is_no_report_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"report\.json: no such file"):
+        read_report(tmp_path)
+    (tmp_path / "report.json").write_text(json.dumps({**to_dict(report()), "results": {"fid": "good"}}))
+    with pytest.raises(UserError, match=r"report\.json: results\.fid: "):
+        read_report(tmp_path)
+
+
+def test_nested_settings_are_flattened():
+    values = {"a": {"b": 1, "c": {}}, "d": [{"e": 2}, {"e": 3}], "f": [1, 2], "g": None}
+    assert flat(values) == {"a.b": 1, "d.0.e": 2, "d.1.e": 3, "f": [1, 2], "g": None}
+
+
+def test_reports_are_called_by_the_setting_that_they_differ_in(tmp_path):
+    plain, guided = written(tmp_path / "a", report()), written(tmp_path / "b", report("cfg:2.0", fid=2.0, recall=0.5))
+    compared = Comparison([plain, guided / "report.json"])
+    assert compared.labels == ["guidance none", "guidance cfg:2.0"]
+    assert compared.rows() == [
+        ["fid ↓", "2.5 (2.25 to 2.75)", "2"],
+        ["kid ↓", "0.1", ""],
+        ["recall ↑", "", "0.5"],
+    ]
+    assert compared.notes() == ["settings differ in sampling.guidance: none | cfg:2.0"]
+    compared.write(tmp_path / "c.md")
+    assert "| fid ↓ | 2.5 (2.25 to 2.75) | 2 |" in (tmp_path / "c.md").read_text()
+    compared.write(tmp_path / "c.html")
+    assert "guidance cfg:2.0" in (tmp_path / "c.html").read_text()
+    compared.write(tmp_path / "c.png")
+    with_samples = height(tmp_path / "c.png")
+    (plain / "samples.png").unlink()
+    compared.write(tmp_path / "d.png")
+    assert height(tmp_path / "d.png") < with_samples
+    with pytest.raises(UserError, match=r"must end in \.png, \.md or \.html"):
+        compared.write(tmp_path / "c.txt")
+
+
+def test_what_forbids_a_comparison_is_told(tmp_path):
+    first = report()
+    second = replace(
+        first,
+        settings={**first.settings, "count": 50, "references": [{"hash": "2"}]},
+        environment={**first.environment, "torch": "3"},
+    )
+    places = [written(tmp_path / name, made) for name, made in (("a", first), ("b", second), ("c", first))]
+    compared = Comparison(places[:2])
+    assert compared.labels == [str(place) for place in places[:2]]
+    notes = "; ".join(compared.notes())
+    for words in (
+        "differ in count: 60 | 50",
+        "environment differ in torch: 2 | 3",
+        "must not be compared",
+        "are higher",
+    ):
+        assert words in notes
+    assert Comparison([places[0], places[2]]).notes() == ["same settings; the images are the same, pixel by pixel"]
+    with pytest.raises(UserError, match="at least two"):
+        Comparison(places[:1])

@@ -1,0 +1,646 @@
+import copy
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from raekit import randomness
+from raekit.data.images import read_image
+from raekit.data.loader import Batch, DataConfig, Loader
+from raekit.distributed import World
+from raekit.errors import UserError
+from raekit.flow.guidance import Guidance, parse_guidance
+from raekit.flow.path import similarity
+from raekit.flow.sampling import Sampling, latents_to_noise, sample_latents, slerp
+from raekit.flow.solvers import time_grid
+from raekit.inference.generation import _fitting, generate, images_to_noise, interpolate, noise_to_images, trajectory
+from raekit.inference.model import Model, load, reconstruct
+from raekit.inference.statistics import measure_latents
+from raekit.models.autoencoder import Autoencoder
+from raekit.models.denoiser import Denoiser
+from raekit.models.denoiser_config import ContextConfig, DenoiserConfig, TransformerConfig
+from raekit.pictures import from_pil, to_pil
+
+ONE = World()
+FEW = Sampling(steps=3)
+LABELS = [0, 2, 1, 1, 0, 2, 2]
+MANY = LABELS * 10  # more than the largest batch
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model) -> Model:
+    return load(str(tiny_model))
+
+
+@pytest.fixture
+def unconditional(model) -> Model:
+    part = TransformerConfig(width=16, depth=1, heads=2)
+    return Model(model.autoencoder, Denoiser(DenoiserConfig(channels=16, grid=(4, 4), backbone=part, num_classes=0)))
+
+
+@pytest.fixture(scope="module")
+def two_outputs(model) -> Model:
+    """A model with a base output."""
+    part = TransformerConfig(width=16, depth=2, heads=2)
+    head = TransformerConfig(width=16, depth=1, heads=2)
+    config = DenoiserConfig(
+        channels=16, grid=(4, 4), backbone=part, head=head, num_classes=3, base_depth=1, context=ContextConfig()
+    )
+    return other_weights(Model(model.autoencoder, Denoiser(config)))
+
+
+def other_weights(model: Model) -> Model:
+    """The same networks with a random denoiser."""
+    denoiser = copy.deepcopy(model.denoiser)
+    for parameter in denoiser.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return Model(model.autoencoder, denoiser)
+
+
+def images_of(model: Model, labels: Sequence[int] | None = LABELS, sampling: Sampling = FEW, **options) -> Tensor:
+    """All samples, in the order of their numbers."""
+    batches = list(generate(model, labels, sampling=sampling, **options))
+    order = torch.cat([batch.indices for batch in batches]).argsort()
+    return torch.cat([batch.images for batch in batches])[order]
+
+
+def test_loading_a_model_by_its_folder(model):
+    assert model.classes == ("blue", "green", "red")
+    assert model.device == torch.device("cpu")
+    assert not model.denoiser.training
+    assert not model.autoencoder.training
+
+
+def test_samples_are_images_with_their_labels_and_numbers(model):
+    batches = list(generate(model, LABELS, sampling=FEW, batch_size=3))
+    assert [len(batch) for batch in batches] == [3, 3, 1]
+    assert torch.cat([batch.labels for batch in batches]).tolist() == LABELS
+    assert torch.cat([batch.indices for batch in batches]).tolist() == list(range(7))
+    for batch in batches:
+        assert batch.images.shape == (len(batch), 3, 16, 16)
+        assert batch.images.dtype == torch.float32
+        assert batch.images.min() >= 0
+        assert batch.images.max() <= 1
+        assert not batch.images.requires_grad
+
+
+@pytest.mark.parametrize("guidance", ["", "cfg:2.0@0.2-0.8", "internal:1.5+auto:1.3"])
+@pytest.mark.parametrize("solver", ["euler", "heun", "euler-maruyama"])
+def test_a_sample_is_the_same_in_any_batch(model, two_outputs, guidance, solver):
+    rules = parse_guidance(guidance) if guidance else ()
+    weak = two_outputs.denoiser if "auto" in guidance else None
+    model = other_weights(two_outputs) if weak else model
+    sampling = Sampling(steps=3, solver=solver, guidance=rules, weak=weak)
+    whole = images_of(model, MANY, sampling, batch_size=7)
+    for batch_size in (1, 64, "auto"):
+        images = images_of(model, MANY, sampling, batch_size=batch_size)
+        assert torch.allclose(images, whole, rtol=0, atol=1e-5)
+
+
+def made_in_rank(world: World, folder: Path) -> dict[int, tuple[Tensor, Tensor]]:
+    found = {}
+    for size in (1, 7, 64):
+        batches = list(generate(load(str(folder)), MANY, sampling=FEW, batch_size=size, world=world))
+        found[size] = torch.cat([b.indices for b in batches]), torch.cat([b.images for b in batches])
+    return found
+
+
+def test_samples_of_two_real_processes_and_of_any_batch_size_are_those_of_one(model, tiny_model, run_ranks):
+    whole = images_of(model, MANY, batch_size=7)
+    ranks = run_ranks(made_in_rank, 2, tiny_model)
+    for size in (1, 7, 64):
+        made = [rank[size] for rank in ranks]
+        assert sorted(i for indices, _ in made for i in indices.tolist()) == list(range(70))
+        assert len(made[0][0]) == {1: 35, 7: 35, 64: 64}[size]  # the processes take turns
+        for indices, images in made:
+            assert torch.allclose(images, whole[indices], rtol=0, atol=1e-5)
+
+
+class Small(nn.Module):
+    """A denoiser on a device whose memory takes `limit` images."""
+
+    def __init__(self, denoiser: Denoiser, limit: int) -> None:
+        super().__init__()
+        self.denoiser, self.config, self.limit = denoiser, denoiser.config, limit
+        self.tried: list[int] = []
+
+    def forward(self, x: Tensor, *arguments: Any, **options: Any) -> Any:
+        if self.tried[-1:] != [len(x)]:
+            self.tried.append(len(x))
+        if len(x) > self.limit:
+            raise torch.OutOfMemoryError
+        return self.denoiser(x, *arguments, **options)
+
+
+def test_batches_are_halved_where_memory_does_not_suffice(model, caplog):
+    small = Small(model.denoiser, 3)
+    tight = Model(model.autoencoder, small)  # type: ignore[arg-type]
+    batches = list(generate(tight, LABELS * 2, sampling=FEW, batch_size=10))
+    assert [len(batch) for batch in batches] == [2] * 7  # of 10 at most 5, of 5 at most 2
+    assert small.tried == [10, 5, 2]
+    assert torch.allclose(torch.cat([batch.images for batch in batches]), images_of(model, LABELS * 2), atol=1e-5)
+    assert "batches of 10 images do not fit into the GPU's memory; going on with 5" in caplog.text
+    with pytest.raises(UserError, match="not even one image fits"):
+        list(generate(Model(model.autoencoder, Small(model.denoiser, 0)), [0], sampling=FEW))  # type: ignore[arg-type]
+
+
+def test_batch_sizes_that_fit_the_memory():
+    assert _fitting(80 * 2**30, 0.2 * 2**30) == 256
+    assert _fitting(2**30, 2**20) == 512
+    assert _fitting(2**40, 1) == 1024
+    assert _fitting(2**20, 2**30) == _fitting(2**20, math.inf) == 1
+
+
+def test_half_precision_is_close(model):
+    exact, rough = images_of(model), images_of(model, sampling=replace(FEW, precision="bf16"))
+    assert rough.dtype == torch.float32
+    assert not torch.equal(exact, rough)
+    assert (exact - rough).abs().mean() < 0.05 * exact.std()
+
+
+def test_interpolation_goes_from_one_sample_to_another(model, two_outputs):
+    weak = two_outputs.denoiser
+    for solver, text in (("euler", "auto:1.5+cfg:1.3"), ("euler-maruyama", "")):
+        sampling = Sampling(steps=3, solver=solver, guidance=parse_guidance(text) if text else ())  # type: ignore[arg-type]
+        sampling = replace(sampling, weak=weak if text else None)
+        ends = [next(iter(generate(model, [label], seed=seed, sampling=sampling))) for label, seed in ((0, 3), (2, 4))]
+        settings: Any = {"seeds": (3, 4), "labels": (0, 2), "frames": 5, "sampling": sampling}
+        images = torch.cat([batch.images for batch in interpolate(model, **settings)])
+        assert images.shape == (5, 3, 16, 16)
+        for i, end in zip((0, -1), ends, strict=True):
+            assert torch.allclose(images[i], end.images[0], atol=1e-5)
+        assert all(not torch.allclose(a, b, atol=1e-3) for a, b in pairwise(images))
+        parts = [batch.images for batch in interpolate(model, batch_size=2, **settings)]
+        assert [len(part) for part in parts] == [2, 2, 1]
+        assert torch.allclose(torch.cat(parts), images, atol=1e-5)
+
+
+def test_interpolation_without_classes(unconditional):
+    batches = list(interpolate(unconditional, seeds=(0, 1), frames=3, sampling=FEW))
+    assert batches[0].labels.tolist() == [-1] * 3
+    assert batches[0].passes == {"model": 3}
+    for options, message in (
+        ({"frames": 1}, "frames: 1 must be at least 2"),
+        ({"seeds": (1, 1)}, "both ends are the same"),
+        ({"labels": (0, 0)}, "labels: 0 is not among the model's 0 classes"),
+    ):
+        with pytest.raises(UserError, match=message):
+            list(interpolate(unconditional, **({"seeds": (0, 1)} | options)))  # type: ignore[arg-type]
+
+
+def test_the_great_circle():
+    a, b = torch.randn(2, 40, 4, 4)
+    way = slerp(a, b, torch.linspace(0, 1, 5))
+    assert torch.allclose(way[0], a)
+    assert torch.allclose(way[-1], b)
+    unit = slerp(a / a.norm(), b / b.norm(), torch.linspace(0, 1, 5)).flatten(1)
+    assert torch.allclose(unit.norm(dim=1), torch.ones(5))
+    steps = (unit[1:] * unit[:-1]).sum(1)
+    assert torch.allclose(steps, steps[:1].expand(4))
+    assert torch.allclose(slerp(a, a, torch.tensor([0.3])), a)
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_a_trajectory_ends_in_the_sample(model, solver):
+    sampling = Sampling(steps=6, solver=solver, guidance=parse_guidance("cfg:1.5@0.1-0.9"))
+    times, images = trajectory(model, [1, 2], frames=4, seed=5, sampling=sampling)
+    assert images.shape == (4, 2, 3, 16, 16)
+    assert times[0] == 1
+    assert times[-1] == 0
+    assert sorted(times, reverse=True) == times
+    assert torch.allclose(images[-1], images_of(model, [1, 2], sampling, seed=5), atol=1e-5)
+    # At time 1 the data that the velocity points to are x - v.
+    noise = randomness.normal(5, "sample", [0, 1], (16, 4, 4))
+    with torch.no_grad():
+        v = model.denoiser(noise, torch.ones(2), torch.tensor([1, 2]))
+        assert torch.allclose(images[0], model.autoencoder.decode(noise - v), atol=1e-5)
+    with pytest.raises(UserError, match="frames: 9 must be from 2 to 7"):
+        trajectory(model, [0], frames=9, sampling=sampling)
+    assert trajectory(model, count=1, frames=7, sampling=Sampling(steps=6))[1].shape == (7, 1, 3, 16, 16)
+
+
+def test_two_processes_share_the_samples_of_one(model):
+    alone = images_of(model, batch_size=2)
+    shares = [list(generate(model, LABELS, sampling=FEW, batch_size=2, world=World(rank=r, size=2))) for r in (0, 1)]
+    numbers = [[batch.indices.tolist() for batch in share] for share in shares]
+    assert numbers == [[[0, 1], [4, 5]], [[2, 3], [6]]]
+    for share in shares:
+        for batch in share:
+            assert torch.equal(batch.images, alone[batch.indices])
+            assert batch.labels.tolist() == [LABELS[i] for i in batch.indices]
+
+
+def test_indices_are_the_samples_that_are_made(model):
+    whole = images_of(model, batch_size=2)
+    assert torch.allclose(images_of(model, batch_size=2, indices=[1, 4, 5]), whole[[1, 4, 5]], atol=1e-5)
+    made = [list(generate(model, LABELS, indices=[1, 4, 5], batch_size=2, world=World(rank=r, size=2))) for r in (0, 1)]
+    assert [[batch.indices.tolist() for batch in share] for share in made] == [[[1, 4]], [[5]]]
+    assert [batch.labels.tolist() for share in made for batch in share] == [[2, 0], [2]]
+    assert not list(generate(model, LABELS, indices=[]))
+
+
+def test_seeds_and_classes_make_different_samples(model):
+    whole = images_of(model)
+    assert torch.equal(images_of(model), whole)
+    assert not torch.allclose(images_of(model, seed=1), whole, atol=1e-3)
+    other = images_of(model, [1] * 7)
+    same = torch.tensor([label == 1 for label in LABELS])
+    assert torch.allclose(other[same], whole[same], atol=1e-5)
+    assert all(not torch.allclose(a, b, atol=1e-3) for a, b in zip(other[~same], whole[~same], strict=True))
+    assert all(not torch.allclose(whole[0], image, atol=1e-3) for image in whole[1:])
+
+
+def test_a_model_without_classes_generates_by_count(unconditional):
+    images = images_of(unconditional, None, count=5, batch_size=2)
+    assert images.shape == (5, 3, 16, 16)
+    assert next(iter(generate(unconditional, count=1, sampling=FEW))).labels.tolist() == [-1]
+    with pytest.raises(UserError, match="labels: 0 is not among the model's 0 classes"):
+        images_of(unconditional, [0])
+    with pytest.raises(UserError, match=r"guidance: cfg needs labels"):
+        images_of(unconditional, None, Sampling(guidance=(Guidance(scale=2.0),)), count=1)
+
+
+@pytest.mark.parametrize("label", [-1, 3, 1000])
+def test_a_label_outside_the_classes_is_refused(model, label):
+    with pytest.raises(UserError, match=f"labels: {label} is not among the model's 3 classes"):
+        images_of(model, [0, label])
+
+
+def test_labels_or_a_count_but_not_both(model):
+    for arguments in ({"labels": None}, {"labels": [0], "count": 1}):
+        with pytest.raises(UserError, match="give either labels, one for each sample, or count"):
+            images_of(model, **arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_a_batch_of_nothing_is_refused(model, batch_size):
+    with pytest.raises(UserError, match=f"batch_size: {batch_size} must be at least 1"):
+        images_of(model, batch_size=batch_size)
+
+
+class Counted(nn.Module):
+    """A denoiser that notes for each call its time, and whether it got classes."""
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        super().__init__()
+        self.denoiser, self.config = denoiser, denoiser.config
+        self.calls: list[tuple[float, bool]] = []
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None, **options: Any) -> Any:
+        assert (t == t[0]).all()
+        assert len(x) == 2, "no doubled batch"
+        assert labels is None or labels.tolist() == [0, 2]
+        self.calls.append((t[0].item(), labels is not None))
+        return self.denoiser(x, t, labels, **options)
+
+
+Calls = list[tuple[float, bool]]
+
+
+def calls_of(model: Model, sampling: Sampling) -> tuple[Calls, Calls, Counter[str]]:
+    """The calls of the model, and of its weaker one, for two samples in a batch; and the passes reported."""
+    counted = Counted(model.denoiser)
+    weak = Counted(sampling.weak) if sampling.weak else None
+    sampling = replace(sampling, weak=weak)  # type: ignore[arg-type]
+    model = Model(model.autoencoder, counted)  # type: ignore[arg-type]
+    (batch,) = generate(model, [0, 2], sampling=sampling)
+    return counted.calls, weak.calls if weak else [], batch.passes
+
+
+@pytest.mark.parametrize(
+    ("sampling", "evaluations"),
+    [
+        (Sampling(steps=10), 10),
+        (Sampling(steps=10, grid="published"), 9),
+        (Sampling(steps=10, solver="heun"), 20),
+        (Sampling(steps=10, solver="euler-maruyama"), 10),
+    ],
+)
+def test_evaluations_of_each_solver_and_grid(model, sampling, evaluations):
+    calls, _, passes = calls_of(model, sampling)
+    assert len(calls) == evaluations
+    assert passes == {"model": evaluations}
+    assert calls[0][0] == 1.0
+    assert all(given for _, given in calls)
+
+
+def test_bf16_moves_samples_a_little_and_leaves_them_float32(model):
+    exact, rounded = (
+        next(generate(model, [0, 1, 2], sampling=Sampling(steps=4, precision=precision))).images
+        for precision in ("fp32", "bf16")
+    )
+    assert rounded.dtype == torch.float32
+    assert not torch.equal(exact, rounded)
+    assert torch.allclose(exact, rounded, atol=0.05)
+
+
+def test_forward_passes_of_each_guidance(two_outputs):
+    """50 steps: 50 unguided, with CFG those within its interval more, with AutoGuidance 50 weak ones, internal 50."""
+    weak = other_weights(two_outputs).denoiser
+    times = time_grid(50, two_outputs.denoiser.config.shift)[:-1]
+    inside = [t for t in times if 0.1 <= t <= 0.9]
+    assert 0 < len(inside) < 50
+
+    def passes_of(text: str) -> tuple[Calls, Calls, Counter[str]]:
+        rules = parse_guidance(text) if text else ()
+        return calls_of(two_outputs, Sampling(guidance=rules, weak=weak if "auto" in text else None))
+
+    conditional = [(t, True) for t in times]
+    assert passes_of("") == (conditional, [], {"model": 50})
+    calls, _, passes = passes_of("cfg:2.0@0.1-0.9")
+    assert [call for call in calls if call[1]] == conditional
+    assert [t for t, given in calls if not given] == inside
+    assert passes == {"model": 50, "unconditional": len(inside)}
+    assert passes_of("auto:1.42") == (conditional, conditional, {"model": 50, "weak": 50})
+    assert passes_of("internal:1.78@0.1-1") == (conditional, [], {"model": 50})
+    calls, weak_calls, passes = passes_of("internal:1.78+cfg:2@0.1-0.9+auto:1.2@0.1-0.9")
+    assert len(calls) == 50 + len(inside)
+    assert [t for t, _ in weak_calls] == inside
+    assert passes == {"model": 50, "unconditional": len(inside), "weak": len(inside)}
+
+
+def test_internal_guidance_leads_away_from_the_base_output(two_outputs):
+    """On predicted data it is base + scale (full - base) as well (spec II.6)."""
+    denoiser = copy.deepcopy(two_outputs.denoiser)
+    denoiser.config = replace(denoiser.config, prediction="data")
+    x = randomness.normal(0, "sample", [0, 1], (16, 4, 4))
+    labels = torch.tensor([1, 2])
+    full, base = denoiser(x, torch.ones(2), labels, with_base=True)
+    sampling = Sampling(steps=1, guidance=parse_guidance("internal:1.78"))
+    ours = sample_latents(denoiser, labels, torch.arange(2), 0, sampling, "cpu")
+    assert torch.allclose(ours, base + 1.78 * (full - base), atol=1e-5)
+
+
+def test_a_weak_model_as_good_as_the_model_changes_nothing(model):
+    sampling = Sampling(steps=3, guidance=parse_guidance("auto:1.5"), weak=copy.deepcopy(model.denoiser))
+    assert torch.allclose(images_of(model, sampling=sampling), images_of(model), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        ("internal:2", {}, r"internal needs a base output.*denoiser\.base_depth"),
+        ("auto:2", {}, r"auto needs a weaker model \(--weak, Sampling\.weak\)"),
+        ("", {"weak": "other"}, "weak: no effect without guidance auto:SCALE"),
+        ("cfg:2", {"weak": "other"}, "weak: no effect without guidance auto:SCALE"),
+        ("auto:2", {"weak": "same"}, "weak: the same model"),
+        ("auto:2", {"weak": "smaller"}, r"weak: it is for latents \(16, 2, 2\) of 3 classes"),
+        ("cfg:2@0.01-0.02", {}, r"cfg would have no effect, .* 0\.01-0\.02"),
+        ("cfg:2@0.0-0.001", {"solver": "euler"}, "cfg would have no effect"),
+        ("cfg:2@0.0-0.001", {"solver": "heun"}, None),
+        ("", {"reuse": 0}, "reuse: 0 must be a whole number of steps from 1, or a similarity"),
+        ("", {"reuse": 1.5}, "reuse: 1.5 must be a whole number"),
+        ("", {"reuse": -0.5}, "reuse: -0.5 must be a whole number"),
+        ("", {"reuse": float("nan")}, "reuse: nan must be a whole number"),
+        ("", {"reuse": 0.9999}, r"reuse: 0.9999 would have no effect, as neighbouring steps are at most 0\.9\d+ alike"),
+        ("", {"reuse": 2, "solver": "heun"}, "reuse: only for a denoiser with a head"),
+    ],
+)
+def test_settings_without_effect_are_refused(model, text, options, message):
+    part = TransformerConfig(width=16, depth=1, heads=2)
+    smaller = Denoiser(DenoiserConfig(channels=16, grid=(2, 2), backbone=part, num_classes=3))
+    models = {"other": copy.deepcopy(model.denoiser), "same": model.denoiser, "smaller": smaller}
+    options = {"steps": 4} | options
+    if "weak" in options:
+        options["weak"] = models[options["weak"]]
+    sampling = Sampling(guidance=parse_guidance(text) if text else (), **options)
+    if message is None:
+        images_of(model, [0], sampling)
+    else:
+        with pytest.raises(UserError, match=message):
+            images_of(model, [0], sampling)
+
+
+def test_reusing_the_backbone(model, unconditional):
+    plain = images_of(model, sampling=Sampling(steps=20))
+    features = []
+    hook = model.denoiser.blocks[-1].register_forward_hook(lambda *_: features.append(1))
+    sampling = Sampling(steps=20, reuse=3, guidance=parse_guidance("cfg:1.001@0.0-0.5"))
+    (batch,) = generate(model, LABELS, sampling=sampling)
+    hook.remove()
+    times = time_grid(20, model.denoiser.config.shift)[:-1]
+    inside = sum(t <= 0.5 for t in times)
+    assert len(features) == 7 + -(-inside // 3)
+    assert batch.passes == {"model": 7, "unconditional": -(-inside // 3), "head": 13 + inside - -(-inside // 3)}
+    assert not torch.equal(batch.images, plain)
+    assert (batch.images - plain).abs().mean() < 0.1 * plain.std()
+    with pytest.raises(UserError, match="reuse: only for a denoiser with a head"):
+        images_of(unconditional, None, Sampling(reuse=2), count=1)
+
+
+def test_reusing_the_backbone_by_similarity(model):
+    times = time_grid(20, model.denoiser.config.shift)[:-1]
+    fresh, seen = 0, None
+    for t in times:
+        if seen is None or similarity(t, seen) < 0.95:
+            fresh, seen = fresh + 1, t
+    assert 2 < fresh < 18
+    features = []
+    hook = model.denoiser.blocks[-1].register_forward_hook(lambda *_: features.append(1))
+    (batch,) = generate(model, LABELS, sampling=Sampling(steps=20, reuse=0.95))
+    hook.remove()
+    assert len(features) == fresh
+    assert batch.passes == {"model": fresh, "head": 20 - fresh}
+    plain = images_of(model, sampling=Sampling(steps=20))
+    close = images_of(model, sampling=Sampling(steps=20, reuse=0.99))
+    near, far = ((images - plain).abs().mean() for images in (close, batch.images))
+    assert 0 < near < far < 0.2 * plain.std()
+
+
+@pytest.mark.parametrize("grid", ["full", "published"])
+def test_latents_go_to_noise_and_back(model, grid):
+    labels, indices = torch.tensor([1]), torch.tensor([5])
+    sampling = Sampling(steps=40, solver="heun", grid=grid, guidance=parse_guidance("cfg:1.5@0.0-0.7"))
+    latents = sample_latents(model.denoiser, labels, indices, 0, sampling, "cpu")
+    noise = latents_to_noise(model.denoiser, latents, labels, sampling)
+    assert torch.allclose(noise, randomness.normal(0, "sample", indices, (16, 4, 4)), atol=0.1)
+    with pytest.raises(UserError, match="solver euler-maruyama: goes from noise to data only"):
+        latents_to_noise(model.denoiser, latents, labels, replace(sampling, solver="euler-maruyama"))
+
+
+def test_images_go_to_noise_and_back_the_better_the_finer_the_steps(model):
+    images = images_of(model, [1, 0])
+    rebuilt = reconstruct(model.autoencoder, images)
+    errors, noises = [], []
+    for steps in (5, 20, 80):
+        sampling = Sampling(steps=steps, solver="heun")
+        noises.append(images_to_noise(model, images, [1, 0], sampling))
+        errors.append((noise_to_images(model, noises[-1], [1, 0], sampling) - rebuilt).abs().max().item())
+    assert errors[0] > 4 * errors[1] > 16 * errors[2]
+    assert errors[2] < 1e-3
+    assert noises[2].shape == (2, 16, 4, 4)
+    assert not torch.allclose(noises[2], images_to_noise(model, images, [0, 0], sampling), atol=1e-3)
+    # What `generate` draws makes what it makes.
+    drawn = randomness.normal(0, "sample", [0, 1], (16, 4, 4))
+    assert torch.equal(noise_to_images(model, drawn, [1, 0], FEW), images_of(model, [1, 0]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (((2, 16, 4, 4), [0]), "labels: 1 of them for 2 images"),
+        (((1, 16, 4, 4), [3]), "labels: 3 is not among"),
+        (((1, 16, 2, 2), [0]), r"noise: of shape \(16, 2, 2\), and the model's latents of \(16, 4, 4\)"),
+    ],
+)
+def test_noise_that_does_not_fit_is_refused(model, arguments, message):
+    shape, labels = arguments
+    with pytest.raises(UserError, match=message):
+        noise_to_images(model, torch.zeros(shape), labels)
+    with pytest.raises(UserError, match="euler-maruyama"):
+        noise_to_images(model, torch.zeros(1, 16, 4, 4), [0], Sampling(solver="euler-maruyama"))
+
+
+def test_adaptive_and_stochastic_sampling(model):
+    pytest.importorskip("torchdiffeq")
+    exact = images_of(model, [1], Sampling(steps=60, solver="heun"))
+    adaptive = images_of(model, [1], Sampling(solver="dopri5", atol=1e-4, rtol=1e-4))
+    assert torch.allclose(adaptive, exact, atol=0.01)
+    stochastic = images_of(model, [1], Sampling(steps=10, solver="euler-maruyama"))
+    assert torch.equal(stochastic, images_of(model, [1], Sampling(steps=10, solver="euler-maruyama")))
+    assert not torch.allclose(stochastic, exact, atol=0.05)
+
+
+def test_guidance_moves_samples_away_from_the_unconditional_ones(model):
+    plain = images_of(model)
+    guided = images_of(model, sampling=Sampling(steps=3, guidance=(Guidance(scale=3.0),)))
+    assert not torch.allclose(plain, guided, atol=1e-3)
+    barely = images_of(model, sampling=Sampling(steps=3, guidance=(Guidance(scale=1.0001),)))
+    assert torch.allclose(plain, barely, atol=1e-2)
+
+
+def test_models_that_do_not_fit_together_are_refused(model):
+    part = TransformerConfig(width=16, depth=1, heads=2)
+    other = Denoiser(DenoiserConfig(channels=16, grid=(2, 2), backbone=part, num_classes=3))
+    with pytest.raises(UserError, match=r"the denoiser is for latents \(16, 2, 2\), the autoencoder has \(16, 4, 4\)"):
+        Model(model.autoencoder, other)
+
+
+def test_classes_by_name_or_number(model, unconditional):
+    assert [model.class_id(name) for name in ("green", "0", "2")] == [1, 0, 2]
+    for name in ("purple", "3", "-1", "", "²"):
+        with pytest.raises(UserError, match=f"class '{name}': no such class; there are blue, green, red"):
+            model.class_id(name)
+    with pytest.raises(UserError, match="this model is unconditional"):
+        unconditional.class_id("0")
+    part = TransformerConfig(width=16, depth=1, heads=2)
+    nameless = Denoiser(DenoiserConfig(channels=16, grid=(4, 4), backbone=part, num_classes=12))
+    twelve = Model(model.autoencoder, nameless)
+    assert twelve.class_id("11") == 11
+    assert twelve.class_ids("9-11") == [9, 10, 11]
+    assert twelve.class_ids("4") == [4]
+    assert model.class_ids("green") == [1]
+    for name, message in (("9-12", "class '12': no such"), ("3-1", "range runs backwards; give 1-3"), ("a-b", "'a-b'")):
+        with pytest.raises(UserError, match=message):
+            twelve.class_ids(name)
+    dashed = replace(nameless.config, class_names=tuple(f"{i}-{i}" for i in range(12)))
+    assert Model(model.autoencoder, Denoiser(dashed)).class_ids("3-3") == [3]  # a name goes first
+
+
+# Statistics of latents
+
+
+def batches(source: str, batch_size: int, world: World) -> list[Batch]:
+    return list(Loader(DataConfig(source=source, split="all", image_size=16), 0).once(batch_size, world))
+
+
+def measure(world: World, model: Path, source: str, batch_size: int, mirror: bool) -> tuple[Tensor, Tensor]:
+    autoencoder = Autoencoder.load(str(model))
+    return measure_latents(autoencoder.tokens, batches(source, batch_size, world), (16, 4, 4), world, mirror)
+
+
+def measure_in_two(world: World, model: Path, source: str) -> list[tuple[Tensor, Tensor]]:
+    return [measure(world, model, source, batch_size, mirror=False) for batch_size in (8, 64)]
+
+
+@pytest.fixture(scope="module")
+def tokens(model, images) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens of all 39 images in float64, and those of their mirror images."""
+    pixels = torch.cat([batch.pixels() for batch in batches(images, 39, ONE)])
+    return tuple(model.autoencoder.tokens(view).double().numpy() for view in (pixels, pixels.flip(-1)))
+
+
+def assert_exact(measured: tuple[Tensor, Tensor], values: np.ndarray) -> None:
+    mean, var = measured
+    assert mean.dtype == var.dtype == torch.float32
+    np.testing.assert_allclose(mean.numpy(), values.mean(0), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(var.numpy(), values.var(0), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_statistics_of_latents_are_those_of_the_whole_array(tiny_model, images, tokens, batch_size):
+    assert_exact(measure(ONE, tiny_model, images, batch_size, mirror=False), tokens[0])
+
+
+def test_mirrored_images_count_too(tiny_model, images, tokens):
+    assert_exact(measure(ONE, tiny_model, images, 7, mirror=True), np.concatenate(tokens))
+
+
+def test_two_processes_measure_as_one(tiny_model, images, tokens, run_ranks):
+    for rank in run_ranks(measure_in_two, 2, tiny_model, images):
+        for measured in rank:
+            assert_exact(measured, tokens[0])
+
+
+def test_statistics_far_from_zero_lose_no_digits(images):
+    def far(pixels: Tensor) -> Tensor:
+        return 3000 + pixels
+
+    values = torch.cat([batch.pixels() for batch in batches(images, 39, ONE)]).add(3000).double().numpy()
+    _, var = measure_latents(far, batches(images, 7, ONE), (3, 16, 16), ONE)
+    np.testing.assert_allclose(var.numpy(), values.var(0), rtol=1e-6, atol=1e-6)
+
+
+# Pictures
+
+
+def test_reconstructing_is_encoding_and_decoding(model):
+    images = torch.rand(3, 3, 16, 16)
+    decoded = reconstruct(model.autoencoder, images)
+    assert torch.equal(decoded, model.autoencoder.decode(model.autoencoder.encode(images)))
+    assert decoded.shape == images.shape
+    assert not decoded.requires_grad
+
+
+def test_encoding_leaves_the_model_alone(model):
+    before = copy.deepcopy(model.autoencoder.state_dict())
+    reconstruct(model.autoencoder, torch.rand(1, 3, 16, 16))
+    assert all(torch.equal(value, before[key]) for key, value in model.autoencoder.state_dict().items())
+
+
+def test_a_picture_of_any_kind_is_read_and_cropped(tmp_path):
+    for mode, suffix in (("RGB", "jpg"), ("RGBA", "png"), ("L", "png"), ("P", "gif"), ("CMYK", "jpg"), ("1", "png")):
+        path = tmp_path / f"{mode}.{suffix}"
+        Image.new(mode, (40, 30), 1).save(path)
+        read = read_image(path, 16)
+        assert (read.mode, read.size) == ("RGB", (16, 16))
+
+
+def test_what_is_no_picture_is_named(tmp_path):
+    with pytest.raises(UserError, match=f"^{tmp_path / 'none.png'}: no such file$"):
+        read_image(tmp_path / "none.png", 16)
+    text = tmp_path / "text.png"
+    text.write_text("text")
+    torn = tmp_path / "torn.png"
+    Image.effect_noise((64, 64), 50).save(torn)
+    torn.write_bytes(torn.read_bytes()[:1000])
+    for path in (text, torn, tmp_path):
+        with pytest.raises(UserError, match=rf"^{path}: not a readable image \(.+\)$") as error:
+            read_image(path, 16)
+        assert "\n" not in str(error.value)
+
+
+def test_pictures_round_and_keep_every_level():
+    levels = torch.arange(256).float().div(255).expand(3, 2, 256)
+    assert torch.equal(from_pil(to_pil(levels)), levels)
+    assert to_pil(torch.full((3, 1, 1), 0.999)).getpixel((0, 0)) == (255, 255, 255)
+    assert to_pil(torch.full((3, 1, 1), 1.7)).getpixel((0, 0)) == (255, 255, 255)
