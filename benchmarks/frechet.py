@@ -23,10 +23,10 @@ from torch import Tensor
 
 from harness import interleaved, peak_memory, report
 from raekit.distributed import World
-from raekit.evaluation.evaluate import evaluate
 from raekit.evaluation.features import Images
 from raekit.evaluation.frechet import Gaussian, frechet_distance
 from raekit.evaluation.metrics import FrechetDistance
+from raekit.evaluation.streaming import score_stream
 from raekit.moments import Moments
 
 BATCH = 50
@@ -108,7 +108,7 @@ def stream(count: int, dim: int) -> float:
             yield Images(torch.rand(size, 3, 32, 32, generator=generator), torch.full((size,), -1))
 
     reference = Gaussian(torch.full((dim,), 0.5), torch.eye(dim) / 12)
-    evaluate(generated(), [FrechetDistance(Stub(dim), reference)], World())
+    score_stream(generated(), [FrechetDistance(Stub(dim), reference)], World())
     return peak_memory(torch.device("cpu")) / 2**30
 
 

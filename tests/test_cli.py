@@ -371,7 +371,7 @@ def test_parts_are_added_to_a_recipe_and_left_out(run, tmp_path, monkeypatch):
     added = ["--selection.every", "70", "--adversarial.discriminator.backbone", "builtin:vit-tiny"]
     more = ["--adversarial.discriminator.blocks", "0", "2", "--adversarial.optim.lr", "0.1"]
     both = resolved(dry("emoji_decoder", *added, *more, "--adversarial.max_weight=9"))
-    assert both["selection"] == {"every": 70, "latents": None, "features": "builtin:vit-tiny"}
+    assert both["selection"] == {"every": 70, "latents": None, "features": None}
     assert both["adversarial"]["discriminator"]["blocks"] == [0, 2]
     assert (both["adversarial"]["optim"]["lr"], both["adversarial"]["max_weight"]) == (0.1, 9)
     assert {**both, "selection": None, "adversarial": None} == plain
@@ -1018,40 +1018,27 @@ def test_a_reference_is_measured_and_written(run, images, tiny_model, tmp_path):
     assert_fails(run("reference", images, *options), "nowhere.pth: no such file")
 
 
-def test_scores_are_printed_and_written(run, images, tiny_model, weaker, tmp_path):
-    out = tmp_path / "scores.json"
-    options = ["--source", images, "--features", tiny_model, "--count", 6, "--steps", 1, "--weak", weaker]
-    assert_fails(run("evaluate", tiny_model, *options, "--out", out), "--weak: no effect without --guidance auto")
-    options += ["--guidance", "cfg:2.0", "auto:1.5"]
-    done = run("evaluate", tiny_model, *options, "--out", out)
+def test_samples_are_scored_next_to_baselines(run, images, tiny_model, weaker, tmp_path):
+    out = tmp_path / "report"
+    command = ["evaluate", tiny_model, "--source", images, "--features", tiny_model, "--count", 6, "--steps", 1]
+    command += ["--baselines", "--out", out]
+    assert_fails(run(*command, "--weak", weaker), "weak: no effect without guidance auto")
+    done = run(*command, "--guidance", "auto:1.5", "--weak", weaker)
     assert done.code == 0, done.err
-    written = json.loads(out.read_text())
-    assert (written["model"], written["count"], written["steps"]) == (str(tiny_model), 6, 1)
-    rows = written["scores"]
-    assert list(rows) == [
-        "held-out images",
-        "training images",
-        "reconstructions",
-        "decoded noise",
-        "samples",
-        "samples, cfg:2.0",
-        "samples, auto:1.5",
-    ]
-    name = re.sub("[^0-9A-Za-z]+", "_", tiny_model.name).strip("_")
-    assert rows["samples"].keys() >= {f"fd_{name}", f"knn_accuracy_{name}", f"nearest_distance_{name}"}
-    assert rows["reconstructions"].keys() >= {"psnr", "ssim"}
-    for row, values in rows.items():
+    report = read_report(out)
+    assert (report.names["model"], report.names["weak"]) == (str(tiny_model), str(weaker))
+    assert (report.settings["count"], report.settings["sampling"]["guidance"]) == (6, "auto:1.5")
+    assert list(report.baselines) == ["held-out images", "training images", "reconstructions", "decoded noise"]
+    for row in report.baselines:
         assert row in done.out
-        assert all(np.isfinite(value) for value in values.values())
-    assert f"{rows['samples'][f'fd_{name}']:.4g}" in done.out
+    assert f"Compared with the 9 held-out images of {images}." in done.out
 
 
-def test_scores_have_intervals_on_request(run, images, tiny_model, tmp_path):
-    out = tmp_path / "scores.json"
-    options = ["--source", images, "--features", tiny_model, "--count", 40, "--steps", 1, "--out", out]
-    assert_fails(run("evaluate", tiny_model, *options, "--intervals"), "needs at least 40 images, and there are 9")
-    assert_fails(run("evaluate", tiny_model, *options, "--labels", "random"), "--labels: no effect without --reference")
-    assert_fails(run("evaluate", images), "--reference: saved images need one to be compared with")
+def test_an_evaluation_needs_something_to_compare_with(run, images, tiny_model, tmp_path):
+    assert_fails(run("evaluate", tiny_model, "--features", tiny_model), "does not record the dataset")
+    assert_fails(run("evaluate", images), "saved images need real images to be compared with")
+    command = ["evaluate", tiny_model, "--source", images, "--features", tiny_model, "--count", 39, "--steps", 1]
+    assert_fails(run(*command, "--out", tmp_path / "out", "--intervals"), "need at least 40 images, and there are 39")
 
 
 def test_samples_and_saved_images_are_compared_with_a_reference(run, images, tiny_model, tmp_path, monkeypatch):
@@ -1087,24 +1074,24 @@ def test_samples_and_saved_images_are_compared_with_a_reference(run, images, tin
     assert done.code == 0, done.err
     assert re.search(rf"r{name} ↓ ", done.out)
     assert read_report(tmp_path / "rebuilt").metrics == [f"r{name}", "psnr", "ssim"]
-    assert_fails(run(*rebuilt, "--steps", 3), "--steps: no effect with --reconstruct")
-    assert_fails(run(*rebuilt, "--intervals"), "intervals: not of reconstructions")
+    assert_fails(run(*rebuilt, "--steps", 3), "sampling: has no effect with reconstruct")
+    assert_fails(run(*rebuilt, "--intervals"), "intervals: not available for reconstructions")
     assert_fails(run(*rebuilt, "--lpips", tmp_path / "no.safetensors"), "no.safetensors: no such file")
     theirs = tmp_path / "theirs.npz"
     np.savez(theirs, mu=np.zeros(2048), sigma=np.eye(2048))
     assert_fails(
-        run("evaluate", tiny_model, "--reference", theirs, "--reconstruct"), "does not tell what images it is of"
+        run("evaluate", tiny_model, "--reference", theirs, "--reconstruct"),
+        "does not say which images it was measured on",
     )
-    assert_fails(run(*saved, "--reconstruct"), "--reconstruct: no effect on saved images")
-    assert_fails(run(*command, "--lpips", "x"), "--lpips: no effect without --reconstruct")
+    assert_fails(run(*saved, "--reconstruct"), "reconstruct: has no effect on saved images")
+    assert_fails(run(*command, "--lpips", "x"), "lpips: has no effect without reconstruct")
 
-    assert_fails(run(*saved, "--steps", 3), "--steps: no effect on saved images")
-    assert_fails(run(*saved, "--count", 3), "--count: no effect on saved images")
-    assert_fails(run(*command, "--source", images), "--source: no effect with --reference")
-    assert_fails(run(*command, "--guidance", "cfg:2.0", "cfg:3.0"), "--guidance: one setting")
+    assert_fails(run(*saved, "--steps", 3), "sampling: has no effect on saved images")
+    assert_fails(run(*saved, "--count", 3), "count: has no effect on saved images")
+    assert_fails(run(*command, "--source", images), "source: has no effect with reference")
     assert_fails(run(*command, "--out", tmp_path / "plain"), "holds another evaluation", 'labels: "reference" -> ')
     assert_fails(run("evaluate", tiny_model, "--reference", tmp_path / "no.npz"), "no.npz: no such file")
-    assert_fails(run("evaluate", tiny_model, "--reference", reference), "no registered encoder: say by --features")
+    assert_fails(run("evaluate", tiny_model, "--reference", reference), "not a registered encoder")
     large = tmp_path / "large.safetensors"
     run("reference", images, "--image-size", 32, "--features", tiny_model, "--out", large)
     command[command.index(reference)] = large

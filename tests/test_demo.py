@@ -1,4 +1,3 @@
-import json
 import re
 import signal
 import subprocess
@@ -14,6 +13,7 @@ from raekit import demo
 from raekit.demo import PER_CLASS, run_demo
 from raekit.distributed import World
 from raekit.errors import UserError
+from raekit.evaluation.reports import read_report
 from raekit.train.tracking import read_metrics
 
 
@@ -39,7 +39,8 @@ def test_quick_demo_goes_on_after_an_interrupt_and_writes_a_whole_report(tmp_pat
     html = (tmp_path / "report.html").read_text()
     assert len(re.findall(r'src="data:image/png;base64,', html)) == 5  # samples, guided, reconstructions, two curves
     assert not re.search(r'(src|href)="http', html)
-    scores = json.loads((tmp_path / "scores.json").read_text())
+    report = read_report(tmp_path / "evaluation" / "samples")
+    scores = {**report.baselines, "samples": report.results}
     records = read_metrics(tmp_path / "decoder")
     for name, start in (("discriminator/loss", 30), ("decoder/gan", 32)):  # of 40 steps
         assert min(record["step"] for record in records if name in record) == start + 1

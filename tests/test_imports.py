@@ -42,11 +42,11 @@ def test_help_and_version_need_no_torch():
 
 
 def test_public_names_are_those_of_their_modules():
-    from raekit.evaluation.scoring import score
+    from raekit.evaluation.evaluate import evaluate
     from raekit.models.autoencoder import Autoencoder
 
     assert raekit.Autoencoder is Autoencoder
-    assert raekit.evaluate is score
+    assert raekit.evaluate is evaluate
     assert set(dir(raekit)) >= {*raekit.__all__}
     with pytest.raises(AttributeError, match="module 'raekit' has no attribute 'autoencoder'"):
         raekit.autoencoder  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]

@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-from raekit.evaluation.assessment import exported_average
+from raekit import artifacts
 from raekit.hub import ASSETS
 from raekit.models.autoencoder import Autoencoder
 from raekit.models.denoiser import Denoiser
@@ -22,6 +22,6 @@ match kind:
     case "autoencoder":
         Autoencoder.load(run).save(ASSETS / "emoji", dtype=torch.float16)
     case "denoiser":
-        Denoiser.load(run).save(ASSETS / "emoji", dtype=torch.float16, ema=exported_average(run))
+        Denoiser.load(run).save(ASSETS / "emoji", dtype=torch.float16, ema=artifacts.find(run, "denoiser").ema)
     case _:
         sys.exit(__doc__)

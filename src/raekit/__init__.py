@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from raekit.errors import UserError
-    from raekit.evaluation.scoring import score as evaluate
+    from raekit.evaluation.evaluate import evaluate
     from raekit.flow.guidance import Guidance
     from raekit.flow.sampling import Sampling
     from raekit.formats.conversion import convert
@@ -50,7 +50,7 @@ _HOMES = {
     "Sampling": "raekit.flow.sampling",
     "UserError": "raekit.errors",
     "convert": "raekit.formats.conversion",
-    "evaluate": "raekit.evaluation.scoring:score",
+    "evaluate": "raekit.evaluation.evaluate",
     "generate": "raekit.inference.generation",
     "images_to_noise": "raekit.inference.generation",
     "load": "raekit.inference.model",
@@ -72,8 +72,7 @@ hub.published = _published
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module 'raekit' has no attribute {name!r}")
-    module, _, other = _HOMES[name].partition(":")
-    value = globals()[name] = getattr(import_module(module), other or name)
+    value = globals()[name] = getattr(import_module(_HOMES[name]), name)
     return value
 
 

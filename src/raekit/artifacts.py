@@ -1,13 +1,13 @@
-"""Shareable models: folders of `config.json` + `model.safetensors`.
+"""Shareable models: folders with `config.json` and `model.safetensors`.
 
-A model folder holds up to three artifacts: `encoder/` (only one that raekit pretrained), `autoencoder/`
-(decoder and latent statistics; the encoder by name) and `denoiser/`. Other averages of the same weights are beside
-the first, in `denoiser-ema-DECAY/`. Each is written whole or not at all, and read strictly: a missing, unexpected or
+A model folder holds up to three artifacts: `encoder/` (only an encoder that raekit pretrained), `autoencoder/` (decoder
+and latent statistics; the encoder by name) and `denoiser/`. Further averages of a denoiser's weights are in
+`denoiser-ema-DECAY/`. An artifact is written completely or not at all. Reading is strict: a missing, unexpected or
 misshapen tensor is an error.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -24,47 +24,68 @@ from raekit.weights import check_statistics, read_weights
 STATISTICS = "statistics.safetensors"
 
 
-def find(name: str, kind: str, ema: float | None = None) -> tuple[Path, dict[str, Any]]:
-    """The folder and configuration of the artifact of `kind` in the model, run or Hub repository `name`.
+class Artifact(NamedTuple):
+    """An artifact on disk.
 
-    With `ema` that of the average of this decay. UserError, telling where it was looked for, if there is none.
+    Attributes:
+        path: its folder.
+        config: the configuration of the network, as JSON values.
+        ema: the decay of the average that the weights are, if they are an average.
+        trained_on: the address of the data source that the network was trained on, if it is known.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    ema: float | None
+    trained_on: str | None
+
+
+def find(name: str, kind: str, ema: float | None = None) -> Artifact:
+    """Find the artifact of a model.
+
+    Args:
+        name: a model, run or Hub repository, as `find_folder` takes it.
+        kind: "encoder", "autoencoder" or "denoiser".
+        ema: the decay of the average that is wanted. Default: the artifact that stands first.
+
+    Raises:
+        UserError: the model has no such artifact. The message says where it was looked for.
     """
     folder = find_folder(name, kind)
     for path in (folder / "artifact" / kind, folder / kind, folder):
-        if (values := _read_config(path, kind)) is None:
-            continue
-        if ema is not None:
-            path, values = _average(name, path, kind, ema)
-        values.pop("ema", None)
-        return path, values
-    hint = "; this run has saved none yet" if (folder / "checkpoints").is_dir() else ""
+        if found := _read(path, kind):
+            return found if ema is None else _average(name, found, kind, ema)
+    hint = "; this run has not saved one yet" if (folder / "checkpoints").is_dir() else ""
     raise UserError(f"{name}: holds no {kind} (looked for {kind}/config.json of kind {kind!r} in {folder}){hint}")
 
 
-def averages(path: Path, kind: str) -> dict[float, tuple[Path, dict[str, Any]]]:
-    """The artifact `path` of `kind` and those beside it, by the decays that they are averages of."""
-    known = ((other, _read_config(other, kind)) for other in (path, *sorted(path.parent.glob(f"{kind}-ema-*"))))
-    return {values["ema"]: (other, values) for other, values in known if values and "ema" in values}
+def averages(path: Path, kind: str) -> dict[float, Artifact]:
+    """Return the artifact at `path` and the further averages next to it, by the decay of each."""
+    known = (_read(other, kind) for other in (path, *sorted(path.parent.glob(f"{kind}-ema-*"))))
+    return {found.ema: found for found in known if found and found.ema is not None}
 
 
-def _average(name: str, path: Path, kind: str, ema: float) -> tuple[Path, dict[str, Any]]:
-    known = averages(path, kind)
+def _average(name: str, found: Artifact, kind: str, ema: float) -> Artifact:
+    known = averages(found.path, kind)
     if ema not in known:
-        those = f"only of {', '.join(map(str, known))}" if known else f"{path} does not say of what decay it is"
-        raise UserError(f"{name}: has no average of decay {ema}, {those}")
+        there = (
+            f"its averages have decay {', '.join(map(str, known))}" if known else f"{found.path} does not name a decay"
+        )
+        raise UserError(f"{name}: has no average of decay {ema}; {there}")
     return known[ema]
 
 
-def _read_config(path: Path, kind: str) -> dict[str, Any] | None:
-    """The configuration of the artifact `path`, with the decay that it is the average of, if it is one of `kind`."""
+def _read(path: Path, kind: str) -> Artifact | None:
     if not (path / "config.json").is_file():
         return None
     values = read_json(path / "config.json")
-    return values if isinstance(values, dict) and values.pop("kind", None) == kind else None
+    if not isinstance(values, dict) or values.pop("kind", None) != kind:
+        return None
+    return Artifact(path, values, values.pop("ema", None), values.pop("trained_on", None))
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """The artifact's weights in float32, whatever they are stored in."""
+    """Return the weights of the artifact at `path` in float32, whatever type they are stored in."""
     return {key: value.float() for key, value in read_weights(path / "model.safetensors").items()}
 
 
@@ -77,22 +98,31 @@ def write(
     *,
     dtype: torch.dtype | None = None,
     ema: float | None = None,
+    trained_on: str | None = None,
     statistics: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write one artifact, replacing the one in `folder`. Called by all processes, done by the first.
+    """Write an artifact, and replace the one in `folder`. All processes call it; the first one writes.
 
-    `dtype` converts the floating-point weights, by default kept as they are; `ema` is the decay that they are an
-    average of, if they are. `statistics` are not converted:
-    variances span more orders of magnitude than float16 holds.
+    Args:
+        folder: the artifact's own folder.
+        kind: "encoder", "autoencoder" or "denoiser".
+        config: the configuration of the network.
+        module: the network, distributed or not.
+        world: the processes of this job.
+        dtype: type to store floating-point weights in. Default: their own.
+        ema: the decay of the average that the weights are, if they are an average.
+        trained_on: the address of the data source that the network was trained on, if it is known.
+        statistics: latent statistics, always stored in float32: variances span more orders of magnitude than
+            float16 holds.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state: dict[str, Tensor] = get_model_state_dict(module, options=options)  # type: ignore[assignment]
     if not world.is_main:
         return
+    about = {name: value for name, value in (("ema", ema), ("trained_on", trained_on)) if value is not None}
     with whole(folder, folder=True) as partial:
         partial.mkdir()
-        average = {} if ema is None else {"ema": ema}
-        (partial / "config.json").write_text(to_json({"kind": kind, **average, **to_dict(config)}))
+        (partial / "config.json").write_text(to_json({"kind": kind, **about, **to_dict(config)}))
         save_file(
             {k: v.to(dtype if dtype and v.is_floating_point() else v.dtype).contiguous() for k, v in state.items()},
             partial / "model.safetensors",
@@ -102,14 +132,21 @@ def write(
 
 
 def write_statistics(path: Path, var: Tensor, mean: Tensor | None = None) -> None:
-    """Write latent statistics, each (C, H, W); a mean of None is left out. UserError if it cannot be written."""
+    """Write latent statistics, each (C, H, W), to a safetensors file. A mean of None is left out."""
     tensors = {"var": var} | ({} if mean is None else {"mean": mean})
     with whole(path) as partial:
         save_file({key: value.float().cpu().contiguous() for key, value in tensors.items()}, partial)
 
 
 def read_statistics(path: Path, shape: tuple[int, ...]) -> tuple[Tensor | None, Tensor]:
-    """(mean or None, var) of latents of `shape`; UserError if they are of another."""
+    """Read latent statistics.
+
+    Returns:
+        The mean (None if the file has none) and the variance, each of `shape`.
+
+    Raises:
+        UserError: the file holds statistics of another shape, or numbers that cannot whiten latents.
+    """
     tensors = read_weights(path)
     if "var" not in tensors or any(tensor.shape != shape for tensor in tensors.values()):
         found = {key: tuple(value.shape) for key, value in tensors.items()}

@@ -17,7 +17,7 @@ from raekit.data.loader import Loader
 from raekit.distributed import World
 from raekit.distributed import world as enter_world
 from raekit.errors import UserError
-from raekit.evaluation.scoring import Scores, score
+from raekit.evaluation.evaluate import evaluate
 from raekit.files import whole
 from raekit.flow.guidance import Guidance
 from raekit.flow.sampling import Sampling
@@ -68,7 +68,7 @@ def run_demo(run: Path, minutes: float, quick: bool, progress: Report) -> bool:
                 return False
         model = load(str(run / "denoiser"), world.device)
         _pictures(run, model, plan, decoder, world, progress)
-        _report(run, plan, _scores(run, model, plan, denoiser, world, progress))
+        _report(run, plan, _scores(run, model, plan, world, progress))
     return True
 
 
@@ -194,25 +194,35 @@ def _save(picture: Any, path: Path) -> None:
         picture.save(partial, format="PNG")
 
 
-def _scores(run: Path, model: Model, plan: Plan, config: GenerationConfig, world: World, progress: Report) -> Scores:
-    path = run / "scores.json"
-    if path.is_file():
-        return read_json(path)
-    guided = f"samples, CFG {GUIDANCE.scale:g} in {GUIDANCE.start:g}-{GUIDANCE.end:g}"
-    scores = score(
+Scores = dict[str, dict[str, float]]
+"""{images: {metric: value}}."""
+
+
+def _scores(run: Path, model: Model, plan: Plan, world: World, progress: Report) -> Scores:
+    """Evaluate unguided and guided samples, with baselines."""
+    plain = Sampling(steps=plan.sampling_steps)
+    guided = replace(plain, guidance=(GUIDANCE,))
+    folder = run / "evaluation"
+    first, _ = evaluate(
         model,
-        config.data,
-        {
-            "samples": Sampling(steps=plan.sampling_steps),
-            guided: Sampling(steps=plan.sampling_steps, guidance=(GUIDANCE,)),
-        },
         count=plan.samples,
+        sampling=plain,
+        baselines=True,
+        out=folder / "samples",
         world=world,
         progress=progress,
     )
-    with whole(path) as partial:
-        partial.write_text(to_json(scores))
-    return scores
+    second, _ = evaluate(
+        model,
+        count=plan.samples,
+        sampling=guided,
+        baselines=True,
+        out=folder / "guided",
+        world=world,
+        progress=progress,
+    )
+    name = f"samples, CFG {GUIDANCE.scale:g} in {GUIDANCE.start:g}-{GUIDANCE.end:g}"
+    return {**first.baselines, "samples": first.results, name: second.results}
 
 
 def _report(run: Path, plan: Plan, scores: Scores) -> None:

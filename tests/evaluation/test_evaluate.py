@@ -1,161 +1,215 @@
+"""One way to evaluate: against the own dataset, another dataset or a reference, with and without baselines."""
+
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-import torch
-import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
 
+import raekit
+from raekit import artifacts
+from raekit.data.loader import DataConfig
 from raekit.distributed import World
 from raekit.errors import UserError
-from raekit.evaluation.evaluate import StoredImages, evaluate, feature_bank, reference_moments
-from raekit.evaluation.features import Images, PairScore
-from raekit.evaluation.metrics import Accumulator, FrechetDistance, NearestNeighbours
-from raekit.evaluation.pairs import PairMean, psnr, ssim
-from raekit.moments import Moments
-from raekit.pictures import to_pil
+from raekit.evaluation.evaluate import evaluate
+from raekit.evaluation.features import load_networks
+from raekit.evaluation.references import measure_reference
+from raekit.flow.sampling import Sampling
+from raekit.inference.model import load
+from raekit.models.autoencoder import Autoencoder
+from raekit.models.denoiser_config import TransformerConfig
+from raekit.stages.generation import DenoiserSize, GenerationConfig
+from raekit.stages.run import train
+from raekit.train.optim import OptimConfig
+from raekit.train.trainer import TrainConfig
 
 ALONE = World()
+QUICK: dict[str, Any] = {"sampling": Sampling(steps=1), "world": ALONE}
 
 
-class Thumbnail:
-    """Features: the image at 3 x 3."""
-
-    name, width = "thumbnail", 27
-
-    def __init__(self) -> None:
-        self.calls = 0
-
-    def __call__(self, images: Tensor) -> Tensor:
-        assert not torch.is_grad_enabled()
-        self.calls += 1
-        return F.adaptive_avg_pool2d(images, 3).flatten(1)
-
-
-def pictures(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Noise around one colour a class, of 5 classes."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(5, (count,), generator=generator)
-    colours = torch.rand(5, 3, 1, 1, generator=torch.Generator().manual_seed(0))
-    images = colours[labels] + 0.2 * torch.randn(count, 3, 16, 16, generator=generator)
-    return images.clamp(0, 1), labels
+@pytest.fixture(scope="module")
+def plants(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset of nine classes, as many as the built-in images have."""
+    root = tmp_path_factory.mktemp("plants")
+    for label in range(9):
+        for i in range(12):
+            path = root / ("train" if i < 8 else "val") / f"plant-{label}" / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = np.random.default_rng([label, i]).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(path)
+    return root
 
 
-def stream(count: int, size: int, seed: int, world: World = ALONE) -> Iterator[Images]:
-    """Noisy copies beside their originals; every process has its own share."""
-    images, labels = (x[world.rank :: world.size] for x in pictures(count, seed))
-    noisy = (images + 0.05 * images.flip(3)).clamp(0, 1)
-    for start in range(0, len(images), size):
-        part = slice(start, start + size)
-        yield Images(noisy[part], labels[part], images[part])
-
-
-def metrics(world: World, size: int, network: Thumbnail) -> Sequence[Accumulator]:
-    bank, labels = feature_bank(stream(120, size, 1, world), network, world)
-    reference = reference_moments(stream(120, size, 1, world), network, world)
-    return (
-        FrechetDistance(network, reference),
-        NearestNeighbours(network, bank, labels),
-        PairMean(PairScore("psnr", psnr)),
+@pytest.fixture(scope="module")
+def trained(plants: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of stage 2 on the plants."""
+    run = tmp_path_factory.mktemp("run")
+    part = TransformerConfig(width=16, depth=1, heads=2)
+    config = GenerationConfig(
+        data=DataConfig(source=f"folder:{plants}", image_size=16),
+        autoencoder=str(tiny_model),
+        denoiser=DenoiserSize(backbone=part, head=part),
+        train=TrainConfig(steps=2, batch_size=4, precision="fp32"),
+        optim=OptimConfig(),
     )
+    assert train(config, run, ALONE)
+    return run
 
 
-def scores(world: World, size: int) -> list[dict[str, float]]:
-    """Of images shared by all processes, and of images that the first process has alone."""
-    network = Thumbnail()
-    alone = stream(61, size, 2) if world.is_main else ()
-    return [
-        evaluate(stream(61, size, 2, world), metrics(world, size, network), world),
-        evaluate(alone, metrics(world, size, network), world),
+def test_a_trained_model_is_compared_with_the_held_out_images_of_its_own_dataset(trained, plants, tiny_model, tmp_path):
+    features = [str(tiny_model)]
+    report, folder = evaluate(str(trained), features=features, count=18, out=tmp_path / "own", **QUICK)
+    assert folder == tmp_path / "own"
+    assert report.names["reference"] == [f"folder:{plants} (held out)"]
+    assert f"36 held-out images of folder:{plants}, the dataset that the model was trained on" in report.notes[0]
+    assert str(plants) in (folder / "report.md").read_text()
+    assert report.settings["labels"] == "reference"
+
+    networks = load_networks(str(tiny_model), ALONE.device)
+    data = DataConfig(source=f"folder:{plants}", split="heldout", image_size=16)
+    file = tmp_path / "reference.safetensors"
+    measure_reference(data, networks, ALONE).write(file)
+    again, _ = raekit.evaluate(
+        str(trained), reference=file, features=features, count=18, labels="reference", out=tmp_path / "file", **QUICK
+    )
+    assert again.results == report.results
+    assert again.hash == report.hash
+    assert again.names["reference"] == [str(file)]
+
+
+def test_baselines_give_a_meaning_to_the_scores(trained, tiny_model, tmp_path):
+    options: dict[str, Any] = {"features": [str(tiny_model)], "count": 18, "out": tmp_path, "baselines": True, **QUICK}
+    report, folder = evaluate(str(trained), **options)
+    (name,) = load_networks(str(tiny_model), ALONE.device)
+    distance, accuracy, near = f"fd_{name}", f"knn_accuracy_{name}", f"nearest_distance_{name}"
+    assert report.results.keys() >= {distance, accuracy, near}
+    rows = report.baselines
+    assert rows["held-out images"].keys() == {accuracy, near}  # no distance: these images are the reference
+    assert rows["training images"].keys() == {distance}
+    assert rows["reconstructions"].keys() == {distance, accuracy, near, "psnr", "ssim"}
+    assert rows["decoded noise"].keys() == {distance, near}
+    assert rows["training images"][distance] < report.results[distance]
+    for file in ("report.md", "report.html"):
+        text = (folder / file).read_text()
+        assert all(row in text for row in ("training images", "decoded noise", "reconstructions"))
+    assert sorted(path.name for path in (folder / "baselines").iterdir()) == [
+        "decoded-noise.png",
+        "held-out-images.png",
+        "reconstructions.png",
+        "training-images.png",
     ]
+    assert not (folder / "features").exists()
+    assert evaluate(str(trained), **options)[0] == report  # it only reads the report
 
 
-def test_one_pass_gives_every_metric_and_computes_features_once():
-    network, done = Thumbnail(), []
-    accumulators = [*metrics(ALONE, 40, network), PairMean(PairScore("ssim", ssim))]
-    network.calls = 0
-    results = evaluate(stream(61, 8, 2), accumulators, ALONE, done.append)
-    assert list(results) == [
-        "fd_thumbnail",
-        "knn_accuracy_thumbnail",
-        "nearest_distance_thumbnail",
-        "psnr",
-        "ssim",
-    ]
-    assert network.calls == 8
-    assert done == [8, 16, 24, 32, 40, 48, 56, 61]
-    assert results["knn_accuracy_thumbnail"] > 0.9
-    assert 0 < results["nearest_distance_thumbnail"] < 0.5
-    assert 20 < results["psnr"] < 40
-    assert 0.9 < results["ssim"] < 1
+def test_a_stopped_evaluation_with_baselines_resumes_with_the_same_digits(trained, tiny_model, tmp_path):
+    options: dict[str, Any] = {"features": [str(tiny_model)], "count": 18, "baselines": True, **QUICK}
+    complete, _ = evaluate(str(trained), out=tmp_path / "complete", **options)
+
+    def stop(what: str, done: int, total: int, text: str = "", unit: int = 1) -> None:
+        if what == "reconstructions":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(str(trained), out=tmp_path / "stopped", progress=stop, **options)
+    assert not (tmp_path / "stopped" / "report.json").exists()
+    resumed, _ = evaluate(str(trained), out=tmp_path / "stopped", **options)
+    assert (resumed.results, resumed.baselines) == (complete.results, complete.baselines)
 
 
-def test_scores_depend_neither_on_batch_size_nor_on_processes(run_ranks):
-    one = scores(ALONE, 61)
-    for others in (scores(ALONE, 7), *run_ranks(scores, 2, 8)):
-        for values, expected in zip(others, one, strict=True):
-            assert values == pytest.approx(expected, rel=1e-9)
+def test_reconstructions_of_the_own_dataset_need_no_reference(plants, tiny_model, tmp_path):
+    autoencoder = Autoencoder.load(str(tiny_model))
+    autoencoder.trained_on = f"folder:{plants}"
+    autoencoder.save(tmp_path / "model")
+    features = [str(tiny_model)]
+    report, _ = evaluate(
+        str(tmp_path / "model"), reconstruct=True, features=features, out=tmp_path / "out", world=ALONE
+    )
+    (name,) = load_networks(str(tiny_model), ALONE.device)
+    assert list(report.results) == [f"rfd_{name}", "psnr", "ssim"]
+    assert f"folder:{plants}" in report.notes[0]
 
 
-def test_the_bank_holds_the_moments():
-    network = Thumbnail()
-    bank, labels = feature_bank(stream(50, 8, 1), network, ALONE)
-    reference = reference_moments(stream(50, 8, 1), network, ALONE)
-    moments = Moments(network.width)
-    moments.update(bank)
-    assert (bank.shape, bank.dtype) == ((50, 27), torch.float32)
-    assert torch.equal(labels, pictures(50, 1)[1])
-    torch.testing.assert_close(moments.covariance, reference.covariance, rtol=1e-10, atol=1e-14)
+def test_a_model_in_memory_and_saved_images_are_evaluated_too(trained, plants, tiny_model, tmp_path):
+    features = [str(tiny_model)]
+    by_name, _ = evaluate(str(trained), features=features, count=18, out=tmp_path / "name", **QUICK)
+    in_memory, _ = evaluate(load(str(trained)), features=features, count=18, out=tmp_path / "memory", **QUICK)
+    assert in_memory.results == by_name.results
+    saved, _ = evaluate(
+        f"flat:{plants / 'train'}",
+        source=f"folder:{plants}",
+        features=features,
+        baselines=True,
+        out=tmp_path / "saved",
+        world=ALONE,
+    )
+    (name,) = load_networks(str(tiny_model), ALONE.device)
+    assert saved.results[f"fd_{name}"] == pytest.approx(saved.baselines["training images"][f"fd_{name}"], rel=1e-6)
+    assert saved.results[f"nearest_distance_{name}"] == pytest.approx(0, abs=1e-6)
 
 
-def test_an_empty_stream_is_refused():
-    network = Thumbnail()
-    for action in (
-        lambda: evaluate((), [PairMean(PairScore("psnr", psnr))], ALONE),
-        lambda: reference_moments((), network, ALONE),
-        lambda: feature_bank((), network, ALONE),
-    ):
-        with pytest.raises(UserError, match="no images"):
-            action()
+def test_the_dataset_is_recorded_and_survives_loading_and_saving(trained, plants, tmp_path):
+    address = f"folder:{plants}"
+    assert artifacts.find(str(trained), "denoiser").trained_on == address
+    model = load(str(trained))
+    assert model.trained_on == address
+    model.denoiser.save(tmp_path / "copy")
+    assert artifacts.find(str(tmp_path / "copy"), "denoiser").trained_on == address
+    model.autoencoder.save(tmp_path / "copy")
+    raekit.convert(str(tmp_path / "copy"), tmp_path / "converted")
+    assert artifacts.find(str(tmp_path / "converted"), "denoiser").trained_on == address
+    for kind in ("autoencoder", "denoiser"):
+        assert artifacts.find("builtin:emoji", kind).trained_on == "emoji"
 
 
-def test_two_metrics_of_one_name_are_refused():
-    with pytest.raises(ValueError, match="two metrics report psnr"):
-        evaluate(stream(8, 8, 1), [PairMean(PairScore("psnr", psnr)), PairMean(PairScore("psnr", psnr))], ALONE)
+def refused(message: str, action: Callable[[], Any]) -> None:
+    with pytest.raises(UserError, match=message):
+        action()
 
 
-@pytest.mark.parametrize("kind", ["flat", "npz", "zip", "tar"])
-def test_saved_images_score_as_when_they_were_generated(tmp_path, kind):
-    network, world = Thumbnail(), ALONE
-    reference = reference_moments(stream(60, 8, 1), network, world)
-    expected = evaluate(stream(70, 8, 2), [FrechetDistance(network, reference)], world)
-    pictures = [to_pil(image) for batch in stream(70, 8, 2) for image in batch.images]
-    (tmp_path / "flat").mkdir()
-    for number, picture in enumerate(pictures):
-        picture.save(tmp_path / "flat" / f"{number:03}.png")
-    np.savez(tmp_path / "npz", np.stack([np.asarray(picture) for picture in pictures]))
-    (tmp_path / "npz.npz").rename(tmp_path / "npz")
-    for archive in "zip", "tar":
-        Path(shutil.make_archive(str(tmp_path / "x"), archive, tmp_path / "flat")).rename(tmp_path / archive)
-    stored = StoredImages(f"{kind}:{tmp_path / kind}", batch_size=16)
-    assert (stored.count, stored.image_size) == (70, 16)
-    batches = list(stored.batches([range(20), range(20, 70)], world))
-    assert [len(batch) for batch in batches] == [16, 4, 16, 16, 16, 2]
-    result = evaluate(batches, [FrechetDistance(network, reference)], world)
-    assert result == {"fd_thumbnail": pytest.approx(expected["fd_thumbnail"], rel=1e-9)}
+def test_nothing_is_compared_with_other_images_silently(trained, plants, images, tiny_model, tmp_path):
+    features = [str(tiny_model)]
+    refused(
+        "does not record the dataset that it was trained on; give the dataset",
+        lambda: evaluate(str(tiny_model), features=features, out=tmp_path / "x", **QUICK),
+    )
+    refused("features: name the networks", lambda: evaluate(str(trained), out=tmp_path / "x", **QUICK))
+    refused(
+        r"its classes \(blue, green, red\) are not the classes of .* \(plant-0, .* and 4 more\)",
+        lambda: evaluate(str(trained), source=images, features=features, out=tmp_path / "x", **QUICK),
+    )
+    refused("saved images need real images", lambda: evaluate(f"flat:{plants}", out=tmp_path / "x", world=ALONE))
+    moved = tmp_path / "moved"
+    shutil.copytree(plants, moved / "plants")
+    model = load(str(trained))
+    model.denoiser.trained_on = f"folder:{moved / 'plants'}"
+    shutil.rmtree(moved)
+    refused(
+        "was trained on folder:.*plants, which cannot be read: .*no folder.* Give its present address",
+        lambda: evaluate(model, features=features, out=tmp_path / "x", **QUICK),
+    )
+    assert not (tmp_path / "x").exists()
 
 
-def test_saved_images_that_would_be_changed_or_left_out_are_refused(tmp_path):
-    Image.new("RGB", (8, 6)).save(tmp_path / "a.png")
-    with pytest.raises(UserError, match="its images are 8 x 6; crop them to squares first"):
-        StoredImages(f"flat:{tmp_path}")
-    (tmp_path / "a.png").write_bytes(b"")
-    with pytest.raises(UserError, match=r"unreadable image .*a\.png"):
-        StoredImages(f"flat:{tmp_path}")
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    (tmp_path / "b.png").write_bytes(b"")
-    with pytest.raises(UserError, match=r"1 of 2 images are unreadable.*b\.png"):
-        list(StoredImages(f"flat:{tmp_path}").batches([range(2)], ALONE))
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"reconstruct": True, "count": 3}, "count: has no effect with reconstruct"),
+        ({"reconstruct": True, "sampling": Sampling(steps=2)}, "sampling: has no effect with reconstruct"),
+        ({"lpips": "auto"}, "lpips: has no effect without reconstruct"),
+        ({"count": 0}, "count: 0 must be at least 1"),
+        ({"reference": "x.npz", "source": "emoji"}, "source: has no effect with reference"),
+    ],
+)
+def test_arguments_without_effect_are_errors(tiny_model, tmp_path, options, message):
+    refused(message, lambda: evaluate(str(tiny_model), out=tmp_path, world=ALONE, **options))
+
+
+def test_large_batches_are_cut_and_do_not_change_the_settings(trained, tiny_model, tmp_path):
+    options: dict[str, Any] = {"features": [str(tiny_model)], "count": 18, **QUICK}
+    reports = [evaluate(str(trained), batch_size=size, out=tmp_path / str(size), **options)[0] for size in (250, 1000)]
+    assert reports[0].hash == reports[1].hash
+    refused("batch_size: 0", lambda: evaluate(str(trained), batch_size=0, out=tmp_path / "0", **options))

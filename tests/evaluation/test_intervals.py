@@ -9,12 +9,12 @@ from torch import Tensor
 
 from raekit.distributed import World
 from raekit.errors import UserError
-from raekit.evaluation.evaluate import evaluate
 from raekit.evaluation.features import Images
 from raekit.evaluation.frechet import Gaussian, frechet_distance
 from raekit.evaluation.intervals import wilson_interval
 from raekit.evaluation.manifold import Manifold, PrecisionRecall
 from raekit.evaluation.metrics import FrechetDistance, FrechetRatio, NearestNeighbours
+from raekit.evaluation.streaming import score_stream
 from raekit.moments import Moments
 
 ALONE = World()
@@ -38,7 +38,7 @@ def batch(rows: Tensor, first: int = 0) -> Images:
 
 def scored(rows: Tensor, size: int = 1000) -> dict[str, float]:
     parts = [batch(part, first) for first, part in zip(range(0, len(rows), size), rows.split(size), strict=True)]
-    return evaluate(parts, [FrechetDistance(NETWORK, REFERENCE, intervals=True)], ALONE)
+    return score_stream(parts, [FrechetDistance(NETWORK, REFERENCE, intervals=True)], ALONE)
 
 
 def test_an_interval_holds_the_expected_distance_and_the_bias_is_that_of_few_images():
@@ -71,21 +71,21 @@ def test_the_interval_is_that_of_the_jackknife():
 
 def test_intervals_leave_the_score_alone_and_depend_on_no_batches():
     rows = torch.randn(100, DIM, generator=torch.Generator().manual_seed(1))
-    plain = evaluate([batch(rows)], [FrechetDistance(NETWORK, REFERENCE)], ALONE)
+    plain = score_stream([batch(rows)], [FrechetDistance(NETWORK, REFERENCE)], ALONE)
     values = scored(rows)
     assert list(values) == ["fd_rows", "fd_rows_low", "fd_rows_high", "fd_rows_bias"]
     assert values["fd_rows"] == plain["fd_rows"]
     assert scored(rows, 7) == pytest.approx(values, rel=1e-9)
     others = Gaussian(torch.ones(DIM), torch.eye(DIM))
     distance = FrechetDistance(NETWORK, REFERENCE, intervals=True)
-    ratio = evaluate([batch(rows)], [FrechetRatio([distance], [others])], ALONE)
+    ratio = score_stream([batch(rows)], [FrechetRatio([distance], [others])], ALONE)
     assert ratio["fdr1"] == ratio["fdr_rows"] == values["fd_rows"] / 4
     assert ratio["fd_rows_low"] == values["fd_rows_low"]
 
 
 def ranks(world: World, rows: Tensor) -> dict[str, float]:
     parts = [batch(rows[first : first + 9], first) for first in range(9 * world.rank, len(rows), 9 * world.size)]
-    return evaluate(parts, [FrechetDistance(NETWORK, REFERENCE, intervals=True)], world)
+    return score_stream(parts, [FrechetDistance(NETWORK, REFERENCE, intervals=True)], world)
 
 
 def test_two_processes_find_the_same_interval(run_ranks: Any):
@@ -106,12 +106,12 @@ def test_an_interval_needs_images_and_their_numbers():
 def test_shares_have_wilsons_interval():
     generator = torch.Generator().manual_seed(2)
     real, fake = (torch.randn(count, DIM, generator=generator) for count in (50, 80))
-    values = evaluate([batch(fake)], [PrecisionRecall(NETWORK, Manifold(real), intervals=True)], ALONE)
+    values = score_stream([batch(fake)], [PrecisionRecall(NETWORK, Manifold(real), intervals=True)], ALONE)
     assert list(values) == ["precision_rows", "recall_rows", "precision_rows_low", "precision_rows_high"]
     ends = (values["precision_rows_low"], values["precision_rows_high"])
     assert ends == wilson_interval(round(80 * values["precision_rows"]), 80)
     neighbours = NearestNeighbours(NETWORK, real, torch.arange(50) % 2, intervals=True)
-    values = evaluate([batch(fake)], [neighbours], ALONE)
+    values = score_stream([batch(fake)], [neighbours], ALONE)
     ends = (values["knn_accuracy_rows_low"], values["knn_accuracy_rows_high"])
     assert ends == wilson_interval(round(80 * values["knn_accuracy_rows"]), 80)
 

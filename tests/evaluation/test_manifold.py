@@ -10,10 +10,10 @@ from torch import Tensor
 from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.evaluation import manifold
-from raekit.evaluation.evaluate import evaluate
 from raekit.evaluation.features import Images
 from raekit.evaluation.manifold import KernelDistance, Manifold, PrecisionRecall
 from raekit.evaluation.metrics import InceptionScore
+from raekit.evaluation.streaming import score_stream
 
 ALONE = World()
 
@@ -52,7 +52,7 @@ def by_definition(real: Tensor, fake: Tensor, k: int) -> tuple[float, float]:
 
 def values(real: Tensor, fake: Tensor, k: int = 3, network: Rows | None = None) -> dict[str, float]:
     network = network or Rows()
-    return evaluate(stream(fake, 7), [PrecisionRecall(network, Manifold(network(real), k))], ALONE)
+    return score_stream(stream(fake, 7), [PrecisionRecall(network, Manifold(network(real), k))], ALONE)
 
 
 @pytest.mark.parametrize("tile", [4096, 16])
@@ -103,7 +103,7 @@ def test_what_cannot_be_compared_is_refused(caplog):
         with pytest.raises(UserError, match="the reference has 5 dimensions, the features of inception have 12"):
             metric(torch.rand(50, 5))
     metric = PrecisionRecall(Rows(), Manifold(torch.full((9, 12), math.nan)))
-    assert all(math.isnan(value) for value in evaluate(stream(pictures(9, 1), 3), [metric], ALONE).values())
+    assert all(math.isnan(value) for value in score_stream(stream(pictures(9, 1), 3), [metric], ALONE).values())
     assert "not finite" in caplog.text
 
 
@@ -122,7 +122,7 @@ def kid_by_definition(x: np.ndarray, y: np.ndarray) -> float:
 def test_kid_of_all_images_is_that_of_the_definition():
     real, fake = pictures(12, 1), pictures(12, 2, shift=0.05)
     metric = KernelDistance(Rows(), Rows()(real), subsets=3, size=12)
-    result = evaluate(stream(fake, 5), [metric], ALONE)
+    result = score_stream(stream(fake, 5), [metric], ALONE)
     expected = kid_by_definition(*(x.flatten(1).double().numpy() for x in (real, fake)))
     assert result == {"kid": pytest.approx(expected, rel=1e-9), "kid_std": pytest.approx(0, abs=1e-12)}
 
@@ -130,13 +130,13 @@ def test_kid_of_all_images_is_that_of_the_definition():
 def test_kid_is_unbiased_and_its_deviation_is_over_subsets():
     reference = Rows()(pictures(600, 1))
     same, other = (
-        evaluate(stream(pictures(500, 2, shift), 100), [KernelDistance(Rows(), reference, 60, 40)], ALONE)
+        score_stream(stream(pictures(500, 2, shift), 100), [KernelDistance(Rows(), reference, 60, 40)], ALONE)
         for shift in (0.0, 0.1)
     )
     assert abs(same["kid"]) < 3 * same["kid_std"] / 60**0.5 + 1e-4
     assert other["kid"] > 5 * other["kid_std"] > 0
     with pytest.raises(UserError, match="subsets of 1000 images, and there are 500"):
-        evaluate(stream(pictures(500, 2), 100), [KernelDistance(Rows(), reference)], ALONE)
+        score_stream(stream(pictures(500, 2), 100), [KernelDistance(Rows(), reference)], ALONE)
 
 
 def everything(world: World, size: int) -> dict[str, float]:
@@ -147,7 +147,7 @@ def everything(world: World, size: int) -> dict[str, float]:
         KernelDistance(network, reference, subsets=5, size=20),
         InceptionScore(logits, split_size=16),
     ]
-    return evaluate(stream(pictures(61, 2, shift=0.06), size, world), metrics, world)
+    return score_stream(stream(pictures(61, 2, shift=0.06), size, world), metrics, world)
 
 
 def test_values_depend_neither_on_batch_size_nor_on_processes(run_ranks):

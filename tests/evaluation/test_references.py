@@ -18,11 +18,11 @@ from raekit.data.transforms import center_crop
 from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.evaluation import references
-from raekit.evaluation.evaluate import evaluate, images_of
 from raekit.evaluation.frechet import frechet_distance
 from raekit.evaluation.manifold import Manifold, PrecisionRecall
 from raekit.evaluation.metrics import FrechetDistance
 from raekit.evaluation.references import measure_reference, read_reference
+from raekit.evaluation.streaming import images_of, score_stream
 
 ALONE = World()
 
@@ -126,7 +126,7 @@ def test_every_metric_takes_a_read_reference(images: str, tmp_path: Path):
         FrechetDistance(network, reference.gaussian(network)),
         PrecisionRecall(network, Manifold(reference.features[network.name])),
     ]
-    result = evaluate(images_of(Loader(data(images), 0).once(8, ALONE), ALONE), metrics, ALONE)
+    result = score_stream(images_of(Loader(data(images), 0).once(8, ALONE), ALONE), metrics, ALONE)
     assert result == {"fid": pytest.approx(0, abs=1e-12), "precision": 1, "recall": 1}
 
 

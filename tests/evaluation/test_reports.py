@@ -111,6 +111,6 @@ def test_what_forbids_a_comparison_is_told(tmp_path):
         "are higher",
     ):
         assert words in notes
-    assert Comparison([places[0], places[2]]).notes() == ["same settings; the images are the same, pixel by pixel"]
+    assert Comparison([places[0], places[2]]).notes() == ["same settings; the images are identical"]
     with pytest.raises(UserError, match="at least two"):
         Comparison(places[:1])

@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 
+from raekit import artifacts
 from raekit.data.loader import DataConfig
 from raekit.distributed import World
 from raekit.errors import UserError
-from raekit.evaluation.assessment import Samples, exported_average
-from raekit.evaluation.evaluate import evaluate
 from raekit.evaluation.features import load_networks
 from raekit.evaluation.metrics import FrechetDistance
 from raekit.evaluation.references import measure_reference
+from raekit.evaluation.streaming import score_stream
+from raekit.evaluation.streams import Samples
 from raekit.flow.guidance import parse_guidance
 from raekit.flow.sampling import Sampling
 from raekit.inference.model import load
@@ -69,9 +70,10 @@ def test_the_exported_average_is_scored_against_held_out_images(images, tiny_mod
     }
     stream = Samples(load(str(tmp_path)), 25, Sampling(steps=2), batch_size=9)
     distance = FrechetDistance(networks[name], against.gaussian(networks[name]))
-    expected = evaluate(stream.share(ONE), [distance], ONE)[f"fd_{name}"]
+    expected = score_stream(stream.share(ONE), [distance], ONE)[f"fd_{name}"]
     assert found[3][f"evaluation/fd_{name}"] == pytest.approx(expected, rel=1e-9)
-    assert (exported_average(str(tmp_path)), exported_average(str(tiny_model))) == (0.5, None)
+    decays = [artifacts.find(str(name), "denoiser").ema for name in (tmp_path, tiny_model)]
+    assert decays == [0.5, None]
     early = found[2][f"evaluation/fd_{name}"]
     assert early != pytest.approx(expected, rel=1e-6)
     higher = max(early, expected)
@@ -112,7 +114,7 @@ def test_every_setting_of_the_samples_counts(images, tiny_model, changed):
     sampling = Sampling(steps=options.pop("steps"), guidance=parse_guidance(options.pop("guidance")))
     stream = Samples(model, 25, sampling, **options)
     distance = FrechetDistance(networks[name], against.gaussian(networks[name]))
-    expected = evaluate(stream.share(ONE), [distance], ONE)[f"fd_{name}"]
+    expected = score_stream(stream.share(ONE), [distance], ONE)[f"fd_{name}"]
     assert call(1) == {f"x/fd_{name}": pytest.approx(expected, rel=1e-9)}
 
 
@@ -162,7 +164,7 @@ def test_what_cannot_be_scored_is_refused_before_the_training(images, tiny_model
     for name in ("every", "count", "batch_size"):
         with pytest.raises(UserError, match=rf"evaluation\.{name}: 0 must be at least 1"):
             replace(config.evaluation, **{name: 0})
-    with pytest.raises(UserError, match=r"evaluation\.intervals: they need at least 40 images, and count is 25"):
+    with pytest.raises(UserError, match=r"evaluation\.intervals: they need at least 40 images, and evaluation.count is 25"):
         replace(config.evaluation, intervals=True)
     against, _ = reference(images, tiny_model)
     replace(against, about=replace(against.about, image_size=32)).write(tmp_path / "large.safetensors")

@@ -294,7 +294,7 @@ def test_cached_latents_give_the_loss_curve_of_the_images(config, tmp_path, monk
     cache_latents(autoencoder, config.autoencoder, config.data, tmp_path / "cache", dtype=dtype, world=ONE)
     on_the_fly = curve(config, tmp_path / "images")
     # From here on neither the images nor the encoder are used.
-    monkeypatch.setattr(sources, "_OPENERS", {})
+    monkeypatch.setattr(sources, "FORMATS", {})
     monkeypatch.setattr(Encoder, "forward", lambda self, images: pytest.fail("the encoder ran"))
     cached = curve(replace(config, latents=str(tmp_path / "cache")), tmp_path / "cached")
     assert cached == pytest.approx(on_the_fly, rel=tolerance)

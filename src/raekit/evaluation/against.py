@@ -1,6 +1,6 @@
-"""All that references allow to be said of images."""
+"""References, the networks they were measured in, and the metrics that they allow."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -21,26 +21,42 @@ _KID_SIZE = 1000
 def find_networks(
     references: Sequence[Reference], features: Sequence[str], device: torch.device
 ) -> dict[str, ReferenceNetwork]:
-    """The networks {name: network} that `references` have statistics of.
+    """Load the networks that references have statistics of.
 
-    `features` chooses, as `load_networks` takes them; by default it is all that are FID's or registered encoders.
-    UserError, naming it, for one that is in no reference, or of which nothing is known.
+    Args:
+        references: the references.
+        features: the networks to take, as `load_networks` names them. Default: all of the references' networks that
+            are Inception or a registered encoder.
+        device: where to load the networks.
+
+    Returns:
+        {name: network}.
+
+    Raises:
+        UserError: no reference has statistics of a network in `features`, or a reference's network is not known.
     """
     networks: dict[str, ReferenceNetwork] = {}
-    for name in features or dict.fromkeys(_loaded_by(n, each) for each in references for n in each.gaussians):
+    for name in features or dict.fromkeys(_loading_name(n, each) for each in references for n in each.gaussians):
         loaded = load_networks(name, device)
         held = {n: network for n, network in loaded.items() if any(n in each.gaussians for each in references)}
         if not held:
-            references[0].gaussian(next(iter(loaded.values())))  # tells what there is
+            references[0].gaussian(next(iter(loaded.values())))  # raises an error that lists what there is
         networks |= held
     return networks
 
 
 class Against:
-    """What images are compared with: `references` in the features of `networks`, and `baselines`, other real images, to
-    whose distance from the references that of the images is given as a ratio.
+    """What images are compared with.
 
-    UserError if two references, or two baselines, are of one network, or if one does not fit the networks.
+    Args:
+        references: real images, measured in some networks.
+        networks: the networks to compare in, by name.
+        device: where to compute.
+        relative_to: references of other real images. Distances are also given relative to their distance.
+
+    Raises:
+        UserError: two references, or two of `relative_to`, are of one network, or one of them does not fit the
+            networks.
     """
 
     def __init__(
@@ -48,20 +64,20 @@ class Against:
         references: Sequence[Reference],
         networks: Mapping[str, ReferenceNetwork],
         device: torch.device,
-        baselines: Sequence[Reference] = (),
+        relative_to: Sequence[Reference] = (),
     ):
-        self.references, self.baselines, self.device = list(references), list(baselines), device
+        self.references, self.relative_to, self.device = list(references), list(relative_to), device
         self.networks = dict(networks)
-        for group, kind in (self.references, "reference"), (self.baselines, "baseline"):
+        for group, option in (self.references, "reference"), (self.relative_to, "relative_to"):
             for name, network in self.networks.items():
                 having = [each for each in group if name in each.gaussians]
                 if len(having) > 1:
-                    raise UserError(f"{kind}s: {having[0].place} and {having[1].place} are both of {name}; give one")
+                    raise UserError(f"{option}: {having[0].place} and {having[1].place} are both of {name}; give one")
                 for each in having:
                     each.gaussian(network)
                     if (resize := each.about.resize.get(name, network.resize)) != network.resize:
                         raise UserError(
-                            f"{each.place}: its images were resized for {name} by {resize}, these would be by "
+                            f"{each.place}: its images were resized for {name} by {resize}, and these would be by "
                             f"{network.resize}; make the reference again (raekit reference)"
                         )
             for each in group:
@@ -71,13 +87,19 @@ class Against:
         if isinstance(inception, Part) and isinstance(inception.whole, InceptionFeatures):
             self.networks[inception.whole.logits.name] = inception.whole.logits  # its score needs no reference
 
+    def pairs(self) -> Iterator[tuple[Reference, ReferenceNetwork]]:
+        """Yield each network of a reference with that reference."""
+        for name, network in self.networks.items():
+            if reference := next((each for each in self.references if name in each.gaussians), None):
+                yield reference, network
+
     def check_size(self, image_size: int) -> None:
-        """UserError if images of `image_size` must not be compared with these."""
-        for each in (*self.references, *self.baselines):
+        """UserError if images of `image_size` must not be compared with the references."""
+        for each in (*self.references, *self.relative_to):
             each.check_size(image_size)
 
     def complete(self, world: World, progress: Report = silent) -> None:
-        """Measure the features of the images that references hold themselves, as ADM's do; called by all processes."""
+        """Measure the features of the images that reference files hold, as ADM's do. All processes call it."""
         for number, each in enumerate(self.references):
             lacking = {
                 name: network
@@ -90,46 +112,45 @@ class Against:
                 self.references[number] = replace(each, features={**each.features, **measured.features})
 
     def reconstruction_accumulators(self) -> list[Accumulator]:
-        """One for the Frechet distance of reconstructions in each network: `rfid` and `rfd_` and the network's name."""
+        """Return the Frechet distances of reconstructions, one for each network, named `rfid` or `rfd_NETWORK`."""
         return [
-            FrechetDistance(network, each.gaussian(network), f"r{frechet_name(network)}")
-            for name, network in self.networks.items()
-            for each in self.references
-            if name in each.gaussians
+            FrechetDistance(network, reference.gaussian(network), f"r{frechet_name(network)}")
+            for reference, network in self.pairs()
         ]
 
     def accumulators(self, count: int, intervals: bool = False) -> list[Accumulator]:
-        """One for each metric that `count` images allow: Frechet distances, and ratios where there are baselines; the
-        Inception Score; precision, recall and KID where the reference has the features of enough single images."""
+        """Return the metrics that `count` images allow.
+
+        Frechet distances, and ratios where `relative_to` has the network; the Inception Score; precision, recall and
+        KID where the reference has the features of enough single images.
+        """
         distances: list[FrechetDistance] = []
         ratios: list[tuple[FrechetDistance, Reference]] = []
         others: list[Accumulator] = []
-        for name, network in self.networks.items():
-            if name == "inception_logits":
-                others.append(InceptionScore(network))
-                continue
-            reference = next(each for each in self.references if name in each.gaussians)
+        for reference, network in self.pairs():
             distance = FrechetDistance(network, reference.gaussian(network), intervals=intervals)
-            baseline = next((each for each in self.baselines if name in each.gaussians), None)
-            if baseline:
-                ratios.append((distance, baseline))
+            other = next((each for each in self.relative_to if network.name in each.gaussians), None)
+            if other:
+                ratios.append((distance, other))
             else:
                 distances.append(distance)
-            features = reference.features.get(name)
+            features = reference.features.get(network.name)
             if features is not None:
-                manifold = Manifold(features.to(self.device))
-                if count > manifold.k:
+                manifold = Manifold(features.to(self.device)) if len(features) > 3 else None
+                if manifold and count > manifold.k:
                     others.append(PrecisionRecall(network, manifold, intervals))
                 if min(count, len(features)) >= _KID_SIZE:
-                    others.append(KernelDistance(network, manifold.features, size=_KID_SIZE))
+                    others.append(KernelDistance(network, features.to(self.device), size=_KID_SIZE))
+        if "inception_logits" in self.networks:
+            others.append(InceptionScore(self.networks["inception_logits"]))
         if ratios:
-            gaussians = [baseline.gaussian(distance.network) for distance, baseline in ratios]
+            gaussians = [other.gaussian(distance.network) for distance, other in ratios]
             others.insert(0, FrechetRatio([distance for distance, _ in ratios], gaussians))
         return [*distances, *others]
 
 
-def _loaded_by(name: str, reference: Reference) -> str:
-    """What `load_networks` has to be told for the network that a reference calls `name`."""
+def _loading_name(name: str, reference: Reference) -> str:
+    """Return the name by which `load_networks` loads the network that a reference calls `name`."""
     for inception in "clean_inception", "inception":
         if name in (inception, f"{inception}_spatial"):
             return inception
@@ -137,6 +158,6 @@ def _loaded_by(name: str, reference: Reference) -> str:
         if encoder_name(encoder) == name:
             return encoder
     raise UserError(
-        f"{reference.place}: has statistics of {name}, which is no registered encoder: say by --features where it is, "
-        "or which others to take"
+        f"{reference.place}: has statistics of {name}, which is not a registered encoder; give the network's place, or "
+        "other networks (features)"
     )

@@ -1,247 +1,201 @@
-"""An evaluation from a stream of images to a report; the same call goes on where it was stopped."""
+"""An evaluation, from streams of images to a report. The same call resumes an evaluation that was stopped."""
 
 import json
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from raekit import __version__, artifacts
+from raekit import __version__
 from raekit.config import differences, read_json, to_dict, to_json
-from raekit.data.loader import DataConfig, Loader
 from raekit.data.sources import stamp
-from raekit.data.sources.base import Split
 from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.evaluation.against import Against
-from raekit.evaluation.chunks import Stream, collect, collected, discard, images_digest
-from raekit.evaluation.evaluate import BATCH, StoredImages, batches_of, evaluate, images_of
-from raekit.evaluation.features import Images, PairScore, weights_of
+from raekit.evaluation.chunks import Features, collect, collected, discard, images_digest
+from raekit.evaluation.features import PairScore, weights_of
 from raekit.evaluation.intervals import LEAST
-from raekit.evaluation.labels import Labels, draw_labels
+from raekit.evaluation.metrics import Accumulator, FrechetDistance, NearestNeighbours
 from raekit.evaluation.pairs import PairMean
 from raekit.evaluation.reports import LITERATURE, Report, read_report, write_report
+from raekit.evaluation.streaming import score_stream
+from raekit.evaluation.streams import RealImages, Reconstructions, StoredImages, Stream
 from raekit.files import whole
-from raekit.flow.sampling import Sampling, check_sampling
-from raekit.inference.generation import generate
-from raekit.inference.model import Model, reconstruct
-from raekit.models.latent_space import LatentSpace
 from raekit.progress import Report as Progress
 from raekit.progress import silent
 from raekit.weights import fingerprint
 
 _CLAIM = "evaluation.json"
-
-
-class Assessed(Stream, Protocol):
-    """Images to report on."""
-
-    @property
-    def image_size(self) -> int: ...
-    @property
-    def source(self) -> str | None: ...  # where images are read from, if they are
-
-    def settings(self) -> dict[str, Any]:
-        """All that the images are a function of, but for those of `source`."""
-        ...
-
-
-class Samples:
-    """Images that `model` generates, as a stream of `evaluation.chunks`: no score depends on the number of processes.
-
-    `of_reference` are the numbers of the reference's images by class, for labels in their proportions. UserError for a
-    sampling that the model does not allow, or labels that it has not.
-    """
-
-    def __init__(
-        self,
-        model: Model,
-        count: int,
-        sampling: Sampling,
-        *,
-        seed: int = 0,
-        labels: Labels = "balanced",
-        of_reference: Sequence[int] | None = None,
-        batch_size: int = BATCH,
-    ):
-        for name, value in (("count", count), ("batch_size", batch_size)):
-            if value < 1:
-                raise UserError(f"{name}: {value} must be at least 1")
-        classes = model.denoiser.config.num_classes
-        self.model, self.count, self.sampling = model, count, sampling
-        self.seed, self.kind, self.batch_size = seed, labels if classes else None, batch_size
-        self.labels = draw_labels(labels, classes, count, seed, of_reference) if classes else None
-        check_sampling(sampling, model.denoiser, self.labels is not None)
-
-    @property
-    def image_size(self) -> int:
-        return self.model.autoencoder.image_size
-
-    @property
-    def source(self) -> str | None:
-        return None
-
-    def batches(self, chunks: Sequence[range], world: World) -> Iterator[Images]:
-        for chunk in chunks:
-            for batch in generate(
-                self.model,
-                self.labels,
-                count=None if self.labels else self.count,
-                seed=self.seed,
-                sampling=self.sampling,
-                batch_size=self.batch_size,
-                world=World(device=world.device),
-                indices=chunk,
-            ):
-                yield Images(batch.images, batch.labels, indices=batch.indices)
-
-    def share(self, world: World) -> Iterator[Images]:
-        """This process's share of all the images."""
-        firsts = range(world.rank * self.batch_size, self.count, world.size * self.batch_size)
-        return self.batches([range(first, min(first + self.batch_size, self.count)) for first in firsts], world)
-
-    def settings(self) -> dict[str, Any]:
-        """All that the images are a function of."""
-        sampling = self.sampling
-        chosen = {name: value for name, value in vars(sampling).items() if name not in ("guidance", "weak")}
-        if sampling.solver != "dopri5":
-            chosen = {name: value for name, value in chosen.items() if name not in ("atol", "rtol")}
-        models = {"autoencoder": self.model.autoencoder, "denoiser": self.model.denoiser, "weak": sampling.weak}
-        return {
-            "seed": self.seed,
-            "labels": self.kind,
-            "drawn_labels": fingerprint({}, self.labels),
-            "sampling": {"guidance": "+".join(map(str, sampling.guidance)) or None, **chosen},
-            "weights": {n: fingerprint(m.state_dict(), m.config) for n, m in models.items() if m is not None},
-            "batch_size": self.batch_size,
-        }
-
-
-class Reconstructions:
-    """What `autoencoder` makes of the images of `source`, as a stream of `evaluation.chunks`.
-
-    `scores` {name: (images, originals) -> (B,)} compare each with its original. UserError, when its turn comes, if an
-    image is unreadable.
-    """
-
-    def __init__(
-        self,
-        autoencoder: LatentSpace,
-        source: str,
-        split: Split,
-        scores: Mapping[str, Callable[[Tensor, Tensor], Tensor]],
-        *,
-        batch_size: int = BATCH,
-        workers: int = 0,
-    ):
-        if batch_size < 1:
-            raise UserError(f"batch_size: {batch_size} must be at least 1")
-        data = DataConfig(
-            source=source, split=split, image_size=autoencoder.image_size, workers=workers, max_unreadable=0
-        )
-        self.autoencoder, self.loader, self.batch_size = autoencoder, Loader(data, seed=0), batch_size
-        self.scores = {name: PairScore(name, score) for name, score in scores.items()}
-
-    @property
-    def count(self) -> int:
-        return len(self.loader)
-
-    @property
-    def image_size(self) -> int:
-        return self.autoencoder.image_size
-
-    @property
-    def source(self) -> str:
-        return self.loader.config.source
-
-    def batches(self, chunks: Sequence[range], world: World) -> Iterator[Images]:
-        for batch in images_of(self.loader.read(batches_of(chunks, self.batch_size), world), world):
-            made = reconstruct(self.autoencoder, batch.images)
-            yield Images(made, torch.full_like(batch.labels, -1), batch.images, batch.indices)
-
-    def settings(self) -> dict[str, Any]:
-        autoencoder = fingerprint(self.autoencoder.state_dict(), self.autoencoder.config)
-        return {"reconstructions": True, "weights": {"autoencoder": autoencoder}, "batch_size": self.batch_size}
+_BASELINES = "baselines"
+TRAINING = "training images"
+"""The name of the baseline whose images are searched for the nearest neighbours of all others."""
+_NEIGHBOURS = 10
 
 
 def assess(
-    stream: Assessed,
+    stream: Stream,
     against: Against,
     names: dict[str, Any],
     out: Path | None = None,
     *,
+    baselines: Mapping[str, Stream] | None = None,
+    notes: Sequence[str] = (),
     intervals: bool = False,
     world: World | None = None,
     progress: Progress = silent,
 ) -> tuple[Report, Path]:
-    """Compare the images of `stream` with references, and write the report into the folder `out`; both are returned.
+    """Compare images with references, and write a report. All processes call it and share the work.
 
-    Reconstructions are compared with references of their originals. Stopped, the same call goes on after the last chunk
-    of images that was done; done, it reads the report. By default `out` is reports/ and a hash of all settings. `names`
-    are for the report, its `model` and the files. Called by all processes, which share the work. UserError if the
-    images must not be compared with the references, or if `out` holds another evaluation.
+    Reconstructions are compared with references of their originals. A call that was stopped resumes after the last
+    stored chunk of images; a call that has finished reads its report.
+
+    Args:
+        stream: the images.
+        against: the references, and the networks in whose features images are compared.
+        names: names for the report: its `model`, and the files.
+        out: the folder of the report. Default: reports/ and a hash of all settings.
+        baselines: further images, whose scores give a meaning to the scores of `stream`. With TRAINING among them, the
+            nearest training images of all others are searched.
+        notes: what a reader of the report should know.
+        intervals: compute 95 % intervals.
+        world: the processes. Default: this one, on the CPU.
+        progress: called after each batch.
+
+    Returns:
+        The report, and its folder.
+
+    Raises:
+        UserError: the images must not be compared with the references, or `out` holds another evaluation.
     """
-    world = world or World()
+    world, baselines = world or World(), baselines or {}
     against.check_size(stream.image_size)
-    scores = stream.scores if isinstance(stream, Reconstructions) else {}
-    features = {**against.networks, **scores}
     if isinstance(stream, Reconstructions):
         if intervals:
-            raise UserError("intervals: not of reconstructions: they and their reference are of the same images")
+            raise UserError("intervals: not available for reconstructions, whose reference holds the same images")
         for each in against.references:
-            each.check_originals(stream.source, stream.loader.config.split)
+            each.check_originals(stream.source, stream.split)
     if intervals and stream.count < LEAST:
         raise UserError(f"intervals: they need at least {LEAST} images, and there are {stream.count}")
-    settings = _settings(stream, against, intervals)
+    settings = _settings(stream, against, baselines, intervals)
     environment = _environment(world)
-    claim = {"settings": settings, "environment": environment, "images": _stamps(stream, against)}
+    claim = {"settings": settings, "environment": environment, "images": _stamps(stream, against, baselines)}
     digest = fingerprint({}, json.dumps(settings, sort_keys=True))
     out = out or Path("reports", fingerprint({}, json.dumps(claim, sort_keys=True)))
     with world.main_first():
         _claim(out, claim, world)
     if not (out / "report.json").is_file():
-        collect(stream, features, out, world, progress)
-        if not scores:
+        collect(stream, _features(stream, against), out / "features", out / "samples.png", world, progress)
+        for name, row in baselines.items():
+            folder = _row_folder(out, name)
+            collect(row, _features(row, against), folder, folder.with_suffix(".png"), world, progress, name)
+        if not isinstance(stream, Reconstructions):
             against.complete(world, progress)
         if world.is_main:
-            # By one process: for any number of them the sums are of the same numbers in the same order.
-            alone = World(device=world.device)
-            if scores:
-                accumulators = [*against.reconstruction_accumulators(), *map(PairMean, scores.values())]
+            # One process does this: for any number of processes the sums have the same numbers in the same order.
+            rows = _score_baselines(against, baselines, out, world.device)
+            bank = _bank(against, baselines, out, world.device)
+            if isinstance(stream, Reconstructions):
+                accumulators = [*against.reconstruction_accumulators(), *map(PairMean, stream.scores.values())]
             else:
-                accumulators = against.accumulators(stream.count, intervals)
-            kept = collected(features, stream.count, out, world.device)
-            results = evaluate(kept, accumulators, alone, lambda done: progress("scores", done, stream.count))
+                accumulators = [*against.accumulators(stream.count, intervals), *_neighbours(against, bank, intervals)]
+            results = _score(stream, against, accumulators, out / "features", world.device, progress)
             report = Report(
                 names=names,
                 hash=digest,
-                images=images_digest(stream.count, out),
+                images=images_digest(stream.count, out / "features"),
                 results=results,
-                notes=tuple(_notes(stream, against, results)),
+                baselines=rows,
+                notes=(*notes, *_notes(stream, against)),
                 settings=settings,
                 environment={**environment, "processes": world.size, "threads": torch.get_num_threads()},
             )
             write_report(report, out)
-            discard(out)
+            discard(out / "features")
+            for name in baselines:
+                discard(_row_folder(out, name))
         world.barrier()
     return read_report(out), out
 
 
-def exported_average(name: str) -> float | None:
-    """The decay of the average that the model `name` gives by default; None if it does not say."""
-    path, _ = artifacts.find(name, "denoiser")
-    return next((decay for decay, (of, _) in artifacts.averages(path, "denoiser").items() if of == path), None)
+def _features(stream: Stream, against: Against) -> Features:
+    pairs: dict[str, PairScore] = stream.scores if isinstance(stream, Reconstructions) else {}
+    return {**against.networks, **pairs}
 
 
-def _settings(stream: Assessed, against: Against, intervals: bool) -> dict[str, Any]:
+def _row_folder(out: Path, name: str) -> Path:
+    return out / _BASELINES / name.replace(" ", "-")
+
+
+def _score(
+    stream: Stream,
+    against: Against,
+    accumulators: Sequence[Accumulator],
+    folder: Path,
+    device: torch.device,
+    progress: Progress = silent,
+) -> dict[str, float]:
+    """Score the stored features of a stream."""
+    if not accumulators:
+        return {}
+    stored = collected(_features(stream, against), stream.count, folder, device)
+    alone = World(device=device)
+    return score_stream(stored, accumulators, alone, lambda done: progress("scores", done, stream.count))
+
+
+Bank = dict[str, tuple[Tensor, Tensor]]
+"""The features (N, width) and labels (N,) of the training images, by network."""
+
+
+def _bank(against: Against, baselines: Mapping[str, Stream], out: Path, device: torch.device) -> Bank:
+    if TRAINING not in baselines:
+        return {}
+    networks = {name: n for name, n in against.networks.items() if not name.endswith(("_spatial", "_logits"))}
+    training = baselines[TRAINING]
+    batches = list(collected(against.networks, training.count, _row_folder(out, TRAINING), device))
+    labels = torch.cat([batch.labels for batch in batches])
+    return {name: (torch.cat([batch.features(n) for batch in batches]), labels) for name, n in networks.items()}
+
+
+def _neighbours(against: Against, bank: Bank, intervals: bool = False) -> list[Accumulator]:
+    return [
+        NearestNeighbours(against.networks[name], features, labels, min(_NEIGHBOURS, len(features)), intervals)
+        for name, (features, labels) in bank.items()
+    ]
+
+
+def _score_baselines(
+    against: Against, baselines: Mapping[str, Stream], out: Path, device: torch.device
+) -> dict[str, dict[str, float]]:
+    """Score each baseline: distances, nearest neighbours, and for reconstructions the comparison with the originals."""
+    bank, rows = _bank(against, baselines, out, device), {}
+    for name, stream in baselines.items():
+        accumulators: list[Accumulator] = []
+        for reference, network in against.pairs():
+            # The distance between a set of images and itself says nothing.
+            same = isinstance(stream, RealImages) and (reference.about.source, reference.about.split) == (
+                stream.source,
+                stream.split,
+            )
+            if not same:
+                accumulators.append(FrechetDistance(network, reference.gaussian(network)))
+        if name != TRAINING:
+            accumulators += _neighbours(against, bank)
+        if isinstance(stream, Reconstructions):
+            accumulators += map(PairMean, stream.scores.values())
+        rows[name] = _score(stream, against, accumulators, _row_folder(out, name), device)
+    return rows
+
+
+def _settings(stream: Stream, against: Against, baselines: Mapping[str, Stream], intervals: bool) -> dict[str, Any]:
     def about(references: Sequence[Any]) -> list[dict[str, Any]]:
-        told = [to_dict(each.about) for each in references]
-        return [{key: value for key, value in each.items() if key not in ("resize", "classes")} for each in told]
+        known = [to_dict(each.about) for each in references]
+        return [{key: value for key, value in each.items() if key not in ("resize", "classes")} for each in known]
 
+    rows = {name: {"source": row.source, "count": row.count, **row.settings()} for name, row in baselines.items()}
     return {
         "count": stream.count,
         "image_size": stream.image_size,
@@ -252,7 +206,8 @@ def _settings(stream: Assessed, against: Against, intervals: bool) -> dict[str, 
             for name, network in against.networks.items()
         },
         "references": about(against.references),
-        "baselines": about(against.baselines),
+        "relative_to": about(against.relative_to),
+        "baselines": rows,
         "intervals": intervals,
     }
 
@@ -270,14 +225,15 @@ def _environment(world: World) -> dict[str, Any]:
     }
 
 
-def _stamps(stream: Assessed, against: Against) -> list[str]:
-    """Of the files that no hash among the settings is of."""
-    places = [stream.source] if stream.source else []
-    return [stamp(place) for place in (*places, *(each.images for each in against.references if each.images))]
+def _stamps(stream: Stream, against: Against, baselines: Mapping[str, Stream]) -> list[str]:
+    """Return stamps of the image files, which no hash in the settings covers."""
+    streams = [stream.source, *(row.source for row in baselines.values())]
+    places = dict.fromkeys([*streams, *(each.images for each in against.references)])
+    return [stamp(place) for place in places if place]
 
 
 def _claim(out: Path, claim: dict[str, Any], world: World) -> None:
-    """Write OUT/evaluation.json; UserError, listing the differences, if another evaluation has `out`."""
+    """Write OUT/evaluation.json; UserError, with the differences, if `out` belongs to another evaluation."""
     path = out / _CLAIM
     claim = json.loads(json.dumps(claim))
     if path.is_file():
@@ -290,20 +246,20 @@ def _claim(out: Path, claim: dict[str, Any], world: World) -> None:
             partial.write_text(to_json(claim))
 
 
-def _notes(stream: Assessed, against: Against, results: dict[str, float]) -> list[str]:
+def _notes(stream: Stream, against: Against) -> list[str]:
     notes = []
     count = stream.count
     if count < LITERATURE:
         notes.append(
             f"An early estimate: Frechet distances of {count:,} images are biased upwards, about in inverse proportion "
-            f"to their number, and are not those of {LITERATURE:,}."
+            f"to their number, and cannot be compared with distances of {LITERATURE:,} images."
         )
     for name, network in against.networks.items():
         if count <= network.width and name != "inception_logits":
             notes.append(f"{count:,} images in the {network.width:,} dimensions of {name}: the distance says little.")
-    for each in (*against.references, *against.baselines):
+    for each in (*against.references, *against.relative_to):
         if each.about.image_size is None:
-            notes.append(f"{each.place} does not tell the resolution of its images; {stream.image_size} is assumed.")
+            notes.append(f"{each.place} does not say the resolution of its images; {stream.image_size} is assumed.")
     if isinstance(stream, StoredImages):
-        notes.append("Saved images: how they were made is not known here.")
+        notes.append("Saved images: the report cannot say how they were made.")
     return notes

@@ -1,137 +1,276 @@
-"""One pass of a stream of images through metrics, and the references that the metrics compare with."""
+"""Evaluate a model, or saved images: the one function behind `raekit evaluate`, `raekit.evaluate` and the demo."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from raekit.data.images import UnreadableImage
-from raekit.data.loader import Batch, DataConfig, Loader
-from raekit.data.sources import open_source
-from raekit.distributed import World
+from raekit import artifacts
+from raekit.data.loader import DataConfig
+from raekit.data.sources import is_address, open_source
+from raekit.distributed import World, prepare_device
 from raekit.errors import UserError
-from raekit.evaluation.features import FeatureNetwork, Images
-from raekit.evaluation.metrics import Accumulator
-from raekit.moments import Moments
+from raekit.evaluation.against import Against, find_networks
+from raekit.evaluation.assessment import TRAINING, assess
+from raekit.evaluation.features import default_features, load_networks
+from raekit.evaluation.labels import Labels
+from raekit.evaluation.pairs import METRICS, reconstruction_metrics
+from raekit.evaluation.references import Reference, measure_reference, read_reference
+from raekit.evaluation.reports import LITERATURE, Report
+from raekit.evaluation.streaming import BATCH
+from raekit.evaluation.streams import DecodedNoise, RealImages, Reconstructions, Samples, StoredImages, Stream
+from raekit.flow.sampling import Sampling
+from raekit.inference.model import Model, load
+from raekit.models.autoencoder import load_autoencoder
+from raekit.models.latent_space import LatentSpace
+from raekit.progress import Report as Progress
+from raekit.progress import silent
 
-# Called after each batch with the number of images that this process has done.
-Progress = Callable[[int], None]
-
-
-# Images at once where nothing is trained; no score depends on it.
-BATCH = 64
-
-
-def images_of(batches: Iterable[Batch], world: World) -> Iterator[Images]:
-    """Real images, as a loader gives them, on this process's device."""
-    for batch in batches:
-        batch = batch.to(world.device)
-        yield Images(batch.pixels(), batch.labels, indices=batch.positions)
-
-
-class StoredImages:
-    """Images that were saved, such as samples, as a stream of `evaluation.chunks`.
-
-    `source` is any address of `data.sources`, of which all images are taken as they are: they are square, and
-    of the size of the first; others are centre-cropped to it. UserError if the first is not square, or, when its turn
-    comes, if one is unreadable.
-    """
-
-    def __init__(self, source: str, batch_size: int = BATCH, workers: int = 0):
-        try:
-            width, height = open_source(source, "all")[0][0].size
-        except UnreadableImage as error:
-            raise UserError(f"data source {source!r}: unreadable image {error}") from None
-        if width != height:
-            raise UserError(f"data source {source!r}: its images are {width} x {height}; crop them to squares first")
-        data = DataConfig(source=source, split="all", image_size=width, workers=workers, max_unreadable=0)
-        self.loader, self.batch_size = Loader(data, seed=0), batch_size
-
-    @property
-    def count(self) -> int:
-        return len(self.loader)
-
-    @property
-    def image_size(self) -> int:
-        return self.loader.config.image_size
-
-    @property
-    def source(self) -> str:
-        return self.loader.config.source
-
-    def batches(self, chunks: Sequence[range], world: World) -> Iterator[Images]:
-        return images_of(self.loader.read(batches_of(chunks, self.batch_size), world), world)
-
-    def settings(self) -> dict[str, Any]:
-        return {"batch_size": self.batch_size}
+Places = str | Path | Sequence[str | Path]
+COUNT = 1000
+"""Samples that are compared with held-out images, unless another number is asked for."""
 
 
-def batches_of(chunks: Iterable[range], size: int) -> Iterator[range]:
-    """At most `size` numbers at once, none of two chunks."""
-    return (chunk[first : first + size] for chunk in chunks for first in range(0, len(chunk), size))
-
-
-@torch.no_grad()
 def evaluate(
-    stream: Iterable[Images],
-    accumulators: Sequence[Accumulator],
-    world: World,
-    progress: Progress | None = None,
-) -> dict[str, float]:
-    """Score the images of `stream`, each process its own share, and return {metric: value} on every process.
+    model: str | Model,
+    *,
+    reference: Places = (),
+    source: str | None = None,
+    features: Sequence[str] = (),
+    count: int | None = None,
+    seed: int = 0,
+    labels: Labels | None = None,
+    sampling: Sampling | None = None,
+    ema: float | None = None,
+    reconstruct: bool = False,
+    lpips: str | None = None,
+    baselines: bool = False,
+    relative_to: Places = (),
+    intervals: bool = False,
+    batch_size: int = BATCH,
+    workers: int = 0,
+    out: str | Path | None = None,
+    names: dict[str, Any] | None = None,
+    world: World | None = None,
+    progress: Progress = silent,
+) -> tuple[Report, Path]:
+    """Compare a model's samples or reconstructions, or saved images, with real images, and write a report.
 
-    Features are computed once for all metrics that share a network. An accumulator serves one evaluation.
-    UserError if no process has an image.
+    Without `reference` the images are compared with the held-out images of the dataset that the model was trained on,
+    which trained models record, or of `source`. A call that was stopped resumes where it stopped.
+
+    Args:
+        model: a model, as a name that `raekit.load` takes or loaded; or the address of saved images, such as flat:DIR.
+        reference: files that `read_reference` reads.
+        source: address of the dataset to compare with, instead of the dataset that the model was trained on.
+        features: the networks to compare in (`load_networks`). Default: the networks of the reference. Without a
+            reference there is a default only for the built-in images.
+        count: number of samples. Default: 50,000 with a reference file, otherwise 1,000.
+        seed: seed of the samples.
+        labels: how the classes of the samples are drawn. Default: "balanced" with a reference file, otherwise
+            "reference", in the proportions of the held-out images.
+        sampling: how to sample. Default: 50 Euler steps without guidance.
+        ema: the decay of the average to use, of those that were trained. Default: the first.
+        reconstruct: score reconstructions of the reference's own images (rFID, PSNR, SSIM) instead of samples.
+        lpips: score reconstructions by LPIPS too, with VGG16 from this file, or "auto" to find VGG16.
+        baselines: also score training images, held-out images, their reconstructions and decoded noise, and compare
+            all images with their nearest training images.
+        relative_to: references of other real images. Distances are also given relative to their distance.
+        intervals: compute 95 % intervals of distances and accuracies, and the bias of distances.
+        batch_size: images at once, at most 250.
+        workers: processes that decode images.
+        out: folder of the report. Default: reports/ and a hash of all settings.
+        names: further names for the report.
+        world: the processes and their device. Default: this process, on the best device.
+        progress: called after each batch.
+
+    Returns:
+        The report, whose `results` are {metric: value}, and its folder.
+
+    Raises:
+        UserError: an argument has no effect, the images must not be compared, or a file is missing or damaged.
     """
-    for batch in _counted(stream, world, progress):
-        for accumulator in accumulators:
-            accumulator.update(batch)
-    results: dict[str, float] = {}
-    for accumulator in accumulators:
-        accumulator.reduce(world)
-        values = accumulator.result()
-        if taken := results.keys() & values.keys():
-            raise ValueError(f"two metrics report {', '.join(sorted(taken))}: give one another name")
-        results |= values
-    return results
+    references, others = _places(reference), _places(relative_to)
+    saved = isinstance(model, str) and is_address(model)
+    _check_arguments(
+        saved=saved,
+        reconstruct=reconstruct,
+        sampled={
+            "count": count is not None,
+            "seed": seed != 0,
+            "labels": labels is not None,
+            "sampling": sampling is not None,
+            "ema": ema is not None,
+        },
+        lpips=lpips,
+        others=others,
+        source=source if references and not baselines else None,
+    )
+    if count is not None and count < 1:
+        raise UserError(f"count: {count} must be at least 1")
+    world = world or World(device=prepare_device())
+    loaded = _load(model, reconstruct, ema, world) if not saved else None
+    dataset = source or (loaded.trained_on if loaded else None)
+    name = model if isinstance(model, str) else "a model in memory"
+    image_size = loaded.image_size if loaded else StoredImages(name).image_size  # type: ignore[arg-type]
+
+    notes = []
+    if references:
+        read = [read_reference(path) for path in references]
+        networks = find_networks(read, features, world.device)
+    else:
+        dataset = _check_dataset(name, dataset, source is not None, loaded)
+        chosen = features or default_features(dataset)
+        networks = {key: network for each in chosen for key, network in load_networks(each, world.device).items()}
+        data = DataConfig(source=dataset, split="heldout", image_size=image_size, workers=workers)
+        read = [measure_reference(data, networks, world, progress=progress)]
+        trained = "" if source or saved else ", the dataset that the model was trained on"
+        notes.append(f"Compared with the {read[0].about.count:,} held-out images of {dataset}{trained}.")
+
+    stream: Stream
+    if saved:
+        stream = StoredImages(name, batch_size, workers)
+    elif isinstance(loaded, LatentSpace):
+        stream = _reconstructions(loaded, read[0], lpips, batch_size, workers, world)
+    else:
+        assert loaded
+        of_reference = read[0].about.classes
+        known = of_reference is not None and len(of_reference) == loaded.denoiser.config.num_classes
+        stream = Samples(
+            loaded,
+            count or (LITERATURE if references else COUNT),
+            sampling or Sampling(),
+            seed=seed,
+            labels=labels or ("reference" if known and not references else "balanced"),
+            of_reference=of_reference,
+            batch_size=batch_size,
+        )
+    rows = {}
+    if baselines:
+        dataset = _check_dataset(name, dataset, source is not None, loaded)
+        rows = _baselines(loaded, dataset, image_size, stream.count, seed, batch_size, workers)
+    compared = Against(read, networks, world.device, [read_reference(path) for path in others])
+    names = {
+        "model": name,
+        "ema": _ema(model, ema) if isinstance(model, str) and not (saved or reconstruct) else ema,
+        "reference": [*map(str, references)] or [f"{dataset} (held out)"],
+        "relative_to": [*map(str, others)],
+        **(names or {}),
+    }
+    return assess(
+        stream,
+        compared,
+        names,
+        Path(out) if out else None,
+        baselines=rows,
+        notes=notes,
+        intervals=intervals,
+        world=world,
+        progress=progress,
+    )
 
 
-@torch.no_grad()
-def reference_moments(
-    stream: Iterable[Images], network: FeatureNetwork, world: World, progress: Progress | None = None
-) -> Moments:
-    """The moments of the features of all processes' images: what a Frechet distance is taken from."""
-    moments = Moments(network.width)
-    for batch in _counted(stream, world, progress):
-        moments.update(batch.features(network))
-    return moments.reduce(world)
+def _places(places: Places) -> list[Path]:
+    return [Path(places)] if isinstance(places, str | Path) else [Path(place) for place in places]
 
 
-@torch.no_grad()
-def feature_bank(
-    stream: Iterable[Images], network: FeatureNetwork, world: World, progress: Progress | None = None
-) -> tuple[Tensor, Tensor]:
-    """The features (N, width) float32 and labels (N,) of all processes' images, in the order of ranks.
+def _check_arguments(
+    *,
+    saved: bool,
+    reconstruct: bool,
+    sampled: dict[str, bool],
+    lpips: str | None,
+    others: Sequence[Path],
+    source: str | None,
+) -> None:
+    """UserError for an argument without effect."""
+    given = [name for name, was in sampled.items() if was]
+    if saved and (wrong := [*given, *["reconstruct"] * reconstruct]):
+        raise UserError(f"{wrong[0]}: has no effect on saved images, which are scored as they are; leave it out")
+    if reconstruct and (wrong := [*given, *["relative_to"] * bool(others)]):
+        raise UserError(f"{wrong[0]}: has no effect with reconstruct; leave it out")
+    if lpips is not None and not reconstruct:
+        raise UserError("lpips: has no effect without reconstruct; leave it out")
+    if source is not None:
+        raise UserError("source: has no effect with reference, unless baselines are scored; leave one of them out")
 
-    Every process has all of them, on its device, for `NearestNeighbours` to search. `Moments(network.width)`
-    updated with the features are the moments of the same images without a second pass.
-    """
-    features, labels = [torch.empty(0, network.width)], [torch.empty(0, dtype=torch.int64)]
-    for batch in _counted(stream, world, progress):
-        features.append(batch.features(network).cpu())
-        labels.append(batch.labels.cpu())
-    shares = world.gather(torch.cat(features)), world.gather(torch.cat(labels))
-    return torch.cat(shares[0]).to(world.device), torch.cat(shares[1]).to(world.device)
+
+def _load(model: str | Model, reconstruct: bool, ema: float | None, world: World) -> Model | LatentSpace:
+    if isinstance(model, Model):
+        return model.autoencoder if reconstruct else model
+    return load_autoencoder(model).to(world.device) if reconstruct else load(model, world.device, ema)
 
 
-def _counted(stream: Iterable[Images], world: World, progress: Progress | None) -> Iterator[Images]:
-    """Pass the batches on, report progress after each, and refuse a stream that is empty on all processes."""
-    done = 0
-    for batch in stream:
-        yield batch
-        done += len(batch)
-        if progress:
-            progress(done)
-    if not world.any(done > 0):
-        raise UserError("there are no images to evaluate")
+def _ema(model: str, ema: float | None) -> float | None:
+    return artifacts.find(model, "denoiser", ema).ema
+
+
+def _check_dataset(name: str, dataset: str | None, given: bool, loaded: Model | LatentSpace | None) -> str:
+    """Return the address of the dataset to compare with; UserError if it is unknown, unreadable or of other classes."""
+    if dataset is None and loaded is None:
+        raise UserError(
+            f"{name}: saved images need real images to be compared with; give a dataset (source), or a file that "
+            "`raekit reference` wrote (reference)"
+        )
+    if dataset is None:
+        raise UserError(
+            f"{name}: does not record the dataset that it was trained on; give the dataset (source), or a file that "
+            "`raekit reference` wrote (reference)"
+        )
+    try:
+        classes = open_source(dataset, "heldout").classes
+    except UserError as error:
+        if given:
+            raise
+        raise UserError(
+            f"{name}: was trained on {dataset}, which cannot be read: {error}. Give its present address (source), or a "
+            "file that `raekit reference` wrote (reference)"
+        ) from None
+    ours = loaded.denoiser.config.class_names if isinstance(loaded, Model) else ()
+    if ours and classes and ours != classes:
+        raise UserError(
+            f"{dataset}: its classes ({_few(classes)}) are not the classes of {name} ({_few(ours)}); give the dataset "
+            "that the model was trained on"
+        )
+    return dataset
+
+
+def _few(classes: Sequence[str]) -> str:
+    return ", ".join(classes[:5]) + (f" and {len(classes) - 5} more" if len(classes) > 5 else "")
+
+
+def _reconstructions(
+    autoencoder: LatentSpace, reference: Reference, lpips: str | None, batch_size: int, workers: int, world: World
+) -> Reconstructions:
+    """Return the reconstructions of the images that `reference` was measured on."""
+    source, split = reference.about.source, reference.about.split
+    if source is None or split is None:
+        raise UserError(
+            f"{reference.place}: does not say which images it was measured on, and reconstructions are compared with "
+            "their own originals; make a reference with `raekit reference`"
+        )
+    scores = reconstruction_metrics(lpips, world.device)
+    return Reconstructions(autoencoder, source, split, scores, batch_size=batch_size, workers=workers)
+
+
+def _baselines(
+    loaded: Model | LatentSpace | None,
+    dataset: str,
+    image_size: int,
+    count: int,
+    seed: int,
+    batch_size: int,
+    workers: int,
+) -> dict[str, Stream]:
+    rows: dict[str, Stream] = {
+        "held-out images": RealImages(dataset, "heldout", image_size, batch_size, workers),
+        TRAINING: RealImages(dataset, "train", image_size, batch_size, workers),
+    }
+    if loaded is None:
+        return rows
+    autoencoder = loaded.autoencoder if isinstance(loaded, Model) else loaded
+    if isinstance(loaded, Model):
+        rows["reconstructions"] = Reconstructions(
+            autoencoder, dataset, "heldout", METRICS, batch_size=batch_size, workers=workers
+        )
+    rows["decoded noise"] = DecodedNoise(autoencoder, count, seed, batch_size)
+    return rows

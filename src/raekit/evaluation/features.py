@@ -222,3 +222,17 @@ def load_networks(name: str, device: torch.device) -> dict[str, ReferenceNetwork
         return {part.name: part for part in (features.pool, features.spatial)}
     encoder = EncoderFeatures(load_encoder(name).to(device))
     return {encoder.name: encoder}
+
+
+def default_features(source: str) -> tuple[str, ...]:
+    """Return the networks in which images of `source` are compared by default: only the built-in images have any.
+
+    Raises:
+        UserError: another source. Its images need a network that knows such images.
+    """
+    if source == "emoji":
+        return ("builtin:vit-tiny",)
+    raise UserError(
+        f"features: name the networks to compare images of {source} in, as in inception or dinov2-b; only the "
+        "built-in images have a default"
+    )

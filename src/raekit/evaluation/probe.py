@@ -17,8 +17,8 @@ from raekit.data.loader import DataConfig, Loader
 from raekit.data.sources.base import Split
 from raekit.distributed import World
 from raekit.errors import UserError
-from raekit.evaluation.evaluate import BATCH, feature_bank, images_of
 from raekit.evaluation.intervals import wilson_interval
+from raekit.evaluation.streaming import BATCH, feature_bank, images_of
 from raekit.formats import conversion as conversion
 from raekit.models.autoencoder import Autoencoder, load_autoencoder
 from raekit.models.baselines import BaselineConfig

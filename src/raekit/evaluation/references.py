@@ -17,10 +17,10 @@ from raekit.data.loader import DataConfig, Loader
 from raekit.data.sources.base import Split
 from raekit.distributed import World
 from raekit.errors import UserError
-from raekit.evaluation.evaluate import BATCH, evaluate, images_of
 from raekit.evaluation.features import FeatureNetwork, Images, ReferenceNetwork
 from raekit.evaluation.frechet import Gaussian
 from raekit.evaluation.manifold import Kept
+from raekit.evaluation.streaming import BATCH, images_of, score_stream
 from raekit.files import whole
 from raekit.moments import Moments
 from raekit.progress import Report, counted, silent
@@ -306,7 +306,7 @@ def measure_reference(
         for name, network in networks.items()
     }
     shown = counted(progress, "reference", len(loader), world.size)
-    evaluate(images_of(loader.once(BATCH, world), world), list(measured.values()), world, shown)
+    score_stream(images_of(loader.once(BATCH, world), world), list(measured.values()), world, shown)
     gaussians = {name: Gaussian.of(part.moments) for name, part in measured.items()}
     features = {name: part.features for name, part in measured.items() if part.keep}
     about = About(

@@ -1,8 +1,9 @@
-"""Reports of evaluations: the scores with all that moves them, in files for machines and for people, side by side."""
+"""Reports of evaluations: the scores and everything that they depend on, in files for machines and for people."""
 
 import io
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,11 @@ from raekit.files import whole
 from raekit.pages import embed, write_page
 
 LITERATURE = 50_000
-"""The number of images that published scores are of."""
+"""The number of images behind published scores."""
 
 _DISTANCES = ("fid", "sfid", "clean_fid", "fd_")
 _LOWER = (*_DISTANCES, *(f"r{name}" for name in _DISTANCES), "fdr", "kid", "lpips")
-_HIGHER = ("inception_score", "precision", "recall", "psnr", "ssim")
+_HIGHER = ("inception_score", "precision", "recall", "psnr", "ssim", "knn_accuracy")
 _PARTS = ("low", "high", "bias", "std")
 
 
@@ -24,28 +25,37 @@ _PARTS = ("low", "high", "bias", "std")
 class Report:
     """One evaluation.
 
-    `results` are the metrics, `NAME_low`, `NAME_high`, `NAME_bias` and `NAME_std` what goes with the metric NAME.
-    `settings` is all that the images and their scores are a function of, `hash` 16 digits of it; `images` 16 digits of
-    the images' pixels. `names` tells how the model and the files were called, `environment` what it ran on, `notes`
-    what a reader should know.
+    Attributes:
+        names: the names of the model and of the files.
+        hash: 16 hexadecimal digits that identify `settings`.
+        images: 16 hexadecimal digits that identify the pixels of the images.
+        results: the metrics. `NAME_low`, `NAME_high`, `NAME_bias` and `NAME_std` belong to the metric NAME.
+        baselines: the metrics of further images, which give a meaning to `results`, by the name of these images.
+        notes: what a reader should know.
+        settings: everything that determines the images and their scores.
+        environment: the software and the machine.
     """
 
     names: dict[str, Any]
     hash: str
     images: str
     results: dict[str, float]
+    baselines: dict[str, dict[str, float]] = field(default_factory=dict)
     notes: tuple[str, ...]
     settings: dict[str, Any]
     environment: dict[str, Any]
 
     @property
     def metrics(self) -> list[str]:
-        """The names of the metrics themselves."""
+        """The names of the metrics, without the parts that belong to another metric."""
         return [name for name in self.results if not _is_part(name, self.results)]
 
 
 def write_report(report: Report, out: Path) -> None:
-    """Write OUT/report.md, OUT/report.html, with OUT/samples.png in it if there is one, and at last OUT/report.json."""
+    """Write OUT/report.md, OUT/report.html and, last, OUT/report.json.
+
+    The HTML page contains OUT/samples.png and the pictures of the baselines, OUT/baselines/*.png, where they exist.
+    """
     picture = out / "samples.png"
     with whole(out / "report.md") as partial:
         partial.write_text(_markdown(report))
@@ -55,28 +65,41 @@ def write_report(report: Report, out: Path) -> None:
         title=str(report.names["model"]),
         report=report,
         rows=score_rows(report),
+        baselines=baseline_rows(report) if report.baselines else [],
         settings=flat(report.settings),
         names=flat(report.names),
         environment=flat(report.environment),
         picture=embed(picture.read_bytes()) if picture.is_file() else None,
+        pictures={
+            path.stem.replace("-", " "): embed(path.read_bytes()) for path in sorted((out / "baselines").glob("*.png"))
+        },
     )
     with whole(out / "report.json") as partial:
         partial.write_text(to_json(to_dict(report)))
 
 
 def score_rows(report: Report) -> list[list[str]]:
-    """Of each metric its name, its value, its 95 % interval, and what else goes with it."""
-    return [[f"{name} {_arrow(name)}".rstrip(), *_cells(report, name)] for name in report.metrics]
+    """Return a row for each metric: its name, value, 95 % interval, and its bias or deviation."""
+    return [[_heading(name), *_cells(report, name)] for name in report.metrics]
+
+
+def baseline_rows(report: Report) -> list[list[str]]:
+    """Return a table of the evaluated images and the baselines: a heading, then a row for each set of images."""
+    sets = {"these images": report.results, **report.baselines}
+    shared = dict.fromkeys(name for values in report.baselines.values() for name in values)
+    rows = [["", *map(_heading, shared)]]
+    rows += [[row, *(f"{v[m]:.4g}" if m in v else "" for m in shared)] for row, v in sets.items()]
+    return rows
 
 
 def read_report(place: Path) -> Report:
-    """The report in a file, or in a folder that `raekit evaluate --reference` wrote; UserError if there is none."""
+    """Read a report from its report.json, or from the folder that `raekit evaluate` wrote."""
     path = place / "report.json" if place.is_dir() else place
     return from_dict(Report, read_json(path), path)
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a.b": value} for nested values; lists of plain values stay whole."""
+    """Return nested values as {"a.b": value}. A list of plain values stays one value."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, list | tuple) and any(isinstance(item, dict) for item in value):
@@ -91,8 +114,11 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 class Comparison:
     """Reports side by side.
 
-    `labels` names each by the settings that only they differ in, or else by its place; `settings` has the differing
-    ones, {setting: a value for each report}, `environment` likewise.
+    Attributes:
+        labels: a name for each report: the one setting in which the reports differ, otherwise the report's place.
+        settings: the settings that differ, as {setting: a value for each report}.
+        environment: the parts of the environment that differ, in the same form.
+        metrics: the names of all metrics.
     """
 
     def __init__(self, places: Sequence[Path]):
@@ -112,28 +138,25 @@ class Comparison:
             self.labels = [str(place) for place in places]
 
     def rows(self) -> list[list[str]]:
-        """The name of each metric and its value in each report."""
-        return [
-            [f"{name} {_arrow(name)}".rstrip(), *(_text(report, name) for report in self.reports)]
-            for name in self.metrics
-        ]
+        """Return a row for each metric: its name, and its value in each report."""
+        return [[_heading(name), *(_text(report, name) for report in self.reports)] for name in self.metrics]
 
     def notes(self) -> list[str]:
-        """What the reader should know of the differences."""
+        """Return what a reader should know about the differences."""
         found = []
         for name, parts in ("settings", self.settings), ("environment", self.environment):
             found += [f"{name} differ in {key}: {' | '.join(map(_plain, values))}" for key, values in parts.items()]
         if not self.settings:
             same = len({report.images for report in self.reports}) == 1
-            found.append(f"same settings; the images {'are the same, pixel by pixel' if same else 'are others'}")
+            found.append(f"same settings; the images are {'identical' if same else 'different'}")
         if any(key.startswith("references.") and key.endswith(".hash") for key in self.settings):
-            found.append("the references are others, so that distances must not be compared")
+            found.append("the references differ, so the distances must not be compared")
         if "count" in self.settings:
-            found.append("the numbers of images are others, and Frechet distances of fewer are higher")
+            found.append("the numbers of images differ, and Frechet distances of fewer images are higher")
         return found
 
     def write(self, path: Path) -> None:
-        """Write a `.md`, `.html` or `.png`; UserError for any other."""
+        """Write the comparison to a `.md`, `.html` or `.png` file; UserError for any other suffix."""
         if path.suffix == ".md":
             text = "\n".join([_table([["", *self.labels], *self.rows()]), "", *(f"- {n}" for n in self.notes()), ""])
             with whole(path) as partial:
@@ -155,8 +178,8 @@ class Comparison:
             raise UserError(f"--out: {path} must end in .png, .md or .html")
 
     def picture(self) -> bytes:
-        """A PNG: the first images of each report, and a panel of bars, with intervals, for each metric."""
-        from matplotlib.figure import Figure  # imported late: it is slow, and only this needs it
+        """Return a PNG: the first images of each report, and a panel of bars, with intervals, for each metric."""
+        from matplotlib.figure import Figure  # slow to import
         from PIL import Image
 
         samples = [place / "samples.png" for place in self.places]
@@ -185,7 +208,7 @@ class Comparison:
                 [high - value for value, (_, high) in zip(values, ends, strict=True)],
             ]
             bars = axes.bar(range(number), values, yerr=spread, color=colours, capsize=3, width=0.7)
-            axes.set_title(f"{name} {_arrow(name)}", fontsize=9)
+            axes.set_title(_heading(name), fontsize=9)
             axes.set_xticks(range(number), [f"{value:.4g}" for value in values], fontsize=8)
             axes.tick_params("y", labelsize=7)
             if not with_samples and name == self.metrics[-1]:
@@ -207,12 +230,16 @@ def _is_part(name: str, results: Mapping[str, float]) -> bool:
 
 
 def _arrow(name: str) -> str:
-    """Which direction is better."""
+    """Return an arrow that points to better values."""
     return "↓" if name.startswith(_LOWER) else "↑" if name.startswith(_HIGHER) else ""
 
 
+def _heading(name: str) -> str:
+    return f"{name} {_arrow(name)}".rstrip()
+
+
 def _cells(report: Report, name: str) -> tuple[str, str, str]:
-    """The value, its interval and what else goes with it."""
+    """Return the value, its interval, and its bias and deviation."""
     results = report.results
     interval = ""
     if f"{name}_low" in results:
@@ -240,10 +267,12 @@ def _markdown(report: Report) -> str:
     for part in report.names, report.settings, report.environment:
         settings += [[key, _plain(value)] for key, value in flat(part).items()]
     notes = [f"- {note}" for note in report.notes]
-    return "\n".join([f"# {report.names['model']}", "", _table(scores), "", *notes, "", _table(settings), ""])
+    baselines = [_table(baseline_rows(report)), ""] if report.baselines else []
+    parts = [f"# {report.names['model']}", "", _table(scores), "", *baselines, *notes, "", _table(settings), ""]
+    return "\n".join(parts)
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first row is its head."""
+    """Return a Markdown table, whose head is the first row."""
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])

@@ -29,12 +29,13 @@ def read_model(name: str, denoiser: bool = True) -> Parts:
     if not places:
         raise found[0]
     return Parts(
-        _read_autoencoder(*places["autoencoder"]) if "autoencoder" in places else None,
-        _read_denoiser(*places["denoiser"]) if "denoiser" in places else None,
+        _read_autoencoder(places["autoencoder"]) if "autoencoder" in places else None,
+        _read_denoiser(places["denoiser"]) if "denoiser" in places else None,
     )
 
 
-def _read_autoencoder(path: Path, values: dict) -> AutoencoderParts:
+def _read_autoencoder(found: artifacts.Artifact) -> AutoencoderParts:
+    path, values = found.path, found.config
     if "baseline" in values:
         raise UserError(f"{path}: names {values['baseline']}, a baseline, whose weights are not ours to convert")
     config = from_dict(AutoencoderConfig, values, path / "config.json")
@@ -43,13 +44,15 @@ def _read_autoencoder(path: Path, values: dict) -> AutoencoderParts:
     spec, grid = geometry(config.encoder, config.encoder_size)
     state = artifacts.read(path)
     check_fit(lambda: Decoder(config.decoder), state, path)
-    return AutoencoderParts(config, state, *artifacts.read_statistics(path / artifacts.STATISTICS, (spec.width, *grid)))
+    mean, var = artifacts.read_statistics(path / artifacts.STATISTICS, (spec.width, *grid))
+    return AutoencoderParts(config, state, mean, var, found.trained_on)
 
 
-def _read_denoiser(path: Path, values: dict) -> DenoiserParts:
-    config, state = from_dict(DenoiserConfig, values, path / "config.json"), artifacts.read(path)
+def _read_denoiser(found: artifacts.Artifact) -> DenoiserParts:
+    path = found.path
+    config, state = from_dict(DenoiserConfig, found.config, path / "config.json"), artifacts.read(path)
     check_fit(lambda: Denoiser(config), state, path)
-    return DenoiserParts(config, state)
+    return DenoiserParts(config, state, found.trained_on)
 
 
 def write_model(parts: Parts, folder: Path) -> None:
@@ -60,9 +63,18 @@ def write_model(parts: Parts, folder: Path) -> None:
             decoder = Decoder(own.config.decoder)
         load_strict(decoder, own.decoder, folder)
         statistics = {"var": own.var} | ({} if own.mean is None else {"mean": own.mean})
-        artifacts.write(folder / "autoencoder", "autoencoder", own.config, decoder, World(), statistics=statistics)
+        artifacts.write(
+            folder / "autoencoder",
+            "autoencoder",
+            own.config,
+            decoder,
+            World(),
+            trained_on=own.trained_on,
+            statistics=statistics,
+        )
     if parts.denoiser:
+        made = parts.denoiser
         with torch.device("meta"):
-            denoiser = Denoiser(parts.denoiser.config)
-        load_strict(denoiser, parts.denoiser.state, folder)
-        artifacts.write(folder / "denoiser", "denoiser", parts.denoiser.config, denoiser, World())
+            denoiser = Denoiser(made.config)
+        load_strict(denoiser, made.state, folder)
+        artifacts.write(folder / "denoiser", "denoiser", made.config, denoiser, World(), trained_on=made.trained_on)

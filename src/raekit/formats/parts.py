@@ -25,6 +25,7 @@ class AutoencoderParts:
     decoder: dict[str, Tensor]
     mean: Tensor | None
     var: Tensor
+    trained_on: str | None = None
 
     def build(self) -> Autoencoder:
         """The autoencoder, with the weights of its encoder; UserError if those are not there."""
@@ -38,6 +39,7 @@ class DenoiserParts:
 
     config: DenoiserConfig
     state: dict[str, Tensor]
+    trained_on: str | None = None
 
     def build(self) -> Denoiser:
         return Denoiser.build(self.config, self.state, "denoiser")

@@ -31,6 +31,16 @@ class Model:
         return self.autoencoder.var.device
 
     @property
+    def image_size(self) -> int:
+        """The side of the images in pixels; UserError if the images are not square."""
+        return self.autoencoder.image_size
+
+    @property
+    def trained_on(self) -> str | None:
+        """The address of the data source that the denoiser was trained on, if that is known."""
+        return self.denoiser.trained_on
+
+    @property
     def classes(self) -> tuple[str, ...]:
         """Class names by id; ids as names where they are not known; empty if the model is unconditional."""
         config = self.denoiser.config

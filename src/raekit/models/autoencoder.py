@@ -58,14 +58,17 @@ class Autoencoder(LatentSpace):
 
         The encoder computes in `encoder_dtype`, float32 or bfloat16.
         """
-        path, values = artifacts.find(name, "autoencoder")
-        config, state = from_dict(AutoencoderConfig, values, path / "config.json"), artifacts.read(path)
+        found = artifacts.find(name, "autoencoder")
+        path = found.path
+        config, state = from_dict(AutoencoderConfig, found.config, path / "config.json"), artifacts.read(path)
         check_fit(lambda: Decoder(config.decoder), state, path)
         own = path.parent / "encoder"
         source = str(own) if own.is_dir() else config.encoder
         encoder = load_encoder(source, config.encoder_size, config.layers, encoder_dtype)
         statistics = artifacts.read_statistics(path / artifacts.STATISTICS, (encoder.spec.width, *encoder.grid))
-        return cls.build(config, encoder, state, statistics, path)
+        model = cls.build(config, encoder, state, statistics, path)
+        model.trained_on = found.trained_on
+        return model
 
     @classmethod
     def build(
@@ -89,7 +92,16 @@ class Autoencoder(LatentSpace):
         world = world or World()
         statistics = {"var": self.var} | ({} if self.mean is None else {"mean": self.mean})
         target = folder / "autoencoder"
-        artifacts.write(target, "autoencoder", self.config, self.decoder, world, dtype=dtype, statistics=statistics)
+        artifacts.write(
+            target,
+            "autoencoder",
+            self.config,
+            self.decoder,
+            world,
+            dtype=dtype,
+            trained_on=self.trained_on,
+            statistics=statistics,
+        )
         if isinstance(self.encoder.model, ViT) and Path(self.encoder.name).is_dir():
             exact = self.encoder.dtype == torch.float32  # else the weights were rounded as they were read
             (self.encoder if exact else load_encoder(self.encoder.name)).save(folder, world, dtype)
@@ -124,7 +136,7 @@ def load_autoencoder(name: str, encoder_dtype: torch.dtype = torch.float32) -> L
     """As `Autoencoder.load`, and the baselines `pixels` and `vae:WHERE`, @SIZE after them for another size than 256."""
     if config := BaselineConfig.named(name):
         return Baseline.load(config, encoder_dtype)
-    path, values = artifacts.find(name, "autoencoder")
-    if "baseline" in values:
-        return Baseline.load(from_dict(BaselineConfig, values, path / "config.json"), encoder_dtype)
+    found = artifacts.find(name, "autoencoder")
+    if "baseline" in found.config:
+        return Baseline.load(from_dict(BaselineConfig, found.config, found.path / "config.json"), encoder_dtype)
     return Autoencoder.load(name, encoder_dtype)

@@ -42,6 +42,8 @@ class Denoiser(nn.Module):
     """
 
     positions: Tensor | None
+    trained_on: str | None = None
+    """The address of the data source that it was trained on, if that is known."""
 
     def __init__(self, config: DenoiserConfig, condition: Condition | None = None) -> None:
         super().__init__()
@@ -76,8 +78,11 @@ class Denoiser(nn.Module):
 
         With `ema` the average of this decay, by default the first of those that were trained.
         """
-        path, values = artifacts.find(name, "denoiser", ema)
-        return cls.build(from_dict(DenoiserConfig, values, path / "config.json"), artifacts.read(path), path)
+        found = artifacts.find(name, "denoiser", ema)
+        config = from_dict(DenoiserConfig, found.config, found.path / "config.json")
+        model = cls.build(config, artifacts.read(found.path), found.path)
+        model.trained_on = found.trained_on
+        return model
 
     @classmethod
     def build(cls, config: DenoiserConfig, state: Mapping[str, Tensor], source: object) -> Self:
@@ -98,7 +103,9 @@ class Denoiser(nn.Module):
     ) -> None:
         """Write FOLDER/denoiser, for `load`, as the average of decay `ema`; `beside` another, denoiser-ema-DECAY."""
         target = folder / (f"denoiser-ema-{ema}" if beside else "denoiser")
-        artifacts.write(target, "denoiser", self.config, self, world or World(), dtype=dtype, ema=ema)
+        artifacts.write(
+            target, "denoiser", self.config, self, world or World(), dtype=dtype, ema=ema, trained_on=self.trained_on
+        )
 
     def _register_rotary(self, name: str, part: TransformerConfig, unplaced: int = 0) -> None:
         table: tuple[Tensor | None, Tensor | None] = (None, None)

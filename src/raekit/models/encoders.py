@@ -173,8 +173,8 @@ def load_encoder(
                 f"encoder {error}. Registered: {', '.join(sorted(REGISTRY))}. Others of a family are FAMILY:WHERE, "
                 f"WHERE a folder or OWNER/NAME on the Hub, FAMILY {', '.join(FAMILIES)}"
             ) from None
-        path, values = artifacts.find(name, "encoder")
-        config = from_dict(ViTConfig, values, path / "config.json")
+        found = artifacts.find(name, "encoder")
+        path, config = found.path, from_dict(ViTConfig, found.config, found.path / "config.json")
         state = artifacts.read(path)
         check_fit(lambda: ViT(config), state, path)
         model, spec = ViT(config), config.spec

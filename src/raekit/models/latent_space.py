@@ -25,6 +25,8 @@ class LatentSpace(nn.Module, ABC):
     encoder_dtype: torch.dtype
     mean: Tensor | None
     var: Tensor
+    trained_on: str | None = None
+    """The address of the data source that the decoder was trained on, if that is known."""
 
     def __init__(self, latent_shape: tuple[int, int, int]) -> None:
         super().__init__()

@@ -11,12 +11,12 @@ from raekit.data.sources import open_source
 from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.evaluation.against import Against, find_networks
-from raekit.evaluation.assessment import Samples
-from raekit.evaluation.evaluate import BATCH, evaluate
-from raekit.evaluation.features import load_networks
+from raekit.evaluation.features import default_features, load_networks
 from raekit.evaluation.intervals import LEAST
 from raekit.evaluation.labels import Labels, draw_labels
 from raekit.evaluation.references import measure_reference, read_reference
+from raekit.evaluation.streaming import BATCH, score_stream
+from raekit.evaluation.streams import Samples
 from raekit.flow.guidance import parse_guidance
 from raekit.flow.sampling import Sampling, check_sampling
 from raekit.inference.model import Model
@@ -25,12 +25,25 @@ from raekit.models.denoiser import Denoiser
 
 @configclass
 class EvaluationConfig:
-    """Score `count` samples every `every` steps, and log the scores as evaluation/METRIC.
+    """Scores of samples during training, logged as evaluation/METRIC.
 
-    They are samples of the averages with the decays `ema`, logged as evaluation/ema_DECAY/METRIC; by default of the
-    average that is exported, without such a prefix. They are compared with the file `reference`, as of
-    `raekit evaluate`, or without one with the source's held-out images, in the features of the networks `features`: by
-    default all of the reference's, or builtin:vit-tiny. All scores of a run are of the same noise and labels.
+    All scores of a run use the same noise and labels.
+
+    Attributes:
+        every: steps between scores.
+        count: number of samples.
+        ema: decays of the averages to score, logged as evaluation/ema_DECAY/METRIC. Default: the average that is
+            exported, logged without a decay.
+        reference: a file that `raekit reference` wrote. Default: the held-out images of the data source.
+        features: the networks to compare in. Default: the networks of the reference. Without a reference there is a
+            default only for the built-in images.
+        labels: how the classes of the samples are drawn.
+        seed: seed of the samples.
+        steps: Euler steps.
+        guidance: guidance, as in cfg:2.0@0.1-0.9. Default: none.
+        precision: what the denoiser computes in.
+        batch_size: images at once.
+        intervals: log 95 % intervals too.
     """
 
     every: int
@@ -48,7 +61,7 @@ class EvaluationConfig:
 
     @property
     def sampling(self) -> Sampling:
-        """How it samples."""
+        """How the samples are made."""
         rules = parse_guidance(self.guidance) if self.guidance is not None else ()
         return Sampling(steps=self.steps, guidance=rules, precision=self.precision)
 
@@ -57,11 +70,13 @@ class EvaluationConfig:
             if getattr(self, name) < 1:
                 raise UserError(f"evaluation.{name}: {getattr(self, name)} must be at least 1")
         if self.intervals and self.count < LEAST:
-            raise UserError(f"evaluation.intervals: they need at least {LEAST} images, and count is {self.count}")
+            raise UserError(
+                f"evaluation.intervals: they need at least {LEAST} images, and evaluation.count is {self.count}"
+            )
         if any(rule.method == "auto" for rule in self.sampling.guidance):
             raise UserError(
-                f"evaluation.guidance: {self.guidance} needs a weaker model, and a training has none; take another, "
-                "and score the run by raekit evaluate --weak later"
+                f"evaluation.guidance: {self.guidance} needs a weaker model, and a training has none; choose another "
+                "guidance, and score the run with raekit evaluate --weak later"
             )
 
 
@@ -72,9 +87,17 @@ def evaluator(
     models: Callable[[], dict[str, Model]],
     world: World,
 ) -> Callable[[int], dict[str, float]]:
-    """A function for `Periodic` that scores `models()`, each under its name as a prefix: averages of `denoiser`.
+    """Return a function for `Periodic` that scores samples.
 
-    UserError, at once, for a reference that is absent or of other images, and for what `denoiser` does not allow.
+    Args:
+        config: what to score.
+        data: the training data.
+        denoiser: the denoiser that is trained.
+        models: returns the models to score, by the prefix of their metrics' names.
+        world: the processes.
+
+    Raises:
+        UserError: the reference is missing or of other images, or the denoiser does not allow this sampling.
     """
     classes = denoiser.config.num_classes
     try:
@@ -88,11 +111,11 @@ def evaluator(
         reference.check_size(data.image_size)
         networks = find_networks([reference], config.features, world.device)
         compared.append(Against([reference], networks, world.device))
-        if classes:  # that there are labels of the kind wanted
+        if classes:  # fail now, and not at the first score, if the labels cannot be drawn
             draw_labels(config.labels, classes, config.count, config.seed, reference.about.classes)
     else:
-        open_source(data.source, "heldout")  # that there are images to compare with
-        names = config.features or ("builtin:vit-tiny",)
+        open_source(data.source, "heldout")  # fail now if there are no images to compare with
+        names = config.features or default_features(data.source)
         networks = {key: each for name in names for key, each in load_networks(name, world.device).items()}
 
     def call(step: int) -> dict[str, float]:
@@ -112,7 +135,7 @@ def evaluator(
                 batch_size=config.batch_size,
             )
             metrics = compared[0].accumulators(config.count, config.intervals)
-            scores = evaluate(stream.share(world), metrics, world)
+            scores = score_stream(stream.share(world), metrics, world)
             values |= {prefix + name: value for name, value in scores.items()}
         return values
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from raekit import randomness
 from raekit.config import configclass
 from raekit.data.loader import Batch, DataConfig, Loader
+from raekit.data.sources import absolute
 from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.flow import path
@@ -123,6 +124,7 @@ def build(config: GenerationConfig, run: Path, world: World) -> Stage:
             class_names=loader.classes if config.conditional else (),
         )
     )
+    model.trained_on = absolute(config.data.source)
     if config.init_from and not checkpoints(run / "checkpoints"):  # a run that goes on has weights
         initialise_denoiser(model, config.init_from)
 

@@ -84,13 +84,15 @@ def describe_folder(name: str, reach: tuple[str, float] | None = None) -> str:
         raise UserError(f"{name}: is no run, and has no metrics on record")
     for kind in ("encoder", "autoencoder", "denoiser"):
         try:
-            path, values = artifacts.find(name, kind)
+            path, values, _, trained_on = artifacts.find(name, kind)
         except UserError:
             continue
         state = read_weights(path / "model.safetensors")
         types = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}))
         count = sum(tensor.numel() for tensor in state.values())
         lines.append(f"  {kind}: {len(state)} tensors, {count:,} numbers, {types}")
+        if trained_on:
+            lines.append(f"    trained on {trained_on}")
         if known := artifacts.averages(path, kind):
             lines.append(f"    averages of decay {', '.join(map(str, known))}")
         lines += [f"    {line}" for line in to_json(values).rstrip().splitlines()]

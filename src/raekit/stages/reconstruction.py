@@ -7,6 +7,7 @@ from typing import Literal
 from raekit.artifacts import STATISTICS, read_statistics, write_statistics
 from raekit.config import configclass
 from raekit.data.loader import DataConfig, Loader
+from raekit.data.sources import absolute
 from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.inference.statistics import measure_latents
@@ -120,6 +121,7 @@ def build(config: ReconstructionConfig, run: Path, world: World) -> Stage:
     averaged = Autoencoder(model.config, encoder)
     averaged.decoder = model.decoder  # in the place of its own, until the average is asked for
     averaged.to(world.device)
+    averaged.trained_on = absolute(config.data.source)
 
     def prepare(progress: Report) -> None:
         if config.train.compile:

@@ -13,10 +13,10 @@ from raekit.config import configclass
 from raekit.data.loader import Batch, DataConfig, Loader
 from raekit.distributed import World, full_state
 from raekit.errors import UserError
-from raekit.evaluation.evaluate import BATCH, evaluate, feature_bank, images_of
 from raekit.evaluation.features import EncoderFeatures
 from raekit.evaluation.metrics import NearestNeighbours
 from raekit.evaluation.probe import untrained
+from raekit.evaluation.streaming import BATCH, feature_bank, images_of, score_stream
 from raekit.models.encoders import Encoder
 from raekit.models.layers import ViTBlock, patchify, sincos_positions, watch_logits
 from raekit.models.vit import ViT, ViTConfig
@@ -176,5 +176,5 @@ def class_accuracy(encoder: Encoder, data: DataConfig, world: World) -> dict[str
         train, heldout = (Loader(replace(data, split=split), seed=0) for split in ("train", "heldout"))
         bank, labels = feature_bank(images_of(train.once(BATCH, world), world), network, world)
         neighbours = NearestNeighbours(network, bank, labels)
-        scores |= evaluate(images_of(heldout.once(BATCH, world), world), [neighbours], world)
+        scores |= score_stream(images_of(heldout.once(BATCH, world), world), [neighbours], world)
     return {name: value for name, value in scores.items() if name.startswith("knn_accuracy")}

@@ -1,4 +1,4 @@
-"""Which decoder to keep: the one that is best for generation, which is not always the last, nor the best by rFID."""
+"""Which decoder to keep: the best one for generation, which is not always the last one or the best one by rFID."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -12,10 +12,10 @@ from raekit.config import configclass, read_json, to_json
 from raekit.data.loader import DataConfig, Loader
 from raekit.distributed import World
 from raekit.errors import UserError
-from raekit.evaluation.evaluate import BATCH, evaluate, images_of, reference_moments
-from raekit.evaluation.features import EncoderFeatures, Images, PairScore
+from raekit.evaluation.features import EncoderFeatures, Images, PairScore, default_features
 from raekit.evaluation.metrics import FrechetDistance
 from raekit.evaluation.pairs import PairMean, psnr, ssim
+from raekit.evaluation.streaming import BATCH, images_of, reference_moments, score_stream
 from raekit.files import whole
 from raekit.inference.model import reconstruct
 from raekit.models.encoders import load_encoder
@@ -26,15 +26,18 @@ from raekit.weights import is_real, read_weights
 
 @configclass
 class SelectionConfig:
-    """Score the averaged decoder every `every` steps, and keep the best so far in RUN/artifact.
+    """Keep the best averaged decoder in RUN/artifact: the one with the smallest Frechet distance to held-out images.
 
-    Best is the smallest Frechet distance to the held-out images, in the features of the encoder `features`: of the
-    decoded `latents`, a file that `raekit latents generate` made, or without one of reconstructions.
+    Attributes:
+        every: steps between scores.
+        latents: a file that `raekit latents generate` wrote. The distance is that between these latents, decoded, and
+            the held-out images. Default: the distance of reconstructions.
+        features: the encoder in whose features distances are measured. There is a default only for the built-in images.
     """
 
     every: int
     latents: str | None = None
-    features: str = "builtin:vit-tiny"
+    features: str | None = None
 
     def __post_init__(self) -> None:
         if self.every < 1:
@@ -42,7 +45,7 @@ class SelectionConfig:
 
 
 def read_generated(path: Path, shape: tuple[int, int, int]) -> Tensor:
-    """Generated latents (N, C, h, w), not whitened; UserError if the file holds none of this shape."""
+    """Read generated latents (N, C, h, w), not whitened; UserError if the file holds none of this shape."""
     latents = read_weights(path).get("unwhitened")
     if not is_real(latents) or latents.shape[1:] != shape or len(latents) < 2 or not latents.isfinite().all():
         found = tuple(latents.shape) if is_real(latents) else "none"
@@ -60,12 +63,19 @@ def scorer(
     world: World,
     more: Mapping[str, Callable[[Tensor, Tensor], Tensor]] | None = None,
 ) -> Callable[[LatentSpace], dict[str, float]]:
-    """A function that scores autoencoders on the held-out images of `data`, and on the latents of `config`.
+    """Return a function that scores autoencoders on the held-out images of `data`, and on the latents of `config`.
 
-    Gives `reconstruction_fd`, psnr and ssim, and `generation_fd` if there are latents. `more` are further
-    {name: (images, originals) -> (B,)} of reconstructions.
+    The scores are `reconstruction_fd`, `psnr`, `ssim`, those of `more`, and `generation_fd` if there are latents.
+
+    Args:
+        config: what to score.
+        data: the training data.
+        latent_shape: shape (C, h, w) of the latents.
+        world: the processes.
+        more: further scores of reconstructions, {name: (images, originals) -> (B,)}.
     """
-    network = EncoderFeatures(load_encoder(config.features).to(world.device))
+    features = config.features or default_features(data.source)[0]
+    network = EncoderFeatures(load_encoder(features).to(world.device))
     heldout = Loader(replace(data, split="heldout", flip=False, crop="center"), seed=0)
     latents = read_generated(Path(config.latents), latent_shape) if config.latents else None
     pairs = {"psnr": psnr, "ssim": ssim, **(more or {})}
@@ -87,17 +97,17 @@ def scorer(
             reference.append(reference_moments(stream, network, world))
         metrics = [FrechetDistance(network, reference[0], "reconstruction_fd")]
         scores = [PairMean(PairScore(*pair)) for pair in pairs.items()]
-        values = evaluate(reconstructed(model), [*metrics, *scores], world)
+        values = score_stream(reconstructed(model), [*metrics, *scores], world)
         if latents is not None:
             metrics = [FrechetDistance(network, reference[0], "generation_fd")]
-            values |= evaluate(decoded(model, latents), metrics, world)
+            values |= score_stream(decoded(model, latents), metrics, world)
         return values
 
     return score
 
 
 def _is_better(score: float, path: Path) -> bool:
-    """Than that in the file `path`, if there is one; one that is not a number is no score."""
+    """Return whether `score` is below the score in the file `path`, or that file has no finite score."""
     return not path.is_file() or score < read_json(path)["score"] or not math.isfinite(read_json(path)["score"])
 
 
@@ -109,9 +119,9 @@ def selector(
     current: Callable[[], LatentSpace],
     world: World,
 ) -> Callable[[int], dict[str, float]]:
-    """A function for `Periodic` that scores the autoencoder of `current()` and exports it if it is the best so far.
+    """Return a function for `Periodic` that scores the autoencoder of `current()` and exports the best one so far.
 
-    RUN/selected.json has the step and the score of the best.
+    RUN/selected.json has the step and the score of the best one.
     """
     score = scorer(config, data, latent_shape, world)
 
@@ -120,13 +130,13 @@ def selector(
         values = score(model)
         chosen = values["generation_fd" if config.latents else "reconstruction_fd"]
         path = run / "selected.json"
-        # Said by one process: another may see the file that this one writes, or a score of other last bits.
+        # One process decides: another process may see the file that this one writes, or a score with other last bits.
         if world.any(world.is_main and _is_better(chosen, path)):
             model.save(run / "artifact", world)
             if world.is_main:
                 with whole(path) as partial:
                     partial.write_text(to_json({"step": step, "score": chosen}))
-            world.barrier()  # whoever reads RUN/artifact next finds the whole of it
+            world.barrier()  # the next reader of RUN/artifact finds all of it
         return values
 
     return call

@@ -56,6 +56,12 @@ def is_address(name: str) -> bool:
     return scheme in FORMATS and bool(place) == bool(FORMATS[scheme].place)
 
 
+def absolute(uri: str) -> str:
+    """Return the address `uri` with an absolute path, so that it means the same from any working folder."""
+    scheme, colon, place = uri.partition(":")
+    return f"{scheme}:{Path(place).expanduser().absolute()}" if colon else uri
+
+
 def stamp(uri: str) -> str:
     """16 digits that change with the files at `uri`: their names, sizes and times, without reading them."""
     place = Path(uri.partition(":")[2]).expanduser()

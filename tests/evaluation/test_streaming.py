@@ -1,0 +1,162 @@
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from raekit.distributed import World
+from raekit.errors import UserError
+from raekit.evaluation.features import Images, PairScore
+from raekit.evaluation.metrics import Accumulator, FrechetDistance, NearestNeighbours
+from raekit.evaluation.pairs import PairMean, psnr, ssim
+from raekit.evaluation.streaming import feature_bank, reference_moments, score_stream
+from raekit.evaluation.streams import StoredImages
+from raekit.moments import Moments
+from raekit.pictures import to_pil
+
+ALONE = World()
+
+
+class Thumbnail:
+    """Features: the image at 3 x 3."""
+
+    name, width = "thumbnail", 27
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, images: Tensor) -> Tensor:
+        assert not torch.is_grad_enabled()
+        self.calls += 1
+        return F.adaptive_avg_pool2d(images, 3).flatten(1)
+
+
+def pictures(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Noise around one colour a class, of 5 classes."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(5, (count,), generator=generator)
+    colours = torch.rand(5, 3, 1, 1, generator=torch.Generator().manual_seed(0))
+    images = colours[labels] + 0.2 * torch.randn(count, 3, 16, 16, generator=generator)
+    return images.clamp(0, 1), labels
+
+
+def stream(count: int, size: int, seed: int, world: World = ALONE) -> Iterator[Images]:
+    """Noisy copies beside their originals; every process has its own share."""
+    images, labels = (x[world.rank :: world.size] for x in pictures(count, seed))
+    noisy = (images + 0.05 * images.flip(3)).clamp(0, 1)
+    for start in range(0, len(images), size):
+        part = slice(start, start + size)
+        yield Images(noisy[part], labels[part], images[part])
+
+
+def metrics(world: World, size: int, network: Thumbnail) -> Sequence[Accumulator]:
+    bank, labels = feature_bank(stream(120, size, 1, world), network, world)
+    reference = reference_moments(stream(120, size, 1, world), network, world)
+    return (
+        FrechetDistance(network, reference),
+        NearestNeighbours(network, bank, labels),
+        PairMean(PairScore("psnr", psnr)),
+    )
+
+
+def scores(world: World, size: int) -> list[dict[str, float]]:
+    """Of images shared by all processes, and of images that the first process has alone."""
+    network = Thumbnail()
+    alone = stream(61, size, 2) if world.is_main else ()
+    return [
+        score_stream(stream(61, size, 2, world), metrics(world, size, network), world),
+        score_stream(alone, metrics(world, size, network), world),
+    ]
+
+
+def test_one_pass_gives_every_metric_and_computes_features_once():
+    network, done = Thumbnail(), []
+    accumulators = [*metrics(ALONE, 40, network), PairMean(PairScore("ssim", ssim))]
+    network.calls = 0
+    results = score_stream(stream(61, 8, 2), accumulators, ALONE, done.append)
+    assert list(results) == [
+        "fd_thumbnail",
+        "knn_accuracy_thumbnail",
+        "nearest_distance_thumbnail",
+        "psnr",
+        "ssim",
+    ]
+    assert network.calls == 8
+    assert done == [8, 16, 24, 32, 40, 48, 56, 61]
+    assert results["knn_accuracy_thumbnail"] > 0.9
+    assert 0 < results["nearest_distance_thumbnail"] < 0.5
+    assert 20 < results["psnr"] < 40
+    assert 0.9 < results["ssim"] < 1
+
+
+def test_scores_depend_neither_on_batch_size_nor_on_processes(run_ranks):
+    one = scores(ALONE, 61)
+    for others in (scores(ALONE, 7), *run_ranks(scores, 2, 8)):
+        for values, expected in zip(others, one, strict=True):
+            assert values == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_bank_holds_the_moments():
+    network = Thumbnail()
+    bank, labels = feature_bank(stream(50, 8, 1), network, ALONE)
+    reference = reference_moments(stream(50, 8, 1), network, ALONE)
+    moments = Moments(network.width)
+    moments.update(bank)
+    assert (bank.shape, bank.dtype) == ((50, 27), torch.float32)
+    assert torch.equal(labels, pictures(50, 1)[1])
+    torch.testing.assert_close(moments.covariance, reference.covariance, rtol=1e-10, atol=1e-14)
+
+
+def test_an_empty_stream_is_refused():
+    network = Thumbnail()
+    for action in (
+        lambda: score_stream((), [PairMean(PairScore("psnr", psnr))], ALONE),
+        lambda: reference_moments((), network, ALONE),
+        lambda: feature_bank((), network, ALONE),
+    ):
+        with pytest.raises(UserError, match="no images"):
+            action()
+
+
+def test_two_metrics_of_one_name_are_refused():
+    with pytest.raises(ValueError, match="two metrics report psnr"):
+        score_stream(stream(8, 8, 1), [PairMean(PairScore("psnr", psnr)), PairMean(PairScore("psnr", psnr))], ALONE)
+
+
+@pytest.mark.parametrize("kind", ["flat", "npz", "zip", "tar"])
+def test_saved_images_score_as_when_they_were_generated(tmp_path, kind):
+    network, world = Thumbnail(), ALONE
+    reference = reference_moments(stream(60, 8, 1), network, world)
+    expected = score_stream(stream(70, 8, 2), [FrechetDistance(network, reference)], world)
+    pictures = [to_pil(image) for batch in stream(70, 8, 2) for image in batch.images]
+    (tmp_path / "flat").mkdir()
+    for number, picture in enumerate(pictures):
+        picture.save(tmp_path / "flat" / f"{number:03}.png")
+    np.savez(tmp_path / "npz", np.stack([np.asarray(picture) for picture in pictures]))
+    (tmp_path / "npz.npz").rename(tmp_path / "npz")
+    for archive in "zip", "tar":
+        Path(shutil.make_archive(str(tmp_path / "x"), archive, tmp_path / "flat")).rename(tmp_path / archive)
+    stored = StoredImages(f"{kind}:{tmp_path / kind}", batch_size=16)
+    assert (stored.count, stored.image_size) == (70, 16)
+    batches = list(stored.batches([range(20), range(20, 70)], world))
+    assert [len(batch) for batch in batches] == [16, 4, 16, 16, 16, 2]
+    result = score_stream(batches, [FrechetDistance(network, reference)], world)
+    assert result == {"fd_thumbnail": pytest.approx(expected["fd_thumbnail"], rel=1e-9)}
+
+
+def test_saved_images_that_would_be_changed_or_left_out_are_refused(tmp_path):
+    Image.new("RGB", (8, 6)).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match="its images are 8 x 6; crop them to squares first"):
+        StoredImages(f"flat:{tmp_path}")
+    (tmp_path / "a.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"unreadable image .*a\.png"):
+        StoredImages(f"flat:{tmp_path}")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"1 of 2 images are unreadable.*b\.png"):
+        list(StoredImages(f"flat:{tmp_path}").batches([range(2)], ALONE))
