@@ -106,7 +106,7 @@ def test_every_command_has_help_with_an_example(run, name):
 @pytest.mark.parametrize("wrong", [["trian"], ["latents"], ["latents", "mesure"], ["--verbose"]])
 def test_an_unknown_command_is_named(run, wrong):
     done = run(*wrong)
-    assert_fails(done, repr(" ".join(wrong)), "is no command", "generate", code=2)
+    assert_fails(done, repr(" ".join(wrong)), "is not a command", "generate", code=2)
     assert done.out == ""
 
 
@@ -258,7 +258,7 @@ def test_another_config_on_a_run_prints_the_difference_and_runs_nothing(run, ima
 def test_a_stopped_training_says_how_to_go_on(run, images, tmp_path, monkeypatch):
     monkeypatch.setattr("raekit.stages.run.train", lambda *arguments: False)
     done = run("train", "emoji_encoder", "--run", tmp_path, *tiny(images))
-    assert (done.code, done.out, done.err) == (130, "", "stopped; the same command goes on from here\n")
+    assert (done.code, done.out, done.err) == (130, "", "stopped; run the same command again to resume\n")
 
 
 def test_a_truncated_checkpoint_is_named(run, images, tmp_path):
@@ -402,7 +402,7 @@ def test_a_grid_has_a_row_for_each_class(run, tiny_model, tmp_path):
     out = tmp_path / "new" / "grid.png"
     done = run("generate", tiny_model, "--out", out, "--count", 2, "--steps", 2, "--seed", 3)
     assert done.code == 0, done.err
-    assert done.out == f"6 images: {out} (2 model passes an image)\n"
+    assert done.out == f"6 images: {out} (2 model passes per image)\n"
     sheet = pixels(out)
     assert sheet.shape == (3 * 18 + 2, 2 * 18 + 2, 3)
     model = load(str(tiny_model))
@@ -439,7 +439,7 @@ def test_a_folder_gets_one_picture_a_sample_and_is_completed_by_the_same_command
     (out / names[4]).write_bytes(b"torn")
     before = times(out)
     done = run(*command, "--count", 2)
-    assert (done.code, done.out) == (0, f"6 images: {out} (2 model passes an image)\n")
+    assert (done.code, done.out) == (0, f"6 images: {out} (2 model passes per image)\n")
     assert sorted(path.name for path in out.iterdir()) == names
     for name, image in zip(names, first, strict=True):  # another batch may round another way
         assert np.abs(pixels(out / name).astype(int) - image).max() <= 1
@@ -453,11 +453,15 @@ def test_a_folder_gets_one_picture_a_sample_and_is_completed_by_the_same_command
     before = times(out)
     for other in (["--seed", 1], ["--class", "red"], ["--format", "webp"], ["--steps", 3]):
         done = run(*command, "--count", 1, *other)
-        assert_fails(done, f"{out}: holds other pictures, as 000000.png", "give another folder, or remove them")
+        assert_fails(
+            done, f"{out}: holds other pictures, such as 000000.png", "give another folder or remove the pictures"
+        )
     stranger = tmp_path / "photos"
     stranger.mkdir()
     Image.new("RGB", (8, 8)).save(stranger / "000000.png")
-    assert_fails(run("generate", tiny_model, "--out", stranger), f"{stranger}: holds other pictures, as 000000.png")
+    assert_fails(
+        run("generate", tiny_model, "--out", stranger), f"{stranger}: holds other pictures, such as 000000.png"
+    )
     assert (times(out), len(list(stranger.iterdir()))) == (before, 1)
 
 
@@ -478,7 +482,7 @@ def test_ranges_of_classes_and_webp(run, tiny_model, tmp_path):
 def test_an_archive_is_generated(run, tiny_model, tmp_path):
     command = ["generate", tiny_model, "--count", 2, "--steps", 2, "--precision", "bf16", "--batch-size", "auto"]
     done = run(*command, "--out", tmp_path / "new" / "samples.npz")
-    assert (done.code, done.out) == (0, f"6 images: {tmp_path / 'new' / 'samples.npz'} (2 model passes an image)\n")
+    assert (done.code, done.out) == (0, f"6 images: {tmp_path / 'new' / 'samples.npz'} (2 model passes per image)\n")
     with np.load(tmp_path / "new" / "samples.npz") as arrays:
         assert arrays["arr_0"].shape == (6, 16, 16, 3)
         assert arrays["arr_1"].tolist() == [0, 1, 2, 0, 1, 2]
@@ -490,7 +494,7 @@ def test_rows_of_interpolated_images(run, tiny_model, tmp_path):
     out = tmp_path / "row.png"
     options = ["--seeds", 1, 2, "--class", "red", "blue", "--frames", 5, "--steps", 3, "--guidance", "cfg:2.0"]
     done = run("interpolate", tiny_model, *options, "--out", out)
-    assert (done.code, done.out) == (0, f"5 images: {out} (3 model + 3 unconditional passes an image)\n"), done.err
+    assert (done.code, done.out) == (0, f"5 images: {out} (3 model + 3 unconditional passes per image)\n"), done.err
     row = pixels(out)
     assert row.shape == (20, 5 * 18 + 2, 3)
     for seed, name, x in ((1, "red", 2), (2, "blue", 2 + 4 * 18)):
@@ -530,11 +534,11 @@ def test_a_published_yaml_is_generated_from(run, tiny_model, tmp_path, monkeypat
     command = ["generate", "--published", "a.yaml", "--count", 1, "--out", tmp_path / "grid.png"]
     done = run(*command)
     assert done.code == 0, done.err
-    assert "(2 model passes an image)" in done.out
+    assert "(2 model passes per image)" in done.out
     assert given == [Path("a.yaml")]
-    assert_fails(run(*command, "--steps", 5, "--guidance", "cfg:2"), "--published: a.yaml gives --steps, --guidance")
+    assert_fails(run(*command, "--steps", 5, "--guidance", "cfg:2"), "--published: a.yaml sets --steps, --guidance")
     for option, default in (("--steps", 50), ("--solver", "euler"), ("--grid", "full")):  # which is not the file's
-        assert_fails(run(*command, option, default), f"--published: a.yaml gives {option} itself")
+        assert_fails(run(*command, option, default), f"--published: a.yaml sets {option}; leave out")
     assert_fails(run(*command, tiny_model), "give either a model or --published FILE.yaml")
     assert_fails(run("generate", "--out", tmp_path / "x.png"), "give either a model or --published FILE.yaml")
 
@@ -578,9 +582,9 @@ def test_guidance_changes_the_picture(run, tiny_model, tmp_path):
 def test_a_weaker_model_guides_and_the_passes_are_told(run, tiny_model, weaker, tmp_path):
     command = ["generate", tiny_model, "--class", "red", "--count", 1, "--steps", 3, "--out"]
     plain = run(*command, tmp_path / "plain.png")
-    assert "(3 model passes an image)" in plain.out
+    assert "(3 model passes per image)" in plain.out
     done = run(*command, tmp_path / "guided.png", "--guidance", "auto:3.0", "--weak", weaker)
-    assert "(3 model + 3 weak passes an image)" in done.out, done.err
+    assert "(3 model + 3 weak passes per image)" in done.out, done.err
     assert not np.array_equal(pixels(tmp_path / "plain.png"), pixels(tmp_path / "guided.png"))
     same = run(*command, tmp_path / "same.png", "--guidance", "auto:3.0", "--weak", tiny_model)
     assert_fails(same, f"--weak: {tiny_model} is the model itself")
@@ -598,7 +602,7 @@ def weaker(tiny_model, tmp_path) -> Path:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--class", "purple"], ["class 'purple': no such class; there are blue, green, red"]),
+        (["--class", "purple"], ["class 'purple': no such class; the classes are blue, green, red"]),
         (["--class", "7"], ["class '7': no such class"]),
         (["--count", "0"], ["--count: 0"]),
         (["--batch-size", "0"], ["batch_size: 0"]),
@@ -1161,7 +1165,9 @@ def test_a_denoiser_trains_from_cached_latents(run, images, tiny_model, tmp_path
     assert run(*drawn, "--ema", 0.999).code == 0
     assert_fails(run(*drawn, "--ema", 0.5), tmp_path / "run", "no average of decay 0.5, only of 0.999")
     other = ["--data.split", "all", "--run", tmp_path / "other"]
-    assert_fails(run("train", "emoji_dit_dh", *options, *other), out, "of data.split train, not of all")
+    assert_fails(
+        run("train", "emoji_dit_dh", *options, *other), out, "made with data.split train, but the config has all"
+    )
     assert not (tmp_path / "other").exists()
     assert_fails(run(*command, "--shard-size", 10), out, "holds shards of other latents")
 

@@ -148,7 +148,7 @@ def test_batches_are_halved_where_memory_does_not_suffice(model, caplog):
     assert [len(batch) for batch in batches] == [2] * 7  # of 10 at most 5, of 5 at most 2
     assert small.tried == [10, 5, 2]
     assert torch.allclose(torch.cat([batch.images for batch in batches]), images_of(model, LABELS * 2), atol=1e-5)
-    assert "batches of 10 images do not fit into the GPU's memory; going on with 5" in caplog.text
+    assert "a batch of 10 images does not fit into the GPU's memory; continuing with 5" in caplog.text
     with pytest.raises(UserError, match="not even one image fits"):
         list(generate(Model(model.autoencoder, Small(model.denoiser, 0)), [0], sampling=FEW))  # type: ignore[arg-type]
 
@@ -487,9 +487,9 @@ def test_images_go_to_noise_and_back_the_better_the_finer_the_steps(model):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (((2, 16, 4, 4), [0]), "labels: 1 of them for 2 images"),
+        (((2, 16, 4, 4), [0]), "labels: 1 given for 2 images"),
         (((1, 16, 4, 4), [3]), "labels: 3 is not among"),
-        (((1, 16, 2, 2), [0]), r"noise: of shape \(16, 2, 2\), and the model's latents of \(16, 4, 4\)"),
+        (((1, 16, 2, 2), [0]), r"noise: must have shape .* \(16, 4, 4\), not \(16, 2, 2\)"),
     ],
 )
 def test_noise_that_does_not_fit_is_refused(model, arguments, message):
@@ -521,14 +521,16 @@ def test_guidance_moves_samples_away_from_the_unconditional_ones(model):
 def test_models_that_do_not_fit_together_are_refused(model):
     part = TransformerConfig(width=16, depth=1, heads=2)
     other = Denoiser(DenoiserConfig(channels=16, grid=(2, 2), backbone=part, num_classes=3))
-    with pytest.raises(UserError, match=r"the denoiser is for latents \(16, 2, 2\), the autoencoder has \(16, 4, 4\)"):
+    with pytest.raises(
+        UserError, match=r"the denoiser needs latents of shape \(16, 2, 2\), but the autoencoder has \(16, 4, 4\)"
+    ):
         Model(model.autoencoder, other)
 
 
 def test_classes_by_name_or_number(model, unconditional):
     assert [model.class_id(name) for name in ("green", "0", "2")] == [1, 0, 2]
     for name in ("purple", "3", "-1", "", "²"):
-        with pytest.raises(UserError, match=f"class '{name}': no such class; there are blue, green, red"):
+        with pytest.raises(UserError, match=f"class '{name}': no such class; the classes are blue, green, red"):
             model.class_id(name)
     with pytest.raises(UserError, match="this model is unconditional"):
         unconditional.class_id("0")

@@ -32,13 +32,11 @@ def reconstruct(
     interruption: reconstructions are kept unless the model, an option or the original has changed.
 
     Args:
-        model: Autoencoder to use: a published name, builtin:NAME, a model folder, a run folder, or OWNER/NAME on the
-            Hub.
+        model: Autoencoder to use: published name, builtin:NAME, model folder, run folder, or OWNER/NAME on the Hub.
         paths: Image files, and folders to search for images.
         out: Output folder. Must not hold any of the originals.
         fit: How to make an image square. crop: cut out the middle; pad: add white borders.
-        lpips: Weights of VGG16 for the LPIPS score: a file, or auto to find them in torchvision's cache or on the Hub.
-            None: no LPIPS score.
+        lpips: VGG16 weights for LPIPS: a file, or auto (torchvision's cache or the Hub). None: no LPIPS score.
         batch_size: Number of images to process at once.
         device: Device to compute on. None: the GPU if there is one, else the CPU.
     """
@@ -80,10 +78,9 @@ def encode(
     shards are kept unless the model, an option or an image has changed.
 
     Args:
-        model: Autoencoder to use: a published name, builtin:NAME, a model folder, a run folder, or OWNER/NAME on the
-            Hub.
+        model: Autoencoder to use: published name, builtin:NAME, model folder, run folder, or OWNER/NAME on the Hub.
         paths: Image files, and folders to search for images.
-        out: Output: a .safetensors file, or a folder for shards.
+        out: A .safetensors file, or a folder for shards.
         fit: How to make an image square. crop: cut out the middle; pad: add white borders.
         batch_size: Number of images to process at once.
         shard_size: Number of images in a shard. One shard is held in memory until it is written.

@@ -61,16 +61,13 @@ def generate(
     The same command resumes after an interruption if the output is a folder or an .npz file.
 
     Args:
-        model: Model to sample from: a published name, builtin:NAME, a model folder, a run folder, or OWNER/NAME on the
-            Hub.
-        out: Output: a .png or .webp file for a grid of all samples, an .npz file in the format of ADM, or a folder for
-            one picture per sample.
+        model: Model to sample from: published name, builtin:NAME, model folder, run folder, or OWNER/NAME on the Hub.
+        out: A .png or .webp file for one grid, an .npz file in ADM's format, or a folder for one picture per sample.
         classes: Classes to generate: names, ids, or ranges of ids such as 0-9. All classes if not given.
         count: Number of samples for each class. In a folder, a larger number keeps the samples and adds more.
         seed: Seed of the noise. Sample i depends only on the seed, i and its class; the classes take turns.
         ema: Decay of the weight average to use, one of the recipe's `ema` values. None: the first of them.
-        published: Sampling config (YAML) of the RAE v1 or v2 authors, which sets model, guidance and solver. Replaces
-            the model argument.
+        published: Sampling config (YAML) of RAE v1 or v2, to use instead of a model. Also sets guidance and solver.
         format: Format of the pictures in a folder; both are lossless. None: png.
         batch_size: Number of images to generate at once. auto: as many as fit into the GPU's memory, or 64 on the CPU.
         device: Device to compute on. None: the GPU if there is one, else the CPU.
@@ -140,8 +137,7 @@ def interpolate(
     The noise is interpolated along a great circle, the class embedding linearly.
 
     Args:
-        model: Model to sample from: a published name, builtin:NAME, a model folder, a run folder, or OWNER/NAME on the
-            Hub.
+        model: Model to sample from: published name, builtin:NAME, model folder, run folder, or OWNER/NAME on the Hub.
         out: Output file, .png or .webp.
         seeds: Seeds of the first and the last image, or one seed for both. An image at an end is sample 0 of its seed.
         classes: Classes (names or ids) of the first and the last image, or one class for both. No class if not given.
@@ -196,8 +192,7 @@ def trajectory(
     the finished sample.
 
     Args:
-        model: Model to sample from: a published name, builtin:NAME, a model folder, a run folder, or OWNER/NAME on the
-            Hub.
+        model: Model to sample from: published name, builtin:NAME, model folder, run folder, or OWNER/NAME on the Hub.
         out: Output file, .png or .webp.
         classes: Classes to generate: names, ids, or ranges of ids such as 0-9. Samples without a class if not given.
         count: Number of samples for each class. `raekit generate` makes the same samples.

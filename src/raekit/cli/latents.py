@@ -38,8 +38,7 @@ def latents_measure(
         source: Images: emoji, folder:DIR, flat:DIR, idx:DIR, hf:DIR, npz:FILE, zip:FILE or tar:FILE.
         split: Split of the data source.
         image_size: Side in pixels to which images are centre-cropped. None: the input size of the encoder.
-        encoder_size: Side in pixels to which the encoder resizes its input, or height and width. None: the encoder's
-            own size.
+        encoder_size: Side in pixels to which the encoder resizes its input, or height and width. None: its own.
         blocks: Encoder blocks whose outputs form the latents, counted from 0; -1 is the last block.
         combine: How to combine several blocks.
         token_mean: Add the mean over all patches of the last block's output.
@@ -89,15 +88,14 @@ def latents_cache(
 
     Example: raekit latents cache builtin:emoji --source emoji --flip --out latents
 
-    Train from the cache with the option --latents of `raekit train`. Existing shards are kept, so the same command
-    resumes after an interruption. Under torchrun the processes divide the shards among them.
+    To train from the cache, give its folder to `raekit train` with --latents, and set --data.source to the same images.
+    Existing shards are kept, so the same command resumes after an interruption. Under torchrun the processes divide the
+    shards among them.
 
     Args:
-        model: Autoencoder to use: a published name, builtin:NAME, a model folder, a stage-1 run folder, or OWNER/NAME on
-            the Hub.
+        model: Autoencoder to use: published name, builtin:NAME, model folder, run folder, or OWNER/NAME on the Hub.
         out: Output folder for the shards.
-        source: Images: emoji, folder:DIR, flat:DIR, idx:DIR, hf:DIR, npz:FILE, zip:FILE or tar:FILE. The training must
-            use the same address as its data.source.
+        source: Images: emoji, folder:DIR, flat:DIR, idx:DIR, hf:DIR, npz:FILE, zip:FILE or tar:FILE.
         split: Split of the data source.
         flip: Also cache the latents of each mirrored image. Required to train with data.flip.
         dtype: Format in which to store the latents. int8 has one scale for each token.
@@ -154,12 +152,11 @@ def latents_generate(
 
     Example: raekit latents generate builtin:emoji --count 1000 --out generated.safetensors
 
-    Pass the file to the option --selection.latents of `raekit train`. The classes take turns. The latents are not
-    whitened, so they fit every decoder of the same encoder.
+    To select by the latents, give the file to `raekit train` with --selection.latents. The classes take turns. The
+    latents are not whitened, so they fit every decoder of the same encoder.
 
     Args:
-        model: Model to sample from: a published name, builtin:NAME, a model folder, a run folder, or OWNER/NAME on the
-            Hub.
+        model: Model to sample from: published name, builtin:NAME, model folder, run folder, or OWNER/NAME on the Hub.
         out: Output file (.safetensors) for `unwhitened` of shape (COUNT, C, H, W).
         count: Number of latents over all classes.
         seed: Seed of the noise. Latent i depends only on the seed, i and its class.

@@ -4,6 +4,7 @@ import copy
 import sys
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
+from textwrap import indent
 from typing import Annotated, Any, get_args, get_type_hints
 
 import tyro
@@ -12,6 +13,10 @@ from rich.table import Table
 from raekit.cli import console
 from raekit.cli.console import Device
 from raekit.progress import Display
+
+_RUN = "Folder of the run, for checkpoints, metrics and the trained artifact. An existing run is resumed."
+_DRY_RUN = "Show the config and the cost without training."
+_DEVICE = "Device to train on. None: the GPU if there is one, else the CPU."
 
 
 def demo(run: Path = Path("runs/demo"), minutes: float = 12, quick: bool = False) -> None:
@@ -73,7 +78,10 @@ def train(arguments: list[str]) -> None:
     default, rest = _with_parts(recipe.config, arguments[1:])
 
     def command(
-        run: Path = Path("runs") / recipe.name, dry_run: bool = False, device: Device | None = None, config: Any = None
+        run: Annotated[Path, tyro.conf.arg(help=_RUN)] = Path("runs") / recipe.name,
+        dry_run: Annotated[bool, tyro.conf.arg(help=_DRY_RUN)] = False,
+        device: Annotated[Device | None, tyro.conf.arg(help=_DEVICE)] = None,
+        config: Any = None,
     ) -> None:
         from raekit.distributed import world
         from raekit.stages.inspection import describe_config
@@ -98,9 +106,14 @@ def train(arguments: list[str]) -> None:
     # tyro derives the options and their defaults from the type and the values of the recipe's config.
     command.__annotations__["config"] = Annotated[type(recipe.config), tyro.conf.arg(name="")]
     command.__defaults__ = (*(command.__defaults__ or ())[:-1], default)
-    command.__doc__ = recipe.about
     # Without AvoidSubcommands, tyro turns an optional part into subcommands instead of options for its fields.
-    tyro.cli(command, prog=f"raekit train {recipe.name}", args=rest, config=(tyro.conf.AvoidSubcommands,))
+    tyro.cli(
+        command,
+        prog=f"raekit train {recipe.name}",
+        description=indent(recipe.about, " "),  # tyro joins lines that are not indented
+        args=rest,
+        config=(tyro.conf.AvoidSubcommands,),
+    )
 
 
 def _with_parts(config: Any, arguments: list[str], prefix: str = "--") -> tuple[Any, list[str]]:

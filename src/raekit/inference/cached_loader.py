@@ -95,12 +95,12 @@ def _check_fit(info: CacheInfo, folder: Path, config: DataConfig, autoencoder: L
     """Raise UserError unless the cache was made for this config and this autoencoder."""
     check_crop(config)
     for what, cached, wanted in (
-        ("encoder", info.encoder, encoder_fingerprint(autoencoder)),
-        ("latent statistics", info.statistics, statistics_fingerprint(autoencoder)),
+        ("a different encoder", info.encoder, encoder_fingerprint(autoencoder)),
+        ("different latent statistics", info.statistics, statistics_fingerprint(autoencoder)),
     ):
         if cached != wanted:
             raise UserError(
-                f"{folder}: its latents were made with another {what}: {info.model} has {cached}, but this "
+                f"{folder}: its latents were made with {what}: {info.model} has {cached}, but this "
                 f"autoencoder has {wanted}; cache the latents of this autoencoder in another folder"
             )
     for field in ("source", "split", "image_size"):

@@ -325,7 +325,7 @@ def _chosen(model: Model, labels: Sequence[int] | None, count: int) -> Tensor | 
     if labels is None:
         return None
     if len(labels) != count:
-        raise UserError(f"labels: {len(labels)} labels for {count} images; give one label for each image")
+        raise UserError(f"labels: {len(labels)} given for {count} images; give one label for each image")
     _check_labels(model, labels)
     return torch.tensor(labels, device=model.device)
 
