@@ -1,4 +1,4 @@
-"""The commands as a user types them, in this process; the exit code and what is printed are what counts."""
+"""The commands as a user types them, run in this process. The tests check the exit code and the printed text."""
 
 import csv
 import json
@@ -55,7 +55,7 @@ Run = Callable[..., Done]
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Run:
-    """`run("train", ...)`: what `raekit train ...` prints, and its exit code."""
+    """Return a function: `run("train", ...)` runs `raekit train ...` and returns the exit code and the output."""
     monkeypatch.setenv("COLUMNS", "200")
 
     def command(*arguments: object) -> Done:
@@ -72,7 +72,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Run:
 
 
 def assert_fails(done: Done, *words: object, code: int = 1) -> None:
-    """It ended with `code` and one message that has all the words in it, without a traceback."""
+    """Assert that a command ended with `code` and one message that contains all words, without a traceback."""
     assert done.code == code, done
     assert len(re.findall("^error: ", done.err, re.MULTILINE)) == 1 or code == 2
     assert "Traceback" not in done.err
@@ -134,7 +134,7 @@ def test_recipes_are_listed_with_their_summaries(run):
 
 
 def tiny(images: str, **options: object) -> list[str]:
-    """Overrides that make a minute's recipe one of a second."""
+    """Return options that shrink a recipe so that it trains in a second."""
     settings: dict[str, object] = {
         "data.source": images,
         "data.image-size": 16,
@@ -166,7 +166,7 @@ def test_a_recipe_trains_and_its_run_can_be_looked_at(run, images, tmp_path):
     assert "run: checkpoints step-00000002, step-00000003" in info.out
     assert "encoder: " in info.out
     assert '"width": 16' in info.out
-    # The same again has nothing to do.
+    # The same command has nothing to do.
     assert run("train", "emoji_encoder", "--run", tmp_path / "run", *tiny(images)).code == 0
 
 
@@ -286,7 +286,7 @@ def test_a_full_disk_is_one_message(run, images, full_disk):
 
 
 def corrupt(images: str, folder: Path, count: int) -> str:
-    """A copy of the pictures in which `count` of the 30 for training are no pictures."""
+    """Copy the pictures, replace `count` of the 30 training pictures by invalid files, and return the address."""
     root = Path(images.removeprefix("folder:"))
     paths = sorted(root.rglob("*.png"))
     broken = [path for path in paths if path.relative_to(root).parts[0] == "train"][:count]
@@ -298,7 +298,7 @@ def corrupt(images: str, folder: Path, count: int) -> str:
 
 
 def test_a_corrupt_image_is_named_and_left_out(images, tmp_path):
-    """In a process of its own, for what it logs."""
+    """Run in a separate process, to capture the log."""
     source = corrupt(images, tmp_path / "images", 1)
     options = tiny(source, data__max_unreadable=0.1, train__steps=8)
     command = [sys.executable, "-m", "raekit", "train", "emoji_encoder", "--run", str(tmp_path / "run"), *options]
@@ -342,7 +342,7 @@ def test_a_dry_run_of_a_recipe_as_it_is(run, tmp_path, monkeypatch, recipe):
 
 
 def test_a_failed_compilation_is_one_message(run, tmp_path, monkeypatch):
-    """As torch's cache gives it that a killed compilation left with an empty library."""
+    """The error is the one that torch raises after a killed compilation left an empty library in its cache."""
 
     def fail(*arguments: object) -> None:
         raise InductorError(ImportError("x.main.so: file too short"), None)
@@ -352,7 +352,7 @@ def test_a_failed_compilation_is_one_message(run, tmp_path, monkeypatch):
     done = run("train", "emoji_encoder", "--run", tmp_path / "run")
     assert_fails(done, "torch.compile: ImportError: x.main.so: file too short", f"remove {tmp_path / 'cache'}")
     monkeypatch.setattr("raekit.stages.run.train", lambda *arguments: 1 / 0)
-    with pytest.raises(ZeroDivisionError):  # a fault of ours stays one
+    with pytest.raises(ZeroDivisionError):  # other exceptions are not caught
         run("train", "emoji_encoder", "--run", tmp_path / "run")
 
 
@@ -441,10 +441,10 @@ def test_a_folder_gets_one_picture_a_sample_and_is_completed_by_the_same_command
     done = run(*command, "--count", 2)
     assert (done.code, done.out) == (0, f"6 images: {out} (2 model passes per image)\n")
     assert sorted(path.name for path in out.iterdir()) == names
-    for name, image in zip(names, first, strict=True):  # another batch may round another way
+    for name, image in zip(names, first, strict=True):  # another batch may round differently
         assert np.abs(pixels(out / name).astype(int) - image).max() <= 1
     assert {name for name, time in times(out).items() if time != before.get(name)} == {names[1], names[4]}
-    # More samples are added to the same; those of another seed, class or format are not mixed with them.
+    # A larger count adds samples. Samples of another seed, class, format or setting are rejected.
     before = times(out)
     assert run(*command, "--count", 3).code == 0
     assert {name for name, time in times(out).items() if time != before.get(name)} == {
@@ -537,14 +537,18 @@ def test_a_published_yaml_is_generated_from(run, tiny_model, tmp_path, monkeypat
     assert "(2 model passes per image)" in done.out
     assert given == [Path("a.yaml")]
     assert_fails(run(*command, "--steps", 5, "--guidance", "cfg:2"), "--published: a.yaml sets --steps, --guidance")
-    for option, default in (("--steps", 50), ("--solver", "euler"), ("--grid", "full")):  # which is not the file's
+    for option, default in (
+        ("--steps", 50),
+        ("--solver", "euler"),
+        ("--grid", "full"),
+    ):  # also if the value is the default
         assert_fails(run(*command, option, default), f"--published: a.yaml sets {option}; leave out")
     assert_fails(run(*command, tiny_model), "give either a model or --published FILE.yaml")
     assert_fails(run("generate", "--out", tmp_path / "x.png"), "give either a model or --published FILE.yaml")
 
 
 def test_two_processes_complete_a_folder(tiny_model, tmp_path, monkeypatch):
-    """In two threads that meet at the barrier."""
+    """Two threads play the two processes and meet at the barrier."""
     model, meeting = load(str(tiny_model)), threading.Barrier(2)
     monkeypatch.setattr(World, "barrier", lambda world: meeting.wait() if world.size > 1 else None)
 
@@ -847,7 +851,7 @@ def test_pictures_of_one_name_do_not_overwrite_each_other(run, tiny_model, tmp_p
     wanted = ["x.png", "x-2.png", "x-3.png", "y-2.png", "X-4.png", "scores.png", "contact-sheet-2.png"]
     assert written == {str(path): name for path, name in zip(paths, wanted, strict=True)}
     assert (out / "y.png").read_text() == "not ours"
-    # In another order, and one by one, each finds its own again.
+    # In another order and one by one, each image finds its earlier reconstruction.
     before = times(out)
     for path in reversed(paths[:4]):
         assert run("reconstruct", tiny_model, path, "--out", out).code == 0
@@ -862,7 +866,7 @@ def test_folders_are_read_whole_and_keep_their_shape(run, tiny_model, tmp_path):
     (root / "deep" / "loop").symlink_to(root)
     (root / "notes.txt").write_text("no picture")
     out = root / "out"
-    for _ in range(2):  # what is in OUT is not read again
+    for _ in range(2):  # the output folder is not searched for images
         done = run("reconstruct", tiny_model, root, "--out", out)
         assert done.code == 0, done.err
         assert set(times(out)) == {"a.png", "deep/c.png", "deep/er/b.png", "contact-sheet.png"}
@@ -917,13 +921,13 @@ def test_latents_are_written_and_read_back(run, tiny_model, tmp_path):
     info = shards[1].info
     assert (info.model, info.image_size, info.version) == (str(tiny_model), 16, raekit.__version__)
     assert info.statistics == statistics_fingerprint(autoencoder)
-    # The same again keeps the shards whose originals are the same.
+    # The same command keeps the shards whose originals have not changed.
     before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
     picture(paths[3], 9)
     assert run(*command).code == 0
     changed = [path.name for path in out.iterdir() if path.stat().st_mtime_ns != before[path.name]]
     assert changed == ["latents-00001-of-00003.safetensors"]
-    # With other shards it would be mixed.
+    # Another shard size would mix two sets of shards.
     assert_fails(run(*command[:-3], 3), out, "holds shards of other latents")
 
 

@@ -23,7 +23,7 @@ from raekit.models.autoencoder import Autoencoder
 
 ONE = World()
 KILLS = int(os.environ.get("RAEKIT_KILLS", "3"))
-"""RAEKIT_KILLS=20 makes the test of resuming as long as the claim."""
+"""Number of kills in the test of resuming; RAEKIT_KILLS=20 runs as many as the documentation states."""
 
 
 def write(model: Path, data: DataConfig, out: Path, world: World = ONE, **options: Any) -> list[CacheInfo]:
@@ -111,7 +111,7 @@ def test_shards_that_are_there_are_kept(cache, data, tiny_model, tmp_path):
 
 
 def command(model: Path, source: str, out: Path) -> None:
-    """`raekit latents cache`, in a process of its own."""
+    """Run `raekit latents cache`; the target of a separate process."""
     torch.set_num_threads(1)
     os.dup2(os.open(out.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     sys.argv = ["raekit", "latents", "cache", str(model), "--source", source, "--flip", "--out", str(out)]
@@ -166,7 +166,7 @@ def test_damaged_shards_are_found_and_made_anew(cache, data, tiny_model, autoenc
     shutil.copytree(cache, out)
     path = sorted(out.iterdir())[1]
     content = bytearray(path.read_bytes())
-    for place in (-3000, -3000 + 1024):  # in the two orientations of one image
+    for place in (-3000, -3000 + 1024):  # one byte in each orientation of one image
         content[place] ^= 1
     path.write_bytes(content)
     batches = LatentLoader(out, replace(data, flip=False), 3, autoencoder).stream(0, 30, ONE)
@@ -183,7 +183,7 @@ def test_damaged_shards_are_found_and_made_anew(cache, data, tiny_model, autoenc
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_stream_is_that_of_the_images(cache, data, autoencoder, workers):
-    """Over three epochs, from the middle of a batch, and each rank its share."""
+    """Read three epochs from the middle of a batch, as the only process and as one of two."""
     data = replace(data, workers=workers)
     for world in (ONE, World(rank=1, size=2)):
         expected = Loader(replace(data, workers=0), 3).stream(5, 24, world)
@@ -209,7 +209,7 @@ def test_unreadable_images_are_replaced_by_the_same_as_on_the_fly(images, tiny_m
     root = tmp_path / "images"
     shutil.copytree(images.removeprefix("folder:"), root)
     files = sorted((root / "train").rglob("*.png"))
-    for number in (0, 1, 2, 17, 29):  # the whole of a shard, and the last, after which the first readable comes
+    for number in (0, 1, 2, 17, 29):  # a complete shard; the last, whose place the first readable image takes
         files[number].write_text("bad")
     data = DataConfig(source=f"folder:{root}", image_size=16, flip=True, max_unreadable=0.2)
     infos = write(tiny_model, data, tmp_path / "out", shard_size=3)
