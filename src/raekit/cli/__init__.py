@@ -83,7 +83,7 @@ def _usage(wrong: bool, given: list[str]) -> None:
     to = console.err if wrong else console.out
     if wrong:
         to.print(f"error: {' '.join(given[:2])!r} is not a command", markup=False)
-    to.print("usage: raekit COMMAND ...      (raekit COMMAND --help; raekit --version)\n", markup=False)
+    to.print("usage: raekit COMMAND ...   (help: raekit COMMAND --help; version: raekit --version)\n", markup=False)
     width = max(map(len, COMMANDS))
     for name, command in COMMANDS.items():
         to.print(f"  {name:{width}}  {console.about(command).splitlines()[0]}", markup=False)

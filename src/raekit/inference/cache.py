@@ -234,7 +234,7 @@ def checksum(*tensors: Tensor) -> int:
 
 @dataclass(frozen=True)
 class _Encoded:
-    """A part of a shard.
+    """One encoded batch of a shard.
 
     Attributes:
         tensors: the tensors to store.

@@ -82,7 +82,7 @@ class LatentLoader:
         return self.info.items
 
     def stream(self, start: int, batch_size: int, world: World) -> Iterator[LatentBatch]:
-        """Yield this process's batches from position `start` on, as `Loader.stream` does.
+        """Yield the batches of this process, starting at position `start`, as `Loader.stream` does.
 
         Raises:
             UserError: if stored latents are damaged.
@@ -158,7 +158,7 @@ class _Reader(Dataset[_Read]):
         place = number - first, int(augmentation(self.config, self.seed, position)[0])
         stored, scale, recorded = (self.shards[path][name][place] for name in ("latents", "scale", "checksums"))
         if checksum(stored, scale) != int(recorded):
-            raise UserError(f"{path}: damaged; run the same `raekit latents cache` command again with --verify")
+            raise UserError(f"{path}: damaged; run `raekit latents cache` again with --verify to repair it")
         return stored, scale, number
 
 

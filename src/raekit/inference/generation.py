@@ -68,8 +68,9 @@ def generate(
     """Generate images and yield them batch by batch.
 
     The noise of sample i depends only on `seed` and i. A sample is therefore the same for any batch size and any
-    number of processes. Process r yields batches r, r + `world.size`, r + 2 `world.size` and so on. A batch that does
-    not fit into the memory of the GPU is yielded in smaller batches.
+    number of processes, up to rounding and, with dopri5, up to the tolerance of the solver. Process r yields batches r,
+    r + `world.size`, r + 2 `world.size` and so on. A batch that does not fit into the memory of the GPU is yielded in
+    smaller batches.
 
     Args:
         model: the model to sample from.
@@ -254,7 +255,7 @@ def trajectory(
     points = evaluated(sampling.solver, time_grid(sampling.steps, model.denoiser.config.shift, sampling.grid))
     most = len({t for t in points if t > 0}) + 1
     if not 2 <= frames <= most:
-        raise UserError(f"frames: {frames} must be from 2 to {most}: the solver's evaluations and the sample")
+        raise UserError(f"frames: {frames} must be from 2 to {most} (the solver's evaluations plus the sample)")
     _check_labels(model, labels or ())
     indices = torch.arange(len(labels) if labels is not None else count or 0)
     chosen = None if labels is None else torch.tensor(labels, device=model.device)
@@ -266,7 +267,7 @@ def trajectory(
     final = sample_latents(model.denoiser, chosen, indices, seed, sampling, model.device, watch=watch)
     times = sorted((t for t in seen if t > 0), reverse=True)
     if frames > len(times) + 1:  # dopri5: the number of its evaluations is known only after the run
-        raise UserError(f"frames: {frames} must be at most {len(times) + 1}: the solver's evaluations and the sample")
+        raise UserError(f"frames: {frames} must be at most {len(times) + 1} (the solver's evaluations plus the sample)")
     kept = [times[round(i)] for i in torch.linspace(0, len(times) - 1, frames - 1).tolist()]
     latents = [seen[t] for t in kept] + [final.cpu()]
     return [*kept, 0.0], torch.stack([_decode(model, each.to(model.device)).cpu() for each in latents])

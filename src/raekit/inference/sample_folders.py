@@ -144,9 +144,10 @@ def generate_npz(
 ) -> Counter[str]:
     """Generate samples 0 to `total` - 1 and write them to an .npz file in the format of ADM.
 
-    The file holds the images as `arr_0`, uint8 (N, H, W, 3), and the labels, if there are any, as `arr_1`. The samples
-    are first collected in the folder OUT.parts by `generate_folder`, from which the same call resumes after an
-    interruption. The folder is removed at the end. A file that already holds exactly these samples is kept.
+    The file holds the images as `arr_0`, uint8 (N, H, W, 3), and the labels, if there are any, as `arr_1`.
+
+    `generate_folder` first collects the samples in the folder OUT.parts. After an interruption, the same call resumes
+    from this folder. The folder is removed at the end. A file that already holds exactly these samples is kept.
 
     See `generate_folder` for the arguments, the returned forward passes and the errors.
     """

@@ -70,7 +70,7 @@ def encoder_fingerprint(autoencoder: LatentSpace) -> str:
 
 
 def shard_paths(folder: Path, shards: int) -> list[Path]:
-    """Return the files in `folder` for a number of shards.
+    """Return the paths of `shards` shards in `folder`.
 
     Raises:
         UserError: if `folder` holds shards under other names.
