@@ -396,12 +396,12 @@ def safetensors() -> Iterator[Case]:
     yield Case(
         "latents without metadata",
         partial(latents, lambda place: save_file(load_file(place), place)),
-        "was written neither",
+        "not a file of latents",
     )
     yield Case("latents with unknown metadata", partial(latents, described(colour=1)), "colour: Unexpected")
-    yield Case("latents of more images", partial(latents, described(images=["a", "b"])), "of its 2 images")
+    yield Case("latents of more images", partial(latents, described(images=["a", "b"])), "of its N = 2 images")
     yield Case(
-        "half of a file of latents", partial(latents, lambda place: os.truncate(place, 99)), "damaged or no file"
+        "half of a file of latents", partial(latents, lambda place: os.truncate(place, 99)), "damaged, or not a file"
     )
 
     def cached(change: Callable[[Path], object], folder: Path) -> None:
@@ -416,10 +416,10 @@ def safetensors() -> Iterator[Case]:
 
     yield Case("a cache of latents as it is", partial(cached, lambda place: None), WORKS)
     yield Case("a cache that says it has 10^18 images", partial(cached, described(items=10**18)), "were unreadable")
-    yield Case("a cache without latents", partial(cached, described(images=0)), "needs `latents`")
+    yield Case("a cache without latents", partial(cached, described(images=0)), "`latents` must have")
     yield Case("a cache of another kind", partial(cached, described(kind="images")), "of kind 'images'")
     yield Case("a cache of an unknown kind", partial(cached, described(kind=[])), "kind: Input should be 'source'")
-    yield Case("half of a cache", partial(cached, lambda place: os.truncate(place, 99)), "damaged or no file")
+    yield Case("half of a cache", partial(cached, lambda place: os.truncate(place, 99)), "damaged, or not a file")
 
 
 # Pickles

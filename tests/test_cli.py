@@ -1,4 +1,4 @@
-"""The commands as a user types them, in this process; the exit code and what is printed are what counts."""
+"""The commands as a user types them, run in this process. The tests check the exit code and the printed text."""
 
 import csv
 import json
@@ -55,7 +55,7 @@ Run = Callable[..., Done]
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Run:
-    """`run("train", ...)`: what `raekit train ...` prints, and its exit code."""
+    """Return a function: `run("train", ...)` runs `raekit train ...` and returns the exit code and the output."""
     monkeypatch.setenv("COLUMNS", "200")
 
     def command(*arguments: object) -> Done:
@@ -72,7 +72,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Run:
 
 
 def assert_fails(done: Done, *words: object, code: int = 1) -> None:
-    """It ended with `code` and one message that has all the words in it, without a traceback."""
+    """Assert that a command ended with `code` and one message that contains all words, without a traceback."""
     assert done.code == code, done
     assert len(re.findall("^error: ", done.err, re.MULTILINE)) == 1 or code == 2
     assert "Traceback" not in done.err
@@ -106,7 +106,7 @@ def test_every_command_has_help_with_an_example(run, name):
 @pytest.mark.parametrize("wrong", [["trian"], ["latents"], ["latents", "mesure"], ["--verbose"]])
 def test_an_unknown_command_is_named(run, wrong):
     done = run(*wrong)
-    assert_fails(done, repr(" ".join(wrong)), "is no command", "generate", code=2)
+    assert_fails(done, repr(" ".join(wrong)), "is not a command", "generate", code=2)
     assert done.out == ""
 
 
@@ -134,7 +134,7 @@ def test_recipes_are_listed_with_their_summaries(run):
 
 
 def tiny(images: str, **options: object) -> list[str]:
-    """Overrides that make a minute's recipe one of a second."""
+    """Return options that shrink a recipe so that it trains in a second."""
     settings: dict[str, object] = {
         "data.source": images,
         "data.image-size": 16,
@@ -166,7 +166,7 @@ def test_a_recipe_trains_and_its_run_can_be_looked_at(run, images, tmp_path):
     assert "run: checkpoints step-00000002, step-00000003" in info.out
     assert "encoder: " in info.out
     assert '"width": 16' in info.out
-    # The same again has nothing to do.
+    # The same command has nothing to do.
     assert run("train", "emoji_encoder", "--run", tmp_path / "run", *tiny(images)).code == 0
 
 
@@ -258,7 +258,7 @@ def test_another_config_on_a_run_prints_the_difference_and_runs_nothing(run, ima
 def test_a_stopped_training_says_how_to_go_on(run, images, tmp_path, monkeypatch):
     monkeypatch.setattr("raekit.stages.run.train", lambda *arguments: False)
     done = run("train", "emoji_encoder", "--run", tmp_path, *tiny(images))
-    assert (done.code, done.out, done.err) == (130, "", "stopped; the same command goes on from here\n")
+    assert (done.code, done.out, done.err) == (130, "", "stopped; run the same command again to resume\n")
 
 
 def test_a_truncated_checkpoint_is_named(run, images, tmp_path):
@@ -286,7 +286,7 @@ def test_a_full_disk_is_one_message(run, images, full_disk):
 
 
 def corrupt(images: str, folder: Path, count: int) -> str:
-    """A copy of the pictures in which `count` of the 30 for training are no pictures."""
+    """Copy the pictures, replace `count` of the 30 training pictures by invalid files, and return the address."""
     root = Path(images.removeprefix("folder:"))
     paths = sorted(root.rglob("*.png"))
     broken = [path for path in paths if path.relative_to(root).parts[0] == "train"][:count]
@@ -298,7 +298,7 @@ def corrupt(images: str, folder: Path, count: int) -> str:
 
 
 def test_a_corrupt_image_is_named_and_left_out(images, tmp_path):
-    """In a process of its own, for what it logs."""
+    """Run in a separate process, to capture the log."""
     source = corrupt(images, tmp_path / "images", 1)
     options = tiny(source, data__max_unreadable=0.1, train__steps=8)
     command = [sys.executable, "-m", "raekit", "train", "emoji_encoder", "--run", str(tmp_path / "run"), *options]
@@ -342,7 +342,7 @@ def test_a_dry_run_of_a_recipe_as_it_is(run, tmp_path, monkeypatch, recipe):
 
 
 def test_a_failed_compilation_is_one_message(run, tmp_path, monkeypatch):
-    """As torch's cache gives it that a killed compilation left with an empty library."""
+    """The error is the one that torch raises after a killed compilation left an empty library in its cache."""
 
     def fail(*arguments: object) -> None:
         raise InductorError(ImportError("x.main.so: file too short"), None)
@@ -352,7 +352,7 @@ def test_a_failed_compilation_is_one_message(run, tmp_path, monkeypatch):
     done = run("train", "emoji_encoder", "--run", tmp_path / "run")
     assert_fails(done, "torch.compile: ImportError: x.main.so: file too short", f"remove {tmp_path / 'cache'}")
     monkeypatch.setattr("raekit.stages.run.train", lambda *arguments: 1 / 0)
-    with pytest.raises(ZeroDivisionError):  # a fault of ours stays one
+    with pytest.raises(ZeroDivisionError):  # other exceptions are not caught
         run("train", "emoji_encoder", "--run", tmp_path / "run")
 
 
@@ -402,7 +402,7 @@ def test_a_grid_has_a_row_for_each_class(run, tiny_model, tmp_path):
     out = tmp_path / "new" / "grid.png"
     done = run("generate", tiny_model, "--out", out, "--count", 2, "--steps", 2, "--seed", 3)
     assert done.code == 0, done.err
-    assert done.out == f"6 images: {out} (2 model passes an image)\n"
+    assert done.out == f"6 images: {out} (2 model passes per image)\n"
     sheet = pixels(out)
     assert sheet.shape == (3 * 18 + 2, 2 * 18 + 2, 3)
     model = load(str(tiny_model))
@@ -439,12 +439,12 @@ def test_a_folder_gets_one_picture_a_sample_and_is_completed_by_the_same_command
     (out / names[4]).write_bytes(b"torn")
     before = times(out)
     done = run(*command, "--count", 2)
-    assert (done.code, done.out) == (0, f"6 images: {out} (2 model passes an image)\n")
+    assert (done.code, done.out) == (0, f"6 images: {out} (2 model passes per image)\n")
     assert sorted(path.name for path in out.iterdir()) == names
-    for name, image in zip(names, first, strict=True):  # another batch may round another way
+    for name, image in zip(names, first, strict=True):  # another batch may round differently
         assert np.abs(pixels(out / name).astype(int) - image).max() <= 1
     assert {name for name, time in times(out).items() if time != before.get(name)} == {names[1], names[4]}
-    # More samples are added to the same; those of another seed, class or format are not mixed with them.
+    # A larger count adds samples. Samples of another seed, class, format or setting are rejected.
     before = times(out)
     assert run(*command, "--count", 3).code == 0
     assert {name for name, time in times(out).items() if time != before.get(name)} == {
@@ -453,11 +453,15 @@ def test_a_folder_gets_one_picture_a_sample_and_is_completed_by_the_same_command
     before = times(out)
     for other in (["--seed", 1], ["--class", "red"], ["--format", "webp"], ["--steps", 3]):
         done = run(*command, "--count", 1, *other)
-        assert_fails(done, f"{out}: holds other pictures, as 000000.png", "give another folder, or remove them")
+        assert_fails(
+            done, f"{out}: holds other pictures, such as 000000.png", "give another folder or remove the pictures"
+        )
     stranger = tmp_path / "photos"
     stranger.mkdir()
     Image.new("RGB", (8, 8)).save(stranger / "000000.png")
-    assert_fails(run("generate", tiny_model, "--out", stranger), f"{stranger}: holds other pictures, as 000000.png")
+    assert_fails(
+        run("generate", tiny_model, "--out", stranger), f"{stranger}: holds other pictures, such as 000000.png"
+    )
     assert (times(out), len(list(stranger.iterdir()))) == (before, 1)
 
 
@@ -478,7 +482,7 @@ def test_ranges_of_classes_and_webp(run, tiny_model, tmp_path):
 def test_an_archive_is_generated(run, tiny_model, tmp_path):
     command = ["generate", tiny_model, "--count", 2, "--steps", 2, "--precision", "bf16", "--batch-size", "auto"]
     done = run(*command, "--out", tmp_path / "new" / "samples.npz")
-    assert (done.code, done.out) == (0, f"6 images: {tmp_path / 'new' / 'samples.npz'} (2 model passes an image)\n")
+    assert (done.code, done.out) == (0, f"6 images: {tmp_path / 'new' / 'samples.npz'} (2 model passes per image)\n")
     with np.load(tmp_path / "new" / "samples.npz") as arrays:
         assert arrays["arr_0"].shape == (6, 16, 16, 3)
         assert arrays["arr_1"].tolist() == [0, 1, 2, 0, 1, 2]
@@ -490,7 +494,7 @@ def test_rows_of_interpolated_images(run, tiny_model, tmp_path):
     out = tmp_path / "row.png"
     options = ["--seeds", 1, 2, "--class", "red", "blue", "--frames", 5, "--steps", 3, "--guidance", "cfg:2.0"]
     done = run("interpolate", tiny_model, *options, "--out", out)
-    assert (done.code, done.out) == (0, f"5 images: {out} (3 model + 3 unconditional passes an image)\n"), done.err
+    assert (done.code, done.out) == (0, f"5 images: {out} (3 model + 3 unconditional passes per image)\n"), done.err
     row = pixels(out)
     assert row.shape == (20, 5 * 18 + 2, 3)
     for seed, name, x in ((1, "red", 2), (2, "blue", 2 + 4 * 18)):
@@ -530,17 +534,21 @@ def test_a_published_yaml_is_generated_from(run, tiny_model, tmp_path, monkeypat
     command = ["generate", "--published", "a.yaml", "--count", 1, "--out", tmp_path / "grid.png"]
     done = run(*command)
     assert done.code == 0, done.err
-    assert "(2 model passes an image)" in done.out
+    assert "(2 model passes per image)" in done.out
     assert given == [Path("a.yaml")]
-    assert_fails(run(*command, "--steps", 5, "--guidance", "cfg:2"), "--published: a.yaml gives --steps, --guidance")
-    for option, default in (("--steps", 50), ("--solver", "euler"), ("--grid", "full")):  # which is not the file's
-        assert_fails(run(*command, option, default), f"--published: a.yaml gives {option} itself")
+    assert_fails(run(*command, "--steps", 5, "--guidance", "cfg:2"), "--published: a.yaml sets --steps, --guidance")
+    for option, default in (
+        ("--steps", 50),
+        ("--solver", "euler"),
+        ("--grid", "full"),
+    ):  # also if the value is the default
+        assert_fails(run(*command, option, default), f"--published: a.yaml sets {option}; leave out")
     assert_fails(run(*command, tiny_model), "give either a model or --published FILE.yaml")
     assert_fails(run("generate", "--out", tmp_path / "x.png"), "give either a model or --published FILE.yaml")
 
 
 def test_two_processes_complete_a_folder(tiny_model, tmp_path, monkeypatch):
-    """In two threads that meet at the barrier."""
+    """Two threads play the two processes and meet at the barrier."""
     model, meeting = load(str(tiny_model)), threading.Barrier(2)
     monkeypatch.setattr(World, "barrier", lambda world: meeting.wait() if world.size > 1 else None)
 
@@ -578,9 +586,9 @@ def test_guidance_changes_the_picture(run, tiny_model, tmp_path):
 def test_a_weaker_model_guides_and_the_passes_are_told(run, tiny_model, weaker, tmp_path):
     command = ["generate", tiny_model, "--class", "red", "--count", 1, "--steps", 3, "--out"]
     plain = run(*command, tmp_path / "plain.png")
-    assert "(3 model passes an image)" in plain.out
+    assert "(3 model passes per image)" in plain.out
     done = run(*command, tmp_path / "guided.png", "--guidance", "auto:3.0", "--weak", weaker)
-    assert "(3 model + 3 weak passes an image)" in done.out, done.err
+    assert "(3 model + 3 weak passes per image)" in done.out, done.err
     assert not np.array_equal(pixels(tmp_path / "plain.png"), pixels(tmp_path / "guided.png"))
     same = run(*command, tmp_path / "same.png", "--guidance", "auto:3.0", "--weak", tiny_model)
     assert_fails(same, f"--weak: {tiny_model} is the model itself")
@@ -598,7 +606,7 @@ def weaker(tiny_model, tmp_path) -> Path:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--class", "purple"], ["class 'purple': no such class; there are blue, green, red"]),
+        (["--class", "purple"], ["class 'purple': no such class; the classes are blue, green, red"]),
         (["--class", "7"], ["class '7': no such class"]),
         (["--count", "0"], ["--count: 0"]),
         (["--batch-size", "0"], ["batch_size: 0"]),
@@ -843,7 +851,7 @@ def test_pictures_of_one_name_do_not_overwrite_each_other(run, tiny_model, tmp_p
     wanted = ["x.png", "x-2.png", "x-3.png", "y-2.png", "X-4.png", "scores.png", "contact-sheet-2.png"]
     assert written == {str(path): name for path, name in zip(paths, wanted, strict=True)}
     assert (out / "y.png").read_text() == "not ours"
-    # In another order, and one by one, each finds its own again.
+    # In another order and one by one, each image finds its earlier reconstruction.
     before = times(out)
     for path in reversed(paths[:4]):
         assert run("reconstruct", tiny_model, path, "--out", out).code == 0
@@ -858,7 +866,7 @@ def test_folders_are_read_whole_and_keep_their_shape(run, tiny_model, tmp_path):
     (root / "deep" / "loop").symlink_to(root)
     (root / "notes.txt").write_text("no picture")
     out = root / "out"
-    for _ in range(2):  # what is in OUT is not read again
+    for _ in range(2):  # the output folder is not searched for images
         done = run("reconstruct", tiny_model, root, "--out", out)
         assert done.code == 0, done.err
         assert set(times(out)) == {"a.png", "deep/c.png", "deep/er/b.png", "contact-sheet.png"}
@@ -913,13 +921,13 @@ def test_latents_are_written_and_read_back(run, tiny_model, tmp_path):
     info = shards[1].info
     assert (info.model, info.image_size, info.version) == (str(tiny_model), 16, raekit.__version__)
     assert info.statistics == statistics_fingerprint(autoencoder)
-    # The same again keeps the shards whose originals are the same.
+    # The same command keeps the shards whose originals have not changed.
     before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
     picture(paths[3], 9)
     assert run(*command).code == 0
     changed = [path.name for path in out.iterdir() if path.stat().st_mtime_ns != before[path.name]]
     assert changed == ["latents-00001-of-00003.safetensors"]
-    # With other shards it would be mixed.
+    # Another shard size would mix two sets of shards.
     assert_fails(run(*command[:-3], 3), out, "holds shards of other latents")
 
 
@@ -1148,7 +1156,9 @@ def test_a_denoiser_trains_from_cached_latents(run, images, tiny_model, tmp_path
     assert run(*drawn, "--ema", 0.999).code == 0
     assert_fails(run(*drawn, "--ema", 0.5), tmp_path / "run", "no average of decay 0.5, only of 0.999")
     other = ["--data.split", "all", "--run", tmp_path / "other"]
-    assert_fails(run("train", "emoji_dit_dh", *options, *other), out, "of data.split train, not of all")
+    assert_fails(
+        run("train", "emoji_dit_dh", *options, *other), out, "made with data.split train, but the config has all"
+    )
     assert not (tmp_path / "other").exists()
     assert_fails(run(*command, "--shard-size", 10), out, "holds shards of other latents")
 

@@ -23,7 +23,7 @@ from raekit.models.autoencoder import Autoencoder
 
 ONE = World()
 KILLS = int(os.environ.get("RAEKIT_KILLS", "3"))
-"""RAEKIT_KILLS=20 makes the test of resuming as long as the claim."""
+"""Number of kills in the test of resuming; RAEKIT_KILLS=20 runs as many as the documentation states."""
 
 
 def write(model: Path, data: DataConfig, out: Path, world: World = ONE, **options: Any) -> list[CacheInfo]:
@@ -111,7 +111,7 @@ def test_shards_that_are_there_are_kept(cache, data, tiny_model, tmp_path):
 
 
 def command(model: Path, source: str, out: Path) -> None:
-    """`raekit latents cache`, in a process of its own."""
+    """Run `raekit latents cache`; the target of a separate process."""
     torch.set_num_threads(1)
     os.dup2(os.open(out.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     sys.argv = ["raekit", "latents", "cache", str(model), "--source", source, "--flip", "--out", str(out)]
@@ -166,11 +166,11 @@ def test_damaged_shards_are_found_and_made_anew(cache, data, tiny_model, autoenc
     shutil.copytree(cache, out)
     path = sorted(out.iterdir())[1]
     content = bytearray(path.read_bytes())
-    for place in (-3000, -3000 + 1024):  # in the two orientations of one image
+    for place in (-3000, -3000 + 1024):  # one byte in each orientation of one image
         content[place] ^= 1
     path.write_bytes(content)
     batches = LatentLoader(out, replace(data, flip=False), 3, autoencoder).stream(0, 30, ONE)
-    with pytest.raises(UserError, match=rf"{path}: damaged; .* --verify, repairs it"):
+    with pytest.raises(UserError, match=rf"{path}: damaged; .* again with --verify"):
         next(batches)
     write(tiny_model, data, out)
     assert contents(out) != contents(cache)
@@ -183,7 +183,7 @@ def test_damaged_shards_are_found_and_made_anew(cache, data, tiny_model, autoenc
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_stream_is_that_of_the_images(cache, data, autoencoder, workers):
-    """Over three epochs, from the middle of a batch, and each rank its share."""
+    """Read three epochs from the middle of a batch, as the only process and as one of two."""
     data = replace(data, workers=workers)
     for world in (ONE, World(rank=1, size=2)):
         expected = Loader(replace(data, workers=0), 3).stream(5, 24, world)
@@ -209,7 +209,7 @@ def test_unreadable_images_are_replaced_by_the_same_as_on_the_fly(images, tiny_m
     root = tmp_path / "images"
     shutil.copytree(images.removeprefix("folder:"), root)
     files = sorted((root / "train").rglob("*.png"))
-    for number in (0, 1, 2, 17, 29):  # the whole of a shard, and the last, after which the first readable comes
+    for number in (0, 1, 2, 17, 29):  # a complete shard; the last, whose place the first readable image takes
         files[number].write_text("bad")
     data = DataConfig(source=f"folder:{root}", image_size=16, flip=True, max_unreadable=0.2)
     infos = write(tiny_model, data, tmp_path / "out", shard_size=3)
@@ -221,7 +221,7 @@ def test_unreadable_images_are_replaced_by_the_same_as_on_the_fly(images, tiny_m
         a, b = next(expected), next(found)
         assert torch.equal(a.labels, b.labels)
         assert torch.allclose(autoencoder.encode(a.pixels()), b.latents, atol=1e-5)
-    with pytest.raises(UserError, match=r"5 of 30 images were unreadable, more than the data\.max_unreadable=0\.1 "):
+    with pytest.raises(UserError, match=r"5 of 30 images were unreadable, more than data\.max_unreadable=0\.1 "):
         LatentLoader(tmp_path / "out", replace(data, max_unreadable=0.1), 3, autoencoder)
     with pytest.raises(UserError, match=r"\d of 30 images are unreadable"):
         write(tiny_model, replace(data, max_unreadable=0.1), tmp_path / "other")
@@ -232,24 +232,24 @@ def test_a_cache_of_something_else_is_refused(cache, data, autoencoder, tmp_path
         with pytest.raises(UserError, match=message):
             LatentLoader(folder, data, 0, autoencoder)
 
-    refused(r"of data\.image_size 16, not of 20", replace(data, image_size=20))
-    refused(r"of data\.split train, not of all", replace(data, split="all"))
-    refused(r"of data\.source folder:.*, not of emoji", replace(data, source="emoji"))
-    refused(r"data\.crop: random, but cached latents", replace(data, crop="random"))
+    refused(r"made with data\.image_size 16, but the config has 20", replace(data, image_size=20))
+    refused(r"made with data\.split train, but the config has all", replace(data, split="all"))
+    refused(r"made with data\.source folder:.*, but the config has emoji", replace(data, source="emoji"))
+    refused(r"data\.crop: random does not work with cached latents", replace(data, crop="random"))
     refused(r"holds 0 of 1 shards", folder=tmp_path)
     refused(r"no such file", folder=tmp_path / "none")
     part = tmp_path / "part"
     shutil.copytree(cache, part)
     sorted(part.iterdir())[3].unlink()
-    refused(r"holds 4 of 5 shards of latents; the same `raekit latents cache` again completes it", folder=part)
-    with pytest.raises(UserError, match=r"holds latents of kind 'source', needed are those of kind 'images'"):
+    refused(r"holds 4 of 5 shards of latents; run the same `raekit latents cache` command again", folder=part)
+    with pytest.raises(UserError, match=r"holds latents of kind 'source', but kind 'images' is needed"):
         list(read_latents(cache))
     mean, var = autoencoder.mean, autoencoder.var
     autoencoder.set_statistics(mean, 2 * var)
-    refused(r"its latents are of another latent statistics: made with ")
+    refused(r"its latents were made with different latent statistics: ")
     autoencoder.set_statistics(mean, var)
     next(autoencoder.encoder.parameters()).data += 0.1
-    refused(r"its latents are of another encoder: made with ")
+    refused(r"its latents were made with a different encoder: ")
 
 
 def test_a_cache_without_flips_is_refused_where_they_are_needed(data, tiny_model, autoencoder, tmp_path):
@@ -271,11 +271,11 @@ def test_shards_that_do_not_hold_what_they_say_are_refused(cache, data, autoenco
         metadata = file.metadata()
 
     for change, message in (
-        ({"labels": good["labels"] + 9}, r"its labels are not those of 3 classes"),
-        ({"positions": good["positions"] + 1}, r"positions of its shards are in disorder"),
-        ({"positions": -good["positions"]}, r"positions of its shards are in disorder"),
-        ({"latents": good["latents"][..., :2].contiguous()}, r"needs `latents` .*, holds "),
-        ({"scale": good["scale"].half()}, r"needs `scale` "),
+        ({"labels": good["labels"] + 9}, r"its labels do not fit its 3 classes"),
+        ({"positions": good["positions"] + 1}, r"positions of its shards are out of order"),
+        ({"positions": -good["positions"]}, r"positions of its shards are out of order"),
+        ({"latents": good["latents"][..., :2].contiguous()}, r"`latents` must have .*, not "),
+        ({"scale": good["scale"].half()}, r"`scale` must have "),
     ):
         save_file(good | change, path, metadata)
         with pytest.raises(UserError, match=message):
@@ -289,7 +289,7 @@ def test_shards_that_do_not_hold_what_they_say_are_refused(cache, data, autoenco
 def test_latents_that_are_not_finite_are_not_cached(data, tiny_model, tmp_path):
     autoencoder = Autoencoder.load(str(tiny_model))
     autoencoder.var[0, 0, 0] = float("nan")
-    with pytest.raises(UserError, match=r"not all of its latents are finite; encode with --precision fp32"):
+    with pytest.raises(UserError, match=r"some of its latents are not finite; encode with --precision fp32"):
         cache_latents(autoencoder, "broken", data, tmp_path / "out", world=ONE)
 
 

@@ -1,4 +1,4 @@
-"""Folders and archives of generated pictures, and what a kill leaves of them."""
+"""Folders and archives of generated pictures, and their completion after a kill."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def pixels(image: Path) -> np.ndarray:
 
 
 def exact(model: Model, labels: list[int], **options: Any) -> np.ndarray:
-    """The samples as 8-bit pixels (N, H, W, 3)."""
+    """Return the samples as 8-bit pixels (N, H, W, 3)."""
     images: Tensor = torch.cat([b.images for b in generate(model, labels, sampling=FEW, **options)])
     return (quantize(images) * 255).round().byte().permute(0, 2, 3, 1).numpy()
 
@@ -90,7 +90,7 @@ def test_an_archive_as_adm_writes_it(model, tmp_path):
         assert arrays["arr_1"].tolist() == labels
     assert Npz(out).arrays.keys() == {"arr_0", "arr_1"}
     assert [path.name for path in tmp_path.iterdir()] == ["samples.npz"]
-    # The same again has nothing to do; other samples are made anew.
+    # The same call has nothing to do; a call for other samples replaces the file.
     before = out.stat().st_mtime_ns
     assert not generate_npz(model, out, [0, 2, 1], total=7, seed=4, sampling=FEW, batch_size=3, world=ONE)
     assert out.stat().st_mtime_ns == before
@@ -125,7 +125,7 @@ def test_an_interrupted_archive_is_completed_to_the_bit(model, tmp_path, monkeyp
 
 
 def test_two_processes_make_one_archive(model, tmp_path, monkeypatch):
-    """In two threads that meet at the barrier."""
+    """Two threads play the two processes and meet at the barrier."""
     meeting = threading.Barrier(2)
     monkeypatch.setattr(World, "barrier", lambda world: meeting.wait() if world.size > 1 else None)
 
@@ -150,7 +150,7 @@ def test_wrong_settings_leave_nothing(model, tmp_path):
 
 TOTAL = 60
 KILLS = int(os.environ.get("RAEKIT_KILLS", "6"))
-"""RAEKIT_KILLS=20 makes the test of resuming as long as the claim."""
+"""Number of kills in the test of resuming; RAEKIT_KILLS=20 runs as many as the documentation states."""
 
 
 def life(folder: str, out: Path) -> None:
@@ -185,7 +185,7 @@ def test_kills_at_random_moments_change_no_bit(tiny_model, tmp_path, suffix):
         process.join()
         assert process.exitcode == -9
         finished = len(list(pictures.glob("*.png")))
-        assert finished >= kept  # what was finished is still there
+        assert finished >= kept  # finished pictures are kept
         kept = finished
     times = {path.name: path.stat().st_mtime_ns for path in pictures.glob("*.png")}
     process = start(out)

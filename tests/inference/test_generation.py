@@ -49,7 +49,7 @@ def unconditional(model) -> Model:
 
 @pytest.fixture(scope="module")
 def two_outputs(model) -> Model:
-    """A model with a base output."""
+    """Return a model with a base output."""
     part = TransformerConfig(width=16, depth=2, heads=2)
     head = TransformerConfig(width=16, depth=1, heads=2)
     config = DenoiserConfig(
@@ -59,7 +59,7 @@ def two_outputs(model) -> Model:
 
 
 def other_weights(model: Model) -> Model:
-    """The same networks with a random denoiser."""
+    """Return a copy of the model with random weights in the denoiser."""
     denoiser = copy.deepcopy(model.denoiser)
     for parameter in denoiser.parameters():
         nn.init.normal_(parameter, std=0.2)
@@ -67,7 +67,7 @@ def other_weights(model: Model) -> Model:
 
 
 def images_of(model: Model, labels: Sequence[int] | None = LABELS, sampling: Sampling = FEW, **options) -> Tensor:
-    """All samples, in the order of their numbers."""
+    """Return all samples in the order of their numbers."""
     batches = list(generate(model, labels, sampling=sampling, **options))
     order = torch.cat([batch.indices for batch in batches]).argsort()
     return torch.cat([batch.images for batch in batches])[order]
@@ -126,7 +126,7 @@ def test_samples_of_two_real_processes_and_of_any_batch_size_are_those_of_one(mo
 
 
 class Small(nn.Module):
-    """A denoiser on a device whose memory takes `limit` images."""
+    """A denoiser on a device whose memory holds at most `limit` images."""
 
     def __init__(self, denoiser: Denoiser, limit: int) -> None:
         super().__init__()
@@ -145,10 +145,10 @@ def test_batches_are_halved_where_memory_does_not_suffice(model, caplog):
     small = Small(model.denoiser, 3)
     tight = Model(model.autoencoder, small)  # type: ignore[arg-type]
     batches = list(generate(tight, LABELS * 2, sampling=FEW, batch_size=10))
-    assert [len(batch) for batch in batches] == [2] * 7  # of 10 at most 5, of 5 at most 2
+    assert [len(batch) for batch in batches] == [2] * 7  # 10 is halved to 5, and 5 to 2
     assert small.tried == [10, 5, 2]
     assert torch.allclose(torch.cat([batch.images for batch in batches]), images_of(model, LABELS * 2), atol=1e-5)
-    assert "batches of 10 images do not fit into the GPU's memory; going on with 5" in caplog.text
+    assert "a batch of 10 images does not fit into the GPU's memory; continuing with 5" in caplog.text
     with pytest.raises(UserError, match="not even one image fits"):
         list(generate(Model(model.autoencoder, Small(model.denoiser, 0)), [0], sampling=FEW))  # type: ignore[arg-type]
 
@@ -218,7 +218,7 @@ def test_a_trajectory_ends_in_the_sample(model, solver):
     assert times[-1] == 0
     assert sorted(times, reverse=True) == times
     assert torch.allclose(images[-1], images_of(model, [1, 2], sampling, seed=5), atol=1e-5)
-    # At time 1 the data that the velocity points to are x - v.
+    # At time 1 the predicted data are x - v.
     noise = randomness.normal(5, "sample", [0, 1], (16, 4, 4))
     with torch.no_grad():
         v = model.denoiser(noise, torch.ones(2), torch.tensor([1, 2]))
@@ -288,7 +288,7 @@ def test_a_batch_of_nothing_is_refused(model, batch_size):
 
 
 class Counted(nn.Module):
-    """A denoiser that notes for each call its time, and whether it got classes."""
+    """A denoiser that records the time of each call and whether the call had class labels."""
 
     def __init__(self, denoiser: Denoiser) -> None:
         super().__init__()
@@ -307,7 +307,7 @@ Calls = list[tuple[float, bool]]
 
 
 def calls_of(model: Model, sampling: Sampling) -> tuple[Calls, Calls, Counter[str]]:
-    """The calls of the model, and of its weaker one, for two samples in a batch; and the passes reported."""
+    """Return the calls of the model and of the weak model for one batch of two samples, and the reported passes."""
     counted = Counted(model.denoiser)
     weak = Counted(sampling.weak) if sampling.weak else None
     sampling = replace(sampling, weak=weak)  # type: ignore[arg-type]
@@ -344,7 +344,11 @@ def test_bf16_moves_samples_a_little_and_leaves_them_float32(model):
 
 
 def test_forward_passes_of_each_guidance(two_outputs):
-    """50 steps: 50 unguided, with CFG those within its interval more, with AutoGuidance 50 weak ones, internal 50."""
+    """Count the passes of 50 steps.
+
+    Without guidance there are 50. CFG adds one for each step inside its interval, AutoGuidance adds one of the weak
+    model for each step, and internal guidance adds none.
+    """
     weak = other_weights(two_outputs).denoiser
     times = time_grid(50, two_outputs.denoiser.config.shift)[:-1]
     inside = [t for t in times if 0.1 <= t <= 0.9]
@@ -369,7 +373,7 @@ def test_forward_passes_of_each_guidance(two_outputs):
 
 
 def test_internal_guidance_leads_away_from_the_base_output(two_outputs):
-    """On predicted data it is base + scale (full - base) as well (spec II.6)."""
+    """For a denoiser that predicts data, the guided data are base + scale (full - base) (spec II.6)."""
     denoiser = copy.deepcopy(two_outputs.denoiser)
     denoiser.config = replace(denoiser.config, prediction="data")
     x = randomness.normal(0, "sample", [0, 1], (16, 4, 4))
@@ -479,7 +483,7 @@ def test_images_go_to_noise_and_back_the_better_the_finer_the_steps(model):
     assert errors[2] < 1e-3
     assert noises[2].shape == (2, 16, 4, 4)
     assert not torch.allclose(noises[2], images_to_noise(model, images, [0, 0], sampling), atol=1e-3)
-    # What `generate` draws makes what it makes.
+    # The noise that `generate` draws gives the images that `generate` returns.
     drawn = randomness.normal(0, "sample", [0, 1], (16, 4, 4))
     assert torch.equal(noise_to_images(model, drawn, [1, 0], FEW), images_of(model, [1, 0]))
 
@@ -487,9 +491,9 @@ def test_images_go_to_noise_and_back_the_better_the_finer_the_steps(model):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (((2, 16, 4, 4), [0]), "labels: 1 of them for 2 images"),
+        (((2, 16, 4, 4), [0]), "labels: 1 given for 2 images"),
         (((1, 16, 4, 4), [3]), "labels: 3 is not among"),
-        (((1, 16, 2, 2), [0]), r"noise: of shape \(16, 2, 2\), and the model's latents of \(16, 4, 4\)"),
+        (((1, 16, 2, 2), [0]), r"noise: must have shape .* \(16, 4, 4\), not \(16, 2, 2\)"),
     ],
 )
 def test_noise_that_does_not_fit_is_refused(model, arguments, message):
@@ -521,14 +525,16 @@ def test_guidance_moves_samples_away_from_the_unconditional_ones(model):
 def test_models_that_do_not_fit_together_are_refused(model):
     part = TransformerConfig(width=16, depth=1, heads=2)
     other = Denoiser(DenoiserConfig(channels=16, grid=(2, 2), backbone=part, num_classes=3))
-    with pytest.raises(UserError, match=r"the denoiser is for latents \(16, 2, 2\), the autoencoder has \(16, 4, 4\)"):
+    with pytest.raises(
+        UserError, match=r"the denoiser needs latents of shape \(16, 2, 2\), but the autoencoder has \(16, 4, 4\)"
+    ):
         Model(model.autoencoder, other)
 
 
 def test_classes_by_name_or_number(model, unconditional):
     assert [model.class_id(name) for name in ("green", "0", "2")] == [1, 0, 2]
     for name in ("purple", "3", "-1", "", "²"):
-        with pytest.raises(UserError, match=f"class '{name}': no such class; there are blue, green, red"):
+        with pytest.raises(UserError, match=f"class '{name}': no such class; the classes are blue, green, red"):
             model.class_id(name)
     with pytest.raises(UserError, match="this model is unconditional"):
         unconditional.class_id("0")
@@ -543,7 +549,7 @@ def test_classes_by_name_or_number(model, unconditional):
         with pytest.raises(UserError, match=message):
             twelve.class_ids(name)
     dashed = replace(nameless.config, class_names=tuple(f"{i}-{i}" for i in range(12)))
-    assert Model(model.autoencoder, Denoiser(dashed)).class_ids("3-3") == [3]  # a name goes first
+    assert Model(model.autoencoder, Denoiser(dashed)).class_ids("3-3") == [3]  # a name takes precedence over a range
 
 
 # Statistics of latents
@@ -564,7 +570,7 @@ def measure_in_two(world: World, model: Path, source: str) -> list[tuple[Tensor,
 
 @pytest.fixture(scope="module")
 def tokens(model, images) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens of all 39 images in float64, and those of their mirror images."""
+    """Return the tokens of all 39 images and of their mirror images, float64."""
     pixels = torch.cat([batch.pixels() for batch in batches(images, 39, ONE)])
     return tuple(model.autoencoder.tokens(view).double().numpy() for view in (pixels, pixels.flip(-1)))
 

@@ -311,7 +311,7 @@ def test_a_cache_of_another_encoder_does_not_train(config, tmp_path):
     autoencoder = Autoencoder.load(config.autoencoder)
     next(autoencoder.encoder.parameters()).data += 0.1
     cache_latents(autoencoder, "another", config.data, tmp_path / "cache", world=ONE)
-    with pytest.raises(UserError, match=r"cache: its latents are of another encoder: made with another "):
+    with pytest.raises(UserError, match=r"cache: its latents were made with a different encoder: another has "):
         stage(replace(config, latents=str(tmp_path / "cache")), tmp_path)
 
 

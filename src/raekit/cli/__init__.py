@@ -1,4 +1,4 @@
-"""The command line: the only place that parses, prints and exits."""
+"""The command line. Only this package parses arguments, prints and exits."""
 
 import logging
 import sys
@@ -37,9 +37,12 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 
 def main() -> None:
-    """Run the command in sys.argv. Exits with 2 for a wrong command line, 1 for any other error, 130 after Ctrl-C."""
+    """Run the command in sys.argv.
+
+    The exit code is 0 after success, 2 for a wrong command line, 1 for any other error, and 130 after Ctrl-C.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every try
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it warns at every retry
     arguments = sys.argv[1:]
     if arguments in (["--version"], ["-V"]):
         from raekit import __version__
@@ -63,22 +66,24 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        compiler = sys.modules.get("torch._dynamo.exc")  # there as soon as anything is compiled
+        compiler = sys.modules.get("torch._dynamo.exc")  # imported only if something was compiled
         if not compiler or not isinstance(error, compiler.BackendCompilerFailed):
             raise
         from torch._inductor.runtime.cache_dir_utils import cache_dir
 
         reason = str(error).splitlines()[0]
         console.fail(
-            f"torch.compile: {reason}. After a killed compilation remove {cache_dir()}; else leave out --train.compile"
+            f"torch.compile: {reason}. If an earlier compilation was killed, remove {cache_dir()}; if not, leave out "
+            "--train.compile"
         )
 
 
 def _usage(wrong: bool, given: list[str]) -> None:
+    """Print all commands; after a wrong command, name it and exit with 2."""
     to = console.err if wrong else console.out
     if wrong:
-        to.print(f"error: {' '.join(given[:2])!r} is no command", markup=False)
-    to.print("usage: raekit COMMAND ...      (raekit COMMAND --help; raekit --version)\n", markup=False)
+        to.print(f"error: {' '.join(given[:2])!r} is not a command", markup=False)
+    to.print("usage: raekit COMMAND ...   (help: raekit COMMAND --help; version: raekit --version)\n", markup=False)
     width = max(map(len, COMMANDS))
     for name, command in COMMANDS.items():
         to.print(f"  {name:{width}}  {console.about(command).splitlines()[0]}", markup=False)

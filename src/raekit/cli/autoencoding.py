@@ -1,4 +1,4 @@
-"""Commands that use a trained autoencoder."""
+"""Commands that encode and reconstruct images."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -24,20 +24,21 @@ def reconstruct(
     batch_size: int = 32,
     device: Device | None = None,
 ) -> None:
-    """Encode and decode images, and score what comes back: PNGs, scores.csv, scores.json, contact-sheet.png.
+    """Encode and decode images, and write the reconstructions with their scores.
 
     Example: raekit reconstruct builtin:emoji photo.jpg holidays --out reconstructions
-    The same command goes on where it stopped: what is there is kept, unless the model, an option or the
-    original has changed.
+
+    Writes a PNG file for each image, scores.csv, scores.json and contact-sheet.png. The same command resumes after an
+    interruption: reconstructions are kept unless the model, an option or the original has changed.
 
     Args:
-        model: builtin:NAME, a model folder, a run, or OWNER/NAME on the Hub.
-        paths: image files, and folders with whatever is below them.
-        out: folder for the results, another than the originals'.
-        fit: to the model's square, cut to the middle, or padded with white.
-        lpips: score LPIPS too, with VGG16's weights from this file; auto: from torchvision's cache or the Hub.
-        batch_size: images at once.
-        device: default is the best there is.
+        model: Autoencoder to use: published name, builtin:NAME, model folder, run folder, or OWNER/NAME on the Hub.
+        paths: Image files, and folders to search for images.
+        out: Output folder. Must not hold any of the originals.
+        fit: How to make an image square. crop: cut out the middle; pad: add white borders.
+        lpips: VGG16 weights for LPIPS: a file, or auto (torchvision's cache or the Hub). None: no LPIPS score.
+        batch_size: Number of images to process at once.
+        device: Device to compute on. None: the GPU if there is one, else the CPU.
     """
     from raekit.distributed import world
     from raekit.evaluation.pairs import reconstruction_metrics
@@ -48,7 +49,7 @@ def reconstruct(
         raise UserError("reconstruct: give at least one image file or folder")
     with world(device) as here, Display(console.err) as progress:
         if here.size > 1:
-            raise UserError("reconstruct: works in one process, not under torchrun")
+            raise UserError("reconstruct: runs in a single process; start it without torchrun")
         autoencoder = load_autoencoder(model).to(here.device)
         metrics = reconstruction_metrics(lpips, here.device)
         results = reconstruct_folder(
@@ -69,19 +70,21 @@ def encode(
     shard_size: int = 512,
     device: Device | None = None,
 ) -> None:
-    """Write the whitened latents of images as safetensors, with what they are of; raekit.read_latents reads them.
+    """Write the whitened latents of images to safetensors files.
 
     Example: raekit encode builtin:emoji holidays --out latents
-    In a folder, shards that are there and would become the same are kept.
+
+    The files also record the model and the paths of the images. `raekit.read_latents` reads them. In a folder, existing
+    shards are kept unless the model, an option or an image has changed.
 
     Args:
-        model: builtin:NAME, a model folder, a run, or OWNER/NAME on the Hub.
-        paths: image files, and folders with whatever is below them.
-        out: a .safetensors file, or a folder for shards.
-        fit: to the model's square, cut to the middle, or padded with white.
-        batch_size: images at once.
-        shard_size: images in a shard, held in memory until it is written.
-        device: default is the best there is.
+        model: Autoencoder to use: published name, builtin:NAME, model folder, run folder, or OWNER/NAME on the Hub.
+        paths: Image files, and folders to search for images.
+        out: A .safetensors file, or a folder for shards.
+        fit: How to make an image square. crop: cut out the middle; pad: add white borders.
+        batch_size: Number of images to process at once.
+        shard_size: Number of images in a shard. One shard is held in memory until it is written.
+        device: Device to compute on. None: the GPU if there is one, else the CPU.
     """
     from raekit.distributed import world
     from raekit.inference.latents import encode_files
@@ -91,7 +94,7 @@ def encode(
         raise UserError("encode: give at least one image file or folder")
     with world(device) as here, Display(console.err) as progress:
         if here.size > 1:
-            raise UserError("encode: works in one process, not under torchrun")
+            raise UserError("encode: runs in a single process; start it without torchrun")
         autoencoder = load_autoencoder(model).to(here.device)
         encoded, unreadable = encode_files(
             autoencoder,
@@ -108,7 +111,7 @@ def encode(
 
 
 def _reconstructions_table(results: "Reconstructions") -> Table:
-    """A row for each of the first pictures, and the means."""
+    """Return a table of the scores of the first pictures, and the means of all."""
     means = results.means()
     table = Table("image", *means)
     for picture in results.pictures[:20]:

@@ -1,4 +1,4 @@
-"""Commands that use a trained denoiser."""
+"""Commands that generate images."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -37,7 +37,7 @@ OTHER_FILES = (
     ".txt",
     ".json",
 )
-"""What nobody means to be a folder."""
+"""Endings that no output folder has."""
 
 
 def generate(
@@ -54,21 +54,23 @@ def generate(
     batch_size: int | Literal["auto"] = "auto",
     device: Device | None = None,
 ) -> None:
-    """Generate images into one picture, a folder, or an .npz file.
+    """Generate images and write them to a grid, a folder or an .npz file.
 
     Example: raekit generate builtin:emoji --class flags --count 16 --out grid.png
 
+    The same command resumes after an interruption if the output is a folder or an .npz file.
+
     Args:
-        model: a published name, builtin:NAME, a model folder, a run, or OWNER/NAME on the Hub.
-        out: a .png or .webp file for a grid; an .npz file as ADM's evaluation reads; else a folder, one file a sample.
-        classes: names, ids, or ranges of ids as 0-9; each class gets COUNT samples. Default: all of them.
-        count: samples of each class. In a folder those that are there are kept, and more are added to them.
-        seed: sample i is a function of the seed, i and its class, which is i modulo the number of classes.
-        ema: the decay of the average to use, of those that were trained (the recipe's `ema`). Default: the first.
-        published: a YAML of RAE v1 or v2 that gives model, guidance and solver, in place of MODEL.
-        format: of the files of a folder, both without loss. Default: png.
-        batch_size: images at once; auto is what fits the GPU's memory, and 64 elsewhere.
-        device: default is the best there is.
+        model: Model to sample from: published name, builtin:NAME, model folder, run folder, or OWNER/NAME on the Hub.
+        out: A .png or .webp file for one grid, an .npz file in ADM's format, or a folder for one picture per sample.
+        classes: Classes to generate: names, ids, or ranges of ids such as 0-9. All classes if not given.
+        count: Number of samples for each class. In a folder, a larger number keeps the samples and adds more.
+        seed: Seed of the noise. Sample i depends only on the seed, i and its class; the classes take turns.
+        ema: Decay of the weight average to use, one of the recipe's `ema` values. None: the first of them.
+        published: Sampling config (YAML) of RAE v1 or v2, to use instead of a model. Also sets guidance and solver.
+        format: Format of the pictures in a folder; both are lossless. None: png.
+        batch_size: Number of images to generate at once. auto: as many as fit into the GPU's memory, or 64 on the CPU.
+        device: Device to compute on. None: the GPU if there is one, else the CPU.
     """
     from raekit.distributed import world
     from raekit.files import whole
@@ -85,10 +87,12 @@ def generate(
         raise UserError(f"--out: {out} must be a .png, .webp or .npz file, or a folder")
     (check_file if single or suffix == ".npz" else check_folder)(out)
     if format and (single or suffix == ".npz"):
-        raise UserError(f"--format: no effect on {out}; it is for the files of a folder")
+        raise UserError(f"--format: no effect on {out}; it applies only to a folder")
     with world(device) as here, Display(console.err, quiet=not here.is_main) as progress:
         if single and here.size > 1:
-            raise UserError("--out: one grid comes from one process; give a folder or an .npz file under torchrun")
+            raise UserError(
+                "--out: only a single process can write a grid; under torchrun give a folder or an .npz file"
+            )
         loaded, sampling = _load(model, ema, published, options, here)
         labels = class_ids(loaded, classes) or list(range(len(loaded.classes)))
         total = count * max(len(labels), 1)
@@ -96,7 +100,7 @@ def generate(
         shared: dict[str, Any] = {"seed": seed, "sampling": sampling, "batch_size": batch_size}
         if single:
             tiles = []
-            every = labels * count or None  # sample i has class i modulo their number, as in a folder
+            every = labels * count or None  # the classes take turns, as in a folder
             for batch in stream(loaded, every, count=None if every else count, **shared):
                 tiles += map(to_pil, batch.images)
                 passes |= batch.passes
@@ -112,7 +116,7 @@ def generate(
             shared |= {"total": total, "world": here, "progress": progress, "form": format or "png"}
             passes = generate_folder(loaded, out, labels or None, **shared)
     if here.is_main:
-        console.out.print(f"{total} images: {out}{_told(passes)}", markup=False)
+        console.out.print(f"{total} images: {out}{_cost(passes)}", markup=False)
 
 
 def interpolate(
@@ -126,21 +130,21 @@ def interpolate(
     batch_size: int | Literal["auto"] = "auto",
     device: Device | None = None,
 ) -> None:
-    """Generate the images on the way between two seeds, two classes, or both, as one row.
+    """Generate a row of images that interpolates between two seeds, two classes, or both.
 
     Example: raekit interpolate builtin:emoji --seeds 0 1 --class flags --out row.png
 
-    The noise goes along a great circle, the class in a straight line.
+    The noise is interpolated along a great circle, the class embedding linearly.
 
     Args:
-        model: a published name, builtin:NAME, a model folder, a run, or OWNER/NAME on the Hub.
-        out: the .png or .webp file to write.
-        seeds: one for both ends, or one for each; an end is sample 0 of its seed.
-        classes: names or ids, one for both ends, or one for each. Default: no class.
-        frames: images, both ends among them.
-        ema: the decay of the average to use, of those that were trained (the recipe's `ema`). Default: the first.
-        batch_size: images at once; auto is what fits the GPU's memory, and 64 elsewhere.
-        device: default is the best there is.
+        model: Model to sample from: published name, builtin:NAME, model folder, run folder, or OWNER/NAME on the Hub.
+        out: Output file, .png or .webp.
+        seeds: Seeds of the first and the last image, or one seed for both. An image at an end is sample 0 of its seed.
+        classes: Classes (names or ids) of the first and the last image, or one class for both. No class if not given.
+        frames: Number of images, including the first and the last.
+        ema: Decay of the weight average to use, one of the recipe's `ema` values. None: the first of them.
+        batch_size: Number of images to generate at once. auto: as many as fit into the GPU's memory, or 64 on the CPU.
+        device: Device to compute on. None: the GPU if there is one, else the CPU.
     """
     from raekit.distributed import world
     from raekit.inference.generation import interpolate as between
@@ -150,7 +154,7 @@ def interpolate(
     form = _form(out)
     with world(device) as here, Display(console.err) as progress:
         if here.size > 1:
-            raise UserError("interpolate: works in one process, not under torchrun")
+            raise UserError("interpolate: runs in a single process; start it without torchrun")
         loaded = load(model, here.device, ema)
         images, passes = [], Counter()
         batches = between(
@@ -166,7 +170,7 @@ def interpolate(
             passes |= batch.passes
             progress("interpolate", len(images), frames)
     _write_rows([images], out, form)
-    console.out.print(f"{frames} images: {out}{_told(passes)}", markup=False)
+    console.out.print(f"{frames} images: {out}{_cost(passes)}", markup=False)
 
 
 def trajectory(
@@ -180,21 +184,22 @@ def trajectory(
     options: Options = SamplingOptions(),
     device: Device | None = None,
 ) -> None:
-    """Show how samples come about: what their noise is taken for, step by step, a row for each.
+    """Show how samples form, from noise to the finished image: one row for each sample.
 
     Example: raekit trajectory builtin:emoji --class flags --frames 8 --out strip.png
 
-    An image is the data that the (guided) velocity points to; the last is the sample.
+    An image shows what the guided velocity predicts as the data at one time of the solver. The last image of a row is
+    the finished sample.
 
     Args:
-        model: a published name, builtin:NAME, a model folder, a run, or OWNER/NAME on the Hub.
-        out: the .png or .webp file to write.
-        classes: names, ids, or ranges of ids as 0-9; each class gets COUNT rows. Default: one row of no class.
-        count: samples of each class, numbered as `raekit generate` does.
-        frames: images of a row.
-        seed: of the samples.
-        ema: the decay of the average to use, of those that were trained (the recipe's `ema`). Default: the first.
-        device: default is the best there is.
+        model: Model to sample from: published name, builtin:NAME, model folder, run folder, or OWNER/NAME on the Hub.
+        out: Output file, .png or .webp.
+        classes: Classes to generate: names, ids, or ranges of ids such as 0-9. Samples without a class if not given.
+        count: Number of samples for each class. `raekit generate` makes the same samples.
+        frames: Number of images in a row.
+        seed: Seed of the noise.
+        ema: Decay of the weight average to use, one of the recipe's `ema` values. None: the first of them.
+        device: Device to compute on. None: the GPU if there is one, else the CPU.
     """
     from raekit.distributed import world
     from raekit.inference.generation import trajectory as follow
@@ -206,7 +211,7 @@ def trajectory(
         raise UserError(f"--count: {count} must be at least 1")
     with world(device) as here:
         if here.size > 1:
-            raise UserError("trajectory: works in one process, not under torchrun")
+            raise UserError("trajectory: runs in a single process; start it without torchrun")
         loaded = load(model, here.device, ema)
         labels = class_ids(loaded, classes)
         sampling = options.sampling(model, here)
@@ -221,7 +226,7 @@ def trajectory(
 
 
 def class_ids(model: "Model", classes: Iterable[str]) -> list[int]:
-    """The ids of classes given by name, id or range, in their order."""
+    """Return the ids of classes that are given by name, id or range, in the given order."""
     return [label for name in classes for label in model.class_ids(name)]
 
 
@@ -240,12 +245,15 @@ def _load(
     ours = {name: getattr(options, name) for name in options.given() if name in ("reuse", "precision")}
     theirs = [name for name in options.given() if name not in ours] + ["ema"] * (ema is not None)
     if theirs:
-        raise UserError(f"--published: {published} gives --{', --'.join(theirs)} itself; leave it out or edit the file")
+        raise UserError(
+            f"--published: {published} sets --{', --'.join(theirs)}; leave out the options or edit the file"
+        )
     loaded, sampling = load_published(published, world.device)
     return loaded, replace(sampling, **ours)
 
 
 def _form(out: Path) -> Literal["png", "webp"]:
+    """Return the picture format of the file to write."""
     suffix = out.suffix.lower()
     if suffix not in PICTURES:
         raise UserError(f"--out: {out} must be a .png or .webp file")
@@ -254,8 +262,9 @@ def _form(out: Path) -> Literal["png", "webp"]:
 
 
 def _pair(values: Sequence[int], name: str) -> tuple[int, int]:
+    """Return the values for both ends of an interpolation."""
     if len(values) not in (1, 2):
-        raise UserError(f"--{name}: takes one for both ends, or two, not {len(values)}")
+        raise UserError(f"--{name}: takes one value for both ends, or two values, not {len(values)}")
     return (values[0], values[-1])
 
 
@@ -269,6 +278,6 @@ def _write_rows(rows: Sequence[Sequence[Any]], out: Path, form: Literal["png", "
         save_picture(sheet, partial, form)
 
 
-def _told(passes: Counter[str]) -> str:
+def _cost(passes: Counter[str]) -> str:
     counts = " + ".join(f"{number} {kind}" for kind, number in passes.items())
-    return f" ({counts} passes an image)" if counts else ""
+    return f" ({counts} passes per image)" if counts else ""

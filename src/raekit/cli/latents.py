@@ -1,4 +1,4 @@
-"""Commands for the latents of data sources and of denoisers."""
+"""Commands that measure, cache and generate latents."""
 
 from pathlib import Path
 from typing import Literal
@@ -28,24 +28,24 @@ def latents_measure(
     workers: int = 0,
     device: Device | None = None,
 ) -> None:
-    """Measure the mean and variance of an encoder's latents, exactly, in one pass.
+    """Measure the mean and the variance of an encoder's latents.
 
     Example: raekit latents measure builtin:vit-tiny --source folder:images --out statistics.safetensors
 
     Args:
-        encoder: a registered name, builtin:NAME, a folder, or FAMILY:WHERE for a transformers checkpoint.
-        out: the .safetensors file to write, `mean` and `var` of shape (C, H, W).
-        source: emoji, folder:DIR, flat:DIR, idx:DIR or hf:DIR.
-        split: of the source.
-        image_size: side that the images are centre-cropped to. Default: the encoder's input.
-        encoder_size: side that the encoder resizes to, or height and width. Default: its own.
-        blocks: the encoder's blocks that the latent is made of, zero-based; -1 is the last.
-        combine: how several blocks are combined.
-        token_mean: add the mean over the patches of the last block's output.
-        mirror: count each image flipped as well.
-        batch_size: images at once on each process.
-        workers: processes that decode images.
-        device: default is the best there is.
+        encoder: Encoder: a registered name, builtin:NAME, a folder, or FAMILY:WHERE for a transformers checkpoint.
+        out: Output file (.safetensors) for `mean` and `var`, each of shape (C, H, W).
+        source: Images: emoji, folder:DIR, flat:DIR, idx:DIR, hf:DIR, npz:FILE, zip:FILE or tar:FILE.
+        split: Split of the data source.
+        image_size: Side in pixels to which images are centre-cropped. None: the input size of the encoder.
+        encoder_size: Side in pixels to which the encoder resizes its input, or height and width. None: its own.
+        blocks: Encoder blocks whose outputs form the latents, counted from 0; -1 is the last block.
+        combine: How to combine several blocks.
+        token_mean: Add the mean over all patches of the last block's output.
+        mirror: Count each image a second time, flipped left to right.
+        batch_size: Number of images to encode at once in each process.
+        workers: Number of processes that decode images. 0: decode in the main process.
+        device: Device to compute on. None: the GPU if there is one, else the CPU.
     """
     from raekit.artifacts import write_statistics
     from raekit.data.loader import DataConfig, Loader
@@ -84,25 +84,27 @@ def latents_cache(
     workers: int = 0,
     device: Device | None = None,
 ) -> None:
-    """Write the whitened latents of a data source, to train a denoiser from (`--latents`).
+    """Cache the whitened latents of a data source, to train a denoiser without the encoder.
 
     Example: raekit latents cache builtin:emoji --source emoji --flip --out latents
-    Shards that are there are kept, so the same command goes on after an interruption; under torchrun, processes share
-    them.
+
+    To train from the cache, give its folder to `raekit train` with --latents, and set --data.source to the same images.
+    Existing shards are kept, so the same command resumes after an interruption. Under torchrun the processes divide the
+    shards among them.
 
     Args:
-        model: builtin:NAME, a model folder, a stage-1 run, or OWNER/NAME on the Hub.
-        out: the folder to fill.
-        source: emoji, folder:DIR, flat:DIR, idx:DIR or hf:DIR. The training has to name it the same.
-        split: of the source.
-        flip: of each image the mirrored one as well, for a training with data.flip.
-        dtype: to store as. int8 has one scale a token.
-        precision: that the encoder computes in; auto is bf16 where the hardware multiplies it fast.
-        batch_size: images at once.
-        shard_size: images in a shard, held in memory until it is written.
-        verify: read the shards that are there as well, and make those anew whose checksums are wrong.
-        workers: processes that decode images.
-        device: default is the best there is.
+        model: Autoencoder to use: published name, builtin:NAME, model folder, run folder, or OWNER/NAME on the Hub.
+        out: Output folder for the shards.
+        source: Images: emoji, folder:DIR, flat:DIR, idx:DIR, hf:DIR, npz:FILE, zip:FILE or tar:FILE.
+        split: Split of the data source.
+        flip: Also cache the latents of each mirrored image. Required to train with data.flip.
+        dtype: Format in which to store the latents. int8 has one scale for each token.
+        precision: Precision of the encoder. auto: bf16 if the hardware is fast at it, else fp32.
+        batch_size: Number of images to encode at once.
+        shard_size: Number of images in a shard. One shard is held in memory until it is written.
+        verify: Also read the existing shards, and write those with wrong checksums again.
+        workers: Number of processes that decode images. 0: decode in the main process.
+        device: Device to compute on. None: the GPU if there is one, else the CPU.
     """
     from raekit.data.loader import DataConfig
     from raekit.distributed import world
@@ -146,19 +148,21 @@ def latents_generate(
     batch_size: int = 64,
     device: Device | None = None,
 ) -> None:
-    """Write generated latents, classes in turn: what a decoder can be chosen by (`--selection.latents`).
+    """Generate latents, from which the training of a decoder can select its best checkpoint.
 
     Example: raekit latents generate builtin:emoji --count 1000 --out generated.safetensors
-    They are not whitened, so that they serve any decoder of the same encoder.
+
+    To select by the latents, give the file to `raekit train` with --selection.latents. The classes take turns. The
+    latents are not whitened, so they fit every decoder of the same encoder.
 
     Args:
-        model: builtin:NAME, a model folder, a run, or OWNER/NAME on the Hub.
-        out: the .safetensors file to write, `unwhitened` of shape (COUNT, C, H, W).
-        count: latents in all.
-        seed: latent i is a function of the seed, i and its class.
-        ema: the decay of the average to use, of those that were trained (the recipe's `ema`). Default: the first.
-        batch_size: latents at once.
-        device: default is the best there is.
+        model: Model to sample from: published name, builtin:NAME, model folder, run folder, or OWNER/NAME on the Hub.
+        out: Output file (.safetensors) for `unwhitened` of shape (COUNT, C, H, W).
+        count: Number of latents over all classes.
+        seed: Seed of the noise. Latent i depends only on the seed, i and its class.
+        ema: Decay of the weight average to use, one of the recipe's `ema` values. None: the first of them.
+        batch_size: Number of latents to generate at once.
+        device: Device to compute on. None: the GPU if there is one, else the CPU.
     """
     import torch
     from safetensors.torch import save_file
@@ -175,7 +179,7 @@ def latents_generate(
             raise UserError(f"--{name}: {value} must be at least 1")
     with world(device) as here, Display(console.err) as progress:
         if here.size > 1:
-            raise UserError("latents generate: works in one process, not under torchrun")
+            raise UserError("latents generate: runs in a single process; start it without torchrun")
         loaded = load(model, here.device, ema)
         classes, parts, sampling = len(loaded.classes), [], options.sampling(model, here)
         for indices in torch.arange(count).split(batch_size):

@@ -1,4 +1,4 @@
-"""The options of all commands that sample."""
+"""Options shared by all commands that sample."""
 
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -15,19 +15,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SolverOptions:
-    """How to solve.
+    """Options of the solver.
 
     Args:
-        steps: solver steps; dopri5 takes its own. Default: 50.
-        solver: euler; heun, with two evaluations a step; dopri5, whose steps are fit to the whole batch, so that a
-            sample depends on its batch up to the tolerance; or the SDE's euler-maruyama. Default: euler.
-        grid: of times; full goes down to the data, published is the official sampler's, one step short of them.
-            Default: full.
-        atol: absolute tolerance of dopri5. Default: 1e-6.
-        rtol: relative tolerance of dopri5. Default: 1e-3.
-        reuse: run the backbone at every so many steps only, the head at each; below 1, whenever the latents have
-            become less similar than that to those that it last saw.
-        precision: what denoisers compute in. Default, and that of published scores: fp32.
+        steps: Number of solver steps. dopri5 chooses its own. None: 50.
+        solver: Solver. euler: one evaluation per step; heun: two evaluations per step; dopri5: adaptive steps, so that
+            a sample varies with its batch within the tolerance; euler-maruyama: the SDE. None: euler.
+        grid: Time grid. full: all the way to the data; published: as the official sampler, which stops one step
+            before the data. None: full.
+        atol: Absolute tolerance of dopri5. None: 1e-6.
+        rtol: Relative tolerance of dopri5. None: 1e-3.
+        reuse: How long to reuse the output of the backbone. A whole number k: run the backbone at every k-th step and
+            the head at every step. A number below 1: run the backbone again when the expected cosine similarity to
+            the latents of its last run falls below this number. None: run the backbone at every step.
+        precision: Precision of the denoisers. None: fp32, as for published scores.
     """
 
     steps: int | None = None
@@ -39,10 +40,15 @@ class SolverOptions:
     precision: Literal["fp32", "bf16"] | None = None
 
     def given(self) -> list[str]:
-        """The names of the options on the command line."""
+        """Return the names of the options that were given on the command line."""
         return [field.name for field in fields(self) if getattr(self, field.name) is not None]
 
     def unguided(self) -> "Sampling":
+        """Return the sampling settings without guidance.
+
+        Raises:
+            UserError: if an option has no effect with the chosen solver.
+        """
         from raekit.flow.sampling import Sampling
 
         unused = ("steps",) if self.solver == "dopri5" else ("atol", "rtol")
@@ -60,18 +66,20 @@ class SolverOptions:
 
 @dataclass(frozen=True)
 class SamplingOptions(SolverOptions):
-    """How to sample.
+    """Options of the solver and of guidance.
 
     Args:
-        guidance: METHOD:SCALE or METHOD:SCALE@START-END, as in cfg:2.0@0.1-0.9. Methods: cfg, auto (see WEAK), and
-            internal, for models with a base output. Several are joined by +.
-        weak: the weaker model of auto guidance, named as the model is.
+        guidance: Guidance METHOD:SCALE or METHOD:SCALE@START-END, such as cfg:2.0@0.1-0.9, where START and END are
+            times. Methods: cfg; auto, which needs --weak; internal, for models with a base output. Join several
+            methods with +. None: no guidance.
+        weak: Weaker model for auto guidance, given in the same way as the model.
     """
 
     guidance: str | None = None
     weak: str | None = None
 
     def sampling(self, model: str, world: "World") -> "Sampling":
+        """Return the sampling settings for `model`, with the weaker model loaded to the device."""
         from dataclasses import replace
 
         from raekit.flow.guidance import parse_guidance
@@ -85,8 +93,9 @@ Options = Annotated[SamplingOptions, tyro.conf.arg(name="")]
 
 
 def load_weaker(weak: str | None, model: str, world: "World") -> "Denoiser | None":
+    """Load the weaker model of auto guidance, if one is given."""
     from raekit.models.denoiser import Denoiser
 
     if weak == model:
-        raise UserError(f"--weak: {weak} is the model itself, which has no effect")
+        raise UserError(f"--weak: {weak} is the model itself, so guidance has no effect; give a weaker model")
     return Denoiser.load(weak).to(world.device) if weak else None

@@ -1,9 +1,10 @@
-"""Commands that train."""
+"""Commands that train models."""
 
 import copy
 import sys
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
+from textwrap import indent
 from typing import Annotated, Any, get_args, get_type_hints
 
 import tyro
@@ -13,17 +14,22 @@ from raekit.cli import console
 from raekit.cli.console import Device
 from raekit.progress import Display
 
+_RUN = "Folder of the run, for checkpoints, metrics and the trained artifact. An existing run is resumed."
+_DRY_RUN = "Show the config and the cost without training."
+_DEVICE = "Device to train on. None: the GPU if there is one, else the CPU."
+
 
 def demo(run: Path = Path("runs/demo"), minutes: float = 12, quick: bool = False) -> None:
-    """Train the whole pipeline on built-in images, sample, score, and write RUN/report.html.
+    """Train all stages on built-in images, generate and score samples, and write RUN/report.html.
 
     Example: raekit demo --minutes 12
-    Ctrl-C stops it; the same command goes on where it stopped.
+
+    Ctrl-C stops the demo. The same command resumes it.
 
     Args:
-        run: folder of the results.
-        minutes: time to train and score in, on this machine.
-        quick: all of it in under two minutes, at poor quality.
+        run: Output folder for all results.
+        minutes: Time for training and scoring on this machine, in minutes.
+        quick: Finish in under two minutes, with poor image quality.
     """
     from raekit.demo import run_demo
 
@@ -35,25 +41,28 @@ def demo(run: Path = Path("runs/demo"), minutes: float = 12, quick: bool = False
 
 
 def recipes() -> None:
-    """List the recipes.
+    """List the training recipes.
 
     Example: raekit recipes
     """
     from raekit.recipes import find, names
 
-    table = Table("recipe", "what it is", box=None)
+    table = Table("recipe", "summary", box=None)
     for name in names():
         table.add_row(name, find(name).summary)
     console.out.print(table)
 
 
 def train(arguments: list[str]) -> None:
-    """Train a recipe, or go on with its run.
+    """Train a recipe, or resume its run.
 
     Example: raekit train emoji_decoder --run runs/decoder --train.steps 500
-    `raekit train RECIPE --help` lists all that can be overridden; --dry-run shows what would run. A part that the
-    recipe lacks is added by an option of its own, as --selection.every 100; one that it has is left out by --PART None.
-    Under torchrun: torchrun --nproc-per-node 8 -m raekit -- train RECIPE
+
+    `raekit train RECIPE --help` lists all options of a recipe. --dry-run shows config and cost without training.
+    To add an optional part to a recipe, set one of its options, such as --selection.every 100. To remove an optional
+    part, set the part to None, such as --perceptual None.
+
+    To train on 8 GPUs: torchrun --nproc-per-node 8 -m raekit -- train RECIPE
     """
     from raekit.recipes import find, names
 
@@ -69,7 +78,10 @@ def train(arguments: list[str]) -> None:
     default, rest = _with_parts(recipe.config, arguments[1:])
 
     def command(
-        run: Path = Path("runs") / recipe.name, dry_run: bool = False, device: Device | None = None, config: Any = None
+        run: Annotated[Path, tyro.conf.arg(help=_RUN)] = Path("runs") / recipe.name,
+        dry_run: Annotated[bool, tyro.conf.arg(help=_DRY_RUN)] = False,
+        device: Annotated[Device | None, tyro.conf.arg(help=_DEVICE)] = None,
+        config: Any = None,
     ) -> None:
         from raekit.distributed import world
         from raekit.stages.inspection import describe_config
@@ -91,19 +103,27 @@ def train(arguments: list[str]) -> None:
             if here.is_main:
                 console.out.print(f"artifact: {run / 'artifact'}")
 
-    # tyro derives the options from the recipe's own type and values.
+    # tyro derives the options and their defaults from the type and the values of the recipe's config.
     command.__annotations__["config"] = Annotated[type(recipe.config), tyro.conf.arg(name="")]
     command.__defaults__ = (*(command.__defaults__ or ())[:-1], default)
-    command.__doc__ = recipe.about
-    # An optional part, such as a head, is overridden field by field like the others; else tyro asks for subcommands.
-    tyro.cli(command, prog=f"raekit train {recipe.name}", args=rest, config=(tyro.conf.AvoidSubcommands,))
+    # Without AvoidSubcommands, tyro turns an optional part into subcommands instead of options for its fields.
+    tyro.cli(
+        command,
+        prog=f"raekit train {recipe.name}",
+        description=indent(recipe.about, " "),  # tyro joins lines that are not indented
+        args=rest,
+        config=(tyro.conf.AvoidSubcommands,),
+    )
 
 
 def _with_parts(config: Any, arguments: list[str], prefix: str = "--") -> tuple[Any, list[str]]:
-    """`config` and the arguments that are left, once optional parts are there or not as the arguments want them.
+    """Add and remove the optional parts of a config as the arguments demand.
 
-    A part that `config` lacks is wanted by an option of its own, as in --selection.every 100, and one that it has is
-    not wanted by --selection None.
+    An option of a part that `config` lacks, such as --selection.every 100, adds the part with its defaults. The
+    arguments --selection None remove the part.
+
+    Returns:
+        A copy of the config, and the arguments without those that removed a part.
     """
     config, given = copy.copy(config), [argument.replace("_", "-") for argument in arguments]
     for field, kind in get_type_hints(type(config)).items():
@@ -120,12 +140,12 @@ def _with_parts(config: Any, arguments: list[str], prefix: str = "--") -> tuple[
 
 
 def _find(arguments: list[str], *wanted: str) -> int | None:
-    """Where `wanted` stand in a row."""
+    """Return the index at which `wanted` occur in sequence; None if they do not."""
     return next((i for i in range(len(arguments)) if arguments[i : i + len(wanted)] == [*wanted]), None)
 
 
 def _unset(kind: Any) -> Any:
-    """A configuration of defaults, of which tyro demands what has none."""
+    """Return a config with all defaults; tyro then requires the fields without a default."""
     config = object.__new__(kind)
     hints = get_type_hints(kind)
     for field in fields(kind):
@@ -140,5 +160,5 @@ def _unset(kind: Any) -> Any:
 
 
 def _headline(values: dict[str, float]) -> str:
-    """The losses among a step's metrics."""
+    """Return the losses among the metrics of a step as text."""
     return "  ".join(f"{name} {value:.4f}" for name, value in values.items() if name.endswith("/loss"))

@@ -1,4 +1,4 @@
-"""A data source's latents on disk: writing the cache that stage 2 trains from."""
+"""Caching the latents of a data source on disk, so that stage 2 trains without the encoder."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -34,10 +34,19 @@ DTYPES: dict[Storage, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloa
 
 @configclass
 class CacheInfo(ShardInfo):
-    """What a shard of a data source's latents is of: its `images`, among the `items` of the `split` of a `source`.
+    """The description of a shard with the latents of a data source.
 
-    With `flipped` each image is there mirrored as well. `precision` is what the encoder computed in. `error` is the
-    root mean square of what storing as `dtype` did to the latents, whose own is `rms`.
+    Attributes:
+        source: the address of the data source.
+        split: the split of the data source.
+        items: the number of images in the split.
+        classes: the class names of the data source.
+        flipped: whether the shard also holds the latents of each mirrored image.
+        precision: the precision in which the encoder computed the latents.
+        dtype: the format in which the latents are stored.
+        images: the number of images in this shard. Unreadable images are left out.
+        error: the root mean square of the difference between the stored and the computed latents.
+        rms: the root mean square of the computed latents.
     """
 
     kind: Literal["source"] = "source"
@@ -54,7 +63,16 @@ class CacheInfo(ShardInfo):
 
 
 def pack(latents: Tensor, dtype: Storage) -> tuple[Tensor, Tensor]:
-    """Latents (B, C, h, w) as `dtype`, and the scale to multiply them by: (B, 1, h, w), a token's, for int8; else 1."""
+    """Convert latents to the format in which they are stored.
+
+    Args:
+        latents: the latents (B, C, h, w), float32.
+        dtype: the format to convert to.
+
+    Returns:
+        The converted latents (B, C, h, w), and the scale by which `unpack` multiplies them: (B, 1, h, w) for int8,
+        with one value for each token, or ones of shape (B, 1, 1, 1) for the other formats.
+    """
     if dtype != "int8":
         return latents.to(DTYPES[dtype]), latents.new_ones(len(latents), 1, 1, 1)
     scale = latents.abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
@@ -62,7 +80,7 @@ def pack(latents: Tensor, dtype: Storage) -> tuple[Tensor, Tensor]:
 
 
 def unpack(stored: Tensor, scale: Tensor) -> Tensor:
-    """The latents that `pack` took, as nearly as they are stored, float32."""
+    """Return stored latents as float32, the inverse of `pack` up to rounding."""
     return stored.float() * scale
 
 
@@ -79,11 +97,29 @@ def cache_latents(
     world: World,
     progress: Report = silent,
 ) -> list[CacheInfo]:
-    """Write the whitened latents of the source of `data`, in both orientations if it flips, as shards in `out`.
+    """Write the whitened latents of a data source as shards.
 
-    Called by all processes, which share the shards; each holds one in memory. Those that are there are kept; with
-    `verify` only if their checksums are right. A shard is the same for any number of processes or interruptions.
-    Returns what the shards say of themselves. UserError if the folder holds other latents.
+    All processes must call this function. They divide the shards among them, and each process holds one shard in
+    memory. Existing shards are kept. The contents of a shard do not depend on the number of processes or on
+    interruptions.
+
+    Args:
+        autoencoder: the autoencoder whose encoder and latent statistics to use.
+        model: the name or the folder of the autoencoder, recorded in the shards.
+        data: the data source. With `data.flip`, the latents of each mirrored image are written too.
+        out: the folder for the shards.
+        dtype: the format in which to store the latents.
+        batch_size: the number of images to encode at once.
+        shard_size: the number of images in a shard.
+        verify: whether to read existing shards and to write those with wrong checksums again.
+        world: this process and its device.
+        progress: receives the progress.
+
+    Returns:
+        The descriptions of all shards, in order.
+
+    Raises:
+        UserError: if the folder holds other latents, or the latents are not finite.
     """
     for name, value in (("batch_size", batch_size), ("shard_size", shard_size)):
         if value < 1:
@@ -126,7 +162,7 @@ def cache_latents(
         numbers = tensors["latents"].numel() or 1
         error, rms = (math.sqrt(sum(r.squares[i] for r in rows) / numbers) for i in range(2))
         if not math.isfinite(rms):
-            raise UserError(f"{data.source}: not all of its latents are finite; encode with --precision fp32")
+            raise UserError(f"{data.source}: some of its latents are not finite; encode with --precision fp32")
         info = replace(about, shard=k, images=len(tensors["labels"]), error=error, rms=rms)
         write_shard(places[k], info, tensors)
     world.barrier()
@@ -134,15 +170,19 @@ def cache_latents(
 
 
 def relative_error(infos: Sequence[CacheInfo]) -> float:
-    """The norm of what storing did to all latents, as a share of theirs."""
+    """Return the norm of the storage error over all shards, divided by the norm of the latents."""
     error = sum(info.images * info.error**2 for info in infos)
     squares = sum(info.images * info.rms**2 for info in infos)
     return math.sqrt(error / squares) if squares else 0.0
 
 
 def check_crop(data: DataConfig) -> None:
+    """Raise UserError unless the images are centre-cropped."""
     if data.crop != "center":
-        raise UserError(f"data.crop: {data.crop}, but cached latents are those of centre-cropped images")
+        raise UserError(
+            f"data.crop: {data.crop} does not work with cached latents, which come from centre-cropped images; set it "
+            "to center"
+        )
 
 
 def _chunks(part: range, size: int) -> Iterator[range]:
@@ -150,12 +190,12 @@ def _chunks(part: range, size: int) -> Iterator[range]:
 
 
 def settings_of(info: CacheInfo) -> CacheInfo:
-    """What the shards of one cache have in common, and two calls that make the same."""
+    """Return `info` with all fields reset that may differ between the shards of one cache."""
     return replace(info, version="", model="", shard=0, images=0, error=0.0, rms=0.0)
 
 
 def _is_there(place: Path, about: CacheInfo, verify: bool) -> bool:
-    """Whether the shard need not be made; UserError if it is one of other latents."""
+    """Return whether the shard exists and, with `verify`, is sound; UserError if it holds other latents."""
     if not place.is_file():
         return False
     there = read_info(place, CacheInfo)
@@ -165,21 +205,26 @@ def _is_there(place: Path, about: CacheInfo, verify: bool) -> bool:
 
 
 def map_shard(path: Path) -> dict[str, Tensor]:
-    """The tensors of a shard, mapped: what is not touched is not read."""
+    """Return the tensors of a shard as memory maps, which are read from disk only on access."""
     try:
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: damaged ({error}); remove it and make the cache again") from None
 
 
 def _is_sound(shard: dict[str, Tensor]) -> bool:
+    """Return whether all checksums of a shard are right."""
     rows = zip(shard["latents"].flatten(0, 1), shard["scale"].flatten(0, 1), strict=True)
     return [checksum(*row) for row in rows] == shard["checksums"].flatten().tolist()
 
 
 def checksum(*tensors: Tensor) -> int:
-    """The sum of the bytes, taken as integers of 64 bits where they divide into such: as fast as memory is read."""
+    """Return a 64-bit checksum of the bytes of tensors.
+
+    The bytes of a tensor are summed as 64-bit integers if their number is divisible by 8, and one by one if not. The
+    sum of 64-bit integers is as fast as reading the memory.
+    """
     total = 0
     for tensor in tensors:
         octets = tensor.reshape(-1).view(torch.uint8)
@@ -189,7 +234,12 @@ def checksum(*tensors: Tensor) -> int:
 
 @dataclass(frozen=True)
 class _Encoded:
-    """The tensors of some of a shard's images, and the sums of squares of the error in their latents, and of these."""
+    """One encoded batch of a shard.
+
+    Attributes:
+        tensors: the tensors to store.
+        squares: the sum of squares of the storage error, and the sum of squares of the latents.
+    """
 
     tensors: dict[str, Tensor]
     squares: tuple[float, float]
@@ -201,7 +251,7 @@ def _encode(autoencoder: LatentSpace, batch: Batch, dtype: Storage, flip: bool) 
     views = [pixels, pixels.flip(-1)] if flip else [pixels]
     if len(batch):
         exact = torch.stack([autoencoder.encode(view) for view in views], 1).flatten(0, 1)
-    else:  # none of them was readable
+    else:  # no image of the batch was readable
         exact = torch.empty(0, *autoencoder.latent_shape, device=pixels.device)
     stored, scale = pack(exact, dtype)
     squares = _squares(unpack(stored, scale) - exact), _squares(exact)

@@ -20,7 +20,14 @@ from raekit.models.latent_space import LatentSpace
 
 @dataclass(frozen=True)
 class LatentBatch(Rows):
-    """Latents as they are stored (B, C, h, w) and what to multiply them by, `scale`; the rest as in a `Batch`."""
+    """A batch of cached latents.
+
+    Attributes:
+        stored: the latents (B, C, h, w) in the format in which the cache stores them.
+        scale: the scale by which `unpack` multiplies the stored latents.
+        labels: the class id (B,) of each image; -1 for an image without a class.
+        positions: the positions (B,) in the stream.
+    """
 
     stored: Tensor
     scale: Tensor
@@ -34,10 +41,20 @@ class LatentBatch(Rows):
 
 
 class LatentLoader:
-    """Batches of the latents that `cache_latents` wrote to `folder`: those that a `Loader` of `config` would give.
+    """A loader of the latents that `cache_latents` wrote.
 
-    The images need not be there. Raises UserError if the folder holds no whole cache of `config`'s source and split
-    at its image size, and flipped if it flips; or one of another encoder or other statistics than `autoencoder`'s.
+    The stream has the same positions, labels and flips as the stream of a `Loader` with the same config and seed. The
+    images themselves are not read.
+
+    Args:
+        folder: the folder of the cache.
+        config: the data source that the cache was made from.
+        seed: the seed of the order and the flips.
+        autoencoder: the autoencoder that the latents must fit.
+
+    Raises:
+        UserError: if the cache is incomplete, or was made with a different encoder, statistics, image size, source or
+            split, or without the flipped images that `config.flip` needs.
     """
 
     def __init__(self, folder: Path, config: DataConfig, seed: int, autoencoder: LatentSpace) -> None:
@@ -46,13 +63,15 @@ class LatentLoader:
         _check_fit(self.info, folder, config, autoencoder)
         for path, info in infos.items():
             if settings_of(info) != settings_of(self.info):
-                raise UserError(f"{path}: is of another cache than the shards beside it; make the cache again")
+                raise UserError(
+                    f"{path}: belongs to another cache than the other shards in its folder; make the cache again"
+                )
         self.reader = _Reader(infos, config, seed, autoencoder.latent_shape)
         absent = len(self) - len(self.reader.present)
         if absent > config.tolerated(len(self)):
             raise UserError(
-                f"{folder}: {absent} of {len(self)} images were unreadable, more than the "
-                f"data.max_unreadable={config.max_unreadable:g} of them; repair them and make the cache again"
+                f"{folder}: {absent} of {len(self)} images were unreadable, more than "
+                f"data.max_unreadable={config.max_unreadable:g} allows; repair the images and make the cache again"
             )
 
     @property
@@ -63,26 +82,34 @@ class LatentLoader:
         return self.info.items
 
     def stream(self, start: int, batch_size: int, world: World) -> Iterator[LatentBatch]:
-        """As `Loader.stream`: the same positions, labels and flips. UserError if what is read is damaged."""
+        """Yield the batches of this process, starting at position `start`, as `Loader.stream` does.
+
+        Raises:
+            UserError: if stored latents are damaged.
+        """
         parts = stream_shares(start, batch_size, world)
         return (LatentBatch(*read) for read in load_parts(self.reader, parts, self.config.workers, world))
 
 
 def _check_fit(info: CacheInfo, folder: Path, config: DataConfig, autoencoder: LatentSpace) -> None:
+    """Raise UserError unless the cache was made for this config and this autoencoder."""
     check_crop(config)
     for what, cached, wanted in (
-        ("encoder", info.encoder, encoder_fingerprint(autoencoder)),
-        ("latent statistics", info.statistics, statistics_fingerprint(autoencoder)),
+        ("a different encoder", info.encoder, encoder_fingerprint(autoencoder)),
+        ("different latent statistics", info.statistics, statistics_fingerprint(autoencoder)),
     ):
         if cached != wanted:
             raise UserError(
-                f"{folder}: its latents are of another {what}: made with {info.model} ({cached}), "
-                f"but this autoencoder's is {wanted}; cache this one's in another folder"
+                f"{folder}: its latents were made with {what}: {info.model} has {cached}, but this "
+                f"autoencoder has {wanted}; cache the latents of this autoencoder in another folder"
             )
     for field in ("source", "split", "image_size"):
         cached, wanted = getattr(info, field), getattr(config, field)
         if cached != wanted:
-            raise UserError(f"{folder}: its latents are of data.{field} {cached}, not of {wanted}")
+            raise UserError(
+                f"{folder}: its latents were made with data.{field} {cached}, but the config has {wanted}; make "
+                "another cache or change the config"
+            )
     if config.flip and not info.flipped:
         raise UserError(f"{folder}: holds no flipped latents, which data.flip needs; cache them with --flip")
 
@@ -91,9 +118,10 @@ _Read = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class _Reader(Dataset[_Read]):
-    """Reads a batch, in whatever process: positions -> the fields of a `LatentBatch`.
+    """A dataset that maps the positions of a batch to the fields of a `LatentBatch`, also in worker processes.
 
-    `present` are the items that the cache has, ascending, as many as it has rows.
+    Attributes:
+        present: for each row of the cache, the number of its image in the data source, in ascending order.
     """
 
     def __init__(
@@ -109,20 +137,20 @@ class _Reader(Dataset[_Read]):
         self.ends = np.cumsum([info.images for info in infos.values()])
         if not len(self.present) or (np.diff(self.present) <= 0).any() or self.present[-1] >= self.items:
             raise UserError(
-                f"{self.paths[0].parent}: the positions of its shards are in disorder; make the cache again"
+                f"{self.paths[0].parent}: the positions of its shards are out of order; make the cache again"
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"shards": {}}  # a worker that is not forked maps them itself
+        return self.__dict__ | {"shards": {}}  # a worker process that is not forked maps the files itself
 
     def __getitem__(self, positions: range) -> _Read:
         stored, scale, numbers = zip(*map(self._row, positions), strict=True)
         return torch.stack(stored), torch.stack(scale), self.labels[list(numbers)], torch.tensor(positions)
 
     def _row(self, position: int) -> tuple[Tensor, Tensor, int]:
-        """What is stored and its scale, in the mapped file, and the number of the row."""
+        """Return the stored latents, their scale and the row number for a position in the stream."""
         item = item_at(self.seed, position, self.items)
-        number = int(np.searchsorted(self.present, item)) % len(self.present)  # for a missing item, that of the next
+        number = int(np.searchsorted(self.present, item)) % len(self.present)  # a missing item takes the next row
         k = int(np.searchsorted(self.ends, number, side="right"))
         path, first = self.paths[k], int(self.ends[k - 1]) if k else 0
         if path not in self.shards:
@@ -130,11 +158,12 @@ class _Reader(Dataset[_Read]):
         place = number - first, int(augmentation(self.config, self.seed, position)[0])
         stored, scale, recorded = (self.shards[path][name][place] for name in ("latents", "scale", "checksums"))
         if checksum(stored, scale) != int(recorded):
-            raise UserError(f"{path}: damaged; the same `raekit latents cache` again, with --verify, repairs it")
+            raise UserError(f"{path}: damaged; run `raekit latents cache` again with --verify to repair it")
         return stored, scale, number
 
 
 def _check_shard(path: Path, info: CacheInfo, shard: dict[str, Tensor], latent_shape: tuple[int, int, int]) -> None:
+    """Raise UserError unless the tensors of a shard have the dtypes, shapes and labels that its description says."""
     channels, *grid = latent_shape
     rows = (info.images, 2 if info.flipped else 1)
     wanted = {
@@ -147,7 +176,9 @@ def _check_shard(path: Path, info: CacheInfo, shard: dict[str, Tensor], latent_s
     found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in shard.items()}
     for name, value in wanted.items():
         if found.get(name) != value:
-            raise UserError(f"{path}: needs `{name}` {value}, holds {found.get(name)}; make the cache again")
+            raise UserError(
+                f"{path}: `{name}` must have dtype and shape {value}, not {found.get(name)}; make the cache again"
+            )
     labels = shard["labels"]
     if len(labels) and not -1 <= labels.min() <= labels.max() < max(len(info.classes), 1):
-        raise UserError(f"{path}: its labels are not those of {len(info.classes)} classes; make the cache again")
+        raise UserError(f"{path}: its labels do not fit its {len(info.classes)} classes; make the cache again")

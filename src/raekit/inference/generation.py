@@ -1,4 +1,4 @@
-"""Images from a model: lazy streams of batches, one seed for each sample."""
+"""Generating images with a model: lazy iterators of batches, with noise that depends on the seed and sample number."""
 
 import logging
 import math
@@ -31,10 +31,14 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Samples:
-    """Generated images (B, 3, S, S) in [0, 1], the class ids (B,) asked for (-1 if none), and sample numbers (B,).
+    """A batch of generated images.
 
-    `passes` counts the forward passes that each image cost, by kind: `model`, `unconditional`, `weak`; `head`
-    are those that reused the backbone's output.
+    Attributes:
+        images: the images (B, 3, S, S) in [0, 1].
+        labels: the class id (B,) of each image; -1 for an image without a class.
+        indices: the sample numbers (B,).
+        passes: the forward passes for each image, counted by kind: `model`, `unconditional`, `weak`, and `head`
+            for a pass that ran only the head and reused the output of the backbone.
     """
 
     images: Tensor
@@ -47,7 +51,7 @@ class Samples:
 
 
 BatchSize = int | Literal["auto"]
-"""Images at once; "auto" is what fits the memory of a GPU, and 64 elsewhere."""
+"""Number of images in a batch; "auto" takes as many as the memory of the GPU holds, and 64 on the CPU."""
 
 
 def generate(
@@ -61,13 +65,26 @@ def generate(
     world: World | None = None,
     indices: Sequence[int] | None = None,
 ) -> Iterator[Samples]:
-    """Yield generated images, batch by batch.
+    """Generate images and yield them batch by batch.
 
-    `labels` has a class id for each sample; None generates `count` samples without a class. Sample i has
-    its own noise, a function of `seed` and i, so it is the same for any batch size or number of processes.
-    Processes take turns: each yields every `world.size`-th batch, in parts where a GPU's memory does not suffice.
-    `indices` are the numbers of the samples to make, by default all of them: those that an interrupted generation
-    lacks. Raises UserError for labels outside the model's classes.
+    The noise of sample i depends only on `seed` and i. A sample is therefore the same for any batch size and any
+    number of processes, up to rounding and, with dopri5, up to the tolerance of the solver. Process r yields batches r,
+    r + `world.size`, r + 2 `world.size` and so on. A batch that does not fit into the memory of the GPU is yielded in
+    smaller batches.
+
+    Args:
+        model: the model to sample from.
+        labels: a class id for each sample. None generates `count` samples without a class.
+        count: the number of samples, if `labels` is None.
+        seed: the seed of the noise.
+        sampling: the solver, steps and guidance. Default: `Sampling()`.
+        batch_size: the number of images in a batch.
+        world: this process and its device. Default: a single process on the device of the model.
+        indices: the numbers of the samples to generate, such as the missing samples of an interrupted run.
+            Default: all samples.
+
+    Raises:
+        UserError: if a label is not a class of the model, or a setting is invalid.
     """
     sampling = sampling or Sampling()
     world = world or World(device=model.device)
@@ -92,7 +109,13 @@ def generate(
 
 
 def fitting_batch(model: Model, sampling: Sampling, batch_size: BatchSize, world: World) -> int:
-    """`batch_size` as a number; UserError if it is none. "auto" is found by a trial on a GPU; all processes call it."""
+    """Return `batch_size` as a number, the same in all processes. All processes must call this function.
+
+    On a GPU, "auto" is found by sampling a few images and measuring the memory that they take.
+
+    Raises:
+        UserError: if `batch_size` is below 1.
+    """
     if batch_size != "auto":
         if batch_size < 1:
             raise UserError(f"batch_size: {batch_size} must be at least 1")
@@ -112,12 +135,12 @@ def fitting_batch(model: Model, sampling: Sampling, batch_size: BatchSize, world
 
 
 def _fitting(free: int, each: float) -> int:
-    """The power of two, up to 1024, of images of `each` bytes that fills at most 80 % of `free` bytes."""
+    """Return the largest power of two from 1 to 1024 of images of `each` bytes that fit into 80 % of `free` bytes."""
     return 2 ** min(int(math.log2(max(0.8 * free / each, 1))), 10)
 
 
 def _in_parts(make: Callable[[Sequence[int]], Samples], shares: Iterable[Sequence[int]]) -> Iterator[Samples]:
-    """`make` of each share, halved as often as memory demands it."""
+    """Yield `make(part)` for each share, and halve the parts as often as the memory of the GPU requires it."""
     limit = 0
     for share in shares:
         limit, start = limit or len(share), 0
@@ -127,12 +150,14 @@ def _in_parts(make: Callable[[Sequence[int]], Samples], shares: Iterable[Sequenc
                 made = make(part)
             except torch.OutOfMemoryError:
                 if len(part) == 1:
-                    raise UserError("batch_size: not even one image fits into the GPU's memory") from None
-            if made is None:  # outside of the handler, whose traceback would hold what is to be freed
+                    raise UserError(
+                        "batch_size: not even one image fits into the GPU's memory; use a larger GPU or the CPU"
+                    ) from None
+            if made is None:  # outside the handler, because its traceback keeps the tensors alive
                 limit = len(part) // 2
                 torch.cuda.empty_cache()
                 _log.warning(
-                    "batches of %d images do not fit into the GPU's memory; going on with %d", len(part), limit
+                    "a batch of %d images does not fit into the GPU's memory; continuing with %d", len(part), limit
                 )
                 continue
             yield made
@@ -148,17 +173,28 @@ def interpolate(
     sampling: Sampling | None = None,
     batch_size: BatchSize = "auto",
 ) -> Iterator[Samples]:
-    """Yield `frames` images on the way from one sample to another, batch by batch.
+    """Generate images between two samples and yield them batch by batch.
 
-    The ends are sample 0 of each of `seeds`, with the classes `labels`, as `generate` makes them. The noise goes along
-    a great circle, the embedding of the class in a straight line. The `labels` of what is yielded are -1.
+    The first and the last image are the samples that `generate` makes as number 0 with each seed. The noise is
+    interpolated along a great circle, and the class embedding linearly. The yielded `labels` are -1.
+
+    Args:
+        model: the model to sample from.
+        seeds: the seeds of the first and the last image.
+        labels: the class ids of the first and the last image. None generates images without a class.
+        frames: the number of images, at least 2, including the first and the last.
+        sampling: the solver, steps and guidance. Default: `Sampling()`.
+        batch_size: the number of images in a batch.
+
+    Raises:
+        UserError: if both ends are the same, or a setting is invalid.
     """
     sampling = sampling or Sampling()
     if frames < 2:
         raise UserError(f"frames: {frames} must be at least 2")
     _check_labels(model, labels or ())
     if seeds[0] == seeds[1] and (labels is None or labels[0] == labels[1]):
-        raise UserError("interpolate: both ends are the same; give two seeds or two classes")
+        raise UserError("interpolate: both ends are the same; give two different seeds or classes")
     denoiser, device = model.denoiser, model.device
     way = torch.linspace(0, 1, frames, dtype=torch.float64)
 
@@ -192,8 +228,25 @@ def trajectory(
     seed: int = 0,
     sampling: Sampling | None = None,
 ) -> tuple[list[float], Tensor]:
-    """How samples 0, 1, .. come about: falling times, and images (frames, B, 3, S, S) of the data that the guided
-    velocity then points to, at evaluations spread evenly; at last, time 0, the samples themselves.
+    """Return times and images that show how samples form, from noise to the finished sample.
+
+    An image at time t shows the data that the guided velocity at t predicts. The times are chosen evenly from the
+    times at which the solver evaluates the velocity.
+
+    Args:
+        model: the model to sample from.
+        labels: a class id for each sample. None generates `count` samples without a class.
+        count: the number of samples, if `labels` is None.
+        frames: the number of images for each sample, at least 2, including the finished sample.
+        seed: the seed of the noise.
+        sampling: the solver, steps and guidance. Default: `Sampling()`.
+
+    Returns:
+        The times in descending order, with 0 as the last, and the images (frames, B, 3, S, S) in [0, 1]. The images
+        at time 0 are the finished samples.
+
+    Raises:
+        UserError: if the solver has too few evaluations for `frames`, or a setting is invalid.
     """
     sampling = sampling or Sampling()
     if (labels is None) == (count is None):
@@ -202,7 +255,7 @@ def trajectory(
     points = evaluated(sampling.solver, time_grid(sampling.steps, model.denoiser.config.shift, sampling.grid))
     most = len({t for t in points if t > 0}) + 1
     if not 2 <= frames <= most:
-        raise UserError(f"frames: {frames} must be from 2 to {most}, the solver's evaluations and the sample")
+        raise UserError(f"frames: {frames} must be from 2 to {most} (the solver's evaluations plus the sample)")
     _check_labels(model, labels or ())
     indices = torch.arange(len(labels) if labels is not None else count or 0)
     chosen = None if labels is None else torch.tensor(labels, device=model.device)
@@ -213,8 +266,8 @@ def trajectory(
 
     final = sample_latents(model.denoiser, chosen, indices, seed, sampling, model.device, watch=watch)
     times = sorted((t for t in seen if t > 0), reverse=True)
-    if frames > len(times) + 1:  # of dopri5, whose evaluations are not known before
-        raise UserError(f"frames: {frames} must be at most {len(times) + 1}, the solver's evaluations and the sample")
+    if frames > len(times) + 1:  # dopri5: the number of its evaluations is known only after the run
+        raise UserError(f"frames: {frames} must be at most {len(times) + 1} (the solver's evaluations plus the sample)")
     kept = [times[round(i)] for i in torch.linspace(0, len(times) - 1, frames - 1).tolist()]
     latents = [seen[t] for t in kept] + [final.cpu()]
     return [*kept, 0.0], torch.stack([_decode(model, each.to(model.device)).cpu() for each in latents])
@@ -224,8 +277,19 @@ def trajectory(
 def images_to_noise(
     model: Model, images: Tensor, labels: Sequence[int] | None = None, sampling: Sampling | None = None
 ) -> Tensor:
-    """The noise (B, C, H, W) from which `noise_to_images` makes the images (B, 3, H, W) in [0, 1] again, as far as the
-    autoencoder holds them and the solver's steps are exact: the flow backwards. `labels` has a class id for each.
+    """Return the noise from which `noise_to_images` generates the given images.
+
+    The flow is solved backwards, from the latents to the noise. The images that `noise_to_images` returns differ from
+    the originals by the reconstruction error of the autoencoder and the discretisation error of the solver.
+
+    Args:
+        model: the model to invert.
+        images: the images (B, 3, H, W) in [0, 1].
+        labels: a class id for each image. Default: no class.
+        sampling: the solver, steps and guidance. Default: `Sampling()`.
+
+    Returns:
+        The noise (B, C, h, w) in the shape of the latents.
     """
     sampling, chosen = sampling or Sampling(), _chosen(model, labels, len(images))
     latents = model.autoencoder.encode(images.to(model.device))
@@ -236,14 +300,25 @@ def images_to_noise(
 def noise_to_images(
     model: Model, noise: Tensor, labels: Sequence[int] | None = None, sampling: Sampling | None = None
 ) -> Tensor:
-    """Images (B, 3, H, W) in [0, 1] from noise (B, C, H, W) of one's own, where `generate` draws it."""
+    """Generate images from the given noise.
+
+    Args:
+        model: the model to sample from.
+        noise: the noise (B, C, h, w) in the shape of the latents, with values from a standard normal distribution.
+        labels: a class id for each image. Default: no class.
+        sampling: the solver, steps and guidance, without euler-maruyama. Default: `Sampling()`.
+
+    Returns:
+        The images (B, 3, H, W) in [0, 1].
+    """
     sampling, chosen = sampling or Sampling(), _chosen(model, labels, len(noise))
     if noise.shape[1:] != model.denoiser.config.latent_shape:
         raise UserError(
-            f"noise: of shape {tuple(noise.shape[1:])}, and the model's latents of {model.denoiser.config.latent_shape}"
+            f"noise: must have shape (B, C, h, w) with (C, h, w) = {model.denoiser.config.latent_shape}, "
+            f"not {tuple(noise.shape[1:])}"
         )
     if sampling.solver == "euler-maruyama":
-        raise UserError("solver euler-maruyama: draws noise at every step; take euler, heun or dopri5")
+        raise UserError("solver euler-maruyama: adds its own noise at every step; use euler, heun or dopri5")
     return _decode(model, denoise(model.denoiser, lambda stream: noise.to(model.device), chosen, sampling))
 
 
@@ -251,7 +326,7 @@ def _chosen(model: Model, labels: Sequence[int] | None, count: int) -> Tensor | 
     if labels is None:
         return None
     if len(labels) != count:
-        raise UserError(f"labels: {len(labels)} of them for {count} images")
+        raise UserError(f"labels: {len(labels)} given for {count} images; give one label for each image")
     _check_labels(model, labels)
     return torch.tensor(labels, device=model.device)
 

@@ -1,4 +1,4 @@
-"""The whitened latents of image files, on disk."""
+"""Whitened latents of image files: writing them to disk and reading them."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -34,10 +34,12 @@ from raekit.weights import read_weights
 
 @configclass
 class LatentsInfo(ShardInfo):
-    """What a shard of images' latents is of.
+    """The description of a shard with the latents of image files.
 
-    `images` names them in order, `fit` is how they became squares. `inputs` tells whether the same call would write
-    the same again.
+    Attributes:
+        fit: how the images were made square.
+        inputs: a digest of the image files and the settings. A shard with the same digest need not be written again.
+        images: the paths of the images, in the order of their latents.
     """
 
     kind: Literal["images"] = "images"
@@ -48,7 +50,12 @@ class LatentsInfo(ShardInfo):
 
 @dataclass(frozen=True)
 class Latents:
-    """Whitened latents (N, C, h, w) of `info.images`."""
+    """The latents of one shard.
+
+    Attributes:
+        latents: the whitened latents (N, C, h, w) of `info.images`.
+        info: the description of the shard.
+    """
 
     latents: Tensor
     info: LatentsInfo
@@ -65,12 +72,25 @@ def encode_files(
     shard_size: int = 512,
     progress: Report = silent,
 ) -> tuple[int, list[str]]:
-    """Write the whitened latents of the images that `paths` mean (`find_images`), at the autoencoder's image size.
+    """Write the whitened latents of image files.
 
-    `out` is a .safetensors file, or a folder for shards of `shard_size` images, which is what the memory must
-    hold; shards that are there and would become the same are left alone. Returns the number of images encoded,
-    and the messages of those that could not be read. UserError if there are too many for one file, or the folder
-    holds other shards.
+    An existing shard is kept if its images and the settings have not changed.
+
+    Args:
+        autoencoder: the autoencoder whose encoder and latent statistics to use.
+        model: the name or the folder of the autoencoder, recorded in the shards.
+        paths: image files, and folders to search for images (`find_images`).
+        out: a .safetensors file, or a folder for shards.
+        fit: how to make an image square.
+        batch_size: the number of images to encode at once.
+        shard_size: the number of images in a shard. One shard is held in memory until it is written.
+        progress: receives the progress.
+
+    Returns:
+        The number of images in the shards, and an error message for each image that could not be read.
+
+    Raises:
+        UserError: if there are too many images for one file, or the folder holds other shards.
     """
     for name, value in (("batch_size", batch_size), ("shard_size", shard_size)):
         if value < 1:
@@ -125,7 +145,7 @@ def encode_files(
                 images=tuple(map(str, read)),
             )
             if not images or len(unreadable) == len(images):
-                break  # nothing to write: none of the images could be read
+                break  # nothing to write, because no image could be read
             whole_shard = torch.cat(latents) if latents else torch.empty(0, *autoencoder.latent_shape)
             write_shard(place, info, {"latents": whole_shard})
             encoded += len(read)
@@ -135,9 +155,13 @@ def encode_files(
 
 
 def read_latents(path: Path | str) -> Iterator[Latents]:
-    """Yield the shards that `raekit encode` wrote to the file or folder `path`, in order, one in memory at a time.
+    """Yield the shards that `raekit encode` wrote to the file or folder `path`, in order.
 
-    UserError if there are none, one is damaged, or they are not those of one encoding.
+    Each shard is read only when the iterator reaches it.
+
+    Raises:
+        UserError: if there is no shard, a shard is missing or damaged, or the shards come from different models or
+            settings.
     """
     infos = read_infos(Path(path), LatentsInfo)
     if len({(info.encoder, info.statistics, info.image_size, info.fit) for info in infos.values()}) > 1:
@@ -146,13 +170,13 @@ def read_latents(path: Path | str) -> Iterator[Latents]:
         latents = read_weights(shard).get("latents")
         if latents is None or latents.ndim != 4 or len(latents) != len(info.images):
             raise UserError(
-                f"{shard}: needs `latents` (N, C, h, w) of its {len(info.images)} images; encode them again"
+                f"{shard}: must hold `latents` (N, C, h, w) of its N = {len(info.images)} images; encode them again"
             )
         yield Latents(latents, info)
 
 
 def _digest(images: Sequence[Path], *settings: object) -> str:
-    """Of the files' contents as their sizes and times tell, and the settings."""
+    """Return a digest of the settings and of the path, size and modification time of each file."""
     digest = blake2b(repr(settings).encode(), digest_size=8)
     for image in images:
         status = image.stat() if image.is_file() else None

@@ -1,4 +1,4 @@
-"""Models to use: an autoencoder with the denoiser of its latents."""
+"""Loading complete models: an autoencoder and a denoiser of its latents."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from raekit.models.latent_space import LatentSpace
 
 @dataclass(frozen=True)
 class Model:
-    """A denoiser with the autoencoder of its latents: all that generation needs."""
+    """An autoencoder and a denoiser of its latents, which together generate images."""
 
     autoencoder: LatentSpace
     denoiser: Denoiser
@@ -24,7 +24,10 @@ class Model:
     def __post_init__(self) -> None:
         ours, theirs = self.denoiser.config.latent_shape, self.autoencoder.latent_shape
         if ours != theirs:
-            raise UserError(f"the denoiser is for latents {ours}, the autoencoder has {theirs}")
+            raise UserError(
+                f"the denoiser needs latents of shape {ours}, but the autoencoder has {theirs}; use the autoencoder "
+                "that the denoiser was trained with"
+            )
 
     @property
     def device(self) -> torch.device:
@@ -42,22 +45,35 @@ class Model:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Class names by id; ids as names where they are not known; empty if the model is unconditional."""
+        """Names of the classes in the order of their ids.
+
+        The ids themselves if the model has no class names; empty if the model is unconditional.
+        """
         config = self.denoiser.config
         return config.class_names or tuple(map(str, range(config.num_classes)))
 
     def class_id(self, name: str) -> int:
-        """The id of a class given by name or number; UserError, listing the classes, if there is none."""
+        """Return the id of a class that is given by name or number.
+
+        Raises:
+            UserError: if there is no such class. The message lists the classes.
+        """
         if name in self.classes:
             return self.classes.index(name)
         if name.isdecimal() and int(name) < len(self.classes):
             return int(name)
         if not self.classes:
-            raise UserError(f"class {name!r}: this model is unconditional, it has no classes")
-        raise UserError(f"class {name!r}: no such class; there are {', '.join(self.classes)}")
+            raise UserError(f"class {name!r}: this model is unconditional and has no classes; leave the class out")
+        raise UserError(f"class {name!r}: no such class; the classes are {', '.join(self.classes)}")
 
     def class_ids(self, name: str) -> list[int]:
-        """The ids that a name, a number, or a range of numbers as 0-9, ends included, means; else as `class_id`."""
+        """Return the ids of a name, a number or a range of numbers.
+
+        The range 0-9 includes both ends. A name takes precedence over a range.
+
+        Raises:
+            UserError: if there is no such class, or the range runs backwards.
+        """
         first, dash, last = name.partition("-")
         if name in self.classes or not (dash and first.isdecimal() and last.isdecimal()):
             return [self.class_id(name)]
@@ -68,15 +84,29 @@ class Model:
 
 
 def load(name: str, device: torch.device | str = "cpu", ema: float | None = None) -> Model:
-    """Load a model: `builtin:emoji`, a model folder, a stage-2 run, or OWNER/NAME on the Hub.
+    """Load a model.
 
-    `ema` chooses among the averages of its denoiser, as `Denoiser.load` does.
+    Args:
+        name: `builtin:emoji`, a published name, a model folder, a stage-2 run, or OWNER/NAME on the Hub.
+        device: the device to load the model to.
+        ema: the decay of the weight average of the denoiser to load. Default: the first average.
     """
     return Model(load_autoencoder(name).to(device), Denoiser.load(name, ema).to(device))
 
 
 def load_published(path: Path, device: torch.device | str = "cpu") -> tuple[Model, Sampling]:
-    """The whole model of a published YAML of sampling, and how that samples; UserError, naming what is missing."""
+    """Load the model and the sampling settings of a published sampling config.
+
+    Args:
+        path: a YAML file for sampling, as the authors of RAE v1 and v2 publish it.
+        device: the device to load the model to.
+
+    Returns:
+        The model and its sampling settings, including guidance and a weak model.
+
+    Raises:
+        UserError: if the file lacks a part of the model.
+    """
     parts, sampling = read_published(path)
     assert parts.autoencoder
     assert parts.denoiser
@@ -87,5 +117,13 @@ def load_published(path: Path, device: torch.device | str = "cpu") -> tuple[Mode
 
 @torch.no_grad()
 def reconstruct(autoencoder: LatentSpace, images: Tensor) -> Tensor:
-    """Encode and decode images (B, 3, H, W) in [0, 1]; gives (B, 3, *image_shape) in [0, 1]."""
+    """Encode and decode images.
+
+    Args:
+        autoencoder: the autoencoder.
+        images: the images (B, 3, H, W) in [0, 1].
+
+    Returns:
+        The reconstructions (B, 3, *autoencoder.image_shape) in [0, 1].
+    """
     return autoencoder.decode(autoencoder.encode(images))

@@ -1,4 +1,4 @@
-"""Folders of reconstructed pictures, which the same call completes after an interruption."""
+"""Writing reconstructions of images to a folder. The same call resumes after an interruption."""
 
 import csv
 import os
@@ -23,12 +23,18 @@ from raekit.progress import Report, silent
 from raekit.weights import fingerprint
 
 CONTACT_SHEET = "contact-sheet.png"
-_PAIRS, _COLUMNS, _SIDE = 32, 8, 192  # at most, on a contact sheet; the side in pixels
+_PAIRS, _COLUMNS, _SIDE = 32, 8, 192  # the limits of a contact sheet; _SIDE in pixels
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """The file `image`, its reconstruction in the file `output`, and {metric: score}."""
+    """The reconstruction of one image.
+
+    Attributes:
+        image: the file of the original.
+        output: the file of the reconstruction.
+        scores: {metric: score}.
+    """
 
     image: Path
     output: Path
@@ -37,13 +43,18 @@ class Reconstruction:
 
 @dataclass(frozen=True)
 class Reconstructions:
-    """What was reconstructed, and the messages of what could not be read."""
+    """The result of `reconstruct_folder`.
+
+    Attributes:
+        pictures: the reconstructed images.
+        unreadable: an error message for each image that could not be read.
+    """
 
     pictures: list[Reconstruction]
     unreadable: list[str]
 
     def means(self) -> dict[str, float]:
-        """{metric: mean over all pictures}."""
+        """Return {metric: mean over all pictures}."""
         names = self.pictures[0].scores if self.pictures else ()
         return {name: sum(p.scores[name] for p in self.pictures) / len(self.pictures) for name in names}
 
@@ -66,12 +77,27 @@ def reconstruct_folder(
     metrics: Mapping[str, Callable[[Tensor, Tensor], Tensor]],
     progress: Report = silent,
 ) -> Reconstructions:
-    """Encode and decode the images that `paths` mean (`find_images`), each to a PNG below `out`.
+    """Encode and decode images, and write each reconstruction to a PNG file below `out`.
 
-    FILE.jpg becomes OUT/FILE.png, and a file FOLDER/a/b.jpg of a folder OUT/a/b.png; where that is taken, by
-    another original of the same name or a file of yours, -2, -3 and so on is added. OUT/scores.csv and
-    OUT/scores.json have the scores, of the squares as they are on disk, and their means; OUT/contact-sheet.png
-    the first pictures below their originals. UserError if `out` holds originals.
+    The reconstruction of FILE.jpg goes to OUT/FILE.png. The reconstruction of a file a/b.jpg inside a given folder goes
+    to OUT/a/b.png. If another original or a file of another origin has that name, -2, -3 and so on is appended.
+    Reconstructions in `out` are kept if neither the original nor the settings have changed.
+
+    OUT/scores.csv and OUT/scores.json hold the scores of all images and their means, computed from the 8-bit
+    reconstructions. OUT/contact-sheet.png shows the first originals, each above its reconstruction.
+
+    Args:
+        autoencoder: the autoencoder.
+        paths: image files, and folders to search for images (`find_images`).
+        out: the folder for the results.
+        fit: how to make an image square.
+        batch_size: the number of images to process at once.
+        metrics: {name: function}; a function takes reconstructions and originals (B, 3, H, W) in [0, 1] and returns
+            scores (B,).
+        progress: receives the progress.
+
+    Raises:
+        UserError: if `out` holds originals, or a setting is invalid.
     """
     if batch_size < 1:
         raise UserError(f"batch_size: {batch_size} must be at least 1")
@@ -112,7 +138,7 @@ def reconstruct_folder(
 
 
 def _plan(names: Mapping[Path, str], out: Path, settings: str) -> tuple[list[_Task], list[str]]:
-    """For each file that is there, where its reconstruction goes and what it is made from; messages of the others."""
+    """Return a task for each image that exists, and an error message for each image that does not."""
     tasks, absent = [], []
     taken = {CONTACT_SHEET}
     for image, name in names.items():
@@ -128,13 +154,13 @@ def _plan(names: Mapping[Path, str], out: Path, settings: str) -> tuple[list[_Ta
         name = next(
             n for n in chain([f"{stem}.png"], numbered) if n.casefold() not in taken and _is_free(out / n, source)
         )
-        taken.add(name.casefold())  # some file systems see no difference
+        taken.add(name.casefold())  # some file systems ignore the case
         tasks.append(_Task(image, out / name, origin))
     return tasks, absent
 
 
 def _is_free(output: Path, source: str) -> bool:
-    """Whether the reconstruction of `source` may be written there: to no other picture's place."""
+    """Return whether the file does not exist, or is an earlier reconstruction of `source`."""
     if not os.path.lexists(output):
         return True
     origin = read_origin(output)
@@ -142,7 +168,7 @@ def _is_free(output: Path, source: str) -> bool:
 
 
 def _scores_of(task: _Task, metrics: Mapping[str, object]) -> dict[str, float] | None:
-    """The scores of a reconstruction that is there and as it would be made again."""
+    """Return the scores of an existing reconstruction; None if there is none, or it is out of date."""
     origin = read_origin(task.output)
     if not isinstance(origin, dict):
         return None

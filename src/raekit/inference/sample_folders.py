@@ -1,4 +1,4 @@
-"""Folders of generated pictures, which the same call completes after an interruption."""
+"""Writing generated images to a folder or an .npz file. The same call resumes after an interruption."""
 
 import json
 import re
@@ -37,13 +37,30 @@ def generate_folder(
     form: PictureFormat = "png",
     progress: Report = silent,
 ) -> Counter[str]:
-    """Write samples 0 to `total` as OUT/000000.png and so on, those alone that are missing or damaged.
+    """Generate samples 0 to `total` - 1 and write them as OUT/000000.png and so on.
 
-    Other pictures of such names are neither written over nor added to: UserError if there are any.
-    The label of sample i is `labels[i % len(labels)]`, so a larger total later adds samples to the same. Batches are
-    of the same samples whatever is missing, so that with a `batch_size` of one's own an interruption changes no bit.
-    Called by all processes, which share the work. Returns the forward passes that an image cost (`Samples.passes`),
-    none if all are there. Raises UserError as `generate` does.
+    All processes must call this function. They divide the work among them. Samples that are already in the folder are
+    kept; missing and damaged ones are written. The samples are always divided into the same batches, so with a fixed
+    `batch_size` an interruption does not change a single bit of the result.
+
+    Args:
+        model: the model to sample from.
+        out: the folder.
+        labels: class ids. Sample i has the class `labels[i % len(labels)]`, so a later call with a larger `total` adds
+            samples to the same folder. None generates samples without a class.
+        total: the number of samples.
+        seed: the seed of the noise.
+        sampling: the solver, steps and guidance.
+        batch_size: the number of images in a batch.
+        world: this process and its device.
+        form: the format of the pictures. Both formats are lossless.
+        progress: receives the progress.
+
+    Returns:
+        The forward passes for each image (`Samples.passes`); empty if there was nothing to generate.
+
+    Raises:
+        UserError: if the folder holds other pictures under the same names, or `generate` rejects the settings.
     """
     every = _labels(labels, total)
     settings = _settings(model, seed, sampling)
@@ -59,11 +76,11 @@ def generate_folder(
     there = _numbered(out)
     if others := [path for i, path in sorted(there) if path != place(i) or read_origin(path) != origin(i)]:
         raise UserError(
-            f"{out}: holds other pictures, as {others[0].name}: of another model, class, seed, setting or format, "
-            "or not of raekit; give another folder, or remove them"
+            f"{out}: holds other pictures, such as {others[0].name}, made with another model, class, seed, setting or "
+            "format, or not by raekit; give another folder or remove the pictures"
         )
     missing = set(range(total)) - {i for i, _ in there}
-    world.barrier()  # before anyone writes, all have looked
+    world.barrier()  # no process writes before all have listed the folder
     shares = (range(first, min(first + size, total)) for first in range(0, total, size))
     numbers = [i for share in shares if not missing.isdisjoint(share) for i in share]
     batches = generate(
@@ -89,7 +106,7 @@ def generate_folder(
 
 
 def _numbered(folder: Path) -> list[tuple[int, Path]]:
-    """The pictures in `folder` that are named as samples are, with their numbers; without those that are damaged."""
+    """Return the numbers and paths of the readable pictures in `folder` that have the name of a sample."""
     found = []
     for path in folder.iterdir() if folder.is_dir() else ():
         if re.fullmatch(r"\d{6,}\.(png|webp)", path.name):
@@ -99,11 +116,12 @@ def _numbered(folder: Path) -> list[tuple[int, Path]]:
 
 
 def _labels(labels: Sequence[int] | None, total: int) -> list[int] | None:
+    """Return the label of each sample."""
     return None if labels is None else [labels[i % len(labels)] for i in range(total)]
 
 
 def _settings(model: Model, seed: int, sampling: Sampling) -> str:
-    """A fingerprint of all that samples are a function of, but their number and label."""
+    """Return a fingerprint of everything that determines a sample, except its number and label."""
     state = {**model.autoencoder.state_dict(), **{f"denoiser.{k}": v for k, v in model.denoiser.state_dict().items()}}
     weak = sampling.weak
     if weak is not None:
@@ -124,11 +142,14 @@ def generate_npz(
     world: World,
     progress: Report = silent,
 ) -> Counter[str]:
-    """Write samples 0 to `total` to the .npz file `out` as ADM does: `arr_0`, uint8 (N, H, W, 3), and `arr_1`, their
-    labels, if there are any.
+    """Generate samples 0 to `total` - 1 and write them to an .npz file in the format of ADM.
 
-    They are gathered in the folder OUT.parts, which an interrupted call completes and the last removes. A file of
-    these very samples is left alone. As `generate_folder` otherwise.
+    The file holds the images as `arr_0`, uint8 (N, H, W, 3), and the labels, if there are any, as `arr_1`.
+
+    `generate_folder` first collects the samples in the folder OUT.parts. After an interruption, the same call resumes
+    from this folder. The folder is removed at the end. A file that already holds exactly these samples is kept.
+
+    See `generate_folder` for the arguments, the returned forward passes and the errors.
     """
     every, parts = _labels(labels, total), out.with_name(out.name + ".parts")
     origin = {"settings": _settings(model, seed, sampling), "total": total, "classes": fingerprint({}, every)}
@@ -149,7 +170,7 @@ def generate_npz(
     if world.is_main:
         height, width = model.autoencoder.image_shape
         with whole(out) as partial, ZipFile(partial, "w") as archive:
-            with archive.open(ZipInfo("arr_0.npy"), "w", force_zip64=True) as file:  # ZipInfo: of no date
+            with archive.open(ZipInfo("arr_0.npy"), "w", force_zip64=True) as file:  # ZipInfo: without the current date
                 shape = (total, height, width, 3)
                 np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
                 for index in range(total):
@@ -166,7 +187,7 @@ def generate_npz(
 
 
 def _npz_origin(path: Path) -> object:
-    """What `generate_npz` noted in the file; None if it is another's or not there."""
+    """Return the settings that `generate_npz` recorded in the file; None if there are none or there is no file."""
     try:
         with ZipFile(path) as archive:
             return json.loads(archive.comment)

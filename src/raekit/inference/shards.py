@@ -1,4 +1,4 @@
-"""Shards of latents on disk: safetensors files that say what they hold."""
+"""Shards of latents on disk: safetensors files whose metadata describe their contents."""
 
 import json
 from pathlib import Path
@@ -14,20 +14,27 @@ from raekit.files import check_folder, whole
 from raekit.models.latent_space import LatentSpace
 from raekit.weights import fingerprint
 
-METADATA_KEY = "raekit"  # of the metadata
+METADATA_KEY = "raekit"
 REMEDIES = {
     "images": "encode the images into an empty folder again",
-    "source": "the same `raekit latents cache` again completes it",
+    "source": "run the same `raekit latents cache` command again to complete it",
 }
-"""What to do about faulty shards, by their kind."""
+"""How to repair incomplete or damaged shards, by their kind."""
 
 
 @configclass
 class ShardInfo:
-    """What every shard of latents says of itself.
+    """The description that every shard of latents carries in its metadata.
 
-    `model` is the autoencoder as it was named, `encoder` and `statistics` are `encoder_fingerprint` and
-    `statistics_fingerprint`; the images were squares of `image_size`. `shard` counts from 0.
+    Attributes:
+        kind: "images" for the latents of image files, "source" for the latents of a data source.
+        version: the version of raekit that wrote the shard.
+        model: the name or the folder by which the autoencoder was loaded.
+        encoder: the `encoder_fingerprint` of the autoencoder.
+        statistics: the `statistics_fingerprint` of the autoencoder.
+        image_size: the side of the square images in pixels.
+        shard: the number of this shard, from 0.
+        shards: the number of all shards.
     """
 
     kind: str
@@ -44,14 +51,18 @@ Info = TypeVar("Info", bound=ShardInfo)
 
 
 def statistics_fingerprint(autoencoder: LatentSpace) -> str:
-    """What `LatentsInfo.statistics` is for this autoencoder: latents of another are not for its decoder."""
+    """Return a fingerprint of the latent statistics, for `ShardInfo.statistics`.
+
+    A decoder only fits latents that were whitened with its own statistics.
+    """
     return fingerprint({"mean": autoencoder.mean, "var": autoencoder.var})
 
 
 def encoder_fingerprint(autoencoder: LatentSpace) -> str:
-    """What `ShardInfo.encoder` is: of the weights, the input's size and colours, and the layers.
+    """Return a fingerprint of the encoder, for `ShardInfo.encoder`.
 
-    The same whether the encoder computes in float32 or in bfloat16.
+    The fingerprint covers the weights, the size and the colour normalisation of the input, and the layers that the
+    latents are made from. An encoder has the same fingerprint in float32 and in bfloat16.
     """
     state = autoencoder.encoder.state_dict()
     weights = {key: w.bfloat16() if w.is_floating_point() else w for key, w in state.items()}
@@ -59,25 +70,33 @@ def encoder_fingerprint(autoencoder: LatentSpace) -> str:
 
 
 def shard_paths(folder: Path, shards: int) -> list[Path]:
-    """Where the shards of latents go; UserError if `folder` holds any that are not among them."""
+    """Return the paths of `shards` shards in `folder`.
+
+    Raises:
+        UserError: if `folder` holds shards under other names.
+    """
     places = [folder / f"latents-{i:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
     check_folder(folder)
     if others := set(folder.glob("latents-*.safetensors")) - set(places):
         raise UserError(
-            f"{folder}: holds shards of other latents, or of another size ({min(others).name}); give the same "
-            "shard size again, or another folder"
+            f"{folder}: holds shards of other latents or of another shard size, such as {min(others).name}; give the "
+            "original shard size or another folder"
         )
     return places
 
 
 def write_shard(path: Path, info: ShardInfo, tensors: dict[str, Tensor]) -> None:
-    """Write a shard, whole or not at all."""
+    """Write a shard atomically."""
     with whole(path) as partial:
         save_file(tensors, partial, {METADATA_KEY: json.dumps(to_dict(info))})
 
 
 def read_infos(path: Path, cls: type[Info]) -> dict[Path, Info]:
-    """The shards of the file or folder `path`, in order, and what they say; UserError if one is missing."""
+    """Return the shards of the file or folder `path` in order, each with its description.
+
+    Raises:
+        UserError: if a shard is missing, damaged or of another kind.
+    """
     shards = sorted(path.glob("latents-*.safetensors")) if path.is_dir() else [path]
     infos = {shard: read_info(shard, cls) for shard in shards}
     found = [(info.shard, info.shards) for info in infos.values()]
@@ -88,7 +107,11 @@ def read_infos(path: Path, cls: type[Info]) -> dict[Path, Info]:
 
 
 def read_info(path: Path, cls: type[Info]) -> Info:
-    """What the shard `path` says of itself; UserError if it is damaged or of another kind."""
+    """Return the description of the shard `path`.
+
+    Raises:
+        UserError: if the shard is missing, damaged or of another kind.
+    """
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
@@ -96,10 +119,10 @@ def read_info(path: Path, cls: type[Info]) -> Info:
             text = (file.metadata() or {}).get(METADATA_KEY)
         values = json.loads(text) if text else None
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: damaged or no file of latents ({error}); {REMEDIES[cls.kind]}") from None
+        raise UserError(f"{path}: damaged, or not a file of latents ({error}); {REMEDIES[cls.kind]}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path}: was written neither by `raekit encode` nor by `raekit latents cache`")
+        raise UserError(f"{path}: not a file of latents; give one that `raekit encode` or `raekit latents cache` wrote")
     kind = values.get("kind")
     if kind != cls.kind and kind in [*REMEDIES]:
-        raise UserError(f"{path}: holds latents of kind {kind!r}, needed are those of kind {cls.kind!r}")
+        raise UserError(f"{path}: holds latents of kind {kind!r}, but kind {cls.kind!r} is needed")
     return from_dict(cls, values, path)

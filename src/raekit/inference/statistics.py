@@ -1,4 +1,4 @@
-"""Measuring the latent statistics of an encoder."""
+"""Measuring the mean and variance of an encoder's latents."""
 
 from collections.abc import Callable, Iterable
 
@@ -19,11 +19,21 @@ def measure_latents(
     mirror: bool = False,
     shown: Callable[[int], None] = lambda done: None,
 ) -> tuple[Tensor, Tensor]:
-    """Mean and population variance, each (C, H, W), of `tokens(images)` over all processes' batches.
+    """Measure the mean and the variance of the latents over the batches of all processes.
 
-    Exact in one pass, in float64: independent of batch size, order and number of processes. `mirror` counts
-    each image a second time, flipped left to right. `tokens` gives un-whitened latents (B, C, H, W).
-    `shown` is called with the number of images that this process has done.
+    One pass accumulates exact moments in float64, so the result does not depend on the batch size, the order of the
+    images or the number of processes.
+
+    Args:
+        tokens: returns the latents (B, C, H, W) of a batch of images, before whitening.
+        batches: the batches of this process.
+        latent_shape: the shape (C, H, W) of the latents of one image.
+        world: this process and its device.
+        mirror: whether to count each image a second time, flipped left to right.
+        shown: receives the number of images that this process has finished.
+
+    Returns:
+        The mean and the population variance, each (C, H, W), float32.
     """
     moments = Moments(torch.Size(latent_shape).numel(), diagonal=True)
     done = 0
