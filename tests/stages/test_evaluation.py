@@ -164,7 +164,9 @@ def test_what_cannot_be_scored_is_refused_before_the_training(images, tiny_model
     for name in ("every", "count", "batch_size"):
         with pytest.raises(UserError, match=rf"evaluation\.{name}: 0 must be at least 1"):
             replace(config.evaluation, **{name: 0})
-    with pytest.raises(UserError, match=r"evaluation\.intervals: they need at least 40 images, and evaluation.count is 25"):
+    with pytest.raises(
+        UserError, match=r"evaluation\.intervals: they need at least 40 images, and evaluation.count is 25"
+    ):
         replace(config.evaluation, intervals=True)
     against, _ = reference(images, tiny_model)
     replace(against, about=replace(against.about, image_size=32)).write(tmp_path / "large.safetensors")
