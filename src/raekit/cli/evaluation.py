@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from raekit.evaluation.assessment import Reconstructions
     from raekit.evaluation.references import Reference
     from raekit.flow.sampling import Sampling
-    from raekit.progress import Report
+    from raekit.progress import Progress
 
 
 def evaluate(
@@ -227,7 +227,7 @@ def _score(
     ema: float | None,
     intervals: bool,
     world: "World",
-    progress: "Report",
+    progress: "Progress",
 ) -> None:
     """Score `samplings` beside baselines."""
     from raekit.config import to_json

@@ -30,8 +30,7 @@ from raekit.flow.sampling import Sampling, check_sampling
 from raekit.inference.generation import generate
 from raekit.inference.model import Model, reconstruct
 from raekit.models.latent_space import LatentSpace
-from raekit.progress import Report as Progress
-from raekit.progress import silent
+from raekit.progress import Progress, silent
 from raekit.weights import fingerprint
 
 _CLAIM = "evaluation.json"

@@ -19,7 +19,7 @@ from raekit.errors import UserError
 from raekit.evaluation.features import FeatureNetwork, Images, PairScore
 from raekit.files import whole
 from raekit.pictures import grid, to_pil
-from raekit.progress import Report, silent
+from raekit.progress import Progress, silent
 from raekit.weights import read_weights
 
 CHUNK = 250
@@ -44,7 +44,7 @@ class Stream(Protocol):
 
 
 @torch.no_grad()
-def collect(stream: Stream, networks: Features, out: Path, world: World, progress: Report = silent) -> None:
+def collect(stream: Stream, networks: Features, out: Path, world: World, progress: Progress = silent) -> None:
     """Write the features of all images below `out`, of those alone that are missing there.
 
     OUT/samples.png has the first images. Called by all processes, which share the work.

@@ -19,7 +19,7 @@ from raekit.inference.generation import generate
 from raekit.inference.model import Model, reconstruct
 from raekit.models.encoders import load_encoder
 from raekit.moments import Moments
-from raekit.progress import Report, counted, silent
+from raekit.progress import Progress, counted, silent
 
 Scores = dict[str, dict[str, float]]
 """{row: {metric: value}}, as `score` returns them."""
@@ -35,7 +35,7 @@ def score(
     features: str = "builtin:vit-tiny",
     intervals: bool = False,
     world: World | None = None,
-    progress: Report = silent,
+    progress: Progress = silent,
 ) -> Scores:
     """Score each of `samplings` with `count` images, in the proportions of the held-out images' classes, and the
     baselines: real, reconstructed, and decoded noise.

@@ -20,7 +20,7 @@ from raekit.flow.sampling import Sampling, check_sampling
 from raekit.inference.generation import BatchSize, fitting_batch, generate
 from raekit.inference.model import Model
 from raekit.pictures import PictureFormat, read_origin, to_pil, write_picture
-from raekit.progress import Report, silent
+from raekit.progress import Progress, silent
 from raekit.weights import fingerprint
 
 
@@ -35,7 +35,7 @@ def generate_folder(
     batch_size: BatchSize = "auto",
     world: World,
     form: PictureFormat = "png",
-    progress: Report = silent,
+    progress: Progress = silent,
 ) -> Counter[str]:
     """Write samples 0 to `total` as OUT/000000.png and so on, those alone that are missing or damaged.
 
@@ -122,7 +122,7 @@ def generate_npz(
     sampling: Sampling,
     batch_size: BatchSize = "auto",
     world: World,
-    progress: Report = silent,
+    progress: Progress = silent,
 ) -> Counter[str]:
     """Write samples 0 to `total` to the .npz file `out` as ADM does: `arr_0`, uint8 (N, H, W, 3), and `arr_1`, their
     labels, if there are any.
