@@ -450,14 +450,14 @@ def pickles() -> Iterator[Case]:
         return path.parent / SPRUNG
 
     state = {"weight": torch.ones(3)}
-    refused, bad = (
+    rejected, bad = (
         r"weights\.pt: rejected because it would run ",
         "weights.pt: damaged or not a weights file",
     )
     for protocol in (0, 1, 2):
         yield case(
             f"a pickle of protocol {protocol} that touches a file",
-            refused,
+            rejected,
             lambda path, protocol=protocol: path.write_bytes(pickle.dumps(Trap(Path.touch, sprung(path)), protocol)),
         )
     for protocol in (3, 4, 5):
@@ -469,20 +469,20 @@ def pickles() -> Iterator[Case]:
     for call, name in ((os.system, "os.system"), (eval, "eval"), (exec, "exec"), (__import__, "__import__")):
         yield case(
             f"weights that call {name}",
-            refused,
+            rejected,
             lambda path, call=call: torch.save(
                 state | {"more": Trap(call, f"__import__('pathlib').Path({str(sprung(path))!r}).touch()")}, path
             ),
         )
     yield case(
         "weights that touch a file, in torch's old format",
-        refused,
+        rejected,
         lambda path: torch.save(
             state | {"more": Trap(Path.touch, sprung(path))}, path, _use_new_zipfile_serialization=False
         ),
     )
-    yield case("a whole module", refused, lambda path: torch.save(nn.Linear(2, 2), path))
-    yield case("an array of objects", refused, lambda path: torch.save({"a": np.array([{}])}, path))
+    yield case("a whole module", rejected, lambda path: torch.save(nn.Linear(2, 2), path))
+    yield case("an array of objects", rejected, lambda path: torch.save({"a": np.array([{}])}, path))
     yield case("weights in a list", "not a state dict", lambda path: torch.save([torch.ones(3)], path))
     yield case("weights named by numbers", "not a state dict", lambda path: torch.save({1: torch.ones(3)}, path))
     yield case("zero bytes named .pt", bad, lambda path: path.write_bytes(b""))
@@ -666,11 +666,11 @@ def yamls() -> Iterator[Case]:
     yield case(
         "a decoder that is not there", "none is neither in|names no", stage(f"{decoder}, pretrained_decoder_path: none")
     )
-    refused = "not valid YAML"
-    yield case("a tag that makes a folder", refused, "!!python/object/apply:os.mkdir [SPRUNG]")
-    yield case("a tag that evaluates", refused, "a: !!python/object/apply:eval [\"open('SPRUNG', 'w')\"]")
-    yield case("brackets without end", refused, "[" * 500)
-    yield case("not YAML", refused, "stage_1: [")
+    rejected = "not valid YAML"
+    yield case("a tag that makes a folder", rejected, "!!python/object/apply:os.mkdir [SPRUNG]")
+    yield case("a tag that evaluates", rejected, "a: !!python/object/apply:eval [\"open('SPRUNG', 'w')\"]")
+    yield case("brackets without end", rejected, "[" * 500)
+    yield case("not YAML", rejected, "stage_1: [")
     yield case("a list", "no published configuration", "- 3")
     laughs = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10) if i else 'ha'}]\n" for i in range(30))
     yield case("10^29 references", "unknown a0", laughs + stage(f"{decoder}, noise_tau: *a29"))

@@ -60,7 +60,7 @@ def test_a_large_mean_costs_no_precision():
     torch.testing.assert_close(far.covariance, near.covariance, rtol=1e-8, atol=1e-8)
 
 
-def test_wrong_sizes_and_too_few_samples_are_refused():
+def test_wrong_sizes_and_too_few_samples_are_rejected():
     moments = Moments(3)
     moments.update(torch.zeros(0, 3))
     assert moments.count == 0

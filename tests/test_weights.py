@@ -29,7 +29,7 @@ def test_statistics_without_a_mean_are_read(tmp_path: Path):
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "weights.pt"])
 @pytest.mark.parametrize("kept", [0, 20, 0.5, -1], ids=["empty", "header", "half", "all but a byte"])
-def test_truncated_file_is_refused(name: str, kept: float, tmp_path: Path):
+def test_truncated_file_is_rejected(name: str, kept: float, tmp_path: Path):
     path = tmp_path / name
     save_file(STATE, path) if name.endswith("safetensors") else torch.save(STATE, path)
     whole = path.read_bytes()
@@ -39,7 +39,7 @@ def test_truncated_file_is_refused(name: str, kept: float, tmp_path: Path):
 
 
 @pytest.mark.parametrize("content", [torch.ones(2), [torch.ones(2)], {0: torch.ones(2)}])
-def test_tensors_without_names_are_refused(content: object, tmp_path: Path):
+def test_tensors_without_names_are_rejected(content: object, tmp_path: Path):
     torch.save(content, tmp_path / "weights.pt")
     with pytest.raises(UserError, match=r"weights\.pt: not a state dict"):
         read_weights(tmp_path / "weights.pt")
@@ -66,7 +66,7 @@ class Trap:
         return Path.touch, (self.path,)
 
 
-def test_file_with_code_is_refused_and_not_run(tmp_path: Path):
+def test_file_with_code_is_rejected_and_not_run(tmp_path: Path):
     sprung = tmp_path / "sprung"
     torch.save(STATE | {"extra": Trap(sprung)}, tmp_path / "weights.pt")
     (tmp_path / "plain.pt").write_bytes(pickle.dumps(Trap(sprung)))

@@ -67,7 +67,7 @@ class World:
             self.barrier()
 
     def barrier(self) -> None:
-        """Wait until every process gets here."""
+        """Wait until every process calls this method."""
         if self.size > 1:
             dist.barrier()
 

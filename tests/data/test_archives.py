@@ -106,7 +106,7 @@ class Code:
         ({"arr_0": np.asfortranarray(np.zeros((2, 4, 4, 3), np.uint8))}, "arr_0 is in Fortran order"),
     ],
 )
-def test_other_npz_files_are_refused(tmp_path: Path, arrays: dict, message: str, capsys: pytest.CaptureFixture[str]):
+def test_other_npz_files_are_rejected(tmp_path: Path, arrays: dict, message: str, capsys: pytest.CaptureFixture[str]):
     np.savez(tmp_path / "x.npz", **arrays)
     with pytest.raises(UserError, match=rf"x\.npz.*{message}"):
         open_source(f"npz:{tmp_path / 'x.npz'}", "all")
@@ -130,14 +130,14 @@ def header(shape: tuple[int, ...]) -> bytes:
         (b"", "arr_0 is damaged or not an array"),
     ],
 )
-def test_npz_files_with_false_sizes_are_refused(tmp_path: Path, content: bytes, message: str):
+def test_npz_files_with_false_sizes_are_rejected(tmp_path: Path, content: bytes, message: str):
     with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
         archive.writestr("arr_0.npy", content)
     with pytest.raises(UserError, match=message):
         Npz(tmp_path / "x.npz")
 
 
-def test_an_npz_of_too_many_images_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_npz_of_too_many_images_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     np.savez(tmp_path / "x.npz", np.zeros((2, 40, 50, 3), np.uint8))
     monkeypatch.setattr("raekit.data.sources.npz.MAX_FILE", 5_999)
     with pytest.raises(UserError, match="2 images of 40 x 50 pixels are too many or too large"):
@@ -194,7 +194,7 @@ def test_an_image_of_too_many_pixels_is_unreadable(tmp_path: Path):
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar", "npz"])
-def test_damaged_archives_are_refused(tmp_path: Path, kind: str):
+def test_damaged_archives_are_rejected(tmp_path: Path, kind: str):
     path = tmp_path / "x"
     with pytest.raises(UserError, match=f"'{kind}:.*there is no file"):
         open_source(f"{kind}:{path}", "all")
@@ -203,7 +203,7 @@ def test_damaged_archives_are_refused(tmp_path: Path, kind: str):
         open_source(f"{kind}:{path}", "all")
 
 
-def test_archives_without_images_are_refused(tmp_path: Path):
+def test_archives_without_images_are_rejected(tmp_path: Path):
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
         archive.writestr("note.txt", "text")
     with pytest.raises(UserError, match=r"x\.zip: no images found"):

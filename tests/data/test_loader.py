@@ -282,19 +282,19 @@ def test_a_batch_is_split_in_order(folder):
 
 
 @pytest.mark.parametrize("batch_size", [5, 0, -2])
-def test_a_batch_that_the_ranks_cannot_share_is_refused(folder, batch_size):
+def test_a_batch_that_the_ranks_cannot_share_is_rejected(folder, batch_size):
     with pytest.raises(UserError, match=f"batch size {batch_size} must be a positive multiple of 2"):
         loader(folder).stream(0, batch_size, World(rank=0, size=2))
 
 
 @pytest.mark.parametrize("batch_size", [0, -2])
-def test_a_pass_without_batches_is_refused(folder, batch_size):
+def test_a_pass_without_batches_is_rejected(folder, batch_size):
     with pytest.raises(UserError, match=f"batch size {batch_size} must be at least 1"):
         loader(folder).once(batch_size, ONE)
 
 
 @pytest.mark.parametrize(("field", "value"), [("image_size", 0), ("workers", -1), ("max_unreadable", 1.5)])
-def test_settings_out_of_range_are_refused_by_name(field, value):
+def test_settings_out_of_range_are_rejected_by_name(field, value):
     with pytest.raises(UserError, match=rf"{field}.*{value}"):
         DataConfig(**{"image_size": 8, field: value})
 

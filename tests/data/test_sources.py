@@ -170,20 +170,20 @@ def test_a_damaged_image_is_named_with_the_reason(tmp_path, damage):
 
 
 @pytest.mark.parametrize("scheme", ["folder", "flat"])
-def test_a_folder_without_images_is_refused_with_the_extensions(tmp_path, scheme):
+def test_a_folder_without_images_is_rejected_with_the_extensions(tmp_path, scheme):
     (tmp_path / "cat").mkdir()
     (tmp_path / "cat" / "a.txt").write_text("no image")
     with pytest.raises(UserError, match=rf"{tmp_path}.*no image.*\.jpg.*\.png.*\.webp"):
         open_source(f"{scheme}:{tmp_path}")
 
 
-def test_a_folder_without_classes_is_refused_with_what_to_use(tmp_path):
+def test_a_folder_without_classes_is_rejected_with_what_to_use(tmp_path):
     write_image(tmp_path / "a.png", 1)
     with pytest.raises(UserError, match=f"flat:{tmp_path}"):
         open_source(f"folder:{tmp_path}")
 
 
-def test_an_empty_split_is_refused(tmp_path):
+def test_an_empty_split_is_rejected(tmp_path):
     write_image(tmp_path / "train/a/0.png", 1)
     write_image(tmp_path / "val/1.png", 1)  # not in a class folder
     with pytest.raises(UserError, match="no images in the split 'heldout'"):
@@ -191,13 +191,13 @@ def test_an_empty_split_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("scheme", ["folder", "flat", "idx", "hf"])
-def test_a_missing_folder_is_refused(tmp_path, scheme):
+def test_a_missing_folder_is_rejected(tmp_path, scheme):
     with pytest.raises(UserError, match=rf"'{scheme}:.*there is no folder .*/nowhere"):
         open_source(f"{scheme}:{tmp_path}/nowhere")
 
 
 @pytest.mark.parametrize("uri", ["emojis", "folder", "folder:", "emoji:x", "s3:bucket", ""])
-def test_an_unknown_source_is_refused_with_the_known_ones(uri):
+def test_an_unknown_source_is_rejected_with_the_known_ones(uri):
     with pytest.raises(UserError, match=f"'{uri}'.*emoji, folder:DIR, flat:DIR, idx:DIR, hf:DIR"):
         open_source(uri)
 
@@ -238,13 +238,13 @@ def test_idx_files_are_grey_images_with_labels(tmp_path, packed, split, expected
         (idx(np.zeros((3, 2, 3))) + b"x", "has 19 bytes of data, but its header says 18"),
         (idx(np.zeros((3, 2, 3)))[:9], "not an IDX file"),
         (b"", "not an IDX file"),
-        (idx(np.zeros(18)), "not an IDX file of bytes in 3"),
+        (idx(np.zeros(18)), "not an IDX file of bytes with 3"),
         (b"\0\0\x0d\3" + idx(np.zeros((3, 2, 3)))[4:], "not an IDX file of bytes"),
         (idx(np.zeros((2, 2, 3))), "2 images but 3 labels"),
         (None, "no such file"),
     ],
 )
-def test_a_faulty_idx_file_is_refused_by_name(tmp_path, content, message):
+def test_a_faulty_idx_file_is_rejected_by_name(tmp_path, content, message):
     write_idx(tmp_path)
     file = tmp_path / "train-images-idx3-ubyte"
     file.unlink() if content is None else file.write_bytes(content)
@@ -253,7 +253,7 @@ def test_a_faulty_idx_file_is_refused_by_name(tmp_path, content, message):
 
 
 @pytest.mark.parametrize("damage", ["cut", "text", "bits"])
-def test_a_damaged_gzip_file_is_refused_by_name(tmp_path, damage):
+def test_a_damaged_gzip_file_is_rejected_by_name(tmp_path, damage):
     write_idx(tmp_path, packed=True)
     file = tmp_path / "t10k-labels-idx1-ubyte.gz"
     content = file.read_bytes()
@@ -319,7 +319,7 @@ def test_a_dataset_without_labels_or_with_damage_is_read(tmp_path):
             source[row]
 
 
-def test_a_dataset_dict_without_train_or_without_images_is_refused(tmp_path):
+def test_a_dataset_dict_without_train_or_without_images_is_rejected(tmp_path):
     datasets.DatasetDict({"other": rows([1])}).save_to_disk(tmp_path / "a")
     with pytest.raises(UserError, match="no split 'train', only other"):
         open_source(f"hf:{tmp_path / 'a'}")
@@ -328,7 +328,7 @@ def test_a_dataset_dict_without_train_or_without_images_is_refused(tmp_path):
         open_source(f"hf:{tmp_path / 'b'}")
 
 
-def test_a_folder_that_is_no_saved_dataset_is_refused(tmp_path):
+def test_a_folder_that_is_no_saved_dataset_is_rejected(tmp_path):
     with pytest.raises(UserError, match=f"{tmp_path}: not a dataset"):
         open_source(f"hf:{tmp_path}")
 

@@ -178,6 +178,6 @@ def test_an_animation_gives_its_first_frame():
 @pytest.mark.parametrize(
     "image", [Image.new("F", (2, 2), 0.5), Image.new("I", (2, 2), 70000), Image.new("I", (2, 2), -1)]
 )
-def test_pixels_without_a_known_range_are_refused(image):
+def test_pixels_without_a_known_range_are_rejected(image):
     with pytest.raises(ValueError, match="no known range"):
         to_rgb(image)

@@ -110,10 +110,9 @@ def _start(file: BinaryIO, entry: Entry) -> int:
 
 
 class Npz:
-    """An `.npz` file. It reads the types and shapes of the arrays at once, and their rows on request.
+    """The arrays of an `.npz` file. Their types and shapes are read at once, their rows on request.
 
-    The object can be pickled. It keeps a file open only to read a compressed array, and then reads fastest in row
-    order.
+    The object can be pickled. It keeps the file open only to read compressed arrays, which is fastest in row order.
 
     Attributes:
         path: the file.

@@ -122,7 +122,11 @@ def image_files(folder: Path) -> list[str]:
 
 
 def files_below(folder: Path) -> list[str]:
-    """Return the relative paths of all files below `folder`. Follow links, and skip hidden files and folders."""
+    """Return the relative paths of all files below `folder`. Follow links, and skip hidden files and folders.
+
+    Raises:
+        UserError: a folder cannot be read.
+    """
 
     def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename}: cannot be read ({error.strerror})")

@@ -188,7 +188,7 @@ class Loader:
 
 
 def load_parts(reader: Dataset[_T], parts: Iterable[range], workers: int, world: World) -> Iterator[_T]:
-    """Yield `reader[part]` for each of `parts`. The number of `workers` reads ahead; with 0, this process reads."""
+    """Yield `reader[part]` for each of `parts`. `workers` processes read ahead; with 0, this process reads."""
     loaded = DataLoader(
         reader,
         batch_size=None,  # each part is a complete batch

@@ -78,7 +78,7 @@ class Format(NamedTuple):
 
     Attributes:
         open: opens a source, given its address, the path in the address, and the split.
-        place: what the path is, or "" if the address has no path.
+        place: the type of path in the address: a folder, a file, or "" for no path.
     """
 
     open: Callable[[str, Path, Split], Source]
