@@ -932,7 +932,7 @@ def test_one_file_of_latents(run, tiny_model, tmp_path):
     (shard,) = raekit.read_latents(out)
     assert shard.info.images == tuple(map(str, paths))
     assert shard.latents.shape == (3, 16, 4, 4)
-    assert_fails(run("encode", tiny_model, *paths, "--out", out, "--shard-size", 2), out, "give the path of a folder")
+    assert_fails(run("encode", tiny_model, *paths, "--out", out, "--shard-size", 2), out, "give a folder")
 
 
 def test_shards_that_are_not_whole_are_refused(run, tiny_model, tmp_path):

@@ -210,7 +210,7 @@ def test_torch_fidelitys_file_is_read_without_running_code(
             read_reference(path)
     for bad in {"mu": 3}, [1], {"mean": statistics()["mu"]}:
         torch.save(bad, path)
-        with pytest.raises(UserError, match=r"fid-2048\.pt: .*holds"):
+        with pytest.raises(UserError, match=r"fid-2048\.pt: (.*holds|not a state dict)"):
             read_reference(path)
     assert "code was run" not in capsys.readouterr().out
 
