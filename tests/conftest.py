@@ -1,4 +1,4 @@
-"""Fixtures that every part of the tests may use."""
+"""Fixtures for all tests."""
 
 import os
 import pickle
@@ -28,15 +28,15 @@ from raekit.models.vit import ViT, ViTConfig
 
 @pytest.fixture(scope="session")
 def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any]]:
-    """`run_ranks(function, size, *args)`: call `function(world, *args)` in `size` new CPU processes joined by
-    gloo, as `torchrun` would start them, and return what they return, by rank.
+    """Return a function that runs code in several CPU processes, like `torchrun`.
 
-    The function stands at the top of its test file; its arguments and result are picklable. An exception
-    in one process ends all, and is raised here with its traceback.
+    `run_ranks(function, size, *args)` calls `function(world, *args)` in `size` new processes, connected by gloo, and
+    returns the results by rank. The function must be defined at the top level of its test file, and its arguments and
+    results must be picklable. An exception in one process ends all processes and is raised with its traceback.
     """
 
     def run(function: Callable[..., Any], size: int, *args: Any) -> list[Any]:
-        # Port 0 and a store that stays here: no other process can take the port between choice and use.
+        # The parent keeps the store open on a free port, so that no other process can take the port.
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         folder = tmp_path_factory.mktemp("ranks")
         spawn(_rank, (size, store.port, folder, function, args), nprocs=size)
@@ -53,7 +53,7 @@ def _rank(rank: int, size: int, port: int, folder: Path, function: Callable[...,
         "WORLD_SIZE": str(size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",  # join the parent's store, start none
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # join the store of the parent instead of starting a new one
         "TORCHELASTIC_RESTART_COUNT": "0",
     }
     with world("cpu") as here:
@@ -62,7 +62,7 @@ def _rank(rank: int, size: int, port: int, folder: Path, function: Callable[...,
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The address of a source of 30 training and 9 held-out pictures in three classes, each around a colour."""
+    """Return the address of a source: 30 training and 9 held-out images in three classes, one colour each."""
     root = tmp_path_factory.mktemp("images")
     for split, count in (("train", 30), ("val", 9)):
         for i in range(count):
@@ -76,7 +76,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder of random weights: images of 16 pixels, latents (16, 4, 4), classes blue, green and red."""
+    """Write a model with random weights: images of 16 pixels, latents (16, 4, 4), classes blue, green and red."""
     folder = tmp_path_factory.mktemp("tiny")
     torch.manual_seed(0)
     vit = ViTConfig(image_size=16, patch_size=4, width=16, depth=1, heads=2)
@@ -91,7 +91,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
             channels=16, grid=(4, 4), backbone=part, head=part, num_classes=3, class_names=("blue", "green", "red")
         )
     )
-    for parameter in denoiser.parameters():  # at first its output is zero
+    for parameter in denoiser.parameters():  # a new denoiser returns zero
         torch.nn.init.normal_(parameter, std=0.2)
     denoiser.save(folder)
     return folder
@@ -99,7 +99,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a small AutoencoderKL of diffusers with random weights: 16 pixels, latents (4, 8, 8)."""
+    """Write a small diffusers AutoencoderKL with random weights: images of 16 pixels, latents (4, 8, 8)."""
     from diffusers import AutoencoderKL  # slow to import
 
     folder = tmp_path_factory.mktemp("vae")
@@ -115,7 +115,7 @@ def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def vgg(tmp_path) -> str:
-    """A file of random weights for LPIPS."""
+    """Write random weights for LPIPS and return the path of the file."""
     torch.manual_seed(0)
     model = LPIPS()
     state = {name: torch.rand(value.shape) * 0.02 for name, value in model.state_dict().items()}
@@ -125,7 +125,7 @@ def vgg(tmp_path) -> str:
 
 @pytest.fixture
 def full_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of four MiB, empty at first; the test is skipped where it may not be mounted."""
+    """Mount an empty file system of four MiB. The test is skipped if mounting is not allowed."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder]
@@ -137,7 +137,7 @@ def full_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def shared() -> Callable[[str], Path]:
-    """`shared(path)`: a file or folder that is kept beside the project; the test is skipped where it is not at hand."""
+    """`shared(path)` returns a file or folder outside the repository. The test is skipped if it does not exist."""
     root = Path(os.environ.get("RAEKIT_SHARED", Path(__file__).parents[2] / "shared"))
 
     def find(path: str) -> Path:
@@ -150,5 +150,5 @@ def shared() -> Callable[[str], Path]:
 
 @pytest.fixture
 def golden(shared: Callable[[str], Path]) -> Callable[[str], Path]:
-    """`golden(name)`: the path of a reference case."""
+    """`golden(name)` returns the path of a reference case."""
     return lambda name: shared(f"golden/{name}")

@@ -1,7 +1,8 @@
-"""Files that a user may come across and that are not what they seem, each with what is to become of it.
+"""A table of unusual, damaged and malicious files, each with the expected outcome.
 
-`python -m tests.hostile` prints the table. A row is a name, what makes the file and uses it, and the outcome: WORKS,
-or a pattern in the one message of a UserError. To add rows, write a function that yields cases, and name it in GROUPS.
+`python -m tests.hostile` prints the table. A row has a name, a function that makes and uses the file, and the expected
+outcome: WORKS, or a pattern that the message of a UserError must match. To add rows, write a function that yields cases
+and add it to GROUPS.
 """
 
 import io
@@ -54,12 +55,18 @@ from raekit.stages.selection import read_generated
 from raekit.weights import load_strict, read_weights
 
 WORKS = "works"
-MEMORY = 400  # MiB that no case may take
+MEMORY = 400  # MiB, the limit for every case
 
 
 @dataclass(frozen=True)
 class Case:
-    """`use(folder)` makes the file in an empty folder, and reads it as the library does; `expected` is its outcome."""
+    """A row of the table.
+
+    Attributes:
+        name: the description of the file.
+        use: makes the file in an empty folder and reads it with the library.
+        expected: WORKS, or a pattern that the message of a UserError must match.
+    """
 
     name: str
     use: Callable[[Path], object]
@@ -68,20 +75,26 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """WORKS, the message of a UserError, or the type of any other exception; the seconds and MiB that it took."""
+    """The result of a case.
+
+    Attributes:
+        text: WORKS, the message of a UserError, or the type and message of any other exception.
+        seconds: the time that the case took.
+        mebibytes: the growth of the peak memory of the process.
+    """
 
     text: str
     seconds: float
     mebibytes: float
 
-    def is_that_of(self, case: Case) -> bool:
-        """Whether it is what was expected, told in one line, within the memory."""
-        told = self.text == WORKS if case.expected == WORKS else bool(re.search(case.expected, self.text))
-        return told and "\n" not in self.text and self.mebibytes < MEMORY
+    def matches(self, case: Case) -> bool:
+        """Return whether the outcome is as expected, with a message of one line, within the memory limit."""
+        expected = self.text == WORKS if case.expected == WORKS else bool(re.search(case.expected, self.text))
+        return expected and "\n" not in self.text and self.mebibytes < MEMORY
 
 
 def outcome(case: Case) -> Outcome:
-    """Use the case in a folder of its own. The memory is what the process's peak has grown by."""
+    """Run the case in a temporary folder."""
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -111,7 +124,7 @@ def saved(kind: str, image: Image.Image | None = None, **options: Any) -> bytes:
 
 
 def png(width: int, height: int, depth: int, colour: int, pixels: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
-    """A PNG by hand: its header, other chunks, and the rows, compressed here."""
+    """Build a PNG by hand: the header, other chunks, and the rows, which are compressed here."""
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
     parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(pixels, 1)), (b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(
@@ -143,8 +156,8 @@ def animation(kind: str, **options: Any) -> bytes:
     return saved(kind, picture("P"), save_all=True, append_images=[picture("P"), picture("P")], **options)
 
 
-def cameras() -> Iterator[tuple[str, str, bytes | Callable[[], bytes]]]:
-    """(row, file name, content) of what is to be read."""
+def readable() -> Iterator[tuple[str, str, bytes | Callable[[], bytes]]]:
+    """Yield (row, file name, content) of files that must be read."""
     yield "CMYK JPEG", "a.jpg", saved("JPEG", picture("CMYK"))
     yield "CMYK TIFF", "a.tif", saved("TIFF", picture("CMYK"))
     grey = Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(30, 40) * 50)
@@ -180,8 +193,8 @@ def cameras() -> Iterator[tuple[str, str, bytes | Callable[[], bytes]]]:
 
 
 def damaged() -> Iterator[tuple[str, str, bytes | Callable[[], bytes], str]]:
-    """(row, file name, content, pattern) of what is to be refused."""
-    unknown, too_large = "not a readable image .no known image format", "more than 89,478,485 in all"
+    """Yield (row, file name, content, pattern) of files that must be rejected."""
+    unknown, too_large = "not a readable image .not a known image format", "more than the limit of 89,478,485"
     unreadable = r"^a\.\w+: not a readable image \(.+\)$"
     for suffix in ("png", "jpg", "gif", "webp"):
         yield f"zero bytes named .{suffix}", f"a.{suffix}", b"", unknown
@@ -198,7 +211,7 @@ def damaged() -> Iterator[tuple[str, str, bytes | Callable[[], bytes], str]]:
     yield "text named .png", "a.png", b"no picture", unknown
     yield "a web page named .jpg", "a.jpg", b"<html>not found</html>", unknown
     yield "SVG named .png", "a.png", b'<svg xmlns="http://www.w3.org/2000/svg"/>', unknown
-    yield "PostScript, which Pillow has run", "a.png", saved("EPS"), unknown
+    yield "PostScript, which Pillow would execute", "a.png", saved("EPS"), unknown
     yield "PDF named .png", "a.png", b"%PDF-1.7\n", unknown
     yield "a pickle named .png", "a.png", pickle.dumps([1, 2]), unknown
     yield "PNG that says 100,000 squared", "a.png", png(100_000, 100_000, 8, 2, b""), too_large
@@ -212,7 +225,7 @@ def damaged() -> Iterator[tuple[str, str, bytes | Callable[[], bytes], str]]:
         too_large,
     )
     yield "PPM that says 10^9 squared", "a.ppm", b"P6 1000000000 1000000000 255\n", too_large
-    yield "PNG of no width", "a.png", png(0, 5, 8, 2, b""), unreadable
+    yield "PNG of width 0", "a.png", png(0, 5, 8, 2, b""), unreadable
     yield "PNG with a wrong checksum", "a.png", patched(saved("PNG"), 29, b"\0\0\0\0"), unreadable
     packer = zlib.compressobj()
     bomb = b"key\0\0" + b"".join(packer.compress(bytes(10**6)) for _ in range(100)) + packer.flush()
@@ -229,7 +242,7 @@ def images() -> Iterator[Case]:
             image = read_image(folder / name, 64, fit)
             assert (image.mode, image.size) == ("RGB", (64, 64))
 
-    for row, name, content in cameras():
+    for row, name, content in readable():
         yield Case(row, partial(read, name, content), WORKS)
     for row, name, content, expected in damaged():
         yield Case(row, partial(read, name, content), expected)
@@ -239,9 +252,9 @@ def images() -> Iterator[Case]:
         read_image(folder / "a.png", 16)
 
     yield Case("no such image", partial(special, lambda path: None), r"a\.png: no such file")
-    yield Case("a folder named .png", partial(special, Path.mkdir), "not a regular one")
-    yield Case("a named pipe", partial(special, os.mkfifo), "not a regular one")
-    yield Case("a link to nothing", partial(special, lambda path: path.symlink_to("none")), "not a regular one")
+    yield Case("a folder named .png", partial(special, Path.mkdir), "not a regular file")
+    yield Case("a named pipe", partial(special, os.mkfifo), "not a regular file")
+    yield Case("a link to nothing", partial(special, lambda path: path.symlink_to("none")), "not a regular file")
 
 
 # Weights
@@ -251,7 +264,7 @@ SPRUNG = "sprung"
 
 
 class Trap:
-    """Unpickled by an unwary reader, it calls `call` on its arguments."""
+    """An object that calls `call` on `arguments` when it is unpickled."""
 
     def __init__(self, call: Callable[..., object], *arguments: object) -> None:
         self.call, self.arguments = call, arguments
@@ -262,7 +275,7 @@ class Trap:
 
 @cache
 def files() -> dict[str, bytes]:
-    """A model folder of random weights, one block each: {path within it: content}."""
+    """Return the files of a model with random weights and one block in each part: {relative path: content}."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         vit = ViTConfig(image_size=8, patch_size=4, width=8, depth=1, heads=2)
@@ -275,7 +288,7 @@ def files() -> dict[str, bytes]:
 
 
 def model(folder: Path, **changed: bytes | None) -> str:
-    """Write the model to `folder`, with some files changed or left out, named as in `KINDS`."""
+    """Write the model to `folder`. `changed` replaces files by their names in `KINDS`; None leaves a file out."""
     for name, content in (files() | {KINDS[key]: value for key, value in changed.items()}).items():
         if content is not None:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -293,7 +306,7 @@ KINDS = {
 
 
 def tensor_file(header: object, data: bytes = b"") -> bytes:
-    """A safetensors file by hand."""
+    """Build a safetensors file by hand."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + data
 
@@ -323,7 +336,7 @@ def safetensors() -> Iterator[Case]:
 
         return Case(row, use, expected)
 
-    bad = r"model\.safetensors: damaged or no weights file \(.+\); fetch or export it again$"
+    bad = r"model\.safetensors: damaged or not a weights file \(.+\); download or export it again$"
     fit = "autoencoder: the weights do not fit Decoder: .*"
     whole = files()[KINDS["weights"]]
 
@@ -337,7 +350,7 @@ def safetensors() -> Iterator[Case]:
     yield case("bytes after the weights", bad, weights=whole + b"garbage")
     yield case("a header of 2^63 bytes", bad, weights=patched(whole, 0, struct.pack("<Q", 2**63)))
     yield case("a header of 90 MB that is not there", bad, weights=patched(whole, 0, struct.pack("<Q", 90_000_000)))
-    yield case("a header of no JSON", bad, weights=tensor_file(b"{broken"))
+    yield case("a header that is not JSON", bad, weights=tensor_file(b"{broken"))
     yield case("a header of a list", bad, weights=tensor_file([]))
     yield case("a header of nested lists", bad, weights=tensor_file(b"[" * 100_000))
     yield case("a tensor beyond the end", bad, weights=entry([10**6], 4 * 10**6))
@@ -374,7 +387,7 @@ def safetensors() -> Iterator[Case]:
     wrong = r"statistics\.safetensors: needs `var`"
     yield case("statistics without var", wrong, statistics=save({"mean": torch.zeros(8, 2, 2)}))
     yield case("statistics of another shape", wrong, statistics=save({"var": torch.zeros(4, 2, 2)}))
-    yield case("statistics of zero bytes", "damaged or no weights file", statistics=b"")
+    yield case("statistics of zero bytes", "damaged or not a weights file", statistics=b"")
 
     def latents(change: Callable[[Path], object], folder: Path) -> None:
         (folder / "in").mkdir()
@@ -399,7 +412,9 @@ def safetensors() -> Iterator[Case]:
         "not a file of latents",
     )
     yield Case("latents with unknown metadata", partial(latents, described(colour=1)), "colour: Unexpected")
-    yield Case("latents of more images", partial(latents, described(images=["a", "b"])), "of its N = 2 images")
+    yield Case(
+        "latents that name too many images", partial(latents, described(images=["a", "b"])), "of its N = 2 images"
+    )
     yield Case(
         "half of a file of latents", partial(latents, lambda place: os.truncate(place, 99)), "damaged, or not a file"
     )
@@ -437,43 +452,41 @@ def pickles() -> Iterator[Case]:
         return path.parent / SPRUNG
 
     state = {"weight": torch.ones(3)}
-    refused, bad = (
-        r"weights\.pt: refused, it holds more than tensors and asks to run ",
-        "weights.pt: damaged or no weights file",
+    rejected, bad = (
+        r"weights\.pt: rejected because it would run ",
+        "weights.pt: damaged or not a weights file",
     )
     for protocol in (0, 1, 2):
         yield case(
             f"a pickle of protocol {protocol} that touches a file",
-            refused,
+            rejected,
             lambda path, protocol=protocol: path.write_bytes(pickle.dumps(Trap(Path.touch, sprung(path)), protocol)),
         )
     for protocol in (3, 4, 5):
         yield case(
             f"a pickle of protocol {protocol} that touches a file",
-            "refused|damaged",
+            "rejected|damaged",
             lambda path, protocol=protocol: path.write_bytes(pickle.dumps(Trap(Path.touch, sprung(path)), protocol)),
         )
     for call, name in ((os.system, "os.system"), (eval, "eval"), (exec, "exec"), (__import__, "__import__")):
         yield case(
             f"weights that call {name}",
-            refused,
+            rejected,
             lambda path, call=call: torch.save(
                 state | {"more": Trap(call, f"__import__('pathlib').Path({str(sprung(path))!r}).touch()")}, path
             ),
         )
     yield case(
         "weights that touch a file, in torch's old format",
-        refused,
+        rejected,
         lambda path: torch.save(
             state | {"more": Trap(Path.touch, sprung(path))}, path, _use_new_zipfile_serialization=False
         ),
     )
-    yield case("a whole module", refused, lambda path: torch.save(nn.Linear(2, 2), path))
-    yield case("an array of objects", refused, lambda path: torch.save({"a": np.array([{}])}, path))
-    yield case("weights in a list", "holds no tensors by name", lambda path: torch.save([torch.ones(3)], path))
-    yield case(
-        "weights named by numbers", "holds no tensors by name", lambda path: torch.save({1: torch.ones(3)}, path)
-    )
+    yield case("a whole module", rejected, lambda path: torch.save(nn.Linear(2, 2), path))
+    yield case("an array of objects", rejected, lambda path: torch.save({"a": np.array([{}])}, path))
+    yield case("weights in a list", "not a state dict", lambda path: torch.save([torch.ones(3)], path))
+    yield case("weights named by numbers", "not a state dict", lambda path: torch.save({1: torch.ones(3)}, path))
     yield case("zero bytes named .pt", bad, lambda path: path.write_bytes(b""))
     yield case("a web page named .pt", bad, lambda path: path.write_bytes(b"<html>rate limited</html>"))
     yield case("a picture named .pt", bad, lambda path: path.write_bytes(saved("PNG")))
@@ -493,15 +506,17 @@ def pickles() -> Iterator[Case]:
                 archive.writestr(name, content)
 
     yield case("half of a torch file", bad, cut)
-    yield case("a torch file packed anew, as a bomb would be", "compressed entries", packed)
-    yield case("weights and a folder of settings", WORKS, lambda path: torch.save(state | {"epoch": {"n": 3}}, path))
+    yield case("a torch file, compressed like a zip bomb", "compressed entries", packed)
+    yield case(
+        "weights and a dictionary of settings", WORKS, lambda path: torch.save(state | {"epoch": {"n": 3}}, path)
+    )
 
 
 # Numbers
 
 
 def numbers() -> Iterator[Case]:
-    """Files that are whole, with what are no weights, statistics or latents in them."""
+    """Yield intact files whose content is not weights, statistics or latents."""
 
     def case(row: str, expected: str, use: Callable[[Any, Path], object], content: object) -> Case:
         def through_a_file(folder: Path) -> None:
@@ -543,16 +558,18 @@ def numbers() -> Iterator[Case]:
     def of_statistics(value: Any, path: Path) -> None:
         statistics({"mean": torch.zeros(8, 2, 2), "var": value})
 
-    def of_ours(value: Any, path: Path) -> None:
+    def of_artifact(value: Any, path: Path) -> None:
         save_file({"var": value}, path.with_suffix(".safetensors"))
         read_statistics(path.with_suffix(".safetensors"), (8, 2, 2))
 
     var = torch.ones(8, 2, 2)
     yield case("a sparse variance", "var must be a tensor", of_statistics, var.to_sparse())
     yield case("a variance of whole numbers", "var must be a tensor", of_statistics, var.long())
-    for use, whose in ((of_statistics, "published"), (of_ours, "of ours")):
+    for use, origin in ((of_statistics, "published"), (of_artifact, "in an artifact")):
         for name, value in (("NaN", var * math.nan), ("infinite", var * math.inf), ("negative", -var)):
-            yield case(f"a variance that is {name}, {whose}", "must be finite, and var not negative", use, value)
+            yield case(
+                f"a variance that is {name}, {origin}", "must be finite, and var must not be negative", use, value
+            )
 
     def of_latents(value: Any, path: Path) -> None:
         torch.save({"unwhitened": value}, path)
@@ -621,7 +638,7 @@ def configs() -> Iterator[Case]:
     yield case("a configuration in YAML", r"config\.json: not valid JSON", config=b"kind: autoencoder\n")
     yield case("a configuration of nested lists", r"config\.json: not valid JSON", config=b"[" * 100_000)
     yield case("a number of 5,000 digits", r"config\.json: not valid JSON", config=b"1" * 5000)
-    yield case("a configuration that is no text", r"config\.json: not valid JSON", config=b"\xff\xfe\x00")
+    yield case("a configuration that is not text", r"config\.json: not valid JSON", config=b"\xff\xfe\x00")
     yield changed("NaN for a number", r"decoder\.width", decoder__width=float("nan"))
 
 
@@ -651,11 +668,11 @@ def yamls() -> Iterator[Case]:
     yield case(
         "a decoder that is not there", "none is neither in|names no", stage(f"{decoder}, pretrained_decoder_path: none")
     )
-    refused = "not valid YAML"
-    yield case("a tag that makes a folder", refused, "!!python/object/apply:os.mkdir [SPRUNG]")
-    yield case("a tag that evaluates", refused, "a: !!python/object/apply:eval [\"open('SPRUNG', 'w')\"]")
-    yield case("brackets without end", refused, "[" * 500)
-    yield case("no YAML", refused, "stage_1: [")
+    rejected = "not valid YAML"
+    yield case("a tag that makes a folder", rejected, "!!python/object/apply:os.mkdir [SPRUNG]")
+    yield case("a tag that evaluates", rejected, "a: !!python/object/apply:eval [\"open('SPRUNG', 'w')\"]")
+    yield case("brackets without end", rejected, "[" * 500)
+    yield case("not YAML", rejected, "stage_1: [")
     yield case("a list", "no published configuration", "- 3")
     laughs = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10) if i else 'ha'}]\n" for i in range(30))
     yield case("10^29 references", "unknown a0", laughs + stage(f"{decoder}, noise_tau: *a29"))
@@ -678,11 +695,11 @@ def cases() -> dict[str, Case]:
 
 
 def main() -> None:
-    """Print the table; exit with 1 if an outcome is not the expected one."""
+    """Print the table. Exit with 1 if an outcome is not as expected."""
     failed = 0
     for name, case in cases().items():
         found = outcome(case)
-        right = found.is_that_of(case)
+        right = found.matches(case)
         failed += not right
         cost = f"{found.seconds:5.2f} s {found.mebibytes:4.0f} MiB"
         print(f"{'ok  ' if right else 'FAIL'} {name:65.65} {cost}  {found.text}")

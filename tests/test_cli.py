@@ -305,7 +305,7 @@ def test_a_corrupt_image_is_named_and_left_out(images, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     broken = tmp_path / "images" / "train" / "blue" / "00.png"
-    assert done.stderr.count(f"WARNING: unreadable image {broken}: no known image format\n") >= 1
+    assert done.stderr.count(f"WARNING: unreadable image {broken}: not a known image format\n") >= 1
     assert done.stdout == f"artifact: {tmp_path / 'run' / 'artifact'}\n"
 
 
@@ -662,7 +662,7 @@ def test_a_folder_where_a_file_is_meant_is_left_alone(run, tmp_path, monkeypatch
     folder = Path(command[-1])
     folder.mkdir()
     (folder / "thesis.txt").write_text("years of work")
-    assert_fails(run(*command), f"{folder}: is a folder; give a file")
+    assert_fails(run(*command), f"{folder}: is a folder; give the path of a file")
     assert [path.read_text() for path in folder.iterdir()] == ["years of work"]
 
 
@@ -670,9 +670,9 @@ def test_a_folder_where_a_file_is_meant_is_left_alone(run, tmp_path, monkeypatch
     ("command", "message"),
     [
         (["generate", "builtin:emoji", "--out", "x.jpg"], "x.jpg must be a .png, .webp or .npz file, or a folder"),
-        (["generate", "builtin:emoji", "--out", "file"], "file: is a file; give a folder"),
-        (["latents", "cache", "builtin:emoji", "--out", "file"], "file: is a file; give a folder"),
-        (["latents", "generate", "builtin:emoji", "--out", "x.png"], "x.png: the file to write must end in .safetens"),
+        (["generate", "builtin:emoji", "--out", "file"], "file: is a file; give the path of a folder"),
+        (["latents", "cache", "builtin:emoji", "--out", "file"], "file: is a file; give the path of a folder"),
+        (["latents", "generate", "builtin:emoji", "--out", "x.png"], "x.png: the output file must end in .safetens"),
         (["latents", "generate", "builtin:emoji", "--out", "x.safetensors", "--guidance", "auto:2"], "a weaker model"),
         (["latents", "measure", "builtin:vit-tiny", "--out", "file/x.safetensors"], "as file is a file"),
     ],
@@ -871,7 +871,7 @@ def test_folders_are_read_whole_and_keep_their_shape(run, tiny_model, tmp_path):
         assert done.code == 0, done.err
         assert set(times(out)) == {"a.png", "deep/c.png", "deep/er/b.png", "contact-sheet.png"}
     (tmp_path / "empty").mkdir()
-    assert_fails(run("reconstruct", tiny_model, tmp_path / "empty", "--out", out), "empty: no image found in it")
+    assert_fails(run("reconstruct", tiny_model, tmp_path / "empty", "--out", out), "empty: no images found")
 
 
 def test_padding_keeps_the_whole_picture(run, tiny_model, tmp_path):
@@ -889,7 +889,7 @@ def test_originals_are_never_overwritten(run, tiny_model, tmp_path):
     path = picture(tmp_path / "x.png", 0)
     before = path.read_bytes()
     assert_fails(run("reconstruct", tiny_model, path, "--out", tmp_path), tmp_path, "holds originals")
-    assert_fails(run("reconstruct", tiny_model, tmp_path, "--out", tmp_path), tmp_path, "no image found")
+    assert_fails(run("reconstruct", tiny_model, tmp_path, "--out", tmp_path), tmp_path, "no images found")
     assert path.read_bytes() == before
 
 

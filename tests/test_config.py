@@ -73,7 +73,7 @@ def test_faults_name_their_field(values: Any, message: str):
         from_dict(Outer, values, "here")
 
 
-def test_all_faults_are_told_at_once():
+def test_all_faults_are_listed_at_once():
     with pytest.raises(UserError, match=r"law: .*; extra: "):
         from_dict(Outer, changed(law=3, extra=1), "here")
 
@@ -83,7 +83,7 @@ def test_broken_invariants_name_the_file_too():
         from_dict(Outer, changed(inner={"width": 0}), "here")
 
 
-def test_sizes_beyond_all_sense_are_refused():
+def test_sizes_out_of_range_are_rejected():
     check_sizes("part", width=1, depth=65_536)
     for value in (-1, 0, 65_537):
         with pytest.raises(UserError, match=rf"^part\.depth: {value} must be from 1 to 65,536$"):

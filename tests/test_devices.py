@@ -1,4 +1,4 @@
-"""Use and training on a device that is not the CPU: all stays there, and no step makes the host wait."""
+"""Inference and training on a virtual GPU: tensors stay on the device, and no step makes the host wait."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,18 +27,18 @@ from raekit.train.trainer import TrainConfig
 from tests.virtual_gpu import GPU, virtual_gpu
 
 
-def test_tensors_of_two_devices_do_not_go_together():
+def test_tensors_on_two_devices_cannot_be_combined():
     with virtual_gpu() as waits:
         remote = torch.ones(2, 3).to(GPU)
         assert remote.device == GPU
         assert (remote * 2 + torch.tensor(1.0)).tolist() == [[3.0] * 3] * 2
-        assert waits() == 2  # there and back
+        assert waits() == 2  # to the device and back
         with pytest.raises(RuntimeError, match=r"add.*two devices: GPU \(2, 3\), CPU \(3,\)"):
             torch.add(remote, torch.ones(3))
         assert remote.sum().item() == 6
         assert remote.cpu().device.type == "cpu"
         assert waits() == 4
-        assert remote[remote > 0].shape == (6,)  # as many as there are
+        assert remote[remote > 0].shape == (6,)  # the host waits for the number of elements
         assert waits() == 5
         remote[torch.tensor([0]).to(GPU, non_blocking=True)] += 1
         assert waits() == 5
@@ -50,10 +50,8 @@ def test_tensors_of_two_devices_do_not_go_together():
         (Sampling(steps=4), 0),
         (Sampling(steps=4, guidance=parse_guidance("cfg:2.0@0.2-0.9")), 0),
         (Sampling(steps=4, solver="heun"), 0),
-        (
-            Sampling(steps=4, solver="euler-maruyama"),
-            1,
-        ),  # for the step's noise, made on the CPU to be the same anywhere
+        # The noise of each step is made on the CPU, so that it is the same on every device.
+        (Sampling(steps=4, solver="euler-maruyama"), 1),
         (Sampling(steps=4, reuse=2), 0),
         (Sampling(steps=8, reuse=0.8), 0),
     ],
@@ -83,7 +81,7 @@ def samples(model: Path, device: torch.device, sampling: Sampling) -> torch.Tens
     return made.images
 
 
-def test_ways_between_images_and_noise(tiny_model):
+def test_conversion_between_images_and_noise(tiny_model):
     pictures = torch.rand(2, 3, 16, 16)
 
     def there_and_back(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,7 +13,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_file_appears_when_it_is_whole(tmp_path):
+def test_a_file_appears_only_when_it_is_complete(tmp_path):
     path = tmp_path / "new" / "file.txt"
     with whole(path) as partial:
         partial.write_text("one")
@@ -36,13 +36,13 @@ def test_a_folder_takes_the_place_of_another(tmp_path):
     assert names(path) == ["new"]
 
 
-def test_what_a_killed_process_left_is_written_over(tmp_path):
+def test_leftovers_of_a_killed_process_are_removed(tmp_path):
     path = tmp_path / "folder"
     with whole(path, folder=True) as partial:
         partial.mkdir()
     partial.mkdir(parents=True)
     (partial / "torn").touch()
-    (partial.parent / ".tmpAbC").touch()  # as safetensors leaves them
+    (partial.parent / ".tmpAbC").touch()  # safetensors leaves such files
     with whole(path, folder=True) as partial:
         partial.mkdir()
         (partial / "good").touch()
@@ -53,11 +53,17 @@ def test_what_a_killed_process_left_is_written_over(tmp_path):
 def test_a_folder_is_not_replaced_by_a_file_nor_a_file_by_a_folder(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("good")
-    with pytest.raises(UserError, match="folder: is a folder; give a file"), whole(tmp_path / "folder"):
+    with pytest.raises(UserError, match="folder: is a folder; give the path of a file"), whole(tmp_path / "folder"):
         pass
-    with pytest.raises(UserError, match="file: is a file; give a folder"), whole(tmp_path / "file", folder=True):
+    with (
+        pytest.raises(UserError, match="file: is a file; give the path of a folder"),
+        whole(tmp_path / "file", folder=True),
+    ):
         pass
-    with pytest.raises(UserError, match=r"x: cannot be written, as .*file is a file"), whole(tmp_path / "file" / "x"):
+    with (
+        pytest.raises(UserError, match=r"x: cannot be written because .*file is a file"),
+        whole(tmp_path / "file" / "x"),
+    ):
         pass
     assert names(tmp_path) == ["file", "folder"]
 
@@ -72,7 +78,7 @@ def test_a_kill_while_a_folder_takes_the_place_of_another_loses_neither(tmp_path
 
     def killed(self: Path, target: Path) -> Path:
         moves.append(self)
-        if len(moves) == 2:  # the old one is out of the way
+        if len(moves) == 2:  # the old folder has been moved away
             raise KeyboardInterrupt
         return move(self, target)
 
@@ -86,7 +92,7 @@ def test_a_kill_while_a_folder_takes_the_place_of_another_loses_neither(tmp_path
     assert names(path) == ["second"]
 
 
-def test_all_whom_the_umask_lets_may_read(tmp_path):
+def test_the_umask_decides_who_may_read(tmp_path):
     before = os.umask(0o027)
     try:
         with whole(tmp_path / "x.safetensors") as partial:
@@ -100,7 +106,7 @@ def test_all_whom_the_umask_lets_may_read(tmp_path):
         assert path.stat().st_mode & 0o777 == 0o640
 
 
-def test_an_error_leaves_what_was_there(tmp_path):
+def test_an_error_keeps_the_old_file(tmp_path):
     path = tmp_path / "file.txt"
     path.write_text("good")
     with pytest.raises(UnicodeEncodeError), whole(path) as partial:
@@ -108,7 +114,7 @@ def test_an_error_leaves_what_was_there(tmp_path):
     assert path.read_text() == "good"
 
 
-def test_a_full_disk_is_one_message_that_names_the_file(full_disk):
+def test_a_full_disk_gives_one_message_that_names_the_file(full_disk):
     path = full_disk / "file.txt"
     path.write_text("good")
     with pytest.raises(UserError, match=rf"^{path}: could not be written \(No space"), whole(path) as partial:

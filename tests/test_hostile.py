@@ -4,12 +4,12 @@ from tests.hostile import GROUPS, cases, outcome
 
 
 @pytest.mark.parametrize("name", cases())
-def test_a_hostile_file_works_or_is_one_message(name: str):
+def test_a_hostile_file_works_or_gives_one_message(name: str):
     case = cases()[name]
     found = outcome(case)
-    assert found.is_that_of(case), (found, case.expected)
+    assert found.matches(case), (found, case.expected)
 
 
-def test_there_are_a_hundred_in_every_group_some():
+def test_there_are_a_hundred_cases_and_some_in_every_group():
     assert len(cases()) >= 100
     assert all(any(name.startswith(f"{group}: ") for name in cases()) for group in GROUPS)

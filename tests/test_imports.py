@@ -1,4 +1,4 @@
-"""What importing costs and gives; the layers themselves are checked by import-linter."""
+"""The cost and result of imports. Import-linter checks the layers."""
 
 import pkgutil
 import subprocess
@@ -14,7 +14,7 @@ MODULES = sorted(
 
 
 def loaded_after(statement: str) -> set[str]:
-    """The modules that a new process holds after `statement`."""
+    """Return the modules that a new process has loaded after `statement`."""
     code = f"{statement}\nimport sys; print('\\n'.join(sys.modules))"
     return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
 
@@ -25,13 +25,13 @@ def test_every_public_name_is_there():
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name != "raekit.__main__"])
-def test_every_module_imports_and_says_what_it_is_for(name):
+def test_every_module_imports_and_has_a_docstring(name):
     module = __import__(name, fromlist=["_"])
     empty = hasattr(module, "__path__") and name not in ("raekit.recipes", "raekit.data.sources")
     assert empty or (module.__doc__ or "").strip()
 
 
-def test_the_library_starts_without_what_only_parts_of_it_need():
+def test_the_library_starts_without_optional_modules():
     loaded = loaded_after("import raekit, raekit.stages.run, raekit.train.trainer")
     assert not loaded & {"transformers", "matplotlib", "datasets", "tensorboard", "torch.utils.tensorboard"}
 
@@ -41,7 +41,7 @@ def test_help_and_version_need_no_torch():
     assert not loaded & {"torch", "numpy", "PIL", "pydantic"}
 
 
-def test_public_names_are_those_of_their_modules():
+def test_public_names_come_from_their_modules():
     from raekit.evaluation.evaluate import evaluate
     from raekit.models.autoencoder import Autoencoder
 

@@ -9,7 +9,7 @@ from raekit.moments import Moments
 
 
 def correlated(count: int, dim: int, seed: int = 0) -> Tensor:
-    """Float32 rows with a mean far from zero beside their deviation."""
+    """Return float32 rows whose mean is large compared with their deviation."""
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(dim, dim, generator=generator)
     return torch.randn(count, dim, generator=generator) @ mixing + 50
@@ -23,7 +23,7 @@ def collect(batches: tuple[Tensor, ...], dim: int, diagonal: bool = False) -> Mo
 
 
 @pytest.mark.parametrize("size", [1, 7, 64, 1000])
-def test_batches_of_any_size_and_order_give_numpys_moments(size):
+def test_moments_match_numpy_for_any_batch_size_and_order(size):
     rows = correlated(500, 12)
     moments = collect(rows.flip(0).split(size), 12)
     exact = rows.double().numpy()
@@ -34,7 +34,7 @@ def test_batches_of_any_size_and_order_give_numpys_moments(size):
 
 
 @pytest.mark.parametrize("diagonal", [False, True])
-def test_a_part_is_taken_away(diagonal):
+def test_a_part_is_removed(diagonal):
     rows = correlated(500, 12)
     part, rest = (collect((x,), 12, diagonal) for x in (rows[:30], rows[30:]))
     left = collect((rows,), 12, diagonal).without(part)
@@ -54,13 +54,13 @@ def test_diagonal_moments_flatten_latents(size):
     np.testing.assert_allclose(moments.variance, exact.var(0), rtol=1e-12)
 
 
-def test_a_large_mean_costs_no_digits():
+def test_a_large_mean_costs_no_precision():
     rows = torch.randn(4000, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     near, far = collect(rows.split(100), 3), collect((rows + 1e6).split(100), 3)
     torch.testing.assert_close(far.covariance, near.covariance, rtol=1e-8, atol=1e-8)
 
 
-def test_wrong_sizes_and_too_few_samples_are_refused():
+def test_wrong_sizes_and_too_few_samples_are_rejected():
     moments = Moments(3)
     moments.update(torch.zeros(0, 3))
     assert moments.count == 0
@@ -74,7 +74,7 @@ def test_wrong_sizes_and_too_few_samples_are_refused():
 
 
 def reduced(world: World, rows: Tensor) -> list[Tensor]:
-    """Full, diagonal, and one-sided (the second process sees nothing) moments over the processes."""
+    """Return moments over all processes: full, diagonal, and full when only the main process has rows."""
     mine = rows[world.rank :: world.size].split(7)
     full = collect(mine, rows.shape[1]).reduce(world)
     diagonal = collect(mine, rows.shape[1], diagonal=True).reduce(world)

@@ -13,7 +13,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def test_elsewhere_than_on_a_terminal_a_line_comes_now_and_then(clock):
+def test_without_a_terminal_a_line_appears_at_most_every_ten_seconds(clock):
     file = io.StringIO()
     with Display(Console(file=file, width=200)) as display:
         for done in range(0, 101, 10):

@@ -11,7 +11,7 @@ DRAWS = pytest.mark.parametrize("draw", [normal, uniform])
 
 
 @DRAWS
-def test_a_row_depends_on_its_own_address_alone(draw):
+def test_a_row_depends_only_on_its_own_address(draw):
     whole = draw(3, "noise", range(10), (2, 3))
     assert whole.shape == (10, 2, 3)
     assert whole.dtype == torch.float32
@@ -39,8 +39,8 @@ def test_empty_draws():
     assert uniform(0, "a", []).shape == (0,)
 
 
-def test_numbers_stay_as_they_are():
-    # Recorded once: a change of the addressing changes every sample and every training.
+def test_numbers_never_change():
+    # Recorded values. A change of the addressing would change every sample and every training run.
     assert address(0, "noise", 0) == ADDRESS
     assert normal(0, "noise", [0], (2,))[0].tolist() == pytest.approx(NORMALS, abs=1e-6)
     assert numpy_generator(0, "noise", 0).random() == pytest.approx(UNIFORM, abs=1e-12)
@@ -76,6 +76,6 @@ def test_addresses_fit_a_generator(seed: int, stream: str, position: int):
 
 
 def test_addresses_of_a_stream_do_not_collide():
-    # numpy and torch hash all 64 bits, the Mersenne twister of a CPU generator the low 32 alone.
+    # numpy uses all 64 bits of a seed. The CPU generator of torch (Mersenne twister) uses only the low 32.
     low = np.array([address(5, "order", p) & 0xFFFFFFFF for p in range(100_000)])
     assert len(np.unique(low)) == len(low)

@@ -29,19 +29,19 @@ def test_statistics_without_a_mean_are_read(tmp_path: Path):
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "weights.pt"])
 @pytest.mark.parametrize("kept", [0, 20, 0.5, -1], ids=["empty", "header", "half", "all but a byte"])
-def test_truncated_file_is_refused(name: str, kept: float, tmp_path: Path):
+def test_truncated_file_is_rejected(name: str, kept: float, tmp_path: Path):
     path = tmp_path / name
     save_file(STATE, path) if name.endswith("safetensors") else torch.save(STATE, path)
     whole = path.read_bytes()
     path.write_bytes(whole[: int(kept * len(whole)) if kept == 0.5 else int(kept)])
-    with pytest.raises(UserError, match=f"{path}: (damaged|refused)"):
+    with pytest.raises(UserError, match=f"{path}: (damaged|rejected)"):
         read_weights(path)
 
 
 @pytest.mark.parametrize("content", [torch.ones(2), [torch.ones(2)], {0: torch.ones(2)}])
-def test_tensors_without_names_are_refused(content: object, tmp_path: Path):
+def test_tensors_without_names_are_rejected(content: object, tmp_path: Path):
     torch.save(content, tmp_path / "weights.pt")
-    with pytest.raises(UserError, match=r"weights\.pt: holds no tensors by name"):
+    with pytest.raises(UserError, match=r"weights\.pt: not a state dict"):
         read_weights(tmp_path / "weights.pt")
 
 
@@ -52,12 +52,12 @@ def test_absent_file(tmp_path: Path):
 
 def test_file_of_something_else(tmp_path: Path):
     (tmp_path / "page.pt").write_text("<html>rate limited</html>")
-    with pytest.raises(UserError, match=r"page.pt: (damaged|refused)"):
+    with pytest.raises(UserError, match=r"page.pt: (damaged|rejected)"):
         read_weights(tmp_path / "page.pt")
 
 
 class Trap:
-    """Unpickled by an unwary reader, it leaves a file behind."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -66,25 +66,27 @@ class Trap:
         return Path.touch, (self.path,)
 
 
-def test_file_with_code_is_refused_and_not_run(tmp_path: Path):
+def test_file_with_code_is_rejected_and_not_run(tmp_path: Path):
     sprung = tmp_path / "sprung"
     torch.save(STATE | {"extra": Trap(sprung)}, tmp_path / "weights.pt")
     (tmp_path / "plain.pt").write_bytes(pickle.dumps(Trap(sprung)))
-    with pytest.raises(UserError, match=r"weights.pt: refused, it holds more than tensors"):
+    with pytest.raises(UserError, match=r"weights.pt: rejected because it would run"):
         read_weights(tmp_path / "weights.pt")
-    with pytest.raises(UserError, match=r"plain.pt: (refused|damaged)"):
+    with pytest.raises(UserError, match=r"plain.pt: (rejected|damaged)"):
         read_weights(tmp_path / "plain.pt")
     assert not sprung.exists()
     torch.load(tmp_path / "weights.pt", weights_only=False)
-    assert sprung.exists()  # so the trap works
+    assert sprung.exists()  # proves that the trap works
 
 
-def test_messages_tell_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_messages_say_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     torch.save(nn.Linear(2, 2), tmp_path / "module.pt")
-    with pytest.raises(UserError, match=r"module.pt: refused, .* asks to run torch.nn.modules.linear.Linear$"):
+    with pytest.raises(
+        UserError, match=r"module.pt: rejected because it would run torch.nn.modules.linear.Linear; save"
+    ):
         read_weights(tmp_path / "module.pt")
     torch.save([torch.ones(1)], tmp_path / "list.pt")
-    with pytest.raises(UserError, match=r"list.pt: holds no tensors by name"):
+    with pytest.raises(UserError, match=r"list.pt: not a state dict"):
         read_weights(tmp_path / "list.pt")
 
     def forbidden(*arguments: object, **options: object) -> None:
@@ -163,7 +165,7 @@ def test_folders(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["missing", "./a/b", "/a/b", "a/b/c", "~/models"])
-def test_what_is_neither_folder_nor_repository(name: str):
+def test_a_name_of_neither_a_folder_nor_a_repository(name: str):
     with pytest.raises(UserError, match=f"{name}: no such folder"):
         find_folder(name)
 

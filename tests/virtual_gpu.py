@@ -1,8 +1,8 @@
-"""A GPU for tests of machines without one: what does not stay on the device, or makes the host wait, shows here.
+"""A virtual GPU for tests on machines without a GPU. It finds device errors and waits of the host.
 
-Its tensors call their device "meta", hold their numbers on the CPU and are computed there. What a real device would
-refuse, an operation on tensors of both places, is an error; what would make the host wait for it is counted. Of a GPU's
-kernels, memory and speed this tells nothing.
+The tensors of the virtual GPU report the device "meta", but they keep their numbers on the CPU and compute there. An
+operation on tensors of both devices is an error, as on a real GPU. Operations that would make the host wait for the GPU
+are counted. The virtual GPU says nothing about the kernels, memory and speed of a real GPU.
 """
 
 import warnings
@@ -21,11 +21,11 @@ GPU = torch.device("meta")
 _CPU = torch.device("cpu")
 _aten = torch.ops.aten
 _BETWEEN = (_aten.copy_.default, _aten._to_copy.default, _aten.index.Tensor, _aten.index_put_.default)
-"""Operations on tensors of both places."""
+"""The operations that accept tensors of both devices."""
 
 
 class _Remote(Tensor):
-    """A tensor on the virtual GPU; `numbers` is the tensor of the CPU that it stands for."""
+    """A tensor on the virtual GPU. `numbers` is the CPU tensor with its values."""
 
     numbers: Tensor
 
@@ -38,11 +38,11 @@ class _Remote(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise RuntimeError(f"{operation}: outside of virtual_gpu()")
+        raise RuntimeError(f"{operation}: used outside virtual_gpu()")
 
 
 class _Machine(TorchDispatchMode):
-    """Sees every operation, below autograd."""
+    """Intercepts every operation, below autograd."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class _Machine(TorchDispatchMode):
         kwargs = dict(kwargs or {})
         given = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
         remote = [isinstance(x, _Remote) for x in given]
-        here = [x for x in given if not isinstance(x, _Remote) and x.ndim]  # a number may come from anywhere
+        here = [x for x in given if not isinstance(x, _Remote) and x.ndim]  # a scalar tensor may be on any device
         if any(remote) and here and operation not in _BETWEEN:
             places = ", ".join(f"{'GPU' if r else 'CPU'} {tuple(x.shape)}" for x, r in zip(given, remote, strict=True))
             raise RuntimeError(f"{operation}: tensors on two devices: {places}")
@@ -68,18 +68,18 @@ class _Machine(TorchDispatchMode):
                 self.waits += not (goes and kwargs.get("non_blocking"))
                 args = (args[0].numbers if any(remote) else args[0]).clone(), *args[1:]
         plain = tree_map(_numbers, (args, kwargs))
-        of = {id(_numbers(x)): x for x in given}  # an operation in place gives back what it was given
+        of = {id(_numbers(x)): x for x in given}  # an in-place operation returns its argument
 
         def placed(x: Any) -> Any:
             return of.get(id(x), _Remote(x) if goes else x) if isinstance(x, Tensor) else x
 
         drawn = goes and torch.Tag.nondeterministic_seeded in operation.tags
-        with torch.random.fork_rng(devices=[]) if drawn else nullcontext():  # a device has a generator of its own
+        with torch.random.fork_rng(devices=[]) if drawn else nullcontext():  # a GPU has its own generator
             return tree_map(placed, operation(*plain[0], **plain[1]))
 
 
 def _waits_for(operation: Any, given: list[Tensor]) -> bool:
-    """Whether the host has to know numbers of the device: one of them, or how many a mask chooses."""
+    """Return whether the host needs values from the device, such as a number or the size of a mask selection."""
     if operation in (_aten.index.Tensor, _aten.index_put_.default):
         return any(x.dtype in (torch.bool, torch.uint8) for x in given[1:])
     return bool({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & {*operation.tags})
@@ -91,13 +91,13 @@ def _numbers(x: Any) -> Any:
 
 @contextmanager
 def virtual_gpu() -> Iterator[Callable[[], int]]:
-    """The device `GPU` is there meanwhile. Gives what counts how often the host waited for it so far."""
+    """Enable the device `GPU`. Yield a function that returns how often the host has waited for the device so far."""
     machine = _Machine()
     tolist, autocast, generator = Tensor.tolist, torch.autocast, torch.Generator
     fused = _foreach_utils._get_fused_kernels_supported_devices
 
     def made_here(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """`torch.tensor` would make one without numbers."""
+        """Make the tensor on the CPU and move it, because `torch.tensor` makes a meta tensor without numbers."""
         return lambda data, *, device=None, **options: make(data, **options).to(device or _CPU)
 
     def to_list(self: Tensor) -> Any:
@@ -119,11 +119,11 @@ def virtual_gpu() -> Iterator[Callable[[], int]]:
     with ExitStack() as stack:
         for name, value in replaced.items():
             stack.enter_context(patch(name, value))
-        # A module that moves keeps its parameters, as on a real device.
+        # Keep the parameter objects of a module when it moves to the device, as on a real GPU.
         stack.callback(torch.__future__.set_swap_module_params_on_conversion, swap)
         torch.__future__.set_swap_module_params_on_conversion(True)
         stack.enter_context(warnings.catch_warnings())
-        # Here a parameter on "meta" has numbers.
+        # Torch assumes that a parameter on "meta" has no numbers.
         warnings.filterwarnings("ignore", message=".* in the checkpoint to a meta parameter")
         stack.enter_context(machine)
         yield lambda: machine.waits

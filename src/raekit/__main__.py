@@ -1,6 +1,6 @@
-"""`python -m raekit`, and `torchrun --nproc-per-node N -m raekit -- COMMAND ...` for several processes.
+"""Run the command line: `python -m raekit`, or `torchrun --nproc-per-node N -m raekit -- COMMAND ...`.
 
-Without the two dashes torchrun takes `--run` for an abbreviation of an option of its own.
+The two dashes are needed, because torchrun would take `--run` as an abbreviation of its own option `--run-path`.
 """
 
 from raekit.cli import main

@@ -1,4 +1,4 @@
-"""Configurations: frozen, keyword-only dataclasses, read from and written to JSON strictly."""
+"""Configurations: frozen, keyword-only dataclasses with strict conversion to and from JSON."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def configclass(cls: type[T]) -> type[T]:
-    """Make `cls` a frozen, keyword-only dataclass whose JSON form refuses unknown fields."""
+    """Make `cls` a frozen, keyword-only dataclass that rejects unknown fields in JSON."""
     cls.__pydantic_config__ = ConfigDict(extra="forbid", arbitrary_types_allowed=False)  # type: ignore[attr-defined]
     return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
 
@@ -27,28 +27,42 @@ def _adapter(cls: type[T]) -> TypeAdapter[T]:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Return the plain JSON values of `config` (tuples become lists)."""
+    """Return `config` as JSON values (tuples become lists)."""
     return _adapter(type(config)).dump_python(config, mode="json")
 
 
 def from_dict(cls: type[T], values: Any, source: str | Path) -> T:
-    """Build a `cls` from JSON values, refusing unknown fields and wrong types.
+    """Build a `cls` from JSON values.
 
-    Raises UserError with one line a fault, each naming its field; `source` names the file in it.
+    Args:
+        cls: a dataclass made by `configclass`.
+        values: the JSON values of its fields.
+        source: the file of the values, for the error message.
+
+    Raises:
+        UserError: a field is unknown, missing or invalid. The message lists every such field.
     """
     try:
         return _adapter(cls).validate_python(values)
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, e['loc'])) or cls.__name__}: {e['msg']}" for e in error.errors())
         raise UserError(f"{source}: {faults}") from None
-    except UserError as error:  # of an invariant
+    except UserError as error:  # raised by __post_init__
         raise UserError(f"{source}: {error}") from None
 
 
 def check_sizes(part: str, limit: int = 65_536, **sizes: int) -> None:
-    """Refuse numbers of an architecture, the fields of `part`, that are below 1 or beyond all sense.
+    """Check that each size of an architecture is between 1 and `limit`.
 
-    A configuration may come from anywhere, and its sizes are what memory is taken for.
+    A configuration may come from an unknown source, and its sizes determine how much memory is allocated.
+
+    Args:
+        part: the name of the configuration, for the error message.
+        limit: the largest valid size.
+        sizes: the sizes by the names of their fields.
+
+    Raises:
+        UserError: a size is out of range.
     """
     for name, value in sizes.items():
         if not 1 <= value <= limit:
@@ -56,7 +70,11 @@ def check_sizes(part: str, limit: int = 65_536, **sizes: int) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Return the JSON value in `path`; UserError if it is missing, unreadable or no JSON."""
+    """Return the JSON value in `path`.
+
+    Raises:
+        UserError: the file is missing, unreadable or not valid JSON.
+    """
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
@@ -68,12 +86,12 @@ def read_json(path: Path) -> Any:
 
 
 def to_json(values: Any) -> str:
-    """Return indented JSON text with a closing newline."""
+    """Return indented JSON text that ends in a newline."""
     return json.dumps(values, indent=2) + "\n"
 
 
 def differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
-    """Yield a line `field: old -> new` for every leaf in which two JSON values differ."""
+    """Yield a line `field: old -> new` for every field in which two JSON values differ."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in old | new:
             yield from differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)

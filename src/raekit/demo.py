@@ -25,7 +25,7 @@ from raekit.inference.generation import generate
 from raekit.inference.model import Model, load, reconstruct
 from raekit.pages import embed, write_page
 from raekit.pictures import grid, to_pil
-from raekit.progress import Report
+from raekit.progress import Progress
 from raekit.recipes import find
 from raekit.stages.generation import GenerationConfig
 from raekit.stages.reconstruction import ReconstructionConfig
@@ -49,7 +49,7 @@ class Plan:
     sampling_steps: int
 
 
-def run_demo(run: Path, minutes: float, quick: bool, progress: Report) -> bool:
+def run_demo(run: Path, minutes: float, quick: bool, progress: Progress) -> bool:
     """Do all of it in `run`, or go on where it stopped; False if a signal stopped it again.
 
     Leaves RUN/decoder, RUN/denoiser (runs), RUN/pictures, RUN/scores.json and RUN/report.html.
@@ -111,7 +111,7 @@ def _plan(
     decoder: ReconstructionConfig,
     denoiser: GenerationConfig,
     world: World,
-    progress: Report,
+    progress: Progress,
 ) -> Plan:
     """Read RUN/plan.json, or settle and write it: how much this machine can do in `minutes`."""
     path = run / "plan.json"
@@ -145,7 +145,7 @@ def _plan(
     return plan
 
 
-def _seconds_per_step(name: str, config: Any, run: Path, world: World, progress: Report) -> float:
+def _seconds_per_step(name: str, config: Any, run: Path, world: World, progress: Progress) -> float:
     times: list[float] = []
 
     def report(step: int, values: dict[str, float]) -> None:
@@ -162,14 +162,14 @@ def _seconds_per_step(name: str, config: Any, run: Path, world: World, progress:
     return sum(len(part) * sorted(part)[len(part) // 4] for part in parts if part) / len(gaps)
 
 
-def _train(name: str, config: StageConfig, run: Path, world: World, progress: Report) -> bool:
+def _train(name: str, config: StageConfig, run: Path, world: World, progress: Progress) -> bool:
     def report(step: int, values: dict[str, float]) -> None:
         progress(name, step, config.train.steps, f"loss {values[f'{name}/loss']:.4f}", config.train.batch_size)
 
     return train(config, run, world, report, progress)
 
 
-def _pictures(run: Path, model: Model, plan: Plan, config: StageConfig, world: World, progress: Report) -> None:
+def _pictures(run: Path, model: Model, plan: Plan, config: StageConfig, world: World, progress: Progress) -> None:
     """Reconstructions beside their originals, and a row of samples for each class, without and with guidance."""
     folder = run / "pictures"
     folder.mkdir(exist_ok=True)
@@ -198,7 +198,7 @@ Scores = dict[str, dict[str, float]]
 """{images: {metric: value}}."""
 
 
-def _scores(run: Path, model: Model, plan: Plan, world: World, progress: Report) -> Scores:
+def _scores(run: Path, model: Model, plan: Plan, world: World, progress: Progress) -> Scores:
     """Evaluate unguided and guided samples, with baselines."""
     plain = Sampling(steps=plan.sampling_steps)
     guided = replace(plain, guidance=(GUIDANCE,))

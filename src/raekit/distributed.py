@@ -1,4 +1,4 @@
-"""Ranks: one process is a world of one, so nothing else has a second version for many."""
+"""Work in one or many processes. One process is a world of size 1, so the same code serves both."""
 
 import os
 import warnings
@@ -21,7 +21,13 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class World:
-    """The processes of this job, as seen from one of them."""
+    """The processes of this job, from the view of one process.
+
+    Attributes:
+        rank: the number of this process, from 0.
+        size: the number of processes.
+        device: the device of this process.
+    """
 
     rank: int = 0
     size: int = 1
@@ -32,7 +38,7 @@ class World:
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum of `tensor` over all processes, on its own device; the argument is left alone."""
+        """Return the sum of `tensor` over all processes, on the device of `tensor`. The argument does not change."""
         if self.size == 1:
             return tensor
         total = tensor.to(self.device, copy=True)
@@ -40,7 +46,7 @@ class World:
         return total.to(tensor.device)
 
     def gather(self, value: object) -> list:
-        """Every process's (picklable, small) `value`, in the order of ranks."""
+        """Return the `value` of every process, by rank. Values must be small and picklable."""
         if self.size == 1:
             return [value]
         values: list = [None] * self.size
@@ -48,12 +54,12 @@ class World:
         return values
 
     def any(self, flag: bool) -> bool:
-        """True on all processes if it is on one."""
+        """Return on every process whether `flag` is true on at least one process."""
         return bool(self.sum(torch.tensor(float(flag))).item())
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """Run the block on rank zero first, then on the others: for downloads and caches."""
+        """Run the block on rank 0 first and then on the other ranks, for example to fill a cache once."""
         if not self.is_main:
             self.barrier()
         yield
@@ -61,61 +67,72 @@ class World:
             self.barrier()
 
     def barrier(self) -> None:
+        """Wait until every process calls this method."""
         if self.size > 1:
             dist.barrier()
 
     def shard(self, module: nn.Module, blocks: list[nn.Module]) -> None:
-        """Distribute `module` in place with FSDP2: replicated in float32, gradients averaged over processes.
+        """Distribute `module` in place with FSDP2. A world of size 1 does nothing.
 
-        `blocks` are sharded as units of their own, so that communication overlaps computation. A world of
-        one needs nothing of it and leaves the module alone.
+        Every process holds all weights in float32, and gradients are averaged over the processes.
+
+        Args:
+            module: the module to distribute.
+            blocks: parts of `module` that are wrapped separately, so that communication overlaps with computation.
         """
         if self.size == 1:
             return
-        # Nothing changes a module's output in place, which is what this would warn of at every restart.
+        # FSDP2 warns at every restart against changing outputs in place. The library changes no output in place.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         mesh = init_device_mesh(self.device.type, (self.size, 1), mesh_dim_names=("replicate", "shard"))
         for block in [*blocks, module]:
-            # By default the root stays gathered after a forward pass without a backward pass, and an average
-            # that was evaluated would from then on be updated in a temporary copy.
+            # By default the root keeps its gathered weights after a forward pass without a backward pass. After an
+            # evaluation, updates of an EMA copy would then go to these temporary weights.
             fully_shard(block, mesh=mesh, reshard_after_forward=True)
 
 
 def full_state(module: nn.Module) -> dict[str, Tensor]:
-    """The whole weights and buffers of a module that may be distributed; all processes call it and get them."""
+    """Return the full weights and buffers of a module, distributed or not. Every process must call it."""
     return get_model_state_dict(module, options=StateDictOptions(full_state_dict=True))  # type: ignore[return-value]
 
 
 def set_gradient_sync(module: nn.Module, enabled: bool) -> None:
-    """Whether the next backward pass averages gradients over processes (off for all micro-batches but the last)."""
+    """Set whether backward passes average gradients over processes. Only the last micro-batch of a step needs it."""
     if isinstance(module, FSDPModule):
         module.set_requires_gradient_sync(enabled)
 
 
 def prepare_device(device: str | None = None, local_rank: int = 0) -> torch.device:
-    """ "cpu", "cuda" or, for None, the best there is, for the process `local_rank` of this machine; UserError if it
-    is not there. Sets up torch for it.
+    """Return the device of a process and set up torch for it.
+
+    Args:
+        device: "cpu" or "cuda". None selects CUDA if it is available.
+        local_rank: the number of the process on this machine.
+
+    Raises:
+        UserError: there is no CUDA device, or none for this process.
     """
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind != "cuda":
         return torch.device(kind)
     if not torch.cuda.is_available():
-        raise UserError("--device cuda: there is no CUDA device that torch can use")
+        raise UserError("--device cuda: torch finds no CUDA device; use --device cpu")
     if local_rank >= (count := torch.cuda.device_count()):
-        raise UserError(f"torchrun: {local_rank + 1} or more processes for {count} CUDA devices; start {count} at most")
+        raise UserError(f"torchrun: more processes than CUDA devices ({count}); start at most {count}")
     this = torch.device(kind, local_rank)
     torch.cuda.set_device(this)
-    # On Hopper torch prefers cuDNN's attention from 2.11 on. Its bf16 gradients are NaN for some shapes and logits
-    # up to the cuDNN of torch 2.13 at least (pytorch issue 196678); flash attention is about as fast.
+    # From 2.11 on, torch prefers cuDNN attention on Hopper. Its bf16 gradients are NaN for some shapes and logits, at
+    # least up to the cuDNN version of torch 2.13 (pytorch issue 196678). Flash attention is about as fast.
     torch.backends.cuda.enable_cudnn_sdp(False)
     return this
 
 
 @contextmanager
 def world(device: str | None = None) -> Iterator[World]:
-    """Enter the world that `torchrun` describes in the environment; without it, a world of one.
+    """Join the processes that `torchrun` started. Without `torchrun`, yield a world of size 1.
 
-    `device` is "cpu", "cuda" or None for the best there is.
+    Args:
+        device: "cpu" or "cuda". None selects CUDA if it is available.
     """
     size = int(os.environ.get("WORLD_SIZE", 1))
     this = prepare_device(device, int(os.environ.get("LOCAL_RANK", 0)))

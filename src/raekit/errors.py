@@ -1,9 +1,9 @@
-"""The one exception that a user is meant to see."""
+"""The exception for errors that the user can fix."""
 
 
 class UserError(Exception):
     """Bad input or a failing environment.
 
-    The message names the file, field or value at fault and says what to do. The command line prints it
-    alone, without a traceback, and exits with 1.
+    The message says what is wrong, where, and what to do. The command line prints the message without a traceback and
+    exits with 1.
     """

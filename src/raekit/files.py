@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all."""
+"""Write files and folders completely or not at all."""
 
 import shutil
 from collections.abc import Iterator
@@ -11,49 +11,64 @@ from raekit.errors import UserError
 
 
 def check_file(path: Path, suffix: str | None = None) -> None:
-    """UserError if no file can be written to `path`, or it does not end in `suffix`: to say so before the work."""
+    """Check, before any work starts, that a file can be written to `path`.
+
+    Raises:
+        UserError: `path` does not end in `suffix`, is a folder, or is below a file.
+    """
     if suffix and path.suffix.lower() != suffix:
-        raise UserError(f"{path}: the file to write must end in {suffix}")
+        raise UserError(f"{path}: the output file must end in {suffix}")
     if path.is_dir():
-        raise UserError(f"{path}: is a folder; give a file to write")
+        raise UserError(f"{path}: is a folder; give the path of a file")
     _check_parents(path)
 
 
 def check_folder(path: Path) -> None:
-    """UserError if `path` cannot be a folder to fill: to say so before the work."""
+    """Check, before any work starts, that a folder can be written to `path`.
+
+    Raises:
+        UserError: `path` is a file or is below a file.
+    """
     if path.exists() and not path.is_dir():
-        raise UserError(f"{path}: is a file; give a folder to write to")
+        raise UserError(f"{path}: is a file; give the path of a folder")
     _check_parents(path)
 
 
 def _check_parents(path: Path) -> None:
     if above := next((folder for folder in path.parents if folder.exists() and not folder.is_dir()), None):
-        raise UserError(f"{path}: cannot be written, as {above} is a file")
+        raise UserError(f"{path}: cannot be written because {above} is a file")
 
 
 @contextmanager
 def whole(path: Path, folder: bool = False) -> Iterator[Path]:
-    """Yield a place beside `path` to write a file or a `folder` to, and move it to `path` at the end.
+    """Yield a temporary path to write to, and move the result to `path` at the end.
 
-    Until then what was at `path` stays, also if the process is killed. UserError, naming `path`, if the disk
-    refuses, or a folder is where a file is to be. The folder of `path` is made.
+    The old content of `path` stays until then, even if the process is killed. The parent folders of `path` are
+    created.
+
+    Args:
+        path: the final place of the result.
+        folder: whether the result is a folder. By default, it is a file.
+
+    Raises:
+        UserError: the result cannot be written, or `path` is a folder instead of a file or a file instead of a folder.
     """
     (check_folder if folder else check_file)(path)
-    # A folder of its own, since what writes there may leave temporary files of other names when it is killed.
+    # A separate folder, because a killed writer may leave temporary files with other names.
     work = path.with_name(path.name + ".partial")
     old = work / "old" / path.name
     try:
-        if old.is_dir() and not path.exists():  # killed between the two moves below
+        if old.is_dir() and not path.exists():  # the last process was killed between the two moves below
             old.replace(path)
         _remove(work)
         work.mkdir(parents=True)
         yield work / path.name
-        # For all whom the umask lets read: safetensors writes files for their owner alone.
+        # Apply the umask: safetensors writes files that only their owner can read.
         mode = work.stat().st_mode & 0o666
         for written in (work / path.name, *(work / path.name).rglob("*")):
             if written.is_file():
                 written.chmod(mode)
-        if path.is_dir():  # which nothing can take the place of
+        if path.is_dir():  # a folder cannot be replaced in one step
             old.parent.mkdir()
             path.replace(old)
         (work / path.name).replace(path)

@@ -66,21 +66,37 @@ def find_folder(name: str, kind: str | None = None) -> Path:
 
 
 def is_repository(name: str) -> bool:
-    """Whether `name` has the form OWNER/NAME of a repository on the Hub."""
+    """Return whether `name` has the form OWNER/NAME of a repository on the Hub."""
     return name.count("/") == 1 and not name.startswith((".", "/", "~"))
 
 
 def how_to_fetch(where: str, what: str) -> str:
-    """What to do if the files of `what` at `where` are not whole; UserError if that is no folder and no OWNER/NAME."""
+    """Return advice for a user whose files of `what` at `where` are incomplete.
+
+    Args:
+        where: a local folder, or OWNER/NAME on the Hub.
+        what: the name of the model, for the error message.
+
+    Raises:
+        UserError: `where` is neither a folder nor OWNER/NAME.
+    """
     if where and Path(where).is_dir():
-        return f"fetch it again: `hf download ID --local-dir {where}`, ID its repository on the Hub"
+        return f"download it again: `hf download ID --local-dir {where}`, where ID is its repository on the Hub"
     if is_repository(where):
         return f"run `hf download {where}` where there is a network"
     raise UserError(f"{what}: {where!r} is neither a folder nor OWNER/NAME on the Hub")
 
 
 def find_file(repository: str, name: str) -> Path:
-    """The file `name` of a repository OWNER/NAME of the Hub: cached, or downloaded now. UserError if it is neither."""
+    """Return the path of a file on the Hub. Download the file if it is not in the cache.
+
+    Args:
+        repository: OWNER/NAME on the Hub.
+        name: the path of the file in the repository.
+
+    Raises:
+        UserError: the file is not in the cache, and the Hub did not deliver it.
+    """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

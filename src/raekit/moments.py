@@ -1,4 +1,4 @@
-"""Mean and covariance of a stream, exact in one pass, over any number of batches and processes."""
+"""Compute the exact mean and covariance of a stream in one pass, over any number of batches and processes."""
 
 from typing import Self
 
@@ -10,11 +10,17 @@ from raekit.errors import UserError
 
 
 class Moments:
-    """Count, mean and scatter of vectors of `dim` elements, in float64; the vectors are not kept.
+    """The count, mean and scatter matrix of the vectors seen so far, in float64.
 
-    Batches are merged by the pairwise update of Chan, Golub and LeVeque (1979), which works with deviations
-    from the mean and so loses no digits where the mean is large. `diagonal=True` keeps the variance of each
-    element alone: dim numbers in place of dim x dim. The sums live on the device of the first batch.
+    Batches are merged by the pairwise update of Chan, Golub and LeVeque (1979). It uses deviations from the mean, so a
+    large mean costs no precision. The sums are on the device of the first batch.
+
+    Attributes:
+        dim: the length of a vector.
+        diagonal: whether only the variance of each element is kept, and no covariance.
+        count: the number of vectors.
+        mean: (dim,).
+        scatter: the sum of products of deviations from the mean, (dim, dim), or (dim,) if `diagonal`.
     """
 
     def __init__(self, dim: int, *, diagonal: bool = False):
@@ -24,19 +30,19 @@ class Moments:
         self.scatter = torch.zeros((dim,) if diagonal else (dim, dim), dtype=torch.float64)
 
     def update(self, values: Tensor) -> None:
-        """Add a batch (B, ...) of vectors; each is flattened to `dim` elements."""
+        """Add a batch (B, ...) of vectors. Each vector is flattened to `dim` elements."""
         rows = values.detach().flatten(1).to(torch.float64)
         if rows.shape[1] != self.dim:
-            raise ValueError(f"vectors of {rows.shape[1]} elements for moments of {self.dim}")
+            raise ValueError(f"vectors have {rows.shape[1]} elements, expected {self.dim}")
         if len(rows):
             mean = rows.mean(0)
             rows = rows - mean
             self._add(len(rows), mean, rows.square().sum(0) if self.diagonal else rows.T @ rows)
 
     def without(self, part: Self) -> Self:
-        """The moments of all that was seen but for `part`, which was among it."""
+        """Return the moments without the vectors in `part`. They must be among the vectors seen."""
         if part.count >= self.count:
-            raise ValueError(f"{part.count} of {self.count} samples cannot be taken away")
+            raise ValueError(f"cannot remove {part.count} of {self.count} samples; at least one must remain")
         rest = type(self)(self.dim, diagonal=self.diagonal)
         rest.count = self.count - part.count
         mean = part.mean.to(self.mean.device)
@@ -46,7 +52,7 @@ class Moments:
         return rest
 
     def reduce(self, world: World) -> Self:
-        """Give every process, in place, the moments of all processes together; call it once, at the end."""
+        """Replace the moments in place by the moments over all processes, and return them. Call it once, at the end."""
         if world.size == 1:
             return self
         total = int(world.sum(torch.tensor(self.count)))
@@ -57,18 +63,26 @@ class Moments:
 
     @property
     def covariance(self) -> Tensor:
-        """(dim, dim), unbiased: divided by count - 1. UserError below two samples."""
+        """The unbiased covariance (dim, dim): the scatter divided by count - 1.
+
+        Raises:
+            UserError: there are fewer than two samples.
+        """
         if self.diagonal:
-            raise ValueError("diagonal moments hold no covariance")
+            raise ValueError("diagonal moments have no covariance")
         if self.count < 2:
-            raise UserError(f"a covariance needs at least two samples, and there are {self.count}")
+            raise UserError(f"a covariance needs at least two samples, but there are {self.count}")
         return self.scatter / (self.count - 1)
 
     @property
     def variance(self) -> Tensor:
-        """(dim,), of the population: divided by count. UserError without samples."""
+        """The population variance (dim,): the scatter divided by count.
+
+        Raises:
+            UserError: there are no samples.
+        """
         if not self.count:
-            raise UserError("a variance needs at least one sample, and there is none")
+            raise UserError("a variance needs at least one sample, but there are none")
         return (self.scatter if self.diagonal else self.scatter.diagonal()) / self.count
 
     def _add(self, count: int, mean: Tensor, scatter: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""HTML pages that need no other file."""
+"""Write HTML pages that need no other file."""
 
 import base64
 from pathlib import Path
@@ -10,7 +10,13 @@ from raekit.files import whole
 
 
 def write_page(path: Path, template: str, **values: Any) -> None:
-    """Render the template of that name among the assets; a value that it needs and is not given is an error."""
+    """Render a template with `values` and write it to `path`.
+
+    Args:
+        path: the HTML file.
+        template: the name of a template in `raekit/assets`.
+        values: the values of the template. A missing value is an error.
+    """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("raekit", "assets"),
         autoescape=True,
@@ -23,5 +29,5 @@ def write_page(path: Path, template: str, **values: Any) -> None:
 
 
 def embed(png: bytes) -> str:
-    """A picture as an address that holds all of it."""
+    """Return a PNG image as a data URL."""
     return "data:image/png;base64," + base64.b64encode(png).decode()

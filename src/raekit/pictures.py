@@ -1,4 +1,4 @@
-"""Between image tensors and pictures."""
+"""Convert between image tensors and PIL images, and write image files."""
 
 import json
 import math
@@ -16,23 +16,24 @@ _ORIGIN = "raekit"
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """An image (3, H, W) in [0, 1] as an 8-bit picture; rounded, never truncated."""
+    """Convert an image (3, H, W) in [0, 1] to an 8-bit PIL image. Values are rounded, not truncated."""
     pixels = (image.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
 
 def from_pil(image: Image.Image) -> Tensor:
-    """An RGB picture as a float32 tensor (3, H, W) in [0, 1]."""
+    """Convert an RGB PIL image to a float32 tensor (3, H, W) in [0, 1]."""
     return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 255
 
 
 PictureFormat = Literal["png", "webp"]
-"""Of written pictures, both without loss."""
+"""The file formats for written images. Both are lossless."""
 
 
 def write_picture(image: Image.Image, path: Path, origin: object, form: PictureFormat = "png") -> None:
-    """Write an 8-bit picture that keeps `origin`, JSON values that tell what it was made from: as a PNG's text, or the
-    description in a WebP's EXIF.
+    """Write an 8-bit image together with `origin`, JSON values that record how the image was made.
+
+    A PNG file keeps `origin` as text, a WebP file as the description in its EXIF data.
     """
     if form == "webp":
         exif = Image.Exif()
@@ -45,7 +46,7 @@ def write_picture(image: Image.Image, path: Path, origin: object, form: PictureF
 
 
 def save_picture(image: Image.Image, path: Path, form: PictureFormat) -> None:
-    """Write a picture to `path`, whatever that is called, without loss."""
+    """Write an image to `path` without loss, whatever the suffix of `path`."""
     if form == "webp":
         image.save(path, format="WEBP", lossless=True)
     else:
@@ -53,7 +54,7 @@ def save_picture(image: Image.Image, path: Path, form: PictureFormat) -> None:
 
 
 def read_origin(path: Path) -> Any:
-    """What `write_picture` was told of the picture in `path`; None if that is absent, no such picture, or another's."""
+    """Return the `origin` that `write_picture` stored in `path`, or None if the file is missing or has no origin."""
     try:
         with Image.open(path, formats=["PNG", "WEBP"]) as image:
             if image.format == "PNG":
@@ -65,7 +66,7 @@ def read_origin(path: Path) -> Any:
 
 
 def grid(images: Sequence[Image.Image], columns: int | None = None, gap: int = 2) -> Image.Image:
-    """Pictures of one size, tiled row by row on white; as square as possible unless `columns` is given."""
+    """Tile images of one size row by row on white. By default, the grid is as square as possible."""
     columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
     rows = math.ceil(len(images) / columns)
     width, height = images[0].width + gap, images[0].height + gap
@@ -76,5 +77,5 @@ def grid(images: Sequence[Image.Image], columns: int | None = None, gap: int = 2
 
 
 def quantize(images: Tensor) -> Tensor:
-    """Round float images in [0, 1] to the 256 levels of an 8-bit file; values outside are clamped."""
+    """Clamp float images to [0, 1] and round them to the 256 levels of an 8-bit file."""
     return images.clamp(0, 1).mul(255).round().div(255)

@@ -1,4 +1,4 @@
-"""How far long work has come: live bars on a terminal, a line now and then elsewhere."""
+"""Show the progress of long work: live bars on a terminal, elsewhere a line at most every ten seconds."""
 
 import time
 from collections.abc import Callable
@@ -8,32 +8,50 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    Progress,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.progress import Progress as Bars
 from rich.text import Text
 
 
-class Report(Protocol):
-    """Called with what is being done, how much of how much, a remark, and the images in one unit of it."""
+class Progress(Protocol):
+    """A callback that receives the progress of long work."""
 
-    def __call__(self, what: str, done: int, total: int, text: str = "", unit: int = 1) -> None: ...
+    def __call__(self, what: str, done: int, total: int, text: str = "", unit: int = 1) -> None:
+        """Report progress.
+
+        Args:
+            what: the name of the work.
+            done: the number of finished units.
+            total: the number of units.
+            text: a remark, such as the loss.
+            unit: the number of images in one unit. The rate counts images.
+        """
+        ...
 
 
 def silent(what: str, done: int, total: int, text: str = "", unit: int = 1) -> None:
-    """A `Report` that shows nothing."""
+    """A `Progress` that shows nothing."""
 
 
-def counted(report: Report, what: str, total: int, processes: int) -> Callable[[int], None]:
-    """Called with the images that this process has done, tell `report` of all, where `processes` share them evenly."""
-    return lambda done: report(what, min(done * processes, total), total)
+def counted(progress: Progress, what: str, total: int, processes: int) -> Callable[[int], None]:
+    """Return a callback for the number of images that this process has done, out of `total` over all `processes`.
+
+    It assumes that the other processes are equally fast.
+    """
+    return lambda done: progress(what, min(done * processes, total), total)
 
 
 class Display:
-    """A `Report` that shows bars with rate and time left on `console`, between `with` and its end."""
+    """A `Progress` that shows bars with the rate and the remaining time. It is a context manager.
+
+    Args:
+        console: where the bars appear.
+        quiet: whether to show nothing.
+    """
 
     def __init__(self, console: Console, quiet: bool = False) -> None:
         self.console = console
@@ -42,7 +60,7 @@ class Display:
         self.tasks: dict[str, TaskID] = {}
         self.began: dict[str, tuple[float, int]] = {}
         self.printed = 0.0
-        self.bars = Progress(
+        self.bars = Bars(
             TextColumn("{task.description:22}"),
             BarColumn(),
             MofNCompleteColumn(),
@@ -64,7 +82,7 @@ class Display:
             self.bars.stop()
 
     def __call__(self, what: str, done: int, total: int, text: str = "", unit: int = 1) -> None:
-        """`done` of `total` of the work `what`; the rate is given in `unit`s, images for one step."""
+        """Show that `done` of `total` units of `what` are finished, see `Progress`."""
         if self.quiet:
             return
         now = time.monotonic()

@@ -1,8 +1,8 @@
-"""Randomness is addressed, not consumed.
+"""Draw random numbers by address instead of from a global state.
 
-Every random number of the library is a function of (seed, stream, position): the noise of sample 17 is
-the same for any batch size, number of processes, or number of restarts. `position` is the index of a
-sample, in the training stream or among the generated images; `stream` names the use.
+Every random number of the library is a function of (seed, stream, position). The noise of sample 17 is therefore the
+same for any batch size, number of processes and number of restarts. The position is the index of a sample in the
+training stream or among the generated images. The stream is a name for the use of the numbers, such as "noise".
 """
 
 import zlib
@@ -16,9 +16,9 @@ _MASK = 0xFFFFFFFF
 
 
 def address(seed: int, stream: str, position: int) -> int:
-    """Mix an address into 64 bits. For a fixed seed and stream it is one-to-one in the low 32 bits."""
+    """Hash an address to 64 bits. For a fixed seed and stream, positions below 2^32 differ in the low 32 bits."""
     low = (position ^ zlib.crc32(f"{seed}/{stream}".encode())) & _MASK
-    for multiplier in (0x85EBCA6B, 0xC2B2AE35):  # as MurmurHash3 ends, a bijection of 32 bits
+    for multiplier in (0x85EBCA6B, 0xC2B2AE35):  # the final mix of MurmurHash3, a bijection of 32 bits
         low = ((low ^ (low >> 16)) * multiplier) & _MASK
     low ^= low >> 15
     high = zlib.crc32(f"{stream}/{seed}/{position}".encode())
@@ -26,7 +26,7 @@ def address(seed: int, stream: str, position: int) -> int:
 
 
 def numpy_generator(seed: int, stream: str, position: int) -> np.random.Generator:
-    """A numpy generator for one address (augmentation, permutations)."""
+    """Return a numpy generator for one address, for augmentations and permutations."""
     return np.random.default_rng(address(seed, stream, position))
 
 
@@ -37,7 +37,7 @@ def normal(
     shape: Sequence[int],
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Standard normals (len(positions), *shape), float32, one address for each row."""
+    """Return standard normal numbers, float32 (len(positions), *shape). Each row has its own address."""
     out = torch.empty((len(positions), *shape), device=device)
     for row, generator in zip(out, _generators(seed, stream, positions, device), strict=True):
         torch.randn(row.shape, generator=generator, out=row)
@@ -51,7 +51,7 @@ def uniform(
     shape: Sequence[int] = (),
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Uniforms on [0, 1) of shape (len(positions), *shape), float32, one address for each row."""
+    """Return uniform numbers in [0, 1), float32 (len(positions), *shape). Each row has its own address."""
     out = torch.empty((len(positions), *shape, 1), device=device)
     for row, generator in zip(out, _generators(seed, stream, positions, device), strict=True):
         torch.rand(row.shape, generator=generator, out=row)

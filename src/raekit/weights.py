@@ -1,4 +1,4 @@
-"""Finding and reading weights, without executing code, and loading them strictly."""
+"""Read weights without running code, and load them strictly."""
 
 import pickle
 import re
@@ -15,13 +15,18 @@ from torch import Tensor, nn
 
 from raekit.errors import UserError
 
-VARIANCE_EPS = 1e-5  # what whitening adds to a variance (spec 1.3)
+VARIANCE_EPS = 1e-5  # added to the variance in whitening (spec 1.3)
 
 
 def read_weights(path: Path) -> dict[str, Any]:
-    """Read a `.safetensors` file, or a torch file with `weights_only=True`; UserError if it is absent or damaged.
+    """Read a `.safetensors` file, or a torch file with `weights_only=True`.
 
-    A torch file may hold None, numbers and nested dictionaries beside tensors, a safetensors file tensors alone.
+    Returns:
+        The values by name. A safetensors file contains only tensors. A torch file may also contain None, numbers and
+        nested dictionaries.
+
+    Raises:
+        UserError: the file is missing, unreadable or damaged, contains code, or is not a dictionary of names.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file")
@@ -35,22 +40,22 @@ def read_weights(path: Path) -> dict[str, Any]:
         if _is_packed(path):
             raise ValueError("a zip file with compressed entries")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the version of a pickle that is refused anyway
+            warnings.simplefilter("ignore")  # torch warns about the protocol of a pickle that is rejected below
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if asked := re.search(r"GLOBAL (\S+)", str(error)):
-            raise UserError(f"{path}: refused, it holds more than tensors and asks to run {asked[1]}") from None
-        raise UserError(f"{path}: damaged or no weights file; fetch or export it again") from None
-    except Exception as error:  # damaged files bring nearly every type of exception out of torch's reader
+            raise UserError(f"{path}: rejected because it would run {asked[1]}; save a state dict of tensors") from None
+        raise UserError(f"{path}: damaged or not a weights file; download or export it again") from None
+    except Exception as error:  # a damaged file can raise almost any type of exception in torch
         reason = _first_line(error) or type(error).__name__
-        raise UserError(f"{path}: damaged or no weights file ({reason}); fetch or export it again") from None
+        raise UserError(f"{path}: damaged or not a weights file ({reason}); download or export it again") from None
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
-        raise UserError(f"{path}: holds no tensors by name; expected a state dict")
+        raise UserError(f"{path}: not a state dict; expected a dictionary of tensors by name")
     return state
 
 
 def _is_packed(path: Path) -> bool:
-    """Whether it is a zip file with compressed entries, which torch never writes and which may unpack to any size."""
+    """Return whether a zip file is compressed. Torch writes no such files, and they can unpack to any size."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
@@ -62,7 +67,7 @@ def _first_line(error: Exception) -> str:
 
 
 def fingerprint(tensors: Mapping[str, Tensor | None], *values: object) -> str:
-    """16 hexadecimal digits that tell these tensors, and `values` by what they are printed as, from all others."""
+    """Return 16 hexadecimal digits that identify the names and content of `tensors` and the `repr` of `values`."""
     digest = blake2b(repr(values).encode(), digest_size=8)
     for key, tensor in sorted(tensors.items()):
         digest.update(f"{key} {None if tensor is None else (tensor.dtype, tuple(tensor.shape))}".encode())
@@ -72,35 +77,61 @@ def fingerprint(tensors: Mapping[str, Tensor | None], *values: object) -> str:
 
 
 def check_fit(make: Callable[[], nn.Module], state: Mapping[str, Tensor], source: object) -> None:
-    """Refuse, as `load_strict` does, weights that do not fit what `make` makes, before memory is taken for it."""
+    """Check that `state` fits the module that `make` returns, without allocating memory for the module.
+
+    Args:
+        make: builds the module.
+        state: the weights.
+        source: the origin of the weights, for the error message.
+
+    Raises:
+        UserError: the weights do not fit, see `load_strict`.
+    """
     with torch.device("meta"):
         load_strict(make(), state, source)
 
 
 def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: object) -> None:
-    """Load `state` into `module`; UserError that lists what is missing, unexpected or misshapen."""
+    """Load `state` into `module`.
+
+    Args:
+        module: the module. If it is on the meta device, it takes over the tensors of `state`.
+        state: the weights.
+        source: the origin of the weights, for the error message.
+
+    Raises:
+        UserError: a tensor is missing, unexpected or not numeric, or has the wrong shape. The message lists them.
+    """
     if faults := mismatches(state, module.state_dict()):
         raise UserError(f"{source}: the weights do not fit {type(module).__name__}: {faults}")
     module.load_state_dict(dict(state), assign=any(p.is_meta for p in module.parameters()))
 
 
 def _kind(value: object) -> str:
+    """Describe a value in a few words, for error messages."""
     return f"{value.layout} of {value.dtype}".replace("torch.", "") if isinstance(value, Tensor) else f"{value!r:.40}"
 
 
 def is_real(value: object) -> TypeGuard[Tensor]:
-    """Whether it is a dense tensor of real floating-point numbers."""
+    """Return whether the value is a dense tensor of real floating-point numbers."""
     return isinstance(value, Tensor) and value.layout == torch.strided and value.is_floating_point()
 
 
 def check_statistics(mean: Tensor | None, var: Tensor) -> None:
-    """UserError if latents cannot be whitened by them."""
+    """Check that latents can be whitened with these statistics.
+
+    Raises:
+        UserError: a value is not finite, or a variance is negative.
+    """
     if not (var.isfinite() & (var + VARIANCE_EPS > 0)).all() or (mean is not None and not mean.isfinite().all()):
-        raise UserError("statistics: mean and var must be finite, and var not negative")
+        raise UserError("statistics: mean and var must be finite, and var must not be negative")
 
 
 def mismatches(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
-    """What is missing in `state`, unexpected, no numbers or of another shape than in `wanted`; empty if all fits."""
+    """Describe how `state` differs from `wanted`: keys, shapes and types. The result is empty if everything fits.
+
+    At most eight differences are listed.
+    """
     faults = [f"missing {key}" for key in wanted.keys() - state.keys()]
     faults += [f"unexpected {key}" for key in state.keys() - wanted.keys()]
     faults += [

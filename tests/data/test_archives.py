@@ -1,4 +1,4 @@
-"""Images in zip, tar and npz files, among them files that were made to do harm."""
+"""Images in zip, tar and npz files, including malicious files."""
 
 import io
 import pickle
@@ -94,16 +94,19 @@ class Code:
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"arr_0": np.array([Code()], dtype=object)}, "refused, arr_0 holds Python objects"),
-        ({"arr_0": np.zeros((2, 4, 4, 3), np.float32)}, r"uint8 \(N, H, W, 3\); it holds arr_0 float32 \(2, 4, 4, 3\)"),
-        ({"arr_0": np.zeros((2, 3, 4, 4), np.uint8)}, r"it holds arr_0 uint8 \(2, 3, 4, 4\)"),
-        ({"arr_0": np.zeros((0, 4, 4, 3), np.uint8)}, r"it holds arr_0"),
-        ({"mu": np.zeros(4)}, r"it holds mu float64 \(4,\)"),
+        ({"arr_0": np.array([Code()], dtype=object)}, "arr_0 holds Python objects"),
+        (
+            {"arr_0": np.zeros((2, 4, 4, 3), np.float32)},
+            r"uint8 \(N, H, W, 3\); the file holds arr_0 float32 \(2, 4, 4, 3\)",
+        ),
+        ({"arr_0": np.zeros((2, 3, 4, 4), np.uint8)}, r"the file holds arr_0 uint8 \(2, 3, 4, 4\)"),
+        ({"arr_0": np.zeros((0, 4, 4, 3), np.uint8)}, r"the file holds arr_0"),
+        ({"mu": np.zeros(4)}, r"the file holds mu float64 \(4,\)"),
         ({"arr_0": np.zeros((2, 4, 4, 3), np.uint8), "arr_1": np.array([0, -1])}, "labels in arr_1"),
-        ({"arr_0": np.asfortranarray(np.zeros((2, 4, 4, 3), np.uint8))}, "arr_0 is stored by columns"),
+        ({"arr_0": np.asfortranarray(np.zeros((2, 4, 4, 3), np.uint8))}, "arr_0 is in Fortran order"),
     ],
 )
-def test_other_npz_files_are_refused(tmp_path: Path, arrays: dict, message: str, capsys: pytest.CaptureFixture[str]):
+def test_other_npz_files_are_rejected(tmp_path: Path, arrays: dict, message: str, capsys: pytest.CaptureFixture[str]):
     np.savez(tmp_path / "x.npz", **arrays)
     with pytest.raises(UserError, match=rf"x\.npz.*{message}"):
         open_source(f"npz:{tmp_path / 'x.npz'}", "all")
@@ -119,22 +122,22 @@ def header(shape: tuple[int, ...]) -> bytes:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (header((10**9, 999, 999, 3)), "its size is not that of an array"),
-        (header((2, 4, 4, 3)) + bytes(95), "its size is not that of an array"),
-        (header((-2, 4, 4, 3)), "its size is not that of an array|damaged"),
-        (b"\x93NUMPY\x01\x00\xff\xff" + b"{" * 100, "arr_0 is damaged or no array"),
-        (b"\x93NUMPY\x03\x00", "arr_0 is damaged or no array"),
-        (b"", "arr_0 is damaged or no array"),
+        (header((10**9, 999, 999, 3)), "its size does not fit shape"),
+        (header((2, 4, 4, 3)) + bytes(95), "its size does not fit shape"),
+        (header((-2, 4, 4, 3)), "its size does not fit shape|damaged"),
+        (b"\x93NUMPY\x01\x00\xff\xff" + b"{" * 100, "arr_0 is damaged or not an array"),
+        (b"\x93NUMPY\x03\x00", "arr_0 is damaged or not an array"),
+        (b"", "arr_0 is damaged or not an array"),
     ],
 )
-def test_npz_files_with_false_sizes_are_refused(tmp_path: Path, content: bytes, message: str):
+def test_npz_files_with_false_sizes_are_rejected(tmp_path: Path, content: bytes, message: str):
     with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
         archive.writestr("arr_0.npy", content)
     with pytest.raises(UserError, match=message):
         Npz(tmp_path / "x.npz")
 
 
-def test_an_npz_of_too_many_images_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_npz_of_too_many_images_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     np.savez(tmp_path / "x.npz", np.zeros((2, 40, 50, 3), np.uint8))
     monkeypatch.setattr("raekit.data.sources.npz.MAX_FILE", 5_999)
     with pytest.raises(UserError, match="2 images of 40 x 50 pixels are too many or too large"):
@@ -142,7 +145,7 @@ def test_an_npz_of_too_many_images_is_refused(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_file_that_unpacks_to_more_than_it_says_is_unreadable(tmp_path: Path):
-    """A bomb: four megabytes of zeros in a few kilobytes, that pass for a small image."""
+    """A zip bomb: four megabytes of zeros in a few kilobytes, declared as a small image."""
     path = tmp_path / "bomb.zip"
     packed = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
     stream = packed.compress(bytes(2**22)) + packed.flush()
@@ -153,7 +156,7 @@ def test_a_file_that_unpacks_to_more_than_it_says_is_unreadable(tmp_path: Path):
     central = content.index(b"PK\x01\x02")
     fields = bytearray(content)
     struct.pack_into("<H", fields, central + 10, zipfile.ZIP_DEFLATED)
-    struct.pack_into("<I", fields, central + 24, 100)  # its size, as it says
+    struct.pack_into("<I", fields, central + 24, 100)  # the declared size
     path.write_bytes(fields)
     source = open_source(f"zip:{path}", "all")
     tracemalloc.start()
@@ -170,17 +173,17 @@ def test_too_large_files_of_an_archive_are_unreadable(tmp_path: Path, monkeypatc
         archive.writestr("big.png", bytes(10_000))
     monkeypatch.setattr(archives, "MAX_FILE", 5_000)
     source = open_source(f"zip:{tmp_path / 'x.zip'}", "all")
-    with pytest.raises(UnreadableImage, match="10,000 bytes, more than 5,000"):
+    with pytest.raises(UnreadableImage, match="10,000 bytes, more than the limit of 5,000"):
         source[2]
-    assert values_but(source, 2) == [1, 2]
+    assert values_without(source, 2) == [1, 2]
 
 
-def values_but(source: Source, left_out: int) -> list[int]:
+def values_without(source: Source, left_out: int) -> list[int]:
     return [int(np.asarray(source[i][0])[0, 0, 0]) for i in range(len(source)) if i != left_out]
 
 
 def test_an_image_of_too_many_pixels_is_unreadable(tmp_path: Path):
-    """A PNG of a few bytes whose header tells 60,000 x 60,000 pixels."""
+    """A PNG of a few bytes whose header declares 60,000 x 60,000 pixels."""
     content = png(1)
     ihdr = b"IHDR" + struct.pack(">II", 60_000, 60_000) + content[24:29]
     bomb = content[:12] + ihdr + struct.pack(">I", zlib.crc32(ihdr)) + content[33:]
@@ -191,23 +194,23 @@ def test_an_image_of_too_many_pixels_is_unreadable(tmp_path: Path):
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar", "npz"])
-def test_damaged_archives_are_refused(tmp_path: Path, kind: str):
+def test_damaged_archives_are_rejected(tmp_path: Path, kind: str):
     path = tmp_path / "x"
     with pytest.raises(UserError, match=f"'{kind}:.*there is no file"):
         open_source(f"{kind}:{path}", "all")
-    path.write_bytes(b"neither the one nor the other")
-    with pytest.raises(UserError, match=rf"{path}: damaged or no"):
+    path.write_bytes(b"not an archive")
+    with pytest.raises(UserError, match=rf"{path}: damaged or not a"):
         open_source(f"{kind}:{path}", "all")
 
 
-def test_archives_without_images_are_refused(tmp_path: Path):
+def test_archives_without_images_are_rejected(tmp_path: Path):
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
         archive.writestr("note.txt", "text")
-    with pytest.raises(UserError, match=r"x\.zip: no image found in it"):
+    with pytest.raises(UserError, match=r"x\.zip: no images found"):
         open_source(f"zip:{tmp_path / 'x.zip'}", "all")
     with tarfile.open(tmp_path / "x.tar.gz", "w:gz"):
         pass
-    with pytest.raises(UserError, match=r"no uncompressed tar file .*unpack it first"):
+    with pytest.raises(UserError, match=r"not an uncompressed tar file .*decompress it first"):
         open_source(f"tar:{tmp_path / 'x.tar.gz'}", "all")
 
 

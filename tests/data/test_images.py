@@ -21,7 +21,7 @@ def test_files_of_a_folder_are_sorted_and_hidden_ones_left_out(tmp_path):
     assert image_files(tmp_path) == ["a/c.JPG", "b.png", "h.jp2"]
 
 
-def test_a_link_to_a_folder_is_followed_but_not_around(tmp_path):
+def test_a_link_to_a_folder_is_followed_unless_it_is_a_loop(tmp_path):
     write(tmp_path / "in/a/b.png", tmp_path / "other/c.png")
     (tmp_path / "in/a/loop").symlink_to(tmp_path / "in")
     (tmp_path / "in/self").symlink_to(tmp_path / "in/self")
@@ -29,7 +29,7 @@ def test_a_link_to_a_folder_is_followed_but_not_around(tmp_path):
     assert image_files(tmp_path / "in") == ["a/b.png", "other/c.png"]
 
 
-def test_paths_mean_files_by_their_names_and_folders_whole(tmp_path):
+def test_paths_stand_for_files_and_for_all_images_in_folders(tmp_path):
     write(*(tmp_path / name for name in ("in/a/b.png", "in/c.webp", "in/out/d.png", "e.txt")))
     found = find_images([tmp_path / "e.txt", tmp_path / "in", tmp_path / "none.png"], besides=tmp_path / "in/out")
     assert found == {
@@ -38,26 +38,26 @@ def test_paths_mean_files_by_their_names_and_folders_whole(tmp_path):
         tmp_path / "in/c.webp": "c.webp",
         tmp_path / "none.png": "none.png",
     }
-    with pytest.raises(UserError, match="no image found in it"):
+    with pytest.raises(UserError, match="no images found"):
         find_images([tmp_path / "in/out"], besides=tmp_path / "in/out")
 
 
-def test_every_extension_is_of_a_format_that_is_read():
+def test_every_extension_belongs_to_a_supported_format():
     formats = Image.registered_extensions()
     assert {formats[extension] for extension in EXTENSIONS} <= {*images.FORMATS}
 
 
-def test_an_image_is_refused_by_its_size_before_it_is_decoded(monkeypatch, tmp_path):
+def test_too_large_images_are_rejected_before_they_are_decoded(monkeypatch, tmp_path):
     Image.new("RGB", (30, 20)).save(tmp_path / "a.png")
     monkeypatch.setattr(images, "MAX_PIXELS", 600)
     assert decode(tmp_path / "a.png", "a").size == (30, 20)
     monkeypatch.setattr(images, "MAX_PIXELS", 599)
     monkeypatch.setattr(Image.Image, "load", lambda image: pytest.fail("was decoded"))
-    with pytest.raises(UnreadableImage, match=r"^a: 30 x 20 pixels, more than 599 in all"):
+    with pytest.raises(UnreadableImage, match=r"^a: 30 x 20 pixels, more than the limit of 599"):
         decode(tmp_path / "a.png", "a")
 
 
-def test_warnings_of_pillow_are_neither_shown_nor_an_error():
+def test_pillow_warnings_are_ignored():
     file = io.BytesIO()
     Image.new("P", (4, 4)).save(file, "PNG", transparency=bytes([0, 255]))
     with warnings.catch_warnings():

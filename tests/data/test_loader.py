@@ -20,13 +20,13 @@ from raekit.errors import UserError
 ONE = World()
 N = 11
 
-# Python 3.12 warns at every fork of a process with threads, such as torch's; the workers use none of them.
+# Python 3.12 warns when a process with threads forks. Torch starts threads, but the workers do not use them.
 forks = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """N images of noise, in three classes, none square; image i is the i-th in the source's order."""
+    """N images of noise in three classes, none of them square. Image i has index i in the source."""
     root = tmp_path_factory.mktemp("images")
     for i in range(N):
         path = root / "abc"[i * 3 // N] / f"{i:02}.png"
@@ -59,7 +59,7 @@ def damaged(folder, tmp_path):
 
 
 def join(batches):
-    """Samples by position: {position: (label, bytes)}; a position must not come twice."""
+    """Return the samples as {position: (label, bytes)}. Every position must occur only once."""
     samples = {}
     for batch in batches:
         for image, label, position in zip(batch.images, batch.labels, batch.positions, strict=True):
@@ -69,7 +69,7 @@ def join(batches):
 
 
 def take(data, count, start=0, batch_size=1, size=1):
-    """The stream's samples from `start`, of `count` batches of `size` ranks together."""
+    """Return the stream's samples from `start` on: `count` batches from each of `size` ranks."""
     worlds = [World(rank=rank, size=size) for rank in range(size)]
     return join(b for w in worlds for b in itertools.islice(data.stream(start, batch_size, w), count))
 
@@ -104,7 +104,7 @@ def test_a_rank_has_its_contiguous_share_of_each_batch(folder):
     assert [next(stream).positions.tolist() for _ in range(2)] == [[5, 6], [11, 12]]
 
 
-def test_each_epoch_has_every_image_once_in_an_order_of_its_own(folder):
+def test_each_epoch_has_every_image_once_in_a_different_order(folder):
     data = loader(folder, crop="center", flip=False)
     everything = [image for _, image in join(data.once(N, ONE)).values()]
     stream = [image for _, image in take(data, 3 * N).values()]
@@ -120,7 +120,7 @@ def test_another_seed_gives_another_order_and_other_crops(folder, reference):
     assert sum(other[position] == reference[position] for position in reference) < N / 2
 
 
-def test_an_image_is_cropped_anew_in_each_epoch(reference):
+def test_an_image_is_cropped_differently_in_each_epoch(reference):
     assert len({image for _, image in reference.values()}) > 4 * N
 
 
@@ -135,7 +135,7 @@ def test_flip_mirrors_about_half_of_the_images(folder):
     assert 0.35 < sum(image in mirrored for image in images) / len(images) < 0.65
 
 
-def test_labels_go_with_their_images(folder):
+def test_labels_match_their_images(folder):
     data = loader(folder, crop="center", flip=False)
     label = {image: label for label, image in join(data.once(4, ONE)).values()}
     assert all(label[image] == number for number, image in take(data, 2 * N).values())
@@ -187,7 +187,7 @@ def test_the_stream_has_the_next_readable_image_in_place_of_an_unreadable_one(fo
     replaced = {3: 5, 4: 5, 10: 0}
     assert {p: item[image] for p, (_, image) in samples.items()} == {p: replaced.get(i, i) for p, i in wanted.items()}
     names = [str(damaged / name) for name in ("a/03.png", "b/04.png", "c/10.png")]
-    assert data.unreadable == dict.fromkeys(names, "no known image format")
+    assert data.unreadable == dict.fromkeys(names, "not a known image format")
     assert sorted(record.args[0] for record in caplog.records if record.args) == names  # each once
 
 
@@ -282,19 +282,19 @@ def test_a_batch_is_split_in_order(folder):
 
 
 @pytest.mark.parametrize("batch_size", [5, 0, -2])
-def test_a_batch_that_the_ranks_cannot_share_is_refused(folder, batch_size):
-    with pytest.raises(UserError, match=f"batch size {batch_size} cannot be shared equally by 2 processes"):
+def test_a_batch_that_the_ranks_cannot_share_is_rejected(folder, batch_size):
+    with pytest.raises(UserError, match=f"batch size {batch_size} must be a positive multiple of 2"):
         loader(folder).stream(0, batch_size, World(rank=0, size=2))
 
 
 @pytest.mark.parametrize("batch_size", [0, -2])
-def test_a_pass_without_batches_is_refused(folder, batch_size):
+def test_a_pass_without_batches_is_rejected(folder, batch_size):
     with pytest.raises(UserError, match=f"batch size {batch_size} must be at least 1"):
         loader(folder).once(batch_size, ONE)
 
 
 @pytest.mark.parametrize(("field", "value"), [("image_size", 0), ("workers", -1), ("max_unreadable", 1.5)])
-def test_settings_out_of_range_are_refused_by_name(field, value):
+def test_settings_out_of_range_are_rejected_by_name(field, value):
     with pytest.raises(UserError, match=rf"{field}.*{value}"):
         DataConfig(**{"image_size": 8, field: value})
 

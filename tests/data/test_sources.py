@@ -27,7 +27,7 @@ def write_image(path: Path, value: int, mode: str = "RGB"):
 
 
 def values(source):
-    """The first pixel's red value of every image, in order."""
+    """Return the red value of the first pixel of every image, in order."""
     return [source[i][0].getpixel((0, 0))[0] for i in range(len(source))]
 
 
@@ -37,7 +37,7 @@ def labels(source):
 
 @pytest.fixture
 def classed(tmp_path):
-    """Forty images in classes cat and dog: value i is dog for odd i."""
+    """Forty images in the classes cat and dog. Image i has value i and is a dog if i is odd."""
     for i in range(40):
         write_image(tmp_path / ("cat", "dog")[i % 2] / f"deep/{i:02}.png", i)
     return tmp_path
@@ -73,14 +73,14 @@ def test_two_drawings_of_one_emoji_have_equal_code_points():
     assert code_points("flags/noto-1f1e6-1f1e8.webp") == "1f1e6-1f1e8"
 
 
-def test_an_emoji_given_out_can_be_changed_without_harm():
+def test_changing_a_returned_emoji_does_not_change_the_source():
     source = open_source("emoji")
     before = source[3][0].tobytes()
     source[3][0].paste((1, 2, 3), (0, 0, 64, 64))
     assert source[3][0].tobytes() == before
 
 
-def test_the_packed_emoji_are_small_and_their_licences_are_with_them():
+def test_the_packed_emoji_are_small_and_have_their_licences():
     assert sum(file.stat().st_size for file in (ASSETS / "emoji/data").iterdir()) <= 15e6
     notice = (ASSETS / "NOTICE").read_text()
     assert "Apache License, Version 2.0" in notice
@@ -122,7 +122,7 @@ def test_folders_train_and_val_are_the_splits(tmp_path):
     assert values(both) == [1, 0, 2, 3]
 
 
-def test_a_flat_folder_is_read_to_its_depth_in_order_and_has_no_labels(tmp_path):
+def test_a_flat_folder_is_read_recursively_in_order_and_has_no_labels(tmp_path):
     write_image(tmp_path / "b.PNG", 1)
     write_image(tmp_path / "a/z.jpeg", 2)
     write_image(tmp_path / "ä ö.webp", 3)
@@ -170,34 +170,34 @@ def test_a_damaged_image_is_named_with_the_reason(tmp_path, damage):
 
 
 @pytest.mark.parametrize("scheme", ["folder", "flat"])
-def test_a_folder_without_images_is_refused_with_the_extensions(tmp_path, scheme):
+def test_a_folder_without_images_is_rejected_with_the_extensions(tmp_path, scheme):
     (tmp_path / "cat").mkdir()
     (tmp_path / "cat" / "a.txt").write_text("no image")
     with pytest.raises(UserError, match=rf"{tmp_path}.*no image.*\.jpg.*\.png.*\.webp"):
         open_source(f"{scheme}:{tmp_path}")
 
 
-def test_a_folder_without_classes_is_refused_with_what_to_use(tmp_path):
+def test_a_folder_without_classes_is_rejected_with_what_to_use(tmp_path):
     write_image(tmp_path / "a.png", 1)
     with pytest.raises(UserError, match=f"flat:{tmp_path}"):
         open_source(f"folder:{tmp_path}")
 
 
-def test_an_empty_split_is_refused(tmp_path):
+def test_an_empty_split_is_rejected(tmp_path):
     write_image(tmp_path / "train/a/0.png", 1)
-    write_image(tmp_path / "val/1.png", 1)  # not in a class
-    with pytest.raises(UserError, match="no image in its split 'heldout'"):
+    write_image(tmp_path / "val/1.png", 1)  # not in a class folder
+    with pytest.raises(UserError, match="no images in the split 'heldout'"):
         open_source(f"folder:{tmp_path}", "heldout")
 
 
 @pytest.mark.parametrize("scheme", ["folder", "flat", "idx", "hf"])
-def test_a_missing_folder_is_refused(tmp_path, scheme):
+def test_a_missing_folder_is_rejected(tmp_path, scheme):
     with pytest.raises(UserError, match=rf"'{scheme}:.*there is no folder .*/nowhere"):
         open_source(f"{scheme}:{tmp_path}/nowhere")
 
 
 @pytest.mark.parametrize("uri", ["emojis", "folder", "folder:", "emoji:x", "s3:bucket", ""])
-def test_an_unknown_source_is_refused_with_the_known_ones(uri):
+def test_an_unknown_source_is_rejected_with_the_known_ones(uri):
     with pytest.raises(UserError, match=f"'{uri}'.*emoji, folder:DIR, flat:DIR, idx:DIR, hf:DIR"):
         open_source(uri)
 
@@ -211,7 +211,7 @@ def idx(array) -> bytes:
 
 
 def write_idx(folder, packed=False):
-    """Images of 2 rows and 3 columns: 0, 1, 2 for training, 3 and 4 held out; the label is 9 - value."""
+    """Write images of 2 rows and 3 columns: values 0 to 2 for training, 3 and 4 held out. The label is 9 - value."""
     for part, numbers in (("train", [0, 1, 2]), ("t10k", [3, 4])):
         images = np.array(numbers)[:, None, None] * np.ones((1, 2, 3))
         files = {f"{part}-images-idx3-ubyte": images, f"{part}-labels-idx1-ubyte": 9 - np.array(numbers)}
@@ -234,17 +234,17 @@ def test_idx_files_are_grey_images_with_labels(tmp_path, packed, split, expected
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (idx(np.zeros((3, 2, 3)))[:-1], "has 17 bytes of data, its header says 18"),
-        (idx(np.zeros((3, 2, 3))) + b"x", "has 19 bytes of data, its header says 18"),
+        (idx(np.zeros((3, 2, 3)))[:-1], "has 17 bytes of data, but its header says 18"),
+        (idx(np.zeros((3, 2, 3))) + b"x", "has 19 bytes of data, but its header says 18"),
         (idx(np.zeros((3, 2, 3)))[:9], "not an IDX file"),
         (b"", "not an IDX file"),
-        (idx(np.zeros(18)), "not an IDX file of bytes in 3"),
+        (idx(np.zeros(18)), "not an IDX file of bytes with 3"),
         (b"\0\0\x0d\3" + idx(np.zeros((3, 2, 3)))[4:], "not an IDX file of bytes"),
         (idx(np.zeros((2, 2, 3))), "2 images but 3 labels"),
         (None, "no such file"),
     ],
 )
-def test_a_faulty_idx_file_is_refused_by_name(tmp_path, content, message):
+def test_a_faulty_idx_file_is_rejected_by_name(tmp_path, content, message):
     write_idx(tmp_path)
     file = tmp_path / "train-images-idx3-ubyte"
     file.unlink() if content is None else file.write_bytes(content)
@@ -253,7 +253,7 @@ def test_a_faulty_idx_file_is_refused_by_name(tmp_path, content, message):
 
 
 @pytest.mark.parametrize("damage", ["cut", "text", "bits"])
-def test_a_damaged_gzip_file_is_refused_by_name(tmp_path, damage):
+def test_a_damaged_gzip_file_is_rejected_by_name(tmp_path, damage):
     write_idx(tmp_path, packed=True)
     file = tmp_path / "t10k-labels-idx1-ubyte.gz"
     content = file.read_bytes()
@@ -314,21 +314,21 @@ def test_a_dataset_without_labels_or_with_damage_is_read(tmp_path):
     source = open_source(f"hf:{tmp_path}", "all")
     assert source.classes == ()
     assert (source[0][0].getpixel((0, 0)), source[0][1]) == ((5, 5, 5), -1)
-    for row, reason in ((1, "no known image format"), (2, "no image in this row")):
+    for row, reason in ((1, "not a known image format"), (2, "no image in this row")):
         with pytest.raises(UnreadableImage, match=f"row {row}: {reason}"):
             source[row]
 
 
-def test_a_dataset_dict_without_train_or_without_images_is_refused(tmp_path):
+def test_a_dataset_dict_without_train_or_without_images_is_rejected(tmp_path):
     datasets.DatasetDict({"other": rows([1])}).save_to_disk(tmp_path / "a")
     with pytest.raises(UserError, match="no split 'train', only other"):
         open_source(f"hf:{tmp_path / 'a'}")
     datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "b")
-    with pytest.raises(UserError, match="no column of images, only text"):
+    with pytest.raises(UserError, match="no image column, only text"):
         open_source(f"hf:{tmp_path / 'b'}")
 
 
-def test_a_folder_that_is_no_saved_dataset_is_refused(tmp_path):
+def test_a_folder_that_is_no_saved_dataset_is_rejected(tmp_path):
     with pytest.raises(UserError, match=f"{tmp_path}: not a dataset"):
         open_source(f"hf:{tmp_path}")
 
@@ -380,7 +380,7 @@ def test_labels_are_known_without_decoding(classed, split, tmp_path):
         assert [int(source.labels[i]) for i in chosen] == [source[i][1] for i in chosen]
 
 
-def test_addresses_are_told_from_models():
+def test_addresses_are_distinguished_from_models():
     assert all(map(is_address, ("emoji", "flat:x", "folder:a/b", "npz:x.npz", "hf:x")))
     assert not any(map(is_address, ("builtin:emoji", "owner/name", "runs/emoji", "flat", "npz:", "emoji:x")))
 
@@ -399,7 +399,7 @@ def test_a_stamp_changes_with_the_files(tmp_path, classed):
     assert stamp("emoji") == stamp("emoji")
 
 
-def test_what_lies_behind_a_link_belongs_to_the_stamp(tmp_path):
+def test_a_stamp_includes_linked_folders(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "images").mkdir()
     Image.new("RGB", (4, 4)).save(tmp_path / "elsewhere" / "a.png")

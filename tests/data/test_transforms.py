@@ -24,7 +24,7 @@ def saved(image, kind, **options):
 
 
 def halved(pixels):
-    """What a box filter does to even sides, from its definition; rounds half up as Pillow does."""
+    """Halve an image of even sides by a box filter. Like Pillow, round half up."""
     height, width, channels = pixels.shape
     blocks = pixels.reshape(height // 2, 2, width // 2, 2, channels).astype(int)
     return (blocks.sum((1, 3)) + 2) // 4
@@ -33,9 +33,9 @@ def halved(pixels):
 @pytest.mark.parametrize(
     "size", [(64, 64), (33, 47), (32, 37), (37, 32), (101, 67), (257, 131), (40, 300), (20, 31), (31, 20)]
 )
-def test_center_crop_is_that_of_adm(size):
+def test_center_crop_matches_adm(size):
     image, target = noise(*size), 32
-    # Closed forms of its loop: the number of halvings, the length of a side, the crop's corner.
+    # Closed forms of the loop in ADM: the number of halvings, the side lengths, and the corner of the crop.
     short = min(size)
     halvings = max(0, math.floor(math.log2(short / target)))
     expected = image
@@ -52,7 +52,7 @@ def test_center_crop_is_that_of_adm(size):
 def test_center_crop_halves_by_a_box_filter():
     image = noise(32, 40)
     expected = halved(np.asarray(image))[2:18]
-    assert np.abs(np.asarray(center_crop(image, 16)).astype(int) - expected).max() <= 1  # Pillow rounds each pass
+    assert np.abs(np.asarray(center_crop(image, 16)).astype(int) - expected).max() <= 1  # Pillow rounds after each pass
 
 
 def test_pad_keeps_the_whole_image_in_the_middle_of_white():
@@ -178,6 +178,6 @@ def test_an_animation_gives_its_first_frame():
 @pytest.mark.parametrize(
     "image", [Image.new("F", (2, 2), 0.5), Image.new("I", (2, 2), 70000), Image.new("I", (2, 2), -1)]
 )
-def test_pixels_without_a_known_range_are_refused(image):
+def test_pixels_without_a_known_range_are_rejected(image):
     with pytest.raises(ValueError, match="no known range"):
         to_rgb(image)

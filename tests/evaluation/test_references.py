@@ -206,11 +206,11 @@ def test_torch_fidelitys_file_is_read_without_running_code(
     assert np.array_equal(gaussian.covariance.numpy(), statistics()["sigma"])
     for bad in {"mu": Code(), "sigma": statistics()["sigma"]}, {"mu": np.array([Code()]), "sigma": Code()}:
         torch.save(bad, path)
-        with pytest.raises(UserError, match=r"fid-2048\.pt: (refused|damaged)"):
+        with pytest.raises(UserError, match=r"fid-2048\.pt: (rejected|damaged)"):
             read_reference(path)
     for bad in {"mu": 3}, [1], {"mean": statistics()["mu"]}:
         torch.save(bad, path)
-        with pytest.raises(UserError, match=r"fid-2048\.pt: .*holds"):
+        with pytest.raises(UserError, match=r"fid-2048\.pt: (.*holds|not a state dict)"):
             read_reference(path)
     assert "code was run" not in capsys.readouterr().out
 
@@ -243,8 +243,8 @@ def spoiled(key: str, index: tuple[int, ...], value: float) -> dict[str, np.ndar
         ({"mu": np.arange(6)}, r"mu is int64 \(6,\)"),
         ({"mu": np.array(["a"] * 6)}, r"mu is <U1"),
         ({"mu": np.zeros(20_000)}, r"mu is float64 \(20000,\)"),
-        ({"mu": np.array([Code()] * 6)}, "refused, mu holds Python objects"),
-        ({"arr_0": np.array([Code()] * 6)}, "refused, arr_0 holds Python objects"),
+        ({"mu": np.array([Code()] * 6)}, "mu holds Python objects"),
+        ({"arr_0": np.array([Code()] * 6)}, "arr_0 holds Python objects"),
         (spoiled("mu", (2,), np.nan), "not finite"),
         (spoiled("sigma", (2, 2), np.inf), "not finite"),
         (spoiled("sigma", (2, 3), 0.7), "the covariance is not symmetric"),
@@ -266,7 +266,7 @@ def test_a_covariance_that_would_fill_the_memory_is_refused_unread(tmp_path: Pat
     path = adm(tmp_path / "x.npz", sigma=None)
     with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("sigma.npy", file.getvalue())
-    with pytest.raises(UserError, match="sigma is damaged, its size is not that of an array"):
+    with pytest.raises(UserError, match="sigma is damaged: its size does not fit shape"):
         read_reference(path)
 
 
@@ -275,7 +275,7 @@ def test_files_that_are_none_are_refused(tmp_path: Path, name: str):
     with pytest.raises(UserError, match=rf"{name}: no such file"):
         read_reference(tmp_path / name)
     (tmp_path / name).write_bytes(b"nothing of the kind")
-    with pytest.raises(UserError, match=rf"{name}: (damaged|refused|no reference)"):
+    with pytest.raises(UserError, match=rf"{name}: (damaged|rejected|no reference)"):
         read_reference(tmp_path / name)
 
 

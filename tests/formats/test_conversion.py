@@ -194,7 +194,7 @@ def test_table_may_be_left_out_but_not_be_another(files, tmp_path):
         ({"strange": torch.ones(1)}, "holds no published decoder$"),
         ({"decoder_embed.weight": torch.ones(1), "decoder_pred.weight": torch.ones(1)}, "no published decoder$"),
         ({"step": 3}, "checkpoint: no state dict"),
-        (torch.ones(3), "holds no tensors by name; expected a state dict"),
+        (torch.ones(3), "not a state dict; expected a dictionary of tensors"),
     ],
 )
 def test_what_is_no_decoder_is_told(content: Any, message: str, files, tmp_path):
@@ -209,7 +209,7 @@ def test_what_is_no_decoder_is_told(content: Any, message: str, files, tmp_path)
         ({"var": torch.ones(64, 3, 3)}, r"latents \(64, 3, 3\), but the encoder gives \(64, 2, 2\)"),
         ({"var": torch.ones(4)}, "statistics: var must be"),
         ({"var": torch.ones(LATENT), "std": 1}, "statistics: unknown std"),
-        ([torch.ones(LATENT)], "holds no tensors by name; expected a state dict"),
+        ([torch.ones(LATENT)], "not a state dict; expected a dictionary of tensors"),
     ],
 )
 def test_foreign_statistics_are_refused(content: Any, message: str, files):

@@ -114,7 +114,7 @@ def test_errors(vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     state = load_file(vae / WEIGHTS)
     lost = state.popitem()[0]
     save_file(state, tmp_path / "partial" / WEIGHTS)
-    with pytest.raises(UserError, match=f"lacks {re.escape(lost)}; fetch it again"):
+    with pytest.raises(UserError, match=f"lacks {re.escape(lost)}; download it again"):
         load_autoencoder(f"vae:{tmp_path / 'partial'}@16")
     (tmp_path / "partial" / WEIGHTS).write_bytes(b"")
     with pytest.raises(UserError, match="could not be loaded"):

@@ -1,4 +1,4 @@
-"""Reading what lies in zip, tar and npz files: nothing is unpacked to disk, no size is taken on trust, no code runs."""
+"""Read zip, tar and npz files safely: without unpacking to disk, trusting a stated size, or running code."""
 
 import math
 import os
@@ -14,11 +14,19 @@ import numpy as np
 from raekit.errors import UserError
 
 MAX_FILE = 256 * 2**20
-"""Larger files of an archive are not read: no image needs as much, and a few bytes may unpack to any size."""
+"""The largest file, in bytes, that is read from an archive. A few compressed bytes can unpack to any size."""
 
 
 class Entry(NamedTuple):
-    """Where a file of an archive lies: after a local header, if it is of a zip file, which may have packed it."""
+    """The place of a file in an archive.
+
+    Attributes:
+        offset: where the file starts in the archive: its local header in a zip file, its content in a tar file.
+        packed: the size in the archive, in bytes.
+        size: the size of the content, in bytes, as the archive states it.
+        local_header: whether a local header precedes the content, as in a zip file.
+        deflated: whether the content is compressed.
+    """
 
     offset: int
     packed: int
@@ -28,9 +36,10 @@ class Entry(NamedTuple):
 
 
 def zip_entries(path: Path) -> dict[str, Entry]:
-    """The files of a zip archive by name; those that are encrypted or packed in rare ways are left out.
+    """Return the files of a zip archive by name, without encrypted files and rare compression methods.
 
-    UserError if it is no zip file.
+    Raises:
+        UserError: the file does not exist or is not a zip file.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -49,54 +58,69 @@ def zip_entries(path: Path) -> dict[str, Entry]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (zipfile.BadZipFile, OSError, ValueError, struct.error) as error:
-        raise UserError(f"{path}: damaged or no zip file ({error})") from None
+        raise UserError(f"{path}: damaged or not a zip file ({error})") from None
 
 
 def tar_entries(path: Path) -> dict[str, Entry]:
-    """The regular files of an uncompressed tar archive by name; UserError if it is none."""
+    """Return the regular files of an uncompressed tar archive by name.
+
+    Raises:
+        UserError: the file does not exist or is not an uncompressed tar file.
+    """
     try:
         with tarfile.open(path, "r:") as archive:
             return {info.name: Entry(info.offset_data, info.size, info.size) for info in archive if info.isreg()}
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (tarfile.TarError, OSError, ValueError) as error:
-        raise UserError(f"{path}: damaged or no uncompressed tar file ({error}); unpack it first") from None
+        raise UserError(f"{path}: damaged or not an uncompressed tar file ({error}); decompress it first") from None
 
 
 def read_entry(path: Path, entry: Entry) -> bytes:
-    """The content of one file; ValueError with the reason if it is too large or damaged, or OSError."""
+    """Return the content of one file.
+
+    Raises:
+        ValueError: the file is damaged or larger than `MAX_FILE`.
+        OSError: the archive cannot be read.
+    """
     if max(entry.size, entry.packed) > MAX_FILE:
-        raise ValueError(f"{max(entry.size, entry.packed):,} bytes, more than {MAX_FILE:,}")
+        raise ValueError(f"{max(entry.size, entry.packed):,} bytes, more than the limit of {MAX_FILE:,}")
     with path.open("rb") as file:
         file.seek(_start(file, entry))
         content = file.read(entry.packed)
     if entry.deflated:
-        try:  # one byte more than it should have is enough to see that it has more
+        try:  # one extra byte shows that the content is too long
             content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, entry.size + 1)
         except zlib.error as error:
             raise ValueError(f"damaged ({error})") from None
     if len(content) != entry.size:
-        raise ValueError(f"damaged: its size is not the {entry.size} bytes that the archive tells")
+        raise ValueError(f"damaged: its size is not the {entry.size} bytes that the archive states")
     return content
 
 
 def _start(file: BinaryIO, entry: Entry) -> int:
-    """Where the content begins; a zip file's local header has names of its own length."""
+    """Return the offset of the content. A zip file's local header states its own length."""
     if not entry.local_header:
         return entry.offset
     file.seek(entry.offset)
     header = file.read(30)
     if len(header) < 30 or header[:4] != b"PK\x03\x04":
-        raise ValueError("damaged: no header where the archive tells one")
+        raise ValueError("damaged: there is no file header where the archive states one")
     return entry.offset + 30 + sum(struct.unpack("<HH", header[26:30]))
 
 
 class Npz:
-    """The arrays of an `.npz` file: their types and shapes at once, their rows when asked for.
+    """The arrays of an `.npz` file. Their types and shapes are read at once, their rows on request.
 
-    `arrays` maps names to (dtype, shape). UserError for what is no such file, and for arrays of Python objects,
-    whose reading would run code. It can be pickled and holds no open file but, of a compressed array, its place
-    in it, so that such rows should be read in order.
+    The object can be pickled. It keeps the file open only to read compressed arrays, which is fastest in row order.
+
+    Attributes:
+        path: the file.
+        arrays: maps the name of each array to (dtype, shape).
+
+    Raises:
+        UserError: the file is missing or damaged, or an array holds Python objects (reading them could run code)
+            or is in Fortran order.
     """
 
     def __init__(self, path: Path):
@@ -113,26 +137,35 @@ class Npz:
                     read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
                     shape, fortran, dtype = read[np.lib.format.read_magic(file)](file)  # type: ignore[index]
                     self._offsets[name] = file.tell()
-            except Exception as error:  # damaged headers bring many types of exception
-                raise UserError(f"{path}: {name} is damaged or no array ({error})") from None
+            except Exception as error:  # a damaged header can raise many types of exception
+                raise UserError(f"{path}: {name} is damaged or not an array ({error})") from None
             if dtype.hasobject:
-                raise UserError(f"{path}: refused, {name} holds Python objects, whose reading may run code")
+                raise UserError(f"{path}: {name} holds Python objects, and reading them could run code; save numbers")
             if fortran and len(shape) > 1:
-                raise UserError(f"{path}: {name} is stored by columns; write it with numpy.ascontiguousarray")
+                raise UserError(f"{path}: {name} is in Fortran order; save numpy.ascontiguousarray of it")
             if entry.size != self._offsets[name] + math.prod(shape) * dtype.itemsize:
-                raise UserError(f"{path}: {name} is damaged, its size is not that of an array {shape} of {dtype}")
+                raise UserError(f"{path}: {name} is damaged: its size does not fit shape {shape} and type {dtype}")
             self.arrays[name] = (dtype, shape)
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_streams": {}}
 
     def row(self, name: str, index: int) -> np.ndarray:
-        """One row of an array; ValueError or OSError if it cannot be read."""
+        """Return one row of an array.
+
+        Raises:
+            ValueError: the array is damaged.
+            OSError: the file cannot be read.
+        """
         dtype, shape = self.arrays[name]
         return self._read(name, index, shape[1:], dtype)
 
     def read(self, name: str) -> np.ndarray:
-        """A whole array, whose shape the caller has looked at; UserError if it is damaged."""
+        """Return a complete array. The caller must check its size in `arrays` first.
+
+        Raises:
+            UserError: the array is damaged or the file cannot be read.
+        """
         dtype, shape = self.arrays[name]
         try:
             return self._read(name, 0, shape, dtype)
@@ -153,7 +186,7 @@ class Npz:
         return np.frombuffer(content, dtype).reshape(shape)
 
     def _unpacked(self, name: str, offset: int, size: int) -> bytes:
-        key = (os.getpid(), name)  # a forked process must not share the place in the file
+        key = (os.getpid(), name)  # a forked process must not share the file position
         try:
             if key not in self._streams:
                 self._streams[key] = self._open(name)
@@ -163,5 +196,5 @@ class Npz:
             raise ValueError(f"damaged ({error})") from None
 
     def _open(self, name: str) -> BinaryIO:
-        with zipfile.ZipFile(self.path) as archive:  # what is open keeps the file open
+        with zipfile.ZipFile(self.path) as archive:  # the open entry keeps the file open
             return cast(BinaryIO, archive.open(f"{name}.npy"))

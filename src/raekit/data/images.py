@@ -1,4 +1,4 @@
-"""Image files: which there are in a folder, and what is in them, decoded within bounds."""
+"""Find image files and decode them safely."""
 
 import os
 import warnings
@@ -12,7 +12,7 @@ from raekit.data.transforms import FITS, Fit, to_rgb
 from raekit.errors import UserError
 
 FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP")
-"""What is read, whatever a file is called. Of Pillow's others, some start programs, as EPS does Ghostscript."""
+"""The formats that are read, whatever the file extension. Other Pillow formats are unsafe: EPS starts Ghostscript."""
 
 EXTENSIONS = (
     ".avif",
@@ -36,14 +36,19 @@ EXTENSIONS = (
     ".tiff",
     ".webp",
 )
-"""The files of a folder that are taken for images."""
+"""The extensions of the files in a folder that count as images."""
 
 MAX_PIXELS = 89_478_485
-"""Larger images are refused before they are decoded, which takes up to 16 bytes a pixel; Pillow warns from here on."""
+"""The largest image, in pixels. Decoding takes up to 16 bytes a pixel. Pillow warns from the same size on."""
 
 
 class UnreadableImage(Exception):
-    """One image cannot be decoded; whoever reads several decides what follows."""
+    """An image cannot be decoded. A reader of many images decides whether to skip it.
+
+    Attributes:
+        path: the name of the image.
+        reason: why it cannot be decoded.
+    """
 
     def __init__(self, path: str, reason: str):
         super().__init__(f"{path}: {reason}")
@@ -51,12 +56,20 @@ class UnreadableImage(Exception):
 
 
 def decode(file: str | Path | BytesIO, name: str) -> Image.Image:
-    """The upright 8-bit RGB image in `file` (`to_rgb`), or UnreadableImage with `name` and the reason."""
-    if not isinstance(file, BytesIO) and not os.path.isfile(file):  # a named pipe would be waited for
-        raise UnreadableImage(name, "no such file, or not a regular one")
+    """Return the image in `file` as upright 8-bit RGB (see `to_rgb`).
+
+    Args:
+        file: a path or the content of a file.
+        name: the name of the image in errors.
+
+    Raises:
+        UnreadableImage: the file is missing, damaged, too large or of an unknown format.
+    """
+    if not isinstance(file, BytesIO) and not os.path.isfile(file):  # opening a named pipe would block
+        raise UnreadableImage(name, "no such file, or not a regular file")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's, of odd metadata; the size is looked at here
+            warnings.simplefilter("ignore")  # Pillow warns about odd metadata and large sizes; the size is checked here
             with Image.open(file, formats=FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise UnreadableImage(name, _too_large(f"{image.width} x {image.height} pixels"))
@@ -64,24 +77,29 @@ def decode(file: str | Path | BytesIO, name: str) -> Image.Image:
     except UnreadableImage:
         raise
     except UnidentifiedImageError:
-        raise UnreadableImage(name, "no known image format") from None
+        raise UnreadableImage(name, "not a known image format") from None
     except Image.DecompressionBombError:
         raise UnreadableImage(name, _too_large("too many pixels")) from None
     except OSError as error:
         raise UnreadableImage(name, error.strerror or str(error)) from error
-    except Exception as error:  # damaged files bring nearly every type of exception out of Pillow
+    except Exception as error:  # a damaged file can raise almost any type of exception in Pillow
         raise UnreadableImage(name, str(error) or type(error).__name__) from error
 
 
 def _too_large(size: str) -> str:
-    return f"{size}, more than {MAX_PIXELS:,} in all; scale it down first"
+    return f"{size}, more than the limit of {MAX_PIXELS:,}; scale the image down first"
 
 
 def find_images(paths: Sequence[Path], besides: Path | None = None) -> dict[Path, str]:
-    """The image files that `paths` mean, each with its name, in order.
+    """Return the image files in `paths`, in order, each with its name.
 
-    A folder means the image files anywhere below it, by their paths within it; what is below `besides` is left
-    out. Any other path means itself, image or not, by its own name. UserError for a folder without images.
+    Args:
+        paths: files and folders. A folder stands for all image files below it, named by their paths relative to it.
+            Any other path stands for itself, whether it is an image or not.
+        besides: a folder to leave out.
+
+    Raises:
+        UserError: a folder contains no images.
     """
     found: dict[Path, str] = {}
     for path in paths:
@@ -93,18 +111,22 @@ def find_images(paths: Sequence[Path], besides: Path | None = None) -> dict[Path
             place = besides.resolve()
             files = {file: name for file, name in files.items() if not file.resolve().is_relative_to(place)}
         if not files:
-            raise UserError(f"{path}: no image found in it (files read: {', '.join(EXTENSIONS)})")
+            raise UserError(f"{path}: no images found (supported extensions: {', '.join(EXTENSIONS)})")
         found |= files
     return found
 
 
 def image_files(folder: Path) -> list[str]:
-    """Paths, within `folder` and sorted, of the image files below it; hidden ones and hidden folders are left out."""
+    """Return the sorted relative paths of the image files below `folder`, without hidden files and folders."""
     return sorted(path for path in files_below(folder) if path.lower().endswith(EXTENSIONS))
 
 
 def files_below(folder: Path) -> list[str]:
-    """All files below `folder`, as paths within it, through links as well; without hidden ones and hidden folders."""
+    """Return the relative paths of all files below `folder`. Follow links, and skip hidden files and folders.
+
+    Raises:
+        UserError: a folder cannot be read.
+    """
 
     def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename}: cannot be read ({error.strerror})")
@@ -118,15 +140,21 @@ def files_below(folder: Path) -> list[str]:
 
 
 def _is_loop(parent: str, name: str) -> bool:
-    """Whether the folder `name` is a link to one that `parent` lies in."""
+    """Return whether the folder `name` is a link to `parent` or to a folder above it."""
     path = Path(parent, name)
     return path.is_symlink() and Path(parent).resolve().is_relative_to(path.resolve())
 
 
 def read_image(path: Path, size: int, fit: Fit = "crop") -> Image.Image:
-    """The picture in `path`, of any format and mode, as size x size: cropped to its middle, or whole on white.
+    """Return the image in `path` as an RGB square.
 
-    UserError if it is unreadable, or larger than `data.images.MAX_PIXELS`.
+    Args:
+        path: an image file in one of `FORMATS`.
+        size: the side of the square, in pixels.
+        fit: "crop" keeps the central square, "pad" keeps the complete image on white.
+
+    Raises:
+        UserError: the file is missing, unreadable, or larger than `MAX_PIXELS`.
     """
     if not os.path.lexists(path):
         raise UserError(f"{path}: no such file")

@@ -1,4 +1,4 @@
-"""Batches of images, in an order that is a function of (seed, images seen) alone."""
+"""Load batches of images, in an order that depends only on the seed and the number of images seen."""
 
 import logging
 import signal
@@ -29,11 +29,16 @@ _T = TypeVar("_T")
 
 @configclass
 class DataConfig:
-    """Images to load.
+    """The images to load.
 
-    `source` is an address for `open_source`; `crop` and `flip` (with probability one half) are for the
-    training stream; `workers` is the number of processes that decode (0: none but this one);
-    `max_unreadable` is the share of the source that may be unreadable before it is an error.
+    Attributes:
+        source: the address of the dataset, see `open_source`.
+        split: the part of the dataset: `train`, `heldout` or `all`.
+        image_size: the side of the square images, in pixels.
+        crop: how the training stream crops an image to a square.
+        flip: whether the training stream mirrors half of the images at random.
+        workers: the number of processes that decode images. With 0, this process decodes them.
+        max_unreadable: the fraction of the images, from 0 to 1, that may be unreadable. Loading fails above it.
     """
 
     source: str = "emoji"
@@ -50,15 +55,15 @@ class DataConfig:
         if self.workers < 0:
             raise UserError(f"data.workers must be at least 0, not {self.workers}")
         if not 0 <= self.max_unreadable <= 1:
-            raise UserError(f"data.max_unreadable must be a share between 0 and 1, not {self.max_unreadable}")
+            raise UserError(f"data.max_unreadable must be between 0 and 1, not {self.max_unreadable}")
 
     def tolerated(self, items: int) -> int:
-        """How many of a source's `items` may be unreadable."""
+        """Return how many of the `items` of a source may be unreadable."""
         return min(int(self.max_unreadable * items), items - 1)
 
 
 class Rows:
-    """The methods of a dataclass of tensors that have a row for each sample; one is their `positions`."""
+    """Base of dataclasses whose tensors have one row for each sample. One of the tensors is `positions`."""
 
     positions: Tensor
 
@@ -66,23 +71,27 @@ class Rows:
         return len(self.positions)
 
     def to(self, device: torch.device | str) -> Self:
-        """The same on `device`. The positions stay: they address random numbers, for which the host reads them."""
-        asynchronous = torch.device(device).type != "cpu"  # towards the CPU, nothing would wait for the copy
+        """Return a copy on `device`. The positions stay on the CPU, where they address random numbers."""
+        asynchronous = torch.device(device).type != "cpu"  # nothing would wait for an asynchronous copy to the CPU
         rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "positions"}  # type: ignore[arg-type]
         moved = {name: tensor.to(device, non_blocking=asynchronous) for name, tensor in rest.items()}
         return replace(self, **moved)  # type: ignore[type-var]
 
     def split(self, size: int) -> list[Self]:
-        """Parts of at most `size` samples, in order."""
+        """Split into parts of at most `size` samples, in order."""
         parts = zip(*(getattr(self, f.name).split(size) for f in fields(self)), strict=True)  # type: ignore[arg-type]
         return [type(self)(*part) for part in parts]
 
 
 @dataclass(frozen=True)
 class Batch(Rows):
-    """images uint8 (B, 3, S, S); labels int64 (B,), -1 without a label; positions int64 (B,).
+    """A batch of images.
 
-    A position counts images in the training stream; in one pass it is the item's index in the source.
+    Attributes:
+        images: uint8 (B, 3, S, S).
+        labels: int64 (B,), -1 for an image without a label.
+        positions: int64 (B,). In the training stream, the number of images before this one. In a single pass, the
+            index of the image in the source.
     """
 
     images: Tensor
@@ -90,12 +99,17 @@ class Batch(Rows):
     positions: Tensor
 
     def pixels(self) -> Tensor:
-        """Images as float32 (B, 3, S, S) in [0, 1]."""
+        """Return the images as float32 (B, 3, S, S) in [0, 1]."""
         return self.images.float() / 255
 
 
 class Loader:
-    """Batches from one source. `unreadable` maps the name of each image that failed so far to the reason."""
+    """Loads batches from one source.
+
+    Attributes:
+        source: the opened source.
+        unreadable: maps the name of each image that could not be decoded so far to the reason.
+    """
 
     def __init__(self, config: DataConfig, seed: int):
         self.config, self.seed = config, seed
@@ -111,22 +125,34 @@ class Loader:
         return len(self.source)
 
     def stream(self, start: int, batch_size: int, world: World) -> Iterator[Batch]:
-        """Yield this rank's contiguous share of each batch, endlessly, after the first `start` images.
+        """Yield this rank's contiguous share of each training batch, without end.
 
-        Each epoch is a permutation of the source, and each position has its own random crop and flip, so the
-        samples do not depend on `batch_size` (that of all ranks together), the world or the workers. In place
-        of an unreadable image comes the next readable one of the source.
+        Each epoch is a permutation of the source, and each position has its own random crop and flip. The samples
+        therefore do not depend on the batch size, the number of ranks or the number of workers. The next readable
+        image of the source replaces an unreadable image.
 
-        Raises UserError if the ranks cannot share a batch equally, or too many images are unreadable.
+        Args:
+            start: the number of images to skip, such as the images seen before a resume.
+            batch_size: the size of a batch over all ranks.
+            world: the processes that share each batch.
+
+        Raises:
+            UserError: the batch size is not a multiple of the number of ranks, or too many images are unreadable.
         """
         reader = _Reader(self.source, self.config, self.seed, attempts=self._tolerated + 1)
         return self._batches(reader, stream_shares(start, batch_size, world), world)
 
     def once(self, batch_size: int, world: World) -> Iterator[Batch]:
-        """Yield batches of one pass over the source, in its order, centre-cropped: ranks take them in turn.
+        """Yield centre-cropped batches of a single pass over the source, in its order.
 
-        Every readable image comes exactly once over all ranks; the last batch is short. `batch_size` is that of one
-        rank. Raises UserError if it is not positive, or too many images are unreadable.
+        Ranks take turns, so that together they read every readable image exactly once. The last batch may be shorter.
+
+        Args:
+            batch_size: the size of a batch on one rank.
+            world: the processes that share the pass.
+
+        Raises:
+            UserError: the batch size is not positive, or too many images are unreadable.
         """
         if batch_size < 1:
             raise UserError(f"batch size {batch_size} must be at least 1")
@@ -135,9 +161,10 @@ class Loader:
         return (batch for batch in batches if len(batch))
 
     def read(self, parts: Iterable[range], world: World) -> Iterator[Batch]:
-        """Yield the readable ones of each of `parts`, which are items of the source, centre-cropped.
+        """Yield one centre-cropped batch for each range of source indices in `parts`, without unreadable images.
 
-        Raises UserError if too many images are unreadable.
+        Raises:
+            UserError: too many images are unreadable.
         """
         return self._batches(_Reader(self.source, self.config, seed=None, attempts=1), parts, world)
 
@@ -155,50 +182,50 @@ class Loader:
             names = ", ".join(list(self.unreadable)[:5])
             share = f"{len(self.unreadable)} of {len(self)} images"
             raise UserError(
-                f"data source {self.source.name!r}: {share} are unreadable, more than the "
-                f"max_unreadable={self.config.max_unreadable:g} of them; repair or remove {names}"
+                f"data source {self.source.name!r}: {share} are unreadable, more than "
+                f"max_unreadable={self.config.max_unreadable:g} allows; repair or remove them, starting with {names}"
             )
 
 
 def load_parts(reader: Dataset[_T], parts: Iterable[range], workers: int, world: World) -> Iterator[_T]:
-    """Yield `reader[part]` for each of `parts`, read ahead by so many `workers` (0: none but this process)."""
+    """Yield `reader[part]` for each of `parts`. `workers` processes read ahead; with 0, this process reads."""
     loaded = DataLoader(
         reader,
-        batch_size=None,  # `parts` are whole batches
+        batch_size=None,  # each part is a complete batch
         sampler=parts,
         num_workers=workers,
         pin_memory=world.device.type == "cuda",
         worker_init_fn=_ignore_signals,
-        generator=torch.Generator(),  # or it would draw from the global one
+        generator=torch.Generator(),  # without it, the loader draws from the global generator
     )
     yield from loaded
 
 
 def stream_shares(start: int, batch_size: int, world: World) -> Iterator[range]:
-    """This rank's contiguous share of the positions of each batch of the training stream, endlessly."""
+    """Yield the positions of this rank's share of each training batch, without end."""
     share = _share(batch_size, world)
     return (range(first, first + share) for first in count(start + world.rank * share, batch_size))
 
 
 def item_at(seed: int, position: int, items: int) -> int:
-    """The item of a source at `position` of the training stream, of which each epoch is a permutation."""
+    """Return the source index at `position` of the training stream. Each epoch is a permutation of the source."""
     return int(_order(seed, position // items, items)[position % items])
 
 
 def augmentation(config: DataConfig, seed: int, position: int) -> tuple[bool, np.random.Generator]:
-    """Whether the image at `position` of the training stream is flipped, and the generator of its crop."""
+    """Return whether the image at `position` of the training stream is flipped, and the generator of its crop."""
     generator = numpy_generator(seed, "augment", position)
     return config.flip and generator.random() < 0.5, generator
 
 
 def _share(batch_size: int, world: World) -> int:
     if batch_size < 1 or batch_size % world.size:
-        raise UserError(f"batch size {batch_size} cannot be shared equally by {world.size} processes")
+        raise UserError(f"batch size {batch_size} must be a positive multiple of {world.size}, the number of processes")
     return batch_size // world.size
 
 
 def _ignore_signals(_: int) -> None:
-    """Leave it to the main process to end its workers: asked to stop, it may need another batch first."""
+    """Ignore signals in a worker. The main process ends its workers, and may need another batch before it stops."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -207,10 +234,10 @@ _Read = tuple[Tensor, Tensor, Tensor, dict[str, str]]
 
 
 class _Reader(Dataset[_Read]):
-    """Reads a batch, in whatever process: positions -> images, labels, positions, and what was unreadable.
+    """Reads a batch in any process: positions -> images, labels, positions, reasons by unreadable image.
 
-    With a seed it reads the training stream, where `attempts` images are tried for one position; without, the
-    items themselves.
+    With a seed, positions belong to the training stream, and up to `attempts` images are tried for one position.
+    Without a seed, positions are source indices.
     """
 
     def __init__(self, source: Source, config: DataConfig, seed: int | None, attempts: int):

@@ -1,4 +1,4 @@
-"""From any image file's pixels to the square RGB images that are trained on (PIL in, PIL out)."""
+"""Turn the pixels of any image file into square RGB images (PIL in, PIL out)."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -6,7 +6,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-_UPRIGHT = {  # EXIF orientation -> what undoes it
+_UPRIGHT = {  # EXIF orientation -> the transpose that undoes it
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -20,14 +20,17 @@ _TO_8_BITS = [(level + 128) // 257 for level in range(65536)]
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Return `image` as 8-bit RGB: upright by its EXIF orientation, on white, 16 bits scaled to 8.
+    """Return `image` as 8-bit RGB.
 
-    Of 16 bits of a colour image Pillow reads the upper 8; of an animation it is the first frame. Raises what PIL
-    raises for damaged files, and ValueError for pixels without a known range (floating point, or integers beyond
-    16 bits).
+    The image is turned upright by its EXIF orientation, transparency becomes white, and 16-bit grey is scaled to 8
+    bits. Pillow reads only the upper 8 bits of a 16-bit colour image. An animation gives its first frame.
+
+    Raises:
+        ValueError: the pixels have no known range (floating point, or integers beyond 16 bits).
+        Exception: the file is damaged. Pillow raises many types of exception.
     """
-    image.load()  # some formats tell their orientation only after the pixels
-    # ImageOps.exif_transpose also writes the EXIF anew, and fails on the damaged ones that cameras leave.
+    image.load()  # some formats store the orientation after the pixels
+    # ImageOps.exif_transpose also rewrites the EXIF data, and fails on the damaged EXIF that some cameras write.
     upright = _UPRIGHT.get(image.getexif().get(0x0112, 1))
     if image.mode.startswith("I"):
         image = _from_16_bits(image)
@@ -43,29 +46,29 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def _from_16_bits(image: Image.Image) -> Image.Image:
     low, high = image.getextrema()
     if low < 0 or high > 65535:  # type: ignore[operator]
-        raise ValueError("integer pixels outside of 16 bits have no known range")
+        raise ValueError("integer pixels beyond 16 bits have no known range")
     image = image.convert("I")
     grey = image.point(_TO_8_BITS, "L")
-    transparent = grey.info.pop("transparency", None)  # a level of the 16 bits
+    transparent = grey.info.pop("transparency", None)  # a 16-bit level
     if transparent is not None:
         grey.putalpha(image.point([255 * (level != transparent) for level in range(65536)], "L"))
     return grey
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """Return the central `size` x `size` of `image`, its short side scaled to `size`, as ADM does.
+    """Scale the short side of `image` to `size` and return the central `size` x `size` square, as ADM does.
 
-    The short side is halved by a box filter while it is at least twice `size`, then both sides are scaled
-    bicubically to their rounded lengths (guided-diffusion, `image_datasets.py`).
+    A box filter halves the image while its short side is at least twice `size`. A bicubic filter then scales it to
+    the rounded final size (guided-diffusion, `image_datasets.py`).
     """
     image = _scale(_shorten(image), size, min)
     return _crop(image, (image.width - size) // 2, (image.height - size) // 2, size)
 
 
 def pad(image: Image.Image, size: int) -> Image.Image:
-    """Return all of `image` in the middle of a white `size` x `size`, its long side scaled to `size`.
+    """Scale the long side of `image` to `size` and return it in the middle of a white `size` x `size` square.
 
-    Scaled as in `center_crop`.
+    The filters are the same as in `center_crop`.
     """
     image = _scale(image, size, max)
     square = Image.new("RGB", (size, size), "white")
@@ -76,13 +79,13 @@ def pad(image: Image.Image, size: int) -> Image.Image:
 Fit = Literal["crop", "pad"]
 
 FITS: dict[Fit, Callable[[Image.Image, int], Image.Image]] = {"crop": center_crop, "pad": pad}
-"""How an image of any shape becomes a square."""
+"""The ways to make a square from an image of any shape."""
 
 
 def random_crop(image: Image.Image, size: int, generator: np.random.Generator) -> Image.Image:
-    """Return a uniformly placed `size` x `size` of `image`, its short side first scaled to 1.5 `size`.
+    """Scale the short side of `image` to 1.5 `size` and return a `size` x `size` square at a uniformly random place.
 
-    Bicubic; the long side's length is rounded down, as torchvision's `Resize` does it.
+    The filter is bicubic. The long side is rounded down, as in torchvision's `Resize`.
     """
     image = _shorten(image)
     short, target = min(image.size), int(1.5 * size)
@@ -101,7 +104,7 @@ def _crop(image: Image.Image, left: int, top: int, size: int) -> Image.Image:
 
 
 def _scale(image: Image.Image, size: int, side: Callable[[tuple[int, int]], int]) -> Image.Image:
-    """`image` with its short (`min`) or long (`max`) side scaled to `size`."""
+    """Scale the short (`side=min`) or long (`side=max`) side of `image` to `size`."""
     while side(image.size) >= 2 * size:
         image = image.resize((max(image.width // 2, 1), max(image.height // 2, 1)), Image.Resampling.BOX)
     scale = size / side(image.size)
@@ -110,7 +113,7 @@ def _scale(image: Image.Image, size: int, side: Callable[[tuple[int, int]], int]
 
 
 def _shorten(image: Image.Image) -> Image.Image:
-    """The middle of a strip more than 32 times as long as wide: scaled whole, one pixel by 65,535 fills the memory."""
+    """Cut a strip down to an aspect ratio of 32. Scaling a strip of 1 x 65,535 pixels would fill the memory."""
     width, height = (min(length, 32 * min(image.size)) for length in image.size)
     if (width, height) == image.size:
         return image

@@ -13,7 +13,7 @@ from raekit.evaluation.manifold import KernelDistance, Manifold, PrecisionRecall
 from raekit.evaluation.metrics import Accumulator, FrechetDistance, FrechetRatio, InceptionScore, frechet_name
 from raekit.evaluation.references import Reference, measure_reference
 from raekit.models.registry import REGISTRY
-from raekit.progress import Report, silent
+from raekit.progress import Progress, silent
 
 _KID_SIZE = 1000
 
@@ -98,7 +98,7 @@ class Against:
         for each in (*self.references, *self.relative_to):
             each.check_size(image_size)
 
-    def complete(self, world: World, progress: Report = silent) -> None:
+    def complete(self, world: World, progress: Progress = silent) -> None:
         """Measure the features of the images that reference files hold, as ADM's do. All processes call it."""
         for number, each in enumerate(self.references):
             lacking = {

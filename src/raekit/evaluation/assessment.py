@@ -25,8 +25,7 @@ from raekit.evaluation.reports import LITERATURE, Report, read_report, write_rep
 from raekit.evaluation.streaming import score_stream
 from raekit.evaluation.streams import RealImages, Reconstructions, StoredImages, Stream
 from raekit.files import whole
-from raekit.progress import Report as Progress
-from raekit.progress import silent
+from raekit.progress import Progress, silent
 from raekit.weights import fingerprint
 
 _CLAIM = "evaluation.json"

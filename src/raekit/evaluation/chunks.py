@@ -20,7 +20,7 @@ from raekit.evaluation.features import FeatureNetwork, Images, PairScore
 from raekit.evaluation.streams import Stream
 from raekit.files import whole
 from raekit.pictures import grid, to_pil
-from raekit.progress import Report, silent
+from raekit.progress import Progress, silent
 from raekit.weights import read_weights
 
 _PICTURE = 36  # images in the picture of the first images
@@ -35,7 +35,7 @@ def collect(
     folder: Path,
     picture: Path,
     world: World,
-    progress: Report = silent,
+    progress: Progress = silent,
     what: str = "images",
 ) -> None:
     """Compute the features of all images of a stream that `folder` lacks. All processes call it and share the work.

@@ -22,8 +22,7 @@ from raekit.flow.sampling import Sampling
 from raekit.inference.model import Model, load
 from raekit.models.autoencoder import load_autoencoder
 from raekit.models.latent_space import LatentSpace
-from raekit.progress import Report as Progress
-from raekit.progress import silent
+from raekit.progress import Progress, silent
 
 Places = str | Path | Sequence[str | Path]
 COUNT = 1000

@@ -26,7 +26,7 @@ from raekit.models.encoders import Encoder, load_encoder
 from raekit.models.latent_space import LatentSpace
 from raekit.models.layers import to_tokens
 from raekit.models.registry import REGISTRY
-from raekit.progress import Report, counted, silent
+from raekit.progress import Progress, counted, silent
 
 _log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def probe(
     penalty: float | None = None,
     workers: int = 0,
     world: World | None = None,
-    progress: Report = silent,
+    progress: Progress = silent,
 ) -> dict[str, Probe]:
     """Probe the encoder or autoencoder `name` on the labelled images of `source`, split as `open_source` does.
 

@@ -23,7 +23,7 @@ from raekit.evaluation.manifold import Kept
 from raekit.evaluation.streaming import BATCH, images_of, score_stream
 from raekit.files import whole
 from raekit.moments import Moments
-from raekit.progress import Report, counted, silent
+from raekit.progress import Progress, counted, silent
 from raekit.weights import fingerprint, read_weights
 
 MAX_WIDTH = 16_384
@@ -291,7 +291,7 @@ def measure_reference(
     world: World,
     *,
     keep: int = 10_000,
-    progress: Report = silent,
+    progress: Progress = silent,
 ) -> Reference:
     """The reference of all images of a source, in one pass, the same on every process.
 

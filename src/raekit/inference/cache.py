@@ -26,7 +26,7 @@ from raekit.inference.shards import (
     write_shard,
 )
 from raekit.models.latent_space import LatentSpace
-from raekit.progress import Report, silent
+from raekit.progress import Progress, silent
 
 Storage = Literal["fp32", "bf16", "int8"]
 DTYPES: dict[Storage, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
@@ -95,7 +95,7 @@ def cache_latents(
     shard_size: int = 512,
     verify: bool = False,
     world: World,
-    progress: Report = silent,
+    progress: Progress = silent,
 ) -> list[CacheInfo]:
     """Write the whitened latents of a data source as shards.
 

@@ -28,7 +28,7 @@ from raekit.inference.shards import (
 )
 from raekit.models.latent_space import LatentSpace
 from raekit.pictures import from_pil
-from raekit.progress import Report, silent
+from raekit.progress import Progress, silent
 from raekit.weights import read_weights
 
 
@@ -70,7 +70,7 @@ def encode_files(
     fit: Fit = "crop",
     batch_size: int = 32,
     shard_size: int = 512,
-    progress: Report = silent,
+    progress: Progress = silent,
 ) -> tuple[int, list[str]]:
     """Write the whitened latents of image files.
 

@@ -19,7 +19,7 @@ from raekit.files import check_folder, whole
 from raekit.inference.model import reconstruct
 from raekit.models.latent_space import LatentSpace
 from raekit.pictures import from_pil, grid, quantize, read_origin, to_pil, write_picture
-from raekit.progress import Report, silent
+from raekit.progress import Progress, silent
 from raekit.weights import fingerprint
 
 CONTACT_SHEET = "contact-sheet.png"
@@ -75,7 +75,7 @@ def reconstruct_folder(
     fit: Fit = "crop",
     batch_size: int = 32,
     metrics: Mapping[str, Callable[[Tensor, Tensor], Tensor]],
-    progress: Report = silent,
+    progress: Progress = silent,
 ) -> Reconstructions:
     """Encode and decode images, and write each reconstruction to a PNG file below `out`.
 

@@ -20,7 +20,7 @@ from raekit.flow.sampling import Sampling, check_sampling
 from raekit.inference.generation import BatchSize, fitting_batch, generate
 from raekit.inference.model import Model
 from raekit.pictures import PictureFormat, read_origin, to_pil, write_picture
-from raekit.progress import Report, silent
+from raekit.progress import Progress, silent
 from raekit.weights import fingerprint
 
 
@@ -35,7 +35,7 @@ def generate_folder(
     batch_size: BatchSize = "auto",
     world: World,
     form: PictureFormat = "png",
-    progress: Report = silent,
+    progress: Progress = silent,
 ) -> Counter[str]:
     """Generate samples 0 to `total` - 1 and write them as OUT/000000.png and so on.
 
@@ -140,7 +140,7 @@ def generate_npz(
     sampling: Sampling,
     batch_size: BatchSize = "auto",
     world: World,
-    progress: Report = silent,
+    progress: Progress = silent,
 ) -> Counter[str]:
     """Generate samples 0 to `total` - 1 and write them to an .npz file in the format of ADM.
 

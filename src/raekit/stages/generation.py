@@ -19,7 +19,7 @@ from raekit.models.autoencoder import load_autoencoder
 from raekit.models.denoiser import Denoiser
 from raekit.models.denoiser_config import DenoiserConfig, DenoiserSize
 from raekit.models.layers import watch_logits
-from raekit.progress import Report
+from raekit.progress import Progress
 from raekit.stages.evaluation import EvaluationConfig, evaluator
 from raekit.stages.initial import initialise_denoiser
 from raekit.stages.stage import Stage
@@ -152,7 +152,7 @@ def build(config: GenerationConfig, run: Path, world: World) -> Stage:
         monitor=partial(watch_logits, model),
     )
 
-    def prepare(progress: Report) -> None:
+    def prepare(progress: Progress) -> None:
         if config.train.compile and not config.latents:
             autoencoder.compile_encoder()
 

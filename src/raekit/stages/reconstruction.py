@@ -16,7 +16,7 @@ from raekit.models.decoder import DecoderConfig
 from raekit.models.encoders import load_encoder
 from raekit.models.layers import watch_logits
 from raekit.models.registry import LayersConfig, Size
-from raekit.progress import Report, counted
+from raekit.progress import Progress, counted
 from raekit.stages.decoder_losses import (
     DecoderLossConfig,
     Encoded,
@@ -123,7 +123,7 @@ def build(config: ReconstructionConfig, run: Path, world: World) -> Stage:
     averaged.to(world.device)
     averaged.trained_on = absolute(config.data.source)
 
-    def prepare(progress: Report) -> None:
+    def prepare(progress: Progress) -> None:
         if config.train.compile:
             encoder.compile()
         # Measured once, kept beside the run: the pass over the data is the same for every restart.

@@ -8,8 +8,7 @@ from raekit.config import differences, read_json, to_dict, to_json
 from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.files import whole
-from raekit.progress import Report as Progress
-from raekit.progress import silent
+from raekit.progress import Progress, silent
 from raekit.stages import generation, reconstruction, representation
 from raekit.stages.stage import Stage
 from raekit.train.trainer import Report, Trainer

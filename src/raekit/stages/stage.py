@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raekit.progress import Report
+from raekit.progress import Progress
 from raekit.train.objective import Objective, Periodic
 
 
@@ -20,5 +20,5 @@ class Stage:
     objectives: Sequence[Objective]
     batches: Callable[[int], Iterator[Any]]
     export: Callable[[Path], None]
-    prepare: Callable[[Report], None] = lambda progress: None
+    prepare: Callable[[Progress], None] = lambda progress: None
     periodics: Sequence[Periodic] = ()

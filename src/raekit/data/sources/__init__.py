@@ -1,4 +1,4 @@
-"""Where images come from: random access to (RGB image, label) behind one address, `scheme:place`."""
+"""Open datasets by their address, `scheme:place`, with random access to (RGB image, label)."""
 
 import os
 from collections.abc import Callable
@@ -18,22 +18,28 @@ from raekit.errors import UserError
 
 
 def open_source(uri: str, split: Split = "train") -> Source:
-    """Open the images at `uri`:
+    """Open the dataset at `uri`.
 
-    - `emoji`: the built-in emoji, 64 x 64, nine classes; held out is a tenth of the code points.
-    - `folder:DIR`: a sub-folder for each class. The splits are DIR/train and DIR/val where both exist.
-    - `flat:DIR`: unlabelled, everything below DIR.
-    - `idx:DIR`: the four files of MNIST and its likes, gzipped or not; held out is `t10k`.
-    - `hf:DIR`: a Hugging Face dataset saved on disk, its first Image column and its ClassLabel column. Of a
-      DatasetDict, the splits are `train` and the first of `validation`, `val`, `test`.
-    - `npz:FILE`: uint8 images (N, H, W, 3) in `arr_0`, as ADM writes samples, with labels (N,) in `arr_1` if there
-      are any. Compressed ones are slow to read in any other order than their own.
-    - `zip:FILE`, `tar:FILE`: unlabelled, all images in it, in the order of their names.
+    A dataset without splits holds out a tenth of its images, chosen by a hash of the relative path or the row number.
+    Image files are sorted by path, and hidden files are skipped.
 
-    Where there are no splits, held out is a tenth of the images, by a hash of the path within DIR or of the
-    row's number. Folders are read in the order of their names; hidden files are left out.
+    Args:
+        uri: the address of the dataset:
 
-    Raises UserError if there is no such place, or no image in it.
+            - `emoji`: the built-in emoji, 64 x 64 pixels, nine classes. A tenth of the code points is held out.
+            - `folder:DIR`: image files in one sub-folder for each class. If DIR/train and DIR/val exist, they are the
+              splits and contain the sub-folders.
+            - `flat:DIR`: all image files below DIR, without labels.
+            - `idx:DIR`: the four files of MNIST or Fashion-MNIST, gzipped or not. `t10k` is held out.
+            - `hf:DIR`: a Hugging Face dataset saved to disk. The first Image column and the first ClassLabel column
+              are read. The splits of a DatasetDict are `train` and the first of `validation`, `val` and `test`.
+            - `npz:FILE`: uint8 images (N, H, W, 3) in `arr_0` and optional labels (N,) in `arr_1`, as ADM writes
+              samples. Random access to a compressed file is slow.
+            - `zip:FILE`, `tar:FILE`: all image files in an archive, without labels.
+        split: the part to open: `train`, `heldout` or `all`.
+
+    Raises:
+        UserError: the address is unknown, nothing is there, or the split has no images.
     """
     scheme, _, place = uri.partition(":")
     if scheme not in FORMATS or bool(place) != bool(FORMATS[scheme].place):
@@ -46,12 +52,12 @@ def open_source(uri: str, split: Split = "train") -> Source:
         raise UserError(f"data source {uri!r}: there is no folder {place}")
     source = FORMATS[scheme].open(uri, path, split)
     if not len(source):
-        raise UserError(f"data source {uri!r} has no image in its split {split!r}; its split 'all' has every image")
+        raise UserError(f"data source {uri!r} has no images in the split {split!r}; the split 'all' has every image")
     return source
 
 
 def is_address(name: str) -> bool:
-    """Return whether `name` has the form of a data source's address, and not of a model's name."""
+    """Return whether `name` is the address of a data source, as opposed to the name of a model."""
     scheme, _, place = name.partition(":")
     return scheme in FORMATS and bool(place) == bool(FORMATS[scheme].place)
 
@@ -63,7 +69,7 @@ def absolute(uri: str) -> str:
 
 
 def stamp(uri: str) -> str:
-    """16 digits that change with the files at `uri`: their names, sizes and times, without reading them."""
+    """Return 16 hexadecimal digits that change with the names, sizes and modification times of the files at `uri`."""
     place = Path(uri.partition(":")[2]).expanduser()
     files = files_below(place) if place.is_dir() else [""]
     digest = blake2b(digest_size=8)
@@ -74,7 +80,12 @@ def stamp(uri: str) -> str:
 
 
 class Format(NamedTuple):
-    """How to open one kind of source: `open(uri, path, split)`, and what its address names."""
+    """A kind of data source.
+
+    Attributes:
+        open: opens a source, given its address, the path in the address, and the split.
+        place: the type of path in the address: a folder, a file, or "" for no path.
+    """
 
     open: Callable[[str, Path, Split], Source]
     place: Literal["", "DIR", "FILE"]
@@ -90,4 +101,4 @@ FORMATS = {
     "zip": Format(Archived, "FILE"),
     "tar": Format(Archived, "FILE"),
 }
-"""The kinds of sources by the scheme of their address. A new one is a module beside these and a row here."""
+"""The kinds of sources by the scheme of their address. To add a kind, write a module in this package and add a row."""

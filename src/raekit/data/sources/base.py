@@ -1,4 +1,4 @@
-"""What a data source is, and how one without splits is split."""
+"""The interface of a data source, and the split of a source that has no splits."""
 
 import os
 from collections.abc import Sequence
@@ -12,32 +12,36 @@ Split = Literal["train", "heldout", "all"]
 
 
 class Source(Protocol):
-    """Images by index. A source can be pickled and holds no open file, so worker processes may share it."""
+    """Images by index. A source can be pickled, so that every worker process gets a copy."""
 
     @property
     def name(self) -> str:
-        """The address that opened it."""
+        """The address of the source."""
         ...
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the labels, the same for every split; () if unlabelled."""
+        """The class names in label order, the same for every split; empty if there are no labels."""
         ...
 
     @property
     def labels(self) -> np.ndarray:
-        """The labels (N,) of all images, int64, read without decoding any; -1 where there is none."""
+        """The labels of all images, int64 (N,), -1 for an image without a label. No image is decoded."""
         ...
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        """The RGB image and its label (-1 without one); raises UnreadableImage."""
+        """Return the RGB image and its label (-1 without a label).
+
+        Raises:
+            UnreadableImage: the image cannot be decoded.
+        """
         ...
 
 
 def in_split(keys: Sequence[str], split: Split) -> np.ndarray:
-    """Indices of the `keys` that belong to `split`; a tenth is held out, by a hash."""
+    """Return the indices of the `keys` in `split`. A hash of the key holds out a tenth."""
     if split == "all":
         return np.arange(len(keys))
     hashes = (blake2b(os.fsencode(key), digest_size=8).digest() for key in keys)

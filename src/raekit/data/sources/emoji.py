@@ -1,4 +1,4 @@
-"""`emoji`: the built-in images."""
+"""`emoji`: the built-in images of emoji."""
 
 import io
 import zipfile
@@ -14,7 +14,11 @@ from raekit.data.sources.base import Split, in_split
 
 
 class Emoji:
-    """The built-in images, decoded once per process and then kept (46 MB in all); `files` names them."""
+    """The built-in images. Each process decodes an image once and then keeps it (46 MB for all images).
+
+    Attributes:
+        files: the names of the images in the archive, CLASS/DRAWING-CODEPOINTS.webp.
+    """
 
     def __init__(self, uri: str, _: Path, split: Split):
         self.name = uri
@@ -31,7 +35,7 @@ class Emoji:
 
 
 def code_points(file: str) -> str:
-    """What a file CLASS/DRAWING-CODEPOINTS.webp draws: its code points without the variation selector."""
+    """Return the code points in the name of a file, CLASS/DRAWING-CODEPOINTS.webp, without the variation selector."""
     return "-".join(point for point in Path(file).stem.split("-")[1:] if point != "fe0f")
 
 

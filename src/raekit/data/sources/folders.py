@@ -1,4 +1,4 @@
-"""`folder:DIR` and `flat:DIR`: image files, in a sub-folder for each class or without classes."""
+"""`folder:DIR` and `flat:DIR`: image files, in one sub-folder for each class or without classes."""
 
 import os
 from pathlib import Path
@@ -17,7 +17,7 @@ class Files:
     def __init__(self, uri: str, folder: Path, paths: list[str], labels: list[int], classes: tuple[str, ...]):
         self.name, self.classes = uri, classes
         self._folder = str(folder)
-        # Arrays: the reference counts of a million strings would copy their pages into each forked worker.
+        # An array and not a list: reference counts would copy the pages of a million strings into every forked worker.
         self._paths = np.array([os.fsencode(path) for path in paths])
         self.labels = np.array(labels)
 
@@ -30,14 +30,16 @@ class Files:
 
 
 def open_flat(uri: str, folder: Path, split: Split) -> Files:
+    """Open all image files below `folder`, without labels."""
     paths = image_files(folder)
     if not paths:
-        raise UserError(f"{folder}: no image found in it (files read: {', '.join(EXTENSIONS)})")
+        raise UserError(f"{folder}: no images found (supported extensions: {', '.join(EXTENSIONS)})")
     chosen = in_split(paths, split)
     return Files(uri, folder, [paths[i] for i in chosen], [-1] * len(chosen), ())
 
 
 def open_folder(uri: str, folder: Path, split: Split) -> Files:
+    """Open `folder`, with one sub-folder for each class. If `train` and `val` exist, they are the splits."""
     paths = [path for path in image_files(folder) if os.sep in path]
     train, heldout = f"train{os.sep}", f"val{os.sep}"
     has_splits = (folder / train).is_dir() and (folder / heldout).is_dir()
@@ -49,7 +51,7 @@ def open_folder(uri: str, folder: Path, split: Split) -> Files:
         chosen = [paths[i] for i in in_split(paths, split)]
     if not paths:
         raise UserError(
-            f"{folder}: no image found in a sub-folder for each class (files read: {', '.join(EXTENSIONS)}); "
+            f"{folder}: no images found in class sub-folders (supported extensions: {', '.join(EXTENSIONS)}); "
             f"for images without classes, use flat:{folder}"
         )
     depth = 1 if has_splits else 0

@@ -1,4 +1,4 @@
-"""`hf:DIR`: a saved Hugging Face dataset."""
+"""`hf:DIR`: a Hugging Face dataset saved to disk."""
 
 import io
 from collections.abc import Mapping
@@ -13,17 +13,17 @@ from raekit.errors import UserError
 
 
 class HuggingFace:
-    """Rows of a `datasets.Dataset`, mapped from disk and decoded at each access."""
+    """The rows of a `datasets.Dataset`, memory-mapped and decoded at each access."""
 
     def __init__(self, uri: str, folder: Path, split: Split):
         try:
             import datasets
         except ImportError:
-            raise UserError(f"{uri} needs the package datasets: pip install 'raekit[data]'") from None
+            raise UserError(f"{uri}: needs the package datasets; run pip install 'raekit[data]'") from None
         try:
             saved = datasets.load_from_disk(str(folder))
-        except Exception as error:  # of datasets, pyarrow or the file system
-            raise UserError(f"{folder}: not a dataset written by datasets' save_to_disk ({error})") from None
+        except Exception as error:  # from datasets, pyarrow or the file system
+            raise UserError(f"{folder}: not a dataset saved by datasets' save_to_disk ({error})") from None
         parts = {str(part): saved[part] for part in saved} if isinstance(saved, dict) else {"train": saved}
         if "train" not in parts:
             raise UserError(f"{folder}: has no split 'train', only {', '.join(parts)}")
@@ -38,11 +38,11 @@ class HuggingFace:
         self._image = _first_column(rows.features, datasets.Image)
         self._label = _first_column(rows.features, datasets.ClassLabel)
         if self._image is None:
-            raise UserError(f"{folder}: has no column of images, only {', '.join(rows.column_names)}")
+            raise UserError(f"{folder}: has no image column, only {', '.join(rows.column_names)}")
         self.name = uri
         self.classes: tuple[str, ...] = tuple(rows.features[self._label].names) if self._label else ()
         rows = rows.with_format(None).select_columns([c for c in (self._image, self._label) if c])
-        # Decoded here, not there, to name what fails.
+        # This class decodes the images, so that an error can name the row.
         self._rows = rows.cast_column(self._image, datasets.Image(decode=False))
 
     def __len__(self) -> int:

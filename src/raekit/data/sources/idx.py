@@ -1,4 +1,4 @@
-"""`idx:DIR`: grey images in the files of MNIST and Fashion-MNIST."""
+"""`idx:DIR`: the grey images of MNIST and Fashion-MNIST, in IDX files."""
 
 import gzip
 import math
@@ -13,7 +13,7 @@ from raekit.errors import UserError
 
 
 class Idx:
-    """Grey images of IDX files, kept in memory."""
+    """Grey images from IDX files, kept in memory."""
 
     def __init__(self, uri: str, folder: Path, split: Split):
         self.name = uri
@@ -24,7 +24,7 @@ class Idx:
         try:
             self._images = np.concatenate([parts[part][0] for part in wanted])
         except ValueError:
-            raise UserError(f"{folder}: the images of train and t10k differ in size; use one split") from None
+            raise UserError(f"{folder}: train and t10k have images of different sizes; use only one split") from None
         self.labels = np.concatenate([parts[part][1] for part in wanted]).astype(np.int64)
 
     def __len__(self) -> int:
@@ -43,20 +43,20 @@ def _read_idx_pair(folder: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _read_idx(path: Path, dimensions: int) -> np.ndarray:
-    """The array in `path` or `path`.gz: a magic number, the lengths as big-endian 32 bits, the bytes."""
+    """Read the array in `path` or `path`.gz: a magic number, the shape as big-endian 32-bit integers, the bytes."""
     is_packed = not path.exists()
     if is_packed:
         path = path.with_name(path.name + ".gz")
     try:
         content = gzip.decompress(path.read_bytes()) if is_packed else path.read_bytes()
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file, nor one without .gz") from None
+        raise UserError(f"{path}: no such file, with or without .gz") from None
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     header = 4 + 4 * dimensions
     if content[:4] != bytes([0, 0, 8, dimensions]) or len(content) < header:
-        raise UserError(f"{path}: not an IDX file of bytes in {dimensions} dimension(s)")
+        raise UserError(f"{path}: not an IDX file of bytes with {dimensions} dimension(s)")
     shape = np.frombuffer(content, ">u4", dimensions, offset=4).tolist()
     if len(content) - header != math.prod(shape):
-        raise UserError(f"{path}: has {len(content) - header} bytes of data, its header says {math.prod(shape)}")
+        raise UserError(f"{path}: has {len(content) - header} bytes of data, but its header says {math.prod(shape)}")
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)

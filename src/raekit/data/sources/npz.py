@@ -1,4 +1,4 @@
-"""`npz:FILE`: images in an array, as ADM writes samples."""
+"""`npz:FILE`: an array of images, as ADM writes samples."""
 
 import math
 from pathlib import Path
@@ -13,14 +13,14 @@ from raekit.errors import UserError
 
 
 class NpzImages:
-    """Rows of an array of images, read at each access."""
+    """The rows of an array of images, read at each access."""
 
     def __init__(self, uri: str, path: Path, split: Split):
         self.name, self._npz = uri, Npz(path)
         dtype, shape = self._npz.arrays.get("arr_0", (None, ()))
         if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or min(shape) < 1:
             found = ", ".join(f"{name} {kind} {sizes}" for name, (kind, sizes) in self._npz.arrays.items())
-            raise UserError(f"{path}: needs images in arr_0, uint8 (N, H, W, 3); it holds {found or 'no array'}")
+            raise UserError(f"{path}: arr_0 must be images, uint8 (N, H, W, 3); the file holds {found or 'no arrays'}")
         if math.prod(shape[1:]) > MAX_FILE or shape[0] > 2**24:
             raise UserError(f"{path}: {shape[0]:,} images of {shape[1]} x {shape[2]} pixels are too many or too large")
         self._numbers = in_split([str(row) for row in range(shape[0])], split)
@@ -30,7 +30,7 @@ class NpzImages:
         if kind is not None and kind.kind in "iu" and length == shape[:1]:
             labels = self._npz.read("arr_1").astype(np.int64)
             if not 0 <= labels.min() <= labels.max() < 2**20:
-                raise UserError(f"{path}: labels in arr_1 must be class numbers from 0")
+                raise UserError(f"{path}: the labels in arr_1 must be from 0 to {2**20 - 1:,}")
             self.classes = tuple(map(str, range(int(labels.max()) + 1)))
         self.labels = labels[self._numbers]
 

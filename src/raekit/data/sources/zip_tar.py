@@ -1,4 +1,4 @@
-"""`zip:FILE` and `tar:FILE`: image files in an archive."""
+"""`zip:FILE` and `tar:FILE`: image files in an archive, without labels."""
 
 import io
 import os
@@ -21,7 +21,7 @@ class Archived:
         entries = (zip_entries if uri.startswith("zip:") else tar_entries)(path)
         names = sorted(name for name in entries if _is_image(name))
         if not names:
-            raise UserError(f"{path}: no image found in it (files read: {', '.join(EXTENSIONS)})")
+            raise UserError(f"{path}: no images found (supported extensions: {', '.join(EXTENSIONS)})")
         chosen = [names[i] for i in in_split(names, split)]
         self._names = np.array([os.fsencode(name) for name in chosen])
         self._entries = np.array([entries[name] for name in chosen], np.int64).reshape(len(chosen), -1)
