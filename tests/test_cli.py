@@ -83,6 +83,17 @@ def assert_fails(done: Done, *words: object, code: int = 1) -> None:
 # The command line itself
 
 
+def test_a_reader_that_ends_early_is_not_an_error():
+    for arguments in (["--help"], ["generate", "--help"]):
+        command = [sys.executable, "-m", "raekit", *arguments]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            assert process.stdout
+            assert process.stderr
+            process.stdout.close()
+            assert process.stderr.read() == b""
+        assert process.returncode == 0
+
+
 def test_version(run):
     for flag in ("--version", "-V"):
         assert run(flag) == Done(0, f"raekit {raekit.__version__}\n", "")

@@ -43,22 +43,11 @@ def main() -> None:
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it warns at every retry
-    arguments = sys.argv[1:]
-    if arguments in (["--version"], ["-V"]):
-        from raekit import __version__
-
-        console.out.print(f"raekit {__version__}")
-        return
-    name = next((n for n in COMMANDS if arguments[: len(n.split())] == n.split()), None)
-    if name is None:
-        _usage(wrong=bool(arguments) and arguments not in (["--help"], ["-h"]), given=arguments)
-        return
-    rest, command = arguments[len(name.split()) :], COMMANDS[name]
     try:
-        if command is train:
-            train(rest)
-        else:
-            tyro.cli(command, prog=f"raekit {name}", args=rest)
+        _run(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:
+        console.out.on_broken_pipe()
     except UserError as error:
         console.fail(str(error))
     except OSError as error:
@@ -76,6 +65,24 @@ def main() -> None:
             f"torch.compile: {reason}. If an earlier compilation was killed, remove {cache_dir()}; if not, leave out "
             "--train.compile"
         )
+
+
+def _run(arguments: list[str]) -> None:
+    if arguments in (["--version"], ["-V"]):
+        from raekit import __version__
+
+        console.out.print(f"raekit {__version__}")
+        return
+    name = next((n for n in COMMANDS if arguments[: len(n.split())] == n.split()), None)
+    if name is None:
+        _usage(wrong=bool(arguments) and arguments not in (["--help"], ["-h"]), given=arguments)
+        return
+    rest, command = arguments[len(name.split()) :], COMMANDS[name]
+    if command is train:
+        train(rest)
+    else:
+        command.__doc__ = console.joined(command.__doc__ or "")
+        tyro.cli(command, prog=f"raekit {name}", args=rest)
 
 
 def _usage(wrong: bool, given: list[str]) -> None:

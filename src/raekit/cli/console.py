@@ -1,5 +1,7 @@
 """Printing and exiting, shared by all commands."""
 
+import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Literal, NoReturn
@@ -9,7 +11,16 @@ from rich.text import Text
 
 from raekit.errors import UserError
 
-out = Console(soft_wrap=True, highlight=False)
+
+class _Console(Console):
+    """A console that ends the program silently when the reader of its output, such as `head`, has ended."""
+
+    def on_broken_pipe(self) -> NoReturn:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
+        sys.exit(0)
+
+
+out = _Console(soft_wrap=True, highlight=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
 if not out.is_terminal:
     out.width = 240  # tables are not cut in a file or a pipe
@@ -20,6 +31,11 @@ Device = Literal["cpu", "cuda"]
 def about(command: Callable[..., None]) -> str:
     """Return the docstring of a command without indentation."""
     return "\n".join(line.strip() for line in (command.__doc__ or "").strip().splitlines())
+
+
+def joined(doc: str) -> str:
+    """Return a docstring in which the help of each argument is one line. tyro would keep the line breaks."""
+    return re.sub(r"\n {12,}(?=\S)", " ", doc)
 
 
 def fail(message: str) -> NoReturn:
