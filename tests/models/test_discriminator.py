@@ -277,11 +277,11 @@ def change(**changes: Tensor | None) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ({}, "no DINO ViT: it needs tensors, pos_embed"),
-        (change(patch_embed__proj__weight=torch.zeros(60, 3, 4, 4)), "width that is a multiple of 64"),
-        (change(pos_embed=None), r"pos_embed \(1, 1 \+ N, width\)"),
-        (change(pos_embed=torch.zeros(1, 0, 64)), "a patch or more"),
-        (dino_state() | {"epoch": 3}, "needs tensors"),
+        ({}, "not a DINO ViT: needs only tensors, among them pos_embed"),
+        (change(patch_embed__proj__weight=torch.zeros(60, 3, 4, 4)), "width divisible by 64"),
+        (change(pos_embed=None), r"pos_embed \(1, 1 \+ N, D\)"),
+        (change(pos_embed=torch.zeros(1, 0, 64)), "at least one patch"),
+        (dino_state() | {"epoch": 3}, "needs only tensors"),
         (change(cls_token=None), "missing cls_token"),
         (change(blocks__1__mlp__fc2__bias=None), r"missing blocks\.1\.mlp\.2\.bias"),
         (change(head__weight=torch.zeros(2)), r"unexpected head\.weight"),
@@ -320,12 +320,12 @@ def test_the_published_backbone_is_looked_for_on_the_hub(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"blocks": (0, 3)}, r"discriminator\.blocks: there is no block 3 in tiny, which has 3"),
+        ({"blocks": (0, 3)}, r"discriminator\.blocks: tiny has no block 3; its blocks are 0 to 2"),
         ({"blocks": (2, 0)}, r"discriminator\.blocks: \(2, 0\) must be increasing"),
         ({"blocks": (1, 1)}, r"discriminator\.blocks: \(1, 1\) must be increasing"),
-        ({"blocks": (-1, 1)}, r"discriminator\.blocks: \(-1, 1\) must be increasing, from 0 on"),
+        ({"blocks": (-1, 1)}, r"discriminator\.blocks: \(-1, 1\) must be increasing and not negative"),
         ({"kernel_size": 4}, r"discriminator\.kernel_size: 4 must be odd"),
-        ({"kernel_size": -1}, r"discriminator\.kernel_size: -1 must be odd"),
+        ({"kernel_size": -1}, r"discriminator\.kernel_size: -1 must be odd and positive"),
     ],
 )
 def test_impossible_settings_are_named(changes: dict[str, Any], message: str):
@@ -335,7 +335,7 @@ def test_impossible_settings_are_named(changes: dict[str, Any], message: str):
 
 def test_groups_need_a_width_that_they_divide():
     vit = replace(VIT, width=48)
-    with pytest.raises(UserError, match=r"discriminator\.norm: group needs a width that 32 divides; tiny has 48"):
+    with pytest.raises(UserError, match=r"discriminator\.norm: group needs a width divisible by 32, but tiny has 48"):
         Discriminator(replace(CONFIG, norm="group"), Encoder("tiny", vit.spec, ViT(vit)))
 
 
