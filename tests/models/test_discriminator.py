@@ -277,7 +277,7 @@ def change(**changes: Tensor | None) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ({}, "not a DINO ViT: needs only tensors, among them pos_embed"),
+        ({}, "not a DINO ViT: needs only tensors, including pos_embed"),
         (change(patch_embed__proj__weight=torch.zeros(60, 3, 4, 4)), "width divisible by 64"),
         (change(pos_embed=None), r"pos_embed \(1, 1 \+ N, D\)"),
         (change(pos_embed=torch.zeros(1, 0, 64)), "at least one patch"),

@@ -183,9 +183,9 @@ def test_a_run_keeps_its_config_and_refuses_another(alone, images, tmp_path):
     with pytest.raises(UserError) as error:
         train(changed, tmp_path, ONE)
     lines = str(error.value).splitlines()
-    assert lines[0] == f"{tmp_path}: belongs to another configuration:"
+    assert lines[0] == f"{tmp_path}: belongs to a run with a different config:"
     assert lines[1:3] == ["  noise: 0.8 -> 0.25", "  optim.lr: 0.001 -> 1.0"]
-    assert lines[3] == "Choose another --run, or undo these"
+    assert lines[3] == "Choose another --run, or undo these changes"
     assert (tmp_path / "config.json").read_text() == text
     assert same(artifact(tmp_path), before)
 

@@ -86,7 +86,7 @@ def dino(state: Mapping[str, Tensor], source: object) -> Dino:
     positions, kernel = state.get("pos_embed"), state.get("patch_embed.proj.weight")
     tensors = all(is_real(value) for value in state.values())
     if not tensors or positions is None or kernel is None or positions.ndim != 3 or kernel.ndim != 4:
-        raise UserError(f"{source}: not a DINO ViT: needs only tensors, among them pos_embed (1, 1 + N, D), patch_embed")
+        raise UserError(f"{source}: not a DINO ViT: needs only tensors, including pos_embed (1, 1 + N, D), patch_embed")
     if positions.shape[1] < 2 or kernel.shape[0] % HEAD_DIM:
         raise UserError(f"{source}: not a DINO ViT: needs at least one patch and a width divisible by {HEAD_DIM}")
     found = (re.match(r"blocks\.(\d+)\.", key) for key in state)

@@ -14,7 +14,7 @@ from raekit.hub import find_file
 from raekit.weights import load_strict, read_weights
 
 CHECKPOINTS = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05-6726825d.pth")
-"""File names of the published weights in pytorch-fid and torch-fidelity. The names end with the start of the SHA-256."""
+"""File names of the published weights in pytorch-fid and torch-fidelity. Each ends with the start of its SHA-256."""
 HASH = "6726825d"
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{CHECKPOINTS[0]}"
 
@@ -155,8 +155,8 @@ class Inception(nn.Module):
     in full float32 regardless of autocast and TF32 settings.
 
     Args:
-        resize: `tf1` is the bilinear resize of TensorFlow 1 without antialiasing; it aligns the corners of the top
-            left pixels. `clean` is clean-fid's bicubic resize with antialiasing.
+        resize: `tf1` is the bilinear resize of TensorFlow 1, without antialiasing and with the top left pixels
+            aligned. `clean` is clean-fid's bicubic resize with antialiasing.
     """
 
     def __init__(self, resize: Resize = "tf1"):
