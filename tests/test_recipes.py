@@ -85,7 +85,7 @@ def test_a_recipe_tells_what_it_reproduces(name):
 
 
 def test_published_schedules_of_stage_1():
-    """16 epochs of 2502 steps; the discriminator trains from epoch 6 on, and its term is in the loss from epoch 8 on."""
+    """16 epochs of 2502 steps; the discriminator trains from epoch 6 on, and joins the loss in epoch 8."""
     for name in recipes.names():
         config = recipes.find(name).config
         if isinstance(config, ReconstructionConfig) and not config.encoder.startswith("builtin:"):

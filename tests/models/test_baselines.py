@@ -1,4 +1,4 @@
-"""The latents that RAE is set against, beside diffusers' own VAE."""
+"""The baselines, compared with diffusers' own VAE."""
 
 import pickle
 import re

@@ -35,13 +35,13 @@ SPECTRAL = pytest.mark.parametrize("spectral", [True, False])
 
 
 def tiny_discriminator(seed: int = 0, **changes: Any) -> Discriminator:
-    """16-pixel images, a grid of 4 x 4, three heads."""
+    """Make a discriminator for 16-pixel images, with a 4 x 4 grid and three heads."""
     torch.manual_seed(seed)
     return Discriminator(replace(CONFIG, **changes), Encoder("tiny", VIT.spec, ViT(VIT)))
 
 
 def published_heads(channels: int, count: int, kernel_size: int, norm: str, spectral: bool) -> nn.ModuleList:
-    """Heads as the published discriminator names its tensors, of torch's own parts."""
+    """Build heads from torch's own layers, with the tensor names of the published discriminator."""
 
     class Residual(nn.Module):
         def __init__(self, fn: nn.Module) -> None:
@@ -75,7 +75,7 @@ def test_published_heads_are_read_and_give_their_logits(norm: Any, spectral: boo
     images = torch.rand(2, 3, 16, 16)
     features = model.backbone.features(images, (2, 0, 2))
     for head, x in zip(heads, features, strict=True):
-        head.train()(x.mT)  # makes the singular vectors fit
+        head.train()(x.mT)  # estimates the singular vectors
     expected = torch.cat([head.eval()(x.mT).flatten(1) for head, x in zip(heads, features, strict=True)], dim=1)
     for prefix in ("", "heads."):
         load_strict(model, discriminator_state(heads.state_dict(prefix=prefix)), "published")
@@ -178,7 +178,7 @@ def test_gradients_of_a_spectral_convolution():
 
 
 def test_two_forwards_may_share_a_backward():
-    # As the losses on real and on generated images do; each made a power iteration.
+    # The losses on real and on generated images share one, and each forward pass makes a power iteration.
     model = tiny_discriminator()
     loss = discriminator_loss(model(torch.rand(1, 3, 16, 16)), model(torch.rand(1, 3, 16, 16)))
     loss.backward()
@@ -199,7 +199,7 @@ def test_under_autocast_the_logits_stay_float32():
 
 
 def dino_state(width: int = 64, depth: int = 3, patch: int = 4, grid: int = 3) -> dict[str, Tensor]:
-    """A DINO checkpoint of random numbers, with the final norm and a key bias that is not zero."""
+    """Make a random DINO checkpoint with a final norm and a nonzero key bias."""
     shapes: dict[str, tuple[int, ...]] = {
         "cls_token": (1, 1, width),
         "pos_embed": (1, 1 + grid**2, width),
@@ -220,7 +220,7 @@ def dino_state(width: int = 64, depth: int = 3, patch: int = 4, grid: int = 3) -
 
 
 def dino_outputs(images: Tensor, state: dict[str, Tensor], heads: int) -> list[Tensor]:
-    """The patch tokens after each block, by the definition: images in ImageNet's colours, tanh-GELU."""
+    """Compute the patch tokens after each block by definition, with ImageNet's colours and tanh-GELU."""
     mean, std = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     kernel = state["patch_embed.proj.weight"]
     x = F.conv2d((images - mean) / std, kernel, state["patch_embed.proj.bias"], stride=kernel.shape[3])
@@ -380,10 +380,10 @@ def test_adaptive_weight():
 
 
 def train(world: World, steps: int) -> tuple[dict[str, Tensor], float]:
-    """The discriminator after `steps` on a batch of four, of which each process sees its share."""
+    """Train for `steps` steps on a batch of four that the processes share; return the weights and the last loss."""
     model = tiny_discriminator()
     world.shard(model, list(model.heads))
-    # Not Adam, which makes steps of full length of the rounding errors in the gradients of the biases before a norm.
+    # Not Adam: it would turn the rounding errors in the gradients of biases before a norm into steps of full length.
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     loss = torch.zeros(())
     for step in range(steps):

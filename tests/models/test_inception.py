@@ -15,7 +15,7 @@ from raekit.weights import load_strict
 
 @pytest.fixture(scope="module")
 def published() -> dict[str, Tensor]:
-    """Random weights under the published names."""
+    """Make random weights under the published names."""
     with torch.device("meta"):
         wanted = Inception().state_dict()
     generator = torch.Generator().manual_seed(0)

@@ -15,7 +15,7 @@ CONVOLUTIONS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
 
 @pytest.fixture(scope="module")
 def vgg() -> State:
-    """Random convolutions under torchvision's names."""
+    """Make random convolutions under torchvision's names."""
     torch.manual_seed(0)
     state, channels = {}, 3
     for layer, width in zip(CONVOLUTIONS, (64, 64, 128, 128, *[256] * 3, *[512] * 6), strict=True):

@@ -133,8 +133,8 @@ class DiscriminatorConfig:
         blocks: Blocks of the backbone, from 0 and increasing, whose outputs get a head each. The last block always
             gets one more head.
         kernel_size: Odd kernel size of each head's residual convolution along the tokens.
-        norm: `instance` normalises each channel of an image alone (published as "bn", batch norm with a virtual
-            batch of 1). `group` normalises 32 groups of channels ("gn").
+        norm: `instance` normalises each channel of each image separately (published as "bn", batch norm with a
+            virtual batch of 1). `group` normalises 32 groups of channels ("gn").
         spectral_norm: Divides the weights of the heads' convolutions by their largest singular value.
     """
 

@@ -1,4 +1,4 @@
-"""Stage 1 on ImageNet 512: ViT-XL decoder with 32-pixel patches, from the 256 tokens of a 256-pixel image.
+"""Stage 1 on ImageNet 512: ViT-XL decoder with 32-pixel patches, from the same 256 tokens as for 256 pixels.
 
 Reproduces:     rFID 0.97 (paper, table 9); a denoiser for 256 pixels works without changes
 Command:        torchrun --nproc-per-node 8 -m raekit -- train dinov2b_512_upsample --data.source folder:imagenet

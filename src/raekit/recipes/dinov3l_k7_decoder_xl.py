@@ -2,7 +2,7 @@
 
 Reproduces:     rFID 0.29, PSNR 22.6 dB, with tau = 0.8 (RAE v2)
 Command:        torchrun --nproc-per-node 8 -m raekit -- train dinov3l_k7_decoder_xl --data.source folder:imagenet
-Cost:           16 epochs; the decoder takes 107 GFLOPs per image in the forward pass, without the encoder and the losses
+Cost:           16 epochs, 107 GFLOPs per image in the forward pass, plus the encoder and the losses
 Last verified:  never at this scale (no ImageNet, no GPUs); the parts agree with the reference cases.
 
 The training is the same as in dinov2b_decoder_xl, except that the decoder gives pixels. RAE v2 only says that its

@@ -1,4 +1,4 @@
-"""Stage 2 on ImageNet 256: plain DiT-XL for the latents of DINOv2-S, which a DiT-XL is wide enough for.
+"""Stage 2 on ImageNet 256: plain DiT-XL for the latents of DINOv2-S, which are narrow enough for it.
 
 Reproduces:     FID 1.87 unguided, 1.41 guided (paper, table 8); 3.50 unguided after 80 epochs
 Prepare:        raekit latents measure dinov2-s --source folder:imagenet --mirror --out dinov2-s.safetensors

@@ -1,6 +1,6 @@
 """Stage 1 on the built-in emoji with a discriminator: emoji_decoder, then a hinge GAN on builtin:vit-tiny, then LPIPS.
 
-Reproduces:     src/raekit/assets/emoji/autoencoder (4.2 M parameters, seed 0), selected at step 1,100 as the best for generation;
+Reproduces:     src/raekit/assets/emoji/autoencoder (4.2 M parameters, seed 0), selected by generation at step 1,100;
                 docs/results/gan.md, compared with emoji_decoder at equal steps
 Command:        raekit train emoji_decoder_gan --train.compile
                 (offline: --perceptual.weights FILE, or --perceptual None)

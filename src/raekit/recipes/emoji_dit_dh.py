@@ -7,9 +7,9 @@ Cost:           88 minutes on one CPU core (73 images/s, 384,000 images)
 Last verified:  2026-11-23. 1,000 samples, 50 steps: fd_vit_tiny 1.17 (decoded noise 33.8), class accuracy 52 %;
                 with cfg:3.0@0.1-1.0, 1.19 and 73 % (held-out images: 66 %).
 
-Three variants, trained for four minutes each on one core, had these class accuracies with guidance: 12 % with batches of
-64, 11 % with batches of 32 and the published spread of the label embeddings, and 47 % with batches of 32 and the present
-spread.
+Three variants, trained for four minutes each on one core, had these class accuracies with guidance: 12 % with batches
+of 64, 11 % with batches of 32 and the published spread of the label embeddings, and 47 % with batches of 32 and the
+present spread.
 """
 
 from raekit.data.loader import DataConfig

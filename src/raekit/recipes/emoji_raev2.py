@@ -9,8 +9,8 @@ Last verified:  2026-11-23, 2,000 steps, three seeds, 500 samples: fd_vit_tiny 2
 The optimizer is AdamW instead of RAE v2's Muon. torch's Muon multiplies in bfloat16, and a CPU that emulates bfloat16
 then trains at 3 images/s instead of 73.
 
-The denoiser has one block less than emoji_dit_dh. It has 3 instead of 12 tokens for time and class, because an image has
-only 16 tokens here.
+The denoiser has one block less than emoji_dit_dh. It has 3 instead of 12 tokens for time and class, because an image
+has only 16 tokens here.
 """
 
 from dataclasses import replace

@@ -106,7 +106,7 @@ class MaskedAutoencoder(nn.Module):
         self.out = nn.Linear(width, 3 * size**2)
 
     def forward(self, pixels: Tensor, keep: Tensor) -> Tensor:
-        """Predict all patches (B, N, 3 * patch_size^2) of normalised pixels (B, 3, H, W) from the patches `keep` (B, K)."""
+        """Predict all patches (B, N, 3 * patch_size^2) of pixels (B, 3, H, W) from only the patches `keep` (B, K)."""
         visible = self.embed(self.encoder(pixels, keep))
         x = self.mask_token.to(visible.dtype).expand(len(pixels), len(self.positions), -1)
         x = x.scatter(1, keep[:, :, None].expand(-1, -1, x.shape[2]), visible) + self.positions
@@ -135,7 +135,7 @@ def build(config: RepresentationConfig, run: Path, world: World) -> Stage:
         return hidden + config.visible_weight * seen, {"hidden": hidden, "visible": seen}
 
     def trained(name: str) -> Encoder:
-        """Return a copy of the averaged encoder, because a part of a module that is sharded over processes cannot run."""
+        """Return a copy of the averaged encoder. A part of a module that is sharded over processes cannot run."""
         prefix, vit = "encoder.", ViT(config.encoder)
         state = full_state(objective.averaged)
         vit.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})

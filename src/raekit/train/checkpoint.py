@@ -47,8 +47,7 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int, world: World
         kept = checkpoints(folder)
         have = f"the newest complete checkpoint is {kept[-1]}" if kept else "there is no earlier checkpoint"
         raise UserError(
-            f"{final}: could not be saved ({_cause(failure)}); {have}. "
-            "Free disk space and run the same command again"
+            f"{final}: could not be saved ({_cause(failure)}); {have}. Free disk space and run the same command again"
         )
     if world.is_main:
         shutil.rmtree(final, ignore_errors=True)
