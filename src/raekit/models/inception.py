@@ -236,7 +236,7 @@ def load_inception(source: str | None = None, resize: Resize = "tf1") -> Incepti
 
 
 def inception_state(state: Mapping[str, Tensor], source: object) -> dict[str, Tensor]:
-    """Convert the published state dict to that of `Inception`.
+    """Convert the published state dict to the state dict of `Inception`.
 
     The batch norms are folded into the convolutions in float64. `source` names the file in error messages.
     """

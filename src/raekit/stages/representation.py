@@ -168,7 +168,7 @@ def build(config: RepresentationConfig, run: Path, world: World) -> Stage:
 
 @dataclass(frozen=True)
 class Pixels:
-    """Raw pixels as features (B, 3 * size^2) around zero, a lower bound for an encoder."""
+    """Raw pixels as features (B, 3 * size^2) around zero, a baseline for encoders."""
 
     size: int
     name: str = "pixels"

@@ -28,7 +28,7 @@ def autocast(precision: Precision, device: torch.device):
 
 @contextmanager
 def matmul_precision(precision: Precision) -> Iterator[None]:
-    """Set the precision of CUDA's float32 matrix products in forward and backward passes to that of `precision`."""
+    """Allow TF32 in CUDA's float32 matrix products inside the context if `precision` is `tf32`, and forbid it if not."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     try:
