@@ -28,7 +28,7 @@ def autocast(precision: Precision, device: torch.device):
 
 @contextmanager
 def matmul_precision(precision: Precision) -> Iterator[None]:
-    """Allow TF32 in CUDA's float32 matrix products inside the context if `precision` is `tf32`, and forbid it if not."""
+    """Let CUDA's float32 matrix products use TF32 inside the context if, and only if, `precision` is `tf32`."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     try:
