@@ -553,7 +553,7 @@ def numbers() -> Iterator[Case]:
         dino(state | {"blocks.0.attn.qkv.bias": value}, path)
 
     yield case("a number for DINO's bias", "do not fit Dino", of_dino, torch.tensor(1.0))
-    yield case("whole numbers for DINO's bias", "needs tensors", of_dino, torch.ones(192, dtype=torch.int64))
+    yield case("whole numbers for DINO's bias", "needs only tensors", of_dino, torch.ones(192, dtype=torch.int64))
 
     def of_statistics(value: Any, path: Path) -> None:
         statistics({"mean": torch.zeros(8, 2, 2), "var": value})

@@ -189,7 +189,7 @@ def test_training_without_a_recipe_shows_the_usage(run):
 
 
 def test_an_unknown_recipe_lists_those_that_there_are(run):
-    assert_fails(run("train", "emoji"), "recipe 'emoji': no such recipe; there are ", "emoji_decoder")
+    assert_fails(run("train", "emoji"), "recipe 'emoji': no such recipe; choose from: ", "emoji_decoder")
 
 
 def test_torchrun_passes_the_documented_command_on(run):
@@ -261,7 +261,7 @@ def test_another_config_on_a_run_prints_the_difference_and_runs_nothing(run, ima
     assert run("train", "emoji_encoder", "--run", tmp_path, *tiny(images, train__steps=1)).code == 0
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     done = run("train", "emoji_encoder", "--run", tmp_path, *tiny(images, train__steps=2, optim__lr=0.5))
-    assert_fails(done, f"{tmp_path}: belongs to another configuration:", "  train.steps: 1 -> 2\n")
+    assert_fails(done, f"{tmp_path}: belongs to a run with a different config:", "  train.steps: 1 -> 2\n")
     assert re.search(r"^  optim\.lr: 0\.\d+ -> 0\.5$", done.err, re.MULTILINE)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
@@ -336,7 +336,7 @@ def test_a_dry_run_tells_the_cost_and_writes_nothing(run, images, tmp_path):
     block = 2 * 2 * 16 + 4 * (16 * 16 + 16) + 2 * 16 * 64 + 64 + 16
     parameters = 48 * 16 + 16 + block + 16 * 16 + 16 + 16 + 2 * block + 2 * 16 + 16 * 48 + 48
     assert f"encoder: {parameters:,} parameters\n" in cost
-    assert re.search(r"^  0\.00 GFLOPs forward an image", cost, re.MULTILINE)
+    assert re.search(r"^  0\.00 GFLOPs per image in the forward pass", cost, re.MULTILINE)
     assert re.search(r"memory: about 0\.00 GiB of state and 0\.00 GiB of activations for 4 images", cost)
     assert cost.endswith("1,500 steps of 4 images: 6,000 images\n")
     assert not list(tmp_path.iterdir())
@@ -347,7 +347,7 @@ def test_a_dry_run_of_a_recipe_as_it_is(run, tmp_path, monkeypatch, recipe):
     monkeypatch.chdir(tmp_path)
     done = run("train", recipe, "--dry-run", "--train.batch-size", 2)
     assert done.code == 0, done.err
-    gflops = float(re.search(r"([\d.]+) GFLOPs forward an image", done.out)[1])  # type: ignore[index]
+    gflops = float(re.search(r"([\d.]+) GFLOPs per image in the forward pass", done.out)[1])  # type: ignore[index]
     assert gflops > 0.01
     assert not list(tmp_path.iterdir())
 
@@ -1143,7 +1143,7 @@ def test_info_tells_what_a_model_holds(run, tiny_model, tmp_path):
     for kind in ("encoder", "autoencoder", "denoiser"):
         assert re.search(rf"^  {kind}: \d+ tensors", done.out, re.MULTILINE)
     assert '"class_names": [' in done.out
-    assert_fails(run("info", tiny_model, "--reach", "loss", 1), "is no run")
+    assert_fails(run("info", tiny_model, "--reach", "loss", 1), "not a run")
     assert_fails(run("info", tmp_path), tmp_path, "neither a model, an artifact nor a run")
     assert_fails(run("info", tmp_path / "none"), tmp_path / "none", "no such folder")
 

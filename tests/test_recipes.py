@@ -23,7 +23,7 @@ EVERY = pytest.mark.parametrize("name", recipes.names())
 
 
 def leaves(values: object, path: str = "") -> list[str]:
-    """The dotted names of all values in nested dicts."""
+    """Return the dotted names of all values in nested dicts."""
     if isinstance(values, dict):
         return [leaf for key, value in values.items() for leaf in leaves(value, f"{path}.{key}" if path else key)]
     return [path]
@@ -72,7 +72,7 @@ def test_a_recipe_tells_what_it_is_in_one_line(name):
 
 @EVERY
 def test_a_recipe_tells_what_it_reproduces(name):
-    """A built-in model, results shown in the documentation, published figures, or that there are none."""
+    """The line names a built-in model, a page of results, published figures, or says that no figures exist."""
     match = re.search(r"^Reproduces: +(\S.*)", recipes.find(name).about, re.MULTILINE)
     assert match
     if match[1].startswith("src/"):
@@ -85,7 +85,7 @@ def test_a_recipe_tells_what_it_reproduces(name):
 
 
 def test_published_schedules_of_stage_1():
-    """16 epochs of 2502 steps; the discriminator trains from epoch 6 on, and is heard from epoch 8 on."""
+    """16 epochs of 2502 steps; the discriminator trains from epoch 6 on, and joins the loss in epoch 8."""
     for name in recipes.names():
         config = recipes.find(name).config
         if isinstance(config, ReconstructionConfig) and not config.encoder.startswith("builtin:"):
@@ -197,7 +197,7 @@ def test_published_sizes_of_stage_2(name, latent, millions):
     config = DenoiserConfig(**vars(generation(name).denoiser), channels=latent[0], grid=latent[1:])
     with torch.device("meta"):
         model = Denoiser(config)
-    # The published count has the fixed table of positions.
+    # The published count includes the fixed table of positions.
     table = latent[1] * latent[2] * config.backbone.width
     assert (sum(p.numel() for p in model.parameters()) + table) / 1e6 == pytest.approx(millions, abs=0.05)
 
@@ -243,6 +243,6 @@ def test_a_variant_is_a_replacement():
 @pytest.mark.parametrize("name", ["emoji", "", "../emoji_encoder", "emoji_encoder.config"])
 def test_an_unknown_recipe_is_named_with_those_that_there_are(name):
     with pytest.raises(
-        UserError, match=re.escape(f"recipe {name!r}: no such recipe; there are dinov2b_512_direct, dinov2b_")
+        UserError, match=re.escape(f"recipe {name!r}: no such recipe; choose from: dinov2b_512_direct, dinov2b_")
     ):
         recipes.find(name)

@@ -231,7 +231,7 @@ def test_options_that_do_not_suit_are_named(files, tmp_path):
     path, options = files
     with pytest.raises(UserError, match=r"model.pt: .* does not tell its encoder; give it, as in --encoder"):
         read(str(path))
-    with pytest.raises(UserError, match="encoder_size: 30 is no multiple of dinov2-b's patch size 14"):
+    with pytest.raises(UserError, match="encoder_size: 30 is not a multiple of dinov2-b's patch size 14"):
         read(str(path), FileOptions(encoder="dinov2-b", encoder_size=30))
     with pytest.raises(UserError, match=r"does not fit dinov2-b: decoder_pos_embed is \(1, 5, 24\)"):
         read(str(path), FileOptions(encoder="dinov2-b", encoder_size=42))

@@ -7,7 +7,7 @@ from raekit.errors import UserError
 from raekit.models.augment import AugmentConfig, augment
 
 DOWN, RIGHT, BRIGHTNESS, SATURATION, CONTRAST, CUT_DOWN, CUT_RIGHT = range(7)
-HALF = 0.5  # of a draw that leaves the colours as they are
+HALF = 0.5  # a draw that leaves the colours unchanged
 
 
 def run(images: Tensor, config: AugmentConfig | None = None, step: int = 0, stream: str = "real", first: int = 0):
@@ -17,7 +17,7 @@ def run(images: Tensor, config: AugmentConfig | None = None, step: int = 0, stre
 
 @pytest.fixture
 def draws(monkeypatch: pytest.MonkeyPatch) -> list[list[float]]:
-    """A list to fill with the seven draws of each image, used in place of random ones; every policy fires."""
+    """Return a list for the seven draws of each image, which replace the random draws; every policy is applied."""
     rows: list[list[float]] = []
 
     def uniform(seed, stream, positions, shape):
@@ -75,7 +75,7 @@ def test_translation(down: float, right: float, rows: int, columns: int, draws: 
 
 
 def test_translations_are_even_and_bounded():
-    # One bright pixel in the middle tells where it went.
+    # A single bright pixel in the middle shows the shift.
     images = torch.full((600, 3, 16, 16), 0.5)
     images[:, :, 8, 8] = 1.0
     moved = run(images)

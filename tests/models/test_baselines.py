@@ -1,4 +1,4 @@
-"""The latents that RAE is set against, beside diffusers' own VAE."""
+"""The baselines, compared with diffusers' own VAE."""
 
 import pickle
 import re
@@ -76,7 +76,7 @@ def test_a_vae_with_statistics_of_its_channels_is_refused(vae: Path, tmp_path: P
     theirs = diffusers_vae(vae)
     theirs.register_to_config(latents_mean=[0.5] * 4, latents_std=[2.0] * 4)
     theirs.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="latents_mean and latents_std of its"):
+    with pytest.raises(UserError, match=r"its config\.json sets latents_mean or latents_std"):
         load_autoencoder(f"vae:{tmp_path}@16")
 
 
@@ -102,10 +102,10 @@ def test_a_folder_names_the_weights(vae: Path, tmp_path: Path):
 
 def test_errors(vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for name, message in (
-        ("vae:", "name its weights"),
+        ("vae:", "no weights are named"),
         ("vae:nowhere", "neither a folder nor OWNER/NAME on the Hub"),
         ("vae:no-such/vae", "hf download no-such/vae"),
-        (f"vae:{vae}@15", "images of 15 pixels; needs a multiple of 2"),
+        (f"vae:{vae}@15", "the image size 15 must be a multiple of 2"),
         ("pixels@0", "image_size"),
     ):
         with pytest.raises(UserError, match=re.escape(message)):
@@ -114,7 +114,7 @@ def test_errors(vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     state = load_file(vae / WEIGHTS)
     lost = state.popitem()[0]
     save_file(state, tmp_path / "partial" / WEIGHTS)
-    with pytest.raises(UserError, match=f"lacks {re.escape(lost)}; download it again"):
+    with pytest.raises(UserError, match=f"missing {re.escape(lost)}; download it again"):
         load_autoencoder(f"vae:{tmp_path / 'partial'}@16")
     (tmp_path / "partial" / WEIGHTS).write_bytes(b"")
     with pytest.raises(UserError, match="could not be loaded"):

@@ -1,4 +1,4 @@
-"""That conditions other than classes need nothing but a module."""
+"""A condition other than classes needs only a new module."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ GIVEN = randomness.normal(0, "given", range(8), (5,))
 
 
 class Described(nn.Module):
-    """A description of five numbers, NaN where there is none: what a text's embedding would be."""
+    """A condition on five numbers, as a text embedding would be; NaN stands for no condition."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ def test_a_condition_of_ones_own_is_trained_and_guides(tmp_path: Path):
     part = TransformerConfig(width=16, depth=2, heads=2)
     condition = Described(16)
     model = Denoiser(DenoiserConfig(channels=4, grid=(2, 2), backbone=part), condition)
-    target = torch.tanh(GIVEN @ torch.ones(5))[:, None, None, None].expand(-1, 4, 2, 2)  # told by the description
+    target = torch.tanh(GIVEN @ torch.ones(5))[:, None, None, None].expand(-1, 4, 2, 2)  # depends on the condition only
 
     def loss(batch: Batch, step: int) -> tuple[Tensor, Metrics]:
         items = batch.positions % 8

@@ -35,13 +35,13 @@ SPECTRAL = pytest.mark.parametrize("spectral", [True, False])
 
 
 def tiny_discriminator(seed: int = 0, **changes: Any) -> Discriminator:
-    """16-pixel images, a grid of 4 x 4, three heads."""
+    """Make a discriminator for 16-pixel images, with a 4 x 4 grid and three heads."""
     torch.manual_seed(seed)
     return Discriminator(replace(CONFIG, **changes), Encoder("tiny", VIT.spec, ViT(VIT)))
 
 
 def published_heads(channels: int, count: int, kernel_size: int, norm: str, spectral: bool) -> nn.ModuleList:
-    """Heads as the published discriminator names its tensors, of torch's own parts."""
+    """Build heads from torch's own layers, with the tensor names of the published discriminator."""
 
     class Residual(nn.Module):
         def __init__(self, fn: nn.Module) -> None:
@@ -75,7 +75,7 @@ def test_published_heads_are_read_and_give_their_logits(norm: Any, spectral: boo
     images = torch.rand(2, 3, 16, 16)
     features = model.backbone.features(images, (2, 0, 2))
     for head, x in zip(heads, features, strict=True):
-        head.train()(x.mT)  # makes the singular vectors fit
+        head.train()(x.mT)  # estimates the singular vectors
     expected = torch.cat([head.eval()(x.mT).flatten(1) for head, x in zip(heads, features, strict=True)], dim=1)
     for prefix in ("", "heads."):
         load_strict(model, discriminator_state(heads.state_dict(prefix=prefix)), "published")
@@ -178,7 +178,7 @@ def test_gradients_of_a_spectral_convolution():
 
 
 def test_two_forwards_may_share_a_backward():
-    # As the losses on real and on generated images do; each made a power iteration.
+    # The losses on real and on generated images share one, and each forward pass makes a power iteration.
     model = tiny_discriminator()
     loss = discriminator_loss(model(torch.rand(1, 3, 16, 16)), model(torch.rand(1, 3, 16, 16)))
     loss.backward()
@@ -199,7 +199,7 @@ def test_under_autocast_the_logits_stay_float32():
 
 
 def dino_state(width: int = 64, depth: int = 3, patch: int = 4, grid: int = 3) -> dict[str, Tensor]:
-    """A DINO checkpoint of random numbers, with the final norm and a key bias that is not zero."""
+    """Make a random DINO checkpoint with a final norm and a nonzero key bias."""
     shapes: dict[str, tuple[int, ...]] = {
         "cls_token": (1, 1, width),
         "pos_embed": (1, 1 + grid**2, width),
@@ -220,7 +220,7 @@ def dino_state(width: int = 64, depth: int = 3, patch: int = 4, grid: int = 3) -
 
 
 def dino_outputs(images: Tensor, state: dict[str, Tensor], heads: int) -> list[Tensor]:
-    """The patch tokens after each block, by the definition: images in ImageNet's colours, tanh-GELU."""
+    """Compute the patch tokens after each block by definition, with ImageNet's colours and tanh-GELU."""
     mean, std = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     kernel = state["patch_embed.proj.weight"]
     x = F.conv2d((images - mean) / std, kernel, state["patch_embed.proj.bias"], stride=kernel.shape[3])
@@ -277,11 +277,11 @@ def change(**changes: Tensor | None) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ({}, "no DINO ViT: it needs tensors, pos_embed"),
-        (change(patch_embed__proj__weight=torch.zeros(60, 3, 4, 4)), "width that is a multiple of 64"),
-        (change(pos_embed=None), r"pos_embed \(1, 1 \+ N, width\)"),
-        (change(pos_embed=torch.zeros(1, 0, 64)), "a patch or more"),
-        (dino_state() | {"epoch": 3}, "needs tensors"),
+        ({}, "not a DINO ViT: needs only tensors, including pos_embed"),
+        (change(patch_embed__proj__weight=torch.zeros(60, 3, 4, 4)), "width divisible by 64"),
+        (change(pos_embed=None), r"pos_embed \(1, 1 \+ N, D\)"),
+        (change(pos_embed=torch.zeros(1, 0, 64)), "at least one patch"),
+        (dino_state() | {"epoch": 3}, "needs only tensors"),
         (change(cls_token=None), "missing cls_token"),
         (change(blocks__1__mlp__fc2__bias=None), r"missing blocks\.1\.mlp\.2\.bias"),
         (change(head__weight=torch.zeros(2)), r"unexpected head\.weight"),
@@ -320,12 +320,12 @@ def test_the_published_backbone_is_looked_for_on_the_hub(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"blocks": (0, 3)}, r"discriminator\.blocks: there is no block 3 in tiny, which has 3"),
+        ({"blocks": (0, 3)}, r"discriminator\.blocks: tiny has no block 3; its blocks are 0 to 2"),
         ({"blocks": (2, 0)}, r"discriminator\.blocks: \(2, 0\) must be increasing"),
         ({"blocks": (1, 1)}, r"discriminator\.blocks: \(1, 1\) must be increasing"),
-        ({"blocks": (-1, 1)}, r"discriminator\.blocks: \(-1, 1\) must be increasing, from 0 on"),
+        ({"blocks": (-1, 1)}, r"discriminator\.blocks: \(-1, 1\) must be increasing and not negative"),
         ({"kernel_size": 4}, r"discriminator\.kernel_size: 4 must be odd"),
-        ({"kernel_size": -1}, r"discriminator\.kernel_size: -1 must be odd"),
+        ({"kernel_size": -1}, r"discriminator\.kernel_size: -1 must be odd and positive"),
     ],
 )
 def test_impossible_settings_are_named(changes: dict[str, Any], message: str):
@@ -335,7 +335,7 @@ def test_impossible_settings_are_named(changes: dict[str, Any], message: str):
 
 def test_groups_need_a_width_that_they_divide():
     vit = replace(VIT, width=48)
-    with pytest.raises(UserError, match=r"discriminator\.norm: group needs a width that 32 divides; tiny has 48"):
+    with pytest.raises(UserError, match=r"discriminator\.norm: group needs a width divisible by 32, but tiny has 48"):
         Discriminator(replace(CONFIG, norm="group"), Encoder("tiny", vit.spec, ViT(vit)))
 
 
@@ -380,10 +380,10 @@ def test_adaptive_weight():
 
 
 def train(world: World, steps: int) -> tuple[dict[str, Tensor], float]:
-    """The discriminator after `steps` on a batch of four, of which each process sees its share."""
+    """Train for `steps` steps on a batch of four that the processes share; return the weights and the last loss."""
     model = tiny_discriminator()
     world.shard(model, list(model.heads))
-    # Not Adam, which makes steps of full length of the rounding errors in the gradients of the biases before a norm.
+    # Not Adam: it would turn the rounding errors in the gradients of biases before a norm into steps of full length.
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     loss = torch.zeros(())
     for step in range(steps):

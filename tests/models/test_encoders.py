@@ -266,7 +266,7 @@ def test_layers_are_read_back_as_written():
         ((3,), "layers.blocks: 3, but own has blocks 0 to 2"),
         ((0, -4), "layers.blocks: -4, but own has blocks 0 to 2"),
         ((2, -1), r"layers.blocks: \(2, -1\) names a block of own twice"),
-        ((), "layers.blocks: choose at least one block"),
+        ((), "layers.blocks: no blocks are given"),
     ],
 )
 def test_impossible_layers_are_named(blocks: tuple[int, ...], message: str):
@@ -361,7 +361,7 @@ def test_images_of_another_size_are_resized(shape: tuple[int, int], checkpoint: 
 
 @pytest.mark.parametrize("size", [25, (28, 25), (25, 28), 0, (-14, 14)], ids=str)
 def test_input_size_must_be_whole_patches(size: Any, checkpoint: Callable[..., Path]):
-    message = f"encoder_size: {size} is no multiple of vit:.*'s patch size 14"
+    message = f"encoder_size: {size} is not a multiple of vit:.*'s patch size 14"
     with pytest.raises(UserError, match=re.sub(r"([()])", r"\\\1", message)):
         load_encoder(f"vit:{checkpoint('vit')}", input_size=size)
 

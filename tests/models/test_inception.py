@@ -15,7 +15,7 @@ from raekit.weights import load_strict
 
 @pytest.fixture(scope="module")
 def published() -> dict[str, Tensor]:
-    """Random weights under the published names."""
+    """Make random weights under the published names."""
     with torch.device("meta"):
         wanted = Inception().state_dict()
     generator = torch.Generator().manual_seed(0)
@@ -82,7 +82,7 @@ def test_the_resize_of_tensorflow_1(length: int):
 @pytest.mark.parametrize("side", [64, 500])
 def test_the_clean_resize_is_that_of_pillow(side: int):
     pixels = torch.rand(1, 3, side, side).mul(255).round()
-    pixels[..., :10] = 255  # overshoots, and is cut off
+    pixels[..., :10] = 255  # bicubic overshoots here, and the values are clipped
     with torch.device("meta"):
         model = Inception("clean")
     bicubic = Image.Resampling.BICUBIC
@@ -98,7 +98,7 @@ def test_the_published_file_is_found_and_read_strictly(
     file.write_bytes(b"weights")
     monkeypatch.setattr(inception, "get_dir", lambda: str(tmp_path / "hub"))
     monkeypatch.setattr(inception, "URL", file.as_uri())
-    # Of another content than the name promises:
+    # The content does not match the hash in the name.
     with pytest.raises(UserError, match=r"could not be fetched.*download file:.* to .*checkpoints"):
         load_inception()
     monkeypatch.setattr(inception, "HASH", "")
@@ -112,7 +112,7 @@ def test_the_published_file_is_found_and_read_strictly(
     assert inception._find(str(file)) == inception._find(str(file.parent)) == file
     with pytest.raises(UserError, match=r"nothing\.pth: no such file"):
         load_inception(str(tmp_path / "nothing.pth"))
-    with pytest.raises(UserError, match="holds neither pt_inception"):
+    with pytest.raises(UserError, match="contains neither pt_inception"):
         load_inception(str(tmp_path))
     with pytest.raises(UserError, match="no/such/folder: no such file or folder"):
         load_inception("no/such/folder")

@@ -15,7 +15,7 @@ CONVOLUTIONS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
 
 @pytest.fixture(scope="module")
 def vgg() -> State:
-    """Random convolutions under torchvision's names."""
+    """Make random convolutions under torchvision's names."""
     torch.manual_seed(0)
     state, channels = {}, 3
     for layer, width in zip(CONVOLUTIONS, (64, 64, 128, 128, *[256] * 3, *[512] * 6), strict=True):
@@ -38,7 +38,7 @@ def file(vgg: State, heads: State, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def distance(a: Tensor, b: Tensor, state: State) -> Tensor:
-    """The definition, of images in [0, 1], in float64."""
+    """Compute LPIPS by its definition in float64, for images in [0, 1]."""
     shift, scale = (torch.tensor(v).double()[:, None, None] for v in ((-0.03, -0.088, -0.188), (0.458, 0.448, 0.45)))
     x = ((torch.cat([a, b]).double() * 2 - 1) - shift) / scale
     total = torch.zeros(len(a)).double()
@@ -116,7 +116,7 @@ def test_the_package_has_the_released_heads():
     assert sum(value.numel() for value in released.values()) == 1472
     assert all((value >= 0).all() for value in released.values())
     sums = [released[f"lin{i}.model.1.weight"].sum().item() for i in range(5)]
-    assert sums == pytest.approx([6.926, 8.8583, 17.515, 51.5213, 47.0349], abs=1e-3)  # of the released file
+    assert sums == pytest.approx([6.926, 8.8583, 17.515, 51.5213, 47.0349], abs=1e-3)  # sums in the released file
 
 
 def test_torchvisions_checkpoint_and_cache(vgg: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -132,7 +132,7 @@ def test_torchvisions_checkpoint_and_cache(vgg: State, tmp_path: Path, monkeypat
 
 @pytest.fixture
 def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache of the Hub, no network, and nothing of torchvision's."""
+    """Provide an empty Hub cache and an empty torchvision cache, without network."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))

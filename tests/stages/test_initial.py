@@ -23,7 +23,7 @@ ONE = World()
 
 @pytest.fixture
 def config(images, tiny_model) -> Callable[[str], StageConfig]:
-    """A training of either stage, of the sizes of the tiny model."""
+    """Return a function that makes a config of either stage, with the sizes of the tiny model."""
     data, optim = DataConfig(source=images, image_size=16), OptimConfig(lr=1e-3)
     settings = TrainConfig(steps=2, batch_size=6, precision="fp32", seed=5)
     part = TransformerConfig(width=16, depth=1, heads=2)
@@ -57,8 +57,8 @@ def test_fine_tuning_starts_from_the_decoder(config, tiny_model, tmp_path):
 def test_fine_tuning_starts_from_the_denoiser(config, tiny_model, tmp_path):
     published = Denoiser.load(str(tiny_model)).state_dict()
     tuned = replace(config("denoiser"), init_from=str(tiny_model))
-    # Its classes have the same names. The time shift of the fixture is not that of its latents.
-    with pytest.raises(UserError, match=r"init_from: .* otherwise than this recipe's:\n  shift: 1.0 -> 0.25$"):
+    # The classes have the same names. The time shift of the fixture does not follow from its latents.
+    with pytest.raises(UserError, match=r"init_from: .* differs from this config's:\n  shift: 1.0 -> 0.25\nName "):
         initial(tuned, tmp_path)
     tuned = replace(tuned, shift_base=256, denoiser=replace(tuned.denoiser, label_std=1.0))
     assert same(initial(tuned, tmp_path), published) == list(published)
@@ -72,7 +72,7 @@ def test_a_run_can_be_gone_on_from_by_another(config, tmp_path, name):
     assert same(began, initial(first, tmp_path / "other")) != list(began)
     assert train(second, tmp_path / "second", ONE)
     shutil.rmtree(tmp_path / "first")
-    assert train(second, tmp_path / "second", ONE)  # again, from its own checkpoint
+    assert train(second, tmp_path / "second", ONE)  # resumes from its own checkpoint
 
 
 def test_other_classes_start_anew(config, tiny_model, tmp_path):
@@ -96,12 +96,12 @@ def test_other_classes_start_anew(config, tiny_model, tmp_path):
         (
             "decoder",
             "builtin:emoji",
-            r"init_from: builtin:emoji .* otherwise than this recipe's:\n  token_dim: 256 -> 16",
+            r"init_from: the architecture of builtin:emoji differs from this config's:\n  token_dim: 256 -> 16",
         ),
         (
             "denoiser",
             "builtin:emoji",
-            r"init_from: builtin:emoji .* otherwise than this recipe's:\n  backbone\.width: 192",
+            r"init_from: the architecture of builtin:emoji differs from this config's:\n  backbone\.width: 192",
         ),
         ("denoiser", "nowhere", "nowhere"),
     ],

@@ -56,7 +56,7 @@ def first_encoded(made: Stage) -> Encoded:
 
 
 def all_tokens(config: ReconstructionConfig) -> torch.Tensor:
-    """The tokens (30, 16, 4, 4) of all training images."""
+    """Return the tokens (30, 16, 4, 4) of all training images."""
     encoder = load_encoder(config.encoder)
     batches = Loader(config.data, 0).once(30, ONE)
     return to_grid(encoder(next(iter(batches)).pixels()), (4, 4))
@@ -134,7 +134,7 @@ def test_the_artifact_holds_the_averages_and_the_exact_statistics(config, tmp_pa
     assert loaded.var.numpy() == pytest.approx(values.var(0), abs=1e-6)
     averaged = made.objectives[0].averaged
     assert all(torch.equal(a, b) for a, b in zip(loaded.decoder.parameters(), averaged.parameters(), strict=True))
-    # The encoder travels along, for it is no public one.
+    # The artifact contains the encoder, because the encoder is not a public one.
     assert sorted(path.name for path in (tmp_path / "artifact").iterdir()) == ["autoencoder", "encoder"]
     images = first_batch(config).pixels()
     assert torch.equal(loaded.tokens(images), to_grid(load_encoder(config.encoder)(images), (4, 4)))
@@ -151,7 +151,7 @@ def test_the_encoder_follows_the_configuration(config, tmp_path, monkeypatch):
         made.objectives[0].loss(next(iter(made.batches(0))), 0)
         assert used[-1].layers == layers
         assert used[-1].dtype == dtype
-        assert not compiled  # which a dry run would not want
+        assert not compiled  # a dry run must not compile
     made.prepare(silent)
     assert compiled == used[-1:]
 
@@ -197,7 +197,7 @@ def test_a_dry_build_measures_and_writes_nothing(config, tmp_path, monkeypatch):
 
 def test_a_decoder_for_another_image_size_is_refused(config, tmp_path):
     wrong = replace(config, decoder=replace(config.decoder, patch_size=8))
-    with pytest.raises(UserError, match=r"decoder\.patch_size: 8 over a grid of \(4, 4\) gives .* 32 .* is 16"):
+    with pytest.raises(UserError, match=r"decoder\.patch_size: 8 on a grid of \(4, 4\) gives .* 32 .* is 16"):
         stage(wrong, tmp_path)
 
 
@@ -207,7 +207,7 @@ def test_an_encoder_that_is_not_there_is_refused(config, tmp_path):
 
 
 def test_negative_noise_is_refused(config):
-    with pytest.raises(UserError, match=r"noise: -0\.1 is negative"):
+    with pytest.raises(UserError, match=r"noise: -0\.1 must not be negative"):
         replace(config, noise=-0.1)
 
 
@@ -219,7 +219,7 @@ def test_the_config_goes_through_json_strictly(config):
         from_dict(ReconstructionConfig, values, "config.json")
 
 
-# The adversarial part: a discriminator on the encoder's own features, which the decoder hears from step 1
+# The adversarial loss: a discriminator on the encoder's features, in the decoder's loss from step 1 on
 
 
 @pytest.fixture
@@ -241,7 +241,7 @@ def parts(made: Stage) -> tuple[Objective, Objective]:
 
 
 def test_the_adversarial_loss_and_its_gradient(adversarial, tmp_path):
-    """Against plain autograd through the whole: one weight, the ratio of the gradients of the last layer."""
+    """Compare with plain autograd; the adaptive weight is the ratio of the gradient norms at the last layer."""
     made = stage(adversarial, tmp_path)
     decoder, discriminator = parts(made)
     batch = first_encoded(made)
@@ -273,7 +273,7 @@ def test_the_adversarial_loss_and_its_gradient(adversarial, tmp_path):
         torch.testing.assert_close(p.grad, expected[name], rtol=1e-3, atol=1e-7)
     assert all(p.grad is None for p in heads.parameters()), "the decoder's loss does not train the discriminator"
     before, _ = decoder.loss(batch, 0)
-    assert before.item() == pytest.approx(l1.item(), rel=1e-5), "not heard before its start"
+    assert before.item() == pytest.approx(l1.item(), rel=1e-5), "the adversarial term starts later"
 
 
 def test_the_discriminator_tells_images_from_reconstructions_of_8_bits(adversarial, tmp_path):
@@ -354,7 +354,7 @@ def test_lpips_joins_the_loss_at_its_start(config, tmp_path, vgg):
 
 
 def train_whole(world: World, config: ReconstructionConfig, run: Path) -> dict[str, torch.Tensor]:
-    """All weights of both networks at the end."""
+    """Train and return the weights of both networks."""
     torch.manual_seed(0)
     made = build(config, run, world)
     Trainer(run, config.train, made.objectives, made.batches, world).fit()
@@ -390,12 +390,12 @@ def test_two_processes_train_the_same_discriminator_and_decoder_as_one(adversari
         )
         return
     for one_record, two_record in zip(*losses, strict=True):
-        for name, value in one_record.items():  # logits are means of numbers of either sign
+        for name, value in one_record.items():  # the logits are means of positive and negative numbers
             logits = name in ("discriminator/real", "discriminator/fake")
             assert two_record[name] == pytest.approx(value, rel=1e-5, abs=1e-5 if logits else 0), name
     for name, value in one.items():
         found = first[name]
-        # What has no effect has rounding for a gradient, which Adam scales up: a bias of keys, or before a norm.
+        # The gradient of a key bias, or of a bias before a norm, is only rounding, which Adam scales up.
         if name.endswith((".first.0.bias", ".residual.0.bias")):
             continue
         if name.endswith("qkv.bias"):

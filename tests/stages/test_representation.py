@@ -43,7 +43,10 @@ def first_batch(config: RepresentationConfig) -> Batch:
 
 
 def patches(images: Tensor) -> Tensor:
-    """Normalised patches (B, 16, 48) of images in [0, 1], by hand: rows of patches, each of rows of RGB pixels."""
+    """Cut images in [0, 1] into normalised patches (B, 16, 48) with plain loops.
+
+    The patches are in row order, and each patch consists of rows of RGB pixels.
+    """
     pixels = (images - 0.5) / 0.5
     return torch.stack(
         [
@@ -134,7 +137,7 @@ def test_a_mask_of_nothing_or_of_everything_is_refused(config, ratio):
 
 
 def test_images_of_another_size_than_the_encoders_are_refused(config):
-    with pytest.raises(UserError, match=r"data\.image_size: 8 differs from encoder\.image_size = 16"):
+    with pytest.raises(UserError, match=r"data\.image_size: 8 must equal encoder\.image_size = 16"):
         replace(config, data=replace(config.data, image_size=8))
 
 

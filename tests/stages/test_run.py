@@ -1,4 +1,4 @@
-"""Whole runs: a configuration goes in, an artifact comes out, however often it was stopped and by however many."""
+"""Complete runs from config to artifact, also with interruptions and several processes."""
 
 import json
 import os
@@ -40,7 +40,7 @@ KILLS = os.environ.get("RAEKIT_KILLS", "3")
 
 
 def configs(images: str, runs: Path, micro_batch: int | None = None) -> tuple[StageConfig, ...]:
-    """The three stages, each on the last one's run, all with every random choice that there is."""
+    """Return configs of the three stages, each on the run of the stage before, with every random choice turned on."""
     data = DataConfig(source=images, image_size=16, crop="random", flip=True)
     settings = TrainConfig(
         steps=7, batch_size=8, micro_batch=micro_batch, precision="fp32", seed=4, log_every=1, checkpoint_every=3
@@ -63,7 +63,7 @@ def configs(images: str, runs: Path, micro_batch: int | None = None) -> tuple[St
 
 
 def train_all(world: World, images: str, runs: Path, micro_batch: int | None = None) -> dict[str, list[float]]:
-    """The losses of all three, from rank zero's view as from any other's."""
+    """Train all three stages; return the losses, which are the same on every rank."""
     losses: dict[str, list[float]] = {name: [] for name in NAMES}
     for name, config in zip(NAMES, configs(images, runs, micro_batch), strict=True):
         key = f"{name}/loss"
@@ -72,7 +72,7 @@ def train_all(world: World, images: str, runs: Path, micro_batch: int | None = N
 
 
 def artifact(run: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a run's artifact."""
+    """Load all tensors of a run's artifact."""
     folder = run / "artifact"
     files = sorted(folder.rglob("*.safetensors"))
     return {f"{path.relative_to(folder)} {key}": value for path in files for key, value in load_file(path).items()}
@@ -100,7 +100,7 @@ def test_three_stages_lead_from_images_to_a_model(alone):
     model = load(str(runs / "denoiser"))
     assert model.classes == ("blue", "green", "red")
     assert model.autoencoder.decode(model.autoencoder.encode(torch.rand(2, 3, 16, 16))).shape == (2, 3, 16, 16)
-    # The encoder of the first run travels through the second into the third.
+    # The third run's artifact contains the encoder of the first run.
     encoder = artifact(runs / "encoder")
     assert all(torch.equal(artifact(runs / "denoiser")[key], value) for key, value in encoder.items())
 
@@ -156,7 +156,7 @@ def test_one_process_accumulates_in_every_stage(alone, images, tmp_path):
 
 @pytest.mark.parametrize("stage", range(3), ids=NAMES)
 def test_a_stopped_run_goes_on_exactly_within_an_epoch(alone, images, tmp_path, stage):
-    """An epoch is 30 images, a step 8: steps 2 and 5 are within the first and the second."""
+    """An epoch has 30 images and a step 8, so that steps 2 and 5 lie within the first and the second epoch."""
     name, config = NAMES[stage], configs(images, alone[0])[stage]
     for last in (2, 5, 7):
 
@@ -183,9 +183,9 @@ def test_a_run_keeps_its_config_and_refuses_another(alone, images, tmp_path):
     with pytest.raises(UserError) as error:
         train(changed, tmp_path, ONE)
     lines = str(error.value).splitlines()
-    assert lines[0] == f"{tmp_path}: belongs to another configuration:"
+    assert lines[0] == f"{tmp_path}: belongs to a run with a different config:"
     assert lines[1:3] == ["  noise: 0.8 -> 0.25", "  optim.lr: 0.001 -> 1.0"]
-    assert lines[3] == "Choose another --run, or undo these"
+    assert lines[3] == "Choose another --run, or undo these changes"
     assert (tmp_path / "config.json").read_text() == text
     assert same(artifact(tmp_path), before)
 

@@ -19,7 +19,7 @@ ONE = World()
 
 
 def state(step: int, size: int = 50) -> dict[str, Any]:
-    """A training state in small, all of it telling the step."""
+    """Make a small training state; every value depends on the step."""
     return {
         "trainer": {"step": step, "skipped": torch.tensor([step, 0])},
         "net": {"weight": torch.full((size, 7), float(step)), "averages": {"0.9": torch.arange(5.0) + step}},
@@ -83,8 +83,8 @@ def test_a_damaged_checkpoint_is_one_message_that_names_the_folder(tmp_path, fil
         (folder / file).write_bytes({"half": content[: len(content) // 2], "empty": b"", "garbage": b"x" * 99}[damage])
     with pytest.raises(UserError) as error:
         loaded(folder)
-    assert str(error.value).startswith(f"{folder}: damaged or of another run (")
-    assert str(error.value).endswith("remove this folder to go on from the checkpoint before it")
+    assert str(error.value).startswith(f"{folder}: damaged or from a different run (")
+    assert str(error.value).endswith("remove this folder to resume from the previous checkpoint")
     assert "\n" not in str(error.value)
     assert_holds(tmp_path / "step-00000003", 3)
 
@@ -93,9 +93,9 @@ def test_the_state_of_another_network_is_refused(tmp_path):
     checkpoint.save(tmp_path, 1, state(1), 1, ONE)
     other = state(1)
     other["net"]["bias"] = torch.zeros(3)
-    with pytest.raises(UserError, match=r"step-00000001: damaged or of another run \(.*net\.bias"):
+    with pytest.raises(UserError, match=r"step-00000001: damaged or from a different run \(.*net\.bias"):
         checkpoint.load(tmp_path / "step-00000001", other, ONE)
-    with pytest.raises(UserError, match=r"step-00000001: damaged or of another run \(.*[Ss]ize"):
+    with pytest.raises(UserError, match=r"step-00000001: damaged or from a different run \(.*[Ss]ize"):
         checkpoint.load(tmp_path / "step-00000001", state(1, size=51), ONE)
 
 
@@ -133,7 +133,7 @@ def test_a_first_save_that_fails_says_that_there_is_no_other(tmp_path, monkeypat
 
 
 def kill_at(operation: int, folder: Path) -> None:
-    """End this process without a word before the n-th change that it makes in `folder`."""
+    """Kill this process with SIGKILL before its n-th change in `folder`, where n is `operation`."""
     changes = iter(range(1, operation))
 
     def die_if_due() -> None:
@@ -152,7 +152,10 @@ def kill_at(operation: int, folder: Path) -> None:
 
 
 def save_under_fire(world: World, root: Path) -> int:
-    """Fork a process for each moment; returns at which operation the first one lived to the end."""
+    """Fork one process per operation of a save and kill it there.
+
+    Returns the number of the first operation that the save never reaches.
+    """
     for operation in count(1):
         folder = root / str(operation)
         for step in (1, 2):
@@ -176,7 +179,7 @@ def test_killed_at_any_moment_of_a_save_the_newest_complete_checkpoint_loads(tmp
         path = checkpoint.checkpoints(folder)[-1]
         newest.append(int(path.name.removeprefix("step-")))
         assert_holds(path, newest[-1])
-        # The next run goes on from there, and clears away what this one left.
+        # The next run resumes from this checkpoint, and deletes what the killed save left.
         checkpoint.save(folder, 4, state(4), 2, ONE)
         assert_holds(folder / "step-00000004", 4)
         assert len(names(folder)) == 2

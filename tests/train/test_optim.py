@@ -40,7 +40,7 @@ def test_half_way_a_schedule_is_half_way():
     for decay in ("linear", "cosine"):
         config = OptimConfig(lr=2e-4, final_lr=2e-5, warmup_steps=10, decay=decay, decay_end=110)
         assert learning_rate(config, 60) == pytest.approx(1.1e-4)
-    quarter = learning_rate(config, 35)  # of the cosine
+    quarter = learning_rate(config, 35)  # after a quarter of the cosine
     assert quarter == pytest.approx(2e-5 + 1.8e-4 * (1 + 0.5**0.5) / 2)
 
 
@@ -63,7 +63,7 @@ def test_adamw_takes_every_field():
     assert group["fused"]
     weight.grad = torch.full((3,), 2.0)
     optimizer.step()
-    # Decoupled decay, then a step of lr * g / (|g| + eps), the first moments being those of one gradient.
+    # Decoupled weight decay, then a step of lr * g / (|g| + eps), since the moments contain a single gradient.
     torch.testing.assert_close(weight.detach(), torch.full((3,), 1 - 0.1 * 0.2 - 0.1 * 2 / 2.3))
 
 
@@ -107,7 +107,7 @@ def test_muon_moves_the_matrices_but_of_convolutions_and_adamw_the_rest():
             one.step()
     for ours, theirs in zip(module.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
-    # A step of Muon is about as large as one of AdamW: 0.2 of the rate, root mean square.
+    # A step of Muon is about as large as a step of AdamW: its root mean square is 0.2 times the learning rate.
     (one,) = [name for name, _ in module.named_parameters() if name == "blocks.0.0.weight"]
     build_optimizer(MUON, with_gradients(start), [start["embed"]]).step()  # type: ignore[call-overload]
     moved = start.get_parameter(one) - blocks_and_more().get_parameter(one)
@@ -133,7 +133,7 @@ def test_a_step_of_muon_that_is_not_finite_changes_nothing():
 
 
 def test_muon_without_matrices_is_refused():
-    with pytest.raises(UserError, match=r"optim\.method: muon moves matrices, and this module has none"):
+    with pytest.raises(UserError, match=r"optim\.method: muon trains matrices, but this module has none"):
         build_optimizer(MUON, nn.LayerNorm(4))
     with pytest.raises(UserError, match=r"optim\.momentum: 1 must be"):
         OptimConfig(momentum=1)

@@ -84,5 +84,5 @@ def test_steps_to_a_target_are_read_from_the_curve():
     assert steps_to(records, "fid", 4) == 20
     assert steps_to(records, "fid", 2) == 37.5
     assert steps_to(records, "fid", 0.5) is None
-    with pytest.raises(UserError, match="sfid: not on record; there are fid, loss"):
+    with pytest.raises(UserError, match="sfid: no such metric in the records; choose from: fid, loss"):
         steps_to(records, "sfid", 1)

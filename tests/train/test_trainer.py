@@ -1,4 +1,4 @@
-"""The loop, on networks of a few hundred weights and data made of random numbers."""
+"""The training loop, on networks of a few hundred weights and random data."""
 
 import copy
 import math
@@ -30,7 +30,7 @@ from raekit.train.tracking import read_metrics
 from raekit.train.trainer import TrainConfig, Trainer
 
 ONE = World()
-ITEMS = 20  # an epoch, which no batch size here divides
+ITEMS = 20  # images of an epoch; no batch size here divides it
 CONFIG = TrainConfig(steps=8, batch_size=8, precision="fp32", seed=3, log_every=1)
 OPTIM = OptimConfig(
     lr=1e-2, final_lr=1e-3, warmup_steps=2, warmup_from_zero=True, decay="cosine", decay_end=8, clip=2.9
@@ -39,7 +39,7 @@ OPTIM = OptimConfig(
 
 @dataclass(frozen=True)
 class Rows:
-    """Vectors (B, 6), and their positions in the stream."""
+    """Vectors (B, 6) and their positions in the data stream."""
 
     values: Tensor
     positions: Tensor
@@ -55,7 +55,7 @@ class Rows:
 
 
 def rows(world: World, start: int, batch_size: int = 8) -> Iterator[Rows]:
-    """This process's shares of a stream over ITEMS vectors, in a new order at each epoch."""
+    """Yield this process's share of each batch, from ITEMS vectors in a new order per epoch."""
     share = batch_size // world.size
     for first in count(start + world.rank * share, batch_size):
         positions = range(first, first + share)
@@ -64,7 +64,7 @@ def rows(world: World, start: int, batch_size: int = 8) -> Iterator[Rows]:
 
 
 class Net(nn.Module):
-    """Two blocks and a linear layer, and a buffer that each training batch changes."""
+    """Two blocks, a linear layer, and a buffer that counts the training batches."""
 
     def __init__(self, outputs: int = 6) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class Net(nn.Module):
 
 
 def objective(**options: Any) -> Objective:
-    """Predict noisy squares; the noise is addressed, as in the stages."""
+    """Predict noisy squares; the noise depends on the positions, as in the stages."""
     torch.manual_seed(0)
     net = Net()
 
@@ -101,7 +101,7 @@ def trainer(
 
 
 def fit(trained: Trainer) -> list[float]:
-    """The losses of all steps that it does."""
+    """Train to the end and return the loss of each step."""
     losses: list[float] = []
     assert trained.fit(lambda step, values: losses.append(values["net/loss"]))
     return losses
@@ -112,7 +112,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def state(trained: Trainer) -> dict[str, Tensor]:
-    """All that a training carries: weights, buffers, averages and the optimizers' state, by name."""
+    """Return the full training state by name: weights, buffers, averages and optimizer state."""
     tensors = {"step": torch.tensor(trained.step)}
     for one in trained.objectives:
         modules = {"weights": one.module} | {f"average {decay}": m for decay, m in one.averages.items()}
@@ -127,12 +127,12 @@ def state(trained: Trainer) -> dict[str, Tensor]:
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    """Equal to the bit."""
+    """Return whether both states are identical to the bit."""
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def assert_close(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
-    """Equal but for the order of sums. The buffer counts calls, of which micro-batches make more."""
+    """Compare up to rounding, without the buffer that counts calls: micro-batches make more calls."""
     assert a.keys() == b.keys()
     for name in a:
         if not name.endswith("calls"):
@@ -146,7 +146,7 @@ def assert_close(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[float], dict[str, Tensor]]:
-    """The losses and the last state of one process that was never stopped."""
+    """Return the losses and the last state of one process that never stops."""
     trained = trainer(tmp_path_factory.mktemp("alone"))
     return fit(trained), state(trained)
 
@@ -224,7 +224,7 @@ def test_periodic_calls_come_on_time_after_the_checkpoint_and_are_recorded(tmp_p
 
 
 def test_an_evaluation_that_was_killed_is_made_up_for(tmp_path, alone):
-    """Its checkpoint is there already: the restart begins with the evaluation, and does no other again."""
+    """The checkpoint of its step exists, so the restart begins with this evaluation and repeats no other."""
     calls = []
 
     def call(step: int) -> dict[str, float]:
@@ -264,12 +264,12 @@ def test_averages_of_a_compiled_module_hold_their_own_weights(tmp_path, monkeypa
     compiled = []
 
     def fake(function: Callable, **options: object) -> Callable:
-        """Remember what was compiled, as `torch.compile` remembers the module of its forward."""
+        """Record the module whose forward is compiled."""
         compiled.append(function.__self__)  # type: ignore[attr-defined]
         return function
 
     monkeypatch.setattr(torch, "compile", fake)
-    monkeypatch.setattr(shutil, "which", lambda name: name)  # no compiler is needed for this
+    monkeypatch.setattr(shutil, "which", lambda name: name)  # the test needs no compiler
     trained = trainer(tmp_path, config=replace(CONFIG, compile=True))
     assert fit(trained) == alone[0]
     assert same(state(trained), alone[1])
@@ -296,7 +296,7 @@ def test_a_really_compiled_module_gives_the_same_curve(tmp_path, monkeypatch, al
 
 @contextmanager
 def largest_output(net: Net) -> Iterator[dict[str, Tensor]]:
-    """A monitor: the largest output of the blocks, and how often one was seen."""
+    """Monitor the largest output of the blocks and the number of outputs."""
     seen = {"output": torch.tensor(-math.inf), "blocks": torch.tensor(0.0)}
 
     def look(module: nn.Module, inputs: tuple, output: Tensor) -> None:
@@ -350,7 +350,7 @@ def test_checkpointed_blocks_run_twice_and_train_the_same(tmp_path, monkeypatch,
     assert len(calls) == (0 if backend else 2 * 2 * CONFIG.steps)
     assert losses == (pytest.approx(alone[0], rel=1e-5) if backend else alone[0])
     assert_close(state(trained), alone[1])
-    # A copy runs its own weights.
+    # A copy runs with its own weights.
     other = copy.deepcopy(one.module)
     nn.init.zeros_(other.get_parameter("blocks.0.0.weight"))
     assert not torch.equal(other(torch.ones(1, 6)), one.module(torch.ones(1, 6)))
@@ -375,7 +375,7 @@ def test_metrics_go_to_tensorboard_if_asked(tmp_path, alone):
     assert [event.value for event in events.Scalars("net/loss")] == pytest.approx(alone[0], rel=1e-6)
 
 
-# Stopping and going on
+# Stopping and resuming
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -385,7 +385,7 @@ def test_a_signal_stops_and_the_run_goes_on_exactly(tmp_path, number, micro_batc
     straight = trainer(tmp_path / "straight", config=config)
     losses = fit(straight)
 
-    stops = {2: number, 5: number}  # within the first epoch, and the second
+    stops = {2: number, 5: number}  # within the first and the second epoch
     run, parts = tmp_path / "stopped", []
     for last in (2, 5, 8):
         stop = Periodic(every=1, call=lambda step: os.kill(os.getpid(), stops[step]) or {} if step in stops else {})
@@ -424,7 +424,7 @@ def test_a_finished_run_does_nothing_more(tmp_path, alone):
 
 
 def test_a_step_is_saved_once(tmp_path, monkeypatch):
-    """A signal in a step that is saved anyway: the good checkpoint is not taken down to be written again."""
+    """A signal in a step that is saved anyway must not write the complete checkpoint again."""
     saved = []
     save = checkpoint.save
     monkeypatch.setattr(checkpoint, "save", lambda folder, step, *rest: saved.append(step) or save(folder, step, *rest))
@@ -450,7 +450,7 @@ def test_with_muon_a_run_goes_on_exactly(tmp_path):
     assert same(state(trained), state(straight))
 
 
-# Two objectives: a generator, and a discriminator that begins at step 3
+# Two objectives: a generator, and a discriminator that starts at step 3
 
 START = 3
 DISCRIMINATOR_OPTIM = OptimConfig(
@@ -459,7 +459,7 @@ DISCRIMINATOR_OPTIM = OptimConfig(
 
 
 def pair() -> tuple[Objective, Objective]:
-    """The generator's loss goes through the discriminator once that has begun, as a GAN's does."""
+    """Return a GAN: the generator's loss uses the discriminator after the discriminator has started."""
     torch.manual_seed(0)
     maker, judge = Net(), Net(1)
 
@@ -494,7 +494,7 @@ def pair_trainer(run: Path, world: World = ONE, config: TrainConfig = CONFIG, **
 
 
 def pair_by_hand() -> dict[str, nn.Module]:
-    """The same by hand: a GAN's textbook loop."""
+    """Train the same objectives with a plain GAN loop."""
     generator, discriminator = pair()
     maker, judge = generator.module, discriminator.module
     averages = [copy.deepcopy(maker), copy.deepcopy(judge), copy.deepcopy(judge)]
@@ -544,7 +544,7 @@ def test_two_objectives_train_as_by_hand(pair_alone):
 
 
 def test_an_objective_is_untouched_before_its_start(tmp_path):
-    """Not even by the checkpoints in between, nor by the other's loss that reaches into it."""
+    """Neither the checkpoints nor the gradients of the other objective's loss change it."""
     generator, discriminator = pair()
 
     def through_both(batch: Rows, step: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -580,7 +580,7 @@ def test_its_schedule_and_its_metrics_count_from_its_start(tmp_path, pair_alone)
 
 @pytest.mark.parametrize("stop", [1, 3, 4])
 def test_two_objectives_resume_exactly(tmp_path, pair_alone, stop):
-    """Also if a checkpoint was taken before the second began, which the straight run did not take."""
+    """Also from a checkpoint before the start of the second objective, which the uninterrupted run does not save."""
     signalled = Periodic(every=stop, call=lambda step: os.kill(os.getpid(), signal.SIGTERM) or {})
     assert not pair_trainer(tmp_path, periodics=[signalled]).fit()
     trained = pair_trainer(tmp_path)
@@ -593,7 +593,7 @@ def test_two_objectives_resume_exactly(tmp_path, pair_alone, stop):
 
 
 def poisoned(bad: set[int], value: float = float("nan"), **options: Any) -> Objective:
-    """Its loss is not finite in one sample of the steps `bad`."""
+    """Return an objective whose loss is not finite in one sample of the steps `bad`."""
     one = objective(**options)
     loss = one.loss
 
@@ -630,7 +630,7 @@ def test_a_step_whose_gradient_is_not_finite_changes_nothing(tmp_path, value, cl
     weights = {k: v for k, v in initial.items() if "weights" in k and not k.endswith("calls")}
     assert same(weights, {k: states[1][k] for k in weights})
     assert all(v.isfinite().all() for v in states[5].values())
-    # Two of five steps did not count, for the bias correction either.
+    # Two of five steps do not count, also not for AdamW's bias correction.
     assert states[5]["net optimizer 1 step"] == 3
     records = read_metrics(tmp_path)
     assert [r["net/skipped"] for r in records if "net/skipped" in r] == [1, 1, 1, 2, 2]
@@ -681,7 +681,7 @@ def test_the_count_of_skipped_steps_survives_a_restart(tmp_path):
 
 
 def in_two(world: World, folder: Path) -> dict[str, Any]:
-    """All that two processes have to show, in one start of them."""
+    """Run everything that the tests of two processes need, so that the processes start only once."""
     warnings.simplefilter("error")
     found: dict[str, Any] = {}
     ways = {"plain": {}, "accumulated": {"micro_batch": 2}, "checkpointed": {"micro_batch": 2, "checkpointing": True}}
@@ -698,7 +698,7 @@ def in_two(world: World, folder: Path) -> dict[str, Any]:
     trainer(folder / "for one", world, replace(CONFIG, steps=4)).fit()
 
     def evaluate(step: int) -> dict[str, float]:
-        """A forward pass of the average, and of the module itself, without a backward pass after it."""
+        """Run the average and the module forward, without a backward pass."""
         one = evaluated.objectives[0]
         x = next(rows(ONE, 0)).values
         with torch.no_grad():
@@ -795,7 +795,7 @@ def test_all_processes_skip_a_step_that_fails_in_one(tmp_path, two):
 
 
 def test_muon_trains_in_two_processes_as_in_one(tmp_path, two):
-    """Up to bfloat16, in which it makes matrices orthogonal."""
+    """Up to bfloat16 rounding, because Muon orthogonalises matrices in bfloat16."""
     single = trainer(tmp_path, one=poisoned({3}, optim=MUON))
     losses = fit(single)
     for rank in two[1]:

@@ -1,4 +1,4 @@
-"""Differentiable augmentation of what a discriminator sees (Zhao et al., 2020; as published, spec 1.7)."""
+"""Differentiable augmentation of a discriminator's input (Zhao et al., 2020; as published, spec 1.7)."""
 
 import torch
 import torch.nn.functional as F
@@ -11,10 +11,12 @@ from raekit.errors import UserError
 
 @configclass
 class AugmentConfig:
-    """`prob` is the chance, drawn once a batch, of each of three policies: translation, colour and cutout.
+    """Settings of the three augmentation policies: translation, colour and cutout.
 
-    `translation` is the largest shift and `cutout` the side of the square that is cut out, as shares of the
-    image's side; 0 turns the policy off.
+    Attributes:
+        prob: Probability that a policy is applied, drawn for each policy once per batch.
+        translation: Largest shift, as a fraction of the image's side; 0 turns translation off.
+        cutout: Side of the erased square, as a fraction of the image's side; 0 turns cutout off.
     """
 
     prob: float = 1.0
@@ -28,34 +30,46 @@ class AugmentConfig:
 
 
 def augment(images: Tensor, config: AugmentConfig, *, seed: int, stream: str, step: int, positions: Tensor) -> Tensor:
-    """Augmented images (B, 3, H, W), in [0, 1] on entry; colours may leave it. Differentiable.
+    """Augment images differentiably.
 
-    Which policies fire is addressed by `step`, what they do to an image by its position: neither depends on the
-    other images. `stream` names the use: real and generated images are augmented independently.
+    `step` determines which policies are applied. An image's position determines how they change the image. The
+    result for one image therefore does not depend on the other images of the batch.
+
+    Args:
+        images: Images (B, 3, H, W) in [0, 1].
+        config: The policies.
+        seed: Seed of the run.
+        stream: Name of the random stream. Real and generated images use different streams, so that they are
+            augmented independently.
+        step: The training step.
+        positions: Positions (B,) of the images in the data stream.
+
+    Returns:
+        Images (B, 3, H, W). Changed colours may lie outside [0, 1].
     """
-    fires = randomness.uniform(seed, f"{stream} policies", [step], (3,))[0] < config.prob
+    applied = randomness.uniform(seed, f"{stream} policies", [step], (3,))[0] < config.prob
     draws = randomness.uniform(seed, stream, positions, (7,)).to(images.device, non_blocking=True).mT
-    x = 2 * images - 1  # what is moved in or cut out is grey
-    if fires[0] and config.translation:
+    x = 2 * images - 1  # zero, the value of padding and of the erased square, is grey
+    if applied[0] and config.translation:
         x = _translate(x, config.translation, draws[0], draws[1])
-    if fires[1]:
+    if applied[1]:
         brightness, saturation, contrast = draws[2:5, :, None, None, None]
         x = x + (brightness - 0.5)
         grey = x.mean(1, keepdim=True)
         x = grey + (x - grey) * (2 * saturation)
         mean = x.mean((1, 2, 3), keepdim=True)
         x = mean + (x - mean) * (contrast + 0.5)
-    if fires[2] and config.cutout:
+    if applied[2] and config.cutout:
         x = x * _cutout(x, config.cutout, draws[5], draws[6])
     return (x + 1) / 2
 
 
 def _translate(x: Tensor, share: float, down: Tensor, right: Tensor) -> Tensor:
-    """Shift each image by whole pixels, up to `share` of its sides; `down` and `right` (B,) are uniform draws."""
+    """Shift each image by up to `share` of its sides, in full pixels; `down` and `right` (B,) are uniform draws."""
     for dim, draw in ((2, down), (3, right)):
         size = x.shape[dim]
         reach = round(size * share)
-        start = (draw * (2 * reach + 1)).long()  # in the padded image
+        start = (draw * (2 * reach + 1)).long()  # offset of the crop in the padded image
         index = start[:, None] + torch.arange(size, device=x.device)
         padded = F.pad(x, (0, 0, reach, reach) if dim == 2 else (reach, reach))
         x = padded.gather(dim, (index[:, None, :, None] if dim == 2 else index[:, None, None, :]).expand(x.shape))
@@ -63,7 +77,10 @@ def _translate(x: Tensor, share: float, down: Tensor, right: Tensor) -> Tensor:
 
 
 def _cutout(x: Tensor, share: float, down: Tensor, right: Tensor) -> Tensor:
-    """A mask (B, 1, H, W) that is zero in a square, the part of it inside the image; its centre is drawn evenly."""
+    """Return a mask (B, 1, H, W) that is False inside a square with a side of `share` of the image's side.
+
+    The centre of the square is uniform over the image, so that part of the square may lie outside.
+    """
     inside = []
     for size, draw in ((x.shape[2], down), (x.shape[3], right)):
         side = round(size * share)

@@ -1,4 +1,4 @@
-"""What the paper sets RAE against: the latents of a VAE, and raw pixels (tables 10 and 11)."""
+"""The latent spaces that the paper compares with RAE: a VAE's latents and raw pixels (tables 10 and 11)."""
 
 from pathlib import Path
 from typing import Any, Self
@@ -16,19 +16,25 @@ from raekit.models.latent_space import LatentSpace
 
 @configclass
 class BaselineConfig:
-    """`baseline` is "pixels", or "vae:WHERE", a diffusers AutoencoderKL in a folder or as OWNER/NAME on the Hub."""
+    """A latent space without a representation encoder.
+
+    Attributes:
+        baseline: "pixels", or "vae:WHERE". WHERE is the folder or the Hub repository OWNER/NAME of a diffusers
+            AutoencoderKL.
+        image_size: Side of the square images in pixels.
+    """
 
     baseline: str
     image_size: int = 256
 
     def __post_init__(self) -> None:
         if self.baseline != "pixels" and not self.baseline.removeprefix("vae:"):
-            raise UserError("autoencoder vae: name its weights, as in vae:stabilityai/sd-vae-ft-ema")
+            raise UserError("autoencoder vae: no weights are named; write for example vae:stabilityai/sd-vae-ft-ema")
         check_sizes("autoencoder", image_size=self.image_size)
 
     @classmethod
     def named(cls, name: str) -> Self | None:
-        """That of the name `pixels` or `vae:WHERE`, @SIZE after it or not; None if `name` is of another kind."""
+        """Return the config for a name `pixels[@SIZE]` or `vae:WHERE[@SIZE]`, and None for any other name."""
         place, _, size = name.rpartition("@")
         if not (place and size.isdecimal()):
             place, size = name, "256"
@@ -38,9 +44,10 @@ class BaselineConfig:
 
 
 class Baseline(LatentSpace):
-    """Pixels in [-1, 1] as latents (3, H, W), or a VAE's: the mean of its posterior, scaled as its config.json says.
+    """Raw pixels or a VAE as a latent space.
 
-    Neither is trained here, nor is anything sampled in encoding.
+    The latents of pixels are the pixels themselves in [-1, 1], (3, H, W). The latents of a VAE are the mean of its
+    posterior, shifted and scaled as its config.json says. All weights are frozen, and encoding draws no samples.
     """
 
     config: BaselineConfig
@@ -48,12 +55,12 @@ class Baseline(LatentSpace):
     decoder: nn.Module
 
     def __init__(self, config: BaselineConfig, vae: Any = None, encoder_dtype: torch.dtype = torch.float32) -> None:
-        """`vae` is a diffusers AutoencoderKL; without it the latents are the pixels."""
+        """Wrap `vae`, a diffusers AutoencoderKL; without a VAE the latents are the pixels."""
         channels, factor = 3, 1
         if vae:
             channels, factor = vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1)
         if config.image_size % factor:
-            raise UserError(f"{config.baseline}: images of {config.image_size} pixels; needs a multiple of {factor}")
+            raise UserError(f"{config.baseline}: the image size {config.image_size} must be a multiple of {factor}")
         super().__init__((channels, config.image_size // factor, config.image_size // factor))
         self.config = config
         self.encoder_dtype = encoder_dtype
@@ -67,12 +74,16 @@ class Baseline(LatentSpace):
 
     @classmethod
     def load(cls, config: BaselineConfig, encoder_dtype: torch.dtype = torch.float32) -> Self:
-        """The baseline of `config`; UserError if its weights are not whole, or diffusers is not installed."""
+        """Load the baseline of `config`.
+
+        Raises:
+            UserError: If weights are missing or damaged, or if diffusers is not installed.
+        """
         vae = None if config.baseline == "pixels" else _read_vae(config.baseline.removeprefix("vae:"))
         return cls(config, vae, encoder_dtype)
 
     def save(self, folder: Path, world: World | None = None, dtype: torch.dtype | None = None) -> None:
-        """Write FOLDER/autoencoder, which names the weights and holds none."""
+        """Write FOLDER/autoencoder. The artifact names the weights and does not contain them."""
         artifacts.write(folder / "autoencoder", "autoencoder", self.config, nn.Module(), world or World(), dtype=dtype)
 
     @property
@@ -90,7 +101,7 @@ class Baseline(LatentSpace):
     def tokens(self, images: Tensor) -> Tensor:
         with torch.autocast(images.device.type, enabled=False):
             moments = self.encoder((2 * images - 1).to(self.encoder_dtype))
-        return moments[:, : self.latent_shape[0]]  # a VAE gives the mean, then the logarithm of the variance
+        return moments[:, : self.latent_shape[0]]  # a VAE returns the mean, then the log-variance
 
     def pixels(self, tokens: Tensor) -> Tensor:
         return (self.decoder(tokens).float() + 1) / 2
@@ -108,12 +119,14 @@ def _read_vae(where: str) -> Any:
     advice = how_to_fetch(where, f"vae:{where}")
     try:
         loaded: Any = AutoencoderKL.from_pretrained(where, use_safetensors=True, output_loading_info=True)
-    except Exception as error:  # of many types, for files that are absent, cut off, changed or from elsewhere
+    except Exception as error:  # diffusers raises many types for missing, truncated or foreign files
         reason = f"{type(error).__name__}: {str(error).strip().split(chr(10), 1)[0][:200]}"
         raise UserError(f"vae:{where}: could not be loaded ({reason}); {advice}") from error
     vae, found = loaded
-    if missing := sorted(found["missing_keys"]):  # which diffusers would fill with random numbers
-        raise UserError(f"vae:{where}: lacks {', '.join(missing[:8])}; {advice}")
+    if missing := sorted(found["missing_keys"]):  # diffusers fills missing tensors with random numbers
+        raise UserError(f"vae:{where}: missing {', '.join(missing[:8])}; {advice}")
     if vae.config.latents_mean or vae.config.latents_std:
-        raise UserError(f"vae:{where}: latents_mean and latents_std of its config.json are not supported; take another")
+        raise UserError(
+            f"vae:{where}: its config.json sets latents_mean or latents_std, which are not supported; use another VAE"
+        )
     return vae

@@ -1,8 +1,9 @@
-"""What a denoiser is told of an image beside the time: the seam at which conditions other than classes come in.
+"""Conditions: the input of a denoiser in addition to the noisy latents and the time.
 
-A condition is a module that a `Denoiser` holds as `label`. What is given of each image (here its class; a text's
-embedding, say) passes to it from the data and from the callers of `raekit.flow.sampling`. Nothing between looks inside:
-not the trainer, the loss, the solvers, or guidance, for which None means that nothing is given.
+A `Denoiser` holds its condition as the module `label`. The data and the callers of `raekit.flow.sampling` provide the
+module's input for each image: here a class, elsewhere perhaps a text embedding. The trainer, the loss, the solvers and
+guidance pass this input on without looking inside; for them, None means unconditional. A new kind of condition
+therefore needs only a new module.
 """
 
 from typing import Protocol
@@ -13,21 +14,21 @@ from torch import Tensor, nn
 
 
 class Condition(Protocol):
-    """What a denoiser's `label` is, an nn.Module besides."""
+    """The interface of a denoiser's `label`, which is also an nn.Module."""
 
     def __call__(self, given: Tensor | None, count: int) -> Tensor:
-        """An embedding (count, width), one for each of `count` images; None gives that of nothing, for CFG."""
+        """Embed the condition of `count` images as (count, width); None gives the unconditional embedding, for CFG."""
         ...
 
     def without(self, given: Tensor, dropped: Tensor) -> Tensor:
-        """`given`, with nothing for the images that `dropped` (B,) names: for training without a condition at times."""
+        """Return `given` without the conditions of the images in the mask `dropped` (B,), for condition dropout."""
         ...
 
 
 class ClassCondition(nn.Module):
-    """One of `classes` ids (B,), or weights (B, classes + 1) over the classes and nothing, which mix embeddings.
+    """A table of class embeddings, whose last row stands for "no class".
 
-    The last row of its table stands for no class.
+    The input is class ids (B,), or weights (B, classes + 1) that mix the rows of the table.
     """
 
     def __init__(self, classes: int, width: int) -> None:
@@ -41,5 +42,5 @@ class ClassCondition(nn.Module):
         return given @ self.weight if given.is_floating_point() else F.embedding(given, self.weight)
 
     def without(self, given: Tensor, dropped: Tensor) -> Tensor:
-        """As `Condition` says; ids below 0, of images whose class is not known, are nothing as well."""
+        """Replace dropped ids by "no class", and also ids below 0, which mark images of unknown class."""
         return given.masked_fill(dropped | (given < 0), self.null)

@@ -1,4 +1,4 @@
-"""The discriminator of stage 1: heads on the features of a frozen ViT, and the adversarial losses (spec 1.6, 1.7)."""
+"""The stage-1 discriminator, heads on the features of a frozen ViT, and the adversarial losses (spec 1.6, 1.7)."""
 
 import math
 import re
@@ -20,14 +20,15 @@ from raekit.weights import is_real, load_strict, read_weights
 
 DINO_S8 = ("nyu-visionx/RAE-collections", "discs/dino_vit_small_patch8_224.pth")
 NORM_EPS = 1e-6
-HEAD_DIM = 64  # of every DINO ViT
+HEAD_DIM = 64  # in every DINO ViT
 GROUPS = 32
 
 
 class Dino(nn.Module):
-    """The ViT of DINO (Caron et al., 2021), frozen, of images resized (bilinear) to its own size.
+    """The frozen ViT of DINO (Caron et al., 2021).
 
-    With the tanh approximation of GELU, as in the published discriminator, though DINO was trained without.
+    Images are resized to the network's own size with bilinear interpolation. Like the published discriminator, this
+    network uses the tanh approximation of GELU, although DINO was trained with the exact GELU.
     """
 
     mean: Tensor
@@ -42,13 +43,13 @@ class Dino(nn.Module):
         self.blocks = nn.ModuleList(
             ViTBlock(width, width // HEAD_DIM, 4 * width, NORM_EPS, gelu="tanh") for _ in range(depth)
         )
-        mean, std = torch.tensor(IMAGENET, device="cpu").view(2, 3, 1, 1)  # also if the rest is on the meta device
+        mean, std = torch.tensor(IMAGENET, device="cpu").view(2, 3, 1, 1)  # with values even under a meta device
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
         self.requires_grad_(False)
 
     def features(self, images: Tensor, blocks: Sequence[int]) -> list[Tensor]:
-        """Images (B, 3, H, W) in [0, 1] -> patch tokens (B, N, width) as each of `blocks`, from 0, puts them out."""
+        """Return the patch tokens (B, N, width) after each of `blocks` (from 0), for images (B, 3, H, W) in [0, 1]."""
         size = (self.image_size, self.image_size)
         if images.shape[2:] != size:
             images = F.interpolate(images, size, mode="bilinear", align_corners=False)
@@ -72,16 +73,22 @@ _DINO = {
 
 
 def dino(state: Mapping[str, Tensor], source: object) -> Dino:
-    """The network of a DINO checkpoint, which is of `timm`'s names; its sizes are those of the tensors.
+    """Build the network of a DINO checkpoint.
 
-    The final norm is not used. UserError, naming `source`, if a tensor is missing, unexpected or misshapen.
+    Args:
+        state: The checkpoint's tensors under `timm`'s names. Their shapes give the network's sizes. The final norm
+            is not used.
+        source: Name of the checkpoint in error messages.
+
+    Raises:
+        UserError: If a tensor is missing, unexpected or misshapen.
     """
     positions, kernel = state.get("pos_embed"), state.get("patch_embed.proj.weight")
     tensors = all(is_real(value) for value in state.values())
     if not tensors or positions is None or kernel is None or positions.ndim != 3 or kernel.ndim != 4:
-        raise UserError(f"{source}: no DINO ViT: it needs tensors, pos_embed (1, 1 + N, width) and patch_embed.proj")
+        raise UserError(f"{source}: not a DINO ViT: needs only tensors, including pos_embed (1, 1 + N, D), patch_embed")
     if positions.shape[1] < 2 or kernel.shape[0] % HEAD_DIM:
-        raise UserError(f"{source}: no DINO ViT: it needs a patch or more and a width that is a multiple of {HEAD_DIM}")
+        raise UserError(f"{source}: not a DINO ViT: needs at least one patch and a width divisible by {HEAD_DIM}")
     found = (re.match(r"blocks\.(\d+)\.", key) for key in state)
     depth = len({match[1] for match in found if match})
     with torch.device("meta"):
@@ -92,7 +99,7 @@ def dino(state: Mapping[str, Tensor], source: object) -> Dino:
             continue
         if key.endswith("attn.qkv.bias") and value.ndim:
             value = value.clone()
-            value[model.width : 2 * model.width] = 0  # as published; it shifts all of a query's scores alike
+            value[model.width : 2 * model.width] = 0  # as published; the key bias shifts all scores of a query equally
         ours[re.sub("|".join(map(re.escape, _DINO)), lambda match: _DINO[match[0]], key)] = value.float()
     load_strict(model, ours, source)
     return model
@@ -102,9 +109,14 @@ Backbone = Encoder | Dino
 
 
 def load_backbone(name: str) -> Backbone:
-    """Load `dino-s8` (the published one, from the Hub), a file of DINO weights, or an encoder (`load_encoder`).
+    """Load the frozen network under the discriminator's heads.
 
-    UserError if there is no such network, or its weights are missing or damaged.
+    Args:
+        name: `dino-s8` (the published backbone, from the Hub), a file of DINO weights (.pth, .pt or .safetensors), or
+            the name of an encoder (`load_encoder`).
+
+    Raises:
+        UserError: If there is no such network, or if its weights are missing or damaged.
     """
     path = find_file(*DINO_S8) if name == "dino-s8" else Path(name)
     if path.suffix in (".pth", ".pt", ".safetensors"):
@@ -114,10 +126,16 @@ def load_backbone(name: str) -> Backbone:
 
 @configclass
 class DiscriminatorConfig:
-    """Heads for the outputs of the backbone's `blocks`, counted from 0, and one more for its last block.
+    """The backbone of a discriminator and its heads.
 
-    `backbone` is a name for `load_backbone`. `norm`: `instance` has the statistics of each image's channels
-    (published as "bn", batch norm with a virtual batch of 1), `group` those of 32 groups of them ("gn").
+    Attributes:
+        backbone: Name of the backbone (`load_backbone`).
+        blocks: Blocks of the backbone, from 0 and increasing, whose outputs get a head each. The last block always
+            gets one more head.
+        kernel_size: Odd kernel size of each head's residual convolution along the tokens.
+        norm: `instance` normalises each channel of each image separately (published as "bn", batch norm with a
+            virtual batch of 1). `group` normalises 32 groups of channels ("gn").
+        spectral_norm: Divides the weights of the heads' convolutions by their largest singular value.
     """
 
     backbone: str = "dino-s8"
@@ -128,15 +146,16 @@ class DiscriminatorConfig:
 
     def __post_init__(self) -> None:
         if list(self.blocks) != sorted(set(self.blocks)) or min(self.blocks, default=0) < 0:
-            raise UserError(f"discriminator.blocks: {self.blocks} must be increasing, from 0 on")
+            raise UserError(f"discriminator.blocks: {self.blocks} must be increasing and not negative")
         if self.kernel_size < 1 or self.kernel_size % 2 == 0:
-            raise UserError(f"discriminator.kernel_size: {self.kernel_size} must be odd")
+            raise UserError(f"discriminator.kernel_size: {self.kernel_size} must be odd and positive")
 
 
 class SpectralConv1d(nn.Conv1d):
-    """A convolution whose weight is divided by its largest singular value, u' W v.
+    """A convolution whose weight W is divided by its largest singular value, u' W v.
 
-    `u` and `v` are estimates, in the state dict; each forward in training mode improves them by one power iteration.
+    The state dict holds the estimates of the singular vectors `u` and `v`. Each forward pass in training mode improves
+    the estimates with one power iteration.
     """
 
     u: Tensor
@@ -147,7 +166,7 @@ class SpectralConv1d(nn.Conv1d):
         matrix = self.weight.detach().flatten(1)
         self.register_buffer("u", F.normalize(torch.randn(matrix.shape[0]), dim=0))
         self.register_buffer("v", torch.zeros(matrix.shape[1]))
-        for _ in range(10):  # random vectors would give any scale, and either sign
+        for _ in range(10):  # random vectors would give an arbitrary scale and sign
             self._iterate(matrix)
 
     @torch.no_grad()
@@ -160,13 +179,13 @@ class SpectralConv1d(nn.Conv1d):
             matrix = self.weight.flatten(1)
             if self.training:
                 self._iterate(matrix)
-            u, v = self.u.clone(), self.v.clone()  # the backward pass needs them as they are now
+            u, v = self.u.clone(), self.v.clone()  # the backward pass needs the present values
             weight = self.weight / (u @ (matrix @ v))
         return self._conv_forward(input, weight, self.bias)
 
 
 class Head(nn.Module):
-    """Features (B, channels, N) -> logits (B, N)."""
+    """A small convolutional network along the tokens: features (B, channels, N) -> logits (B, N)."""
 
     def __init__(self, channels: int, config: DiscriminatorConfig) -> None:
         super().__init__()
@@ -191,11 +210,13 @@ class Head(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Images (B, 3, H, W) in [0, 1] -> logits (B, (1 + blocks) * N), float32, high for real: those of the last
-    block's head, then those of `config.blocks`, each for N patches.
+    """A frozen backbone and trained heads: images (B, 3, H, W) in [0, 1] -> logits (B, (1 + blocks) * N), float32.
 
-    The backbone is frozen and no submodule: it goes wherever the heads are moved, but it is neither in the
-    parameters nor in the state dict. Training mode means the power iterations of the spectral norm, no more.
+    Each head gives one logit per patch, high for real images. The logits of the last block's head come first, then
+    those of `config.blocks`.
+
+    The backbone is not a submodule: it moves to another device or dtype with the heads, but its weights are neither in
+    `parameters()` nor in the state dict. Training mode affects only the power iterations of the spectral norm.
     """
 
     backbone: Backbone
@@ -205,11 +226,12 @@ class Discriminator(nn.Module):
         depth, width = len(backbone.blocks), backbone.width
         if (deepest := max(config.blocks, default=0)) >= depth:
             raise UserError(
-                f"discriminator.blocks: there is no block {deepest} in {config.backbone}, which has {depth}"
+                f"discriminator.blocks: {config.backbone} has no block {deepest}; its blocks are 0 to {depth - 1}"
             )
         if config.norm == "group" and width % GROUPS:
             raise UserError(
-                f"discriminator.norm: group needs a width that {GROUPS} divides; {config.backbone} has {width}"
+                f"discriminator.norm: group needs a width divisible by {GROUPS}, but {config.backbone} has {width}; "
+                "use instance"
             )
         self.config = config
         object.__setattr__(self, "backbone", backbone)
@@ -225,17 +247,20 @@ class Discriminator(nn.Module):
 
 
 def discriminator_loss(real: Tensor, fake: Tensor, kind: Literal["hinge", "softplus"] = "hinge") -> Tensor:
-    """What the discriminator minimises, from its logits for real and for generated images of any shape."""
+    """Return the discriminator's loss, from its logits (any shape) for real and for generated images."""
     if kind == "hinge":
         return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
     return (F.softplus(-real).mean() + F.softplus(fake).mean()) / 2
 
 
 def generator_loss(fake: Tensor) -> Tensor:
-    """What the generator minimises, with either loss of the discriminator."""
+    """Return the generator's loss; it is the same for both discriminator losses."""
     return -fake.mean()
 
 
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, maximum: float = 1e4) -> Tensor:
-    """The factor that makes the adversarial gradient as long as that of the reconstruction, given both norms."""
+    """Return the factor that scales the adversarial gradient to the norm of the reconstruction gradient.
+
+    The arguments are the norms of the two gradients at the last layer. `maximum` limits the factor.
+    """
     return (reconstruction / (adversarial + 1e-6)).clamp(0, maximum).detach()

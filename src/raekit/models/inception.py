@@ -1,4 +1,4 @@
-"""The Inception network of 2015 in whose features FID is defined, with the TensorFlow graph's own details."""
+"""The Inception network of 2015 whose features define FID, with the details of the original TensorFlow graph."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,19 +14,19 @@ from raekit.hub import find_file
 from raekit.weights import load_strict, read_weights
 
 CHECKPOINTS = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05-6726825d.pth")
-"""The published weights as pytorch-fid and torch-fidelity call them; at the end stands how their SHA-256 begins."""
+"""File names of the published weights in pytorch-fid and torch-fidelity. Each ends with the start of its SHA-256."""
 HASH = "6726825d"
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{CHECKPOINTS[0]}"
 
-SIZE = 299  # side of the network's input
+SIZE = 299  # side of the network's input in pixels
 POOL, LOGITS, SPATIAL = 2048, 1008, 7 * 17 * 17  # numbers of features
-EPS = 1e-3  # of the published batch norms
+EPS = 1e-3  # epsilon of the published batch norms
 
 Resize = Literal["tf1", "clean"]
 
 
 class Node(NamedTuple):
-    """A convolution of a block: its published name, what it reads, and its shape."""
+    """A convolution of a block: its published name, its input, and its shape."""
 
     name: str
     source: str  # "x" is the block's input, "pool" its pooled input
@@ -36,7 +36,7 @@ class Node(NamedTuple):
 
 
 class Convolution(nn.Conv2d):
-    """A convolution and ReLU, the published batch norm folded in. Without a stride it keeps the size."""
+    """A convolution with the published batch norm folded in, then ReLU. With stride 1 and padding it keeps the size."""
 
     def __init__(self, channels: int, width: int, kernel: tuple[int, int], stride: int = 1, padded: bool = True):
         padding = (kernel[0] // 2, kernel[1] // 2) if padded and stride == 1 else 0
@@ -47,7 +47,10 @@ class Convolution(nn.Conv2d):
 
 
 class Mixed(nn.Module):
-    """Branches over one input. What no other node reads is put side by side, in the order of the nodes."""
+    """Parallel branches over one input.
+
+    The output concatenates every value that no other node reads, in the order of the nodes, then the pooled input.
+    """
 
     def __init__(self, channels: int, nodes: Iterable[Node], pool: Literal["average", "max", "halve"]):
         super().__init__()
@@ -68,7 +71,7 @@ class Mixed(nn.Module):
         return torch.cat([values[name] for name in self.outputs], 1)
 
     def _pooled(self, x: Tensor) -> Tensor:
-        if self.pool == "average":  # as in TensorFlow, the margin does not count
+        if self.pool == "average":  # as in TensorFlow, without the padding
             return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
         return F.max_pool2d(x, 3, 1, 1) if self.pool == "max" else F.max_pool2d(x, 3, 2)
 
@@ -142,13 +145,18 @@ def _block_e(channels: int, pool: Literal["average", "max"]) -> Mixed:
 class Inception(nn.Module):
     """FID's network: images (B, 3, H, W) in [0, 1] -> features (B, 2048 + 1008 + 2023), float32.
 
-    The columns are the pooled features (`pool_3`), the logits without their bias, whose softmax the Inception
-    Score takes, and the first seven channels of `mixed_6/conv` by row, column and channel, which sFID compares.
+    The columns are:
 
-    Images are rounded to 8 bits and resized to 299 x 299: `tf1` is the bilinear resize of TensorFlow 1, corners
-    at corners of the grid, without antialiasing; `clean` is clean-fid's, bicubic with antialiasing.
+    - the pooled features (`pool_3`), which FID compares;
+    - the logits without their bias, whose softmax gives the Inception Score;
+    - the first seven channels of `mixed_6/conv`, ordered by row, column and channel, which sFID compares.
 
-    Frozen, in evaluation mode and in full float32, whatever autocast and TF32 settings are around it.
+    Images are rounded to 8 bits and resized to 299 x 299. The network is frozen and in evaluation mode, and computes
+    in full float32 regardless of autocast and TF32 settings.
+
+    Args:
+        resize: `tf1` is the bilinear resize of TensorFlow 1, without antialiasing and with the top left pixels
+            aligned. `clean` is clean-fid's bicubic resize with antialiasing.
     """
 
     def __init__(self, resize: Resize = "tf1"):
@@ -184,22 +192,22 @@ class Inception(nn.Module):
             x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, 2)))
             x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(F.max_pool2d(x, 3, 2))))
             x = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x))))
-            spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)  # Mixed_6d begins with its branch1x1
+            spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)  # the first channels of Mixed_6d are its branch1x1
             x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(x))))
             pooled = x.mean((2, 3))
-            # In float64, since TF32 of matrix products is nobody's setting here.
+            # In float64, because the flags above do not turn off TF32 in matrix products.
             logits = (pooled.double() @ self.fc.weight.T.double()).float()
             return torch.cat([pooled, logits, spatial], 1)
 
     def resized(self, pixels: Tensor) -> Tensor:
-        """Pixels from 0 to 255 at the network's own size."""
+        """Resize pixels in [0, 255] to the network's input size."""
         if self.resize == "clean":
             return F.interpolate(pixels, (SIZE, SIZE), mode="bicubic", antialias=True).clamp(0, 255)
         return _resize_tf1(_resize_tf1(pixels, 3), 2)
 
 
 def _resize_tf1(pixels: Tensor, dim: int) -> Tensor:
-    """One side scaled to 299 as TensorFlow 1 did it: position i is read at i * length / 299."""
+    """Resize one dimension to 299 as TensorFlow 1 does: output position i reads input position i * length / 299."""
     length = pixels.shape[dim]
     at = torch.arange(SIZE, dtype=torch.float32, device=pixels.device) * (length / SIZE)
     low = at.long()
@@ -210,11 +218,15 @@ def _resize_tf1(pixels: Tensor, dim: int) -> Tensor:
 
 
 def load_inception(source: str | None = None, resize: Resize = "tf1") -> Inception:
-    """The network with the published weights `pt_inception-2015-12-05`.
+    """Load the network with the published weights `pt_inception-2015-12-05`.
 
-    `source` is the file, or a folder or a repository OWNER/NAME of the Hub that holds it. None takes it from
-    torch's cache, where pytorch-fid and torch-fidelity keep it, or downloads it there. UserError if there is
-    none, or if it lacks a tensor or has another.
+    Args:
+        source: The weights' file, or a folder or Hub repository OWNER/NAME with the file. None takes the file from
+            torch's cache, which pytorch-fid and torch-fidelity share, and downloads it if it is not there.
+        resize: The resize in front of the network, see `Inception`.
+
+    Raises:
+        UserError: If there is no file, or if a tensor is missing, unexpected or misshapen.
     """
     path = _find(source) if source else _cached()
     with torch.device("meta"):
@@ -224,19 +236,22 @@ def load_inception(source: str | None = None, resize: Resize = "tf1") -> Incepti
 
 
 def inception_state(state: Mapping[str, Tensor], source: object) -> dict[str, Tensor]:
-    """Our state dict from the published one, its batch norms folded into the convolutions in float64."""
-    # Counters of batches seen, which some exports have and no result depends on.
+    """Convert the published state dict to the state dict of `Inception`.
+
+    The batch norms are folded into the convolutions in float64. `source` names the file in error messages.
+    """
+    # Some exports contain batch counters, which affect no result.
     rest = {key: value for key, value in state.items() if not key.endswith(".num_batches_tracked")}
     ours = {}
     for key in [key for key in rest if key.endswith(".conv.weight")]:
         name = key.removesuffix(".conv.weight")
         parts = [f"{name}.bn.{part}" for part in ("weight", "bias", "running_mean", "running_var")]
         if missing := [part for part in parts if part not in rest]:
-            raise UserError(f"{source}: no Inception weights as FID uses them: missing {', '.join(missing)}")
+            raise UserError(f"{source}: not the Inception weights of FID: missing {', '.join(missing)}")
         kernel = rest.pop(key).double()
         weight, bias, mean, variance = (rest.pop(part).double() for part in parts)
         if kernel.ndim != 4 or any(part.shape != kernel.shape[:1] for part in (weight, bias, mean, variance)):
-            raise UserError(f"{source}: no Inception weights as FID uses them: {name} has misshapen tensors")
+            raise UserError(f"{source}: not the Inception weights of FID: {name} has misshapen tensors")
         scale = weight / (variance + EPS).sqrt()
         ours[f"{name}.weight"] = (kernel * scale[:, None, None, None]).float()
         ours[f"{name}.bias"] = (bias - mean * scale).float()
@@ -248,15 +263,15 @@ def _find(source: str) -> Path:
         return path
     if not path.is_dir():
         if source.count("/") != 1 or source.startswith((".", "/", "~")):
-            raise UserError(f"{source}: no such file or folder, and no repository OWNER/NAME on the Hub")
+            raise UserError(f"{source}: no such file or folder, and not a Hub repository OWNER/NAME")
         return find_file(source, CHECKPOINTS[0])
     if found := [path / name for name in CHECKPOINTS if (path / name).is_file()]:
         return found[0]
-    raise UserError(f"{source}: holds neither {' nor '.join(CHECKPOINTS)}")
+    raise UserError(f"{source}: contains neither {' nor '.join(CHECKPOINTS)}")
 
 
 def _cached() -> Path:
-    """The file in torch's cache, downloaded if it is not there and checked against its hash."""
+    """Return the file in torch's cache; download it and check its hash if it is not there."""
     folder = Path(get_dir(), "checkpoints")
     for name in CHECKPOINTS:
         if (folder / name).is_file():
@@ -264,9 +279,9 @@ def _cached() -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         download_url_to_file(URL, str(folder / CHECKPOINTS[0]), hash_prefix=HASH, progress=False)
-    except (OSError, RuntimeError) as error:  # RuntimeError: another content
+    except (OSError, RuntimeError) as error:  # RuntimeError: the hash does not match
         raise UserError(
-            f"FID needs the weights of its Inception network, and they could not be fetched ({error}): "
-            f"download {URL} to {folder}, or name the file"
+            f"FID's Inception weights could not be fetched ({error}); "
+            f"download {URL} to {folder}, or name a file that holds them"
         ) from None
     return folder / CHECKPOINTS[0]

@@ -1,7 +1,7 @@
-"""The encoders by name, what is known of each, and how to run each family (spec 1.2, II.1).
+"""The registered encoders, and how to run each model family (spec 1.2, II.1).
 
-Adding a model of a known family is one `register(...)` line, or none: FAMILY:WHERE names any checkpoint of it.
-Adding a family is one `Family` entry.
+A new model of a known family needs one `register(...)` line, or no code at all: the name FAMILY:WHERE loads any
+checkpoint of a family. A new family needs one `Family` entry.
 """
 
 from collections.abc import Callable
@@ -22,22 +22,24 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
-MAX_DEPTH = 1000  # of a config.json that is believed: the modules of more would fill the memory
+MAX_DEPTH = 1000  # deepest network that a config.json may ask for; a damaged number would fill the memory
 
 
 def sides(size: Size) -> tuple[int, int]:
-    """(height, width) of `size`."""
+    """Return `size` as (height, width)."""
     return (size, size) if isinstance(size, int) else size
 
 
 @configclass
 class LayersConfig:
-    """The blocks whose outputs make the latent: each is normalised over its channels, without affine part.
+    """The encoder blocks whose outputs form the latent.
 
-    `blocks` are zero-based; negative ones count from the end, so (-1,) is the last. Several are averaged or
-    summed (`combine`); `token_mean` adds the mean over the patches of the last block's output, normalised.
-    RAE v2's choices for DINOv3-L are (`LAYERS`): k1, the last; k7, blocks 11, 13, .. 23; k23, blocks 1 to 23; k7 and
-    k23 as means with the token mean.
+    Each output is normalised over its channels, without an affine part. `LAYERS` has RAE v2's choices for DINOv3-L.
+
+    Attributes:
+        blocks: Block numbers from 0; negative numbers count from the end, so that (-1,) is the last block.
+        combine: Combines the outputs of several blocks as their mean or their sum.
+        token_mean: Adds the mean over the patches of the last block's normalised output.
     """
 
     blocks: tuple[int, ...] = (-1,)
@@ -46,15 +48,15 @@ class LayersConfig:
 
     def __post_init__(self) -> None:
         if not self.blocks:
-            raise UserError("layers.blocks: choose at least one block")
+            raise UserError("layers.blocks: no blocks are given; choose at least one block")
 
     def __str__(self) -> str:
         several = [f"{self.combine} of"] if len(self.blocks) > 1 else []
         return " ".join([*several, "blocks", *map(str, self.blocks), *["with token mean"] * self.token_mean])
 
 
-# RAE v2's choices for DINOv3-L, as its code combines them. The paper writes a sum of the blocks; for DINOv2
-# the code leaves the token mean out (spec II.1).
+# RAE v2's choices for DINOv3-L: the last block (k1), blocks 11, 13, ..., 23 (k7) and blocks 1 to 23 (k23). The code
+# takes means and adds the token mean, where the paper writes sums; for DINOv2 the code adds no token mean (spec II.1).
 LAYERS = {
     "k1": LayersConfig(),
     "k7": LayersConfig(blocks=tuple(range(11, 24, 2)), token_mean=True),
@@ -64,7 +66,18 @@ LAYERS = {
 
 @configclass
 class EncoderSpec:
-    """What the library has to know of an encoder. `hub_id` (or a folder) is empty for one of our own."""
+    """The properties of an encoder that the library needs.
+
+    Attributes:
+        family: Key of `FAMILIES`, or "raekit" for the library's own ViT.
+        width: Channels of a token.
+        patch_size: Side of a patch in pixels.
+        image_size: Default input size in pixels.
+        prefix_tokens: Tokens before the patches (class token and registers).
+        mean: Mean colour that is subtracted from images in [0, 1].
+        std: Standard deviation of the colours, by which images are divided.
+        hub_id: Hub repository or folder of the weights; empty for the library's own ViT.
+    """
 
     family: str
     width: int
@@ -84,28 +97,40 @@ REGISTRY: dict[str, EncoderSpec] = {}
 
 
 def register(name: str, spec: EncoderSpec) -> None:
-    """Make `spec` known under `name`."""
+    """Register an encoder under `name`."""
     REGISTRY[name] = spec
 
 
 def grid_of(spec: EncoderSpec, name: str, input_size: Size | None) -> tuple[int, int]:
-    """The grid of tokens of the encoder `name` at `input_size`, or its own; UserError if patches do not divide it."""
+    """Return the token grid (rows, columns) of the encoder `name`.
+
+    `input_size` None means the encoder's default size.
+
+    Raises:
+        UserError: If the input size is not a multiple of the patch size.
+    """
     size = spec.image_size if input_size is None else input_size
     height, width = sides(size)
     if min(height, width) < 1 or height % spec.patch_size or width % spec.patch_size:
-        raise UserError(f"encoder_size: {size} is no multiple of {name}'s patch size {spec.patch_size}")
+        raise UserError(f"encoder_size: {size} is not a multiple of {name}'s patch size {spec.patch_size}")
     return (height // spec.patch_size, width // spec.patch_size)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """How to run a `transformers` model piece by piece. The families' names are its model types.
+    """How to run the models of a `transformers` model type block by block.
 
-    blocks, norm: the attributes that hold its blocks, and the norm after the last.
-    embed: normalised pixels -> the tokens that enter the first block.
-    context: what each block is given beside the tokens.
-    prefix_tokens: tokens before the patches, without the registers that its configuration counts.
-    config, arguments: what replaces fields of its configuration, and arguments of its class.
+    Attributes:
+        model_class: Name of the class in `transformers`.
+        blocks: Path of the attribute with the blocks.
+        norm: Path of the attribute with the norm after the last block.
+        embed: Maps (model, normalised pixels) to the tokens that enter the first block.
+        context: Maps (model, normalised pixels) to the keyword arguments of every block.
+        prefix_tokens: Tokens before the patches, without the registers, whose number is in the model's config.
+        colours: Default mean and standard deviation of the colours.
+        tower_type: Model type of the image tower of a model with an image and a text tower.
+        config: Overrides for fields of the model's config.
+        arguments: Extra arguments of the model's class.
     """
 
     model_class: str
@@ -115,7 +140,7 @@ class Family:
     context: Callable[[Any, Tensor], dict[str, Any]] = lambda model, pixels: {}
     prefix_tokens: int = 1
     colours: tuple[Colours, Colours] = IMAGENET
-    tower_type: str = ""  # model type of the image tower alone, of a model with two
+    tower_type: str = ""
     config: dict[str, Any] = field(default_factory=dict)
     arguments: dict[str, Any] = field(default_factory=dict)
 
@@ -154,7 +179,7 @@ FAMILIES = {
         tower_type="siglip_vision_model",
         config={"vision_use_head": False},
     ),
-    # The mask keeps every patch, and increasing noise keeps their order.
+    # Mask ratio 0 keeps every patch, and increasing noise keeps the patches in order.
     "vit_mae": Family(
         model_class="ViTMAEModel",
         blocks="layers",
@@ -190,7 +215,7 @@ def _register_all() -> None:
             hub_id=hub_id,
             width=width,
             patch_size=patch_size,
-            image_size=16 * patch_size,  # for 256 tokens
+            image_size=16 * patch_size,  # gives 256 tokens
             prefix_tokens=kind.prefix_tokens + registers,
             mean=kind.colours[0],
             std=kind.colours[1],

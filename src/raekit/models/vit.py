@@ -1,4 +1,4 @@
-"""The small ViT of our own pretraining."""
+"""The library's own small ViT encoder."""
 
 from torch import Tensor, nn
 
@@ -10,7 +10,18 @@ from raekit.models.registry import HALF, MAX_DEPTH, Colours, EncoderSpec
 
 @configclass
 class ViTConfig:
-    """The small ViT of our own pretraining (`stages.representation`): sine-cosine positions, no class token."""
+    """The small ViT that `stages.representation` pretrains: sine-cosine positions, no class token.
+
+    Attributes:
+        image_size: Side of the square images in pixels.
+        patch_size: Side of a patch in pixels.
+        width: Channels of a token, a multiple of 4 and of `heads`.
+        depth: Number of blocks.
+        heads: Number of attention heads.
+        mlp_ratio: Hidden width of the MLPs, as a multiple of `width`.
+        mean: Mean colour that is subtracted from images in [0, 1].
+        std: Standard deviation of the colours, by which images are divided.
+    """
 
     image_size: int
     patch_size: int
@@ -42,9 +53,9 @@ class ViTConfig:
 
 
 class ViT(nn.Module):
-    """Normalised pixels (B, 3, H, W) -> tokens (B, N, width), standardised over channels.
+    """A ViT: normalised pixels (B, 3, H, W) -> tokens (B, N, width), normalised over the channels.
 
-    `keep` (B, K), indices of patches, runs it on those alone (masked pretraining).
+    With `keep` (B, K), indices of patches, the network runs only on these patches (masked pretraining).
     """
 
     def __init__(self, config: ViTConfig) -> None:
@@ -61,7 +72,7 @@ class ViT(nn.Module):
         self.register_buffer("positions", sincos_positions(config.width, self.grid), persistent=False)
 
     def tokens(self, pixels: Tensor) -> Tensor:
-        """The embedded patches (B, N, width), with their positions: what enters the first block."""
+        """Embed the patches (B, N, width) and add their positions, as the input of the first block."""
         size = self.config.patch_size
         grid = (pixels.shape[2] // size, pixels.shape[3] // size)
         positions = self.get_buffer("positions") if grid == self.grid else sincos_positions(self.config.width, grid)

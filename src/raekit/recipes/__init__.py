@@ -1,6 +1,6 @@
-"""What to run: one file for each recipe, found by its name.
+"""The recipes, one module each, whose name is the name of the recipe.
 
-A variant of a recipe is `dataclasses.replace` of its `config()`.
+To make a variant of a recipe, apply `dataclasses.replace` to its `config()`.
 """
 
 import importlib
@@ -13,7 +13,13 @@ from raekit.stages.run import StageConfig
 
 @dataclass(frozen=True)
 class Recipe:
-    """A named configuration. `about` tells what it reproduces, its expected score, cost and last verified result."""
+    """A named training config.
+
+    Attributes:
+        name: Name of the recipe and of its module.
+        about: The docstring of the module: what the recipe reproduces, its cost and its last verified result.
+        config: The config.
+    """
 
     name: str
     about: str
@@ -25,13 +31,17 @@ class Recipe:
 
 
 def names() -> list[str]:
-    """The names of all recipes."""
+    """Return the names of all recipes."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
 def find(name: str) -> Recipe:
-    """The recipe `name`; UserError, listing all, if there is none."""
+    """Return the recipe `name`.
+
+    Raises:
+        UserError: If there is no such recipe. The message lists all recipes.
+    """
     if name not in names():
-        raise UserError(f"recipe {name!r}: no such recipe; there are {', '.join(names())}")
+        raise UserError(f"recipe {name!r}: no such recipe; choose from: {', '.join(names())}")
     module = importlib.import_module(f"{__name__}.{name}")
     return Recipe(name, module.__doc__ or "", module.config())

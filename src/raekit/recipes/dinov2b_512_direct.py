@@ -2,8 +2,8 @@
 
 Reproduces:     rFID 0.53 (paper, table 9)
 Command:        torchrun --nproc-per-node 8 -m raekit -- train dinov2b_512_direct --data.source folder:imagenet
-Cost:           16 epochs, four times the tokens of dinov2b_decoder_xl
-Last verified:  never at this scale, for want of ImageNet and GPUs; the parts agree with the reference cases.
+Cost:           16 epochs, with four times the tokens of dinov2b_decoder_xl
+Last verified:  never at this scale (no ImageNet, no GPUs); the parts agree with the reference cases.
 """
 
 from dataclasses import replace

@@ -1,9 +1,9 @@
-"""Stage 1 on ImageNet 512: ViT-XL decoder with patches of 32, for the 256 tokens of 256 pixels.
+"""Stage 1 on ImageNet 512: ViT-XL decoder with 32-pixel patches, from the same 256 tokens as for 256 pixels.
 
-Reproduces:     rFID 0.97 (paper, table 9); a denoiser for 256 pixels serves unchanged
+Reproduces:     rFID 0.97 (paper, table 9); a denoiser for 256 pixels works without changes
 Command:        torchrun --nproc-per-node 8 -m raekit -- train dinov2b_512_upsample --data.source folder:imagenet
-Cost:           16 epochs, 107 GFLOPs forward an image
-Last verified:  never at this scale, for want of ImageNet and GPUs; the parts agree with the reference cases.
+Cost:           16 epochs, 107 GFLOPs per image in the forward pass
+Last verified:  never at this scale (no ImageNet, no GPUs); the parts agree with the reference cases.
 """
 
 from dataclasses import replace

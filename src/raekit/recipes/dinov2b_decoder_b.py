@@ -2,8 +2,8 @@
 
 Reproduces:     rFID 0.58, without noise (paper, table 1b)
 Command:        torchrun --nproc-per-node 8 -m raekit -- train dinov2b_decoder_b --data.source folder:imagenet
-Cost:           16 epochs, 22 GFLOPs forward an image
-Last verified:  never at this scale, for want of ImageNet and GPUs; the parts agree with the reference cases.
+Cost:           16 epochs, 22 GFLOPs per image in the forward pass
+Last verified:  never at this scale (no ImageNet, no GPUs); the parts agree with the reference cases.
 """
 
 from dataclasses import replace

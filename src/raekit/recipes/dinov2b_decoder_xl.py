@@ -2,13 +2,15 @@
 
 Reproduces:     rFID 0.57, PSNR 18.9 dB, with tau = 0.8 (paper, tables 1 and 5; 0.49 without noise)
 Command:        torchrun --nproc-per-node 8 -m raekit -- train dinov2b_decoder_xl --data.source folder:imagenet
-Cost:           16 epochs; about 640 GFLOPs an image for the decoder, and as much again for its losses
-Last verified:  never at this scale, for want of ImageNet and GPUs; the parts agree with the reference cases.
+Cost:           16 epochs; about 640 GFLOPs per image for the decoder, and as many for its losses
+Last verified:  never at this scale (no ImageNet, no GPUs); the parts agree with the reference cases.
 
-Where the paper and the released code differ (spec 9), this follows the code that trained the released decoders:
-betas (0.5, 0.9), noise of tau * U(0, 1). Its warm-up held the rate constant for the first of 16 epochs; so does this.
-Deviations: products of the published float32 are in TF32; the gradients of the discriminator are averaged over
-processes, which that code omits; the adaptive weight is taken over all of a step's images, not each process's own.
+Where the paper and the released code differ (spec 9), this recipe follows the code that trained the released decoders:
+betas (0.5, 0.9), noise of tau * U(0, 1), and a constant learning rate during the warm-up, the first of 16 epochs.
+
+Deviations from that code: the float32 matrix products run in TF32; the discriminator's gradients are averaged over the
+processes, which the code omits; and the adaptive weight is computed over all images of a step instead of over each
+process's own images.
 """
 
 from raekit.data.loader import DataConfig

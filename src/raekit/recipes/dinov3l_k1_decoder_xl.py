@@ -1,9 +1,9 @@
-"""Stage 1 of RAE v2 on ImageNet 256: ViT-XL decoder for DINOv3-L, K = 1, the last block alone.
+"""Stage 1 of RAE v2 on ImageNet 256: ViT-XL decoder for DINOv3-L, K = 1, only the last block.
 
 Reproduces:     rFID 0.60, PSNR 18.9 dB, with tau = 0.8 (RAE v2)
 Command:        torchrun --nproc-per-node 8 -m raekit -- train dinov3l_k1_decoder_xl --data.source folder:imagenet
-Cost:           as dinov3l_k7_decoder_xl
-Last verified:  never at this scale, for want of ImageNet and GPUs; the parts agree with the reference cases.
+Cost:           the same as dinov3l_k7_decoder_xl
+Last verified:  never at this scale (no ImageNet, no GPUs); the parts agree with the reference cases.
 """
 
 from dataclasses import replace

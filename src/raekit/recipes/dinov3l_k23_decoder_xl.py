@@ -2,8 +2,8 @@
 
 Reproduces:     rFID 0.18, PSNR 27.0 dB, with tau = 0.8 (RAE v2)
 Command:        torchrun --nproc-per-node 8 -m raekit -- train dinov3l_k23_decoder_xl --data.source folder:imagenet
-Cost:           as dinov3l_k7_decoder_xl
-Last verified:  never at this scale, for want of ImageNet and GPUs; the parts agree with the reference cases.
+Cost:           the same as dinov3l_k7_decoder_xl
+Last verified:  never at this scale (no ImageNet, no GPUs); the parts agree with the reference cases.
 """
 
 from dataclasses import replace

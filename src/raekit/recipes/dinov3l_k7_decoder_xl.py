@@ -2,10 +2,11 @@
 
 Reproduces:     rFID 0.29, PSNR 22.6 dB, with tau = 0.8 (RAE v2)
 Command:        torchrun --nproc-per-node 8 -m raekit -- train dinov3l_k7_decoder_xl --data.source folder:imagenet
-Cost:           16 epochs, 107 GFLOPs forward an image for the decoder, the encoder's and the losses' besides
-Last verified:  never at this scale, for want of ImageNet and GPUs; the parts agree with the reference cases.
+Cost:           16 epochs, 107 GFLOPs per image in the forward pass, plus the encoder and the losses
+Last verified:  never at this scale (no ImageNet, no GPUs); the parts agree with the reference cases.
 
-As dinov2b_decoder_xl, except that the decoder gives pixels. Version 2 says no more of its training than "as v1".
+The training is the same as in dinov2b_decoder_xl, except that the decoder gives pixels. RAE v2 only says that its
+training follows v1.
 """
 
 from dataclasses import replace

@@ -3,9 +3,9 @@
 Reproduces:     FID 3.38 unguided (paper, scaling of DiT^DH on DINOv2-B)
 Command:        torchrun --nproc-per-node 8 -m raekit -- train dit_dh_b_dinov2b_256 --data.source folder:imagenet
 Cost:           80 epochs, 294 M parameters
-Last verified:  never at this scale, for want of ImageNet and GPUs; the parts agree with the reference cases.
+Last verified:  never at this scale (no ImageNet, no GPUs); the parts agree with the reference cases.
 
-The schedule is that of 800 epochs, left after 80.
+The learning rate follows the schedule for 800 epochs; the training stops after 80.
 """
 
 from dataclasses import replace

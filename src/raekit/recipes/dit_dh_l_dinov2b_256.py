@@ -1,11 +1,11 @@
 """Stage 2 on ImageNet 256: DiT^DH-L for the latents of DINOv2-B.
 
-Reproduces:     no figure is published for this size (paper)
+Reproduces:     no figure is published for this size in the paper
 Command:        torchrun --nproc-per-node 8 -m raekit -- train dit_dh_l_dinov2b_256 --data.source folder:imagenet
 Cost:           80 epochs, 622 M parameters
-Last verified:  never at this scale, for want of ImageNet and GPUs; the parts agree with the reference cases.
+Last verified:  never at this scale (no ImageNet, no GPUs); the parts agree with the reference cases.
 
-The schedule is that of 800 epochs, left after 80.
+The learning rate follows the schedule for 800 epochs; the training stops after 80.
 """
 
 from dataclasses import replace

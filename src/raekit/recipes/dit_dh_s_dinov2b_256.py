@@ -3,11 +3,11 @@
 Reproduces:     FID 6.07 unguided (paper, scaling of DiT^DH on DINOv2-B)
 Command:        torchrun --nproc-per-node 8 -m raekit -- train dit_dh_s_dinov2b_256 --data.source folder:imagenet
 Cost:           80 epochs, 197 M parameters
-Last verified:  never at this scale, for want of ImageNet and GPUs; the parts agree with the reference cases.
+Last verified:  never at this scale (no ImageNet, no GPUs); the parts agree with the reference cases.
 
-The schedule is that of 800 epochs, left after 80.
+The learning rate follows the schedule for 800 epochs; the training stops after 80.
 
-Its weights after 14 epochs guide the published DiT^DH-XL (`auto:1.42`).
+The weights after 14 epochs guide the published DiT^DH-XL (`auto:1.42`).
 """
 
 from dataclasses import replace

@@ -1,14 +1,14 @@
 """Stage 2 on ImageNet 256: DiT^DH-XL for the latents of DINOv2-B, the published recipe.
 
-Reproduces:     FID 1.51 unguided, 1.13 with auto:1.42 of dit_dh_s_dinov2b_256 after 14 epochs (paper, table 8);
-                after 20 and 80 epochs 3.71 and 2.16 unguided
+Reproduces:     FID 1.51 unguided, 1.13 with auto:1.42 by dit_dh_s_dinov2b_256 after 14 epochs (paper, table 8);
+                3.71 and 2.16 unguided after 20 and 80 epochs
 Command:        torchrun --nproc-per-node 8 -m raekit -- train dit_dh_xl_dinov2b_256 --data.source folder:imagenet
 Cost:           800 epochs, 839 M parameters
-Last verified:  never at this scale, for want of ImageNet and GPUs; the parts agree with the reference cases.
+Last verified:  never at this scale (no ImageNet, no GPUs); the parts agree with the reference cases.
 
-Where the paper and the released code differ (spec 9), this follows what trained the released denoisers: uniform times,
-a rate held for 40 epochs, float32 with products in TF32. Evaluated with grid `published`, whose 50 steps are 49, and
-balanced classes.
+Where the paper and the released code differ (spec 9), this recipe follows the code that trained the released denoisers:
+uniform times, a constant learning rate for 40 epochs, and float32 with matrix products in TF32. The figures come from
+sampling with the grid `published`, whose 50 points make 49 steps, and with balanced classes.
 """
 
 from raekit.data.loader import DataConfig

@@ -1,12 +1,12 @@
 """Stage 2 on ImageNet 512: DiT^DH-XL for the latents of DINOv2-B at 448 pixels, 32 x 32 tokens.
 
-Reproduces:     FID 1.13 with auto:1.5 of a DiT^DH-S after 20 epochs (paper, table 7)
+Reproduces:     FID 1.13 with auto:1.5 by a DiT^DH-S after 20 epochs (paper, table 7)
 Command:        torchrun --nproc-per-node 8 -m raekit -- train dit_dh_xl_dinov2b_512 --data.source folder:imagenet
-Cost:           400 epochs, 839 M parameters, four times the tokens of dit_dh_xl_dinov2b_256
-Last verified:  never at this scale, for want of ImageNet and GPUs; the parts agree with the reference cases.
+Cost:           400 epochs, 839 M parameters, with four times the tokens of dit_dh_xl_dinov2b_256
+Last verified:  never at this scale (no ImageNet, no GPUs); the parts agree with the reference cases.
 
-The schedule is that of 800 epochs, left after 400. The shift of time follows from the latents: 13.86, where the
-published configuration of this size has that of 256 pixels by mistake (spec 8).
+The learning rate follows the schedule for 800 epochs; the training stops after 400. The time shift follows from the
+latents and is 13.86. The published config for this size uses the shift for 256 pixels by mistake (spec 8).
 """
 
 from dataclasses import replace

@@ -1,15 +1,16 @@
-"""Stage 2 on ImageNet 256: plain DiT-XL for the latents of DINOv2-S, as wide as a DiT needs.
+"""Stage 2 on ImageNet 256: plain DiT-XL for the latents of DINOv2-S, which are narrow enough for it.
 
-Reproduces:     FID 1.87 unguided, 1.41 guided (paper, table 8); after 80 epochs 3.50 unguided
+Reproduces:     FID 1.87 unguided, 1.41 guided (paper, table 8); 3.50 unguided after 80 epochs
 Prepare:        raekit latents measure dinov2-s --source folder:imagenet --mirror --out dinov2-s.safetensors
                 hf download nyu-visionx/RAE-collections decoders/dinov2/wReg_small/ViTXL_n08/model.pt --local-dir .
                 raekit convert decoders/dinov2/wReg_small/ViTXL_n08/model.pt runs/rae-dinov2-s --encoder dinov2-s \\
                     --statistics dinov2-s.safetensors
 Command:        torchrun --nproc-per-node 8 -m raekit -- train dit_xl_dinov2s --data.source folder:imagenet
 Cost:           800 epochs, 676 M parameters
-Last verified:  never at this scale, for want of ImageNet and GPUs; the parts agree with the reference cases.
+Last verified:  never at this scale (no ImageNet, no GPUs); the parts agree with the reference cases.
 
-No statistics are published for DINOv2-S: they have to be measured, and differ from those behind the figures.
+No latent statistics are published for DINOv2-S. They have to be measured, and differ from the statistics that the paper
+used.
 """
 
 from dataclasses import replace

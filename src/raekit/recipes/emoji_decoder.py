@@ -1,6 +1,6 @@
 """Stage 1 on the built-in emoji: a small decoder for builtin:vit-tiny, L1 only.
 
-Reproduces:     docs/results/gan.md, what emoji_decoder_gan is compared with
+Reproduces:     docs/results/gan.md, the baseline of emoji_decoder_gan
 Command:        raekit train emoji_decoder --train.compile
 Cost:           16 minutes on one CPU core (80 images/s)
 Last verified:  2026-11-22. Held-out images: PSNR 22.3 dB, SSIM 0.78, fd_vit_tiny 0.32 (training images 0.87).
@@ -19,7 +19,7 @@ def config() -> ReconstructionConfig:
         data=DataConfig(source="emoji", image_size=64),
         encoder="builtin:vit-tiny",
         decoder=DecoderSize(width=256, depth=5, heads=4, hidden=1024, patch_size=16),
-        # Below the published 0.8: these tokens have 256 channels for 768 pixel values, and so little to spare.
+        # Less than the published 0.8, because a token has only 256 channels for 768 pixel values.
         noise=0.3,
         train=TrainConfig(steps=STEPS, batch_size=64, checkpoint_every=500),
         optim=OptimConfig(

@@ -1,16 +1,17 @@
 """Stage 1 on the built-in emoji with a discriminator: emoji_decoder, then a hinge GAN on builtin:vit-tiny, then LPIPS.
 
-Reproduces:     src/raekit/assets/emoji/autoencoder (4.2 M parameters, seed 0), chosen by generation at step 1,100;
-                docs/results/gan.md, beside emoji_decoder at equal steps
+Reproduces:     src/raekit/assets/emoji/autoencoder (4.2 M parameters, seed 0), selected by generation at step 1,100;
+                docs/results/gan.md, compared with emoji_decoder at equal steps
 Command:        raekit train emoji_decoder_gan --train.compile
                 (offline: --perceptual.weights FILE, or --perceptual None)
-                with --selection.every 100 --selection.latents FILE, as docs/results/gan.md tells, and then
+                for the built-in model, add --selection.every 100 --selection.latents FILE (docs/results/gan.md), then
                 python tools/make_builtin.py autoencoder runs/emoji_decoder_gan
-Cost:           45 minutes on one CPU core, a third of it LPIPS
-Last verified:  2026-11-23. Held-out images: PSNR 22.3 dB, LPIPS 0.279, fd_vit_tiny 0.160 (with L1 alone 22.3, 0.292,
-                0.326); of generated latents 1.53, of those of step 1,100 1.51 (2.10).
+Cost:           45 minutes on one CPU core, a third of the time for LPIPS
+Last verified:  2026-11-23. Held-out images: PSNR 22.3 dB, LPIPS 0.279, fd_vit_tiny 0.160 (emoji_decoder: 22.3,
+                0.292, 0.326). Decoded generated latents: fd_vit_tiny 1.53, at step 1,100 1.51 (emoji_decoder: 2.10).
 
-With LPIPS of weight 1, as published, from step 900 on: 21.3 dB, 0.274, 0.378; 1.46.
+With the published LPIPS weight 1 from step 900 on, the held-out images have PSNR 21.3 dB, LPIPS 0.274 and fd_vit_tiny
+0.378, and the decoded generated latents have fd_vit_tiny 1.46.
 """
 
 from dataclasses import replace
@@ -27,11 +28,12 @@ def config() -> ReconstructionConfig:
     steps = emoji_decoder.STEPS
     return replace(
         base,
-        # LPIPS late, not from the start as published: at this size its VGG16 takes more time than all the rest. And
-        # weaker: weight 1 undoes what the discriminator brings to the distance.
+        # LPIPS starts late, and not at step 0 as published, because at this size its VGG16 takes more time than all
+        # other parts together. Its weight is below the published 1, which undoes the discriminator's gain in
+        # fd_vit_tiny.
         perceptual=PerceptualConfig(weight=0.3, start=5 * steps // 6),
-        # As published but for the backbone, which is the one at hand offline. The parts of the schedule are those of
-        # the published 16 epochs.
+        # As published, except for the backbone, which is available offline. Both starts are at the same fractions of
+        # the training as in the published 16 epochs.
         adversarial=AdversarialConfig(
             discriminator=DiscriminatorConfig(backbone="builtin:vit-tiny", blocks=(0, 1, 2)),
             discriminator_start=6 * steps // 16,

@@ -5,13 +5,13 @@ Command:        raekit train emoji_encoder
                 python tools/make_builtin.py encoder runs/emoji_encoder
 Cost:           8 minutes on 2 CPU cores (300 images/s)
 Last verified:  2026-11-22. Class accuracy of held-out images by their 10 nearest training images: 66.2 %,
-                beside 59.7 % with random weights and 62.8 % from raw pixels.
+                compared with 59.7 % for random weights and 62.8 % for raw pixels.
 
-Masked modelling of so few images gives tokens that are good to decode and only a little better than pixels at
-telling the classes apart; a stronger objective has room to improve.
+Masked modelling on so few images gives tokens that decode well but separate the classes only a little better than raw
+pixels do. A stronger training objective could improve on this.
 
-The committed weights come from a run whose warm-up still began at 0, not at lr / warmup_steps: a rerun gives
-close figures, not the same bits.
+The committed weights come from a run whose warm-up started at 0 instead of lr / warmup_steps. A rerun therefore gives
+similar figures, but not identical weights.
 """
 
 from raekit.data.loader import DataConfig
@@ -27,7 +27,7 @@ def config() -> RepresentationConfig:
     return RepresentationConfig(
         data=DataConfig(source="emoji", image_size=64, crop="random", flip=True),
         encoder=ViTConfig(image_size=64, patch_size=16, width=256, depth=4, heads=4),
-        # Sixteen tokens, of which six are seen: with fewer, there is too little to go by.
+        # Six of the 16 tokens are visible. Fewer tokens give too little information.
         mask_ratio=0.6,
         visible_weight=0.5,
         decoder_width=192,

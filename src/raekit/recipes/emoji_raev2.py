@@ -1,13 +1,16 @@
-"""Stage 2 on the built-in emoji as RAE v2 does it: conditioning in context, predicted data, base output.
+"""Stage 2 of RAE v2 on the built-in emoji: in-context conditioning, data prediction, base output.
 
-Reproduces:     docs/results/raev2.md, beside emoji_dit_dh at equal training compute
+Reproduces:     docs/results/raev2.md, compared with emoji_dit_dh at equal training compute
 Command:        raekit train emoji_raev2 --train.compile
-Cost:           192 MFLOPs forward an image, where emoji_dit_dh has 189; as many images
+Cost:           192 MFLOPs per image in the forward pass (emoji_dit_dh: 189), with the same number of images
 Last verified:  2026-11-23, 2,000 steps, three seeds, 500 samples: fd_vit_tiny 2.91 unguided, 2.65 with
-                internal:1.78@0.1-1.0 (emoji_dit_dh 2.50 unguided)
+                internal:1.78@0.1-1.0 (emoji_dit_dh: 2.50 unguided)
 
-AdamW, not RAE v2's Muon: torch's Muon multiplies in bfloat16, and on CPUs that emulate it 3 images/s are left of 73.
-One block less than emoji_dit_dh, and 3 tokens of time and class rather than 12, since an image here has but 16 tokens.
+The optimizer is AdamW instead of RAE v2's Muon. torch's Muon multiplies in bfloat16, and a CPU that emulates bfloat16
+then trains at 3 images/s instead of 73.
+
+The denoiser has one block less than emoji_dit_dh. It has 3 instead of 12 tokens for time and class, because an image
+has only 16 tokens here.
 """
 
 from dataclasses import replace

@@ -1,11 +1,11 @@
-"""Stage 2 on ImageNet 256: plain DiT-XL on raw pixels, in patches of 16 that have as many dimensions as RAE's tokens.
+"""Stage 2 on ImageNet 256: plain DiT-XL on raw pixels, in 16-pixel patches with as many values as a token of RAE.
 
-Reproduces:     FID 51.09 unguided (paper, table 11); with a wide head, 30.56
+Reproduces:     FID 51.09 unguided (paper, table 11); 30.56 with a wide head
 Command:        torchrun --nproc-per-node 8 -m raekit -- train pixel_dit_xl --data.source folder:imagenet
 Cost:           80 epochs, 677 M parameters
-Last verified:  never at this scale, for want of ImageNet and GPUs.
+Last verified:  never at this scale (no ImageNet, no GPUs).
 
-The number of epochs of the figures is not published; taken to be that of the paper's other comparisons.
+The number of epochs behind the figures is not published. The recipe uses 80, as the paper's other comparisons do.
 """
 
 from dataclasses import replace

@@ -1,9 +1,9 @@
-"""Stage 2 of RAE v2 on ImageNet 256: the last layer of DINOv3-L, otherwise as raev2_k7_256.
+"""Stage 2 of RAE v2 on ImageNet 256: the last layer of DINOv3-L, and all else as in raev2_k7_256.
 
 Reproduces:     FID 1.50 unguided (RAE v2, ImageNet 256, 80 epochs)
 Command:        torchrun --nproc-per-node 8 -m raekit -- train raev2_k1_256 --data.source folder:imagenet
 Cost:           80 epochs
-Last verified:  never at this scale, for want of ImageNet and GPUs; the parts agree with the reference cases.
+Last verified:  never at this scale (no ImageNet, no GPUs); the parts agree with the reference cases.
 """
 
 from dataclasses import replace

@@ -1,13 +1,15 @@
-"""Stage 2 of RAE v2 on ImageNet 256: seven layers of DINOv3-L, conditioning in context, predicted data, base output.
+"""Stage 2 of RAE v2 on ImageNet 256: seven layers of DINOv3-L, in-context conditioning, data prediction, base output.
 
 Reproduces:     FID 1.65 unguided, 1.06 with internal:1.78@0.1-1 (RAE v2, ImageNet 256, 80 epochs)
 Command:        torchrun --nproc-per-node 8 -m raekit -- train raev2_k7_256 --data.source folder:imagenet
 Cost:           80 epochs
-Last verified:  never at this scale, for want of ImageNet and GPUs; the parts agree with the reference cases.
+Last verified:  never at this scale (no ImageNet, no GPUs); the parts agree with the reference cases.
 
-875 M parameters. The backbone is 1440 wide, as released; the paper's is 1152, with 839 M (ours: 620 M). Sampled
-with 100 Euler steps. Muon moves the query, key and value matrices as one, and SwiGLU's two of the input, where the
-published optimizer has five.
+The model has 875 M parameters and a backbone of width 1440, as released. The paper gives a width of 1152 and 839 M
+parameters; this implementation has 620 M at that width. The figures come from sampling with 100 Euler steps.
+
+Muon treats the query, key and value matrices as one matrix, and the two input matrices of SwiGLU as another. The
+published optimizer treats them as five separate matrices.
 """
 
 from dataclasses import replace

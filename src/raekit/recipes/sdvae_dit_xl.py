@@ -1,13 +1,13 @@
-"""Stage 2 on ImageNet 256: plain DiT-XL on the latents of an SD-VAE, the baseline that RAE is set against.
+"""Stage 2 on ImageNet 256: plain DiT-XL on the latents of an SD-VAE, the baseline that the paper compares with RAE.
 
-Reproduces:     FID 7.13 unguided after 80 epochs (paper, table 2); with a wide head, 11.70 (table 10)
+Reproduces:     FID 7.13 unguided after 80 epochs (paper, table 2); 11.70 with a wide head (table 10)
 Prepare:        pip install 'raekit[vae]'
 Command:        torchrun --nproc-per-node 8 -m raekit -- train sdvae_dit_xl --data.source folder:imagenet
 Cost:           80 epochs, 675 M parameters
-Last verified:  never at this scale, for want of ImageNet and GPUs; the autoencoder agrees with diffusers.
+Last verified:  never at this scale (no ImageNet, no GPUs); the autoencoder agrees with diffusers.
 
-Which weights of the SD-VAE were used is not published. Latents are the posterior's mean, where others draw from it.
-They have 4096 dimensions, so that the noise schedule is not shifted.
+The paper does not say which SD-VAE weights it uses. The latents are the mean of the posterior, where other codes draw a
+sample from it. The latents have 4096 dimensions, so that the noise schedule is not shifted.
 """
 
 from dataclasses import replace

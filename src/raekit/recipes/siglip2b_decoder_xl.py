@@ -1,10 +1,10 @@
 """Stage 1 on ImageNet 256: ViT-XL decoder for SigLIP2-B.
 
-Reproduces:     no figure is published with tau = 0.8, as the released decoder has; without (--noise 0) rFID 0.53
-                (paper, table 1a)
+Reproduces:     no figure is published for tau = 0.8, which the released decoder uses; rFID 0.53 without noise
+                (--noise 0; paper, table 1a)
 Command:        torchrun --nproc-per-node 8 -m raekit -- train siglip2b_decoder_xl --data.source folder:imagenet
-Cost:           16 epochs, 107 GFLOPs forward an image
-Last verified:  never at this scale, for want of ImageNet and GPUs; the parts agree with the reference cases.
+Cost:           16 epochs, 107 GFLOPs per image in the forward pass
+Last verified:  never at this scale (no ImageNet, no GPUs); the parts agree with the reference cases.
 """
 
 from dataclasses import replace

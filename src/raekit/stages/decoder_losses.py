@@ -1,4 +1,4 @@
-"""The losses of stage 1: L1, LPIPS and a discriminator, on noisy tokens (spec 1.4, 1.6)."""
+"""The losses of stage 1: L1, LPIPS and an adversarial loss, on noisy tokens (spec 1.4, 1.6)."""
 
 from collections.abc import Callable
 from functools import cached_property
@@ -33,7 +33,13 @@ NoiseLaw = Literal["half-normal", "uniform"]
 
 @configclass
 class PerceptualConfig:
-    """LPIPS in the loss, times `weight`, from step `start` on. `weights`: a file for `load_perceptual`."""
+    """The LPIPS term of the decoder's loss.
+
+    Attributes:
+        weight: Factor of LPIPS in the loss.
+        start: First training step with LPIPS in the loss.
+        weights: File with the LPIPS weights (`load_perceptual`); None finds or downloads them.
+    """
 
     weight: float = 1.0
     start: int = 0
@@ -42,15 +48,25 @@ class PerceptualConfig:
 
 @configclass
 class AdversarialConfig:
-    """The discriminator, and its part in the decoder's loss (spec 1.6 to 1.8).
+    """The discriminator and the adversarial term of the decoder's loss (spec 1.6 to 1.8).
 
-    It trains from step `discriminator_start` on, and the decoder hears it from `start` on: `weight` times the
-    adaptive weight, at most `max_weight`, times its loss. `local_weight` takes the adaptive weight of each
-    process's own images, as published, instead of that of all. With `train.micro_batch` it is that of each
-    micro-batch, of all processes: the whole batch is never in memory at once.
+    The adversarial term is `weight` times the adaptive weight times the generator's loss. The adaptive weight balances
+    the gradients of the reconstruction and of the generator's loss at the decoder's last layer. It is computed over
+    the images of all processes, separately for each micro-batch, because the full batch is never in memory at once.
 
-    The schedule of `optim` counts from `discriminator_start`, as the published code has it, so that the rate ends
-    above its floor; or, with `schedule` "common", from step 0 like the decoder's.
+    Attributes:
+        discriminator: Backbone and heads of the discriminator.
+        augment: Augmentation of all images that the discriminator sees.
+        loss: Loss of the discriminator.
+        weight: Constant factor of the adversarial term.
+        max_weight: Upper limit of the adaptive weight.
+        local_weight: Computes the adaptive weight in each process over its own images, as the published code does.
+        discriminator_start: First training step in which the discriminator is trained.
+        start: First training step with the adversarial term in the decoder's loss, at least `discriminator_start`.
+        schedule: Step 0 of the discriminator's learning rate schedule. `published` counts from `discriminator_start`,
+            as the published code does; a training that ends at `optim.decay_end` then stops above `optim.final_lr`.
+            `common` counts from the first training step, like the decoder's schedule.
+        optim: Optimizer and learning rate schedule of the discriminator.
     """
 
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
@@ -68,15 +84,21 @@ class AdversarialConfig:
         if self.start < self.discriminator_start:
             raise UserError(
                 f"adversarial.start: {self.start} is before discriminator_start = {self.discriminator_start}: "
-                "the decoder would learn from an untrained discriminator"
+                "the decoder would learn from an untrained discriminator; start at step "
+                f"{self.discriminator_start} or later"
             )
 
 
 @configclass
 class DecoderLossConfig:
-    """What a decoder minimises, besides L1.
+    """The decoder's loss: L1 on noisy tokens, and optional further terms.
 
-    `noise` is tau of spec 1.4, in units of the un-whitened tokens; `noise_law` says how sigma is drawn from it.
+    Attributes:
+        noise: Scale tau of the noise on the tokens (spec 1.4), in units of the un-whitened tokens; 0 adds no noise.
+        noise_law: Distribution of each sample's noise level sigma. `half-normal` is |N(0, tau^2)|, as in the paper;
+            `uniform` is tau * U(0, 1), as in the published code.
+        perceptual: The LPIPS term; None leaves it out.
+        adversarial: The discriminator and the adversarial term; None leaves them out.
     """
 
     noise: float = 0.8
@@ -86,21 +108,18 @@ class DecoderLossConfig:
 
     def __post_init__(self) -> None:
         if self.noise < 0:
-            raise UserError(f"noise: {self.noise} is negative")
+            raise UserError(f"noise: {self.noise} must not be negative")
 
 
 def noise_scales(tau: float, law: NoiseLaw, seed: int, positions: Tensor, device: torch.device) -> Tensor:
-    """sigma (B,) of the noise that each sample's tokens get.
-
-    `half-normal`: |N(0, tau^2)|, the paper's. `uniform`: tau * U(0, 1), the published code's (spec 1.4).
-    """
+    """Draw the noise levels sigma (B,) of the samples at `positions`, by the distribution `law` (spec 1.4)."""
     if law == "uniform":
         return tau * randomness.uniform(seed, "noise scale", positions, (), device)
     return tau * randomness.normal(seed, "noise scale", positions, (1,), device)[:, 0].abs()
 
 
 def noisy(latents: Tensor, config: DecoderLossConfig, seed: int, positions: Tensor) -> Tensor:
-    """Un-whitened latents (B, C, H, W) with the noise of noise-augmented decoding (spec 1.4)."""
+    """Add the noise of noise-augmented decoding to un-whitened latents (B, C, H, W) (spec 1.4)."""
     if not config.noise:
         return latents
     device = latents.device
@@ -109,9 +128,15 @@ def noisy(latents: Tensor, config: DecoderLossConfig, seed: int, positions: Tens
 
 
 class Encoded:
-    """Images (B, 3, S, S) in [0, 1], their un-whitened latents (B, C, h, w), and positions (B,) in the stream.
+    """A batch that is encoded on first use, once for all objectives.
 
-    Encoded when first asked for, and once for all objectives: a split gives the same parts every time.
+    Repeated splits of the same size return the same parts, so that each part is encoded only once too.
+
+    Attributes:
+        images: Images (B, 3, S, S) in [0, 1].
+        latents: Un-whitened latents (B, C, h, w) of the images.
+        positions: Positions (B,) of the images in the data stream.
+        parts: The micro-batches of earlier splits, by size.
     """
 
     def __init__(self, batch: Batch, encode: Callable[[Tensor], Tensor]) -> None:
@@ -140,9 +165,16 @@ class Encoded:
 
 
 def last_layer_norms(gradients: tuple[Tensor, ...], last_input: Tensor, patch_size: int, world: World) -> Tensor:
-    """Norms of the gradients that reach the last layer's weight, over the images of all processes.
+    """Return the norms of the gradients at the weight of the decoder's last layer.
 
-    `gradients` are those of the decoder's output (B, 3, S, S), `last_input` (B, N, width) is what the layer read.
+    Args:
+        gradients: Gradients of several losses with respect to the decoder's output (B, 3, S, S).
+        last_input: Input (B, N, width) of the last layer.
+        patch_size: Side of the decoder's patches in pixels.
+        world: The processes whose images count.
+
+    Returns:
+        One norm per gradient.
     """
     with torch.autocast(last_input.device.type, enabled=False):
         inputs = last_input.float().flatten(0, 1)
@@ -151,7 +183,10 @@ def last_layer_norms(gradients: tuple[Tensor, ...], last_input: Tensor, patch_si
 
 
 class Losses:
-    """What the decoder and the discriminator minimise (spec 1.6)."""
+    """The losses of the decoder and of the discriminator (spec 1.6).
+
+    A discriminator whose backbone is the autoencoder's encoder shares the encoder's weights.
+    """
 
     def __init__(self, config: DecoderLossConfig, model: Autoencoder, seed: int, world: World) -> None:
         self.config, self.model, self.seed, self.world = config, model, seed, world
@@ -165,15 +200,15 @@ class Losses:
             self.discriminator_network = Discriminator(config.adversarial.discriminator, backbone).to(world.device)
 
     def decoder(self, batch: Encoded, step: int) -> tuple[Tensor, Metrics]:
-        """L1 + LPIPS + the adversarial loss, each from its own step on."""
+        """Return L1 + LPIPS + the adversarial term, each from its start step on, and the metrics to log."""
         adversarial, network = self.config.adversarial, self.discriminator_network
         latents = noisy(batch.latents, self.config, self.seed, batch.positions)
         last_input: list[Tensor] = []
         decoded = self.model.decoder(latents, last_input)
         if adversarial is None or network is None or step < adversarial.start:
             return self._reconstruction(self.model.to_pixels(decoded), batch.images, step)
-        # Both losses are pulled back to the decoder's output alone, and from there on as one: the weight between
-        # them, a ratio of gradients, costs no second pass through the decoder.
+        # Backpropagate both losses to the decoder's output first. The adaptive weight follows from the two gradients
+        # there, and a single backward pass through the decoder then serves the weighted sum.
         output = decoded.detach().requires_grad_()
         reconstruction, metrics = self._reconstruction(self.model.to_pixels(output), batch.images, step)
         (pull,) = torch.autograd.grad(reconstruction, output)
@@ -190,7 +225,10 @@ class Losses:
         return loss, metrics | {"gan": gan, "adaptive_weight": balance}
 
     def discriminator(self, batch: Encoded, step: int) -> tuple[Tensor, Metrics]:
-        """Real images against fresh reconstructions, without noise, rounded to 8 bits as the real ones are."""
+        """Return the discriminator's loss on real images and reconstructions, and the metrics to log.
+
+        The reconstructions have no noise, and are rounded to 8 bits like the real images.
+        """
         adversarial, network = self.config.adversarial, self.discriminator_network
         assert adversarial is not None
         assert network is not None

@@ -1,4 +1,4 @@
-"""Fine-tuning: the weights that a training starts from, where they are not random."""
+"""Fine-tuning: start a training from the weights of an existing model."""
 
 from dataclasses import replace
 from typing import Any
@@ -12,39 +12,58 @@ from raekit.models.denoiser_config import DenoiserConfig
 
 
 def initialise_decoder(decoder: Decoder, source: str) -> None:
-    """Give `decoder` the weights of that of `source`; UserError, listing the fields, if it is another."""
-    begun = load_autoencoder(source)
-    if not isinstance(begun, Autoencoder):
-        raise UserError(f"init_from: {source} has no decoder to train")
-    _check_same(source, begun.decoder.config, decoder.config)
-    decoder.load_state_dict(begun.decoder.state_dict())
+    """Load the weights of the decoder of `source` into `decoder`.
+
+    Args:
+        decoder: The decoder to initialise.
+        source: Name of an autoencoder (`load_autoencoder`).
+
+    Raises:
+        UserError: If the two decoders have different configs. The message lists the fields.
+    """
+    pretrained = load_autoencoder(source)
+    if not isinstance(pretrained, Autoencoder):
+        raise UserError(f"init_from: {source} has no decoder to train; name an autoencoder with a decoder")
+    _check_same(source, pretrained.decoder.config, decoder.config)
+    decoder.load_state_dict(pretrained.decoder.state_dict())
 
 
 def initialise_denoiser(denoiser: Denoiser, source: str) -> None:
-    """Give `denoiser` the weights of `source`; UserError, listing the fields, if it is another.
+    """Load the weights of the denoiser `source` into `denoiser`.
 
-    The classes may be others: then their embeddings start anew.
+    If the classes differ, the class embeddings keep their new random weights.
+
+    Args:
+        denoiser: The denoiser to initialise.
+        source: Name of a denoiser (`Denoiser.load`).
+
+    Raises:
+        UserError: If the two denoisers have different configs. The message lists the fields.
     """
-    begun = Denoiser.load(source)
-    _check_same(source, _built(begun.config), _built(denoiser.config))
-    state = begun.state_dict()
-    if not _same_classes(begun.config, denoiser.config):
+    pretrained = Denoiser.load(source)
+    _check_same(source, _architecture(pretrained.config), _architecture(denoiser.config))
+    state = pretrained.state_dict()
+    if not _same_classes(pretrained.config, denoiser.config):
         fresh = {key: value for key, value in denoiser.state_dict().items() if key.startswith("label.")}
         state = {key: value for key, value in state.items() if not key.startswith("label.")} | fresh
     denoiser.load_state_dict(state)
 
 
-def _check_same(source: str, theirs: Any, ours: Any) -> None:
-    if changed := list(differences(to_dict(theirs), to_dict(ours))):
-        raise UserError(f"init_from: {source} is built otherwise than this recipe's:\n  " + "\n  ".join(changed))
+def _check_same(source: str, pretrained: Any, wanted: Any) -> None:
+    if changed := list(differences(to_dict(pretrained), to_dict(wanted))):
+        raise UserError(
+            f"init_from: the architecture of {source} differs from this config's:\n  "
+            + "\n  ".join(changed)
+            + "\nName another model, or change these fields of the config"
+        )
 
 
-def _built(config: DenoiserConfig) -> DenoiserConfig:
-    """Without its classes, and what matters only to random weights."""
+def _architecture(config: DenoiserConfig) -> DenoiserConfig:
+    """Return `config` without its classes and without the fields that only affect random weights."""
     return replace(config, num_classes=0, class_names=(), label_std=0.0, allow_narrow=True)
 
 
 def _same_classes(one: DenoiserConfig, other: DenoiserConfig) -> bool:
-    """Whether they are, as far as their names are known."""
+    """Return whether both configs have the same classes; unknown class names match any names."""
     named = one.class_names and other.class_names
     return one.num_classes == other.num_classes and (not named or one.class_names == other.class_names)

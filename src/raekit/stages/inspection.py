@@ -1,4 +1,4 @@
-"""What a configuration would cost, and what a model or run folder holds."""
+"""Describe what a config costs to train, and what a model or run folder contains."""
 
 import json
 from dataclasses import replace
@@ -23,10 +23,10 @@ from raekit.weights import read_weights
 
 
 def describe_config(config: StageConfig, run: Path, world: World) -> str:
-    """The resolved configuration, and its parameters, FLOPs, memory, steps and images; trains nothing.
+    """Describe `config` without training: all fields, parameters, FLOPs, memory, steps and images.
 
-    FLOPs and activation memory are measured on the loss of two images, forward (the backward pass costs about
-    twice that again).
+    FLOPs and activation memory are measured in a forward pass on two images per process. The backward pass costs about
+    twice the FLOPs of the forward pass.
     """
     few = replace(config.train, batch_size=2 * world.size, micro_batch=None)
     stage = build(replace(config, train=few, data=replace(config.data, workers=0)), run, world)
@@ -52,13 +52,14 @@ def describe_config(config: StageConfig, run: Path, world: World) -> str:
         ):
             objective.loss(batch, objective.start)
         activations = sum(size for address, size in saved.items() if address not in own) / len(batch)
-        # Weights, gradients, two moments of AdamW, and the averages, in float32.
+        # Weights, gradients, two moments of AdamW and the averages, all in float32.
         state = 4 * parameters * (4 + len(objective.ema))
         lines += [
             f"{objective.name}: {parameters:,} parameters",
-            f"  {counter.get_total_flops() / len(batch) / 1e9:,.2f} GFLOPs forward an image, frozen parts included",
+            f"  {counter.get_total_flops() / len(batch) / 1e9:,.2f} GFLOPs per image in the forward pass, "
+            "including frozen parts",
             f"  memory: about {state / 2**30:,.2f} GiB of state and {activations * share / 2**30:,.2f} GiB "
-            f"of activations for {share} images at once",
+            f"of activations for {share} images at a time",
         ]
     images = config.train.steps * config.train.batch_size
     lines.append(f"{config.train.steps:,} steps of {config.train.batch_size} images: {images:,} images")
@@ -66,9 +67,15 @@ def describe_config(config: StageConfig, run: Path, world: World) -> str:
 
 
 def describe_folder(name: str, reach: tuple[str, float] | None = None) -> str:
-    """What the model, artifact or run `name` holds; UserError if it is none of them.
+    """Describe the contents of a model, an artifact or a run.
 
-    `reach` asks of a run after how many epochs a logged metric, such as evaluation/fid, first was a value or less.
+    Args:
+        name: Folder or name of the model, artifact or run.
+        reach: A logged metric, such as evaluation/fid, and a target value. The description of a run then also says
+            after how many epochs the metric first reached the target or less.
+
+    Raises:
+        UserError: If `name` is none of the three, or if `reach` is given and `name` is not a run.
     """
     folder = find_folder(name)
     lines = [str(name)]
@@ -81,7 +88,7 @@ def describe_folder(name: str, reach: tuple[str, float] | None = None) -> str:
         if reach:
             lines.append(f"  {_reached(folder, records, *reach)}")
     elif reach:
-        raise UserError(f"{name}: is no run, and has no metrics on record")
+        raise UserError(f"{name}: not a run, so it has no metrics; name the folder of a run")
     for kind in ("encoder", "autoencoder", "denoiser"):
         try:
             path, values, _, trained_on = artifacts.find(name, kind)

@@ -34,7 +34,15 @@ from raekit.train.trainer import TrainConfig
 
 @configclass
 class DecoderSize:
-    """The decoder's transformer; its token dimension and grid follow from the encoder."""
+    """The size of the decoder. Its token dimension and its grid follow from the encoder.
+
+    Attributes:
+        width: Channels of a token inside the decoder, a multiple of 4 and of `heads`.
+        depth: Number of transformer blocks.
+        heads: Number of attention heads.
+        hidden: Hidden width of the MLPs.
+        patch_size: Side in pixels of the patch that the decoder predicts from each token.
+    """
 
     width: int
     depth: int
@@ -45,9 +53,26 @@ class DecoderSize:
 
 @configclass
 class ReconstructionConfig(DecoderLossConfig):
-    """The latent statistics are measured over the training images, centre-cropped, and mirrored too if the
-    training flips them. `encoder_size`, `layers` and `output` are those of the autoencoder; the encoder computes in
-    `train.precision`. `init_from` is an autoencoder whose decoder, of the same sizes, is to be fine-tuned.
+    """The config of stage 1, which trains a decoder for a frozen encoder.
+
+    The statistics of the latents are measured over the centre-cropped training images, and over their mirror images too
+    if `data.flip` is set.
+
+    Attributes:
+        stage: Name of the stage in config.json.
+        data: Training images. `data.image_size` must equal the size that the decoder gives.
+        encoder: Name of the frozen encoder (`load_encoder`). The encoder computes in `train.precision`.
+        encoder_size: Size in pixels to which the encoder resizes images; None is the encoder's default size.
+        layers: Encoder blocks whose outputs form the latent.
+        output: Output of the decoder: `encoder-colours`, normalised by the encoder's mean and standard deviation
+            (RAE v1), or `pixels` in [0, 1] (RAE v2, spec II.2).
+        decoder: Size of the decoder.
+        init_from: Name of an autoencoder whose decoder is fine-tuned; both decoders must have the same sizes. None
+            starts from random weights.
+        selection: Keeps the decoder that is best for generation. None exports the last decoder.
+        train: Settings of the training loop.
+        optim: Optimizer and learning rate schedule of the decoder.
+        ema: Decays of the averages of the decoder's weights. The artifact holds the average of the first decay.
     """
 
     stage: Literal["reconstruction"] = "reconstruction"
@@ -65,7 +90,10 @@ class ReconstructionConfig(DecoderLossConfig):
 
 
 def build(config: ReconstructionConfig, run: Path, world: World) -> Stage:
-    """The decoder's objective and the discriminator's; the artifact is an autoencoder with the averaged decoder."""
+    """Build the stage. Its artifact is the autoencoder with the averaged decoder.
+
+    The objectives are the decoder and, if `config.adversarial` is set, the discriminator.
+    """
     loader = Loader(config.data, config.train.seed)
     dtype = compute_dtype(config.train.precision, world.device)
     encoder = load_encoder(config.encoder, config.encoder_size, config.layers, dtype)
@@ -90,10 +118,11 @@ def build(config: ReconstructionConfig, run: Path, world: World) -> Stage:
     ).to(world.device)
     if model.image_shape != (config.data.image_size, config.data.image_size):
         raise UserError(
-            f"decoder.patch_size: {size.patch_size} over a grid of {encoder.grid} gives images of "
-            f"{' x '.join(map(str, model.image_shape))} pixels, but data.image_size is {config.data.image_size}"
+            f"decoder.patch_size: {size.patch_size} on a grid of {encoder.grid} gives images of "
+            f"{' x '.join(map(str, model.image_shape))} pixels, but data.image_size is {config.data.image_size}; "
+            "change one of the two"
         )
-    if config.init_from and not checkpoints(run / "checkpoints"):  # a run that goes on has weights
+    if config.init_from and not checkpoints(run / "checkpoints"):  # a resumed run has its own weights
         initialise_decoder(model.decoder, config.init_from)
     losses = Losses(config, model, config.train.seed, world)
     objectives = [
@@ -119,14 +148,14 @@ def build(config: ReconstructionConfig, run: Path, world: World) -> Stage:
             )
         )
     averaged = Autoencoder(model.config, encoder)
-    averaged.decoder = model.decoder  # in the place of its own, until the average is asked for
+    averaged.decoder = model.decoder  # a placeholder until `current` sets the average
     averaged.to(world.device)
     averaged.trained_on = absolute(config.data.source)
 
     def prepare(progress: Progress) -> None:
         if config.train.compile:
             encoder.compile()
-        # Measured once, kept beside the run: the pass over the data is the same for every restart.
+        # Measured once and kept in the run folder, because the result is the same after every restart.
         path = run / STATISTICS
         if path.is_file():
             mean, var = read_statistics(path, model.latent_shape)
@@ -145,7 +174,7 @@ def build(config: ReconstructionConfig, run: Path, world: World) -> Stage:
         return averaged.eval()
 
     def export(folder: Path) -> None:
-        # A selection exports by itself; without one yet, or at all, the present decoder is the best there is.
+        # A selection writes the artifact itself. Without a selected decoder, export the present decoder.
         if not (config.selection and (run / "selected.json").is_file()):
             current().save(folder, world)
 

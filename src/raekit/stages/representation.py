@@ -1,4 +1,4 @@
-"""Pretraining of a small encoder as a masked autoencoder (He et al., 2021), for data of one's own."""
+"""Pretraining of a small encoder on your own data, as a masked autoencoder (He et al., 2021)."""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,15 +26,30 @@ from raekit.train.optim import OptimConfig
 from raekit.train.trainer import TrainConfig
 
 TARGET_VARIANCE_EPS = 1e-2
-"""Keeps flat patches (a white background) from being blown up to unit variance."""
+"""Added to the variance of a target patch, so that flat patches (a white background) are not scaled up."""
 
 
 @configclass
 class RepresentationConfig:
-    """`mask_ratio` of the patches is hidden; the pixel decoder of the pretext task is thrown away after.
+    """The config of encoder pretraining.
 
-    `visible_weight` adds the error on the visible patches, which the original leaves out: it keeps pixel
-    detail in the tokens, for the sake of reconstruction.
+    A pixel decoder predicts the hidden patches from the visible ones. The decoder is discarded after the training.
+
+    Attributes:
+        stage: Name of the stage in config.json.
+        data: Training images.
+        encoder: The encoder to pretrain.
+        mask_ratio: Fraction of the patches that is hidden, above 0 and below 1.
+        visible_weight: Weight of the error on the visible patches. The original method has no such term; the term
+            keeps pixel detail in the tokens, which helps reconstruction.
+        decoder_width: Channels of the pixel decoder, a multiple of 4 and of `decoder_heads`.
+        decoder_depth: Number of blocks of the pixel decoder.
+        decoder_heads: Number of attention heads of the pixel decoder.
+        train: Settings of the training loop.
+        optim: Optimizer and learning rate schedule.
+        ema: Decays of the weight averages. The artifact holds the average of the first decay.
+        score_every: Number of steps between two measurements of the class accuracy. Data without classes is not
+            measured.
     """
 
     stage: Literal["representation"] = "representation"
@@ -53,12 +68,12 @@ class RepresentationConfig:
     def __post_init__(self) -> None:
         if self.encoder.image_size % self.encoder.patch_size:
             raise UserError(
-                f"encoder.patch_size: {self.encoder.patch_size} does not divide encoder.image_size = "
+                f"encoder.patch_size: {self.encoder.patch_size} must divide encoder.image_size = "
                 f"{self.encoder.image_size}"
             )
         patches = (self.encoder.image_size // self.encoder.patch_size) ** 2
         if not 0 < self.mask_ratio < 1 or round(self.mask_ratio * patches) in (0, patches):
-            raise UserError(f"mask_ratio: {self.mask_ratio} must hide some of the {patches} patches, and not all")
+            raise UserError(f"mask_ratio: {self.mask_ratio} must hide some but not all of the {patches} patches")
         if self.decoder_width % self.decoder_heads or self.decoder_width % 4:
             raise UserError(
                 f"decoder_width: {self.decoder_width} must be a multiple of 4 and of decoder_heads = "
@@ -66,12 +81,12 @@ class RepresentationConfig:
             )
         if self.data.image_size != self.encoder.image_size:
             raise UserError(
-                f"data.image_size: {self.data.image_size} differs from encoder.image_size = {self.encoder.image_size}"
+                f"data.image_size: {self.data.image_size} must equal encoder.image_size = {self.encoder.image_size}"
             )
 
 
 class MaskedAutoencoder(nn.Module):
-    """The encoder on the visible patches, and a light decoder that predicts the hidden ones."""
+    """The encoder, which sees only the visible patches, and a light decoder that predicts all patches."""
 
     positions: Tensor
 
@@ -91,7 +106,7 @@ class MaskedAutoencoder(nn.Module):
         self.out = nn.Linear(width, 3 * size**2)
 
     def forward(self, pixels: Tensor, keep: Tensor) -> Tensor:
-        """Normalised pixels (B, 3, H, W), visible patches (B, K) -> predicted patches (B, N, 3 * patch_size^2)."""
+        """Predict all patches (B, N, 3 * patch_size^2) of pixels (B, 3, H, W) from only the patches `keep` (B, K)."""
         visible = self.embed(self.encoder(pixels, keep))
         x = self.mask_token.to(visible.dtype).expand(len(pixels), len(self.positions), -1)
         x = x.scatter(1, keep[:, :, None].expand(-1, -1, x.shape[2]), visible) + self.positions
@@ -101,7 +116,7 @@ class MaskedAutoencoder(nn.Module):
 
 
 def build(config: RepresentationConfig, run: Path, world: World) -> Stage:
-    """The stage's objective and data; its artifact is the averaged encoder."""
+    """Build the stage. Its artifact is the encoder with averaged weights."""
     loader = Loader(config.data, config.train.seed)
     model = MaskedAutoencoder(config)
     mean, std = (torch.tensor(v, device=world.device).view(3, 1, 1) for v in (config.encoder.mean, config.encoder.std))
@@ -120,7 +135,7 @@ def build(config: RepresentationConfig, run: Path, world: World) -> Stage:
         return hidden + config.visible_weight * seen, {"hidden": hidden, "visible": seen}
 
     def trained(name: str) -> Encoder:
-        """The averaged encoder: a copy, for among several processes a part of a module cannot run without it."""
+        """Return a copy of the averaged encoder. A part of a module that is sharded over processes cannot run."""
         prefix, vit = "encoder.", ViT(config.encoder)
         state = full_state(objective.averaged)
         vit.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
@@ -153,7 +168,7 @@ def build(config: RepresentationConfig, run: Path, world: World) -> Stage:
 
 @dataclass(frozen=True)
 class Pixels:
-    """Raw pixels as features, (B, 3 * size^2) around zero: what an encoder has to beat."""
+    """Raw pixels as features (B, 3 * size^2) around zero, a baseline for encoders."""
 
     size: int
     name: str = "pixels"
@@ -167,9 +182,11 @@ class Pixels:
 
 
 def class_accuracy(encoder: Encoder, data: DataConfig, world: World) -> dict[str, float]:
-    """Share of held-out images of `data` whose 10 nearest training images vote for their class.
+    """Measure how well the 10 nearest training images predict the classes of the held-out images of `data`.
 
-    In the mean tokens of `encoder`, beside those of an encoder with random weights and raw pixels.
+    Returns:
+        The fraction of correct predictions in three feature spaces: the mean tokens of `encoder`, the mean tokens of
+        the same network with random weights, and raw pixels.
     """
     scores = {}
     for network in (EncoderFeatures(encoder), EncoderFeatures(untrained(encoder)), Pixels(data.image_size)):

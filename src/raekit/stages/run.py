@@ -1,4 +1,4 @@
-"""One run, from a configuration to an artifact: the same code for every stage."""
+"""A training run from a config to an artifact, for every stage."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ _BUILDERS = {
 
 
 def build(config: StageConfig, run: Path, world: World) -> Stage:
-    """Build the stage of `config`. Initial weights depend on its seed alone."""
+    """Build the stage of `config`. The initial weights depend only on the seed of `config`."""
     torch.manual_seed(config.train.seed)
     return _BUILDERS[type(config)](config, run, world)  # type: ignore[operator]
 
@@ -34,39 +34,54 @@ def train(
     report: Report = lambda step, metrics: None,
     progress: Progress = silent,
 ) -> bool:
-    """Train `config` in the folder `run`, or go on where a run of the same configuration stopped.
+    """Train `config` in the folder `run`, and write the model to RUN/artifact.
 
-    `report` is told of steps, `progress` of what precedes them.
+    If `run` holds a stopped run of the same config, the training resumes from its newest checkpoint.
 
-    False if a signal stopped it. Either way RUN/artifact holds the present model. Raises UserError, listing
-    the fields, if `run` belongs to another configuration, or if its disk is full.
+    Args:
+        config: The config of any stage.
+        run: Folder of the run.
+        world: The processes that train.
+        report: Receives the step and the metrics of each log record.
+        progress: Receives the progress of the preparation before the first step.
+
+    Returns:
+        False if a signal stopped the training, and True if the training is complete. RUN/artifact holds the present
+        model in both cases.
+
+    Raises:
+        UserError: If `run` belongs to a different config (the message lists the fields), or if the disk is full.
     """
     check(run, config)
     stage = build(config, run, world)
     trainer = Trainer(run, config.train, stage.objectives, stage.batches, world, stage.periodics)
-    # Now that all of it could be built: a mistake in the configuration does not occupy the folder.
+    # Claimed only after the build, so that a mistake in the config does not occupy the folder.
     with world.main_first():
         claim(run, config, world)
     stage.prepare(progress)
     finished = trainer.fit(report)
     stage.export(run / "artifact")
-    world.barrier()  # written by the first process, it may be read by all
+    world.barrier()  # the first process writes the artifact, and then all may read it
     return finished
 
 
 def check(run: Path, config: StageConfig) -> None:
-    """Raise UserError, listing the differences, if RUN/config.json is of another configuration."""
+    """Check that RUN/config.json, if it exists, equals `config`.
+
+    Raises:
+        UserError: If the two differ. The message lists the fields.
+    """
     path = run / "config.json"
     if path.is_file() and (changed := list(differences(read_json(path), to_dict(config)))):
         raise UserError(
-            f"{run}: belongs to another configuration:\n  "
+            f"{run}: belongs to a run with a different config:\n  "
             + "\n  ".join(changed)
-            + "\nChoose another --run, or undo these"
+            + "\nChoose another --run, or undo these changes"
         )
 
 
 def claim(run: Path, config: StageConfig, world: World) -> None:
-    """Write RUN/config.json, unless it is there."""
+    """Write RUN/config.json if it does not exist yet."""
     path = run / "config.json"
     if world.is_main and not path.is_file():
         with whole(path) as partial:

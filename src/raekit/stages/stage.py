@@ -1,4 +1,4 @@
-"""What a stage is, and how a run of one goes."""
+"""The interface between a stage and a run."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,10 +11,15 @@ from raekit.train.objective import Objective, Periodic
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """A training: its objectives, its stream of batches from a number of images seen, and what it leaves.
+    """The parts of a training run.
 
-    `prepare(progress)` does what must precede training and is not part of it (a dry run leaves it out);
-    `export(folder)` writes the artifact of the present (averaged) weights.
+    Attributes:
+        objectives: The modules to train, with their losses.
+        batches: `batches(start)` returns the stream of batches after `start` images.
+        export: `export(folder)` writes the artifact with the present (averaged) weights.
+        prepare: `prepare(progress)` does the work before the first step, such as measuring latent statistics. A dry
+            run skips this work.
+        periodics: Calls between training steps.
     """
 
     objectives: Sequence[Objective]

@@ -1,4 +1,4 @@
-"""Training state on disk, through torch's distributed checkpoint: any number of processes reads any other's."""
+"""Training checkpoints on disk, in torch's distributed format: the number of processes may change between runs."""
 
 import shutil
 import warnings
@@ -19,20 +19,22 @@ def _name(step: int) -> str:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints in `folder`, oldest first."""
+    """Return the complete checkpoints in `folder`, oldest first."""
     return sorted(path for path in folder.glob("step-*") if path.suffix != ".partial")
 
 
 def save(folder: Path, step: int, state: dict[str, Any], keep: int, world: World) -> None:
-    """Write `state` for `step` and drop all but the newest `keep` checkpoints.
+    """Save `state` as the checkpoint of `step`, and delete all but the newest `keep` checkpoints.
 
-    Atomic: it is written beside its final name, then renamed. If it cannot be written, UserError, and what
-    was there before stays.
+    The save is atomic: the checkpoint is written under a temporary name and then renamed.
+
+    Raises:
+        UserError: If the checkpoint cannot be written. The earlier checkpoints remain.
     """
     final, partial = folder / _name(step), folder / f"{_name(step)}.partial"
     if world.is_main:
-        for torn in folder.glob("step-*.partial"):  # a process was killed while it wrote this
-            shutil.rmtree(torn, ignore_errors=True)
+        for unfinished in folder.glob("step-*.partial"):  # left by a process that was killed while saving
+            shutil.rmtree(unfinished, ignore_errors=True)
     world.barrier()
     failure = None
     try:
@@ -44,7 +46,9 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int, world: World
         shutil.rmtree(partial, ignore_errors=True)
         kept = checkpoints(folder)
         have = f"the newest complete checkpoint is {kept[-1]}" if kept else "there is no earlier checkpoint"
-        raise UserError(f"{final}: could not be saved ({_cause(failure)}); {have}. Free space and run the same again")
+        raise UserError(
+            f"{final}: could not be saved ({_cause(failure)}); {have}. Free disk space and run the same command again"
+        )
     if world.is_main:
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
@@ -54,27 +58,31 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int, world: World
 
 
 def load(path: Path, state: dict[str, Any], world: World) -> None:
-    """Read the checkpoint at `path` into `state`, in place. UserError if it is damaged."""
+    """Load the checkpoint at `path` into `state`, in place.
+
+    Raises:
+        UserError: If the checkpoint is damaged or does not fit `state`.
+    """
     try:
         with _quietly():
             dcp.load(state, checkpoint_id=path, no_dist=world.size == 1)
     except (CheckpointException, Exception) as error:
         raise UserError(
-            f"{path}: damaged or of another run ({_cause(error)}); "
-            "remove this folder to go on from the checkpoint before it"
+            f"{path}: damaged or from a different run ({_cause(error)}); "
+            "remove this folder to resume from the previous checkpoint"
         ) from None
 
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without the warning that a world of one is what we asked for."""
+    """Hide torch's warning that the process group is disabled, which is intended for a single process."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
 
 
 def _cause(error: BaseException | None) -> str:
-    """The root of a distributed checkpoint's nested exceptions, in one line."""
+    """Return the innermost cause of a distributed checkpoint's nested exceptions, in one line."""
     if isinstance(error, CheckpointException) and error.failures:
         return _cause(next(iter(error.failures.values()))[0])
     lines = [line for line in str(error).splitlines() if line.strip()]

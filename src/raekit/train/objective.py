@@ -1,4 +1,4 @@
-"""What a stage hands to the trainer."""
+"""The interface between a stage and the trainer."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -15,24 +15,40 @@ Metrics = dict[str, Tensor]
 
 
 class TrainingBatch(Protocol):
-    """What the trainer has to know of a batch."""
+    """The methods of a batch that the trainer calls."""
 
-    def __len__(self) -> int: ...
-    def to(self, device: torch.device) -> Self: ...
-    def split(self, size: int) -> list[Self]: ...
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        ...
+
+    def to(self, device: torch.device) -> Self:
+        """Return the batch on `device`."""
+        ...
+
+    def split(self, size: int) -> list[Self]:
+        """Split the batch into micro-batches of `size` samples."""
+        ...
 
 
 @dataclass(kw_only=True)
 class Objective:
     """A module and the loss that trains it.
 
-    `loss(batch, step)` returns the mean loss of a (micro-)batch and detached metrics to log. All its
-    randomness is addressed by the batch's positions, so that it depends on neither the number of processes
-    nor the size of the micro-batches. `blocks` are the module's repeated units: compiled and distributed
-    one by one; `convolutions` are those of its linear layers that stand for convolutions, as patch embeddings do
-    (`build_optimizer`). `monitor()` is a context that watches the module's forward passes, and gives what it saw; of
-    that the largest is logged. The objective is active from step `start` on; its schedule counts from there, or from
-    `schedule_start`. `ema` lists decays, and `averages` holds a copy of the module for each.
+    Attributes:
+        name: Prefix of the logged metrics.
+        module: The trained module.
+        loss: `loss(batch, step)` returns the mean loss of a (micro-)batch, and detached metrics to log. Its random
+            numbers must depend only on the positions of the samples, so that they are the same for any number of
+            processes and any micro-batch size.
+        optim: Optimizer and learning rate schedule.
+        blocks: Repeated parts of the module, which are compiled and sharded one by one.
+        convolutions: Linear layers that act as convolutions, for example patch embeddings (`build_optimizer`).
+        ema: Decays of the exponential moving averages of the weights, each at least 0 and below 1.
+        monitor: `monitor()` returns a context manager that observes the module's forward passes and yields metrics.
+            Their largest values are logged.
+        start: First training step in which the objective is trained.
+        schedule_start: Training step from which the learning rate schedule counts; None means `start`.
+        averages: One averaged copy of the module per decay in `ema`.
     """
 
     name: str
@@ -53,18 +69,24 @@ class Objective:
                 raise UserError(f"ema: {decay} must be at least 0 and below 1")
 
     def learning_rate(self, step: int) -> float:
-        """The rate of the training's step `step`, counted from 0."""
+        """Return the learning rate in training step `step`, counted from 0."""
         return learning_rate(self.optim, step - (self.start if self.schedule_start is None else self.schedule_start))
 
     @property
     def averaged(self) -> nn.Module:
-        """The module to use for evaluation: the first average, or the trained module if there is none."""
+        """The module for evaluation: the average of the first decay, or the trained module if there are no averages."""
         return self.averages[self.ema[0]] if self.ema else self.module
 
 
 @dataclass(frozen=True, kw_only=True)
 class Periodic:
-    """`call(step)`, every `every` steps and after the last; its scalars are logged under `name`, with its time."""
+    """A call between training steps, such as an evaluation.
+
+    Attributes:
+        name: Prefix of the logged metrics.
+        every: Number of steps between two calls. The call also runs after the last step.
+        call: `call(step)` returns scalars to log. The trainer also logs the time that the call takes.
+    """
 
     name: str = "evaluation"
     every: int

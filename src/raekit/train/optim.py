@@ -1,4 +1,4 @@
-"""AdamW and Muon, and learning rates as functions of the step."""
+"""The optimizers AdamW and Muon, and the learning rate as a function of the step."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -14,14 +14,23 @@ from raekit.errors import UserError
 
 @configclass
 class OptimConfig:
-    """An optimizer and its schedule, counted in optimizer steps.
+    """An optimizer and its learning rate schedule, in optimizer steps.
 
-    `muon` moves two-dimensional parameters by Muon with `momentum`, its steps scaled to the size of AdamW's so that
-    one `lr` serves both, and all else by AdamW (spec II.7).
-
-    The rate is `lr` during `warmup_steps` (or climbs to it by lr / warmup_steps a step, `warmup_from_zero`),
-    then goes to `final_lr` at step `decay_end` along `decay`, and stays there. `clip` bounds the global
-    gradient norm; 0 turns clipping off.
+    Attributes:
+        method: `adamw`, or `muon`. Muon trains the two-dimensional parameters, with its steps scaled to the size of
+            AdamW's steps so that both share `lr`; AdamW trains the other parameters (spec II.7).
+        momentum: Momentum of Muon.
+        lr: Learning rate during the warm-up and at the start of the decay.
+        final_lr: Learning rate from step `decay_end` on, unless `decay` is `constant`.
+        warmup_steps: Number of steps before the decay starts.
+        warmup_from_zero: Increases the learning rate linearly during the warm-up, by lr / warmup_steps in each step.
+            By default the learning rate is `lr` throughout the warm-up.
+        decay: Curve of the learning rate from `lr` to `final_lr`; `constant` stays at `lr`.
+        decay_end: Step at which the decay ends, counted from 0 and including the warm-up.
+        betas: The betas of AdamW.
+        weight_decay: Decoupled weight decay.
+        eps: The epsilon of AdamW.
+        clip: Largest global gradient norm; 0 turns clipping off.
     """
 
     method: Literal["adamw", "muon"] = "adamw"
@@ -53,7 +62,7 @@ class OptimConfig:
 
 
 def learning_rate(config: OptimConfig, step: int) -> float:
-    """The rate of step `step`, counted from 0."""
+    """Return the learning rate in step `step`, counted from 0."""
     if step < config.warmup_steps:
         return config.lr * ((step + 1) / config.warmup_steps if config.warmup_from_zero else 1.0)
     if config.decay == "constant":
@@ -64,7 +73,7 @@ def learning_rate(config: OptimConfig, step: int) -> float:
 
 
 def adamw(config: OptimConfig, parameters: Iterable[nn.Parameter]) -> optim.AdamW:
-    """The optimizer in its fused form."""
+    """Build torch's fused AdamW."""
     return optim.AdamW(
         parameters,
         lr=config.lr,
@@ -76,10 +85,10 @@ def adamw(config: OptimConfig, parameters: Iterable[nn.Parameter]) -> optim.Adam
 
 
 class MuonAdamW(optim.Optimizer):
-    """torch's Muon on `matrices` and its AdamW on `others`, as one optimizer with the groups and states of both.
+    """torch's Muon for `matrices` and torch's AdamW for `others`, as one optimizer with two parameter groups.
 
-    Where `found_inf` is set a step changes nothing, as the fused AdamW does by itself. Muon does not: here the
-    host has to look, and so waits for the gradients.
+    A step changes nothing if the tensor `found_inf` is not zero. The fused AdamW checks `found_inf` on the device.
+    Muon has no such check, so that the host reads `found_inf` and waits for the gradients.
     """
 
     found_inf: Tensor | None = None
@@ -98,7 +107,7 @@ class MuonAdamW(optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         found = self.found_inf.full_tensor() if isinstance(self.found_inf, DTensor) else self.found_inf
-        # Loading a checkpoint replaces groups and state: the parts have to be shown the present ones.
+        # Loading a checkpoint replaces groups and state, so both optimizers get the present ones before each step.
         for part, group in zip((self.muon, self.adamw), self.param_groups, strict=True):
             part.param_groups, part.state = [group], self.state
         for matrix in self.param_groups[0]["params"]:
@@ -111,12 +120,18 @@ class MuonAdamW(optim.Optimizer):
 
 
 def build_optimizer(config: OptimConfig, module: nn.Module, convolutions: Iterable[nn.Module] = ()) -> optim.Optimizer:
-    """The configured optimizer of `module`; of `convolutions` even matrices are not for Muon."""
+    """Build the optimizer of `module`.
+
+    Muon skips the parameters of `convolutions`, even if they are matrices; AdamW trains them.
+
+    Raises:
+        UserError: If `config.method` is muon and the module has no matrices.
+    """
     if config.method == "adamw":
         return adamw(config, module.parameters())
     kernels = {p for each in convolutions for p in each.parameters()}
     matrices = [p for p in module.parameters() if p.ndim == 2 and p not in kernels]
     if not matrices:
-        raise UserError("optim.method: muon moves matrices, and this module has none; take adamw")
-    moved = set(matrices)
-    return MuonAdamW(config, matrices, [p for p in module.parameters() if p not in moved])
+        raise UserError("optim.method: muon trains matrices, but this module has none; use adamw")
+    by_muon = set(matrices)
+    return MuonAdamW(config, matrices, [p for p in module.parameters() if p not in by_muon])

@@ -1,4 +1,4 @@
-"""The precision that losses are computed in."""
+"""The numerical precision of the forward and backward passes in training."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -7,12 +7,12 @@ from typing import Literal
 import torch
 
 Precision = Literal["auto", "fp32", "tf32", "bf16"]
-"""What losses are computed in. `tf32` is float32 whose matrix products have 10 bits of fraction on CUDA (on Ampere and
-later eight times as fast), and float32 elsewhere; for `auto` see `compute_dtype`."""
+"""Precision of the losses. `tf32` is float32 with matrix products of 10 fraction bits on CUDA (eight times as fast from
+Ampere on), and plain float32 on other devices; for `auto` see `compute_dtype`."""
 
 
 def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:
-    """bfloat16 or float32. `auto` is bf16 where the hardware multiplies it fast, else float32."""
+    """Return bfloat16 or float32; `auto` is bfloat16 on hardware with fast bfloat16 products, and float32 elsewhere."""
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -21,14 +21,14 @@ def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:
 
 
 def autocast(precision: Precision, device: torch.device):
-    """The context in which losses are computed."""
+    """Return the autocast context for computing losses on `device`."""
     dtype = compute_dtype(precision, device)
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
 @contextmanager
 def matmul_precision(precision: Precision) -> Iterator[None]:
-    """The context of forward and backward passes: in it CUDA's float32 products are those of `precision`."""
+    """Let CUDA's float32 matrix products use TF32 inside the context if, and only if, `precision` is `tf32`."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     try:

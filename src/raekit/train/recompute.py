@@ -1,4 +1,4 @@
-"""Activation checkpointing: blocks that run again in the backward pass."""
+"""Activation checkpointing: run blocks again in the backward pass instead of keeping their activations."""
 
 from collections.abc import Iterable
 from types import MethodType
@@ -9,9 +9,10 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 
 def checkpoint_blocks(blocks: Iterable[nn.Module]) -> None:
-    """Make each of `blocks` keep nothing but its input for the backward pass, in place.
+    """Change each of `blocks` in place to keep only its input for the backward pass.
 
-    The forward passes must be the same a second time: no random numbers of a generator, no change of a buffer.
+    The second forward pass of a block must give the same result as the first. A block must therefore neither draw
+    random numbers from a generator nor change a buffer.
     """
     for block in blocks:
         block.forward = MethodType(_forward_again, block)

@@ -1,4 +1,4 @@
-"""Signals that ask a training to stop."""
+"""Stop a training run in an orderly way on SIGINT and SIGTERM."""
 
 import signal
 from collections.abc import Iterator
@@ -7,17 +7,25 @@ from contextlib import contextmanager
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """A list that receives SIGINT and SIGTERM instead of their default actions. A second SIGINT interrupts at once."""
+    """Collect SIGINT and SIGTERM in a list instead of ending the process.
+
+    The caller checks the list and stops when it is no longer empty. A SIGINT that follows another signal raises
+    KeyboardInterrupt at once. The previous signal handlers return when the context ends. Outside the main thread,
+    Python does not allow signal handlers, and the list stays empty.
+
+    Yields:
+        The numbers of the signals received so far.
+    """
     received: list[int] = []
 
-    def receive(number: int, frame: object) -> None:
+    def handle(number: int, frame: object) -> None:
         if received and number == signal.SIGINT:
             raise KeyboardInterrupt
         received.append(number)
 
     try:
-        previous = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread: signals are not ours to take
+        previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread
         yield received
         return
     try:

@@ -1,4 +1,4 @@
-"""Where scalars go: always metrics.jsonl, TensorBoard as well if it is wanted."""
+"""Logging of scalars to metrics.jsonl and, optionally, to TensorBoard."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from raekit.files import whole
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
-    """The records of a run's metrics.jsonl, each with its `step`; a torn last line is left out."""
+    """Read the records of a run's metrics.jsonl, each with its `step`; an incomplete last line is skipped."""
     path = run / "metrics.jsonl"
     records = []
     for line in path.read_text().splitlines() if path.is_file() else ():
@@ -21,14 +21,18 @@ def read_metrics(run: Path) -> list[dict[str, float]]:
 
 
 def steps_to(records: Sequence[Mapping[str, float]], metric: str, target: float) -> float | None:
-    """The steps after which the logged `metric` first was `target` or less, between records by a straight line.
+    """Return after how many steps the logged `metric` first reached `target` or less.
 
-    None if it never was; UserError, naming what is on record, if there is no such metric.
+    The curve between two records is a straight line, so that the result may be fractional. None means that the metric
+    never reached `target`.
+
+    Raises:
+        UserError: If no record has this metric. The message lists the metrics that exist.
     """
     curve = [(record["step"], record[metric]) for record in records if metric in record]
     if not curve:
         known = sorted({name for record in records for name in record} - {"step"})
-        raise UserError(f"{metric}: not on record; there are {', '.join(known) or 'no metrics'}")
+        raise UserError(f"{metric}: no such metric in the records; choose from: {', '.join(known) or 'none'}")
     before = None
     for step, value in curve:
         if value <= target:
@@ -41,9 +45,12 @@ def steps_to(records: Sequence[Mapping[str, float]], metric: str, target: float)
 
 
 class Tracker:
-    """Logs of one run. Opened at `step`, it drops the records of later steps, which will be written again.
+    """The logs of one run.
 
-    `resumed` has the names of what is on record for `step` itself.
+    A tracker that starts at `step` deletes the records of later steps, because the resumed run writes them again.
+
+    Attributes:
+        resumed: Names of the values that metrics.jsonl already has for `step`.
     """
 
     def __init__(self, run: Path, step: int, tensorboard: bool = False) -> None:
@@ -59,13 +66,19 @@ class Tracker:
             self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Append a record; UserError if the disk is full."""
+        """Append a record.
+
+        Raises:
+            UserError: If metrics.jsonl cannot be written, for example because the disk is full.
+        """
         path = self.run / "metrics.jsonl"
         try:
             with path.open("a") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
         except OSError as error:
-            raise UserError(f"{path}: could not be written ({error.strerror})") from None
+            raise UserError(
+                f"{path}: could not be written ({error.strerror}); check the disk and run the same command again"
+            ) from None
         if self._writer:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
