@@ -548,8 +548,8 @@ def numbers() -> Iterator[Case]:
         read_statistics(path.with_suffix(".safetensors"), (8, 2, 2))
 
     var = torch.ones(8, 2, 2)
-    yield case("a sparse variance", "var must be a tensor", of_statistics, var.to_sparse())
-    yield case("a variance of whole numbers", "var must be a tensor", of_statistics, var.long())
+    yield case("a sparse variance", "var must be a floating-point tensor", of_statistics, var.to_sparse())
+    yield case("a variance of whole numbers", "var must be a floating-point tensor", of_statistics, var.long())
     for use, whose in ((of_statistics, "published"), (of_ours, "of ours")):
         for name, value in (("NaN", var * math.nan), ("infinite", var * math.inf), ("negative", -var)):
             yield case(f"a variance that is {name}, {whose}", "must be finite, and var not negative", use, value)
@@ -643,7 +643,7 @@ def yamls() -> Iterator[Case]:
     yield case(
         "an unknown key", r"a\.yaml: stage_1: params\.noise_tua: Unexpected", stage(f"{decoder}, noise_tua: 0.8")
     )
-    yield case("a misspelt section", "unknown stage2; expected stage_1", stage(decoder, "stage2: {}"))
+    yield case("a misspelt section", "unknown section stage2; expected stage_1", stage(decoder, "stage2: {}"))
     yield case("a missing key", r"decoder_config_path: .*required", stage("noise_tau: 0.8"))
     yield case(
         "a class path", r"params\.command: Unexpected", "stage_1: {target: os.system, params: {command: touch SPRUNG}}"
@@ -656,9 +656,9 @@ def yamls() -> Iterator[Case]:
     yield case("a tag that evaluates", refused, "a: !!python/object/apply:eval [\"open('SPRUNG', 'w')\"]")
     yield case("brackets without end", refused, "[" * 500)
     yield case("no YAML", refused, "stage_1: [")
-    yield case("a list", "no published configuration", "- 3")
+    yield case("a list", "not a published YAML", "- 3")
     laughs = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10) if i else 'ha'}]\n" for i in range(30))
-    yield case("10^29 references", "unknown a0", laughs + stage(f"{decoder}, noise_tau: *a29"))
+    yield case("10^29 references", "unknown section a0", laughs + stage(f"{decoder}, noise_tau: *a29"))
 
 
 GROUPS = {
