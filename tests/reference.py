@@ -57,7 +57,7 @@ from raekit.weights import load_strict
 TOLERANCE = 1e-5
 TOLERANCES = {"ode_sample": 1e-4, "fid_A_B": 1e-6, "precision": 0, "recall": 0}
 
-# Published class name -> our family.
+# raekit's family for each published encoder class.
 ENCODERS = {"Dinov2withNorm": "dinov2_with_registers", "SigLIP2wNorm": "siglip", "MAEwNorm": "vit_mae"}
 
 NORMS: dict[str, Literal["instance", "group"]] = {"bn": "instance", "gn": "group"}

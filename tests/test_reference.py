@@ -367,7 +367,7 @@ def test_other_discriminators(norm: str, spectral: bool, tmp_path: Path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (lambda c: c.update(recipe="S_8"), "recipe is S_8, but dino_shapes are those of T_8"),
+        (lambda c: c.update(recipe="S_8"), "recipe is S_8, but dino_shapes belong to T_8"),
         (lambda c: c.update(norm_type="sbn"), "norm_type sbn is not one of bn, gn"),
         (lambda c: c.update(norm_type="gn"), "e-0"),
         (lambda c: c.update(key_depths=[0, 2]), "e-0"),

@@ -11,7 +11,7 @@ from raekit.formats import guesses as guesses
 from raekit.formats import releases as releases
 from raekit.models.registry import REGISTRY, EncoderSpec
 
-# The published decoder's shapes, over a small encoder: 64 channels, 2 x 2 tokens, patches of 4 pixels.
+# The size of a small published decoder. The small encoder gives it 2 x 2 tokens of 64 channels.
 SIZES = {"width": 24, "depth": 2, "heads": 3, "hidden": 40}
 
 

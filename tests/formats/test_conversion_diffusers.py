@@ -191,7 +191,7 @@ def test_positions_of_another_grid_differ_from_diffusers(tmp_path, monkeypatch, 
     register_its_encoder(theirs, tmp_path / "encoder", monkeypatch)
     theirs.save_pretrained(tmp_path / "theirs")
     convert(str(tmp_path / "theirs"), tmp_path / "ours")
-    assert "theirs/config.json: read as v1's decoder" in caplog.text
+    assert "theirs/config.json: read with v1's position table" in caplog.text
     ours = Autoencoder.load(str(tmp_path / "ours"))
     latents = ours.encode(IMAGES)
     assert error(latents, theirs.encode(IMAGES).latent) < 1e-6

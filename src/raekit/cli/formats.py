@@ -33,7 +33,8 @@ def convert(
         dest: the folder to write, new or empty.
         to: the format to write: raekit, v1 (the official files) or diffusers (an AutoencoderRAE). v1 and diffusers
             contain only the autoencoder.
-        encoder: for a decoder file, the encoder: a registered name or a folder.
+        encoder: for a decoder file, its encoder: a registered name, builtin:NAME, a folder, or FAMILY:WHERE for a
+            transformers checkpoint.
         encoder_size: for a decoder file, the size to which the encoder resizes images, in pixels: the side of a
             square, or height and width. Default: the encoder's own size.
         layers: for a decoder file, the encoder layers that form the latents, as in RAE v2. Default: only the last.

@@ -34,9 +34,9 @@ class FileOptions:
     """Facts that a decoder, denoiser or training checkpoint file does not contain.
 
     Attributes:
-        encoder: for a decoder file, a registered encoder's name or an encoder folder. Required.
-        encoder_size: for a decoder file, the size in pixels to which the encoder resizes images. Default: the
-            encoder's own size.
+        encoder: for a decoder file, the name of its encoder, as for `load_encoder`. Required.
+        encoder_size: for a decoder file, the size in pixels to which the encoder resizes images: the side of a
+            square, or (height, width). Default: the encoder's own size.
         layers: for a decoder file, the encoder layers that form the latent. Default: only the last layer.
         statistics: for a decoder file, the file of latent statistics. Without it, latents are not whitened.
         decoder_config: for a decoder file, a ViT-MAE style `config.json` or its folder. Required if the decoder
@@ -103,7 +103,10 @@ def read(source: str, options: FileOptions | None = None, *, denoiser: bool = Tr
     Args:
         source: as for `convert`.
         options: as for `convert`.
-        denoiser: if False, read only the autoencoder. A source without an autoencoder then fails.
+        denoiser: if False, read only the autoencoder.
+
+    Raises:
+        UserError: the source cannot be read, or lacks the autoencoder that `denoiser=False` requires.
     """
     path = Path(source)
     if path.suffix in (".pt", ".pth", ".ckpt", ".bin", ".safetensors"):

@@ -73,7 +73,7 @@ def geometry(
     """Return an encoder's specification and token grid. A registered encoder is not loaded.
 
     Args:
-        encoder: a registered name, or an encoder folder as for `load_encoder`.
+        encoder: the encoder's name, as for `load_encoder`.
         size: the image size in pixels. Default: the encoder's own.
         layers: the layers that form the latent. Only checked for an encoder that is loaded.
 
