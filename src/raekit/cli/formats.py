@@ -25,7 +25,9 @@ def convert(
     """Convert a model between raekit, RAE v1, RAE v2 and diffusers.
 
     Example: raekit convert rae-dinov2-b rae-for-diffusers --to diffusers
+
     A decoder file or training checkpoint: raekit convert model.pt out --encoder dinov2-b --statistics stat.pt
+
     A denoiser with its autoencoder: raekit convert stage2_model.pt out --autoencoder rae-dinov2-b
 
     Args:
