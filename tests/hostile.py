@@ -563,8 +563,8 @@ def numbers() -> Iterator[Case]:
         read_statistics(path.with_suffix(".safetensors"), (8, 2, 2))
 
     var = torch.ones(8, 2, 2)
-    yield case("a sparse variance", "var must be a tensor", of_statistics, var.to_sparse())
-    yield case("a variance of whole numbers", "var must be a tensor", of_statistics, var.long())
+    yield case("a sparse variance", "var must be a floating-point tensor", of_statistics, var.to_sparse())
+    yield case("a variance of whole numbers", "var must be a floating-point tensor", of_statistics, var.long())
     for use, origin in ((of_statistics, "published"), (of_artifact, "in an artifact")):
         for name, value in (("NaN", var * math.nan), ("infinite", var * math.inf), ("negative", -var)):
             yield case(
@@ -660,7 +660,7 @@ def yamls() -> Iterator[Case]:
     yield case(
         "an unknown key", r"a\.yaml: stage_1: params\.noise_tua: Unexpected", stage(f"{decoder}, noise_tua: 0.8")
     )
-    yield case("a misspelt section", "unknown stage2; expected stage_1", stage(decoder, "stage2: {}"))
+    yield case("a misspelt section", "unknown section stage2; expected stage_1", stage(decoder, "stage2: {}"))
     yield case("a missing key", r"decoder_config_path: .*required", stage("noise_tau: 0.8"))
     yield case(
         "a class path", r"params\.command: Unexpected", "stage_1: {target: os.system, params: {command: touch SPRUNG}}"
@@ -668,14 +668,14 @@ def yamls() -> Iterator[Case]:
     yield case(
         "a decoder that is not there", "none is neither in|names no", stage(f"{decoder}, pretrained_decoder_path: none")
     )
-    rejected = "not valid YAML"
-    yield case("a tag that makes a folder", rejected, "!!python/object/apply:os.mkdir [SPRUNG]")
-    yield case("a tag that evaluates", rejected, "a: !!python/object/apply:eval [\"open('SPRUNG', 'w')\"]")
-    yield case("brackets without end", rejected, "[" * 500)
-    yield case("not YAML", rejected, "stage_1: [")
-    yield case("a list", "no published configuration", "- 3")
+    refused = "not valid YAML"
+    yield case("a tag that makes a folder", refused, "!!python/object/apply:os.mkdir [SPRUNG]")
+    yield case("a tag that evaluates", refused, "a: !!python/object/apply:eval [\"open('SPRUNG', 'w')\"]")
+    yield case("brackets without end", refused, "[" * 500)
+    yield case("no YAML", refused, "stage_1: [")
+    yield case("a list", "not a published YAML", "- 3")
     laughs = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10) if i else 'ha'}]\n" for i in range(30))
-    yield case("10^29 references", "unknown a0", laughs + stage(f"{decoder}, noise_tau: *a29"))
+    yield case("10^29 references", "unknown section a0", laughs + stage(f"{decoder}, noise_tau: *a29"))
 
 
 GROUPS = {

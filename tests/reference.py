@@ -3,10 +3,11 @@
     python -m tests.reference FILE.npz [...]
 
 prints, for each output of each case, the relative error ||ours - theirs|| / ||theirs||, and `ok` or `FAIL`.
-The exit status is the number of failures (at most 255). A case holds a configuration (`config`, JSON),
-inputs and expected outputs. Its weights are a function of each parameter's published name, so a case
-checks the reading of published formats (`raekit.formats`) as well as the arithmetic. Whatever is in a
-file and has not been used is a failure, never passed over.
+The exit status is the number of failures (at most 255).
+
+A case is a file with a configuration (`config`, JSON), inputs and expected outputs. It contains no weights: they are
+computed from the published name of each parameter. A case therefore checks the reading of published formats
+(`raekit.formats`) as well as the arithmetic. An entry of the file that no check uses counts as a failure.
 """
 
 import json
@@ -56,7 +57,7 @@ from raekit.weights import load_strict
 TOLERANCE = 1e-5
 TOLERANCES = {"ode_sample": 1e-4, "fid_A_B": 1e-6, "precision": 0, "recall": 0}
 
-# Published class name -> our family.
+# raekit's family for each published encoder class.
 ENCODERS = {"Dinov2withNorm": "dinov2_with_registers", "SigLIP2wNorm": "siglip", "MAEwNorm": "vit_mae"}
 
 NORMS: dict[str, Literal["instance", "group"]] = {"bn": "instance", "gn": "group"}
@@ -64,10 +65,10 @@ DINO_SIZES = {192: "T", 384: "S", 768: "B"}
 
 
 def fill_array(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The float32 values of the parameter `name`: normals from a PCG64 seeded with the CRC-32 of the name.
+    """Return the float32 values of a parameter: normal numbers from a PCG64 seeded with the CRC-32 of its name.
 
-    With two dimensions or more, divided by sqrt(fan-in), the product of all but the first. Otherwise a
-    tenth of them, around 1 if the name ends in "weight", else around 0.
+    With two or more dimensions, the numbers are divided by sqrt(fan-in); the fan-in is the product of all dimensions
+    except the first. With fewer, they have standard deviation 0.1, and mean 1 if the name ends in "weight", else 0.
     """
     rng = np.random.Generator(np.random.PCG64(zlib.crc32(name.encode())))
     normals = rng.standard_normal(math.prod(shape), dtype=np.float32).reshape(shape)
@@ -79,10 +80,15 @@ def fill_array(name: str, shape: tuple[int, ...]) -> np.ndarray:
 def fixed_table(
     name: str, shape: tuple[int, ...], grid: tuple[int, int] | None = None, context: int = 0
 ) -> np.ndarray | None:
-    """The values that the tables of positions keep in a published state dict; None for any other parameter.
+    """Return the values of a position or rotary table in a published state dict. None for any other parameter.
 
-    Written anew from spec 1.5 and 2.3, not by `raekit.models.layers`. The grid is square unless it is given. The
-    backbone of RAE v2 has `context` tokens after those of the image, which are not turned.
+    This is a second implementation of spec 1.5 and 2.3, independent of `raekit.models.layers`.
+
+    Args:
+        name: the published name.
+        shape: the table's shape.
+        grid: the rows and columns of image tokens. Default: a square.
+        context: the number of tokens that follow the image tokens in the backbone of RAE v2. They are not rotated.
     """
     kind = name.rsplit(".", 1)[-1]
     if kind not in ("pos_embed", "decoder_pos_embed", "freqs_cos", "freqs_sin"):
@@ -91,7 +97,7 @@ def fixed_table(
     trailing = context if name.startswith("enc_rope") else 0
     tokens -= trailing
     height, side = grid or (math.isqrt(tokens), math.isqrt(tokens))
-    leading = tokens - height * side  # the class token's row of zeros
+    leading = tokens - height * side  # the class token has a row of zeros
     row, column = np.divmod(np.arange(tokens - leading), side)
     frequency = 10000.0 ** (-np.arange(width // 4) / (width // 4))
     if kind.startswith("freqs"):
@@ -110,7 +116,7 @@ def state_dict(
     context: int = 0,
     fixed_tables: bool = True,
 ) -> dict[str, Tensor]:
-    """A published state dict, from the names and shapes that a case lists."""
+    """Return a published state dict for the names and shapes that a case lists."""
     state = {}
     for name, shape in shapes.items():
         table = fixed_table(name, tuple(shape), grid, context) if fixed_tables else None
@@ -119,7 +125,7 @@ def state_dict(
 
 
 class Case:
-    """A file's configuration and arrays; remembers which of them nobody has asked for."""
+    """The configuration and arrays of a file. `unused` holds the names that have not been read."""
 
     def __init__(self, path: Path) -> None:
         with np.load(path) as data:
@@ -137,7 +143,7 @@ class Case:
         return self.field(name) if name in self.config else default
 
     def rest(self) -> dict[str, Any]:
-        """All fields that have not been asked for."""
+        """Return all fields that have not been read."""
         names = self.config.keys() & self.unused
         self.unused -= names
         return {name: self.config[name] for name in self.config if name in names}
@@ -156,10 +162,10 @@ Outputs = Iterator[tuple[str, Tensor]]
 
 
 def denoiser(case: Case) -> Outputs:
-    """DiT and DiT^DH: v, v_cfg and ode_sample, those of them that the file has."""
+    """Check DiT and DiT^DH. The outputs v, v_cfg and ode_sample are optional."""
     state = state_dict(case.field("shapes"))
     if "state_dict_keys" in case.config and set(case.field("state_dict_keys")) != state.keys():
-        raise UserError("state_dict_keys are others than those of shapes")
+        raise UserError("state_dict_keys differ from the names in shapes")
     config = denoiser_config(case.rest())
     model = Denoiser(config).eval()
     load_strict(model, denoiser_state(state, config), "reference case")
@@ -171,17 +177,15 @@ def denoiser(case: Case) -> Outputs:
         z, labels = case.array("z"), case.array("y")
         alpha = shift_factor(config.latent_shape, int(case.array("shift_base").item()))
         if "shift" in case and abs(case.array("shift").item() - alpha) > 1e-6 * alpha:
-            raise UserError(
-                f"shift is {case.array('shift').item()}, but shift_base and the latent's shape give {alpha}"
-            )
+            raise UserError(f"shift is {case.array('shift').item()}, but shift_base and the latent shape give {alpha}")
         times = time_grid(int(case.array("ode_num_steps").item()), alpha, "published")
         yield "ode_sample", euler(lambda x, t: model(x, torch.full((len(x),), t), labels), z, times)
 
 
 def denoiser_v2(case: Case) -> Outputs:
-    """RAE v2: the x-predictions of both outputs, and a sample with internal guidance over the full grid."""
+    """Check the denoiser of RAE v2: the x-predictions of both outputs, and a sample with internal guidance."""
     if case.field("t_eps") != DATA_PREDICTION_FLOOR:
-        raise UserError(f"t_eps is {case.config['t_eps']}, ours {DATA_PREDICTION_FLOOR}")
+        raise UserError(f"t_eps is {case.config['t_eps']}, but raekit has {DATA_PREDICTION_FLOOR}")
     shapes = case.field("shapes")
     alpha = case.field("shift")
     settings = {name: case.field(name) for name in ("ig_scale", "ig_interval", "num_steps", "shift_base")}
@@ -189,7 +193,7 @@ def denoiser_v2(case: Case) -> Outputs:
     state = state_dict(shapes, context=values.get("num_t_tokens", 4) + values.get("num_c_tokens", 8))
     config = denoiser_v2_config(values)
     if abs(shift_factor(config.latent_shape, settings["shift_base"]) - alpha) > 1e-6 * alpha:
-        raise UserError(f"shift is {alpha}, which shift_base and the latent's shape do not give")
+        raise UserError(f"shift is {alpha}, but shift_base and the latent shape give another value")
     model = Denoiser(config).eval()
     load_strict(model, denoiser_state(state, config), "reference case")
     labels = case.array("y")
@@ -203,7 +207,7 @@ def denoiser_v2(case: Case) -> Outputs:
 
 
 def _rules(method: Method, scale: float, interval: Sequence[float]) -> list[Guidance]:
-    """A scale of 1 is no guidance; ours refuses it."""
+    """Return at most one rule. A scale of 1 means no guidance, and `Guidance` rejects it."""
     return [Guidance(method=method, scale=scale, start=interval[0], end=interval[1])] if scale != 1 else []
 
 
@@ -226,7 +230,7 @@ def _predictions(model: Denoiser, labels: Tensor) -> Predict:
 
 
 def _guided(model: Denoiser, case: Case) -> Tensor:
-    """Classifier-free guidance, sample by sample: ours has one time for a whole batch."""
+    """Apply classifier-free guidance sample by sample, because `guided` takes one time for a batch."""
     interval = case.array("cfg_interval").tolist() if "cfg_interval" in case else (0.0, 1.0)
     rules = _rules("cfg", case.array("cfg_scale").item(), interval)
     rows = []
@@ -241,7 +245,7 @@ def timegrid(case: Case) -> Outputs:
 
 
 def decoder(case: Case) -> Outputs:
-    """The decoder alone. Its own grid is that of its position table; the latent's may be another."""
+    """Check the decoder. `grid` is the side of its position table. The latents may have another grid."""
     state = state_dict(case.field("shapes"))
     side = case.field("grid")
     config = DecoderConfig(
@@ -260,7 +264,7 @@ def decoder(case: Case) -> Outputs:
 
 
 def rae(case: Case) -> Outputs:
-    """The whole autoencoder: whitened latents, and the reconstruction without clamping."""
+    """Check the complete autoencoder: whitened latents, and the reconstruction without clamping."""
     encoder = _rae_encoder(case)
     state = state_dict(case.field("decoder_shapes"), encoder.grid)
     config = AutoencoderConfig(
@@ -282,7 +286,7 @@ def rae(case: Case) -> Outputs:
 def _rae_encoder(case: Case) -> Encoder:
     name = case.field("encoder")
     if name not in ENCODERS:
-        raise UserError(f"encoder {name} is none of {', '.join(ENCODERS)}")
+        raise UserError(f"encoder {name} is not one of {', '.join(ENCODERS)}")
     size = _size(case.field("encoder_input_size"))
     return _encoder(name, ENCODERS[name], case.field("encoder_config"), case.field("encoder_shapes"), size)
 
@@ -299,7 +303,7 @@ def _encoder(
     size: tuple[int, int],
     layers: LayersConfig | None = None,
 ) -> Encoder:
-    """An encoder that transformers builds from its configuration, filled by its own parameters' names."""
+    """Build an encoder with transformers, and fill it with weights for its parameter names."""
     import transformers
 
     kind = FAMILIES[family]
@@ -307,10 +311,10 @@ def _encoder(
     config = model_class.config_class(**values.get("vision_config", values) | kind.config)
     model = model_class(config, **kind.arguments)
     state = state_dict(shapes)
-    for tower in ("vision_model.", "vit."):  # of a whole model's weights, those of its images
+    for tower in ("vision_model.", "vit."):  # keep only the image tower of a complete model
         if any(key.startswith(tower) for key in state):
             state = {key.removeprefix(tower): value for key, value in state.items() if key.startswith(tower)}
-    # What nothing here uses, pooling heads and a MAE's decoder, may be listed or not.
+    # A case may list pooling heads and a MAE's decoder, which nothing here uses.
     state = {key: value for key, value in state.items() if not key.startswith(("head.", "pooler.", "decoder."))}
     load_strict(model, state, "reference case: encoder")
     spec = EncoderSpec(
@@ -326,12 +330,14 @@ def _encoder(
 
 
 def encoder_layers(case: Case) -> Outputs:
-    """An encoder's latents: of its last layer, and of several as RAE v2 combines them, which adds the token
-    mean for DINOv3 (spec II.1). Images are taken at their own size."""
+    """Check the latents of an encoder's last layer, and of several layers as RAE v2 combines them (spec II.1).
+
+    RAE v2 adds the token mean for DINOv3. Images keep their size.
+    """
     values, shapes, x = case.field("config"), case.field("shapes"), case.array("x")
     family = values["model_type"].removesuffix("_vision_model")
     if family not in FAMILIES:
-        raise UserError(f"model_type {family} is none of {', '.join(FAMILIES)}")
+        raise UserError(f"model_type {family} is not one of {', '.join(FAMILIES)}")
     choices: dict[str, LayersConfig | None] = {"z_last": None}
     if "layers" in case.config:
         blocks = tuple(case.field("layers"))
@@ -343,17 +349,20 @@ def encoder_layers(case: Case) -> Outputs:
 
 
 def _statistics(case: Case, shape: tuple[int, ...]) -> tuple[Tensor | None, Tensor]:
-    """Mean and variance; either may be absent: nothing is subtracted, or the variance is one."""
+    """Return mean and variance. Without a mean nothing is subtracted. Without a variance it is one."""
     eps = case.field("eps") if "eps" in case.config else 1e-5
     values = {name: case.array(name) for name in ("mean", "var") if name in case}
     for name in {"mean", "var"} - values.keys():
         if name in case.config and case.field(name) is not None:
-            raise UserError(f"{name} stands in config and is not null")
+            raise UserError(f"{name} is in config and is not null")
     return statistics({"var": torch.ones(shape), **values}, eps if values else 0.0)
 
 
 def lpips(case: Case) -> Outputs:
-    """LPIPS of images in [-1, 1]. The convolutions' weights are 1.4 times the filled ones, the heads the released."""
+    """Check LPIPS on images in [-1, 1].
+
+    The convolution weights are 1.4 times the values of `fill_array`. The heads have the released weights.
+    """
     shapes = {key: list(value.shape) for key, value in LPIPS().features.state_dict(prefix="features.").items()}
     state = {key: value * (1.4 if key.endswith("weight") else 1) for key, value in state_dict(shapes).items()}
     model = LPIPS()
@@ -362,19 +371,19 @@ def lpips(case: Case) -> Outputs:
 
 
 def disc(case: Case) -> Outputs:
-    """The discriminator's logits of images in [-1, 1], in evaluation mode, with singular vectors of unit length."""
-    # Its positions are learned. The heads are filled by their names in the whole discriminator.
+    """Check the discriminator's logits for images in [-1, 1], in eval mode, with unit singular vectors."""
+    # The backbone's positions are learned. The heads' weights depend on their names in the complete discriminator.
     backbone = dino(state_dict(case.field("dino_shapes"), fixed_tables=False), "reference case: DINO")
     shapes = {f"heads.{key.removeprefix('heads.')}": shape for key, shape in case.field("head_shapes").items()}
     recipe = f"{DINO_SIZES.get(backbone.width)}_{backbone.embed.kernel_size[0]}"
     if case.field("recipe") != recipe:
-        raise UserError(f"recipe is {case.config['recipe']}, but dino_shapes are those of {recipe}")
+        raise UserError(f"recipe is {case.config['recipe']}, but dino_shapes belong to {recipe}")
     state = {key: _unit(key, value) for key, value in state_dict(shapes).items()}
     spectral = any(key.endswith("weight_orig") for key in state)
     if case.optional("using_spec_norm", spectral) != spectral:
         raise UserError("using_spec_norm contradicts head_shapes")
     if (norm := case.optional("norm_type", "bn")) not in NORMS:
-        raise UserError(f"norm_type {norm} is none of {', '.join(NORMS)}")
+        raise UserError(f"norm_type {norm} is not one of {', '.join(NORMS)}")
     config = DiscriminatorConfig(
         blocks=tuple(case.optional("key_depths", (2, 5, 8, 11))),
         kernel_size=case.field("kernel_size"),
@@ -391,7 +400,7 @@ def _unit(key: str, value: Tensor) -> Tensor:
 
 
 def gan(case: Case) -> Outputs:
-    """The losses of the given logits."""
+    """Check the adversarial losses for given logits."""
     real, fake = case.array("real"), case.array("fake")
     if "hinge_d" in case:
         yield "hinge_d", discriminator_loss(real, fake, "hinge")
@@ -402,7 +411,7 @@ def gan(case: Case) -> Outputs:
 
 
 def lr(case: Case) -> Outputs:
-    """The published schedules (spec 1.8, 2.6), their epochs counted in steps."""
+    """Check the published learning rate schedules (spec 1.8, 2.6), with epochs converted to steps."""
     epoch, every = case.field("steps_per_epoch"), case.field("every")
     schedules = {
         "stage1": OptimConfig(warmup_steps=epoch, warmup_from_zero=True, decay="cosine", decay_end=16 * epoch),
@@ -415,8 +424,11 @@ def lr(case: Case) -> Outputs:
 
 
 def inception_weights() -> dict[str, Tensor]:
-    """Weights of FID's network by their published names. Kernels are 1.4 times the filled ones, and running variances
-    the size of the filled ones + 0.5, so that features stay in range."""
+    """Return weights for FID's network by published name.
+
+    Kernels are 1.4 times the values of `fill_array`, and running variances are their magnitude plus 0.5, so that the
+    features stay in range.
+    """
     shapes: dict[str, list[int]] = {}
     with torch.device("meta"):
         wanted = Inception().state_dict()
@@ -438,10 +450,10 @@ def inception_weights() -> dict[str, Tensor]:
 
 
 def inception(case: Case) -> Outputs:
-    """FID's network."""
+    """Check FID's network."""
     state = inception_weights()
     if state.keys() != set(case.field("keys")):
-        raise UserError("keys are others than those of the published Inception")
+        raise UserError("keys differ from the names of the published Inception")
     with torch.device("meta"):
         model = Inception()
     load_strict(model, inception_state(state, "reference case"), "reference case")
@@ -453,7 +465,7 @@ def inception(case: Case) -> Outputs:
 
 @dataclass(frozen=True)
 class Given:
-    """Stands in for a network whose features are given."""
+    """A stand-in for a feature network. The case contains the features."""
 
     width: int
     name: str = "inception"
@@ -463,14 +475,17 @@ class Given:
 
 
 def given_batch(features: Tensor, network: FeatureNetwork) -> Images:
-    """A batch of images whose features are given."""
+    """Return a batch of images with the given features."""
     batch = Images(torch.zeros(len(features), 3, 1, 1), torch.full((len(features),), -1))
     batch._features[network] = features
     return batch
 
 
 def metrics(case: Case) -> Outputs:
-    """Frechet distance of A and B; precision and recall of C against A; the Inception Score of L in ten splits."""
+    """Check the Frechet distance of A and B, precision and recall of C against A, and the Inception Score of L.
+
+    The Inception Score is the mean over ten splits.
+    """
     if "fid_A_B" in case:
         moments = []
         for rows in (case.array("A"), case.array("B")):
@@ -517,7 +532,12 @@ KINDS: dict[str, Callable[[Case], Outputs]] = {
 
 @torch.no_grad()
 def check(path: Path) -> Iterator[tuple[str, str, str]]:
-    """Yield (`ok`, `FAIL` or `note`; the output; its error, or the reason) for each output of a case."""
+    """Check a case.
+
+    Yields:
+        For each output: the status `ok` or `FAIL`, the output's name, and its relative error. A note in the case gives
+        the status `note` and its text. A case that cannot be run gives the status `FAIL` and the reason.
+    """
     done = set()
     try:
         case = Case(path)
@@ -528,7 +548,7 @@ def check(path: Path) -> Iterator[tuple[str, str, str]]:
         if kind is None and case.config.keys() == {"dim", "base", "num_steps"}:
             kind = "timegrid"
         if kind not in KINDS:
-            raise UserError(f"kind {kind!r} is not known")
+            raise UserError(f"kind {kind!r} is unknown")
         for name, ours in KINDS[kind](case):
             done.add(name)
             theirs = case.array(name)
@@ -539,10 +559,10 @@ def check(path: Path) -> Iterator[tuple[str, str, str]]:
             error = ((ours - theirs).norm() / theirs.norm().clamp_min(torch.finfo(torch.float64).tiny)).item()
             yield ("ok" if error <= TOLERANCES.get(name, TOLERANCE) else "FAIL"), name, f"{error:.2e}"
         if case.unused:
-            raise UserError(f"not understood: {', '.join(sorted(case.unused))}")
+            raise UserError(f"unused entries: {', '.join(sorted(case.unused))}")
         if not done:
             raise UserError("no output to compare")
-    except Exception as error:  # a case that cannot be run is a failure like any other, and the next one follows
+    except Exception as error:  # a case that cannot be run is a failure, and the next case runs
         yield "FAIL", "", f"{type(error).__name__}: {error}"
 
 

@@ -1131,7 +1131,9 @@ def test_a_model_is_converted_and_back(run, tiny_model, tmp_path):
         assert ours.keys() == back.keys()
         assert all(torch.equal(ours[key], back[key]) for key in ours)
     assert_fails(run("convert", tiny_model, tmp_path / "ours"), tmp_path / "ours", "not empty")
-    assert_fails(run("convert", tiny_model, tmp_path / "x", "--to", "diffusers"), "diffusers has no such encoder")
+    assert_fails(
+        run("convert", tiny_model, tmp_path / "x", "--to", "diffusers"), "diffusers does not support this encoder"
+    )
     assert_fails(run("convert", tiny_model, tmp_path / "x", "--encoder", "mae-b"), "describes itself")
 
 

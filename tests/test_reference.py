@@ -130,30 +130,30 @@ def test_only_the_outputs_of_the_file_are_compared(golden: Golden, tmp_path: Pat
         ("dit_small", lambda c: c.update(use_swiglu=False), {}, "missing blocks.0.mlp.0.bias"),
         ("dit_small", lambda c: c.update(novel=1), {}, "novel"),
         ("dit_small", lambda c: c["shapes"].pop("t_embedder.W"), {}, "missing time.frequencies"),
-        ("dit_small", lambda c: c.update(kind="dit3"), {}, "kind 'dit3' is not known"),
-        ("dit_small", lambda c: c.pop("kind"), {}, "kind None is not known"),
-        ("dit_small", None, {"v2": np.ones(3)}, "not understood: v2"),
-        ("dit_small", None, {"v": None}, "no output to compare|not understood"),
+        ("dit_small", lambda c: c.update(kind="dit3"), {}, "kind 'dit3' is unknown"),
+        ("dit_small", lambda c: c.pop("kind"), {}, "kind None is unknown"),
+        ("dit_small", None, {"v2": np.ones(3)}, "unused entries: v2"),
+        ("dit_small", None, {"v": None}, "no output to compare|unused entries"),
         ("dit_small", None, {"v": np.ones((3, 24, 4, 5))}, "shape"),
         ("dit_small", None, {"v": np.full((3, 24, 4, 4), np.nan)}, "nan"),
         ("dit_small", None, {"t": None}, "no array t"),
         ("ditdh_small", lambda c: c["state_dict_keys"].append("other"), {}, "state_dict_keys"),
         ("ditdh_small", None, {"shift": np.float64(2.0)}, "shift is 2.0"),
-        ("gan_losses", lambda c: c.update(loss="wasserstein"), {}, "not understood: loss"),
+        ("gan_losses", lambda c: c.update(loss="wasserstein"), {}, "unused entries: loss"),
         ("lr_schedules", lambda c: c.update(steps_per_epoch=26), {}, "e-0"),
-        ("rae_dinov2", lambda c: c.update(encoder="ConvNeXt"), {}, "encoder ConvNeXt is none of"),
-        ("rae_dinov2", lambda c: c.update(mean=1.0), {"mean": None}, "mean stands in config"),
+        ("rae_dinov2", lambda c: c.update(encoder="ConvNeXt"), {}, "encoder ConvNeXt is not one of"),
+        ("rae_dinov2", lambda c: c.update(mean=1.0), {"mean": None}, "mean is in config"),
         ("rae_dinov2", lambda c: c["encoder_shapes"].pop("layernorm.bias"), {}, "missing layernorm.bias"),
         (
             "encoder_dinov3_layers",
             lambda c: c["config"].update(model_type="resnet"),
             {},
-            "model_type resnet is none of",
+            "model_type resnet is not one of",
         ),
         ("encoder_dinov3_layers", lambda c: c["shapes"].pop("norm.bias"), {}, "missing norm.bias"),
         ("encoder_dinov3_layers", lambda c: c.update(layers=[4]), {}, "layers.blocks: 4"),
-        ("encoder_dinov3_layers", lambda c: c.update(combine="sum"), {}, "not understood: combine"),
-        ("encoder_dinov3_layers", lambda c: c.pop("layers"), {}, "not understood: z_layers"),
+        ("encoder_dinov3_layers", lambda c: c.update(combine="sum"), {}, "unused entries: combine"),
+        ("encoder_dinov3_layers", lambda c: c.pop("layers"), {}, "unused entries: z_layers"),
     ],
 )
 def test_what_is_not_understood_fails_with_a_reason(
@@ -173,7 +173,11 @@ def test_a_scale_of_one_is_no_guidance(golden: Golden, tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("field", "value", "message"),
-    [("t_eps", 0.1, "t_eps is 0.1, ours 0.05"), ("shift", 2.0, "shift is 2.0"), ("use_rope", True, "use_rope")],
+    [
+        ("t_eps", 0.1, "t_eps is 0.1, but raekit has 0.05"),
+        ("shift", 2.0, "shift is 2.0"),
+        ("use_rope", True, "use_rope"),
+    ],
 )
 def test_another_setting_of_rae_v2_fails(field: str, value: Any, message: str, golden: Golden, tmp_path: Path):
     path = rewrite(golden("ditdh_v2_small.npz"), tmp_path / "case.npz", lambda c: c.update({field: value}))
@@ -363,15 +367,15 @@ def test_other_discriminators(norm: str, spectral: bool, tmp_path: Path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (lambda c: c.update(recipe="S_8"), "recipe is S_8, but dino_shapes are those of T_8"),
-        (lambda c: c.update(norm_type="sbn"), "norm_type sbn is none of bn, gn"),
+        (lambda c: c.update(recipe="S_8"), "recipe is S_8, but dino_shapes belong to T_8"),
+        (lambda c: c.update(norm_type="sbn"), "norm_type sbn is not one of bn, gn"),
         (lambda c: c.update(norm_type="gn"), "e-0"),
         (lambda c: c.update(key_depths=[0, 2]), "e-0"),
         (lambda c: c.update(key_depths=[1]), "unexpected heads.2"),
         (lambda c: c.pop("key_depths"), "no block 11"),
         (lambda c: c.update(kernel_size=5), "expected (192, 192, 5)"),
         (lambda c: c.update(using_spec_norm=False), "contradicts head_shapes"),
-        (lambda c: c.update(norm_eps=1e-6), "not understood: norm_eps"),
+        (lambda c: c.update(norm_eps=1e-6), "unused entries: norm_eps"),
         (lambda c: c["dino_shapes"].pop("blocks.1.mlp.fc1.bias"), "missing blocks.1.mlp.0.bias"),
         (lambda c: c["head_shapes"].pop("heads.1.2.weight_u"), "missing heads.1.out.u"),
     ],

@@ -1,4 +1,4 @@
-"""A small encoder under every registered name, and a Hub that is a folder."""
+"""Fixtures: a small encoder for every registered name, and a folder that stands in for the Hub."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from raekit.formats import guesses as guesses
 from raekit.formats import releases as releases
 from raekit.models.registry import REGISTRY, EncoderSpec
 
-# The published decoder's shapes, over a small encoder: 64 channels, 2 x 2 tokens, patches of 4 pixels.
+# The size of a small published decoder. The small encoder gives it 2 x 2 tokens of 64 channels.
 SIZES = {"width": 24, "depth": 2, "heads": 3, "hidden": 40}
 
 
@@ -23,7 +23,7 @@ def save(path: Path, content: Any) -> Path:
 
 @pytest.fixture(scope="session")
 def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A DINOv2 with registers of one block and 64 channels, as it would lie on the Hub."""
+    """A DINOv2 with registers, one block and 64 channels, saved in the format of the Hub."""
     import transformers
 
     torch.manual_seed(0)
@@ -37,7 +37,7 @@ def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def tiny(encoder_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every registered encoder is the small one, and the published decoders have the one size `ViT-tiny`."""
+    """Replace every registered encoder by the small one, and the published decoder sizes by `ViT-tiny`."""
     for name, spec in list(REGISTRY.items()):
         monkeypatch.setitem(REGISTRY, name, tiny_spec(encoder_folder, spec))
     monkeypatch.setattr(autoencoders, "DECODERS", {"ViT-tiny": SIZES})
@@ -58,7 +58,7 @@ def tiny_spec(folder: str, like: EncoderSpec) -> EncoderSpec:
 
 
 class Hub:
-    """Stands in for the Hub: files below a folder, and which of them were asked for."""
+    """A stand-in for the Hub: serves files from a folder, and records the requests in `asked`."""
 
     def __init__(self, root: Path) -> None:
         self.root = root

@@ -1,4 +1,7 @@
-"""Files of other formats, read and written; the Hub is a folder here."""
+"""Test conversion between raekit and RAE v1 and v2: autoencoder files, YAML and published names.
+
+A folder stands in for the Hub.
+"""
 
 import re
 from dataclasses import replace
@@ -37,7 +40,7 @@ IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 def read(source: str, options: FileOptions | None = None) -> AutoencoderParts:
-    """The autoencoder in a source."""
+    """Return the autoencoder of a source."""
     found = conversion.read(source, options).autoencoder
     assert found
     return found
@@ -45,13 +48,13 @@ def read(source: str, options: FileOptions | None = None) -> AutoencoderParts:
 
 @pytest.fixture
 def files(tmp_path: Path) -> tuple[Path, FileOptions]:
-    """A decoder's file, and what has to be said with it."""
+    """A decoder file, and the options that it needs."""
     options = FileOptions(encoder="dinov2-b", statistics=save(tmp_path / "in" / "stat.pt", STATISTICS))
     return save(tmp_path / "in" / "model.pt", TINY), options
 
 
 def decoded(decoder: State, latents: torch.Tensor) -> torch.Tensor:
-    """What a published decoder makes of un-whitened tokens."""
+    """Decode un-whitened tokens with a published decoder."""
     config = decoder_config(published_decoder_config(tiny_config()), 64, (2, 2), 4)
     model = Decoder(config).eval()
     load_strict(model, decoder_state(decoder, config), "test")
@@ -94,7 +97,7 @@ def test_decoder_that_gives_pixels(files, tmp_path):
     tokens = model.tokens(IMAGES)
     assert torch.allclose(model.encode(IMAGES), tokens, atol=1e-6)  # no statistics
     assert torch.allclose(model.decode(tokens), decoded(TINY, tokens).clamp(0, 1), atol=1e-5)
-    # v1 has no such decoder, so it gets one for its colours.
+    # v1 has no decoder that produces pixels, so the written decoder produces normalised colours.
     convert(str(tmp_path / "out"), tmp_path / "v1", "v1")
     convert(str(tmp_path / "v1"), tmp_path / "back")
     back = Autoencoder.load(str(tmp_path / "back"))
@@ -102,7 +105,7 @@ def test_decoder_that_gives_pixels(files, tmp_path):
     assert torch.allclose(back.decode(tokens), model.decode(tokens), atol=1e-5)
 
 
-@pytest.mark.parametrize("whole", [False, True], ids=["decoder", "whole autoencoder"])
+@pytest.mark.parametrize("whole", [False, True], ids=["decoder", "complete autoencoder"])
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
 def test_training_checkpoint(whole, prefix, files, tmp_path):
     def states(decoder: State) -> State:
@@ -116,7 +119,7 @@ def test_training_checkpoint(whole, prefix, files, tmp_path):
     assert_is_tiny(read(str(path), files[1]))
 
 
-def test_statistics_without_a_mean_stay_so(files, tmp_path):
+def test_statistics_without_a_mean_keep_no_mean(files, tmp_path):
     path, options = files
     assert options.statistics
     save(options.statistics, STATISTICS | {"mean": None})
@@ -138,7 +141,7 @@ def test_exact_statistics_in_float64(files):
 def test_decoder_of_another_size_needs_its_configuration(files, tmp_path, monkeypatch):
     path, options = files
     monkeypatch.setattr(autoencoders, "DECODERS", {"ViT-B": SIZES | {"width": 768}})
-    with pytest.raises(UserError, match=r"model.pt: a decoder of width 24 is none of the published \(ViT-B 768\).*"):
+    with pytest.raises(UserError, match=r"model.pt: no published decoder has width 24 \(published: ViT-B 768\)"):
         read(str(path), options)
     (tmp_path / "config.json").write_text(to_json(published_decoder_config(tiny_config())))
     for config in (tmp_path, tmp_path / "config.json"):
@@ -169,7 +172,7 @@ def test_decoder_is_read_strictly(changes: dict[str, torch.Tensor | None], messa
         read(str(path), files[1])
 
 
-def test_table_may_be_left_out_but_not_be_another(files, tmp_path):
+def test_position_table_may_be_absent_but_not_wrong(files, tmp_path):
     rest = {key: value for key, value in TINY.items() if key != "decoder_pos_embed"}
     assert_is_tiny(read(str(save(tmp_path / "rest.pt", rest)), files[1]))
     with pytest.raises(UserError, match="decoder_pos_embed: not the fixed"):
@@ -181,7 +184,7 @@ def test_table_may_be_left_out_but_not_be_another(files, tmp_path):
     [
         (
             {"x_embedder.proj.weight": torch.ones(1)},
-            "holds a denoiser, which --encoder, --statistics would have no effect",
+            "holds a denoiser; leave out --encoder, --statistics, which",
         ),
         (STATISTICS, "no published decoder; this looks like latent statistics"),
         (
@@ -193,11 +196,11 @@ def test_table_may_be_left_out_but_not_be_another(files, tmp_path):
         ),
         ({"strange": torch.ones(1)}, "holds no published decoder$"),
         ({"decoder_embed.weight": torch.ones(1), "decoder_pred.weight": torch.ones(1)}, "no published decoder$"),
-        ({"step": 3}, "checkpoint: no state dict"),
+        ({"step": 3}, "checkpoint: not a state dict, because these are not tensors: step"),
         (torch.ones(3), "not a state dict; expected a dictionary of tensors"),
     ],
 )
-def test_what_is_no_decoder_is_told(content: Any, message: str, files, tmp_path):
+def test_file_without_a_decoder_is_described(content: Any, message: str, files, tmp_path):
     path = save(tmp_path / "what.pt", content)
     with pytest.raises(UserError, match=f"what.pt: .*{message}"):
         read(str(path), files[1])
@@ -206,20 +209,20 @@ def test_what_is_no_decoder_is_told(content: Any, message: str, files, tmp_path)
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"var": torch.ones(64, 3, 3)}, r"latents \(64, 3, 3\), but the encoder gives \(64, 2, 2\)"),
+        ({"var": torch.ones(64, 3, 3)}, r"have shape \(64, 3, 3\), but the encoder's latents have shape \(64, 2, 2\)"),
         ({"var": torch.ones(4)}, "statistics: var must be"),
         ({"var": torch.ones(LATENT), "std": 1}, "statistics: unknown std"),
         ([torch.ones(LATENT)], "not a state dict; expected a dictionary of tensors"),
     ],
 )
-def test_foreign_statistics_are_refused(content: Any, message: str, files):
+def test_unsuitable_statistics_are_rejected(content: Any, message: str, files):
     path, options = files
     save(options.statistics, content)
     with pytest.raises(UserError, match=f"stat.pt: .*{message}"):
         read(str(path), options)
 
 
-def test_layers_that_an_encoder_has_not_are_refused(files, encoder_folder):
+def test_layers_that_the_encoder_lacks_are_rejected(files, encoder_folder):
     path, options = files
     own = replace(options, encoder=f"dinov2_with_registers:{encoder_folder}", encoder_size=28)
     assert_is_tiny(read(str(path), own))
@@ -227,18 +230,18 @@ def test_layers_that_an_encoder_has_not_are_refused(files, encoder_folder):
         read(str(path), replace(own, layers=LAYERS["k7"]))
 
 
-def test_options_that_do_not_suit_are_named(files, tmp_path):
+def test_unsuitable_options_are_named(files, tmp_path):
     path, options = files
-    with pytest.raises(UserError, match=r"model.pt: .* does not tell its encoder; give it, as in --encoder"):
+    with pytest.raises(UserError, match=r"model.pt: .* does not name its encoder; add it, for example --encoder"):
         read(str(path))
     with pytest.raises(UserError, match="encoder_size: 30 is not a multiple of dinov2-b's patch size 14"):
         read(str(path), FileOptions(encoder="dinov2-b", encoder_size=30))
     with pytest.raises(UserError, match=r"does not fit dinov2-b: decoder_pos_embed is \(1, 5, 24\)"):
         read(str(path), FileOptions(encoder="dinov2-b", encoder_size=42))
     convert(str(path), tmp_path / "out", options=options)
-    with pytest.raises(UserError, match="out: describes itself"):
+    with pytest.raises(UserError, match="out: describes itself; leave out --encoder, --statistics"):
         read(str(tmp_path / "out"), options)
-    with pytest.raises(UserError, match="out: is there already, and not empty"):
+    with pytest.raises(UserError, match="out: already exists and is not empty"):
         convert(str(path), tmp_path / "out", options=options)
     with pytest.raises(UserError, match=r"none.pt: no such file"):
         read(str(tmp_path / "none.pt"), options)
@@ -249,7 +252,7 @@ def test_options_that_do_not_suit_are_named(files, tmp_path):
 # YAML.
 
 
-def test_v1_folder_is_read_back(files, tmp_path):
+def test_v1_folder_round_trip(files, tmp_path):
     path, options = files
     convert(str(path), tmp_path / "v1", "v1", options)
     assert sorted(p.name for p in (tmp_path / "v1").iterdir()) == ["config.json", "config.yaml", "model.pt", "stat.pt"]
@@ -273,12 +276,12 @@ PARAMS = {
     "noise_tau": 0.8,
     "reshape_to_2d": True,
     "normalization_stat_path": "models/stat.pt",
-    "eps": "1e-3",  # as YAML reads 1e-3
+    "eps": "1e-3",  # YAML parses 1e-3 as a string
 }
 
 
 def repository(root: Path, encoder: str, params: dict[str, Any] | None = None, **sections: Any) -> Path:
-    """The published layout: a YAML some folders down, and paths from the root."""
+    """Write a repository in the published layout: the YAML is some folders down, its paths start at the root."""
     save(root / "models" / "model.pt", TINY)
     save(root / "models" / "stat.pt", STATISTICS)
     for folder, text in (("configs/decoder/tiny", to_json(published_decoder_config(tiny_config()))),):
@@ -298,11 +301,11 @@ def test_published_yaml(encoder_folder, tmp_path):
     assert parts.config.encoder in REGISTRY
     assert parts.config.encoder_size == 28
     assert parts.config.decoder == tiny_config()
-    assert torch.allclose(parts.var + 1e-5, STATISTICS["var"] + 1e-3)  # its own eps
+    assert torch.allclose(parts.var + 1e-5, STATISTICS["var"] + 1e-3)  # the YAML's own eps
     assert parts.mean is not None
 
 
-def test_encoder_of_a_yaml_that_is_not_registered(tmp_path):
+def test_unregistered_encoder_of_a_yaml(tmp_path):
     for params in (
         {"encoder_params": {"dinov2_path": "nothing"}},
         {"encoder_params": {}, "encoder_config_path": "nothing"},
@@ -311,7 +314,7 @@ def test_encoder_of_a_yaml_that_is_not_registered(tmp_path):
             read(str(repository(tmp_path, "", params)))
 
 
-def test_whole_checkpoint_of_a_yaml_goes_first(encoder_folder, tmp_path):
+def test_complete_checkpoint_of_a_yaml_overrides_the_decoder(encoder_folder, tmp_path):
     stage = {"target": "stage1.RAE", "ckpt": "models/whole.pt"}
     zeros = TINY | {"decoder_norm.bias": torch.full((24,), 5.0)}
     save(tmp_path / "models" / "whole.pt", {"model": {f"decoder.{key}": value for key, value in zeros.items()}})
@@ -324,7 +327,7 @@ def test_whole_checkpoint_of_a_yaml_goes_first(encoder_folder, tmp_path):
     ("params", "sections", "message"),
     [
         ({"noise_tua": 0.8}, {}, "stage_1: params.noise_tua: Unexpected"),
-        ({}, {"stage2": {}}, "unknown stage2; expected stage_1, stage_2"),
+        ({}, {"stage2": {}}, "unknown section stage2; expected stage_1, stage_2"),
         ({"encoder_params": {"dinov2_path": "x", "normalise": True}}, {}, "params.encoder_params.normalise"),
         ({"encoder_params": {"dinov2_path": "x", "normalize": False}}, {}, "params.encoder_params.normalize"),
         ({"reshape_to_2d": False}, {}, "params.reshape_to_2d"),
@@ -335,10 +338,10 @@ def test_whole_checkpoint_of_a_yaml_goes_first(encoder_folder, tmp_path):
         ({"pretrained_decoder_path": "absent"}, {}, "names no decoder"),
         ({"normalization_stat_path": "models/none.pt"}, {}, "models/none.pt is neither"),
         ({}, {"stage_1": {"target": "stage1.VAE", "params": PARAMS}}, "stage_1.target = stage1.VAE is not supported"),
-        ({}, {"stage_1": None}, "no published configuration, as it has no section stage_1"),
+        ({}, {"stage_1": None}, "not a published YAML, because it has no section stage_1"),
     ],
 )
-def test_impossible_yaml_is_named(params, sections, message, encoder_folder, tmp_path):
+def test_error_names_the_fault_in_a_yaml(params, sections, message, encoder_folder, tmp_path):
     path = repository(tmp_path, encoder_folder, params, **sections)
     with pytest.raises(UserError, match=f"{path}: .*{message}"):
         read(str(path))
@@ -351,14 +354,14 @@ def test_impossible_yaml_is_named(params, sections, message, encoder_folder, tmp
 def test_hostile_yaml(text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("bad.yaml").write_text(text)
-    with pytest.raises(UserError, match=r"bad.yaml: (not valid YAML|no published configuration)"):
+    with pytest.raises(UserError, match=r"bad.yaml: (not valid YAML|not a published YAML)"):
         read("bad.yaml")
     assert not Path("sprung").exists()
     with pytest.raises(UserError, match=r"none.yaml: no such file"):
         read("none.yaml")
 
 
-def test_encoder_that_v1_has_no_class_for_gets_no_yaml(files, tiny_model, tmp_path):
+def test_encoder_without_a_v1_class_gets_no_yaml(files, tiny_model, tmp_path):
     convert(str(tiny_model), tmp_path / "v1", "v1")
     assert sorted(p.name for p in (tmp_path / "v1").iterdir()) == ["config.json", "model.pt", "stat.pt"]
     ours = load_file(tiny_model / "autoencoder" / "model.safetensors")
@@ -370,7 +373,7 @@ def test_encoder_that_v1_has_no_class_for_gets_no_yaml(files, tiny_model, tmp_pa
     assert torch.equal(copy.decode(copy.encode(images)), model.decode(model.encode(images)))
 
 
-def test_damaged_model_of_ours_is_refused(files, tmp_path):
+def test_damaged_raekit_model_is_rejected(files, tmp_path):
     path, options = files
     convert(str(path), tmp_path / "out", options=options)
     weights = tmp_path / "out" / "autoencoder" / "model.safetensors"
@@ -383,7 +386,7 @@ def test_damaged_model_of_ours_is_refused(files, tmp_path):
 
 
 def publish(hub: Hub, release: Release) -> None:
-    """Put small files on the Hub, for a grid as the release has it."""
+    """Put small files on the Hub, for a token grid of the release's size."""
     side = release.fields.get("encoder_size", 28) // 14
     save(hub.root / release.repository / release.decoder, state_dict(decoder_shapes(token_dim=64, tokens=side**2)))
     if release.statistics:
@@ -407,7 +410,7 @@ def test_published_name_is_converted_once(name, hub, tmp_path):
     assert torch.equal(again.decoder.norm.bias, model.decoder.norm.bias)
 
 
-def test_release_that_gives_pixels(hub, monkeypatch):
+def test_release_that_produces_pixels(hub, monkeypatch):
     release = Release(
         repository="r/v2", decoder="decoder.pt", statistics="stats.pt", fields={"encoder": "mae-b", "output": "pixels"}
     )
@@ -424,7 +427,7 @@ def test_published_name_as_a_source(hub, tmp_path):
     assert (tmp_path / "v1" / "config.yaml").is_file()
 
 
-def test_without_a_network_the_command_is_given(hub, tmp_path):
+def test_error_without_a_network_contains_the_command(hub, tmp_path):
     hub.down = True
     command = (
         "hf download nyu-visionx/RAE-collections decoders/dinov2/wReg_base/ViTXL_n08/model.pt "
@@ -434,25 +437,25 @@ def test_without_a_network_the_command_is_given(hub, tmp_path):
         Autoencoder.load("rae-dinov2-b")
     hub.down = False
     publish(hub, RELEASES["rae-dinov2-b"])
-    Autoencoder.load("rae-dinov2-b")  # the failure has left nothing behind
+    Autoencoder.load("rae-dinov2-b")  # the failure leaves nothing behind
 
 
 def test_damaged_download_is_not_cached(hub, tmp_path):
     publish(hub, RELEASES["rae-dinov2-b"])
     path = hub.root / RELEASES["rae-dinov2-b"].repository / RELEASES["rae-dinov2-b"].decoder
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match=r"model.pt: damaged"):
         Autoencoder.load("rae-dinov2-b")
-    path.write_bytes(whole)
+    path.write_bytes(content)
     Autoencoder.load("rae-dinov2-b")
 
 
-def test_cache_is_beside_hugging_faces(monkeypatch, tmp_path):
+def test_cache_is_in_the_hugging_face_home(monkeypatch, tmp_path):
     monkeypatch.delenv("RAEKIT_CACHE", raising=False)
     monkeypatch.setattr(releases.constants, "HF_HOME", str(tmp_path))
     assert releases.cache_folder() == tmp_path / "raekit"
     (tmp_path / "file").touch()
     monkeypatch.setenv("RAEKIT_CACHE", str(tmp_path / "file"))
-    with pytest.raises(UserError, match="set RAEKIT_CACHE to a folder"):
+    with pytest.raises(UserError, match="set RAEKIT_CACHE to a writable folder"):
         Autoencoder.load("rae-dinov2-b")

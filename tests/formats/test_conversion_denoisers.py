@@ -1,4 +1,4 @@
-"""Published denoisers: their files, names and YAML. The Hub is a folder here."""
+"""Test the reading of published denoisers: files, names and YAML. A folder stands in for the Hub."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -36,7 +36,7 @@ from tests.reference import state_dict
 
 pytestmark = pytest.mark.usefixtures("tiny")
 
-# Latents of the small encoder: 64 channels, 2 x 2 tokens.
+# All denoisers here are for the latents of the small encoder: 64 channels, 2 x 2 tokens.
 WIDE: dict[str, Any] = {
     "input_size": 2,
     "patch_size": 1,
@@ -85,10 +85,10 @@ def denoiser_of(path: Path, options: FileOptions | None = None) -> DenoiserParts
         WIDE | {"use_qknorm": True, "wo_shift": True},
         PLAIN | {"patch_size": 2, "hidden_size": 256},
         PLAIN | {"use_rmsnorm": False, "use_swiglu": False, "use_pos_embed": False},
-        PLAIN | {"use_rope": False, "hidden_size": 384, "num_heads": 6},  # a published width, whose heads are known
+        PLAIN | {"use_rope": False, "hidden_size": 384, "num_heads": 6},  # of a published width
     ],
 )
-def test_a_file_tells_what_it_is(values, tmp_path):
+def test_shapes_give_the_configuration(values, tmp_path):
     parts = denoiser_of(save(tmp_path / "stage2_model.pt", weights(values)))
     assert parts.config == denoiser_config(values)
     expected = published_denoiser(weights(values), values, X, T, Y)
@@ -96,7 +96,7 @@ def test_a_file_tells_what_it_is(values, tmp_path):
         assert (parts.build()(X, T, Y) - expected).norm() < 1e-5 * expected.norm()
 
 
-def test_a_file_of_version_2_tells_what_it_is(tmp_path):
+def test_shapes_give_the_configuration_of_v2(tmp_path):
     path = save(tmp_path / "checkpoint.pt", weights(SECOND))
     parts = denoiser_of(path)
     assert parts.config == denoiser_v2_config(SECOND)
@@ -140,13 +140,13 @@ def test_a_denoiser_becomes_a_model(hub, tmp_path):
         convert(str(tmp_path / "alone"), tmp_path / "x", "v1")
 
 
-def test_the_yaml_of_a_denoiser_goes_before_its_shapes(tmp_path):
+def test_yaml_of_a_denoiser_overrides_its_shapes(tmp_path):
     values = WIDE | {"mlp_ratio": 3.0}
     path = save(tmp_path / "stage2_model.pt", weights(values))
     with pytest.raises(
         UserError,
-        match=r"stage2_model.pt: does not fit the denoiser that its shapes tell: .*w_in.* this looks like a DiT\^DH "
-        r"\(2 x 24, head 1 x 64\) for latents 64x2x2 of 4 classes",
+        match=r"stage2_model.pt: does not fit the denoiser that its shapes describe: .*w_in.* this looks like a "
+        r"DiT\^DH \(2 x 24, head 1 x 64\) for latents 64x2x2 of 4 classes",
     ):
         read(str(path))
     described = sampling_yaml(tmp_path, stage_2=stage_2(values, None), misc={"time_dist_shift_dim": 1024})
@@ -163,9 +163,9 @@ def test_the_yaml_of_a_denoiser_goes_before_its_shapes(tmp_path):
         ({"extra.weight": torch.ones(1)}, "unexpected extra.weight"),
         ({"pos_embed": torch.ones(1, 4, 24)}, "pos_embed: not the fixed .*; this looks like a DiT"),
         ({"enc_feat_rope.freqs_cos": torch.ones(9, 12)}, "enc_feat_rope.freqs_cos: is .*; this looks like"),
-        ({"y_embedder.embedding_table.weight": None}, "holds no published denoiser; this looks like a denoiser, of st"),
-        ({"pos_embed": None, "dec_feat_rope.freqs_cos": None}, "no table of positions, .*--denoiser-config FILE.yaml"),
-        ({"enc_feat_rope.freqs_cos": None}, "no published size is 24 wide"),
+        ({"y_embedder.embedding_table.weight": None}, "holds no published denoiser; this looks like a denoiser \\(st"),
+        ({"pos_embed": None, "dec_feat_rope.freqs_cos": None}, "no position table, .*--denoiser-config FILE.yaml"),
+        ({"enc_feat_rope.freqs_cos": None}, "no published size has width 24"),
     ],
 )
 def test_a_denoiser_is_read_strictly(changes: dict[str, torch.Tensor | None], message: str, tmp_path):
@@ -178,25 +178,25 @@ def test_a_denoiser_is_read_strictly(changes: dict[str, torch.Tensor | None], me
 def test_a_head_as_wide_as_the_backbone_needs_a_yaml(tmp_path):
     values = WIDE | {"hidden_size": [64, 64], "num_heads": [2, 4]}
     path = save(tmp_path / "stage2_model.pt", weights(values))
-    with pytest.raises(UserError, match=r"equally wide.*; give its YAML, as in --denoiser-config"):
+    with pytest.raises(UserError, match=r"equally wide.*; give its YAML with --denoiser-config"):
         read(str(path))
     described = sampling_yaml(tmp_path, stage_2=stage_2(values, None))
     found = denoiser_of(path, FileOptions(denoiser_config=described)).config
     assert found == replace(denoiser_config(values), shift=2.0)
 
 
-def test_options_without_effect_are_refused(tmp_path):
+def test_options_without_effect_are_rejected(tmp_path):
     path = save(tmp_path / "stage2_model.pt", weights(WIDE))
-    with pytest.raises(UserError, match="holds a denoiser, which --encoder, --output would have no effect on"):
+    with pytest.raises(UserError, match="holds a denoiser; leave out --encoder, --output, which"):
         read(str(path), FileOptions(encoder="dinov2-b", output="pixels"))
-    with pytest.raises(UserError, match="holds a denoiser, and other formats hold autoencoders alone"):
+    with pytest.raises(UserError, match="holds a denoiser, where an autoencoder is needed"):
         convert(str(path), tmp_path / "v1", "v1")
     decoder = save(tmp_path / "model.pt", state_dict(decoder_shapes(token_dim=64, tokens=4)))
-    with pytest.raises(UserError, match="holds a decoder, which --autoencoder would have no effect on"):
+    with pytest.raises(UserError, match="holds a decoder; leave out --autoencoder, which"):
         read(str(decoder), FileOptions(encoder="dinov2-b", autoencoder="rae-dinov2-b"))
 
 
-def test_a_denoiser_of_other_latents_is_refused(hub, tmp_path):
+def test_denoiser_for_other_latents_is_rejected(hub, tmp_path):
     publish(hub, "rae-dinov2-b")
     path = save(tmp_path / "stage2_model.pt", weights(WIDE | {"input_size": 3}))
     with pytest.raises(UserError, match=r"for latents \(64, 3, 3\), the autoencoder has \(64, 2, 2\)"):
@@ -207,7 +207,7 @@ def test_a_denoiser_of_other_latents_is_refused(hub, tmp_path):
 
 
 def publish(hub: Hub, name: str) -> None:
-    """Put small files of the release `name` on the Hub."""
+    """Put small files for the published model `name` on the Hub."""
     if name in DENOISERS:
         values = SECOND if name.startswith("raev2") else WIDE
         release = DENOISERS[name]
@@ -221,7 +221,7 @@ def publish(hub: Hub, name: str) -> None:
 
 @pytest.fixture
 def small_releases(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The releases describe the small denoisers that are on the Hub here."""
+    """Let the releases describe the small denoisers that `publish` puts on the Hub."""
     for name, release in list(DENOISERS.items()):
         config = denoiser_v2_config(SECOND) if name.startswith("raev2") else denoiser_config(WIDE)
         autoencoder = release.autoencoder.removesuffix("-512")
@@ -233,7 +233,7 @@ def small_releases(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("small_releases")
 @pytest.mark.parametrize("name", ["dit-dh-xl-512", "raev2-k7-256"])
-def test_a_denoisers_name_gives_the_whole_model(name, hub, tmp_path):
+def test_name_of_a_denoiser_gives_the_complete_model(name, hub, tmp_path):
     release = DENOISERS[name]
     publish(hub, name)
     publish(hub, release.autoencoder)
@@ -241,7 +241,7 @@ def test_a_denoisers_name_gives_the_whole_model(name, hub, tmp_path):
     assert f"{release.repository}/{release.denoiser}" in hub.asked
     assert model.denoiser.config == release.config
     assert (tmp_path / "cache" / name / "denoiser" / "config.json").is_file()
-    assert not (tmp_path / "cache" / name / "autoencoder").exists()  # which stands once for all its denoisers
+    assert not (tmp_path / "cache" / name / "autoencoder").exists()  # cached once for all its denoisers
     hub.down = True
     asked = len(hub.asked)
     assert torch.equal(load(name).denoiser(X, T, Y), model.denoiser(X, T, Y))
@@ -252,14 +252,14 @@ def test_a_denoisers_name_gives_the_whole_model(name, hub, tmp_path):
 
 
 @pytest.mark.usefixtures("small_releases")
-def test_a_denoiser_alone_does_not_ask_for_its_autoencoder(hub):
+def test_loading_only_a_denoiser_does_not_download_its_autoencoder(hub):
     publish(hub, "dit-dh-s-256-ep14")
     Denoiser.load("dit-dh-s-256-ep14")
     assert hub.asked == ["nyu-visionx/RAE-collections/DiTs/Dinov2/wReg_base/ImageNet256/DiTDH-S_ep14/stage2_model.pt"]
 
 
 @pytest.mark.usefixtures("small_releases")
-def test_a_file_that_is_not_the_release_is_told(hub):
+def test_file_that_is_not_the_release_is_described(hub):
     save(hub.root / DENOISERS["dit-dh-xl-256"].repository / DENOISERS["dit-dh-xl-256"].denoiser, weights(PLAIN))
     with pytest.raises(UserError, match=r"stage2_model.pt: pos_embed: is .*; this looks like a DiT \(2 x 64\)"):
         load_denoiser()
@@ -275,7 +275,7 @@ def load_denoiser() -> Denoiser:
 
 
 @pytest.mark.parametrize("name", DENOISERS)
-def test_releases_are_what_the_specification_says(name):
+def test_releases_match_the_specification(name):
     config = DENOISERS[name].config
     assert config.num_classes == 1000
     shifts = {"raev2-k7-256": 8.0, "dit-dh-xl-512": 13.8564, "dit-dh-s-512-ep20": 13.8564}
@@ -287,7 +287,7 @@ def test_releases_are_what_the_specification_says(name):
         assert parameters == pytest.approx(838.7e6 if "xl" in name else 196.5e6, rel=2e-3)
 
 
-def test_every_name_is_one_models():
+def test_names_are_unique():
     assert not RELEASES.keys() & DENOISERS.keys()
     assert {release.autoencoder for release in DENOISERS.values()} <= RELEASES.keys()
     assert releases.cached.__name__ == "cached"
@@ -318,7 +318,7 @@ def stage_2(values: dict[str, Any], ckpt: str | None) -> dict[str, Any]:
 
 
 def sampling_yaml(root: Path, encoder: str = "dinov2-b", **sections: Any) -> Path:
-    """A YAML in the published layout, with files beside it."""
+    """Write a YAML in the published layout, and the files that it names."""
     save(root / "models" / "model.pt", state_dict(decoder_shapes(token_dim=64, tokens=4)))
     save(root / "models" / "stat.pt", {"mean": None, "var": torch.full((64, 2, 2), 0.5)})
     save(root / "models" / "main.pt", {"ema": weights(WIDE)})
@@ -344,14 +344,14 @@ def sampling_yaml(root: Path, encoder: str = "dinov2-b", **sections: Any) -> Pat
     return path
 
 
-def test_a_whole_yaml_gives_model_and_sampling(encoder_folder, tmp_path):
+def test_yaml_gives_model_and_sampling(encoder_folder, tmp_path):
     path = sampling_yaml(tmp_path, encoder_folder)
     model, sampling = load_published(path)
     assert sampling == Sampling(steps=5, solver="euler", grid="published")
     assert model.denoiser.config == replace(denoiser_config(WIDE), shift=2.0)
     assert model.autoencoder.mean is None
     assert (model.autoencoder.var == 0.5).all()
-    # As the published sampler does it (spec 3), from its own arithmetic.
+    # The arithmetic of the published sampler (spec 3).
     times = [2 * t / (1 + t) for t in (1 - 0.999 * i / 4 for i in range(5))]
     x = randomness.normal(0, "sample", [0, 1], (64, 2, 2)).double()
     for t, following in pairwise(times):
@@ -387,7 +387,7 @@ def test_solvers_of_a_yaml(published, ours, encoder_folder, tmp_path):
     assert read_published(path)[1] == Sampling(steps=7, solver=ours, grid="published", atol=1e-5, rtol=1e-4)
 
 
-def test_a_yaml_of_version_2(encoder_folder, tmp_path):
+def test_yaml_of_v2(encoder_folder, tmp_path):
     params = {key: value for key, value in SECOND.items() if key not in ("num_classes", "num_t_tokens", "num_c_tokens")}
     save(tmp_path / "models" / "second.pt", weights(SECOND))
     rae = {
@@ -441,14 +441,14 @@ def test_a_yaml_of_version_2(encoder_folder, tmp_path):
             "stage_2: target = a.Unet is not supported, only DiTw",
         ),
         ({"stage_2": stage_2(WIDE, "x") | {"weights": 1}}, "stage_2: weights"),
-        ({"sampler": None}, "does not tell how to sample, as it has no section sampler"),
+        ({"sampler": None}, "has no section sampler, so it does not say how to sample"),
         ({"sampler": {"mode": "SDE"}}, "sampler: mode: Input should be 'ODE'"),
         ({"sampler": {"params": {"sampling_method": "rk4"}}}, "sampler: params.sampling_method"),
         ({"sampler": {"params": {"reverse": True}}}, "sampler: params.reverse"),
         ({"transport": {"params": {"path_type": "VP"}}}, "transport: path_type"),
         ({"transport": {"params": {"prediction": "x"}}}, "DiTwDDTHead with transport.prediction = x is not supported"),
         ({"guidance": {"scale": 2.0, "t_start": 0}}, "guidance: t_start"),
-        ({"guidance": {"scale": 2.0, "t_min": 0, "t-min": 0}}, "guidance: gives one time in two spellings"),
+        ({"guidance": {"scale": 2.0, "t_min": 0, "t-min": 0}}, "guidance: gives the same time in two spellings"),
         ({"guidance": {"scale": 2.0, "t_min": 0.9, "t_max": 0.1}}, "guidance: guidance: the interval 0.9-0.1"),
         ({"guidance": {"method": "autoguidance", "scale": 2.0}}, "guidance.guidance_model: missing"),
         (
@@ -461,14 +461,14 @@ def test_a_yaml_of_version_2(encoder_folder, tmp_path):
         ({"misc": {"num_classes": 4, "time_dist_shift_base": 0}}, "time_dist_shift_base must be positive"),
     ],
 )
-def test_impossible_sampling_yaml_is_named(sections, message, encoder_folder, tmp_path):
+def test_error_names_the_fault_in_a_sampling_yaml(sections, message, encoder_folder, tmp_path):
     path = sampling_yaml(tmp_path, encoder_folder, **sections)
     with pytest.raises(UserError, match=message) as caught:
         load_published(path)
     assert str(tmp_path) in str(caught.value)
 
 
-def test_a_training_yaml_gives_its_autoencoder_alone(encoder_folder, tmp_path):
+def test_training_yaml_gives_only_the_autoencoder(encoder_folder, tmp_path):
     parts = read(str(sampling_yaml(tmp_path, encoder_folder, stage_2=stage_2(WIDE, None))))
     assert parts.autoencoder
     assert parts.denoiser is None

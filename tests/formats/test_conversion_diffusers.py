@@ -1,4 +1,4 @@
-"""Round trips with the real `diffusers`: its folders read by us, ours by it."""
+"""Test round trips with the `diffusers` package: raekit reads its folders, and it reads raekit's."""
 
 import json
 from pathlib import Path
@@ -18,16 +18,17 @@ from raekit.models.encoders import load_encoder
 from raekit.models.registry import REGISTRY, EncoderSpec
 from tests.reference import state_dict
 
-pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # diffusers' own
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # from diffusers
 
 KINDS = {"dinov2": ("dinov2-b", 14, 224), "mae": ("mae-b", 16, 256)}
-"""What diffusers builds with this transformers: encoder, its patch size, and the size of 16 patches."""
+"""For each kind that diffusers can build with the installed transformers: the registered encoder, its patch size, and
+the image size of 16 patches."""
 LATENT = (64, 16, 16)
 IMAGES = torch.rand(2, 3, 40, 40, generator=torch.Generator().manual_seed(0))
 
 
 def diffusers_model(kind: str, **changes: Any) -> Any:
-    """A small AutoencoderRAE with random weights, none of which is zero or one."""
+    """Return a small AutoencoderRAE with random weights, also where the default is zero or one."""
     from diffusers import AutoencoderRAE  # pyright: ignore[reportPrivateImportUsage]
 
     _, patch, size = KINDS[kind]
@@ -44,11 +45,11 @@ def diffusers_model(kind: str, **changes: Any) -> Any:
 
 
 def register_its_encoder(model: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the registered encoder be the one in `model`."""
+    """Register the encoder of `model`."""
     kind = model.config.encoder_type
     name, patch, size = KINDS[kind]
     encoder = model.encoder
-    for kept in ("weight", "bias"):  # which a checkpoint on the Hub has
+    for kept in ("weight", "bias"):  # a checkpoint on the Hub contains them
         encoder.layernorm.register_parameter(kept, torch.nn.Parameter(torch.full((64,), 0.5)))
     encoder.save_pretrained(folder)
     for gone in ("weight", "bias"):
@@ -69,7 +70,7 @@ def register_its_encoder(model: Any, folder: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.fixture(params=KINDS)
 def theirs(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """An AutoencoderRAE with statistics, whose encoder is the registered one."""
+    """An AutoencoderRAE with statistics and a registered encoder."""
     std = torch.linspace(0.0725, 3, 16384).view(LATENT)
     model = diffusers_model(request.param, latents_mean=torch.linspace(-1, 1, 16384).view(LATENT), latents_std=std)
     register_its_encoder(model, tmp_path / "encoder", monkeypatch)
@@ -87,19 +88,19 @@ def assert_agree(ours: Autoencoder, theirs: Any) -> None:
     assert error(ours.decode(latents), theirs.decode(latents).sample.clamp(0, 1)) < 1e-5
 
 
-def test_their_folder_read_by_us(theirs, tmp_path):
+def test_diffusers_folder_read_by_raekit(theirs, tmp_path):
     theirs.save_pretrained(tmp_path / "theirs")
     convert(str(tmp_path / "theirs"), tmp_path / "ours")
     assert_agree(Autoencoder.load(str(tmp_path / "ours")), theirs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_their_folder_in_half_precision(theirs, tmp_path, dtype):
+def test_diffusers_folder_in_half_precision(theirs, tmp_path, dtype):
     theirs.to(dtype).save_pretrained(tmp_path / "theirs")
     convert(str(tmp_path / "theirs"), tmp_path / "ours")
     ours = Autoencoder.load(str(tmp_path / "ours"))
     assert all(value.dtype == torch.float32 for value in ours.state_dict().values())
-    theirs.float()  # rounded, but for the encoder, which is ours
+    theirs.float()  # the decoder's weights stay rounded
     with torch.no_grad():
         latents = ours.encode(IMAGES)
         assert error(ours.decode(latents), theirs.decode(latents).sample.clamp(0, 1)) < 1e-2
@@ -107,12 +108,12 @@ def test_their_folder_in_half_precision(theirs, tmp_path, dtype):
 
 @pytest.mark.xfail(strict=True, reason="diffusers 0.42.1 wants a vision_model inside transformers' SiglipVisionModel")
 def test_diffusers_builds_siglip(monkeypatch):
-    """Once it does, siglip2 belongs into KINDS."""
+    """Once this passes, add siglip2 to KINDS."""
     monkeypatch.setitem(KINDS, "siglip2", ("siglip2-b", 16, 256))
     diffusers_model("siglip2")
 
 
-def test_our_folder_read_by_them(theirs, tmp_path):
+def test_raekit_folder_read_by_diffusers(theirs, tmp_path):
     from diffusers import AutoencoderRAE  # pyright: ignore[reportPrivateImportUsage]
 
     theirs.save_pretrained(tmp_path / "theirs")
@@ -146,10 +147,10 @@ def test_without_statistics_or_mean(tmp_path, monkeypatch):
         assert_agree(ours, back)
 
 
-def test_their_second_epsilon(tmp_path, monkeypatch):
-    # Their own files of a v1 model hold sqrt(var + 1e-5), and their model then divides by that plus 1e-5. So read,
-    # latents are smaller than v1's, by up to 1.4e-4 for the released variances (at least 0.0053). A folder of ours
-    # holds 1e-5 less, with which they give v1's latents.
+def test_second_epsilon_of_diffusers(tmp_path, monkeypatch):
+    # A v1 model that diffusers converted holds sqrt(var + 1e-5), and diffusers divides by this value plus 1e-5. Its
+    # latents are therefore smaller than v1's, by up to 1.4e-4 for the released variances (at least 0.0053). A folder
+    # that raekit writes holds 1e-5 less, so diffusers produces v1's latents.
     var = torch.linspace(0.0053, 9, 16384).view(LATENT)
     theirs = diffusers_model("dinov2", latents_std=(var + 1e-5).sqrt())
     register_its_encoder(theirs, tmp_path / "encoder", monkeypatch)
@@ -176,21 +177,21 @@ def test_their_second_epsilon(tmp_path, monkeypatch):
 
 
 def convert_parts(parts: AutoencoderParts, var: Tensor, folder: Path) -> None:
-    """A model of ours with v1's variance."""
+    """Write a raekit model with v1's variance."""
     model = Autoencoder(parts.config, load_encoder(parts.config.encoder, parts.config.encoder_size))
     model.decoder.load_state_dict(parts.decoder)
     model.set_statistics(None, var)
     model.save(folder)
 
 
-def test_positions_of_another_grid_are_not_theirs(tmp_path, monkeypatch, caplog):
-    # Diffusers divides by a side over 16, so that only for 16 x 16 tokens its table is the one that v1 trained with.
-    # It keeps no table in its file, and its folders are conversions of v1's: so they are read with v1's.
+def test_positions_of_another_grid_differ_from_diffusers(tmp_path, monkeypatch, caplog):
+    # diffusers divides positions by side / 16, so its table equals v1's only for 16 x 16 tokens. Its folders contain
+    # no table and hold converted v1 weights, so raekit reads them with v1's table.
     theirs = diffusers_model("dinov2", encoder_input_size=28)
     register_its_encoder(theirs, tmp_path / "encoder", monkeypatch)
     theirs.save_pretrained(tmp_path / "theirs")
     convert(str(tmp_path / "theirs"), tmp_path / "ours")
-    assert "theirs/config.json: read as v1's decoder" in caplog.text
+    assert "theirs/config.json: read with v1's position table" in caplog.text
     ours = Autoencoder.load(str(tmp_path / "ours"))
     latents = ours.encode(IMAGES)
     assert error(latents, theirs.encode(IMAGES).latent) < 1e-6
@@ -199,12 +200,12 @@ def test_positions_of_another_grid_are_not_theirs(tmp_path, monkeypatch, caplog)
     assert not torch.allclose(table, theirs.decoder.decoder_pos_embed)
     theirs.decoder.decoder_pos_embed = table
     assert error(ours.decode(latents), theirs.decode(latents).sample.clamp(0, 1)) < 1e-5
-    with pytest.raises(UserError, match="it would decode this to other images"):
+    with pytest.raises(UserError, match="would decode this model to different images"):
         convert(str(tmp_path / "ours"), tmp_path / "back", "diffusers")
 
 
-def test_older_names_of_the_encoders_weights(theirs, tmp_path):
-    # As transformers 4 wrote them, and diffusers with it.
+def test_older_tensor_names_of_the_encoder(theirs, tmp_path):
+    # transformers 4, and diffusers with it, wrote these names.
     theirs.save_pretrained(tmp_path / "theirs")
     path = tmp_path / "theirs" / "diffusion_pytorch_model.safetensors"
     names = {"attention.q_proj": "attention.attention.query", "attention.k_proj": "attention.attention.key"}
@@ -224,8 +225,8 @@ def test_older_names_of_the_encoders_weights(theirs, tmp_path):
 
 
 def test_siglip_2(tmp_path, monkeypatch):
-    # diffusers 0.42.1 does not build it with transformers 5.23, so this is between us: with the pooling that its
-    # class has and we do not.
+    # diffusers 0.42.1 cannot build SigLIP2 with transformers 5.23, so raekit reads its own folder here. The folder must
+    # contain the pooling head, which diffusers expects and raekit does not have.
     import transformers
 
     config = transformers.SiglipVisionConfig(
@@ -266,10 +267,10 @@ def test_siglip_2(tmp_path, monkeypatch):
     [
         ({"encoder_type": "clip"}, {}, "encoder_type"),
         ({"novel": 1}, {}, "AutoencoderRAE: novel: Unexpected"),
-        ({"_class_name": "AutoencoderKL"}, {}, "a AutoencoderKL of diffusers is not supported"),
-        ({"image_size": 17}, {}, "image_size: 17 is not the 16 patches"),
-        ({"encoder_input_size": 30}, {}, "encoder_input_size: 30 is no multiple"),
-        ({"encoder_hidden_size": 65}, {}, "encoder_hidden_size: 65 is no multiple"),
+        ({"_class_name": "AutoencoderKL"}, {}, "diffusers' AutoencoderKL is not supported"),
+        ({"image_size": 17}, {}, "image_size: 17 must be 16 patches of patch_size = 8"),
+        ({"encoder_input_size": 30}, {}, "encoder_input_size: 30 must be a multiple"),
+        ({"encoder_hidden_size": 65}, {}, "encoder_hidden_size: 65 must be a multiple"),
         ({"scaling_factor": 0}, {}, "scaling_factor: 0.0 must be positive"),
         ({"reshape_to_2d": False}, {}, "reshape_to_2d"),
         (
@@ -277,18 +278,18 @@ def test_siglip_2(tmp_path, monkeypatch):
             {},
             r"missing decoder_layers.2.*this looks like a width-24, 2-layer decoder",
         ),
-        ({"encoder_num_hidden_layers": 2}, {}, "its encoder has other weights, mean or deviation than dinov2-b"),
-        ({}, {"encoder.embeddings.cls_token": torch.ones(1, 1, 64)}, "its encoder has other weights"),
-        ({}, {"encoder.embeddings.cls_token": None}, "its encoder has other weights"),
-        ({}, {"encoder.embeddings.cls_token": torch.ones(1, 1, 63)}, "its encoder has other weights"),
-        ({}, {"encoder_mean": torch.ones(1, 3, 1, 1)}, "its encoder has other weights, mean"),
+        ({"encoder_num_hidden_layers": 2}, {}, "the encoder differs from dinov2-b in weights, mean"),
+        ({}, {"encoder.embeddings.cls_token": torch.ones(1, 1, 64)}, "the encoder differs from dinov2-b"),
+        ({}, {"encoder.embeddings.cls_token": None}, "the encoder differs from dinov2-b"),
+        ({}, {"encoder.embeddings.cls_token": torch.ones(1, 1, 63)}, "the encoder differs from dinov2-b"),
+        ({}, {"encoder_mean": torch.ones(1, 3, 1, 1)}, "the encoder differs from"),
         ({}, {"decoder.decoder_norm.bias": None}, "missing decoder_norm.bias"),
         ({}, {"_latents_std": None}, "missing _latents_std"),
-        ({}, {"_latents_std": torch.ones(16, 16)}, None),  # which broadcasts
+        ({}, {"_latents_std": torch.ones(16, 16)}, None),  # broadcasts
         (
             {},
             {"_latents_std": torch.ones(3)},
-            r"_latents_mean and _latents_std are \(1,\) and \(3,\), expected \(64, 16",
+            r"_latents_mean and _latents_std have shapes \(1,\) and \(3,\), expected \(64, 16",
         ),
         ({}, {"extra": torch.ones(1)}, "unexpected extra"),
     ],
@@ -311,17 +312,17 @@ def test_folders_are_read_strictly(config, weights, message, tmp_path, monkeypat
     assert str(folder) in str(caught.value)
 
 
-def test_encoder_that_is_not_registered(tmp_path):
+def test_unregistered_encoder_is_rejected(tmp_path):
     diffusers_model("dinov2").save_pretrained(tmp_path / "theirs")
-    with pytest.raises(UserError, match="no encoder is registered that is a dinov2 of 64 channels with patches of 14"):
+    with pytest.raises(UserError, match="no registered encoder is a dinov2 with 64 channels and patch size 14"):
         read(str(tmp_path / "theirs"))
     (tmp_path / "theirs" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(UserError, match=r"diffusion_pytorch_model.safetensors: no such file"):
         read(str(tmp_path / "theirs"))
 
 
-def test_what_diffusers_cannot_build_is_not_written(tiny_model, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="diffusers has no such encoder, only dinov2, siglip2, mae"):
+def test_model_that_diffusers_cannot_build_is_not_written(tiny_model, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="diffusers does not support this encoder, only dinov2, siglip2, mae"):
         convert(str(tiny_model), tmp_path / "out", "diffusers")
     import transformers
 

@@ -1,4 +1,7 @@
-"""The arithmetic of the published networks, written from the spec on their own state dicts, against ours."""
+"""Test that raekit computes the same as the published networks.
+
+The published arithmetic is implemented here a second time, from the spec, on the published state dicts.
+"""
 
 import json
 import math
@@ -57,7 +60,7 @@ DIT_DH = {
 
 
 def denoiser_shapes(values: dict[str, Any], classes: int | None = None) -> dict[str, list[int]]:
-    """Names and shapes of a published denoiser (spec 7.3)."""
+    """Return the tensor names and shapes of a published v1 denoiser (spec 7.3)."""
     c, p, side = values["in_channels"], values["patch_size"], values["input_size"] // values["patch_size"]
     wide = isinstance(values["hidden_size"], list)
     widths, depths, heads = (
@@ -107,7 +110,7 @@ def linear(state: State, name: str, x: Tensor) -> Tensor:
 
 
 def norm(state: State, name: str, x: Tensor, eps: float = 1e-6) -> Tensor:
-    """RMSNorm if the state has a weight for it alone; else LayerNorm, with its weight and bias if there are any."""
+    """Apply RMSNorm if the state has a weight but no bias. Otherwise apply LayerNorm, affine if it has both."""
     if f"{name}.weight" in state and f"{name}.bias" not in state:
         return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * state[f"{name}.weight"]
     x = x - x.mean(-1, keepdim=True)
@@ -146,7 +149,7 @@ def block(state: State, index: int, heads: int, rope: str, x: Tensor, c: Tensor)
 
 
 def published_denoiser(state: State, values: dict[str, Any], x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-    """Spec 2.3 and 2.4 in float64."""
+    """Compute a v1 denoiser's output in float64 (spec 2.3, 2.4)."""
     state = {key: value.double() for key, value in state.items()}
     x, p, wide = x.double(), values["patch_size"], isinstance(values["hidden_size"], list)
 
@@ -194,7 +197,7 @@ V2 = {
 
 
 def denoiser_v2_shapes(values: dict[str, Any]) -> dict[str, list[int]]:
-    """Names and shapes of a denoiser of RAE v2 (spec II.9)."""
+    """Return the tensor names and shapes of a published RAE v2 denoiser (spec II.9)."""
     c, p = values["in_channels"], values["patch_size"][0]
     d, last = values["hidden_size"]
     tokens, context = (values["input_size"] // p) ** 2, values["num_t_tokens"] + values["num_c_tokens"]
@@ -233,7 +236,7 @@ def denoiser_v2_shapes(values: dict[str, Any]) -> dict[str, list[int]]:
 def published_denoiser_v2(
     state: State, values: dict[str, Any], x: Tensor, t: Tensor, y: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Spec II.3 and II.4 in float64: the full and the base output."""
+    """Compute an RAE v2 denoiser's full and base output in float64 (spec II.3, II.4)."""
     state = {key: value.double() for key, value in state.items()}
     x, p, depth = x.double(), values["patch_size"][0], values["depth"][0]
 
@@ -328,7 +331,7 @@ def test_released_v2_fits_by_name_and_shape():
         ({"patch_size": [1, 2]}, "patch_size"),
     ],
 )
-def test_other_denoisers_v2_are_refused_by_name(changes: dict[str, Any], message: str):
+def test_unsupported_v2_arguments_are_named(changes: dict[str, Any], message: str):
     with pytest.raises(UserError, match=message):
         denoiser_v2_config(V2 | changes)
 
@@ -478,7 +481,7 @@ def test_denoiser_config():
         (DIT | {"num_heads": 3}, "heads = 3"),
     ],
 )
-def test_what_we_do_not_build_is_refused_by_name(values: dict[str, Any], message: str):
+def test_unsupported_arguments_are_named(values: dict[str, Any], message: str):
     with pytest.raises(UserError, match=message):
         denoiser_config(values)
 
@@ -493,13 +496,13 @@ def table(name: str, values: dict[str, Any] = DIT_DH) -> Tensor:
     return state_dict({name: denoiser_shapes(values)[name]})[name]
 
 
-def test_fixed_tables_may_be_left_out_or_rounded():
+def test_fixed_tables_may_be_absent_or_rounded():
     load_denoiser({"pos_embed": None, "enc_feat_rope.freqs_cos": None, "dec_feat_rope.freqs_sin": None})
     load_denoiser({"pos_embed": table("pos_embed").bfloat16()})
 
 
 @pytest.mark.parametrize("name", ["pos_embed", "enc_feat_rope.freqs_cos", "dec_feat_rope.freqs_sin"])
-def test_another_table_is_refused(name: str):
+def test_wrong_table_is_rejected(name: str):
     right = table(name)
     side = right.unflatten(-2, (3, 3))
     transposed = side.transpose(-3, -2).flatten(-3, -2)
@@ -549,7 +552,7 @@ DECODER_CONFIG = decoder_config(DECODER, token_dim=10, grid=(3, 3), patch_size=4
 def decoder_shapes(
     width: int = 24, layers: int = 2, hidden: int = 40, token_dim: int = 10, tokens: int = 9, patch: int = 4
 ) -> dict[str, list[int]]:
-    """Names and shapes of a published decoder (spec 7.2)."""
+    """Return the tensor names and shapes of a published decoder (spec 7.2)."""
     shapes: dict[str, list[int]] = {"decoder_pos_embed": [1, tokens + 1, width], "trainable_cls_token": [1, 1, width]}
     shapes |= matrix("decoder_embed", width, token_dim) | matrix("decoder_pred", 3 * patch**2, width)
     norms = ["decoder_norm"]
@@ -564,7 +567,7 @@ def decoder_shapes(
 
 
 def published_decoder(state: State, latents: Tensor) -> Tensor:
-    """Spec 1.5 in float64."""
+    """Compute a decoder's output in float64 (spec 1.5)."""
     state = {key: value.double() for key, value in state.items()}
 
     def norm(name: str, x: Tensor) -> Tensor:
@@ -629,7 +632,7 @@ def test_decoder_is_read_strictly(changes: dict[str, Tensor | None], message: st
         load_decoder(changes)
 
 
-def test_decoder_of_another_grid_is_refused():
+def test_decoder_for_another_grid_is_rejected():
     with pytest.raises(UserError, match=r"decoder_pos_embed: is \(1, 17, 24\), expected \(1, 10, 24\)"):
         load_decoder({"decoder_pos_embed": torch.zeros(1, 17, 24)})
     with pytest.raises(UserError, match="decoder_pos_embed: not the fixed sine-cosine table"):
@@ -647,12 +650,12 @@ def test_decoder_of_another_grid_is_refused():
         ({"decoder_num_attention_heads": 5}, "decoder.heads = 5"),
     ],
 )
-def test_impossible_decoder_configurations_are_named(changes: dict[str, Any], message: str):
+def test_error_names_the_fault_in_a_decoder_configuration(changes: dict[str, Any], message: str):
     with pytest.raises(UserError, match=message):
         decoder_config(DECODER | changes, 10, (3, 3), 4)
 
 
-def test_incomplete_decoder_configuration_is_named():
+def test_error_names_missing_decoder_fields():
     with pytest.raises(UserError, match="decoder_intermediate_size, layer_norm_eps missing"):
         decoder_config(
             {k: v for k, v in DECODER.items() if k not in ("decoder_intermediate_size", "layer_norm_eps")},
@@ -677,7 +680,7 @@ def test_released_vit_xl_fits_by_name_and_shape():
     assert guess(state) == "a ViT-XL decoder for 768 channels, 256 tokens, patches of 16 pixels"
 
 
-def test_published_decoder_is_written_as_it_was_read():
+def test_published_decoder_round_trip():
     state = state_dict(decoder_shapes())
     back = published_decoder_state(decoder_state(state, DECODER_CONFIG), DECODER_CONFIG)
     assert back.keys() == state.keys()
@@ -709,7 +712,7 @@ def test_statistics():
     assert statistics({"var": var})[0] is None
 
 
-def test_another_eps_goes_into_the_variance():
+def test_another_eps_is_added_to_the_variance():
     var = torch.rand(2, 3, 3)
     assert torch.allclose(statistics({"var": var}, eps=1e-3)[1] + 1e-5, var + 1e-3, atol=1e-7)
 
@@ -717,13 +720,13 @@ def test_another_eps_goes_into_the_variance():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"mean": torch.ones(2, 3, 3)}, r"var must be a tensor of shape \(C, H, W\)"),
-        ({"var": torch.ones(2)}, r"var must be a tensor of shape \(C, H, W\)"),
-        ({"var": torch.ones(2, 3, 3), "mean": torch.ones(2, 3, 4)}, r"mean must be None or .* \(2, 3, 3\)"),
+        ({"mean": torch.ones(2, 3, 3)}, r"var must be a floating-point tensor of shape \(C, H, W\)"),
+        ({"var": torch.ones(2)}, r"var must be a floating-point tensor of shape \(C, H, W\)"),
+        ({"var": torch.ones(2, 3, 3), "mean": torch.ones(2, 3, 4)}, r"mean must be None or .* as var, \(2, 3, 3\)"),
         ({"var": torch.ones(2, 3, 3), "std": torch.ones(2, 3, 3)}, "unknown std"),
     ],
 )
-def test_impossible_statistics_are_named(values: dict[str, Any], message: str):
+def test_error_names_the_fault_in_statistics(values: dict[str, Any], message: str):
     with pytest.raises(UserError, match=f"statistics: {message}"):
         statistics(values)
 
@@ -754,9 +757,9 @@ def test_checkpoints_are_unwrapped(checkpoint: Any):
         ({}, "holds no state dict"),
         ([W], "holds no state dict"),
         ({"ema": {}}, "holds no state dict"),
-        ({"epoch": 3, "a.b": W}, "these are no tensors: epoch"),
+        ({"epoch": 3, "a.b": W}, "these are not tensors: epoch"),
     ],
 )
-def test_what_is_no_checkpoint(checkpoint: Any, message: str):
+def test_contents_that_are_not_a_checkpoint(checkpoint: Any, message: str):
     with pytest.raises(UserError, match=f"checkpoint: .*{message}"):
         unwrap(checkpoint)

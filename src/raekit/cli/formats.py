@@ -1,4 +1,4 @@
-"""Commands about files of models."""
+"""The commands `raekit convert` and `raekit info`."""
 
 from pathlib import Path
 from typing import Literal
@@ -22,25 +22,30 @@ def convert(
     prediction: Literal["velocity", "data"] | None = None,
     autoencoder: str | None = None,
 ) -> None:
-    """Convert a model from the published formats, or its autoencoder to them and to diffusers' AutoencoderRAE.
+    """Convert a model between raekit, RAE v1, RAE v2 and diffusers.
 
     Example: raekit convert rae-dinov2-b rae-for-diffusers --to diffusers
-    A decoder or its training checkpoint: raekit convert model.pt out --encoder dinov2-b --statistics stat.pt
-    A denoiser, with the autoencoder of its latents: raekit convert stage2_model.pt out --autoencoder rae-dinov2-b
+
+    A decoder file or training checkpoint: raekit convert model.pt out --encoder dinov2-b --statistics stat.pt
+
+    A denoiser with its autoencoder: raekit convert stage2_model.pt out --autoencoder rae-dinov2-b
 
     Args:
         source: a published name, a YAML, a file of weights, a diffusers folder, a raekit model, OWNER/NAME.
         dest: the folder to write, new or empty.
-        to: raekit; v1, the official files (model.pt, stat.pt, config.yaml); diffusers, an AutoencoderRAE.
-        encoder: of a decoder file, a registered name or a folder.
-        encoder_size: of a decoder file, side that the encoder resizes to, or height and width. Default: its own.
-        layers: of a decoder file, the layers of RAE v2 that its latents are made of. Default: the last alone.
-        statistics: of a decoder file, the file of its latents' mean and variance. Default: not whitened.
-        decoder_config: of a decoder file of no published size, its config.json or the folder of it.
-        output: of a decoder file, what the decoder gives; pixels for RAE v2.
-        denoiser_config: of a denoiser file whose shapes leave something open, the YAML with its stage_2.
-        prediction: of a denoiser file, what it predicts. Default: velocity, for RAE v2 data.
-        autoencoder: of a denoiser file, any source of the autoencoder to put beside it.
+        to: the format to write: raekit, v1 (the official files) or diffusers (an AutoencoderRAE). v1 and diffusers
+            contain only the autoencoder.
+        encoder: for a decoder file, its encoder: a registered name, builtin:NAME, a folder, or FAMILY:WHERE for a
+            transformers checkpoint.
+        encoder_size: for a decoder file, the size to which the encoder resizes images, in pixels: the side of a
+            square, or height and width. Default: the encoder's own size.
+        layers: for a decoder file, the encoder layers that form the latents, as in RAE v2. Default: only the last.
+        statistics: for a decoder file, the file with the mean and variance of the latents. Default: no whitening.
+        decoder_config: for a decoder file of an unpublished size, the decoder's config.json or its folder.
+        output: for a decoder file, the colours that the decoder produces: pixels for RAE v2.
+        denoiser_config: for a denoiser file whose shapes leave the architecture open, a YAML with a stage_2 section.
+        prediction: for a denoiser file, the quantity that it predicts. Default: velocity for v1, data for v2.
+        autoencoder: for a denoiser file, the autoencoder to include: any source of one.
     """
     from raekit.formats import conversion as conversion
     from raekit.models.registry import LAYERS, LayersConfig
@@ -59,26 +64,27 @@ def convert(
     parts = conversion.convert(source, dest, to, options)
     if found := parts.autoencoder:
         size, numbers = "x".join(map(str, found.var.shape)), sum(value.numel() for value in found.decoder.values())
-        told = f"{dest}: encoder {found.config.encoder}, latents {size}, a decoder of {numbers:,} parameters"
-        console.out.print(told, markup=False)
+        line = f"{dest}: encoder {found.config.encoder}, latents {size}, a decoder of {numbers:,} parameters"
+        console.out.print(line, markup=False)
     if made := parts.denoiser:
         size, numbers = (
             "x".join(map(str, made.config.latent_shape)),
             sum(value.numel() for value in made.state.values()),
         )
         classes = made.config.num_classes
-        told = f"{dest}: a denoiser of {numbers:,} parameters for latents {size}, {classes} classes"
-        console.out.print(told, markup=False)
+        line = f"{dest}: a denoiser of {numbers:,} parameters for latents {size}, {classes} classes"
+        console.out.print(line, markup=False)
 
 
 def info(name: Positional[str], reach: tuple[str, float] | None = None) -> None:
-    """Tell what a model, an artifact or a run is.
+    """Describe a model, an artifact or a run.
 
     Example: raekit info builtin:emoji
 
     Args:
         name: builtin:NAME, a model folder, a run, or OWNER/NAME on the Hub.
-        reach: a metric of a run and a value, as in evaluation/fid 2: the epochs until it first was as low.
+        reach: for a run, a metric and a value, for example evaluation/fid 2. Also report the number of epochs until
+            the metric first reached the value.
     """
     from raekit.stages.inspection import describe_folder
 

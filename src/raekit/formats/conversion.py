@@ -1,7 +1,6 @@
-"""Files of other formats: models of RAE v1 and v2 and of diffusers, read, written, and found by name.
+"""Convert models between raekit, RAE v1, RAE v2 and diffusers (`raekit convert`).
 
-Names of published models are converted once into a cache: the folder `RAEKIT_CACHE`, by default `raekit` in
-Hugging Face's `HF_HOME`. The formats themselves stand in `raekit.formats`.
+`read` recognises the format of a source and passes it to that format's reader. `convert` also writes the result.
 """
 
 import dataclasses
@@ -32,13 +31,21 @@ Format = Literal["raekit", "v1", "diffusers"]
 
 @dataclass(frozen=True, kw_only=True)
 class FileOptions:
-    """What a decoder's, denoiser's or training checkpoint's file does not tell.
+    """Facts that a decoder, denoiser or training checkpoint file does not contain.
 
-    Of a decoder: `decoder_config`, a ViT-MAE style config.json or its folder, is needed for sizes other than those
-    published; without `statistics` latents are not whitened; `output` is "pixels" for RAE v2, `layers` its latent.
-
-    Of a denoiser: `denoiser_config`, a YAML, is needed where the shapes leave something open; `prediction` is by
-    default the version's own; `autoencoder`, any source of one, makes a whole model of it.
+    Attributes:
+        encoder: for a decoder file, the name of its encoder, as for `load_encoder`. Required.
+        encoder_size: for a decoder file, the size in pixels to which the encoder resizes images: the side of a
+            square, or (height, width). Default: the encoder's own size.
+        layers: for a decoder file, the encoder layers that form the latent. Default: only the last layer.
+        statistics: for a decoder file, the file of latent statistics. Without it, latents are not whitened.
+        decoder_config: for a decoder file, a ViT-MAE style `config.json` or its folder. Required if the decoder
+            has no published size.
+        output: for a decoder file, the colours that the decoder produces: "pixels" for RAE v2.
+        denoiser_config: for a denoiser file, a published YAML with a `stage_2` section. Required if the shapes in
+            the file leave the architecture open.
+        prediction: for a denoiser file, the quantity that it predicts. Default: "velocity" for RAE v1, "data" for v2.
+        autoencoder: for a denoiser file, any source that contains an autoencoder, to convert along with it.
     """
 
     encoder: str | None = None
@@ -52,23 +59,32 @@ class FileOptions:
     autoencoder: str | None = None
 
     def given(self) -> set[str]:
-        """The names of the options that are not the defaults."""
+        """Return the names of the options that differ from their defaults."""
         default = FileOptions()
         return {f.name for f in dataclasses.fields(self) if getattr(self, f.name) != getattr(default, f.name)}
 
 
-_OF_DENOISERS = {"denoiser_config", "prediction", "autoencoder"}
+_DENOISER_OPTIONS = {"denoiser_config", "prediction", "autoencoder"}
 
 
 def convert(source: str, folder: Path, to: Format = "raekit", options: FileOptions | None = None) -> Parts:
-    """Write `source` to the new or empty `folder`, in the format `to`; UserError if either does not suit.
+    """Convert a model and write it to a folder.
 
-    `source` is a published name, a decoder's, denoiser's or training checkpoint's file (with `options`), a YAML, a
-    folder of diffusers or of v1 as written here, or a model of ours, each local or on the Hub. The formats of others
-    hold the autoencoder alone.
+    Args:
+        source: a published name, a decoder, denoiser or training checkpoint file, a published YAML, a diffusers
+            folder, a v1 folder that raekit wrote, a raekit model folder or run, or OWNER/NAME on the Hub.
+        folder: the folder to write. It must be new or empty.
+        to: the format to write. "v1" and "diffusers" contain only the autoencoder.
+        options: facts that the file does not contain. Only for decoder, denoiser and training checkpoint files.
+
+    Returns:
+        The converted configurations and weights.
+
+    Raises:
+        UserError: the source cannot be read, the folder is not empty, or the format cannot represent the model.
     """
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise UserError(f"{folder}: is there already, and not empty; give a new folder")
+        raise UserError(f"{folder}: already exists and is not empty; give a new folder")
     parts = read(source, options, denoiser=to == "raekit")
     if to == "raekit":
         write_model(parts, folder)
@@ -82,16 +98,27 @@ WRITERS: dict[Format, Callable[[AutoencoderParts, Path], None]] = {"v1": write_v
 
 
 def read(source: str, options: FileOptions | None = None, *, denoiser: bool = True) -> Parts:
-    """Read a model of any format, as `convert` does; without `denoiser` an autoencoder, or UserError."""
+    """Read a model of any format.
+
+    Args:
+        source: as for `convert`.
+        options: as for `convert`.
+        denoiser: if False, read only the autoencoder.
+
+    Raises:
+        UserError: the source cannot be read, or lacks the autoencoder that `denoiser=False` requires.
+    """
     path = Path(source)
     if path.suffix in (".pt", ".pth", ".ckpt", ".bin", ".safetensors"):
         return _read_file(path, options or FileOptions(), denoiser)
     if options and options.given():
-        raise UserError(f"{source}: describes itself; encoder, statistics and so on are only for a decoder's file")
+        raise UserError(f"{source}: describes itself; leave out {_flags(options.given())}")
     if path.suffix in (".yaml", ".yml"):
         return read_yaml(path, denoiser)
     if path.is_file():
-        raise UserError(f"{source}: no model; files read end in .safetensors, .pt, .pth, .ckpt, .bin, .yaml or .yml")
+        raise UserError(
+            f"{source}: not a model file; give a file that ends in .safetensors, .pt, .pth, .ckpt, .bin, .yaml or .yml"
+        )
     if source in releases.DENOISERS:
         return read_model(source, denoiser)
     folder = find_folder(source)
@@ -102,40 +129,47 @@ def read(source: str, options: FileOptions | None = None, *, denoiser: bool = Tr
         return Parts(read_diffusers(folder, values))
     if (folder / "model.pt").is_file() and not (folder / "autoencoder").is_dir():
         raise UserError(
-            f"{source}: has a v1 decoder, and no config.yaml that tells its encoder; name its files: raekit convert "
+            f"{source}: holds a v1 decoder, but no config.yaml that names its encoder; give its files: raekit convert "
             f"{folder / 'model.pt'} DEST --encoder ENCODER --statistics {folder / 'stat.pt'} --decoder-config {folder}"
         )
     return read_model(source, denoiser)
 
 
 def _read_file(path: Path, options: FileOptions, denoiser: bool) -> Parts:
-    """A file of one network: its names tell which."""
+    """Read a file that holds one network. The tensor names show whether it is a decoder or a denoiser."""
     weights = read_weights(path)
     with about(path):
         state = decoder_part(unwrap(weights))
-    of_decoder = not any(key.startswith(("x_embedder.", "s_embedder.")) for key in state)
-    if of_decoder and decoder_sizes(state):
-        _refuse(path, "a decoder", options.given() & _OF_DENOISERS)
+    not_denoiser = not any(key.startswith(("x_embedder.", "s_embedder.")) for key in state)
+    if not_denoiser and decoder_sizes(state):
+        _reject(path, "a decoder", options.given() & _DENOISER_OPTIONS)
         return Parts(_read_decoder(path, weights, options))
-    if of_decoder:
-        return Parts(_read_decoder(path, weights, options))  # which says what it is instead
-    _refuse(path, "a denoiser", options.given() - _OF_DENOISERS)
+    if not_denoiser:
+        return Parts(_read_decoder(path, weights, options))  # fails, and says what the file looks like
+    _reject(path, "a denoiser", options.given() - _DENOISER_OPTIONS)
     if not denoiser:
-        raise UserError(f"{path}: holds a denoiser, and other formats hold autoencoders alone; convert it to raekit")
+        raise UserError(
+            f"{path}: holds a denoiser, where an autoencoder is needed; v1 and diffusers hold only autoencoders, "
+            "so convert a denoiser with --to raekit"
+        )
     config = read_denoiser_config(options.denoiser_config) if options.denoiser_config else None
     read_one = read_denoiser(path, config, weights=weights, prediction=options.prediction)
     return Parts(read(options.autoencoder, denoiser=False).autoencoder if options.autoencoder else None, read_one)
 
 
-def _refuse(path: Path, kind: str, options: set[str]) -> None:
+def _reject(path: Path, kind: str, options: set[str]) -> None:
+    """Raise a UserError if any options are given that do not apply to the kind of file."""
     if options:
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(options))
-        raise UserError(f"{path}: holds {kind}, which {names} would have no effect on")
+        raise UserError(f"{path}: holds {kind}; leave out {_flags(options)}, which would have no effect")
+
+
+def _flags(options: set[str]) -> str:
+    return ", ".join(f"--{name.replace('_', '-')}" for name in sorted(options))
 
 
 def _read_decoder(path: Path, weights: dict[str, Any], options: FileOptions) -> AutoencoderParts:
     if options.encoder is None:
-        raise UserError(f"{path}: a decoder's file does not tell its encoder; give it, as in --encoder dinov2-b")
+        raise UserError(f"{path}: a decoder file does not name its encoder; add it, for example --encoder dinov2-b")
     return read_decoder(
         {
             "encoder": options.encoder,

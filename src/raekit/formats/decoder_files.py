@@ -1,4 +1,4 @@
-"""Autoencoders of version 1 and 2, from and to their files."""
+"""Read autoencoders from the decoder and statistics files of RAE v1 and v2, and write v1 folders."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,10 +40,19 @@ def read_decoder(
     patch_size: int | None = None,
     eps: float | None = None,
 ) -> AutoencoderParts:
-    """Read the files of v1 or v2, `weights` being what the file `decoder` holds if that is read.
+    """Read an autoencoder from the published files of RAE v1 or v2.
 
-    `fields` are those of AutoencoderConfig but `decoder`. Without `config` the decoder is the published one of
-    its width, without `patch_size` it has that of its shapes.
+    Args:
+        fields: the AutoencoderConfig fields, except `decoder`.
+        decoder: the file of decoder weights.
+        stats: the file of latent statistics. Without it, latents are not whitened.
+        weights: the contents of the file `decoder`, if the caller has read it already.
+        config: the decoder's ViT-MAE style `config.json`, or its folder. Default: the published decoder of this width.
+        patch_size: the side of a decoded patch in pixels. Default: derived from the shapes in the file.
+        eps: the value that the publisher adds to the variance. Default: raekit's own.
+
+    Raises:
+        UserError: the file holds no decoder, no configuration is known for it, or the files do not fit the encoder.
     """
     name = fields["encoder"]
     layers = from_dict(LayersConfig, fields.get("layers", {}), decoder)
@@ -63,16 +72,25 @@ def read_decoder(
     else:
         widths = ", ".join(f"{name} {size['width']}" for name, size in DECODERS.items())
         raise UserError(
-            f"{decoder}: a decoder of width {sizes['width']} is none of the published ({widths}), and its shapes do "
-            "not tell the number of heads; give its config.json, as in --decoder-config DIR"
+            f"{decoder}: no published decoder has width {sizes['width']} (published: {widths}), and the shapes do not "
+            "give the number of heads; give the decoder's config.json with --decoder-config DIR"
         )
     mean, var = _read_statistics(stats, (spec.width, *grid), eps)
-    whole_config = from_dict(AutoencoderConfig, {**fields, "decoder": to_dict(built)}, decoder)
-    return AutoencoderParts(whole_config, checked_decoder(state, built, f"{decoder}: does not fit {name}"), mean, var)
+    autoencoder = from_dict(AutoencoderConfig, {**fields, "decoder": to_dict(built)}, decoder)
+    return AutoencoderParts(autoencoder, checked_decoder(state, built, f"{decoder}: does not fit {name}"), mean, var)
 
 
 def checked_decoder(state: State, config: DecoderConfig, fault: str) -> dict[str, Tensor]:
-    """Our state dict of a published decoder; UserError that lists what does not fit, and says what it is instead."""
+    """Convert a published decoder's state dict to raekit's, and check that it fits the configuration.
+
+    Args:
+        state: the published state dict. The position table may be absent.
+        config: the decoder to build.
+        fault: the beginning of the error message.
+
+    Raises:
+        UserError: names or shapes do not fit. The message lists them and says what the file looks like.
+    """
     with torch.device("meta"):
         wanted = published_decoder_state(Decoder(config).state_dict(), config)
     if "decoder_pos_embed" not in state:
@@ -86,20 +104,27 @@ def _read_statistics(
     path: Path | None, shape: tuple[int, ...], eps: float | None = None
 ) -> tuple[Tensor | None, Tensor]:
     if path is None:
-        return statistics({"var": torch.ones(shape)}, eps=0.0)  # which leaves latents as they are
+        return statistics({"var": torch.ones(shape)}, eps=0.0)  # leaves latents unchanged
     with about(path):
         mean, var = statistics(read_weights(path), *([] if eps is None else [eps]))
     if var.shape != shape:
-        raise UserError(f"{path}: statistics of latents {tuple(var.shape)}, but the encoder gives {shape}")
+        raise UserError(
+            f"{path}: the statistics have shape {tuple(var.shape)}, but the encoder's latents have shape {shape}; "
+            "give the statistics of this encoder and image size"
+        )
     return mean, var
 
 
 def write_v1(parts: AutoencoderParts, folder: Path) -> None:
-    """`model.pt`, `stat.pt`, the decoder's `config.json`, and `config.yaml` if v1 has a class for the encoder."""
+    """Write an autoencoder as a folder of RAE v1 files.
+
+    The folder contains `model.pt`, `stat.pt`, the decoder's `config.json`, and `config.yaml` if v1 has a class for
+    the encoder.
+    """
     only_last_block(parts, "v1")
     spec, grid = geometry(parts.config.encoder, parts.config.encoder_size)
     if grid[0] != grid[1]:
-        raise UserError(f"v1: holds square images alone, this model's latents are {grid[0]} x {grid[1]}")
+        raise UserError(f"v1: supports only square images, but this model's latents are {grid[0]} x {grid[1]}")
     with whole(folder, folder=True) as partial:
         partial.mkdir()
         torch.save(to_published_decoder(parts, spec), partial / "model.pt")
@@ -126,7 +151,11 @@ def write_v1(parts: AutoencoderParts, folder: Path) -> None:
 
 
 def to_published_decoder(parts: AutoencoderParts, spec: EncoderSpec) -> dict[str, Tensor]:
-    """The published state dict of its decoder, one that gives the encoder's colours."""
+    """Return the decoder's published state dict.
+
+    A published decoder produces colours normalised by the encoder's mean and standard deviation. If this one
+    produces pixels, the normalisation is added to its last layer.
+    """
     ours = parts.decoder
     if parts.config.output == "pixels":
         ours = encoder_colours(ours, torch.tensor(spec.mean), torch.tensor(spec.std))

@@ -1,4 +1,4 @@
-"""Published autoencoders: decoders and latent statistics (spec 1.3, 1.5, 7.2)."""
+"""Map the names, shapes and configurations of published decoders and latent statistics (spec 1.3, 1.5, 7.2)."""
 
 import math
 import re
@@ -17,29 +17,46 @@ from raekit.weights import VARIANCE_EPS, check_statistics, is_real
 
 
 def statistics(values: Any, eps: float = VARIANCE_EPS) -> tuple[Tensor | None, Tensor]:
-    """Mean (None: not subtracted) and variance, each (C, H, W), of a statistics file {"mean", "var"}.
+    """Return the mean and variance in a published statistics file.
 
-    `eps` is what the publisher adds to the variance; where it is not ours the difference goes into the
-    variance. UserError if a field is missing, foreign or of another shape.
+    Args:
+        values: the contents of the file, {"mean": ..., "var": ...}. `mean` may be None or absent.
+        eps: the value that the publisher adds to the variance. If raekit adds another value, the difference is
+            added to the returned variance.
+
+    Returns:
+        Mean and variance, each float32 of shape (C, H, W). A mean of None means that nothing is subtracted.
+
+    Raises:
+        UserError: a field is missing or unknown, or has the wrong shape.
     """
     if not isinstance(values, Mapping):
-        raise UserError("statistics: must be a dictionary of mean and var")
+        raise UserError("statistics: must be a dictionary with mean and var")
     mean, var = values.get("mean"), values.get("var")
     if unknown := sorted(values.keys() - {"mean", "var"}, key=str):
-        raise UserError(f"statistics: unknown {', '.join(map(str, unknown))}; expected mean and var alone")
+        raise UserError(f"statistics: unknown {', '.join(map(str, unknown))}; expected only mean and var")
     if not is_real(var) or var.ndim != 3:
-        raise UserError("statistics: var must be a tensor of shape (C, H, W), of floating-point numbers")
+        raise UserError("statistics: var must be a floating-point tensor of shape (C, H, W)")
     if mean is not None and not (is_real(mean) and mean.shape == var.shape):
-        raise UserError(f"statistics: mean must be None or a tensor of var's shape {tuple(var.shape)}")
+        raise UserError(f"statistics: mean must be None or a tensor of the same shape as var, {tuple(var.shape)}")
     mean, var = (None if mean is None else mean.float()), var.float() + (eps - VARIANCE_EPS)
     check_statistics(mean, var)
     return mean, var
 
 
 def decoder_config(values: Any, token_dim: int, grid: tuple[int, int], patch_size: int) -> DecoderConfig:
-    """The decoder of a ViT-MAE style `config.json`, for tokens of `token_dim` channels on `grid`.
+    """Return the decoder configuration that a ViT-MAE style `config.json` describes.
 
-    As in the release, the file's own `hidden_size`, `image_size` and `patch_size` are not used.
+    Like the published code, this ignores `hidden_size`, `image_size` and `patch_size` in the file.
+
+    Args:
+        values: the contents of the file.
+        token_dim: the channels of a token.
+        grid: the rows and columns of tokens.
+        patch_size: the side of a decoded patch in pixels.
+
+    Raises:
+        UserError: a field is missing, or has a value that raekit does not support.
     """
     if not isinstance(values, Mapping):
         raise UserError("decoder config: must be a dictionary")
@@ -76,7 +93,13 @@ _DECODER_BLOCK = {
 
 
 def decoder_state(state: State, config: DecoderConfig) -> dict[str, Tensor]:
-    """Our Decoder's state dict from the published one. UserError if its position table is not ours."""
+    """Convert a published decoder's state dict to raekit's.
+
+    Missing, unexpected and misshapen tensors pass through, for `load_strict` to report.
+
+    Raises:
+        UserError: the position table is not the fixed one.
+    """
     positions = sincos_positions(config.width, config.grid)
     state = without_tables(state, {"decoder_pos_embed": torch.cat([torch.zeros(1, config.width), positions])[None]})
     ours = {}
@@ -104,15 +127,18 @@ DECODERS = {  # spec 1.5
 
 
 def decoder_part(state: State) -> dict[str, Tensor]:
-    """The decoder in the state dict of a whole published autoencoder; another state dict as it is."""
+    """Return the decoder's tensors from a complete autoencoder's state dict, or any other state dict unchanged."""
     if not any(key.startswith("decoder.decoder_") for key in state):
         return dict(state)
     return {key.removeprefix("decoder."): value for key, value in state.items() if not key.startswith("encoder.")}
 
 
 def decoder_sizes(state: State) -> dict[str, int]:
-    """The sizes that the shapes in a published decoder tell: those of DECODERS but `heads`, `token_dim`,
-    `patch_size`, and `tokens` if it has a position table. Empty if it is no decoder.
+    """Return the sizes that follow from the shapes of a published decoder's tensors.
+
+    Returns:
+        `width`, `depth`, `hidden`, `token_dim` and `patch_size`, and `tokens` if there is a position table. Empty if
+        the state dict is not a published decoder.
     """
     embed, out = state.get("decoder_embed.weight"), state.get("decoder_pred.weight")
     hidden = state.get("decoder_layers.0.intermediate.dense.weight")
@@ -126,7 +152,7 @@ def decoder_sizes(state: State) -> dict[str, int]:
 
 
 def published_decoder_state(ours: State, config: DecoderConfig) -> dict[str, Tensor]:
-    """The published state dict from our Decoder's: the inverse of `decoder_state`."""
+    """Convert raekit's decoder state dict to the published one. This is the inverse of `decoder_state`."""
     positions = sincos_positions(config.width, config.grid)
     state = {"decoder_pos_embed": torch.cat([torch.zeros(1, config.width), positions])[None]}
     names = {ours: theirs for theirs, ours in _DECODER.items()}
@@ -145,7 +171,7 @@ def published_decoder_state(ours: State, config: DecoderConfig) -> dict[str, Ten
 
 
 def published_decoder_config(config: DecoderConfig) -> dict[str, Any]:
-    """The ViT-MAE style `config.json` of a decoder: the inverse of `decoder_config`."""
+    """Return the ViT-MAE style `config.json` of a decoder. This is the inverse of `decoder_config`."""
     return {
         "model_type": "vit_mae",
         "decoder_hidden_size": config.width,
@@ -163,11 +189,20 @@ def published_decoder_config(config: DecoderConfig) -> dict[str, Any]:
 
 
 def encoder_colours(ours: State, mean: Tensor, std: Tensor) -> dict[str, Tensor]:
-    """Our Decoder's state dict for one that gives pixels, made to give colours normalised by `mean` and `std`.
+    """Convert a decoder that produces pixels into a decoder that produces normalised colours.
 
-    Both are linear in the last layer, so nothing is lost. Other formats know only such decoders.
+    v1 and diffusers support only decoders of the second kind. The normalisation is linear, so the last layer absorbs
+    it and the images stay the same.
+
+    Args:
+        ours: raekit's decoder state dict.
+        mean: the encoder's mean of each colour channel.
+        std: the encoder's standard deviation of each colour channel.
+
+    Returns:
+        A raekit state dict with a changed last layer.
     """
     weight, bias = ours["out.weight"], ours["out.bias"]
-    rows = len(bias) // 3  # a patch has its pixels one after the other, each with three channels
+    rows = len(bias) // 3  # the output is pixel by pixel, three channels each
     scale, shift = std.flatten().to(bias).repeat(rows), mean.flatten().to(bias).repeat(rows)
     return {**ours, "out.weight": weight / scale[:, None], "out.bias": (bias - shift) / scale}

@@ -1,4 +1,4 @@
-"""Denoisers of version 1 and 2, from their files."""
+"""Read denoisers from the files of RAE v1 and v2."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -25,16 +25,22 @@ def read_denoiser(
     weights: Mapping[str, Any] | None = None,
     prediction: Prediction | None = None,
 ) -> DenoiserParts:
-    """Read the file of a denoiser, `weights` being what it holds if that is read.
+    """Read a published denoiser.
 
-    Without `config` it is what the names and shapes in the file tell. `prediction` goes before the configuration's.
-    UserError if the file does not fit it, or is no denoiser's.
+    Args:
+        path: the file: a bare state dict, or a checkpoint with `ema` or `model`.
+        config: the denoiser's configuration. Default: derived from the names and shapes in the file.
+        weights: the contents of the file, if the caller has read it already.
+        prediction: overrides `prediction` in the configuration.
+
+    Raises:
+        UserError: the file holds no denoiser, or does not fit the configuration.
     """
     with about(path):
         state = unwrap(read_weights(path) if weights is None else weights)
         whose = "its configuration"
         if config is None:
-            config, whose = _told(state), "the denoiser that its shapes tell"
+            config, whose = _config_from_shapes(state), "the denoiser that its shapes describe"
         if prediction:
             config = replace(config, prediction=prediction)
         try:
@@ -48,13 +54,12 @@ def read_denoiser(
     return DenoiserParts(config, ours)
 
 
-def _told(state: State) -> DenoiserConfig:
-    """What the names and shapes tell."""
+def _config_from_shapes(state: State) -> DenoiserConfig:
     try:
         values = denoiser_arguments(state)
         config = (denoiser_v2_config if "num_t_tokens" in values else denoiser_config)(values) if values else None
     except UserError as error:
-        raise UserError(f"{error}; give its YAML, as in --denoiser-config FILE.yaml") from None
+        raise UserError(f"{error}; give its YAML with --denoiser-config FILE.yaml") from None
     if config is None:
         raise UserError(f"holds no published denoiser{guessed(state)}")
     return config

@@ -1,4 +1,7 @@
-"""Published denoisers: DiT and DiT^DH of version 1, and that of version 2 (spec 2.3, 2.4, 7.3, II.3, II.9)."""
+"""Map the names, shapes and arguments of published denoisers: DiT and DiT^DH of RAE v1, and the denoiser of RAE v2.
+
+Sources: spec 2.3, 2.4, 7.3, II.3 and II.9.
+"""
 
 import re
 from collections.abc import Mapping
@@ -17,11 +20,14 @@ from raekit.models.layers import rotary_table, sincos_positions
 
 @configclass
 class PublishedDenoiser:
-    """The arguments of the published networks (spec 7.5): pairs (backbone, head) for DiT^DH, numbers for DiT.
+    """The arguments of the published v1 networks (spec 7.5).
 
-    `class_dropout_prob` belongs to training. `learn_sigma` and `use_gembed` have the one value that we build.
-    Of `use_rope` False and a `patch_size` above 1 in a DiT^DH, and of `wo_shift`, the published code crashes
-    (spec 8): there is no checkpoint to agree with, and ours are the obvious readings.
+    `hidden_size`, `depth` and `num_heads` are pairs (backbone, head) for DiT^DH, and single numbers for DiT.
+    `class_dropout_prob` only affects training. `learn_sigma` and `use_gembed` accept only the value that raekit
+    supports.
+
+    The published code crashes with `wo_shift`, and for DiT^DH with `use_rope=False` or a `patch_size` above 1
+    (spec 8). No checkpoint exists for these options, so raekit implements their evident meaning.
     """
 
     input_size: int
@@ -44,11 +50,16 @@ class PublishedDenoiser:
 
 
 def denoiser_config(values: Mapping[str, Any]) -> DenoiserConfig:
-    """Our configuration of a published denoiser, from its arguments.
+    """Return the configuration of a published v1 denoiser.
 
-    The shift of time is the published default, that of the latent's dimension over 4096. A network narrower
-    than the token dimension is read as it is. UserError names the fields that are unknown, and the switches
-    that we do not build.
+    The time shift is the published default, sqrt(latent dimension / 4096). A network narrower than the token
+    dimension is accepted.
+
+    Args:
+        values: the arguments of the published network (`PublishedDenoiser`).
+
+    Raises:
+        UserError: a field is unknown, or has a value that raekit does not support.
     """
     published = from_dict(PublishedDenoiser, dict(values), "published denoiser")
     return DenoiserConfig(
@@ -65,9 +76,9 @@ def denoiser_config(values: Mapping[str, Any]) -> DenoiserConfig:
 
 @configclass
 class PublishedDenoiserV2:
-    """The arguments of the denoiser of RAE v2 (spec II.3): pairs (backbone, head). It has no switches.
+    """The arguments of the RAE v2 denoiser (spec II.3). Pairs are (backbone, head).
 
-    The base output stands after `base_model_depth` blocks; the released one has 8.
+    The base output follows block number `base_model_depth`, which is 8 in the released model.
     """
 
     input_size: int
@@ -85,7 +96,15 @@ class PublishedDenoiserV2:
 
 
 def denoiser_v2_config(values: Mapping[str, Any], prediction: Prediction = "data") -> DenoiserConfig:
-    """Our configuration of a denoiser of RAE v2, from its arguments; as `denoiser_config` otherwise."""
+    """Return the configuration of a published RAE v2 denoiser.
+
+    Args:
+        values: the arguments of the published network (`PublishedDenoiserV2`).
+        prediction: the quantity that the network predicts.
+
+    Raises:
+        UserError: a field is unknown, or has a value that raekit does not support.
+    """
     published = from_dict(PublishedDenoiserV2, dict(values), "published denoiser, version 2")
     return DenoiserConfig(
         **_sizes(published),
@@ -99,7 +118,7 @@ def denoiser_v2_config(values: Mapping[str, Any], prediction: Prediction = "data
 
 
 def _sizes(published: PublishedDenoiser | PublishedDenoiserV2) -> dict[str, Any]:
-    """The fields of a DenoiserConfig that are sizes."""
+    """Return the DenoiserConfig fields for sizes, which v1 and v2 describe in the same way."""
     wide = isinstance(published.hidden_size, tuple)
     if isinstance(published.depth, tuple) != wide:
         raise UserError("published denoiser: hidden_size and depth must both be pairs, or both numbers")
@@ -107,7 +126,9 @@ def _sizes(published: PublishedDenoiser | PublishedDenoiserV2) -> dict[str, Any]
         _pair, (published.hidden_size, published.depth, published.num_heads, published.patch_size)
     )
     if patches[0] != patches[1]:
-        raise UserError(f"published denoiser: patch_size = {published.patch_size} is not supported, only two equal")
+        raise UserError(
+            f"published denoiser: patch_size = {published.patch_size} is not supported, only two equal numbers"
+        )
     parts = [TransformerConfig(width=widths[i], depth=depths[i], heads=heads[i]) for i in range(2 if wide else 1)]
     grid = (published.input_size, published.input_size)
     return {
@@ -155,15 +176,18 @@ _DENOISER_BLOCK = {
     "adaLN_modulation.1": "modulation",
     "adaln_modulation.1": "modulation",
 }
-# Projections that version 2 keeps apart, and version 1 and we as one.
+# Projections that v2 stores separately. v1 and raekit store them as one.
 _FUSED = {"attn.qkv": ("attn.q", "attn.k", "attn.v"), "mlp.w12": ("mlp.w1", "mlp.w2")}
 
 
 def denoiser_state(state: State, config: DenoiserConfig) -> dict[str, Tensor]:
-    """Our Denoiser's state dict from the published one of a DiT, a DiT^DH, or the denoiser of RAE v2.
+    """Convert the state dict of a published DiT, DiT^DH or RAE v2 denoiser to raekit's.
 
-    UserError if its position or rotary tables are not ours. A network trained without class dropout has no
-    null class: its row of the label table becomes zero.
+    A network trained without class dropout has no null class. Its row in the label table becomes zero. Missing,
+    unexpected and misshapen tensors pass through, for `load_strict` to report.
+
+    Raises:
+        UserError: a position or rotary table is not the fixed one.
     """
     ours = {}
     names = _DENOISER | (_DIT_DH if config.head else _DIT) | (_DENOISER_V2 if config.context else {})
@@ -188,7 +212,7 @@ def denoiser_state(state: State, config: DenoiserConfig) -> dict[str, Tensor]:
 
 
 def _denoiser_tables(config: DenoiserConfig) -> dict[str, Tensor]:
-    """The fixed tables under their published names and in their published layout."""
+    """Return the fixed position and rotary tables, with their published names and layout."""
     tables = {}
     if config.positions:
         tables["pos_embed"] = sincos_positions(config.backbone.width, config.token_grid)[None]
@@ -206,7 +230,7 @@ def _denoiser_tables(config: DenoiserConfig) -> dict[str, Tensor]:
 
 
 def _fused(state: State) -> dict[str, Tensor]:
-    """`state` with the projections of `_FUSED` put together; one that lacks a part is left for `load_strict`."""
+    """Join the projections in `_FUSED`. Incomplete ones stay as they are, for `load_strict` to report."""
     ours = dict(state)
     for key in state:
         for whole, (first, *others) in _FUSED.items():
@@ -218,14 +242,14 @@ def _fused(state: State) -> dict[str, Tensor]:
 
 
 def _patch_matrix(kernel: Tensor) -> Tensor:
-    """A patch embedding's convolution (d, C, p, p) as a matrix (d, p*p*C) over `layers.patchify`'s order."""
+    """Reshape a patch embedding's kernel (d, C, p, p) to a matrix (d, p*p*C), in the order of `layers.patchify`."""
     return kernel.permute(0, 2, 3, 1).flatten(1) if kernel.ndim == 4 else kernel
 
 
 def _halves(rows: Tensor, part: TransformerConfig) -> Tensor:
     """Reorder each head's rows from interleaved rotary pairs (0 1) (2 3) .. to halves (0 2 ..) (1 3 ..).
 
-    Rows that do not divide into heads are left for `load_strict` to report.
+    Rows that do not divide into heads stay as they are, for `load_strict` to report.
     """
     pairs = part.width // part.heads // 2
     return rows if len(rows) % (2 * pairs) else rows.unflatten(0, (-1, pairs, 2)).transpose(1, 2).flatten(0, 2)

@@ -1,4 +1,4 @@
-"""What the names and shapes of a published denoiser's tensors tell about its sizes."""
+"""Derive a published denoiser's arguments from the names and shapes of its tensors."""
 
 import math
 from typing import Any
@@ -11,10 +11,18 @@ from raekit.models.denoiser_config import SIZES
 
 
 def denoiser_arguments(state: State) -> dict[str, Any]:
-    """The arguments of a published denoiser that its names and shapes tell; empty if it is none.
+    """Return the arguments of a published denoiser, derived from its names and shapes.
 
-    The label table is taken to have a row for no class, `mlp_ratio` and `base_model_depth` to be the released ones.
-    UserError if the shapes leave it open where the head begins, how many heads or how many tokens there are.
+    The label table is assumed to contain the null class. `mlp_ratio` and `base_model_depth` are not derived: their
+    defaults are the released values.
+
+    Returns:
+        Arguments for `denoiser_config`, or for `denoiser_v2_config` if they contain `num_t_tokens`. Empty if the
+        state dict is not a published denoiser.
+
+    Raises:
+        UserError: the shapes do not determine where the head begins, the number of attention heads, or the number
+            of tokens.
     """
     embeds = [state.get(f"{name}.proj.weight") for name in ("s_embedder", "x_embedder")]
     kernels = [kernel for kernel in embeds if kernel is not None and kernel.ndim == 4]
@@ -30,13 +38,13 @@ def denoiser_arguments(state: State) -> dict[str, Any]:
         if not second:
             inside = [width == widths[0] for width in blocks]
             if widths[0] == widths[1]:
-                raise UserError("backbone and head are equally wide, so the shapes do not tell where the head begins")
+                raise UserError("backbone and head are equally wide, so the shapes do not show where the head begins")
         depths = [sum(inside), len(blocks) - sum(inside)]
     rope = "rope" if second else "feat_rope"
     tables = [state.get(f"{part}{rope}.freqs_cos") for part in (("enc_", "dec_") if len(widths) == 2 else ("",))]
     placed = [table for table in (state.get("pos_embed"), tables[-1]) if table is not None]
     if not placed:
-        raise UserError("it has no table of positions, so the shapes do not tell the number of tokens")
+        raise UserError("no position table, so the shapes do not give the number of tokens")
     channels, patch = kernels[0].shape[1], kernels[0].shape[2]
     values: dict[str, Any] = {
         "input_size": math.isqrt(placed[0].shape[-2]) * patch,
@@ -71,7 +79,7 @@ _LABELS = ("y_embedder.embedding_table.weight", "ctx_embedder.embedding_table.we
 
 
 def _block_widths(state: State) -> list[int]:
-    """The widths of the blocks, as far as they are numbered without a gap."""
+    """Return the width of each block, up to the first gap in the numbering."""
     widths = []
     while (weight := state.get(f"blocks.{len(widths)}.attn.proj.weight")) is not None:
         widths.append(len(weight))
@@ -79,11 +87,15 @@ def _block_widths(state: State) -> list[int]:
 
 
 def _head_count(state: State, width: int, block: int, table: Tensor | None) -> int:
-    """The heads of a part, by the size of one: from its rotary table, its QK-norm, or what is published."""
+    """Return the number of attention heads in the backbone or head.
+
+    The size of an attention head follows from the rotary table or the QK-norm. Without these, the published model
+    of the same width gives the number.
+    """
     norm = state.get(f"blocks.{block}.attn.q_norm.weight")
     if table is not None or norm is not None:
         size = table.shape[-1] if table is not None else len(norm)  # type: ignore[arg-type]
         return max(width // size, 1)
     if heads := next((size.heads for size in SIZES.values() if size.width == width), None):
         return heads
-    raise UserError(f"no published size is {width} wide, and the shapes do not tell its heads")
+    raise UserError(f"no published size has width {width}, and the shapes do not give the number of heads")

@@ -1,4 +1,4 @@
-"""The AutoencoderRAE of diffusers, from and to its folder."""
+"""Read and write the folder of a diffusers AutoencoderRAE."""
 
 import logging
 from pathlib import Path
@@ -32,14 +32,22 @@ _log = logging.getLogger(__name__)
 
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 DIFFUSERS_VERSION = "0.42.1"
-"""Whose format is written."""
+"""The diffusers version whose format `write_diffusers` writes."""
 
 
 def read_diffusers(folder: Path, values: dict[str, Any]) -> AutoencoderParts:
-    """Read the folder of an AutoencoderRAE, whose `config.json` holds `values`."""
+    """Read the folder of an AutoencoderRAE.
+
+    Args:
+        folder: the folder, with `config.json` and the weights.
+        values: the contents of `config.json`.
+
+    Raises:
+        UserError: a file is missing or does not fit the configuration, or the encoder is not a registered encoder.
+    """
     path, source = folder / "config.json", folder / DIFFUSERS_WEIGHTS
     if values["_class_name"] != "AutoencoderRAE":
-        raise UserError(f"{path}: a {values['_class_name']} of diffusers is not supported, only AutoencoderRAE")
+        raise UserError(f"{path}: diffusers' {values['_class_name']} is not supported, only AutoencoderRAE")
     with about(path):
         config = from_dict(
             DiffusersAutoencoder, {k: v for k, v in values.items() if not k.startswith("_")}, "AutoencoderRAE"
@@ -47,15 +55,15 @@ def read_diffusers(folder: Path, values: dict[str, Any]) -> AutoencoderParts:
         built = config.decoder
     if config.grid != DIFFUSERS_GRID:
         _log.warning(
-            "%s: read as v1's decoder, which counts the positions of its %dx%d tokens by ones; diffusers spreads them "
-            "over 16x16, and decodes to other images",
+            "%s: read with v1's position table, which spaces the %dx%d tokens one apart; diffusers spreads them over "
+            "16x16, so it decodes the same latents to different images",
             path,
             *config.grid,
         )
     read = {key: value.float() if is_real(value) else value for key, value in read_weights(source).items()}
     decoder, encoder, rest = from_diffusers(read)
     ours = checked_decoder(decoder, built, f"{source}: does not fit config.json")
-    # The statistics are of one of several shapes, which are looked at below.
+    # The statistics may have several shapes. `statistics_from_diffusers` checks them.
     wanted = {key: rest.get(key, torch.empty(1)) for key in ("_latents_mean", "_latents_std")}
     wanted |= dict.fromkeys(("encoder_mean", "encoder_std"), torch.empty(1, 3, 1, 1))
     if faults := mismatches(rest, wanted):
@@ -67,21 +75,21 @@ def read_diffusers(folder: Path, values: dict[str, Any]) -> AutoencoderParts:
             config.scaling_factor,
             (config.encoder_hidden_size, *config.grid),
         )
-    name = _registered(config, encoder, (rest["encoder_mean"], rest["encoder_std"]), source)
+    name = _registered_name(config, encoder, (rest["encoder_mean"], rest["encoder_std"]), source)
     return AutoencoderParts(
         AutoencoderConfig(encoder=name, encoder_size=config.encoder_input_size, decoder=built), ours, mean, var
     )
 
 
-def _registered(config: DiffusersAutoencoder, state: State, colours: tuple[Tensor, Tensor], source: Path) -> str:
-    """The registered encoder that has the weights `state`: our models hold an encoder by its name."""
+def _registered_name(config: DiffusersAutoencoder, state: State, colours: tuple[Tensor, Tensor], source: Path) -> str:
+    """Return the name of the registered encoder with these weights: a raekit model refers to its encoder by name."""
     family, _ = DIFFUSERS_ENCODERS[config.encoder_type]
     sizes = (family, config.encoder_hidden_size, config.encoder_patch_size)
     names = [name for name, spec in REGISTRY.items() if (spec.family, spec.width, spec.patch_size) == sizes]
     if not names:
         raise UserError(
-            f"{source}: no encoder is registered that is a {config.encoder_type} of {config.encoder_hidden_size} "
-            f"channels with patches of {config.encoder_patch_size}"
+            f"{source}: no registered encoder is a {config.encoder_type} with {config.encoder_hidden_size} channels "
+            f"and patch size {config.encoder_patch_size}"
         )
     failed = None
     for name in names:
@@ -91,23 +99,26 @@ def _registered(config: DiffusersAutoencoder, state: State, colours: tuple[Tenso
             failed = error
             continue
         pairs = zip(colours, (ours.mean[None], ours.std[None]), strict=True)
-        # Far enough for a folder in half precision, and too near for another family's.
+        # The tolerance allows half precision, but is smaller than the difference between two families.
         if all(torch.allclose(*pair, rtol=0, atol=2e-3) for pair in pairs) and _same_weights(ours, config, state):
             return name
-    raise failed or UserError(f"{source}: its encoder has other weights, mean or deviation than {', '.join(names)}")
+    raise failed or UserError(
+        f"{source}: the encoder differs from {', '.join(names)} in weights, mean or standard deviation; only models "
+        "with a registered encoder can be read"
+    )
 
 
 def _same_weights(encoder: Encoder, config: DiffusersAutoencoder, state: State) -> bool:
     ours: Any = encoder.model
     if ours.config.num_hidden_layers != config.encoder_num_hidden_layers:
         return False
-    norm = FAMILIES[encoder.spec.family].norm  # whose weights play no part
+    norm = FAMILIES[encoder.spec.family].norm  # AutoencoderRAE has no weights for it
     given = {key: value for key, value in state.items() if "head." not in key}
     given |= dict.fromkeys((f"{norm}.weight", f"{norm}.bias"), torch.zeros(config.encoder_hidden_size))
     try:
-        # transformers knows its own earlier names, which older folders have.
+        # transformers translates the tensor names of its earlier versions, which older folders have.
         theirs = type(ours).from_pretrained(None, config=ours.config, state_dict=given).state_dict()
-    except RuntimeError:  # of other shapes
+    except RuntimeError:  # the shapes differ
         return False
     found = {key: value for key, value in ours.state_dict().items() if not key.startswith(f"{norm}.")}
     return any(
@@ -117,20 +128,26 @@ def _same_weights(encoder: Encoder, config: DiffusersAutoencoder, state: State) 
 
 
 def write_diffusers(parts: AutoencoderParts, folder: Path) -> None:
-    """A folder for `AutoencoderRAE.from_pretrained`, with the encoder's weights in it."""
+    """Write an autoencoder as a folder for `AutoencoderRAE.from_pretrained`, including the encoder's weights.
+
+    Raises:
+        UserError: diffusers does not support the encoder, its layers, or the decoder's token grid.
+    """
     only_last_block(parts, "diffusers")
     encoder = load_encoder(parts.config.encoder, parts.config.encoder_size)
     model: Any = encoder.model
     spec, decoder = encoder.spec, parts.config.decoder
     kind = next((kind for kind, (family, _) in DIFFUSERS_ENCODERS.items() if family == spec.family), None)
     if kind is None:
-        raise UserError(f"{parts.config.encoder}: diffusers has no such encoder, only {', '.join(DIFFUSERS_ENCODERS)}")
+        raise UserError(
+            f"{parts.config.encoder}: diffusers does not support this encoder, only {', '.join(DIFFUSERS_ENCODERS)}"
+        )
     if decoder.grid != encoder.grid or decoder.norm_eps != 1e-12:
-        raise UserError("diffusers: the decoder must be built for the encoder's grid, with norm_eps = 1e-12")
+        raise UserError("diffusers: supports only decoders with the encoder's token grid and norm_eps = 1e-12")
     if decoder.grid != DIFFUSERS_GRID:
         raise UserError(
-            f"diffusers: it would decode this to other images, as it spreads positions over {DIFFUSERS_GRID} tokens "
-            f"where the decoder counts {decoder.grid} by ones"
+            f"diffusers: would decode this model to different images; it spreads positions over {DIFFUSERS_GRID} "
+            f"tokens, but this decoder spaces its {decoder.grid} tokens one apart"
         )
     mean, std = statistics_for_diffusers(parts.mean, parts.var)
     values = {
@@ -163,9 +180,9 @@ def write_diffusers(parts: AutoencoderParts, folder: Path) -> None:
 
 
 def _diffusers_encoder(encoder: Encoder, config: DiffusersAutoencoder) -> dict[str, Tensor]:
-    """The encoder's weights, if it is as diffusers would build it: its configuration tells only a few sizes."""
+    """Return the encoder's weights, if diffusers would build the same network from the few sizes in its config."""
     model: Any = encoder.model
-    ours, norm = model.config, FAMILIES[encoder.spec.family].norm  # the final norm, without weights there
+    ours, norm = model.config, FAMILIES[encoder.spec.family].norm  # AutoencoderRAE has no weights for the final norm
     theirs = type(ours)(
         hidden_size=config.encoder_hidden_size,
         patch_size=config.encoder_patch_size,
@@ -179,7 +196,7 @@ def _diffusers_encoder(encoder: Encoder, config: DiffusersAutoencoder) -> dict[s
         {key: value for key, value in tensors.items() if not key.startswith(f"{norm}.")}
         for tensors in (model.state_dict(), wanted)
     )
-    # SigLIP's pooling, which nobody uses but diffusers has.
+    # diffusers includes SigLIP's pooling head, although nothing uses it.
     state |= {k: torch.zeros(v.shape) for k, v in wanted.items() if k.startswith("head.") and k not in state}
     faults = [
         f"{field} = {getattr(ours, field)}, expected {getattr(theirs, field)}"

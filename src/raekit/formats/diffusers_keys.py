@@ -1,4 +1,4 @@
-"""The AutoencoderRAE of diffusers."""
+"""Map the names, arguments and latent statistics of diffusers' AutoencoderRAE."""
 
 import math
 import re
@@ -15,7 +15,10 @@ from raekit.weights import VARIANCE_EPS, check_statistics
 
 DIFFUSERS_EPS = 1e-5
 DIFFUSERS_GRID = (16, 16)
-"""The only token grid on which diffusers (0.42.1) has the published positions: it spreads them over this one."""
+"""The only token grid for which diffusers (0.42.1) computes the published position table.
+
+diffusers spreads the positions of every grid over the range of this one.
+"""
 
 DiffusersEncoder = Literal["dinov2", "siglip2", "mae"]
 DIFFUSERS_ENCODERS: dict[DiffusersEncoder, tuple[str, int]] = {
@@ -23,14 +26,15 @@ DIFFUSERS_ENCODERS: dict[DiffusersEncoder, tuple[str, int]] = {
     "siglip2": ("siglip", 256),
     "mae": ("vit_mae", 224),
 }
-"""The `encoder_type` of diffusers' AutoencoderRAE, with our family and its size of pretraining."""
+"""For each `encoder_type` of AutoencoderRAE: raekit's family, and the image size of its position table in pixels."""
 
 
 @configclass
 class DiffusersAutoencoder:
     """The arguments of diffusers' AutoencoderRAE, with its defaults.
 
-    The statistics are read from the weights, where they stand as well; noise and loss belong to training.
+    `latents_mean` and `latents_std` are not read from here, because the weights contain them too. `noise_tau` and
+    `use_encoder_loss` only affect training.
     """
 
     encoder_type: DiffusersEncoder = "dinov2"
@@ -58,14 +62,18 @@ class DiffusersAutoencoder:
         if self.encoder_patch_size < 1:
             raise UserError(f"encoder_patch_size: {self.encoder_patch_size} must be at least 1")
         if self.encoder_hidden_size < 64 or self.encoder_hidden_size % 64:
-            raise UserError(f"encoder_hidden_size: {self.encoder_hidden_size} is no multiple of a head's 64 channels")
+            raise UserError(
+                f"encoder_hidden_size: {self.encoder_hidden_size} must be a multiple of 64, the channels of a head"
+            )
         if self.encoder_input_size % self.encoder_patch_size:
             raise UserError(
-                f"encoder_input_size: {self.encoder_input_size} is no multiple of encoder_patch_size = "
+                f"encoder_input_size: {self.encoder_input_size} must be a multiple of encoder_patch_size = "
                 f"{self.encoder_patch_size}"
             )
         if self.image_size not in (None, self.patch_size * self.grid[0]):
-            raise UserError(f"image_size: {self.image_size} is not the {self.grid[0]} patches of patch_size")
+            raise UserError(
+                f"image_size: {self.image_size} must be {self.grid[0]} patches of patch_size = {self.patch_size}"
+            )
         if not 0 < self.scaling_factor < math.inf:
             raise UserError(f"scaling_factor: {self.scaling_factor} must be positive and finite")
 
@@ -96,7 +104,11 @@ _DIFFUSERS_ATTENTION = {
 
 
 def from_diffusers(state: State) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """The state dict of an AutoencoderRAE as those of its decoder (under v1's names), its encoder, and the rest."""
+    """Split an AutoencoderRAE's state dict.
+
+    Returns:
+        The decoder's tensors with their v1 names, the encoder's tensors, and all other tensors.
+    """
     parts: tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]] = ({}, {}, {})
     for key, value in state.items():
         if key.startswith("decoder."):
@@ -111,7 +123,7 @@ def from_diffusers(state: State) -> tuple[dict[str, Tensor], dict[str, Tensor], 
 
 
 def diffusers_decoder_state(published: State) -> dict[str, Tensor]:
-    """The decoder's part of an AutoencoderRAE's state dict, from v1's, which has a position table as well."""
+    """Convert a v1 decoder's state dict to the decoder tensors of an AutoencoderRAE, without the position table."""
     names = {theirs: name for name, theirs in _DIFFUSERS_ATTENTION.items()}
     state = {}
     for key, value in published.items():
@@ -125,16 +137,28 @@ def diffusers_decoder_state(published: State) -> dict[str, Tensor]:
 def statistics_from_diffusers(
     mean: Tensor, std: Tensor, scale: float, shape: tuple[int, ...]
 ) -> tuple[Tensor | None, Tensor]:
-    """Our mean (None for its zeros) and variance, with which `whiten` gives the latents that diffusers gives.
+    """Return the mean and variance with which raekit produces the same latents as diffusers.
 
-    It divides by std + 1e-5, although its files hold sqrt(var + 1e-5) for std: its latents are smaller than v1's,
-    by 0.01 % where the deviation is 0.1. UserError if the tensors do not expand to `shape`.
+    diffusers divides by `_latents_std` + 1e-5. Its converted files already hold sqrt(var + 1e-5) there, so its
+    latents are slightly smaller than v1's: by 0.01 % where the standard deviation is 0.1.
+
+    Args:
+        mean: `_latents_mean`.
+        std: `_latents_std`.
+        scale: `scaling_factor`.
+        shape: the latent's shape (C, H, W). `mean` and `std` are expanded to it.
+
+    Returns:
+        Mean and variance, each of shape (C, H, W). The mean is None if it is zero everywhere.
+
+    Raises:
+        UserError: the tensors do not expand to `shape`, or hold impossible values.
     """
     try:
         mean, std = mean.double().expand(shape), std.double().expand(shape)
     except RuntimeError:
         given = f"{tuple(mean.shape)} and {tuple(std.shape)}"
-        raise UserError(f"_latents_mean and _latents_std are {given}, expected {shape}") from None
+        raise UserError(f"_latents_mean and _latents_std have shapes {given}, expected {shape}") from None
     var = ((std + DIFFUSERS_EPS) / scale).square() - VARIANCE_EPS
     ours = (mean.float().clone() if mean.any() else None), var.float()
     check_statistics(*ours)
@@ -142,6 +166,6 @@ def statistics_from_diffusers(
 
 
 def statistics_for_diffusers(mean: Tensor | None, var: Tensor) -> tuple[Tensor, Tensor]:
-    """`_latents_mean` and `_latents_std` with which diffusers, for all its epsilon, gives our latents."""
+    """Return the `_latents_mean` and `_latents_std` with which diffusers produces the same latents as raekit."""
     std = (var.double() + VARIANCE_EPS).sqrt() - DIFFUSERS_EPS
     return (torch.zeros(1) if mean is None else mean.float()), std.float()

@@ -1,4 +1,4 @@
-"""The published discriminator's heads (spec 1.7)."""
+"""Map the tensor names of the published discriminator's heads (spec 1.7)."""
 
 from torch import Tensor
 
@@ -15,7 +15,7 @@ _SPECTRAL = {"weight_orig": "weight", "weight_u": "u", "weight_v": "v"}
 
 
 def discriminator_state(state: State) -> dict[str, Tensor]:
-    """Our Discriminator's state dict from the published one, which is that of its heads too (without `heads.`)."""
+    """Convert the published discriminator's state dict to raekit's. The prefix `heads.` is optional in the names."""
     ours = {}
     for key, value in state.items():
         head, _, rest = key.removeprefix("heads.").partition(".")

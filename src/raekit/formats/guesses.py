@@ -1,4 +1,4 @@
-"""What a file of weights looks like."""
+"""Describe what a state dict looks like, for error messages about a wrong file."""
 
 from raekit.errors import UserError
 from raekit.formats.decoder_keys import DECODERS, decoder_part, decoder_sizes
@@ -8,7 +8,7 @@ from raekit.models.denoiser_config import SIZES
 
 
 def guess(state: State) -> str:
-    """What a state dict looks like, as the end of a sentence; empty if it is like nothing that we know."""
+    """Return a phrase for what a state dict looks like, such as "an encoder". Empty if nothing known matches."""
     state = decoder_part(state)
     if denoiser := _denoiser(state):
         return denoiser
@@ -25,9 +25,9 @@ def guess(state: State) -> str:
 
 _KINDS = {
     "decoder_layers.0.attention.to_q.weight": "the weights of diffusers' AutoencoderRAE: give their folder",
-    "x_embedder.proj.weight": "a denoiser, of stage 2",
-    "blocks.0.attention.qkv.weight": "weights of raekit: give their folder",
-    "blocks.0.attn.qkv.weight": "a vision transformer, as the discriminator's",
+    "x_embedder.proj.weight": "a denoiser (stage 2)",
+    "blocks.0.attention.qkv.weight": "raekit weights: give their folder",
+    "blocks.0.attn.qkv.weight": "a vision transformer, such as the discriminator's backbone",
     "embeddings.cls_token": "an encoder",
     "var": "latent statistics",
 }

@@ -1,4 +1,4 @@
-"""Our own model folders."""
+"""Read and write raekit's own model folders."""
 
 import dataclasses
 from pathlib import Path
@@ -18,7 +18,15 @@ from raekit.weights import check_fit, load_strict
 
 
 def read_model(name: str, denoiser: bool = True) -> Parts:
-    """Read the artifacts of a model, run or Hub repository of ours; `denoiser` False leaves that out."""
+    """Read the autoencoder and the denoiser of a raekit model, run or Hub repository, as far as it contains them.
+
+    Args:
+        name: the model, as for `find_folder`.
+        denoiser: if False, read only the autoencoder.
+
+    Raises:
+        UserError: there is no such model, or it contains neither.
+    """
     found: list[UserError] = []
     places = {}
     for kind in ("autoencoder", "denoiser") if denoiser else ("autoencoder",):
@@ -37,7 +45,7 @@ def read_model(name: str, denoiser: bool = True) -> Parts:
 def _read_autoencoder(found: artifacts.Artifact) -> AutoencoderParts:
     path, values = found.path, found.config
     if "baseline" in values:
-        raise UserError(f"{path}: names {values['baseline']}, a baseline, whose weights are not ours to convert")
+        raise UserError(f"{path}: names the baseline {values['baseline']}; baselines cannot be converted")
     config = from_dict(AutoencoderConfig, values, path / "config.json")
     if (own := path.parent / "encoder").is_dir():
         config = dataclasses.replace(config, encoder=str(own))
@@ -56,7 +64,7 @@ def _read_denoiser(found: artifacts.Artifact) -> DenoiserParts:
 
 
 def write_model(parts: Parts, folder: Path) -> None:
-    """`autoencoder/` and `denoiser/`, those of them that there are."""
+    """Write the parts that are present to the subfolders `autoencoder/` and `denoiser/`."""
     if parts.autoencoder:
         own = parts.autoencoder
         with torch.device("meta"):

@@ -1,4 +1,7 @@
-"""What is converted: models as configurations and our state dicts, without the weights of encoders."""
+"""The models that readers pass to writers: configurations and raekit state dicts, without encoder weights.
+
+This module also holds the checks and error messages that several readers and writers share.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +22,14 @@ from raekit.models.registry import REGISTRY, EncoderSpec, LayersConfig, Size, gr
 
 @dataclass(frozen=True)
 class AutoencoderParts:
-    """An autoencoder without its encoder's weights: our decoder's state dict, and the statistics (C, H, W)."""
+    """An autoencoder without the weights of its encoder.
+
+    Attributes:
+        config: the configuration. It refers to the encoder by name.
+        decoder: raekit's decoder state dict.
+        mean: the latents' mean, of shape (C, H, W). None means that nothing is subtracted.
+        var: the latents' variance, of shape (C, H, W).
+    """
 
     config: AutoencoderConfig
     decoder: dict[str, Tensor]
@@ -28,14 +38,14 @@ class AutoencoderParts:
     trained_on: str | None = None
 
     def build(self) -> Autoencoder:
-        """The autoencoder, with the weights of its encoder; UserError if those are not there."""
+        """Build the autoencoder. This loads the encoder's weights, and fails if they are not available."""
         encoder = load_encoder(self.config.encoder, self.config.encoder_size, self.config.layers)
         return Autoencoder.build(self.config, encoder, self.decoder, (self.mean, self.var), "autoencoder")
 
 
 @dataclass(frozen=True)
 class DenoiserParts:
-    """A denoiser: our state dict."""
+    """A denoiser: its configuration and raekit state dict."""
 
     config: DenoiserConfig
     state: dict[str, Tensor]
@@ -47,7 +57,7 @@ class DenoiserParts:
 
 @dataclass(frozen=True)
 class Parts:
-    """What a source holds: an autoencoder, a denoiser, or both, of the same latents."""
+    """The contents of a source: an autoencoder, a denoiser, or both. Both must have the same latent shape."""
 
     autoencoder: AutoencoderParts | None = None
     denoiser: DenoiserParts | None = None
@@ -62,27 +72,37 @@ class Parts:
 def geometry(
     encoder: str, size: Size | None, layers: LayersConfig | None = None
 ) -> tuple[EncoderSpec, tuple[int, int]]:
-    """What the encoder is, and its grid; a registered one is not loaded. UserError if it has not these `layers`."""
+    """Return an encoder's specification and token grid. A registered encoder is not loaded.
+
+    Args:
+        encoder: the encoder's name, as for `load_encoder`.
+        size: the image size in pixels. Default: the encoder's own.
+        layers: the layers that form the latent. Only checked for an encoder that is loaded.
+
+    Raises:
+        UserError: there is no such encoder, it lacks the layers, or the patch size does not divide the image size.
+    """
     spec = REGISTRY.get(encoder) or load_encoder(encoder, layers=layers or LayersConfig()).spec
     return spec, grid_of(spec, encoder, size)
 
 
 def only_last_block(parts: AutoencoderParts, form: str) -> None:
+    """Raise a UserError, naming the format `form`, unless the latents come from the encoder's last block only."""
     if parts.config.layers != LayersConfig():
         raise UserError(
-            f"{parts.config.encoder}, {parts.config.layers}: {form} has the latents of an encoder's last block alone"
+            f"{parts.config.encoder}, {parts.config.layers}: {form} supports only latents of the encoder's last block"
         )
 
 
 def guessed(state: State) -> str:
-    """The end of a message about `state`: what it looks like, if that is known."""
+    """Return the end of an error message: what the state dict looks like. Empty if nothing known matches."""
     kind = guess(state)
     return f"; this looks like {kind}" if kind else ""
 
 
 @contextmanager
 def about(source: Path) -> Iterator[None]:
-    """Let a UserError within say which file it is about."""
+    """Add the file name `source` to a UserError raised in this context, unless its message has it already."""
     try:
         yield
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Published models by name, downloaded and converted when they are first asked for."""
+"""The names of published models. A model is downloaded and converted at its first use, and then cached."""
 
 import os
 from dataclasses import dataclass
@@ -24,7 +24,14 @@ V1, V2 = "nyu-visionx/RAE-collections", "nyu-visionx/RAEv2-models"
 
 @dataclass(frozen=True, kw_only=True)
 class Release:
-    """Where a published autoencoder lies on the Hub, and the fields of its AutoencoderConfig but `decoder`."""
+    """A published autoencoder.
+
+    Attributes:
+        repository: the repository on the Hub.
+        decoder: the path of the decoder's file in the repository.
+        statistics: the path of the statistics file. None if there is none: latents are then not whitened.
+        fields: the AutoencoderConfig fields, except `decoder`.
+    """
 
     repository: str
     decoder: str
@@ -66,12 +73,19 @@ RELEASES = {
     **{f"raev2-dinov3-l-{k}": _v2("imagenet", k) for k in ("k1", "k7", "k23")},
     **{f"raev2-dinov3-l-{k}-general": _v2("general", k) for k in ("k1", "k7", "k23")},
 }
-"""The published autoencoders (spec 7.1, II.9). No statistics are published for DINOv2-S."""
+"""The published autoencoders by name (spec 7.1, II.9). No statistics are published for DINOv2-S."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DenoiserRelease:
-    """Where a published denoiser lies on the Hub, what it is, and the published autoencoder of its latents."""
+    """A published denoiser.
+
+    Attributes:
+        repository: the repository on the Hub.
+        denoiser: the path of the denoiser's file in the repository.
+        config: the denoiser's configuration.
+        autoencoder: the name of the published autoencoder that produces its latents.
+    """
 
     repository: str
     denoiser: str
@@ -117,19 +131,25 @@ DENOISERS = {
         autoencoder="raev2-dinov3-l-k7",
     ),
 }
-"""The published denoisers (spec 7.1, II.3, II.9)."""
+"""The published denoisers by name (spec 7.1, II.3, II.9)."""
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept."""
+    """Return the cache of converted models: `RAEKIT_CACHE`, by default `raekit` in Hugging Face's `HF_HOME`."""
     return Path(os.environ.get("RAEKIT_CACHE") or Path(constants.HF_HOME, "raekit")).expanduser()
 
 
 def cached(name: str, kind: str | None = None) -> Path:
-    """The folder of the published model `name`, downloaded and converted if this is the first time.
+    """Return the folder of a published model. Download and convert the model if it is not in the cache.
 
-    That of a denoiser's autoencoder, if `kind` asks for it: several denoisers share one. UserError, with the command
-    to run, if the Hub does not deliver.
+    Args:
+        name: a published name.
+        kind: the artifact that is wanted. For a denoiser's name, "autoencoder" returns the folder of the denoiser's
+            autoencoder, which several denoisers share.
+
+    Raises:
+        UserError: the Hub does not deliver a file (the message contains the command to run), the file is not the
+            published model, or the cache is not writable.
     """
     release = RELEASES[name] if name in RELEASES else DENOISERS[name]
     if isinstance(release, DenoiserRelease) and kind == "autoencoder":
@@ -138,8 +158,8 @@ def cached(name: str, kind: str | None = None) -> Path:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{folder.parent}: {error.strerror}; set RAEKIT_CACHE to a folder to write to") from None
-    with WeakFileLock(folder.with_name(f"{name}.lock")):  # of several processes, one converts
+        raise UserError(f"{folder.parent}: {error.strerror}; set RAEKIT_CACHE to a writable folder") from None
+    with WeakFileLock(folder.with_name(f"{name}.lock")):  # only one of several processes converts
         if not (folder / ("denoiser" if isinstance(release, DenoiserRelease) else "autoencoder")).is_dir():
             paths = [_download(name, release, file) for file in release.files]
             if isinstance(release, DenoiserRelease):
@@ -156,12 +176,12 @@ def _download(name: str, release: Release | DenoiserRelease, file: str) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             f"{name}: the Hub did not deliver {file} of {release.repository} ({type(error).__name__}); run "
-            f"{', '.join(_commands(release))} where there is a network"
+            f"{', '.join(_commands(release))} on a machine with network access"
         ) from None
 
 
 def _commands(release: Release | DenoiserRelease) -> list[str]:
-    """What fetches all files of a release: a denoiser's autoencoder among them, and the encoder of that."""
+    """Return the commands that download a release with its encoder, and for a denoiser also its autoencoder."""
     own = f"`hf download {release.repository} {' '.join(release.files)}`"
     if isinstance(release, DenoiserRelease):
         return [own, *_commands(RELEASES[release.autoencoder])]
@@ -169,4 +189,4 @@ def _commands(release: Release | DenoiserRelease) -> list[str]:
 
 
 NAMES = (*RELEASES, *DENOISERS)
-"""All published names."""
+"""The names of all published models."""

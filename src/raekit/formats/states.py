@@ -1,4 +1,4 @@
-"""What all published state dicts have in common: wrappers, prefixes, fixed tables."""
+"""Handle what all published state dicts share: checkpoint wrappers, name prefixes and fixed tables."""
 
 import re
 from collections.abc import Mapping
@@ -11,28 +11,40 @@ from raekit.errors import UserError
 
 State = Mapping[str, Tensor]
 
-# Tables are computed in float32 by some versions and may have passed through bfloat16; another grid, base
-# of the frequencies or order of the axes is off by about one.
+# Correct tables differ by rounding: some versions compute them in float32, and some store them in bfloat16. A table
+# for another grid, frequency base or order of axes differs by about 1.
 TABLE_TOLERANCE = 5e-3
 
 
 def unwrap(checkpoint: Any) -> dict[str, Tensor]:
-    """The state dict in a checkpoint: `ema` if there is one, else `model`, else the checkpoint itself.
+    """Return the state dict in a checkpoint: `ema` if present, else `model`, else the checkpoint itself.
 
-    Prefixes that wrappers leave behind (`module.`, `_orig_mod.`) are removed. UserError if it is none.
+    The name prefixes that DDP and torch.compile add (`module.`, `_orig_mod.`) are removed.
+
+    Raises:
+        UserError: there is no state dict.
     """
     state = checkpoint
     if isinstance(checkpoint, Mapping):
         state = next((checkpoint[key] for key in ("ema", "model") if isinstance(checkpoint.get(key), Mapping)), state)
     if not isinstance(state, Mapping) or not state:
-        raise UserError("checkpoint: holds no state dict, neither bare nor under `ema` or `model`")
+        raise UserError("checkpoint: holds no state dict, neither at the top level nor under `ema` or `model`")
     if foreign := sorted(str(key) for key, value in state.items() if not isinstance(value, Tensor)):
-        raise UserError(f"checkpoint: no state dict, as these are no tensors: {', '.join(foreign[:8])}")
+        raise UserError(f"checkpoint: not a state dict, because these are not tensors: {', '.join(foreign[:8])}")
     return {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in state.items()}
 
 
 def without_tables(state: State, tables: State) -> dict[str, Tensor]:
-    """`state` without the fixed tables, which have to be equal to `tables` where they are given (on meta: as large)."""
+    """Return the state dict without the fixed tables, after comparing them with the expected values.
+
+    Args:
+        state: a published state dict. Any table may be absent. Of a table on the meta device, only the shape is
+            compared.
+        tables: the expected values by published name.
+
+    Raises:
+        UserError: a table has another shape or other values.
+    """
     for key in tables.keys() & state.keys():
         given, table = state[key].float(), tables[key]
         if given.shape != table.shape:
@@ -43,7 +55,7 @@ def without_tables(state: State, tables: State) -> dict[str, Tensor]:
 
 
 def rename(key: str, names: Mapping[str, str]) -> str:
-    """`key` with the beginning that `names` lists replaced; another key stays as it is."""
+    """Replace the beginning of a dotted name by the first match in `names`. Other names stay unchanged."""
     for theirs, ours in names.items():
         if key == theirs or key.startswith(theirs + "."):
             return ours + key.removeprefix(theirs)

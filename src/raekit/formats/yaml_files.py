@@ -1,4 +1,4 @@
-"""A published YAML: the files that it names, and how it samples."""
+"""Read a published YAML and the model files that it names."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,15 @@ from raekit.models.denoiser_config import DenoiserConfig
 
 
 def read_yaml(path: Path, denoiser: bool = True) -> Parts:
-    """The autoencoder of a YAML, and its denoiser if the YAML names its file; `denoiser` False leaves that out."""
+    """Read the autoencoder of a published YAML, and the denoiser if the YAML names its file.
+
+    Args:
+        path: the YAML file.
+        denoiser: if False, read only the autoencoder.
+
+    Raises:
+        UserError: the YAML is not a published YAML, or a file that it names is missing or does not fit.
+    """
     values = check_sections(_load(path), path)
     config, decoder = published_autoencoder(values, path)
     with about(path):
@@ -35,14 +43,21 @@ def read_yaml(path: Path, denoiser: bool = True) -> Parts:
 
 
 def read_denoiser_config(path: Path) -> DenoiserConfig:
-    """The denoiser that a YAML describes, whatever files it names."""
+    """Read the configuration of the denoiser in a published YAML, without opening the files that the YAML names."""
     if not (described := published_denoiser(check_sections(_load(path), path), path)):
-        raise UserError(f"{path}: describes no denoiser, as it has no section stage_2")
+        raise UserError(f"{path}: has no section stage_2, so it describes no denoiser")
     return described[0]
 
 
 def read_published(path: Path) -> tuple[Parts, Sampling]:
-    """The whole model of a YAML of sampling, and how it samples, with the weaker model of its guidance."""
+    """Read a published sampling YAML.
+
+    Returns:
+        The autoencoder and denoiser, and the sampling settings. For autoguidance, these contain the weaker model.
+
+    Raises:
+        UserError: as for `read_yaml`, or the YAML lacks the denoiser's file or the sampling settings.
+    """
     values = check_sections(_load(path), path)
     described = published_denoiser(values, path)
     if not described or not described[1]:
@@ -65,11 +80,11 @@ def _read_denoiser(path: Path, config: DenoiserConfig, file: str) -> DenoiserPar
 
 
 def _find(path: Path, name: str) -> Path:
-    # Published files give paths from the root of their repository, in some folder of which they stand.
+    # Published paths are relative to the repository's root. The YAML lies in a folder somewhere below the root.
     for folder in (*path.resolve().parents, Path()):
         if (folder / name).exists():
             return folder / name
-    raise UserError(f"{path}: {name} is neither in the working folder nor in one above this file")
+    raise UserError(f"{path}: {name} is neither in the working folder nor in any folder above this file")
 
 
 def _load(path: Path) -> Any:

@@ -1,7 +1,7 @@
-"""The YAML of the published trainings and samplings, of version 1 (spec 7.5) and of version 2.
+"""The schema of published YAML files of RAE v1 (spec 7.5) and v2: the sections that describe a model.
 
-Sections of training are not read, but must be known. What is read is read strictly: a field that we do not know, and
-a value that we do not build, is a UserError that names it.
+Training sections are accepted and ignored. In all other sections, an unknown field or an unsupported value is a
+UserError that names the field. `yaml_sampling` holds the sections that describe sampling.
 """
 
 import math
@@ -24,12 +24,20 @@ YAML_SECTIONS_V2 = ("conditioning", "dataset")
 
 
 def check_sections(values: Any, source: str | Path) -> Mapping[str, Any]:
-    """`values` if they are those of a published YAML; UserError if they are not, or have an unknown section."""
+    """Return the contents of a YAML unchanged, after checking that they have the sections of a published YAML.
+
+    Args:
+        values: the contents of the file.
+        source: the file's name for error messages.
+
+    Raises:
+        UserError: there is no section `stage_1`, or a section is unknown.
+    """
     if not isinstance(values, Mapping) or not isinstance(values.get("stage_1"), Mapping):
-        raise UserError(f"{source}: no published configuration, as it has no section stage_1")
+        raise UserError(f"{source}: not a published YAML, because it has no section stage_1")
     known = YAML_SECTIONS + YAML_SECTIONS_V2
     if unknown := sorted(str(key) for key in values.keys() - set(known)):
-        raise UserError(f"{source}: unknown {', '.join(unknown)}; expected {', '.join(known)}")
+        raise UserError(f"{source}: unknown section {', '.join(unknown)}; expected {', '.join(known)}")
     return values
 
 
@@ -41,12 +49,12 @@ ENCODER_CLASSES: dict[EncoderClass, str] = {
     "SigLIP2wNorm": "siglip",
     "MAEwNorm": "vit_mae",
 }
-"""The published classes of encoders, with our family of each."""
+"""raekit's family for each published encoder class."""
 
 
 @configclass
 class PublishedEncoder:
-    """`encoder_params` of a YAML: one of the two paths is the encoder's. Without `normalize` we have no latents."""
+    """`encoder_params` of a v1 YAML. One of the two paths names the encoder. raekit supports only `normalize: true`."""
 
     dinov2_path: str | None = None
     model_name: str | None = None
@@ -55,7 +63,7 @@ class PublishedEncoder:
 
 @configclass
 class PublishedAutoencoder:
-    """`stage_1.params` of a YAML (spec 7.5), with the published defaults. `noise_tau` belongs to training."""
+    """`stage_1.params` of a v1 YAML (spec 7.5), with the published defaults. `noise_tau` only affects training."""
 
     encoder_cls: EncoderClass = "Dinov2withNorm"
     encoder_config_path: str | None = None
@@ -70,10 +78,10 @@ class PublishedAutoencoder:
     eps: float = VARIANCE_EPS
 
     def fields(self) -> dict[str, Any]:
-        """Those of AutoencoderConfig but `decoder`."""
+        """Return the AutoencoderConfig fields, except `decoder`."""
         path = self.encoder_params.dinov2_path or self.encoder_params.model_name or self.encoder_config_path
         if path is None:
-            raise UserError("names no encoder, neither in stage_1.params.encoder_params nor encoder_config_path")
+            raise UserError("names no encoder; set stage_1.params.encoder_params or encoder_config_path")
         family = ENCODER_CLASSES[self.encoder_cls]
         names = [name for name, spec in REGISTRY.items() if (spec.family, spec.hub_id) == (family, path)]
         return {"encoder": names[0] if names else f"{family}:{path}", "encoder_size": self.encoder_input_size}
@@ -81,7 +89,7 @@ class PublishedAutoencoder:
 
 @configclass
 class PublishedAutoencoderV2:
-    """`stage_1.params` of a YAML of version 2, which names encoder and layers in one word."""
+    """`stage_1.params` of a v2 YAML, with the published defaults. `encoder_name` names the encoder and its layers."""
 
     encoder_name: str
     resolution: int = 256
@@ -93,7 +101,7 @@ class PublishedAutoencoderV2:
     eps: float = VARIANCE_EPS
 
     def fields(self) -> dict[str, Any]:
-        """Those of AutoencoderConfig but `decoder`."""
+        """Return the AutoencoderConfig fields, except `decoder`."""
         match = re.fullmatch(r"dinov3(mls)?-vit-([sbl])16(?:\[layers=(\d+(?:\.\d+)*)\])?", self.encoder_name)
         if not match or bool(match[1]) != bool(match[3]):
             raise UserError(
@@ -113,7 +121,7 @@ class PublishedAutoencoderV2:
 
 @configclass
 class PublishedStage1:
-    """`stage_1` of a YAML. `ckpt`, of a whole autoencoder, goes before the decoder's own file."""
+    """`stage_1` of a v1 YAML. `ckpt` is a complete autoencoder, and overrides `params.pretrained_decoder_path`."""
 
     target: str
     params: PublishedAutoencoder
@@ -122,7 +130,7 @@ class PublishedStage1:
 
 @configclass
 class PublishedStage1V2:
-    """`stage_1` of a YAML of version 2."""
+    """`stage_1` of a v2 YAML. `ckpt` is as in v1."""
 
     target: str
     params: PublishedAutoencoderV2
@@ -132,9 +140,14 @@ class PublishedStage1V2:
 def published_autoencoder(
     values: Mapping[str, Any], source: str | Path
 ) -> tuple[PublishedAutoencoder | PublishedAutoencoderV2, str]:
-    """The autoencoder that a published YAML describes, and the file of its decoder.
+    """Return the autoencoder that a published YAML describes, and the path of its decoder's file.
 
-    UserError names what is unknown or missing.
+    Args:
+        values: the contents of the YAML.
+        source: the file's name for error messages.
+
+    Raises:
+        UserError: a field is unknown, missing or not supported.
     """
     section = values["stage_1"]
     params = section.get("params")
@@ -143,9 +156,7 @@ def published_autoencoder(
     if class_name(stage.target) != "RAE":
         raise UserError(f"{source}: stage_1.target = {stage.target} is not supported, only stage1.RAE")
     if not (decoder := stage.ckpt or stage.params.pretrained_decoder_path):
-        raise UserError(
-            f"{source}: names no decoder, neither in stage_1.params.pretrained_decoder_path nor stage_1.ckpt"
-        )
+        raise UserError(f"{source}: names no decoder; set stage_1.params.pretrained_decoder_path or stage_1.ckpt")
     return stage.params, decoder
 
 
@@ -154,7 +165,7 @@ def published_autoencoder(
 
 @configclass
 class PublishedStage2:
-    """`stage_2` of a YAML, and `guidance.guidance_model`."""
+    """`stage_2` or `guidance.guidance_model` of a YAML: a denoiser."""
 
     target: str
     params: dict[str, Any]
@@ -163,7 +174,7 @@ class PublishedStage2:
 
 @configclass
 class PublishedTransport:
-    """`transport` of a YAML (version 1: its `params`). The distribution of times belongs to training."""
+    """`transport` of a v2 YAML, or `transport.params` of a v1 YAML. `time_dist_type` only affects training."""
 
     path_type: Literal["Linear"] = "Linear"
     prediction: Literal["velocity", "x"] = "velocity"
@@ -173,7 +184,11 @@ class PublishedTransport:
 
 @configclass
 class PublishedMisc:
-    """`misc` of a YAML. Times are shifted by the root of `time_dist_shift_dim`, or the latent's, over the base."""
+    """`misc` of a YAML.
+
+    The time shift is sqrt(`time_dist_shift_dim` / `time_dist_shift_base`). By default, the dimension is the number
+    of values in a latent.
+    """
 
     latent_size: tuple[int, int, int] | None = None
     num_classes: int | None = None
@@ -184,7 +199,7 @@ class PublishedMisc:
 
 @configclass
 class PublishedContext:
-    """`conditioning.arch` of a YAML of version 2."""
+    """`conditioning.arch` of a v2 YAML."""
 
     num_t_tokens: int = 4
     num_c_tokens: int = 8
@@ -192,7 +207,7 @@ class PublishedContext:
 
 @configclass
 class PublishedConditioning:
-    """`conditioning` of a YAML of version 2. The dropout belongs to training."""
+    """`conditioning` of a v2 YAML. `cfg_dropout_prob` only affects training."""
 
     type: Literal["label"] = "label"
     cfg_dropout_prob: float = 0.1
@@ -200,11 +215,14 @@ class PublishedConditioning:
 
 
 VERSIONS = {"DiTwDDTHead": 1, "LightningDiT": 1, "DiTwDDTHeadIG": 2}
-"""The published classes of denoisers, with the version that has them."""
+"""The RAE version of each published denoiser class."""
 
 
 def published_denoiser(values: Mapping[str, Any], source: str | Path) -> tuple[DenoiserConfig, str | None] | None:
-    """The denoiser that a published YAML describes, and its file if it names one; None without a section stage_2."""
+    """Return the denoiser that a published YAML describes, and its file (None if the YAML names none).
+
+    Without a section `stage_2`, return None. The arguments are as for `published_autoencoder`.
+    """
     if values.get("stage_2") is None:
         return None
     return described_denoiser(values, values["stage_2"], f"{source}: stage_2", source)
@@ -213,6 +231,17 @@ def published_denoiser(values: Mapping[str, Any], source: str | Path) -> tuple[D
 def described_denoiser(
     values: Mapping[str, Any], section: Any, where: str, source: str | Path
 ) -> tuple[DenoiserConfig, str | None]:
+    """Return the denoiser that one section of a published YAML describes, and its file (None if it names none).
+
+    Args:
+        values: the contents of the YAML. The sections `transport`, `misc` and `conditioning` apply too.
+        section: the contents of `stage_2`, or of `guidance.guidance_model`.
+        where: the section's name for error messages.
+        source: the file's name for error messages.
+
+    Raises:
+        UserError: a field is unknown or not supported, or two sections contradict each other.
+    """
     stage = from_dict(PublishedStage2, section, where)
     if not (version := VERSIONS.get(class_name(stage.target))):
         raise UserError(f"{where}: target = {stage.target} is not supported, only {', '.join(VERSIONS)}")
@@ -247,4 +276,5 @@ def described_denoiser(
 
 
 def class_name(target: str) -> str:
+    """Return the class name at the end of a dotted path."""
     return target.rsplit(".", 1)[-1]

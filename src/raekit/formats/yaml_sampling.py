@@ -1,4 +1,4 @@
-"""How a published YAML samples: its sections `sampler` and `guidance`."""
+"""The schema of published YAML files of RAE v1 and v2: the sections that describe sampling."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,15 +12,13 @@ from raekit.flow.solvers import Grid, SolverName
 from raekit.formats.yaml_model import VERSIONS, PublishedStage2, class_name, described_denoiser
 from raekit.models.denoiser_config import DenoiserConfig
 
-# Sampling.
-
 SOLVERS: dict[str, SolverName] = {"euler": "euler", "heun2": "heun", "dopri5": "dopri5"}
-"""The published names of solvers, those of torchdiffeq, with ours."""
+"""raekit's name for each published solver. The published names come from torchdiffeq."""
 
 
 @configclass
 class PublishedSolver:
-    """`sampler.params` of a YAML."""
+    """`sampler.params` of a v1 YAML."""
 
     sampling_method: Literal["euler", "heun2", "dopri5"] = "euler"
     num_steps: int = 50
@@ -31,7 +29,7 @@ class PublishedSolver:
 
 @configclass
 class PublishedSampler:
-    """`sampler` of a YAML. Of its SDE the published steps do not run as they are shipped (spec 8)."""
+    """`sampler` of a v1 YAML. `mode: SDE` is not supported: the published SDE steps crash (spec 8)."""
 
     mode: Literal["ODE"] = "ODE"
     params: PublishedSolver = PublishedSolver()
@@ -39,14 +37,14 @@ class PublishedSampler:
 
 @configclass
 class PublishedSamplerV2:
-    """`sampler` of a YAML of version 2, which has Euler steps alone."""
+    """`sampler` of a v2 YAML. v2 has only Euler steps."""
 
     num_steps: int = 50
 
 
 @configclass
 class PublishedInterval:
-    """`guidance.cfg` and `guidance.ig` of a YAML of version 2."""
+    """`guidance.cfg` or `guidance.ig` of a v2 YAML: a scale, and the interval of time in which it applies."""
 
     scale: float = 1.0
     t_min: float = 0.0
@@ -55,7 +53,10 @@ class PublishedInterval:
 
 @configclass
 class PublishedGuidance(PublishedInterval):
-    """`guidance` of a YAML. The shipped ones write t-min and t-max, which the published sampler does not read."""
+    """`guidance` of a v1 YAML.
+
+    The published files write `t-min` and `t-max`, which the published sampler ignores. raekit applies both spellings.
+    """
 
     method: Literal["cfg", "autoguidance"] = "cfg"
     guidance_model: dict[str, Any] | None = None
@@ -63,7 +64,7 @@ class PublishedGuidance(PublishedInterval):
 
 @configclass
 class PublishedGuidanceV2:
-    """`guidance` of a YAML of version 2."""
+    """`guidance` of a v2 YAML: classifier-free and internal guidance."""
 
     cfg: PublishedInterval = PublishedInterval()
     ig: PublishedInterval = PublishedInterval()
@@ -71,7 +72,10 @@ class PublishedGuidanceV2:
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedSampling:
-    """How a published YAML samples. `weak` is the weaker denoiser of its guidance, with its file."""
+    """The sampling settings of a published YAML, as in `Sampling`.
+
+    `weak` is the weaker denoiser of autoguidance and its file, which is not read here.
+    """
 
     steps: int
     solver: SolverName
@@ -83,9 +87,17 @@ class PublishedSampling:
 
 
 def published_sampling(values: Mapping[str, Any], source: str | Path) -> PublishedSampling:
-    """How a published YAML samples; UserError if it does not say, or in a way that we do not have."""
+    """Return the sampling settings of a published YAML.
+
+    Args:
+        values: the contents of the YAML.
+        source: the file's name for error messages.
+
+    Raises:
+        UserError: a section or field is missing, unknown or not supported.
+    """
     if not isinstance(values.get("sampler"), Mapping):
-        raise UserError(f"{source}: does not tell how to sample, as it has no section sampler")
+        raise UserError(f"{source}: has no section sampler, so it does not say how to sample")
     stage = from_dict(PublishedStage2, values.get("stage_2"), f"{source}: stage_2")
     where, given = f"{source}: guidance", values.get("guidance") or {}
     if VERSIONS.get(class_name(stage.target)) == 2:
@@ -97,17 +109,17 @@ def published_sampling(values: Mapping[str, Any], source: str | Path) -> Publish
     if isinstance(given, Mapping):
         spelled = {str(key).replace("t-m", "t_m"): value for key, value in given.items()}
         if len(spelled) < len(given):
-            raise UserError(f"{where}: gives one time in two spellings, as t-min and t_min")
+            raise UserError(f"{where}: gives the same time in two spellings, such as t-min and t_min; keep one")
         given = spelled
     guidance = from_dict(PublishedGuidance, given, where)
     rules = _rule("auto" if guidance.method == "autoguidance" else "cfg", guidance, where)
     weak = None
     if rules and guidance.method == "autoguidance":
         if guidance.guidance_model is None:
-            raise UserError(f"{where}.guidance_model: missing; it is what autoguidance leads away from")
+            raise UserError(f"{where}.guidance_model: missing; autoguidance needs a weaker model")
         config, file = described_denoiser(values, guidance.guidance_model, f"{where}.guidance_model", source)
         if not file:
-            raise UserError(f"{where}.guidance_model.ckpt: missing")
+            raise UserError(f"{where}.guidance_model.ckpt: missing; give the weaker model's file")
         weak = (config, file)
     return PublishedSampling(
         steps=solver.num_steps,
@@ -121,7 +133,7 @@ def published_sampling(values: Mapping[str, Any], source: str | Path) -> Publish
 
 
 def _rule(method: Literal["cfg", "auto", "internal"], given: PublishedInterval, where: str) -> list[Guidance]:
-    """A scale of 1 is no guidance, as the published files write it."""
+    """Return at most one rule. In the published files, a scale of 1 means no guidance."""
     if given.scale == 1:
         return []
     try:
