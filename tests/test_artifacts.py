@@ -10,9 +10,11 @@ from torch import nn
 from raekit import artifacts
 from raekit.distributed import World
 from raekit.errors import UserError
+from raekit.formats.conversion import convert
 from raekit.models.autoencoder import Autoencoder
 from raekit.models.denoiser import Denoiser
 from raekit.models.encoders import load_encoder
+from raekit.stages.inspection import describe_folder
 
 LOADERS = {"encoder": load_encoder, "autoencoder": Autoencoder.load, "denoiser": Denoiser.load}
 KINDS = pytest.mark.parametrize("kind", LOADERS)
@@ -63,8 +65,15 @@ def test_what_is_not_there_is_named_with_the_place(tmp_path, kind):
     ):
         LOADERS[kind](str(tmp_path))
     (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(UserError, match="this run has saved none yet"):
+    with pytest.raises(UserError, match="this run has not saved one yet"):
         LOADERS[kind](str(tmp_path))
+
+
+def test_a_damaged_artifact_is_an_error_and_not_left_out(copy, tmp_path):
+    (copy / "denoiser" / "config.json").write_text("{")
+    for use in (lambda: convert(str(copy), tmp_path / "out"), lambda: describe_folder(str(copy))):
+        with pytest.raises(UserError, match=r"denoiser/config\.json: not valid JSON"):
+            use()
 
 
 def test_an_artifact_of_another_kind_is_not_taken(tiny_model):

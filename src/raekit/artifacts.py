@@ -24,6 +24,10 @@ from raekit.weights import check_statistics, read_weights
 STATISTICS = "statistics.safetensors"
 
 
+class MissingArtifact(UserError):
+    """A model has no artifact of a kind. Another error means that the artifact is damaged or the model is missing."""
+
+
 class Artifact(NamedTuple):
     """An artifact on disk.
 
@@ -49,14 +53,15 @@ def find(name: str, kind: str, ema: float | None = None) -> Artifact:
         ema: the decay of the average that is wanted. Default: the artifact that stands first.
 
     Raises:
-        UserError: the model has no such artifact. The message says where it was looked for.
+        MissingArtifact: the model has no such artifact. The message says where it was looked for.
+        UserError: there is no such model, or its config is damaged.
     """
     folder = find_folder(name, kind)
     for path in (folder / "artifact" / kind, folder / kind, folder):
         if found := _read(path, kind):
             return found if ema is None else _average(name, found, kind, ema)
     hint = "; this run has not saved one yet" if (folder / "checkpoints").is_dir() else ""
-    raise UserError(f"{name}: holds no {kind} (looked for {kind}/config.json of kind {kind!r} in {folder}){hint}")
+    raise MissingArtifact(f"{name}: holds no {kind} (looked for {kind}/config.json of kind {kind!r} in {folder}){hint}")
 
 
 def averages(path: Path, kind: str) -> dict[float, Artifact]:

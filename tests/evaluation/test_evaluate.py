@@ -161,6 +161,8 @@ def test_the_dataset_is_recorded_and_survives_loading_and_saving(trained, plants
     model.autoencoder.save(tmp_path / "copy")
     raekit.convert(str(tmp_path / "copy"), tmp_path / "converted")
     assert artifacts.find(str(tmp_path / "converted"), "denoiser").trained_on == address
+    shutil.rmtree(tmp_path / "copy")  # the converted model is complete, with its encoder
+    assert load(str(tmp_path / "converted")).trained_on == address
     for kind in ("autoencoder", "denoiser"):
         assert artifacts.find("builtin:emoji", kind).trained_on == "emoji"
 

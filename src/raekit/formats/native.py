@@ -14,6 +14,7 @@ from raekit.models.autoencoder import AutoencoderConfig
 from raekit.models.decoder import Decoder
 from raekit.models.denoiser import Denoiser
 from raekit.models.denoiser_config import DenoiserConfig
+from raekit.models.encoders import load_encoder
 from raekit.weights import check_fit, load_strict
 
 
@@ -27,12 +28,12 @@ def read_model(name: str, denoiser: bool = True) -> Parts:
     Raises:
         UserError: there is no such model, or it contains neither.
     """
-    found: list[UserError] = []
+    found: list[artifacts.MissingArtifact] = []
     places = {}
     for kind in ("autoencoder", "denoiser") if denoiser else ("autoencoder",):
         try:
             places[kind] = artifacts.find(name, kind)
-        except UserError as error:
+        except artifacts.MissingArtifact as error:
             found.append(error)
     if not places:
         raise found[0]
@@ -64,7 +65,10 @@ def _read_denoiser(found: artifacts.Artifact) -> DenoiserParts:
 
 
 def write_model(parts: Parts, folder: Path) -> None:
-    """Write the parts that are present to the subfolders `autoencoder/` and `denoiser/`."""
+    """Write the parts that are present to the subfolders `autoencoder/` and `denoiser/`.
+
+    An encoder that raekit pretrained is copied to `encoder/`, so that the folder is complete.
+    """
     if parts.autoencoder:
         own = parts.autoencoder
         with torch.device("meta"):
@@ -80,6 +84,8 @@ def write_model(parts: Parts, folder: Path) -> None:
             trained_on=own.trained_on,
             statistics=statistics,
         )
+        if Path(own.config.encoder).is_dir():
+            load_encoder(own.config.encoder).save(folder)
     if parts.denoiser:
         made = parts.denoiser
         with torch.device("meta"):

@@ -92,7 +92,7 @@ def describe_folder(name: str, reach: tuple[str, float] | None = None) -> str:
     for kind in ("encoder", "autoencoder", "denoiser"):
         try:
             path, values, _, trained_on = artifacts.find(name, kind)
-        except UserError:
+        except artifacts.MissingArtifact:
             continue
         state = read_weights(path / "model.safetensors")
         types = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}))
