@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -76,6 +77,16 @@ def statuses(path: Path) -> dict[str, str]:
     return {what: status for status, what, _ in reference.check(path)}
 
 
+LARGE_ERROR = "a relative error above 1e-3"
+
+
+def says(text: str, message: str) -> bool:
+    """Return whether a reason contains `message`. The digits of an error depend on the processor, its size does not."""
+    if message != LARGE_ERROR:
+        return message in text
+    return any(float(number) > 1e-3 for number in re.findall(r"\d\.\d+e[-+]\d+", text))
+
+
 def reason(path: Path) -> str:
     return next(detail for status, _, detail in reference.check(path) if status == "FAIL")
 
@@ -140,7 +151,7 @@ def test_only_the_outputs_of_the_file_are_compared(golden: Golden, tmp_path: Pat
         ("ditdh_small", lambda c: c["state_dict_keys"].append("other"), {}, "state_dict_keys"),
         ("ditdh_small", None, {"shift": np.float64(2.0)}, "shift is 2.0"),
         ("gan_losses", lambda c: c.update(loss="wasserstein"), {}, "unused entries: loss"),
-        ("lr_schedules", lambda c: c.update(steps_per_epoch=26), {}, "e-0"),
+        ("lr_schedules", lambda c: c.update(steps_per_epoch=26), {}, LARGE_ERROR),
         ("rae_dinov2", lambda c: c.update(encoder="ConvNeXt"), {}, "encoder ConvNeXt is not one of"),
         ("rae_dinov2", lambda c: c.update(mean=1.0), {"mean": None}, "mean is in config"),
         ("rae_dinov2", lambda c: c["encoder_shapes"].pop("layernorm.bias"), {}, "missing layernorm.bias"),
@@ -161,7 +172,7 @@ def test_what_is_not_understood_fails_with_a_reason(
 ):
     path = rewrite(golden(f"{name}.npz"), tmp_path / "case.npz", config, **arrays)
     assert "FAIL" in statuses(path).values()
-    assert any(part in reason(path) for part in message.split("|"))
+    assert any(says(reason(path), part) for part in message.split("|"))
 
 
 def test_a_scale_of_one_is_no_guidance(golden: Golden, tmp_path: Path):
@@ -369,8 +380,8 @@ def test_other_discriminators(norm: str, spectral: bool, tmp_path: Path):
     [
         (lambda c: c.update(recipe="S_8"), "recipe is S_8, but dino_shapes belong to T_8"),
         (lambda c: c.update(norm_type="sbn"), "norm_type sbn is not one of bn, gn"),
-        (lambda c: c.update(norm_type="gn"), "e-0"),
-        (lambda c: c.update(key_depths=[0, 2]), "e-0"),
+        (lambda c: c.update(norm_type="gn"), LARGE_ERROR),
+        (lambda c: c.update(key_depths=[0, 2]), LARGE_ERROR),
         (lambda c: c.update(key_depths=[1]), "unexpected heads.2"),
         (lambda c: c.pop("key_depths"), "no block 11"),
         (lambda c: c.update(kernel_size=5), "expected (192, 192, 5)"),
@@ -382,7 +393,7 @@ def test_other_discriminators(norm: str, spectral: bool, tmp_path: Path):
 )
 def test_another_discriminator_than_that_of_the_logits_fails(config, message: str, tmp_path: Path):
     path = discriminator_case(tmp_path / "case.npz", "bn", True)
-    assert message in reason(rewrite(path, tmp_path / "changed.npz", config))
+    assert says(reason(rewrite(path, tmp_path / "changed.npz", config)), message)
 
 
 def test_exit_status_is_the_number_of_failures(tmp_path: Path):
