@@ -314,6 +314,11 @@ def _encoder(
     for tower in ("vision_model.", "vit."):  # keep only the image tower of a complete model
         if any(key.startswith(tower) for key in state):
             state = {key.removeprefix(tower): value for key, value in state.items() if key.startswith(tower)}
+    if family == "vit_mae":  # its positions are a fixed table, which the cases keep
+        for key in [key for key in state if key.endswith("position_embeddings")]:
+            table = fixed_table("pos_embed", tuple(state[key].shape))
+            assert table is not None
+            state[key] = torch.from_numpy(table)
     # A case may list pooling heads and a MAE's decoder, which nothing here uses.
     state = {key: value for key, value in state.items() if not key.startswith(("head.", "pooler.", "decoder."))}
     load_strict(model, state, "reference case: encoder")

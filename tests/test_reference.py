@@ -405,6 +405,18 @@ def test_exit_status_is_the_number_of_failures(tmp_path: Path):
     assert "3 failed" in done.stdout
 
 
+def test_a_masked_autoencoder_keeps_its_fixed_positions():
+    from transformers.models.vit_mae import modeling_vit_mae
+
+    values: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    values |= {"intermediate_size": 16, "image_size": 16, "patch_size": 4}
+    fresh = modeling_vit_mae.ViTMAEModel(modeling_vit_mae.ViTMAEConfig(**values)).state_dict()
+    encoder = reference._encoder("mae", "vit_mae", values, {k: list(v.shape) for k, v in fresh.items()}, (16, 16))
+    table = modeling_vit_mae.get_2d_sincos_pos_embed(16, 4, add_cls_token=True)
+    found = encoder.model.state_dict()["embeddings.position_embeddings"]
+    assert np.allclose(found.numpy(), table[None], atol=1e-6)
+
+
 def test_filled_values():
     # As the weights of the shared cases were computed.
     weight = reference.fill_array("layer.weight", (3, 4))
