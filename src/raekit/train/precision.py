@@ -27,11 +27,17 @@ def autocast(precision: Precision, device: torch.device):
 
 
 @contextmanager
-def matmul_precision(precision: Precision) -> Iterator[None]:
-    """The context of forward and backward passes: in it CUDA's float32 products are those of `precision`."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+def float32_precision(precision: Precision) -> Iterator[None]:
+    """Set how CUDA computes float32 matrix products and convolutions in forward and backward passes.
+
+    They use TF32 for the precision `tf32`, and exact float32 for all others. On exit the earlier settings return.
+    """
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)  # torch allows TF32 in convolutions by default
+    before = [backend.allow_tf32 for backend in backends]
     try:
+        for backend in backends:
+            backend.allow_tf32 = precision == "tf32"
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        for backend, allowed in zip(backends, before, strict=True):
+            backend.allow_tf32 = allowed
