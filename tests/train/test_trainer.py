@@ -269,7 +269,7 @@ class Spy(torch.autograd.Function):
 
     @staticmethod
     def note() -> None:
-        Spy.seen.append((torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32))
+        Spy.seen.append((bool(torch.backends.cuda.matmul.allow_tf32), torch.backends.cudnn.allow_tf32))
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

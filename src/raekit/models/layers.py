@@ -142,16 +142,16 @@ def watch_logits(module: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 ALIGNMENT = 64
-"""Hidden channels come in multiples of this number where matrix products are in bf16."""
+"""SwiGLU computes in bf16 with a multiple of this number of hidden channels."""
 
 
 class SwiGLU(nn.Module):
     """w_out(silu(gate) * value), with gate and value from one projection, gate first.
 
-    The published widths are often odd (5461 for a head of 2048), and bf16 products of unaligned rows are slow: much
-    slower on GPUs, a little on CPUs with AMX. Autocast copies the weights for each pass anyway; here the copies get zeros
-    up to a multiple of `ALIGNMENT` hidden channels. The function is the same, because a channel of zeros adds
-    silu(0) * 0 = 0. Parameters, gradients, optimizers, averages and files see the true width only.
+    The published hidden widths are often unaligned (5461 for a width of 2048). GPUs and CPUs with AMX multiply such
+    matrices more slowly in bf16. Autocast copies the weights for each pass anyway. Here the copies get zeros up to a
+    multiple of `ALIGNMENT` hidden channels. The function is the same, because a channel of zeros adds silu(0) * 0 = 0.
+    Parameters, gradients, optimizers, averages and files have the published width.
     """
 
     def __init__(self, width: int, hidden: int) -> None:

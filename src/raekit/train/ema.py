@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 
 
 def averaged_copy(module: nn.Module) -> nn.Module:
-    """Return a frozen copy of `module` for `update`. Copy before compiling: a compiled forward keeps the old weights."""
+    """Return a frozen copy of `module` for `update`. Copy before compiling: a compiled forward keeps its weights."""
     return copy.deepcopy(module).requires_grad_(False).eval()
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -32,12 +32,11 @@ def float32_precision(precision: Precision) -> Iterator[None]:
 
     They use TF32 for the precision `tf32`, and exact float32 for all others. On exit the earlier settings return.
     """
-    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)  # torch allows TF32 in convolutions by default
-    before = [backend.allow_tf32 for backend in backends]
+    products: Any = torch.backends.cuda.matmul
+    convolutions: Any = torch.backends.cudnn
+    before = products.allow_tf32, convolutions.allow_tf32  # by default torch allows TF32 in convolutions only
+    products.allow_tf32 = convolutions.allow_tf32 = precision == "tf32"
     try:
-        for backend in backends:
-            backend.allow_tf32 = precision == "tf32"
         yield
     finally:
-        for backend, allowed in zip(backends, before, strict=True):
-            backend.allow_tf32 = allowed
+        products.allow_tf32, convolutions.allow_tf32 = before

@@ -44,15 +44,15 @@ class TrainConfig:
     Attributes:
         steps: Optimizer steps of the complete training.
         batch_size: Global batch: images per optimizer step, over all processes.
-        micro_batch: Images per forward pass on one process; gradients accumulate over the micro-batches of a step. The
-            default is the process's full share of the batch.
+        micro_batch: Images per forward pass on one process. Gradients accumulate over the micro-batches of a step. None
+            means the process's full share of the batch.
         precision: Number format of forward and backward passes, see `raekit.train.precision`. Weights stay float32.
         compile: Compile the blocks with torch.compile.
         checkpointing: Keep only the inputs of the blocks for the backward pass, which runs each block again.
         seed: Seed of the data order, of the noise and of all other random numbers.
         log_every: Steps between two records in metrics.jsonl.
-        monitor_every: Steps between two measurements of the largest attention logit; each costs one forward pass. Must be
-            a multiple of `log_every`. None turns them off.
+        monitor_every: Steps between two measurements of the largest attention logit, a multiple of `log_every`. Each
+            measurement costs one forward pass. None turns them off.
         checkpoint_every: Steps between two checkpoints.
         keep: Number of checkpoints to keep.
         max_skipped: Training fails after this many steps in a row whose gradient is not finite.
@@ -150,7 +150,7 @@ class Trainer:
                 for block in blocks or [replica]:
                     block.compile()
         optimizer = self.optimizers[objective.name] = build_optimizer(objective.optim, module, objective.convolutions)
-        # To read the state of a new optimizer, torch runs a step of it. Setting found_inf makes that step change nothing.
+        # To read the state of a new optimizer, torch runs one step. With found_inf = 1 that step changes nothing.
         optimizer.found_inf = torch.ones((), device=self.world.device)  # type: ignore[attr-defined]
 
     def fit(self, report: Report = lambda step, metrics: None) -> bool:
@@ -193,7 +193,7 @@ class Trainer:
                     paused = time.perf_counter()
                     self._evaluate(tracker)
                     began += time.perf_counter() - paused
-                    # Several processes ask each other only every tenth step, because each time all wait for the slowest.
+                    # Several processes ask each other every tenth step only, as each time all wait for the slowest.
                     if (self.world.size == 1 or self.step % 10 == 0) and self.world.any(bool(stopped)) and not last:
                         self.save()
                         return False
