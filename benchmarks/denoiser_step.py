@@ -3,9 +3,9 @@
     python benchmarks/denoiser_step.py [--size S] [--batch 4] [--precision bf16] [--repeats 5] [--out step.json]
 
 Eager and compiled steps, without and with activation checkpointing, take turns in one process. The table gives the
-ratio to the first step with its range over the turns. `rate` is the share of the machine's matmul rate, measured in the same
-run and precision, that the step reaches. Only the multiplications of a step without checkpointing count. Each variant
-has its own weights and moments; if they do not fit into memory together, choose some with `--only`.
+ratio to the first step with its range over the turns. `rate` is the share of the machine's matmul rate, measured in
+the same run and precision, that the step reaches. Only the multiplications of a step without checkpointing count. Each
+variant has its own weights and moments; if they do not fit into memory together, choose some with `--only`.
 """
 
 import argparse
