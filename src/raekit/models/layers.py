@@ -142,15 +142,15 @@ def watch_logits(module: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 ALIGNMENT = 64
-"""SwiGLU computes in bf16 with a multiple of this number of hidden channels."""
+"""Under autocast SwiGLU has a multiple of this number of hidden channels."""
 
 
 class SwiGLU(nn.Module):
     """w_out(silu(gate) * value), with gate and value from one projection, gate first.
 
     The published hidden widths are often unaligned (5461 for a width of 2048). GPUs and CPUs with AMX multiply such
-    matrices more slowly in bf16. Autocast copies the weights for each pass anyway. Here the copies get zeros up to a
-    multiple of `ALIGNMENT` hidden channels. The function is the same, because a channel of zeros adds silu(0) * 0 = 0.
+    matrices more slowly in bf16. Autocast copies float32 weights for each pass anyway. Here the copies get zeros up to
+    a multiple of `ALIGNMENT` hidden channels. The function is the same, because a channel of zeros adds silu(0) * 0 = 0.
     Parameters, gradients, optimizers, averages and files have the published width.
     """
 
@@ -162,8 +162,9 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         w_in, bias, w_out = self.w_in.weight, self.w_in.bias, self.w_out.weight
-        if self.padding and torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else w_in.dtype
+        if self.padding and dtype != w_in.dtype:
             w_in = F.pad(w_in.to(dtype).unflatten(0, (2, -1)), (0, 0, 0, self.padding)).flatten(0, 1)
             bias = F.pad(bias.to(dtype).unflatten(0, (2, -1)), (0, self.padding)).flatten()
             w_out = F.pad(w_out.to(dtype), (0, self.padding))
