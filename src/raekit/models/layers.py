@@ -150,7 +150,7 @@ class SwiGLU(nn.Module):
 
     The published hidden widths are often unaligned (5461 for a width of 2048). GPUs and CPUs with AMX multiply such
     matrices more slowly in bf16. Autocast copies float32 weights for each pass anyway. Here the copies get zeros up to
-    a multiple of `ALIGNMENT` hidden channels. The function is the same, because a channel of zeros adds silu(0) * 0 = 0.
+    a multiple of `ALIGNMENT` hidden channels. The function is the same: a channel of zeros adds silu(0) * 0 = 0.
     Parameters, gradients, optimizers, averages and files have the published width.
     """
 
@@ -161,15 +161,16 @@ class SwiGLU(nn.Module):
         self.padding = -hidden % ALIGNMENT
 
     def forward(self, x: Tensor) -> Tensor:
-        w_in, bias, w_out = self.w_in.weight, self.w_in.bias, self.w_out.weight
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else w_in.dtype
-        if self.padding and dtype != w_in.dtype:
-            w_in = F.pad(w_in.to(dtype).unflatten(0, (2, -1)), (0, 0, 0, self.padding)).flatten(0, 1)
-            bias = F.pad(bias.to(dtype).unflatten(0, (2, -1)), (0, self.padding)).flatten()
-            w_out = F.pad(w_out.to(dtype), (0, self.padding))
-        gate, value = F.linear(x, w_in, bias).chunk(2, dim=-1)
-        return F.linear(F.silu(gate) * value, w_out, self.w_out.bias)
+        if self.padding and torch.is_autocast_enabled(x.device.type) and self.w_in.weight.dtype == torch.float32:
+            return self._aligned(x, torch.get_autocast_dtype(x.device.type))
+        gate, value = self.w_in(x).chunk(2, dim=-1)
+        return self.w_out(F.silu(gate) * value)
+
+    def _aligned(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        weight, bias = (p.to(dtype).unflatten(0, (2, -1)) for p in (self.w_in.weight, self.w_in.bias))
+        weight = F.pad(weight, (0, 0, 0, self.padding)).flatten(0, 1)
+        gate, value = F.linear(x, weight, F.pad(bias, (0, self.padding)).flatten()).chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * value, F.pad(self.w_out.weight.to(dtype), (0, self.padding)), self.w_out.bias)
 
 
 def gelu_mlp(width: int, hidden: int, approximate: Gelu = "none") -> nn.Sequential:
