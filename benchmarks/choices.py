@@ -37,7 +37,8 @@ ATTENTION = F.scaled_dot_product_attention
 
 def interleaved_pairs(x: Tensor, rotary: layers.Rotary) -> Tensor:
     cos, sin = rotary
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    x_wide = x.to(torch.promote_types(x.dtype, cos.dtype))
+    a, b = x_wide.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(x.dtype)
 
 

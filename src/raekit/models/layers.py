@@ -61,13 +61,15 @@ def rotary_table(head_dim: int, grid: tuple[int, int], unplaced: int = 0) -> Rot
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """Rotate channel i against channel i + head_dim/2 of x (B, heads, N, head_dim), in float32 if x is in bf16.
+    """Rotate channel i against channel i + head_dim/2 of x (B, heads, N, head_dim).
 
-    Contiguous halves, where the published code interleaves the pairs: the same attention after a fixed
-    permutation of the query and key channels, which `raekit.formats.denoiser_keys` applies, and cheaper in eager mode.
+    A bf16 input is rotated in float32, the type of the table, as in the published code. The result has the type of x.
+    The rotated pairs lie in contiguous halves, while the published code interleaves them. The attention is the same
+    after a fixed permutation of the query and key channels, which `raekit.formats.denoiser_keys` applies. Halves are
+    cheaper in eager mode.
     """
     cos, sin = rotary
-    a, b = x.chunk(2, dim=-1)
+    a, b = x.to(torch.promote_types(x.dtype, cos.dtype)).chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
