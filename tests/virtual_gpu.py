@@ -94,7 +94,7 @@ def virtual_gpu() -> Iterator[Callable[[], int]]:
     """The device `GPU` is there meanwhile. Gives what counts how often the host waited for it so far."""
     machine = _Machine()
     tolist, autocast, generator = Tensor.tolist, torch.autocast, torch.Generator
-    autocast_enabled, autocast_dtype = torch.is_autocast_enabled, torch.get_autocast_dtype
+    autocast_enabled = torch.is_autocast_enabled
     fused = _foreach_utils._get_fused_kernels_supported_devices
 
     def made_here(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -114,8 +114,8 @@ def virtual_gpu() -> Iterator[Callable[[], int]]:
         "torch.Tensor.tolist": to_list,
         "torch.Generator": lambda device="cpu": generator(place(device)),
         "torch.autocast": lambda device_type, *args, **options: autocast(place(device_type), *args, **options),
-        "torch.is_autocast_enabled": lambda *device: autocast_enabled(*map(place, device)),
-        "torch.get_autocast_dtype": lambda device: autocast_dtype(place(device)),
+        # Autocast does not cast tensors of the virtual GPU, which compute in their own type.
+        "torch.is_autocast_enabled": lambda *device: GPU.type not in device and autocast_enabled(*device),
         "torch.optim.optimizer._get_fused_kernels_supported_devices": lambda: [*fused(), GPU.type],
     }
     swap = torch.__future__.get_swap_module_params_on_conversion()
