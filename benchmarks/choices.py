@@ -1,11 +1,19 @@
-"""What does each choice in a training step of DiT^DH bring? The step with one of them undone, beside ours.
+"""What does each choice in a training step of DiT^DH bring? Compare our step with steps that undo one choice.
 
-    python benchmarks/choices.py [--size S] [--batch 2] [--precision bf16] [--repeats 5] [--out choices.json]
+    python benchmarks/choices.py [--size S] [--batch 2] [--precision bf16] [--only NAME ...] [--modes compiled]
+        [--repeats 5] [--out choices.json]
 
-All take turns in one process, first eager, then compiled; each speed-up is to ours, with its range, so that below 1 is
-what a choice saves. Undone are: contiguous halves in the rotary embedding (the published code has interleaved pairs),
-the norm as one operation, the joint projection of queries, keys and values, attention without a mask (RAE v2's has one
-of zeros), the fused optimizer; and, compiled, blocks compiled one by one.
+The steps take turns in one process, first eager, then compiled. A speed-up is relative to our step and has its range
+over the turns; below 1, our choice is faster. These choices are undone:
+
+- contiguous halves in the rotary embedding (the published code interleaves pairs);
+- rotation in float32;
+- the norm as one operation;
+- one projection for queries, keys and values;
+- attention without a mask (RAE v2 passes a mask of zeros);
+- SwiGLU's hidden width aligned in bf16;
+- the fused optimizer;
+- blocks compiled one by one (compiled step only).
 """
 
 import argparse
@@ -28,9 +36,16 @@ ATTENTION = F.scaled_dot_product_attention
 
 
 def interleaved_pairs(x: Tensor, rotary: layers.Rotary) -> Tensor:
+    cos, sin = rotary
+    x_wide = x.to(torch.promote_types(x.dtype, cos.dtype))
+    a, b = x_wide.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(x.dtype)
+
+
+def rotate_in_type_of_input(x: Tensor, rotary: layers.Rotary) -> Tensor:
     cos, sin = (table.to(x.dtype) for table in rotary)
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
 def norm_in_steps(self: layers.RMSNorm, x: Tensor) -> Tensor:
@@ -49,12 +64,21 @@ def attention_with_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return ATTENTION(q, k, v, attn_mask=torch.zeros(q.shape[-2], k.shape[-2], dtype=q.dtype, device=q.device))
 
 
+def swiglu_not_aligned(self: layers.SwiGLU, x: Tensor) -> Tensor:
+    gate, value = self.w_in(x).chunk(2, dim=-1)
+    return self.w_out(F.silu(gate) * value)
+
+
 PATCHES: dict[str, tuple[Any, str, Any]] = {
     "interleaved rotary": (layers, "rotate", interleaved_pairs),
+    "rotation in bf16": (layers, "rotate", rotate_in_type_of_input),
     "norm in steps": (layers.RMSNorm, "forward", norm_in_steps),
     "three projections": (layers.Attention, "_project", three_projections),
     "attention with a mask": (layers.F, "scaled_dot_product_attention", attention_with_mask),
+    "SwiGLU not aligned": (layers.SwiGLU, "forward", swiglu_not_aligned),
 }
+NOT_FUSED, AS_ONE = "optimizer not fused", "compiled as one"
+MODES = ("eager", "compiled")
 
 
 def main() -> None:
@@ -62,6 +86,8 @@ def main() -> None:
     parser.add_argument("--size", default="S", choices=["S", "B", "L", "XL"])
     parser.add_argument("--batch", type=int, help="default: 2 on a CPU, 64 on a GPU")
     parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"])
+    parser.add_argument("--only", nargs="+", choices=(NOT_FUSED, AS_ONE, *PATCHES), metavar="NAME", help="default: all")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES, help="default: both")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, help="JSON files for the figures: FILE-eager.json and FILE-compiled.json")
     arguments = parser.parse_args()
@@ -76,16 +102,20 @@ def main() -> None:
             step()
 
     torch._dynamo.config.recompile_limit = 64  # a block is compiled for each variant and width
-    for mode in ("eager", "compiled"):
+    chosen = arguments.only or (NOT_FUSED, AS_ONE, *PATCHES)
+    for mode in arguments.modes:
         model = denoiser(arguments.size, device)
         fused, plain = (torch.optim.AdamW(model.parameters(), fused=f, foreach=not f) for f in (True, False))
-        variants = {"ours": stepper(model, fused), "optimizer not fused": stepper(model, plain)}
+        variants = {"ours": stepper(model, fused)}
+        if NOT_FUSED in chosen:
+            variants[NOT_FUSED] = stepper(model, plain)
         if mode == "compiled":
             compiled(model)
-            whole = denoiser(arguments.size, device)
-            whole.compile()
-            variants["compiled as a whole"] = stepper(whole, torch.optim.AdamW(whole.parameters(), fused=True))
-        variants |= {name: partial(undone, name, variants["ours"]) for name in PATCHES}
+            if AS_ONE in chosen:
+                complete = denoiser(arguments.size, device)
+                complete.compile()
+                variants[AS_ONE] = stepper(complete, torch.optim.AdamW(complete.parameters(), fused=True))
+        variants |= {name: partial(undone, name, variants["ours"]) for name in PATCHES if name in chosen}
         times = interleaved(variants, arguments.repeats, device)
         title = f"training step, DiT^DH-{arguments.size}, 768x16x16, batch {batch}, {arguments.precision}, {mode}"
         out = arguments.out and arguments.out.with_stem(f"{arguments.out.stem}-{mode}")

@@ -2,10 +2,10 @@
 
     python benchmarks/denoiser_step.py [--size S] [--batch 4] [--precision bf16] [--repeats 5] [--out step.json]
 
-Steps, eager and compiled, without and with activation checkpointing, alternate in one process; the ratio to the first
-is given with its range. `rate` is the share of the machine's own matmul rate in that precision, measured here, that
-the multiplications of a step without checkpointing reach (on a GPU, its MFU as measured, not of the data sheet). Each
-variant has weights and moments of its own: where they do not all fit, take them by `--only`.
+Eager and compiled steps, without and with activation checkpointing, take turns in one process. The table gives the
+ratio to the first step with its range over the turns. `rate` is the share of the machine's matmul rate, measured in
+the same run and precision, that the step reaches. Only the multiplications of a step without checkpointing count. Each
+variant has its own weights and moments; if they do not fit into memory together, choose some with `--only`.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--size", default="S", choices=["S", "B", "L", "XL"])
     parser.add_argument("--batch", type=int, help="default: 4 on a CPU, 64 on a GPU")
     parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"])
-    parser.add_argument("--only", nargs="+", choices=VARIANTS, metavar="NAME", help="of the variants; default: all")
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, metavar="NAME", help="variants to run; default: all")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     arguments = parser.parse_args()

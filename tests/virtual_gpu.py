@@ -94,6 +94,7 @@ def virtual_gpu() -> Iterator[Callable[[], int]]:
     """Enable the device `GPU`. Yield a function that returns how often the host has waited for the device so far."""
     machine = _Machine()
     tolist, autocast, generator = Tensor.tolist, torch.autocast, torch.Generator
+    autocast_enabled = torch.is_autocast_enabled
     fused = _foreach_utils._get_fused_kernels_supported_devices
 
     def made_here(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -113,6 +114,8 @@ def virtual_gpu() -> Iterator[Callable[[], int]]:
         "torch.Tensor.tolist": to_list,
         "torch.Generator": lambda device="cpu": generator(place(device)),
         "torch.autocast": lambda device_type, *args, **options: autocast(place(device_type), *args, **options),
+        # Autocast does not cast tensors of the virtual GPU, which compute in their own type.
+        "torch.is_autocast_enabled": lambda *device: GPU.type not in device and autocast_enabled(*device),
         "torch.optim.optimizer._get_fused_kernels_supported_devices": lambda: [*fused(), GPU.type],
     }
     swap = torch.__future__.get_swap_module_params_on_conversion()

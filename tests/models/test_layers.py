@@ -27,6 +27,8 @@ from raekit.models.layers import (
     unpatchify,
     watch_logits,
 )
+from raekit.train import ema
+from raekit.train.optim import OptimConfig, build_optimizer
 
 
 @pytest.mark.parametrize(("size", "grid"), [(1, (3, 3)), (2, (2, 3)), (4, (3, 1))])
@@ -110,6 +112,21 @@ def test_rotated_products_depend_on_relative_positions_alone():
     assert not torch.allclose(products[0, 0, 2, 3], products[0, 0, 3, 2], atol=1e-3)
 
 
+def test_bf16_is_rotated_in_float32():
+    torch.manual_seed(0)
+    rotary = rotary_table(16, (3, 4))
+    x, gradient = (torch.randn(2, 12, 16).bfloat16() for _ in range(2))
+    ours, exact = x.clone().requires_grad_(), x.float().requires_grad_()
+    turned = rotate(ours, rotary)
+    assert turned.dtype == torch.bfloat16
+    assert torch.equal(turned, rotate(exact, rotary).bfloat16())
+    turned.backward(gradient)
+    rotate(exact, rotary).backward(gradient.float())
+    assert ours.grad is not None
+    assert exact.grad is not None
+    assert torch.equal(ours.grad, exact.grad.bfloat16())
+
+
 def test_rms_norm():
     norm = RMSNorm(6)
     torch.nn.init.normal_(norm.weight)
@@ -161,6 +178,93 @@ def test_swiglu():
     gate, value = (x @ layer.w_in.weight.T + layer.w_in.bias).split(10, dim=-1)
     expected = (gate * gate.sigmoid() * value) @ layer.w_out.weight.T + layer.w_out.bias
     assert torch.allclose(layer(x), expected, atol=1e-6)
+
+
+def whole_numbers(*shape: int) -> Tensor:
+    """Small whole numbers: their bf16 products and sums are exact in any order."""
+    return torch.randint(-1, 2, shape).float()
+
+
+def swiglu_of_whole_numbers(hidden: int) -> tuple[SwiGLU, Tensor]:
+    torch.manual_seed(0)
+    layer = SwiGLU(4, hidden)
+    for parameter in layer.parameters():
+        parameter.data = whole_numbers(*parameter.shape)
+    return layer, whole_numbers(2, 3, 4)
+
+
+def pass_in_bf16(layer: SwiGLU, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The output and the gradient of the input; the gradients of the weights stay with the layer."""
+    x = x.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer(x)
+    out.square().sum().backward()
+    assert x.grad is not None
+    return out, x.grad
+
+
+@pytest.mark.parametrize("hidden", [5, 64, 65])
+def test_aligned_swiglu_is_the_same_function(monkeypatch, hidden: int):
+    """To the bit, gradients included. SiLU is the only inexact part, so ReLU takes its place."""
+    monkeypatch.setattr(F, "silu", F.relu)
+    layer, x = swiglu_of_whole_numbers(hidden)
+    plain, _ = swiglu_of_whole_numbers(hidden)
+    plain.padding = 0
+    for ours, theirs in zip(pass_in_bf16(layer, x), pass_in_bf16(plain, x), strict=True):
+        assert ours.any()
+        assert torch.equal(ours, theirs)
+    for name, parameter in layer.named_parameters():
+        gradient = plain.get_parameter(name).grad
+        assert gradient is not None
+        assert gradient.any()
+        assert parameter.grad is not None
+        assert torch.equal(parameter.grad, gradient)
+
+
+def test_aligned_swiglu_with_silu():
+    torch.manual_seed(0)
+    layer, x = SwiGLU(6, 10), torch.randn(3, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer(x)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), layer(x), rtol=2e-2, atol=2e-2)
+
+
+def test_swiglu_aligns_bf16_products_and_leaves_float32_alone(monkeypatch):
+    layer, x = SwiGLU(6, 65), torch.randn(3, 6)
+    linear, shapes = F.linear, []
+
+    def spy(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        shapes.append((*weight.shape, len(bias)))
+        return linear(x, weight, bias)
+
+    monkeypatch.setattr(F, "linear", spy)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(x)
+        layer.bfloat16()(x.bfloat16())  # autocast copies nothing
+    layer.float()(x)
+    assert shapes == [(256, 6, 256), (6, 128, 6)] + 2 * [(130, 6, 130), (6, 65, 6)]
+
+
+@pytest.mark.parametrize("method", ["adamw", "muon"])
+def test_optimizers_and_averages_do_not_see_the_alignment(monkeypatch, method: Any):
+    monkeypatch.setattr(F, "silu", F.relu)
+    trained = []
+    for aligned in (True, False):
+        layer, x = swiglu_of_whole_numbers(5)
+        layer.padding = 59 if aligned else 0
+        average = ema.averaged_copy(layer)
+        optimizer = build_optimizer(OptimConfig(method=method, lr=0.1, weight_decay=0.1), layer)
+        pass_in_bf16(layer, x)
+        optimizer.step()
+        ema.update(average, layer, 0.5)
+        shapes = {p.shape for p in layer.parameters()}
+        state = [value for values in optimizer.state.values() for value in values.values()]
+        assert {value.shape for value in state if value.ndim} == shapes
+        trained.append([*layer.state_dict().values(), *average.state_dict().values(), *state])
+    start = swiglu_of_whole_numbers(5)[0].state_dict()
+    assert not any(torch.equal(a, b) for a, b in zip(trained[0], start.values(), strict=False))
+    assert all(torch.equal(a, b) for a, b in zip(*trained, strict=True))
 
 
 def test_vit_block_against_the_formula():

@@ -12,18 +12,20 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from raekit import randomness
 from raekit.distributed import World
 from raekit.errors import UserError
-from raekit.train import checkpoint
+from raekit.train import checkpoint, ema
 from raekit.train.objective import Objective, Periodic
 from raekit.train.optim import OptimConfig, learning_rate
 from raekit.train.tracking import read_metrics
@@ -258,6 +260,74 @@ def test_bf16_is_autocast_around_float32_weights(tmp_path, alone):
     assert losses != pytest.approx(alone[0], rel=1e-5)
     assert losses == pytest.approx(alone[0], rel=3e-2)
     assert {p.dtype for p in trained.objectives[0].module.parameters()} == {torch.float32}
+
+
+class Spy(torch.autograd.Function):
+    """The identity. It notes whether CUDA may use TF32 in products and convolutions, in both passes."""
+
+    seen: ClassVar[list[tuple[bool, bool]]] = []
+
+    @staticmethod
+    def note() -> None:
+        Spy.seen.append((bool(torch.backends.cuda.matmul.allow_tf32), torch.backends.cudnn.allow_tf32))
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        Spy.note()
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        Spy.note()
+        return gradients[0]
+
+
+@pytest.mark.parametrize(("precision", "tf32"), [("fp32", False), ("tf32", True)])
+def test_forward_backward_and_monitor_use_the_configured_float32(tmp_path, precision, tf32):
+    Spy.seen.clear()
+    one = monitored()
+    loss = one.loss
+    one.loss = lambda batch, step: (Spy.apply(loss(batch, step)[0]), {})
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    trainer(tmp_path, config=replace(CONFIG, steps=1, precision=precision, monitor_every=1), one=one).fit()
+    assert Spy.seen == [(tf32, tf32)] * 3
+    assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == before
+
+
+class Allocations(TorchDispatchMode):
+    """Notes the number of elements of each new tensor while `on`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.on = False
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = operation(*args, **(kwargs or {}))
+        if self.on:
+            given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+            new = [x for x in tree_leaves(made) if isinstance(x, Tensor)]
+            self.sizes += [x.numel() for x in new if x.untyped_storage().data_ptr() not in given]
+        return made
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.1])
+def test_clipping_optimizer_and_averages_make_no_copy_of_a_matrix(tmp_path, monkeypatch, clip):
+    trained = trainer(tmp_path, config=replace(CONFIG, steps=3), one=objective(optim=replace(OPTIM, clip=clip)))
+    allocations, measure, update = Allocations(), nn.utils.get_total_norm, ema.update
+
+    def switch(on: bool, call: Callable, *args: Any) -> Any:
+        allocations.on = trained.step > 0  # the first step makes the moments
+        result = call(*args)
+        allocations.on &= on
+        return result
+
+    monkeypatch.setattr(nn.utils, "get_total_norm", partial(switch, True, measure))
+    monkeypatch.setattr(ema, "update", partial(switch, False, update))
+    with allocations:
+        trained.fit()
+    assert allocations.sizes, "the norm and the flag of a skipped step are new"
+    assert max(allocations.sizes) <= len(list(trained.objectives[0].module.parameters())) < 6 * 6
 
 
 def test_averages_of_a_compiled_module_hold_their_own_weights(tmp_path, monkeypatch, alone):

@@ -1,6 +1,7 @@
-"""Exponential moving averages of a module."""
+"""Exponential moving averages of a module's weights."""
 
 import copy
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -8,17 +9,17 @@ from torch.distributed.tensor import DTensor
 
 
 def averaged_copy(module: nn.Module) -> nn.Module:
-    """A copy to average into. Take it before the module is compiled: a compiled forward keeps the old weights."""
+    """Return a frozen copy of `module` for `update`. Copy before compiling: a compiled forward keeps its weights."""
     return copy.deepcopy(module).requires_grad_(False).eval()
 
 
 @torch.no_grad()
 def update(average: nn.Module, module: nn.Module, decay: float) -> None:
-    """average <- decay * average + (1 - decay) * module, buffers copied."""
+    """Set `average` to decay * average + (1 - decay) * module, in place, and copy the buffers."""
     torch._foreach_lerp_(_local(average.parameters()), _local(module.parameters()), 1 - decay)
     for old, new in zip(average.buffers(), module.buffers(), strict=True):
         old.copy_(new)
 
 
-def _local(tensors) -> list[Tensor]:
+def _local(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [t.to_local() if isinstance(t, DTensor) else t.detach() for t in tensors]

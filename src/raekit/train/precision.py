@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -27,11 +27,16 @@ def autocast(precision: Precision, device: torch.device):
 
 
 @contextmanager
-def matmul_precision(precision: Precision) -> Iterator[None]:
-    """Let CUDA's float32 matrix products use TF32 inside the context if, and only if, `precision` is `tf32`."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+def float32_precision(precision: Precision) -> Iterator[None]:
+    """Set how CUDA computes float32 matrix products and convolutions in forward and backward passes.
+
+    They use TF32 for the precision `tf32`, and exact float32 for all others. On exit the earlier settings return.
+    """
+    products: Any = torch.backends.cuda.matmul
+    convolutions: Any = torch.backends.cudnn
+    before = products.allow_tf32, convolutions.allow_tf32  # by default torch allows TF32 in convolutions only
+    products.allow_tf32 = convolutions.allow_tf32 = precision == "tf32"
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        products.allow_tf32, convolutions.allow_tf32 = before

@@ -1,4 +1,4 @@
-"""The training loop, for any list of objectives and any number of processes."""
+"""The training loop for a list of objectives, on any number of processes."""
 
 import logging
 import os
@@ -26,7 +26,7 @@ from raekit.errors import UserError
 from raekit.train import checkpoint, ema
 from raekit.train.objective import Metrics, Objective, Periodic, TrainingBatch
 from raekit.train.optim import build_optimizer
-from raekit.train.precision import Precision, autocast, compute_dtype, matmul_precision
+from raekit.train.precision import Precision, autocast, compute_dtype, float32_precision
 from raekit.train.recompute import checkpoint_blocks
 from raekit.train.signals import stop_signals
 from raekit.train.tracking import Tracker
@@ -34,15 +34,29 @@ from raekit.train.tracking import Tracker
 CXX_COMPILERS = (os.environ.get("CXX", "g++"), "clang++")
 _log = logging.getLogger(__name__)
 Report = Callable[[int, dict[str, float]], None]
-"""Called with the number of steps done and the latest metrics."""
+"""A function that receives the number of finished steps and the latest metrics."""
 
 
 @configclass
 class TrainConfig:
-    """`batch_size` is the global batch; `micro_batch`, the images at once on a process, by default all its share.
+    """Settings of the training loop.
 
-    With `checkpointing` a block keeps nothing but its input for the backward pass, and is run again in it. Every
-    `monitor_every` steps, a multiple of `log_every`, attention's largest logit is measured, in a forward pass more.
+    Attributes:
+        steps: Optimizer steps of the complete training.
+        batch_size: Global batch: images per optimizer step, over all processes.
+        micro_batch: Images per forward pass on one process. Gradients accumulate over the micro-batches of a step. None
+            means the process's full share of the batch.
+        precision: Number format of forward and backward passes, see `raekit.train.precision`. Weights stay float32.
+        compile: Compile the blocks with torch.compile.
+        checkpointing: Keep only the inputs of the blocks for the backward pass, which runs each block again.
+        seed: Seed of the data order, of the noise and of all other random numbers.
+        log_every: Steps between two records in metrics.jsonl.
+        monitor_every: Steps between two measurements of the largest attention logit, a multiple of `log_every`. Each
+            measurement costs one forward pass. None turns them off.
+        checkpoint_every: Steps between two checkpoints.
+        keep: Number of checkpoints to keep.
+        max_skipped: Training fails after this many steps in a row whose gradient is not finite.
+        tensorboard: Also log to TensorBoard.
     """
 
     steps: int
@@ -72,9 +86,20 @@ class TrainConfig:
 
 
 class Trainer:
-    """Trains `objectives` on `batches(images_seen)`, an endless stream of this process's shares.
+    """Trains a list of objectives and keeps its state in a run folder.
 
-    State lives in `run`; a trainer built on a run that has checkpoints goes on from the newest.
+    If the run has checkpoints, the trainer resumes from the newest.
+
+    Args:
+        run: The run folder; it receives metrics and checkpoints.
+        config: Settings of the loop.
+        objectives: The modules to train, each with its loss. Every step trains them in this order.
+        batches: Takes the number of images seen so far and returns an endless stream of this process's batches.
+        world: The processes of this training.
+        periodics: Functions to call at intervals, for example evaluations.
+
+    Raises:
+        UserError: If the batch does not divide into processes and micro-batches, or if a requirement is not installed.
     """
 
     def __init__(
@@ -93,7 +118,7 @@ class Trainer:
                 f"micro-batches of train.micro_batch = {config.micro_batch}"
             )
         if config.compile and world.device.type == "cpu" and not any(map(shutil.which, CXX_COMPILERS)):
-            raise UserError("train.compile: on a CPU it needs a C++ compiler; install g++, or leave it off")
+            raise UserError("train.compile: needs a C++ compiler on a CPU; install g++, or turn train.compile off")
         if config.tensorboard and not find_spec("tensorboard"):
             raise UserError("train.tensorboard: TensorBoard is not installed; pip install 'raekit[track]'")
         if config.precision == "bf16" and compute_dtype("auto", world.device) == torch.float32:
@@ -102,8 +127,8 @@ class Trainer:
         self.objectives, self.batches, self.periodics = list(objectives), batches, periodics
         self.micro_batch = config.micro_batch or share
         self.step = 0
-        self.saved = -1  # the step of the newest checkpoint
-        self.skipped = {o.name: torch.zeros(2, device=world.device) for o in self.objectives}  # in all, in a row
+        self.saved = -1  # step of the newest checkpoint
+        self.skipped = {o.name: torch.zeros(2, device=world.device) for o in self.objectives}  # total, in a row
         self.optimizers: dict[str, optim.Optimizer] = {}
         for objective in self.objectives:
             self._prepare(objective)
@@ -125,18 +150,22 @@ class Trainer:
                 for block in blocks or [replica]:
                     block.compile()
         optimizer = self.optimizers[objective.name] = build_optimizer(objective.optim, module, objective.convolutions)
-        # Reading its state for a checkpoint makes an unused optimizer do a step, which must not count.
+        # To read the state of a new optimizer, torch runs one step. With found_inf = 1 that step changes nothing.
         optimizer.found_inf = torch.ones((), device=self.world.device)  # type: ignore[attr-defined]
 
     def fit(self, report: Report = lambda step, metrics: None) -> bool:
-        """Train to the last step. False if a signal stopped it; either way the state is saved."""
+        """Train to the last step and save the state.
+
+        Returns:
+            False if a signal stopped the training before the last step. The state is saved then, too.
+        """
         tracker = Tracker(self.run, self.step, self.config.tensorboard) if self.world.is_main else None
         self.tracker = tracker
         history: defaultdict[str, list[Tensor]] = defaultdict(list)
         since, began = self.step, time.perf_counter()
         try:
             with stop_signals() as stopped:
-                if self.step:  # a kill may have come between this checkpoint and its evaluation
+                if self.step:  # the last process may have died between this checkpoint and its evaluation
                     self._evaluate(tracker, again=False)
                     began = time.perf_counter()
                 stream = self.batches(self.step * self.config.batch_size)
@@ -158,13 +187,13 @@ class Trainer:
                         report(self.step, values)
                         history.clear()
                         since, began = self.step, time.perf_counter()
-                    # A checkpoint comes first, so that a kill during an evaluation costs nothing.
+                    # Save before the evaluation, so that no step is lost if the process dies during it.
                     if self.step % self.config.checkpoint_every == 0 or last:
                         self.save()
                     paused = time.perf_counter()
                     self._evaluate(tracker)
                     began += time.perf_counter() - paused
-                    # Several processes agree every tenth step, since each agreement waits for the slowest.
+                    # Several processes ask each other every tenth step only, as each time all wait for the slowest.
                     if (self.world.size == 1 or self.step % 10 == 0) and self.world.any(bool(stopped)) and not last:
                         self.save()
                         return False
@@ -174,7 +203,7 @@ class Trainer:
                 tracker.close()
 
     def _evaluate(self, tracker: Tracker | None, again: bool = True) -> None:
-        """Call what is due at this step and log it; with `again` False, only what metrics.jsonl lacks."""
+        """Call the periodics that are due and log their values. Without `again`, skip those in metrics.jsonl."""
         for periodic in self.periodics:
             if self.step % periodic.every and self.step != self.config.steps:
                 continue
@@ -186,29 +215,32 @@ class Trainer:
                 tracker.scalars(self.step, {f"{periodic.name}/{name}": value for name, value in values.items()})
 
     def _train(self, objective: Objective, batch: TrainingBatch) -> Metrics:
-        """One optimizer step of `objective` on this process's share of the batch."""
+        """Do one optimizer step of `objective` on this process's share of the batch; return its metrics."""
         module, optimizer = objective.module, self.optimizers[objective.name]
         module.train()
         parts = batch.split(self.micro_batch)
         totals = self._monitor(objective, parts[0])
         for part in parts:
             set_gradient_sync(module, part is parts[-1])
-            with matmul_precision(self.config.precision):
+            with float32_precision(self.config.precision):
                 with autocast(self.config.precision, self.world.device):
                     loss, metrics = objective.loss(part, self.step)
                 (loss / len(parts)).backward()
             for name, value in ({"loss": loss} | metrics).items():
                 name = f"{objective.name}/{name}"
                 totals[name] = totals.get(name, 0) + value.detach().float() / len(parts)
-        norm = nn.utils.clip_grad_norm_(module.parameters(), objective.optim.clip or float("inf"))
+        norm = nn.utils.get_total_norm(p.grad for p in module.parameters() if p.grad is not None)
+        if objective.optim.clip:
+            nn.utils.clip_grads_with_norm_(module.parameters(), objective.optim.clip, norm)
         lr = objective.learning_rate(self.step)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        # The fused AdamW skips the step by itself where the gradient is not finite: the host need not wait.
+        # With found_inf = 1 the fused AdamW changes nothing. So a gradient that is not finite is skipped on the device,
+        # and the host does not wait for the norm.
         failed = 1 - norm.isfinite().float()
         optimizer.found_inf = failed  # type: ignore[attr-defined]
         optimizer.step()
-        # A loss may reach into another objective's module (a generator's, through the discriminator).
+        # A loss may leave gradients in another objective's module, as a generator's loss does in the discriminator.
         for every in self.optimizers.values():
             every.zero_grad(set_to_none=True)
         for decay, average in objective.averages.items():
@@ -221,13 +253,14 @@ class Trainer:
         return totals
 
     def _monitor(self, objective: Objective, part: TrainingBatch) -> Metrics:
-        """If it is due, what the objective's monitor sees in a forward pass of its own, at most over all processes."""
+        """Return the monitor's values of an extra forward pass, the largest over all processes; {} if it is not due."""
         every = self.config.monitor_every
         if objective.monitor is None or not every or (self.step + 1) % every:
             return {}
         with (
             torch.compiler.set_stance("force_eager"),
             objective.monitor() as seen,
+            float32_precision(self.config.precision),
             autocast(self.config.precision, self.world.device),
         ):
             objective.loss(part, self.step)
@@ -235,7 +268,7 @@ class Trainer:
         return {f"{objective.name}/{name}": torch.tensor(v, device=self.world.device) for name, v in largest.items()}
 
     def _summary(self, history: dict[str, list[Tensor]]) -> dict[str, float]:
-        """Means over steps and processes, without skipped steps; UserError if too many in a row were skipped."""
+        """Return means over steps and processes, without skipped steps. UserError if too many in a row were skipped."""
         names = sorted(history)
         windows = [torch.stack(history[name]) for name in names]
         means = self.world.sum(torch.stack([w[w.isfinite()].mean() for w in windows])) / self.world.size
@@ -264,7 +297,7 @@ class Trainer:
         return state
 
     def save(self) -> None:
-        """Checkpoint the present step, unless it is there already."""
+        """Write a checkpoint of the current step, unless it exists."""
         if self.step != self.saved:
             checkpoint.save(self.folder, self.step, self._state(), self.config.keep, self.world)
             self.saved = self.step
