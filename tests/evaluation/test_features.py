@@ -133,7 +133,7 @@ def test_malformed_batches_are_rejected(shape, labels, originals, dtype):
 
 
 class FakeInception:
-    """Features that contain the number of the call and their own column number."""
+    """Features that contain their own column number. `calls` counts the passes."""
 
     resize = "tf1"
 

@@ -34,7 +34,7 @@ def test_labels_of_the_reference_have_its_proportions():
     ("given", "message"),
     [
         (None, "has 0 labelled images"),
-        ((1, 2), "images of 2 classes, but the model has 3"),
+        ((1, 2), "of 2 classes, but the model has 3"),
         ((0, 0, 0), "has 0 labelled"),
     ],
 )

@@ -155,9 +155,7 @@ def test_both_time_laws_are_used():
 
 def test_noise_and_times_belong_to_positions(config, tmp_path, tiny_model):
     objective = stage(config, tmp_path).objectives[0]
-    objective.module.load_state_dict(
-        Denoiser.load(str(tiny_model)).state_dict()
-    )  # a trained model, whose output is not zero
+    objective.module.load_state_dict(Denoiser.load(str(tiny_model)).state_dict())  # its output is not zero
     batch = batch_of(config, 6)
     parts = [objective.loss(part, step)[0].item() for step, part in enumerate(batch.split(2))]
     loss = objective.loss(batch, 9)[0].item()
@@ -290,9 +288,8 @@ def curve(config: GenerationConfig, run: Path) -> list[float]:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-6), ("bf16", 5e-4), ("int8", 2e-3)])
 def test_cached_latents_give_the_loss_curve_of_the_images(config, tmp_path, monkeypatch, dtype, tolerance):
-    settings = replace(
-        config.train, steps=8, batch_size=12, micro_batch=6, log_every=1
-    )  # three epochs, the last one incomplete
+    # Three epochs; the last epoch is incomplete.
+    settings = replace(config.train, steps=8, batch_size=12, micro_batch=6, log_every=1)
     config = replace(config, data=replace(config.data, flip=True), train=settings)
     autoencoder = Autoencoder.load(config.autoencoder)
     cache_latents(autoencoder, config.autoencoder, config.data, tmp_path / "cache", dtype=dtype, world=ONE)

@@ -35,7 +35,7 @@ def draw_labels(kind: Labels, classes: int, count: int, seed: int, of_reference:
             known = of_reference or ()
             raise UserError(
                 f"labels: the reference has {sum(known)} labelled images of {len(known)} classes, but the model has "
-                f"{classes} classes; use balanced labels, or a reference that `raekit reference` made from labelled images"
+                f"{classes} classes; use balanced labels, or make a reference of labelled images (raekit reference)"
             )
         images = np.array(of_reference)
     shares = images / images.sum() * count
