@@ -4,7 +4,7 @@ python tools/compare_decoders.py MODEL... [--source emoji] [--latents FILE] [--f
                                  [--pictures FILE.png]
 
 --latents takes a file of `raekit latents generate`, --lpips the file of VGG16's weights that
-`raekit.models.perceptual.load_perceptual` reads. The picture has a column for the originals and a column for each model.
+`raekit.models.perceptual.load_perceptual` reads. The picture has a column for the originals and for each model.
 """
 
 import argparse
@@ -36,9 +36,7 @@ def main() -> None:
     models = {name: Autoencoder.load(name) for name in arguments.models}
     first, *others = models.values()
     if any(other.latent_shape != first.latent_shape or other.image_size != first.image_size for other in others):
-        parser.error(
-            "the models have different latent shapes or image sizes; give models of one encoder and image size"
-        )
+        parser.error("the models have different latent shapes or image sizes; give models of one encoder")
     data = DataConfig(source=arguments.source, split="heldout", image_size=first.image_size)
     more = {"lpips": load_perceptual(arguments.lpips)} if arguments.lpips else {}
     rows: dict[str, dict[str, float]] = {name: {} for name in models}

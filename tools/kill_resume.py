@@ -3,8 +3,8 @@
     python tools/kill_resume.py
     python tools/kill_resume.py --kills 20 --folder /tmp/kills -- emoji_decoder --train.steps 300 --no-train.compile
 
-The arguments after `--` go to `raekit train`. The script exits with 0 if the last checkpoint (weights, averages, moments,
-step), the artifact and the loss of every step are bit-identical.
+The arguments after `--` go to `raekit train`. The script exits with 0 if the last checkpoint (weights, averages,
+moments, step), the artifact and the loss of every step are bit-identical.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def join(process: ForkServerProcess, run: Path) -> None:
     process.join()
     if process.exitcode:
         sys.exit(
-            f"FAIL: a training that was not killed ended with exit code {process.exitcode}; see {run.with_suffix('.log')}"
+            f"FAIL: a training that was not killed gave exit code {process.exitcode}; see {run.with_suffix('.log')}"
         )
 
 
@@ -111,7 +111,7 @@ def digest(content: bytes) -> str:
 
 
 def contents(run: Path) -> dict[str, str]:
-    """Return digests of everything in the run: tensors of the last checkpoint, files of the artifact, logged metrics."""
+    """Return digests of the run: tensors of the last checkpoint, files of the artifact, logged metrics."""
     import torch
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
@@ -145,9 +145,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0, help="seed of the random moments")
     parser.add_argument("--folder", type=Path, help="empty folder for the runs. Default: a temporary folder")
-    parser.add_argument(
-        "train", nargs="*", default=DEFAULT, metavar="ARGUMENT", help="argument of raekit train, after --"
-    )
+    parser.add_argument("train", nargs="*", default=DEFAULT, metavar="ARGUMENT", help="of raekit train, after --")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.folder or Path(scratch)
@@ -157,7 +155,7 @@ def main() -> None:
         lives, randomly = Lives(options.train), random.Random(options.seed)
         timing = timed(lives, folder / "alone")
         print(
-            f"uninterrupted: {timing[0]} steps, the first after {timing[1]:.1f} s, then {1000 * timing[2]:.0f} ms per step"
+            f"uninterrupted: {timing[0]} steps, first after {timing[1]:.1f} s, then {1000 * timing[2]:.0f} ms per step"
         )
         expected, kills, runs = contents(folder / "alone"), 0, 0
         while kills < options.kills:  # a run that ends before the last kill is followed by another run
