@@ -338,10 +338,7 @@ def refused(message: str, action: Callable[[], Any]) -> None:
 
 def test_images_and_references_that_do_not_fit_are_rejected(reference, images, tiny_model, tmp_path):
     large = replace(reference, about=replace(reference.about, image_size=256))
-    refused(
-        "images of 256 pixels, and these images have 16",
-        lambda: run(large, tiny_model, tmp_path / "no"),
-    )
+    refused("images of 256 pixels, and these images have 16", lambda: run(large, tiny_model, tmp_path / "no"))
     assert not (tmp_path / "no").exists()
     refused("not a registered encoder; give the network", lambda: against([reference], []))
     refused("and not of vit_tiny", lambda: against([reference], ["builtin:vit-tiny"]))
