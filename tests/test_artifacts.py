@@ -22,7 +22,7 @@ KINDS = pytest.mark.parametrize("kind", LOADERS)
 
 @pytest.fixture
 def copy(tiny_model, tmp_path) -> Path:
-    """A model folder to damage."""
+    """A copy of a model folder, for tests that damage it."""
     return Path(shutil.copytree(tiny_model, tmp_path / "model"))
 
 
@@ -36,7 +36,7 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 
 
 @KINDS
-def test_what_is_saved_is_loaded(tiny_model, tmp_path, kind):
+def test_a_saved_artifact_can_be_loaded(tiny_model, tmp_path, kind):
     model = LOADERS[kind](str(tiny_model))
     model.save(tmp_path)
     again = LOADERS[kind](str(tmp_path))
@@ -59,7 +59,7 @@ def test_an_artifact_is_found_in_a_model_in_a_run_and_by_itself(tiny_model, tmp_
 
 
 @KINDS
-def test_what_is_not_there_is_named_with_the_place(tmp_path, kind):
+def test_a_missing_artifact_is_named_with_its_place(tmp_path, kind):
     with pytest.raises(
         UserError, match=rf"{tmp_path}: holds no {kind} \(looked for {kind}/config\.json .* in {tmp_path}\)"
     ):
@@ -76,7 +76,7 @@ def test_a_damaged_artifact_is_an_error_and_not_left_out(copy, tmp_path):
             use()
 
 
-def test_an_artifact_of_another_kind_is_not_taken(tiny_model):
+def test_an_artifact_of_another_kind_is_not_loaded(tiny_model):
     with pytest.raises(UserError, match="holds no denoiser"):
         Denoiser.load(str(tiny_model / "encoder"))
 
@@ -91,14 +91,14 @@ def test_half_precision_is_for_the_weights_and_not_for_the_statistics(tiny_model
     assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
     again = Autoencoder.load(str(tmp_path))
     assert torch.equal(again.var, var)
-    assert again.mean is None  # scale-only whitening stays so
+    assert again.mean is None  # scale-only whitening is still scale-only
     for old, new in zip(model.decoder.parameters(), again.decoder.parameters(), strict=True):
         assert new.dtype == torch.float32
         assert torch.equal(new, old.half().float())
 
 
 @KINDS
-def test_saving_again_replaces_the_whole(copy, kind):
+def test_saving_again_replaces_the_complete_artifact(copy, kind):
     (copy / kind / "stray").touch()
     partial = copy / f"{kind}.partial"
     partial.mkdir()
@@ -182,7 +182,7 @@ def test_statistics_are_read_as_written(tmp_path):
     assert torch.equal(read[1], var)
 
 
-def test_statistics_of_another_shape_or_without_a_variance_are_refused(copy):
+def test_statistics_of_another_shape_or_without_a_variance_are_rejected(copy):
     path = copy / "autoencoder" / "statistics.safetensors"
     for tensors in ({"var": torch.ones(16, 2, 2)}, {"mean": torch.ones(16, 4, 4)}, {}):
         save_file(tensors, path)
@@ -194,7 +194,7 @@ def test_statistics_of_another_shape_or_without_a_variance_are_refused(copy):
 
 
 def test_a_model_folder_can_be_moved(tiny_model, copy):
-    """The encoder is the one that travels along, not the folder that it once came from."""
+    """Loading uses the encoder in the moved folder, not the encoder's original folder."""
     config = json.loads((copy / "autoencoder" / "config.json").read_text())
     (copy / "autoencoder" / "config.json").write_text(json.dumps(config | {"encoder": "/gone"}))
     moved = Autoencoder.load(str(copy))

@@ -1114,7 +1114,7 @@ def test_samples_and_saved_images_are_compared_with_a_reference(run, images, tin
     large = tmp_path / "large.safetensors"
     run("reference", images, "--image-size", 32, "--features", tiny_model, "--out", large)
     command[command.index(reference)] = large
-    assert_fails(run(*command), f"{large}: is of images of 32 pixels, and these have 16")
+    assert_fails(run(*command), f"{large}: was measured on images of 32 pixels, and these images have 16")
 
 
 def test_a_model_is_converted_and_back(run, tiny_model, tmp_path):

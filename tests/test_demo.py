@@ -21,7 +21,7 @@ def silent(what: str, done: int, total: int, text: str = "", unit: int = 1) -> N
     assert 0 <= done <= total
 
 
-def test_quick_demo_goes_on_after_an_interrupt_and_writes_a_whole_report(tmp_path: Path):
+def test_quick_demo_resumes_after_an_interrupt_and_writes_a_complete_report(tmp_path: Path):
     command = [sys.executable, "-m", "raekit", "demo", "--quick", "--run", str(tmp_path)]
     first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "decoder" / "metrics.jsonl").is_file() and first.poll() is None:
@@ -46,7 +46,7 @@ def test_quick_demo_goes_on_after_an_interrupt_and_writes_a_whole_report(tmp_pat
         assert min(record["step"] for record in records if name in record) == start + 1
     assert set(scores) >= {"held-out images", "training images", "reconstructions", "decoded noise", "samples"}
     assert all(row in html for row in scores)
-    # Even a minute of training brings reconstructions far closer to real images than decoded noise is.
+    # Even after a minute of training, reconstructions are much closer to real images than decoded noise.
     assert scores["reconstructions"]["fd_vit_tiny"] < scores["decoded noise"]["fd_vit_tiny"]
     with Image.open(tmp_path / "pictures" / "samples.png") as picture:
         assert picture.size == (PER_CLASS * 66 + 2, 9 * 66 + 2)
@@ -55,7 +55,7 @@ def test_quick_demo_goes_on_after_an_interrupt_and_writes_a_whole_report(tmp_pat
         run_demo(tmp_path, minutes=3, quick=False, progress=silent)
 
 
-def test_plan_refuses_no_time(tmp_path: Path):
+def test_a_plan_without_time_is_rejected(tmp_path: Path):
     with pytest.raises(UserError, match="--minutes"):
         run_demo(tmp_path, minutes=0, quick=False, progress=silent)
 

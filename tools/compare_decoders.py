@@ -1,10 +1,10 @@
-"""Score autoencoders of one encoder side by side on held-out images: the tables of docs/results.
+"""Score several autoencoders of one encoder on held-out images, for the tables of docs/results.
 
 python tools/compare_decoders.py MODEL... [--source emoji] [--latents FILE] [--features NAME...] [--lpips VGG]
                                  [--pictures FILE.png]
 
-LATENTS is what `raekit latents generate` wrote; VGG a file as `raekit.models.perceptual.load_perceptual` takes it. The
-picture has a column for the originals and one for each model.
+--latents takes a file of `raekit latents generate`, --lpips the file of VGG16's weights that
+`raekit.models.perceptual.load_perceptual` reads. The picture has a column for the originals and for each model.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def main() -> None:
     models = {name: Autoencoder.load(name) for name in arguments.models}
     first, *others = models.values()
     if any(other.latent_shape != first.latent_shape or other.image_size != first.image_size for other in others):
-        parser.error("the models differ in the shape of their latents or images")
+        parser.error("the models have different latent shapes or image sizes; give models of one encoder")
     data = DataConfig(source=arguments.source, split="heldout", image_size=first.image_size)
     more = {"lpips": load_perceptual(arguments.lpips)} if arguments.lpips else {}
     rows: dict[str, dict[str, float]] = {name: {} for name in models}

@@ -1,10 +1,10 @@
-"""Compare our metrics with those of pytorch-fid, torch-fidelity and clean-fid: the same features, the same network.
+"""Compare raekit's metrics with pytorch-fid, torch-fidelity and clean-fid, on the same features and the same network.
 
     pip install torchvision pytorch-fid torch-fidelity clean-fid
     python -m tools.compare_evaluators [--images 32] [--samples 2000] [--dim 256]
 
-The network's weights are a function of their names, as those of the reference cases. Prints a table in Markdown, and
-exits with 1 if a relative difference is above its bound.
+The network has the weights of the reference cases, which are a function of their names. The script prints a Markdown
+table, and exits with 1 if a relative difference exceeds its bound.
 """
 
 import argparse
@@ -44,14 +44,14 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=256)
     arguments = parser.parse_args()
     rows = [*networks(arguments.images), *formulas(arguments.samples, arguments.dim)]
-    print("| what | peer | ours | theirs | relative difference |\n|---|---|---|---|---|")
+    print("| what | peer | raekit | peer's value | relative difference |\n|---|---|---|---|---|")
     for what, peer, ours, theirs, difference, _ in rows:
         print(f"| {what} | {peer} | {ours} | {theirs} | {difference:.1e} |")
     sys.exit(any(difference > bound for *_, difference, bound in rows))
 
 
 def networks(count: int) -> Rows:
-    """The same images through the same weights."""
+    """Compare features of the same images, computed with the same weights."""
     batch = next(Loader(DataConfig(source="emoji", image_size=64), seed=0).once(count, World()))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "weights.pth")
@@ -68,7 +68,7 @@ def networks(count: int) -> Rows:
 
 
 def formulas(count: int, dim: int) -> Rows:
-    """The same features through each formula."""
+    """Compare metrics of the same features."""
     generator = torch.Generator().manual_seed(0)
     mixing = torch.eye(dim) + torch.randn(dim, dim, generator=generator) / dim**0.5
     real = torch.randn(count, dim, generator=generator) @ mixing
@@ -98,8 +98,8 @@ def formulas(count: int, dim: int) -> Rows:
         **isc_features_to_metric(fake, shuffle=False),
     }
     for name in "precision", "recall":
-        yield row(name, "torch-fidelity", ours[name], theirs[name], 1e-6)  # theirs is a float32
-    yield row("KID of all", "torch-fidelity", ours["kid"], theirs["kernel_inception_distance_mean"], 1e-9)
+        yield row(name, "torch-fidelity", ours[name], theirs[name], 1e-6)  # torch-fidelity returns float32
+    yield row("KID of all images", "torch-fidelity", ours["kid"], theirs["kernel_inception_distance_mean"], 1e-9)
     yield row("Inception Score", "torch-fidelity", ours["inception_score"], theirs["inception_score_mean"], 1e-9)
 
 

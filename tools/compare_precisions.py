@@ -1,10 +1,11 @@
-"""Loss curves of a recipe of stage 2 in float32 and in bfloat16, of one seed: docs/results/bf16.md.
+"""Train a recipe of stage 2 in float32 and in bfloat16 with one seed, and compare the losses (docs/results/bf16.md).
 
 python tools/compare_precisions.py [RECIPE] [--steps 600] [--batch-size 32] [--folder FOLDER] [--picture FILE.png]
 
-Where the processor has no bfloat16, torch multiplies it a thousand times slower than float32. Here each product of
-bfloat16 matrices is made as the units of a GPU make it: from exact products, summed in float32, rounded at the end.
-All else in bfloat16 is torch's own. Attention, too, is float32 inside, where a GPU rounds its probabilities.
+On a processor without bfloat16 instructions, torch multiplies bfloat16 matrices a thousand times slower than float32
+matrices. This script computes each product of bfloat16 matrices as the matrix units of a GPU do: exact products, summed
+in float32, rounded at the end. All other bfloat16 operations are torch's. Attention computes in float32 and rounds its
+inputs and outputs, while a GPU also rounds the attention probabilities.
 """
 
 import argparse
@@ -33,11 +34,11 @@ _PRODUCTS = {
     *(_ATTENTION, _ATEN._scaled_dot_product_flash_attention_for_cpu_backward.default),
 }
 LAST = 0.2
-"""The part of the steps whose losses are averaged."""
+"""The share of steps, at the end, whose losses are averaged."""
 
 
 class MatrixUnits(TorchDispatchMode):
-    """Multiplies bfloat16 matrices in float32 and rounds what comes out."""
+    """Multiplies bfloat16 matrices in float32 and rounds the results to bfloat16."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +51,7 @@ class MatrixUnits(TorchDispatchMode):
         self.products += 1
         exact = func(*(x.float() if isinstance(x, Tensor) else x for x in args), **(kwargs or {}))
         if func is _ATTENTION:
-            return (exact[0].bfloat16(), exact[1])  # the second is float32 for any type
+            return (exact[0].bfloat16(), exact[1])  # the second output is always float32
         return tree_map(lambda x: x.bfloat16() if isinstance(x, Tensor) else x, exact)
 
 
@@ -64,7 +65,7 @@ def main() -> None:
     arguments = parser.parse_args()
     base = recipes.find(arguments.recipe).config
     if not isinstance(base, GenerationConfig):
-        parser.error(f"{arguments.recipe} is no recipe of stage 2")
+        parser.error(f"{arguments.recipe}: not a recipe of stage 2; give a recipe that trains a denoiser")
     curves: dict[str, np.ndarray] = {}
     for precision in ("fp32", "bf16"):
         config = replace(
@@ -84,12 +85,12 @@ def main() -> None:
         with MatrixUnits() if precision == "bf16" else nullcontext() as units:
             train(config, run, World(), lambda step, values: print(step, values["denoiser/loss"], flush=True))
         if units:
-            print(f"{units.products} products of bfloat16")
+            print(f"{units.products} products of bfloat16 matrices")
         logged = read_metrics(run)
         curves[precision] = np.array([(row["step"], row["denoiser/loss"], row["denoiser/grad_norm"]) for row in logged])
         print(
             f"{precision}: largest logit {max(row.get('denoiser/max_logit', 0) for row in logged):.2f}, "
-            f"steps skipped {sum(row['denoiser/skipped'] for row in logged):.0f}"
+            f"skipped steps {sum(row['denoiser/skipped'] for row in logged):.0f}"
         )
     exact, rounded = (curve[:, 1] for curve in curves.values())
     last = max(int(LAST * len(exact)), 1)
@@ -105,7 +106,7 @@ def main() -> None:
         losses.set(xlabel="step", ylabel="loss", yscale="log")
         losses.legend()
         differences.plot(curves["fp32"][:, 0], 100 * (rounded / exact - 1))
-        differences.set(xlabel="step", ylabel="bf16 against fp32, %")
+        differences.set(xlabel="step", ylabel="bf16 relative to fp32, %")
         figure.savefig(arguments.picture, dpi=80)
 
 

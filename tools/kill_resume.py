@@ -1,10 +1,10 @@
-"""Kill a training (SIGKILL) at random moments, restart it each time, and compare it with one that was left alone.
+"""Kill a training run (SIGKILL) at random moments, resume it each time, and compare it with an uninterrupted run.
 
     python tools/kill_resume.py
     python tools/kill_resume.py --kills 20 --folder /tmp/kills -- emoji_decoder --train.steps 300 --no-train.compile
 
-What follows `--` goes to `raekit train`. Exits with 0 if the last checkpoint (weights, averages, moments, step), the
-artifact and the loss of every step are identical to the bit.
+The arguments after `--` go to `raekit train`. The script exits with 0 if the last checkpoint (weights, averages,
+moments, step), the artifact and the loss of every step are bit-identical.
 """
 
 import argparse
@@ -22,11 +22,11 @@ from typing import Any
 
 DEFAULT = ["emoji_encoder", "--train.steps", "200", "--train.batch-size", "8", "--train.checkpoint-every", "7"]
 START_UP = 0.2
-"""The share of kills that come while a process starts; the others come while it trains."""
+"""The share of kills while a process starts. The other kills happen while the process trains."""
 
 
 def train(run: Path, arguments: list[str]) -> None:
-    """`raekit train`, in a process of its own, with its output in a file beside the run."""
+    """Run `raekit train` in this process, with its output in a file next to the run."""
     log = os.open(run.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(log, stream)
@@ -37,7 +37,7 @@ def train(run: Path, arguments: list[str]) -> None:
 
 
 def step_of(run: Path) -> int:
-    """The last step that the run has recorded."""
+    """Return the last step that the run has recorded."""
     from raekit.train.tracking import read_metrics
 
     records = read_metrics(run)
@@ -45,7 +45,7 @@ def step_of(run: Path) -> int:
 
 
 class Lives:
-    """Starts trainings, each in a new process. Their imports are done once, in a process that does nothing else."""
+    """Starts each training in a new process. The processes are forked from a server that has done the imports."""
 
     def __init__(self, arguments: list[str]) -> None:
         self.arguments = arguments
@@ -64,11 +64,13 @@ class Lives:
 def join(process: ForkServerProcess, run: Path) -> None:
     process.join()
     if process.exitcode:
-        sys.exit(f"FAIL: a training that was not killed ended with {process.exitcode}; see {run.with_suffix('.log')}")
+        sys.exit(
+            f"FAIL: a training that was not killed gave exit code {process.exitcode}; see {run.with_suffix('.log')}"
+        )
 
 
 def timed(lives: Lives, run: Path) -> tuple[int, float, float]:
-    """Train without a kill. Gives the steps, the seconds until the first was done, and those of each later one."""
+    """Train without a kill. Return the number of steps, the seconds until the first step, and the seconds per step."""
     began = time.monotonic()
     process = lives.start(run)
     while not step_of(run) and process.is_alive():
@@ -80,9 +82,9 @@ def timed(lives: Lives, run: Path) -> tuple[int, float, float]:
 
 
 def kill(lives: Lives, run: Path, kills: int, randomly: random.Random, timing: tuple[int, float, float]) -> int:
-    """Kill the run `kills` times: around steps that are drawn at random, or while it starts.
+    """Kill the run up to `kills` times: near random steps, or while it starts.
 
-    Gives the number of kills, which is lower if the run came to its end before one.
+    Returns the number of kills, which is lower than `kills` if the run ends early.
     """
     steps, start_up, step_time = timing
     for number, target in enumerate(sorted(randomly.uniform(0, 0.9 * steps) for _ in range(kills)), 1):
@@ -97,10 +99,10 @@ def kill(lives: Lives, run: Path, kills: int, randomly: random.Random, timing: t
         if process.exitcode == 0:
             return number - 1
         if process.exitcode != -9:
-            sys.exit(f"FAIL: ended with {process.exitcode} before kill {number}; see {run.with_suffix('.log')}")
+            sys.exit(f"FAIL: exit code {process.exitcode} before kill {number}; see {run.with_suffix('.log')}")
         saved = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
-        saving = ", in a save" if any(name.endswith(".partial") for name in saved) else ""
-        print(f"kill {number:2}: at step {step_of(run)}{saving}; there {', '.join(saved) or 'is no checkpoint'}")
+        saving = " while saving" if any(name.endswith(".partial") for name in saved) else ""
+        print(f"kill {number:2}: at step {step_of(run)}{saving}; checkpoints: {', '.join(saved) or 'none'}")
     return kills
 
 
@@ -109,7 +111,7 @@ def digest(content: bytes) -> str:
 
 
 def contents(run: Path) -> dict[str, str]:
-    """Digests of all that the run has left: tensors of the last checkpoint, files of the artifact, records."""
+    """Return digests of the run: tensors of the last checkpoint, files of the artifact, logged metrics."""
     import torch
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
@@ -133,7 +135,7 @@ def contents(run: Path) -> dict[str, str]:
     for path in filter(Path.is_file, (run / "artifact").rglob("*")):
         found[str(path.relative_to(run))] = digest(path.read_bytes())
     for record in read_metrics(run):
-        if record.pop("images_per_second", None):  # of training, not of an evaluation in between
+        if record.pop("images_per_second", None):  # a record of training, not of an evaluation
             add(f"metrics.step {record.pop('step')}", record)
     return found
 
@@ -141,20 +143,22 @@ def contents(run: Path) -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--folder", type=Path, help="for the two runs; must be empty. Default: a temporary one")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random moments")
+    parser.add_argument("--folder", type=Path, help="empty folder for the runs. Default: a temporary folder")
     parser.add_argument("train", nargs="*", default=DEFAULT, metavar="ARGUMENT", help="of raekit train, after --")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.folder or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
-            sys.exit(f"{folder}: not empty")
+            sys.exit(f"{folder}: not empty; give an empty folder")
         lives, randomly = Lives(options.train), random.Random(options.seed)
         timing = timed(lives, folder / "alone")
-        print(f"left alone: {timing[0]} steps, first after {timing[1]:.1f} s, then {1000 * timing[2]:.0f} ms a step")
+        print(
+            f"uninterrupted: {timing[0]} steps, first after {timing[1]:.1f} s, then {1000 * timing[2]:.0f} ms per step"
+        )
         expected, kills, runs = contents(folder / "alone"), 0, 0
-        while kills < options.kills:  # a run that comes to its end too early is followed by another
+        while kills < options.kills:  # a run that ends before the last kill is followed by another run
             runs += 1
             run = folder / f"killed{runs}"
             kills += kill(lives, run, options.kills - kills, randomly, timing)
@@ -165,7 +169,7 @@ def main() -> None:
                 print(f"differs: {name}")
             if different:
                 sys.exit(f"FAIL: {len(different)} of {len(expected)} values differ")
-    print(f"OK: {kills} kills, {runs} run(s), and all {len(expected)} values are identical to the bit")
+    print(f"OK: {kills} kills, {runs} run(s), and all {len(expected)} values are bit-identical")
 
 
 if __name__ == "__main__":

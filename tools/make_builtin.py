@@ -1,4 +1,4 @@
-"""Turn the artifacts of finished runs into the package's built-in models, in float16.
+"""Copy the artifacts of finished runs into the package as its built-in models, in float16.
 
 python tools/make_builtin.py encoder runs/emoji_encoder
 python tools/make_builtin.py autoencoder runs/emoji_decoder

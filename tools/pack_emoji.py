@@ -1,9 +1,9 @@
-"""Pack the emoji images into the file that the package carries: the same bytes each time.
+"""Pack the emoji images into the zip archive of the package. The same images give the same bytes.
 
     python tools/pack_emoji.py emoji64.zip
 
-The argument is a zip archive of `emoji64/CLASS/{noto,fluent3d}-CODEPOINTS.webp`, the result one of
-`CLASS/{noto,fluent3d}-CODEPOINTS.webp`, sorted by name and stored without a second compression.
+The argument is a zip archive of files `emoji64/CLASS/{noto,fluent3d}-CODEPOINTS.webp`. The result is a zip archive of
+files `CLASS/{noto,fluent3d}-CODEPOINTS.webp`, sorted by name and stored without further compression.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""The whole pipeline on built-in images, in the time of a coffee: two trainings, samples, scores, a report."""
+"""The demo: trains a decoder and a denoiser on the built-in images, samples, scores the samples and writes a report."""
 
 import io
 import platform
@@ -39,7 +39,7 @@ PER_CLASS = 8
 
 @configclass
 class Plan:
-    """What a demo does, settled when it starts, so that a restart goes on with the same."""
+    """The plan of a demo. It is fixed when the demo starts, so that a restart resumes the same work."""
 
     minutes: float
     quick: bool
@@ -50,17 +50,28 @@ class Plan:
 
 
 def run_demo(run: Path, minutes: float, quick: bool, progress: Progress) -> bool:
-    """Do all of it in `run`, or go on where it stopped; False if a signal stopped it again.
+    """Run the demo in the folder `run`, or resume it.
 
-    Leaves RUN/decoder, RUN/denoiser (runs), RUN/pictures, RUN/scores.json and RUN/report.html.
-    Raises UserError if `run` was begun with other options.
+    The demo writes RUN/decoder and RUN/denoiser (runs), RUN/pictures, RUN/evaluation and RUN/report.html.
+
+    Args:
+        run: folder of the demo.
+        minutes: how long the demo takes on this machine, about.
+        quick: train for a few steps only, without measuring the speed of the machine.
+        progress: called after each step and batch.
+
+    Returns:
+        False if a signal stopped a training, otherwise True.
+
+    Raises:
+        UserError: `run` was started with other options, or `minutes` is not positive.
     """
     if minutes <= 0:
         raise UserError(f"--minutes: {minutes} must be positive")
     decoder, denoiser = _recipes(run)
     with enter_world() as world:
         if world.size > 1:
-            raise UserError("demo: works in one process, not under torchrun")
+            raise UserError("demo: runs in one process only; start it without torchrun")
         plan = _plan(run, minutes, quick, decoder, denoiser, world, progress)
         stages = (("decoder", decoder, plan.decoder_steps), ("denoiser", denoiser, plan.denoiser_steps))
         for name, config, steps in stages:
@@ -77,8 +88,8 @@ def _recipes(run: Path) -> tuple[ReconstructionConfig, GenerationConfig]:
     assert isinstance(decoder, ReconstructionConfig)
     assert isinstance(denoiser, GenerationConfig)
     assert decoder.adversarial
-    # Without LPIPS, whose VGG16 would have to be fetched. The discriminator comes later than in the recipe: its steps
-    # take twice as long, and a decoder of so few is better for more of the others.
+    # LPIPS is left out because it would need a download of VGG16. The discriminator starts later than in the recipe:
+    # its steps take twice as long, and in a short training more steps without it give a better decoder.
     steps = decoder.train.steps
     adversarial = replace(decoder.adversarial, discriminator_start=12 * steps // 16, start=13 * steps // 16)
     decoder = replace(decoder, perceptual=None, adversarial=adversarial)
@@ -86,7 +97,7 @@ def _recipes(run: Path) -> tuple[ReconstructionConfig, GenerationConfig]:
 
 
 def _for_steps(config: Any, steps: int) -> Any:
-    """A recipe cut to `steps`, its schedules and average with it."""
+    """Return a recipe shortened to `steps`, with schedules and averages to match."""
     if adversarial := getattr(config, "adversarial", None):
         share = steps / config.train.steps
         adversarial = replace(
@@ -113,14 +124,14 @@ def _plan(
     world: World,
     progress: Progress,
 ) -> Plan:
-    """Read RUN/plan.json, or settle and write it: how much this machine can do in `minutes`."""
+    """Read RUN/plan.json, or write it: the numbers of steps that this machine can do in `minutes`."""
     path = run / "plan.json"
     if path.is_file():
         plan = from_dict(Plan, read_json(path), path)
         if (plan.minutes, plan.quick) != (minutes, quick):
             raise UserError(
-                f"{run}: was begun with --minutes {plan.minutes:g}{' --quick' if plan.quick else ''}; "
-                "give the same, or another --run"
+                f"{run}: was started with --minutes {plan.minutes:g}{' --quick' if plan.quick else ''}; "
+                "give the same options, or another --run"
             )
         return plan
     if quick:
@@ -146,6 +157,7 @@ def _plan(
 
 
 def _seconds_per_step(name: str, config: Any, run: Path, world: World, progress: Progress) -> float:
+    """Train for a few steps, and return the mean time of a step."""
     times: list[float] = []
 
     def report(step: int, values: dict[str, float]) -> None:
@@ -157,8 +169,8 @@ def _seconds_per_step(name: str, config: Any, run: Path, world: World, progress:
     gaps = [b - a for a, b in pairwise(times)]
     adversarial = getattr(trial, "adversarial", None)
     late = adversarial.discriminator_start if adversarial else CALIBRATION_STEPS
-    parts = gaps[: late - 1], gaps[late - 1 :]  # in the second the discriminator trains
-    # The first steps are slow, and so is a machine that is busy for a moment.
+    parts = gaps[: late - 1], gaps[late - 1 :]  # the discriminator trains in the second part
+    # A quartile leaves out slow first steps, and steps during which the machine was busy.
     return sum(len(part) * sorted(part)[len(part) // 4] for part in parts if part) / len(gaps)
 
 
@@ -170,7 +182,7 @@ def _train(name: str, config: StageConfig, run: Path, world: World, progress: Pr
 
 
 def _pictures(run: Path, model: Model, plan: Plan, config: StageConfig, world: World, progress: Progress) -> None:
-    """Reconstructions beside their originals, and a row of samples for each class, without and with guidance."""
+    """Save a picture of reconstructions next to their originals, and pictures of samples without and with guidance."""
     folder = run / "pictures"
     folder.mkdir(exist_ok=True)
     held_out = Loader(replace(config.data, split="heldout"), seed=0)
@@ -199,7 +211,7 @@ Scores = dict[str, dict[str, float]]
 
 
 def _scores(run: Path, model: Model, plan: Plan, world: World, progress: Progress) -> Scores:
-    """Evaluate unguided and guided samples, with baselines."""
+    """Evaluate unguided and guided samples, and the baselines."""
     plain = Sampling(steps=plan.sampling_steps)
     guided = replace(plain, guidance=(GUIDANCE,))
     folder = run / "evaluation"
@@ -226,7 +238,7 @@ def _scores(run: Path, model: Model, plan: Plan, world: World, progress: Progres
 
 
 def _report(run: Path, plan: Plan, scores: Scores) -> None:
-    """Write RUN/report.html, with all it needs inside."""
+    """Write RUN/report.html, a page that needs no other file."""
     model = load(str(run / "denoiser"))
     records = {name: read_metrics(run / name) for name in ("decoder", "denoiser")}
     write_page(
@@ -257,7 +269,7 @@ def _count(module: torch.nn.Module) -> int:
 
 
 def _seconds(records: list[dict[str, float]], run: Path) -> float:
-    """Time spent in training steps: restarts and pauses are not counted."""
+    """Return the time of all training steps. Restarts and pauses are not counted."""
     batch = read_json(run / "config.json")["train"]["batch_size"]
     total, before = 0.0, 0.0
     for record in records:
@@ -268,8 +280,8 @@ def _seconds(records: list[dict[str, float]], run: Path) -> float:
 
 
 def _curve(name: str, records: list[dict[str, float]]) -> bytes:
-    """The loss over the steps, as a PNG."""
-    from matplotlib.figure import Figure  # imported late: it is slow, and only this needs it
+    """Return a plot of the loss as a PNG."""
+    from matplotlib.figure import Figure  # imported here because the import is slow
 
     points = [(r["step"], r[f"{name}/loss"]) for r in records if f"{name}/loss" in r]
     figure = Figure(figsize=(5, 2.6), dpi=160, layout="constrained")

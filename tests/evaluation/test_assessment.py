@@ -1,4 +1,4 @@
-"""Whole evaluations: from images to a report, however often they were stopped and by however many processes."""
+"""Complete evaluations, from images to a report: stopped and resumed, on one and several processes."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -36,7 +36,7 @@ SAMPLING = Sampling(steps=2)
 
 
 class SmallInception(torch.nn.Module):
-    """Stands for FID's network: 6 pooled features, 5 logits, 4 spatial ones."""
+    """A stand-in for FID's network: 6 pooled features, 5 logits, 4 spatial features."""
 
     resize = "tf1"
 
@@ -71,7 +71,7 @@ def measured(images: str, names: list[str], split: Any = "all", keep: int = 100)
 def run(
     reference: Reference, tiny_model: Path, out: Path, *, count: int = 60, world: World = ALONE, **options: Any
 ) -> Report:
-    """A report of samples of the tiny model."""
+    """Return the report of samples of the tiny model."""
     assessed = {name: options.pop(name) for name in ("intervals", "progress") if name in options}
     networks = options.pop("networks", [str(tiny_model)])
     stream = Samples(load(str(tiny_model)), count, options.pop("sampling", SAMPLING), **options)
@@ -86,7 +86,7 @@ def name_of(tiny_model: Path) -> str:
     return next(iter(load_networks(str(tiny_model), ALONE.device)))
 
 
-def test_a_report_has_the_scores_of_the_samples_and_all_that_moves_them(reference, tiny_model, tmp_path):
+def test_a_report_has_the_scores_of_the_samples_and_all_settings_that_affect_them(reference, tiny_model, tmp_path):
     report = run(reference, tiny_model, tmp_path / "out", seed=3)
     name = name_of(tiny_model)
     assert list(report.results) == [f"fd_{name}", f"precision_{name}", f"recall_{name}"]
@@ -115,7 +115,7 @@ def test_a_report_has_the_scores_of_the_samples_and_all_that_moves_them(referenc
     assert read_report(tmp_path / "out") == report
 
 
-def test_each_setting_changes_the_hash_and_the_images_and_the_same_give_the_same_digits(
+def test_each_setting_changes_the_hash_and_the_images_and_equal_settings_give_equal_digits(
     reference, tiny_model, tmp_path
 ):
     first = run(reference, tiny_model, tmp_path / "0")
@@ -135,7 +135,7 @@ def test_each_setting_changes_the_hash_and_the_images_and_the_same_give_the_same
     assert len({report.images for report in [first, *reports]}) == 1 + len(others)
 
 
-def test_a_stopped_evaluation_goes_on_and_gives_the_same_digits(reference, tiny_model, tmp_path, monkeypatch):
+def test_a_stopped_evaluation_resumes_and_gives_the_same_digits(reference, tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr(streams, "CHUNK", 20)
     options: dict[str, Any] = {"count": 90, "batch_size": 7, "intervals": True}
     whole = run(reference, tiny_model, tmp_path / "whole", **options)
@@ -201,7 +201,7 @@ def test_scores_depend_on_batches_by_rounding_and_not_on_processes(
     alone = of_sizes(ALONE, images, tiny_model, tmp_path / "alone")
     for found in run_ranks(of_sizes, 2, images, tiny_model, tmp_path / "ranks"):
         assert found == alone  # to the last digit
-    # Some processors compute products of another batch size with other last digits, which can move a pixel by a level.
+    # On some processors the last digits of a product depend on the batch size, which can change a pixel by one level.
     assert alone[50]["results"] == pytest.approx(alone[8]["results"], rel=1e-3)
 
 
@@ -222,7 +222,7 @@ def test_saved_images_score_as_when_they_were_generated(reference, tiny_model, t
     assert found.images == report.images
     assert any("cannot say how they were made" in note for note in found.notes)
     assert saved()[1] == out
-    np.savez(tmp_path / "samples.npz", 255 - pixels)  # other images at the same place are another evaluation
+    np.savez(tmp_path / "samples.npz", 255 - pixels)  # other images at the same place need a new evaluation
     changed, other = saved()
     assert other != out
     assert changed.hash == found.hash
@@ -235,7 +235,7 @@ def reconstructions(images: str, tiny_model: Path, split: Any = "heldout", batch
 
 
 def test_reconstructions_are_compared_with_their_originals(inception, images, tiny_model, tmp_path, monkeypatch):
-    """As the one-pass evaluation scores them; a stop, and the size of batches, change nothing."""
+    """The scores equal the scores of one pass. A stop and the batch size change nothing."""
     monkeypatch.setattr(streams, "CHUNK", 7)
     names = ["inception", str(tiny_model)]
     reference, name = measured(images, names, "train"), name_of(tiny_model)
@@ -283,7 +283,7 @@ def test_reconstructions_are_not_compared_with_other_images(images, tiny_model, 
 
 
 def test_all_metrics_that_a_reference_allows(inception, images, tiny_model, tmp_path):
-    """Inception's, an encoder's and the ratios to held-out images."""
+    """The metrics of Inception, the metrics of an encoder, and the ratios to held-out images."""
     names = ["inception", str(tiny_model)]
     train, heldout = (measured(images, names, split) for split in ("train", "heldout"))
     stream = Samples(load(str(tiny_model)), 60, SAMPLING)
@@ -318,7 +318,7 @@ def test_kid_comes_with_enough_images(inception, images):
     assert "KernelDistance" in kinds[1000]
 
 
-def test_the_images_that_a_reference_holds_are_measured(inception, images, tiny_model, tmp_path):
+def test_the_images_in_a_reference_file_are_measured(inception, images, tiny_model, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (9, 16, 16, 3), dtype=np.uint8)
     np.savez(tmp_path / "adm.npz", pixels)
     theirs = replace(measured(images, ["inception"], keep=0), images=f"npz:{tmp_path / 'adm.npz'}")
@@ -336,9 +336,9 @@ def refused(message: str, action: Callable[[], Any]) -> None:
         action()
 
 
-def test_what_cannot_be_compared_is_refused(reference, images, tiny_model, tmp_path):
+def test_images_and_references_that_do_not_fit_are_rejected(reference, images, tiny_model, tmp_path):
     large = replace(reference, about=replace(reference.about, image_size=256))
-    refused("is of images of 256 pixels, and these have 16", lambda: run(large, tiny_model, tmp_path / "no"))
+    refused("images of 256 pixels, and these images have 16", lambda: run(large, tiny_model, tmp_path / "no"))
     assert not (tmp_path / "no").exists()
     refused("not a registered encoder; give the network", lambda: against([reference], []))
     refused("and not of vit_tiny", lambda: against([reference], ["builtin:vit-tiny"]))
@@ -353,7 +353,7 @@ def test_what_cannot_be_compared_is_refused(reference, images, tiny_model, tmp_p
     refused("count: 0 must be at least 1", lambda: Samples(model, 0, SAMPLING))
     weak = replace(SAMPLING, guidance=parse_guidance("auto:2.0"))
     refused("needs a weaker model", lambda: Samples(model, 5, weak))
-    refused("proportions of none", lambda: Samples(model, 5, SAMPLING, labels="reference"))
+    refused("has 0 labelled images", lambda: Samples(model, 5, SAMPLING, labels="reference"))
 
 
 def test_labels_of_the_reference_are_drawn_in_its_proportions(images, tiny_model):
@@ -364,6 +364,6 @@ def test_labels_of_the_reference_are_drawn_in_its_proportions(images, tiny_model
     assert np.bincount(stream.labels).tolist() == [6, 2]
 
 
-def test_the_claim_holds_what_the_report_tells(reference, tiny_model, tmp_path):
+def test_the_claim_holds_what_the_report_says(reference, tiny_model, tmp_path):
     report = run(reference, tiny_model, tmp_path)
     assert read_json(tmp_path / "evaluation.json")["settings"] == report.settings

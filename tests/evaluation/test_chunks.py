@@ -1,4 +1,4 @@
-"""What is kept of a stream until it is at its end."""
+"""Stored features of a stream that is not complete yet."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,7 +26,7 @@ class Rows:
 
 
 class Noise:
-    """A stream of noise."""
+    """A stream of noise images."""
 
     count, image_size, source = 23, 2, None
 
@@ -43,7 +43,7 @@ class Noise:
         return {}
 
 
-def test_features_come_back_in_order_whatever_the_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_features_come_back_in_order_for_all_batch_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(streams, "CHUNK", 10)
     network, digests, shown = Rows(), [], []
 

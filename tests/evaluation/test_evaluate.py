@@ -1,4 +1,4 @@
-"""One way to evaluate: against the own dataset, another dataset or a reference, with and without baselines."""
+"""Evaluation against the model's own dataset, another dataset or a reference, with and without baselines."""
 
 import shutil
 from collections.abc import Callable
@@ -32,7 +32,7 @@ QUICK: dict[str, Any] = {"sampling": Sampling(steps=1), "world": ALONE}
 
 @pytest.fixture(scope="module")
 def plants(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dataset of nine classes, as many as the built-in images have."""
+    """A dataset of nine classes, like the built-in images."""
     root = tmp_path_factory.mktemp("plants")
     for label in range(9):
         for i in range(12):
@@ -102,7 +102,7 @@ def test_baselines_give_a_meaning_to_the_scores(trained, tiny_model, tmp_path):
         "training-images.png",
     ]
     assert not (folder / "features").exists()
-    assert evaluate(str(trained), **options)[0] == report  # it only reads the report
+    assert evaluate(str(trained), **options)[0] == report  # the second call only reads the report
 
 
 def test_a_stopped_evaluation_with_baselines_resumes_with_the_same_digits(trained, tiny_model, tmp_path):
@@ -172,13 +172,13 @@ def refused(message: str, action: Callable[[], Any]) -> None:
         action()
 
 
-def test_nothing_is_compared_with_other_images_silently(trained, plants, images, tiny_model, tmp_path):
+def test_a_comparison_with_unexpected_images_is_an_error(trained, plants, images, tiny_model, tmp_path):
     features = [str(tiny_model)]
     refused(
         "does not record the dataset that it was trained on; give the dataset",
         lambda: evaluate(str(tiny_model), features=features, out=tmp_path / "x", **QUICK),
     )
-    refused("features: name the networks", lambda: evaluate(str(trained), out=tmp_path / "x", **QUICK))
+    refused("have no default network; name the networks", lambda: evaluate(str(trained), out=tmp_path / "x", **QUICK))
     refused(
         r"its classes \(blue, green, red\) are not the classes of .* \(plant-0, .* and 4 more\)",
         lambda: evaluate(str(trained), source=images, features=features, out=tmp_path / "x", **QUICK),

@@ -14,7 +14,7 @@ from raekit.pictures import quantize
 
 
 class FakeEncoder(nn.Module):
-    """Tokens (B, 4, 5): a linear map of the four quadrants' mean colours."""
+    """Tokens (B, 4, 5): a linear map of the mean colours of the four quadrants."""
 
     def __init__(self, name: str, input_size: Size, layers: LayersConfig | None):
         super().__init__()
@@ -123,7 +123,7 @@ def test_images_are_rounded_and_their_features_computed_once():
         ((2, 3, 8, 8), 2, (2, 3, 4, 4), torch.float32),
     ],
 )
-def test_malformed_batches_are_refused(shape, labels, originals, dtype):
+def test_malformed_batches_are_rejected(shape, labels, originals, dtype):
     with pytest.raises(ValueError, match="images"):
         Images(
             torch.zeros(shape, dtype=dtype),
@@ -133,7 +133,7 @@ def test_malformed_batches_are_refused(shape, labels, originals, dtype):
 
 
 class FakeInception:
-    """Columns that count the calls and tell where they stand."""
+    """Features that contain their own column number. `calls` counts the passes."""
 
     resize = "tf1"
 

@@ -1,4 +1,4 @@
-"""The distance itself; as a metric of images it is tested in `test_metrics.py`."""
+"""The Frechet distance of distributions. `test_metrics.py` tests the metric of images."""
 
 import math
 
@@ -56,13 +56,13 @@ def test_frechet_distance_is_zero_on_itself(rank, scale):
     assert 0 <= frechet_distance(a, a) < 1e-11 * a.covariance.trace()
 
 
-def test_frechet_distance_without_full_rank():
-    """In the plane that both distributions live in, all is of full rank: an isometry changes no distance."""
+def test_frechet_distance_of_covariances_without_full_rank():
+    """Both distributions lie in a plane, where they have full rank. An isometry changes no distance."""
     flat_a, flat_b = rows(300, 8, 1), rows(300, 8, 2)
     plane = torch.linalg.qr(rows(100, 8, 3))[0].T
     expected = frechet_distance(moments(flat_a), moments(flat_b))
     assert frechet_distance(moments(flat_a @ plane), moments(flat_b @ plane)) == pytest.approx(expected, rel=1e-10)
-    # Orthogonal subspaces share nothing: the traces alone remain.
+    # Distributions in orthogonal subspaces do not overlap: only the traces remain.
     a, b = (gaussian(torch.zeros(4), torch.tensor(d).diag()) for d in ([1.0, 2, 0, 0], [0.0, 0, 3, 4]))
     assert frechet_distance(a, b) == pytest.approx(10, rel=1e-12)
 
@@ -88,8 +88,8 @@ def test_frechet_distance_of_the_reference_case(golden):
     assert frechet_distance(a, b) == pytest.approx(float(case["fid_A_B"]), rel=1e-6)
 
 
-def test_a_covariance_near_singular_loses_no_digits():
-    """The faster way loses some, and knows it; both ways agree where it loses none."""
+def test_a_nearly_singular_covariance_loses_no_digits():
+    """The faster computation detects a loss of digits. Without a loss both computations agree."""
     a, b = rows(2000, 30, 1), rows(3000, 30, 2)
     steep = torch.logspace(0, -9, 30, dtype=torch.float64)
     deviations = steep * (0.5 + torch.rand(2, 30, generator=torch.Generator().manual_seed(4), dtype=torch.float64))
@@ -124,7 +124,7 @@ def test_an_unknown_number_of_samples_brings_no_warning(caplog):
     assert not caplog.records
 
 
-def test_what_is_no_covariance_is_refused():
+def test_a_matrix_with_negative_eigenvalues_is_rejected():
     indefinite = Gaussian(torch.zeros(2), torch.tensor([[1.0, 2.0], [2.0, 1.0]]))
     with pytest.raises(UserError, match="negative eigenvalues"):
         frechet_distance(gaussian(torch.zeros(2), torch.eye(2)), indefinite)

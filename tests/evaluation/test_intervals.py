@@ -1,4 +1,4 @@
-"""Intervals: do they hold the truth as often as they say?"""
+"""Intervals contain the true value as often as they claim."""
 
 import math
 from typing import Any
@@ -41,7 +41,7 @@ def scored(rows: Tensor, size: int = 1000) -> dict[str, float]:
     return score_stream(parts, [FrechetDistance(NETWORK, REFERENCE, intervals=True)], ALONE)
 
 
-def test_an_interval_holds_the_expected_distance_and_the_bias_is_that_of_few_images():
+def test_an_interval_contains_the_expected_distance_and_the_bias_is_the_bias_of_few_images():
     generator = torch.Generator().manual_seed(0)
     scale = torch.linspace(0.6, 1.4, DIM)
     exact = frechet_distance(Gaussian(torch.zeros(DIM), scale.diag().square()), REFERENCE)
@@ -54,7 +54,7 @@ def test_an_interval_holds_the_expected_distance_and_the_bias_is_that_of_few_ima
     assert mean > exact
 
 
-def test_the_interval_is_that_of_the_jackknife():
+def test_the_interval_agrees_with_the_definition_of_the_jackknife():
     rows = 1 + torch.randn(90, DIM, generator=torch.Generator().manual_seed(3)).double()
     rests = []
     for left_out in range(20):
@@ -69,7 +69,7 @@ def test_the_interval_is_that_of_the_jackknife():
     assert values["fd_rows_bias"] == pytest.approx(19 * (mean - values["fd_rows"]), rel=1e-6)
 
 
-def test_intervals_leave_the_score_alone_and_depend_on_no_batches():
+def test_intervals_change_no_score_and_do_not_depend_on_the_batch_size():
     rows = torch.randn(100, DIM, generator=torch.Generator().manual_seed(1))
     plain = score_stream([batch(rows)], [FrechetDistance(NETWORK, REFERENCE)], ALONE)
     values = scored(rows)
@@ -94,7 +94,7 @@ def test_two_processes_find_the_same_interval(run_ranks: Any):
         assert values == pytest.approx(scored(rows), rel=1e-9)
 
 
-def test_an_interval_needs_images_and_their_numbers():
+def test_an_interval_needs_enough_images_and_their_indices():
     with pytest.raises(UserError, match="needs at least 40 images, and there are 39"):
         scored(torch.randn(39, DIM))
     unnumbered = Images(torch.rand(2, 3, 4, 4), torch.zeros(2).long())
@@ -116,9 +116,9 @@ def test_shares_have_wilsons_interval():
     assert ends == wilson_interval(round(80 * values["knn_accuracy_rows"]), 80)
 
 
-def test_the_interval_is_that_of_wilson():
+def test_the_interval_of_a_share_agrees_with_wilsons_definition():
     low, high = wilson_interval(8, 10)
-    for share in (low, high):  # where a share itself is z standard errors from the observed one
+    for share in (low, high):  # at a bound, the observed share is z standard errors away
         assert abs(0.8 - share) / math.sqrt(share * (1 - share) / 10) == pytest.approx(1.959964, abs=1e-5)
     assert wilson_interval(0, 10)[0] == pytest.approx(0, abs=1e-12)
     assert wilson_interval(10, 10)[1] == pytest.approx(1, abs=1e-12)

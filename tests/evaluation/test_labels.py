@@ -9,7 +9,7 @@ def counts(labels: list[int], classes: int) -> list[int]:
     return np.bincount(labels, minlength=classes).tolist()
 
 
-def test_balanced_labels_have_each_class_equally_often_in_an_order_of_the_seed():
+def test_balanced_labels_have_each_class_equally_often_in_an_order_that_depends_on_the_seed():
     labels = draw_labels("balanced", 10, 500, 3, None)
     assert counts(labels, 10) == [50] * 10
     assert labels == draw_labels("balanced", 10, 500, 3, None) != sorted(labels)
@@ -31,8 +31,13 @@ def test_labels_of_the_reference_have_its_proportions():
 
 
 @pytest.mark.parametrize(
-    ("given", "told"), [(None, "proportions of none"), ((1, 2), "of 2 classes, the model has 3"), ((0, 0, 0), "of 3")]
+    ("given", "message"),
+    [
+        (None, "has 0 labelled images"),
+        ((1, 2), "of 2 classes, but the model has 3"),
+        ((0, 0, 0), "has 0 labelled"),
+    ],
 )
-def test_a_reference_of_other_classes_is_refused(given, told):
-    with pytest.raises(UserError, match=told):
+def test_a_reference_of_other_classes_is_rejected(given, message):
+    with pytest.raises(UserError, match=message):
         draw_labels("reference", 3, 10, 0, given)

@@ -19,7 +19,7 @@ ALONE = World()
 
 
 class Rows:
-    """Features: all numbers of an image."""
+    """Features: all values of an image."""
 
     def __init__(self, width: int = 12, name: str = "inception"):
         self.width, self.name = width, name
@@ -35,7 +35,7 @@ def pictures(count: int, seed: int, shift: float = 0.0) -> Tensor:
 
 
 def stream(images: Tensor, size: int, world: World = ALONE):
-    """Every process has every so-many-th batch, as from a generator."""
+    """Yield the batches of one process: every `world.size`-th batch, as a generator gives them."""
     for first in range(world.rank * size, len(images), size * world.size):
         part = images[first : first + size]
         numbers = torch.arange(first, first + len(part))
@@ -57,7 +57,7 @@ def values(real: Tensor, fake: Tensor, k: int = 3, network: Rows | None = None) 
 
 @pytest.mark.parametrize("tile", [4096, 16])
 @pytest.mark.parametrize("k", [1, 3, 5])
-def test_precision_and_recall_are_those_of_the_definition(k: int, tile: int, monkeypatch: pytest.MonkeyPatch):
+def test_precision_and_recall_agree_with_the_definition(k: int, tile: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(manifold, "_TILE", tile)
     real, fake = pictures(83, 1), pictures(61, 2, shift=0.06)
     precision, recall = by_definition(real, fake, k)
@@ -66,24 +66,24 @@ def test_precision_and_recall_are_those_of_the_definition(k: int, tile: int, mon
     assert values(real, fake, k) == {"precision": precision, "recall": recall}
 
 
-def test_precision_and_recall_of_other_networks_have_their_name():
+def test_precision_and_recall_of_other_networks_are_named_after_them():
     assert list(values(pictures(9, 1), pictures(9, 2), network=Rows(name="vit"))) == ["precision_vit", "recall_vit"]
 
 
 def test_equal_images_are_at_no_distance():
-    """Four copies of a picture have radius zero, which reaches another copy, and nothing else."""
+    """Four copies of an image have radius zero. The ball contains the other copies, and nothing else."""
     copies = pictures(1, 1).expand(4, -1, -1, -1)
     assert values(copies, torch.cat([copies[:1], pictures(4, 2)]))["precision"] == 0.2
     real = pictures(30, 3)
     assert values(real, real) == {"precision": 1.0, "recall": 1.0}
-    for seed in range(20):  # the distances of a point alone and of many at once are rounded differently
+    for seed in range(20):  # a distance is rounded differently in a small and a large block
         others = 37 * torch.randn(61, 500, generator=torch.Generator().manual_seed(seed))
         points = Manifold(torch.cat([others[:1].expand(4, -1), others[1:]]))
         assert points.covers(others[:1]).all()
         assert not points.covers(others[:1] + 40).any()
 
 
-def test_small_differences_beside_a_large_mean_are_seen():
+def test_small_differences_next_to_a_large_mean_are_seen():
     real, fake = pictures(40, 1).flatten(1), pictures(40, 2).flatten(1)
     far = 1000.0  # in float32 arithmetic the distances would be noise
     metric = PrecisionRecall(Rows(), Manifold(real + far))
@@ -94,13 +94,13 @@ def test_small_differences_beside_a_large_mean_are_seen():
     assert metric.values == list(by_definition(real + far, fake + far, 3))
 
 
-def test_what_cannot_be_compared_is_refused(caplog):
+def test_features_that_cannot_be_compared_are_rejected(caplog):
     with pytest.raises(UserError, match="need more than 3 images, and there are 3"):
         Manifold(torch.rand(3, 12))
     with pytest.raises(UserError, match="need more than 3 images, and there are 2"):
         values(pictures(9, 1), pictures(2, 1))
     for metric in (lambda x: PrecisionRecall(Rows(), Manifold(x)), lambda x: KernelDistance(Rows(), x)):
-        with pytest.raises(UserError, match="the reference has 5 dimensions, the features of inception have 12"):
+        with pytest.raises(UserError, match="the reference has 5 dimensions, but the features of inception have 12"):
             metric(torch.rand(50, 5))
     metric = PrecisionRecall(Rows(), Manifold(torch.full((9, 12), math.nan)))
     assert all(math.isnan(value) for value in score_stream(stream(pictures(9, 1), 3), [metric], ALONE).values())
@@ -108,7 +108,7 @@ def test_what_cannot_be_compared_is_refused(caplog):
 
 
 def kid_by_definition(x: np.ndarray, y: np.ndarray) -> float:
-    """Sums over pairs, written out."""
+    """Return KID, computed by sums over pairs."""
 
     def k(a, b):
         return (float(np.dot(a, b)) / len(a) + 1) ** 3
@@ -119,7 +119,7 @@ def kid_by_definition(x: np.ndarray, y: np.ndarray) -> float:
     return within - 2 * sum(k(x[i], y[j]) for i, j in pairs) / n**2
 
 
-def test_kid_of_all_images_is_that_of_the_definition():
+def test_kid_of_all_images_agrees_with_the_definition():
     real, fake = pictures(12, 1), pictures(12, 2, shift=0.05)
     metric = KernelDistance(Rows(), Rows()(real), subsets=3, size=12)
     result = score_stream(stream(fake, 5), [metric], ALONE)
@@ -157,7 +157,7 @@ def test_values_depend_neither_on_batch_size_nor_on_processes(run_ranks):
         assert found == pytest.approx(one, rel=1e-9)
 
 
-def test_images_without_numbers_are_refused_on_many_processes():
+def test_images_without_indices_are_rejected_on_many_processes():
     network = Rows()
     for metric in (PrecisionRecall(network, Manifold(network(pictures(9, 1)))), InceptionScore(network)):
         metric.update(Images(pictures(9, 2), torch.zeros(9).long()))

@@ -31,7 +31,7 @@ def rows(count: int, dim: int, seed: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Corner:
-    """Features of an image: its first `width` numbers."""
+    """Features of an image: its first `width` values."""
 
     width: int = 4
     name: str = "corner"
@@ -45,7 +45,7 @@ def batch(images: Tensor, labels: list[int] | None = None, originals: Tensor | N
 
 
 def levels(*vectors: list[int]) -> Tensor:
-    """Images whose `Corner` features are these 8-bit numbers over 255."""
+    """Return images whose `Corner` features are these 8-bit levels, divided by 255."""
     images = torch.zeros(len(vectors), 3, 4, 4)
     images.view(len(vectors), -1)[:, : len(vectors[0])] = torch.tensor(vectors) / 255
     return images
@@ -61,11 +61,11 @@ def test_frechet_distance_of_images():
     expected = frechet_distance(moments(Corner()(batch(images).images)), reference)
     assert metric.result() == {"fd_corner": pytest.approx(expected, rel=1e-11)}
     assert FrechetDistance(Corner(), reference, "train").name == "train"
-    with pytest.raises(UserError, match="4 dimensions, the features of corner have 5"):
+    with pytest.raises(UserError, match="4 dimensions, but the features of corner have 5"):
         FrechetDistance(Corner(width=5), reference)
 
 
-def test_frechet_distances_of_inception_have_the_names_of_the_field():
+def test_frechet_distances_of_inception_have_their_usual_names():
     names = [
         FrechetDistance(Corner(name=name), moments(rows(50, 4, 1))).name
         for name in ("inception", "inception_spatial", "clean_inception", "clean_inception_spatial")
@@ -94,7 +94,7 @@ def test_frechet_ratios_are_to_the_distances_of_other_real_images():
 
 
 class Logits:
-    """The first numbers of an image as logits."""
+    """Logits: the first values of an image."""
 
     width, name = 6, "inception_logits"
 
@@ -103,7 +103,7 @@ class Logits:
 
 
 def inception_score(logits: Tensor) -> float:
-    """By its definition, of all images at once."""
+    """Return the Inception Score of all images, computed by its definition."""
     p = logits.double().softmax(1)
     return float((p * (p / p.mean(0)).log()).sum(1).mean().exp())
 
@@ -122,7 +122,7 @@ def test_the_inception_score_is_the_mean_over_splits_in_order():
             metric.update(numbered(images[index], index))
         metric.reduce(World())
         assert metric.result() == {"inception_score": pytest.approx(sum(parts) / 3, rel=1e-12)}
-    metric = InceptionScore(network)  # of 5000 images a split, in the order of arrival
+    metric = InceptionScore(network)  # 5000 images in a split, in the order of arrival
     for part in images.split(7):
         metric.update(batch(part))
     assert metric.result()["inception_score"] == pytest.approx(inception_score(network(images)), rel=1e-12)
@@ -146,12 +146,12 @@ def test_psnr_of_known_errors():
 
 def test_psnr_is_averaged_over_images_not_over_errors():
     originals = levels([100, 0, 0, 0], [100, 0, 0, 0])
-    images = levels([151, 0, 0, 0], [100, 0, 0, 0])  # one error of 0.2 among 48 numbers, and a perfect image
+    images = levels([151, 0, 0, 0], [100, 0, 0, 0])  # one error of 0.2 among 48 values, and a perfect image
     metric = PairMean(PairScore("psnr", psnr))
     metric.update(batch(images[:1], originals=originals[:1]))
     metric.update(batch(images[1:], originals=originals[1:]))
     assert metric.result() == {"psnr": pytest.approx((10 * math.log10(48 / 0.04) + 100) / 2, rel=1e-6)}
-    with pytest.raises(ValueError, match="psnr compares with originals"):
+    with pytest.raises(ValueError, match="psnr needs originals"):
         metric.update(batch(images))
 
 
@@ -186,7 +186,7 @@ def test_nearest_neighbours_vote_and_distance():
     assert metric.distances[0].tolist() == pytest.approx([0, 0, far, 0], abs=1e-7)
 
 
-def test_a_drawn_vote_goes_to_the_nearest():
+def test_a_tied_vote_goes_to_the_nearest_class():
     bank = torch.tensor([[1.0, 0, 0, 0], [1, 0.2, 0, 0], [1, 0.4, 0, 0], [1, 0.6, 0, 0]])
     images = levels([200, 0, 0, 0])
     for labels, expected in ([1, 0, 0, 1], 1), ([0, 1, 1, 0], 0), ([1, 1, 0, 0], 1):
@@ -203,7 +203,7 @@ def test_unlabelled_images_or_banks_have_no_accuracy():
         assert ("knn_accuracy_corner" in metric.result()) == (bank_label == label == 0)
 
 
-def test_banks_that_cannot_be_searched_are_refused():
+def test_banks_that_cannot_be_searched_are_rejected():
     with pytest.raises(UserError, match="k = 6 neighbours in a bank of 5"):
         NearestNeighbours(Corner(), torch.rand(5, 4), torch.zeros(5), k=6)
     with pytest.raises(UserError, match="the bank has 3 dimensions"):

@@ -15,14 +15,14 @@ from raekit.models.registry import HALF, EncoderSpec
 
 
 def blobs(count: int, seed: int, spread: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
-    """`count` points around three corners, of very different scales in each dimension."""
+    """Return `count` points around three corners, with very different scales in each dimension."""
     generator = np.random.default_rng(seed)
     labels = generator.integers(0, 3, count)
     points = np.eye(3)[labels] * 4 + spread * generator.normal(size=(count, 3))
     return (points * [1, 100, 0.01] + 7).astype(np.float32), labels
 
 
-def test_classes_that_a_line_separates_are_found_and_no_others():
+def test_only_linearly_separable_classes_are_found():
     result = linear_probe(*blobs(300, 0), *blobs(200, 1))
     assert result.accuracy > 0.97
     assert result.low < result.accuracy < result.high
@@ -34,8 +34,8 @@ def test_classes_that_a_line_separates_are_found_and_no_others():
     assert linear_probe(features, labels, heldout[0], (heldout[1] + 1) % 3, penalty=1.0).accuracy < 0.1
 
 
-def test_the_penalty_is_that_of_the_mean_loss():
-    """Against a minimisation of the loss that `Probe` states, of two classes."""
+def test_the_penalty_is_the_penalty_of_the_mean_loss():
+    """Compares with a direct minimisation of the loss in the docstring of `Probe`, for two classes."""
     generator = np.random.default_rng(0)
     labels = np.arange(80) % 2
     features = generator.normal(size=(80, 2)) + labels[:, None]
@@ -52,7 +52,7 @@ def test_the_penalty_is_that_of_the_mean_loss():
 
 
 def test_the_penalty_is_chosen_by_images_that_were_not_fitted(monkeypatch):
-    """Of 400 features one tells the class: a small penalty fits the training images alone."""
+    """One feature of 400 depends on the class. With a small penalty the probe fits only the training images."""
     generator = np.random.default_rng(0)
 
     def noisy(count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -66,7 +66,7 @@ def test_the_penalty_is_chosen_by_images_that_were_not_fitted(monkeypatch):
     assert loose.training == 1.0
     assert chosen.penalty >= 1e-3
     assert chosen.accuracy > loose.accuracy
-    monkeypatch.setattr("raekit.evaluation.probe.PENALTIES", (1e6, 1e-3, 1e5))  # the large ones leave no weights
+    monkeypatch.setattr("raekit.evaluation.probe.PENALTIES", (1e6, 1e-3, 1e5))  # the large penalties leave no weights
     assert linear_probe(*train, *heldout).penalty == 1e-3
 
 
@@ -77,18 +77,18 @@ def test_a_constant_feature_does_no_harm():
 
 
 @pytest.mark.parametrize("penalty", [0.0, -1.0, math.nan, math.inf])
-def test_a_penalty_that_is_none_is_refused(penalty):
+def test_an_invalid_penalty_is_rejected(penalty):
     with pytest.raises(UserError, match="penalty: "):
         linear_probe(*blobs(30, 0), *blobs(30, 1), penalty=penalty)
 
 
-def test_one_class_is_refused():
+def test_a_single_class_is_rejected():
     features, labels = blobs(30, 0)
     with pytest.raises(UserError, match="at least two classes"):
         linear_probe(features, labels * 0, features, labels)
 
 
-def test_untrained_weights_are_others_of_the_same_shapes_and_leave_the_encoder_alone(tiny_model):
+def test_untrained_weights_have_the_same_shapes_and_do_not_change_the_encoder(tiny_model):
     encoder = load_encoder(str(tiny_model))
     for parameter in encoder.model.parameters():
         parameter.add_(1)
@@ -134,13 +134,13 @@ def test_colours_are_read_from_latents(tiny_model, images, tokens):
         assert result.accuracy == 1.0
 
 
-def test_an_encoder_alone_is_probed_too(tiny_model, images, tmp_path):
+def test_an_encoder_without_a_decoder_is_probed_too(tiny_model, images, tmp_path):
     (tmp_path / "encoder").symlink_to(tiny_model / "encoder")
     alone = probe(str(tmp_path), images, penalty=0.01)
     assert alone["random weights"] == probe(str(tiny_model), images, penalty=0.01)["random weights"]
 
 
-def test_a_baseline_is_probed_alone(images):
+def test_a_baseline_is_probed_without_random_weights(images):
     results = probe("pixels@16", images, penalty=0.01)
     assert {name: result.accuracy for name, result in results.items()} == {"pixels@16": 1.0}
 
@@ -155,6 +155,6 @@ def test_an_autoencoders_latents_are_whitened(tiny_model, images, tmp_path, monk
     assert result[str(tiny_model)].accuracy == pytest.approx(1 / 3)
 
 
-def test_a_source_without_labels_is_refused(tiny_model, images):
+def test_a_source_without_labels_is_rejected(tiny_model, images):
     with pytest.raises(UserError, match=r"flat:.* has no labels"):
         probe(str(tiny_model), f"flat:{Path(images.removeprefix('folder:'))}")

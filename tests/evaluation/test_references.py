@@ -1,4 +1,4 @@
-"""References: ours, those of other projects, and those that were made to do harm."""
+"""References: raekit's own files, the files of other projects, and files that were made to do harm."""
 
 import io
 import zipfile
@@ -28,7 +28,7 @@ ALONE = World()
 
 
 class Means:
-    """Features: the image in small."""
+    """Features: the downscaled image."""
 
     resize = "mean"
 
@@ -60,7 +60,7 @@ def adm(path: Path, **others: Any) -> Path:
     return path
 
 
-# Ours
+# raekit's own files
 
 
 def test_a_measured_reference_scores_as_the_images_themselves(images: str, tmp_path: Path):
@@ -119,7 +119,7 @@ def test_processes_measure_the_same(images: str, run_ranks):
         assert found[1] == pytest.approx(one[1], rel=1e-9, abs=1e-15)
 
 
-def test_every_metric_takes_a_read_reference(images: str, tmp_path: Path):
+def test_every_metric_accepts_a_reference_from_a_file(images: str, tmp_path: Path):
     measure_reference(data(images), NETWORKS, ALONE).write(tmp_path / "r.safetensors")
     reference, network = read_reference(tmp_path / "r.safetensors"), NETWORKS["inception"]
     metrics = [
@@ -130,7 +130,7 @@ def test_every_metric_takes_a_read_reference(images: str, tmp_path: Path):
     assert result == {"fid": pytest.approx(0, abs=1e-12), "precision": 1, "recall": 1}
 
 
-def test_a_changed_file_is_refused(images: str, tmp_path: Path):
+def test_a_changed_file_is_rejected(images: str, tmp_path: Path):
     path = tmp_path / "r.safetensors"
     measure_reference(data(images), NETWORKS, ALONE).write(path)
     tensors = load_file(path)
@@ -138,12 +138,12 @@ def test_a_changed_file_is_refused(images: str, tmp_path: Path):
         header = file.metadata()[references._METADATA]
     wrong = tensors["inception.mean"] + 1e-9
     cases: list[tuple[str, dict[str, Tensor], str]] = [
-        (header, {"inception.mean": wrong}, "its numbers are not those that its hash"),
-        (header, {"extra": wrong}, "damaged, it holds extra"),
-        (header, {"other.features": wrong}, "damaged, it holds"),
-        (header, {"inception.mean": torch.zeros(12, dtype=torch.int64)}, "damaged, it holds"),
-        (header, {"inception.mean": wrong[:5]}, r"a mean of shape \(5,\)"),
-        (header, {"inception.features": wrong}, "damaged, the features have other dimensions"),
+        (header, {"inception.mean": wrong}, "its numbers do not have the hash"),
+        (header, {"extra": wrong}, "damaged: it holds extra"),
+        (header, {"other.features": wrong}, "damaged: it holds"),
+        (header, {"inception.mean": torch.zeros(12, dtype=torch.int64)}, "damaged: it holds"),
+        (header, {"inception.mean": wrong[:5]}, r"the mean has shape \(5,\)"),
+        (header, {"inception.features": wrong}, "damaged: features and statistics have different dimensions"),
         ("{}", {}, "about: Field required"),
         ("no json", {}, "its header lacks"),
         (header.replace('"count"', '"counted"'), {}, "counted"),
@@ -158,7 +158,7 @@ def test_a_changed_file_is_refused(images: str, tmp_path: Path):
         read_reference(path)
 
 
-# Of other projects
+# Files of other projects
 
 
 def test_adms_file_has_statistics_of_fid_and_sfid_and_images(tmp_path: Path):
@@ -184,7 +184,7 @@ def test_adms_file_has_statistics_of_fid_and_sfid_and_images(tmp_path: Path):
         ("dinov2.npz", "dinov2_l", "dinov2_l"),
     ],
 )
-def test_statistics_alone_are_of_the_network_that_is_named(tmp_path: Path, name: str, network: str | None, found: str):
+def test_bare_statistics_belong_to_the_named_network(tmp_path: Path, name: str, network: str | None, found: str):
     np.savez_compressed(tmp_path / name, allow_pickle=False, **statistics())
     reference = read_reference(tmp_path / name, network)
     assert list(reference.gaussians) == [found]
@@ -197,7 +197,7 @@ def test_torch_fidelitys_file_is_read_without_running_code(
 ):
     path = tmp_path / "images-inception-v3-compat-stat-fid-2048.pt"
     torch.save(statistics(), path)
-    with zipfile.ZipFile(path) as archive:  # numpy 1 and 2 name a function differently
+    with zipfile.ZipFile(path) as archive:  # numpy 1 and 2 use different names for a function
         content = {name: archive.read(name) for name in archive.namelist()}
     with zipfile.ZipFile(path, "w") as archive:
         for name, data in content.items():
@@ -220,7 +220,7 @@ class Code:
         return (print, ("code was run",))
 
 
-# Made to do harm, or by mistake
+# Files made to do harm, or by mistake
 
 
 def spoiled(key: str, index: tuple[int, ...], value: float) -> dict[str, np.ndarray]:
@@ -232,14 +232,14 @@ def spoiled(key: str, index: tuple[int, ...], value: float) -> dict[str, np.ndar
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"sigma": None}, r"lacks sigma \(it holds mu, .*\); measure its images: raekit reference npz:"),
-        ({"sigma": None, "arr_0": None}, r"lacks sigma \(it holds mu, mu_s, sigma_s\)$"),
-        ({"sigma_s": None}, "lacks sigma_s"),
-        ({"mu": np.zeros(5)}, r"a mean of shape \(5,\) and a covariance of \(6, 6\)"),
-        ({"sigma": np.zeros((6, 5))}, r"a covariance of \(6, 5\)"),
+        ({"sigma": None}, r"sigma is missing, it holds mu, .*; measure its images: raekit reference npz:"),
+        ({"sigma": None, "arr_0": None}, r"sigma is missing, it holds mu, mu_s, sigma_s$"),
+        ({"sigma_s": None}, "sigma_s is missing"),
+        ({"mu": np.zeros(5)}, r"the mean has shape \(5,\), the covariance \(6, 6\)"),
+        ({"sigma": np.zeros((6, 5))}, r"the covariance \(6, 5\)"),
         ({"sigma": np.zeros((6, 6, 1))}, r"sigma is float64 \(6, 6, 1\)"),
         ({"sigma": np.float64(3)}, r"sigma is float64 \(\)"),
-        ({"mu": np.zeros(0), "sigma": np.zeros((0, 0))}, r"a mean of shape \(0,\)"),
+        ({"mu": np.zeros(0), "sigma": np.zeros((0, 0))}, r"the mean has shape \(0,\)"),
         ({"mu": np.arange(6)}, r"mu is int64 \(6,\)"),
         ({"mu": np.array(["a"] * 6)}, r"mu is <U1"),
         ({"mu": np.zeros(20_000)}, r"mu is float64 \(20000,\)"),
@@ -251,7 +251,7 @@ def spoiled(key: str, index: tuple[int, ...], value: float) -> dict[str, np.ndar
         (spoiled("sigma", (4, 4), -0.7), "has a negative variance"),
     ],
 )
-def test_other_npz_files_are_refused(
+def test_invalid_npz_files_are_rejected(
     tmp_path: Path, change: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
 ):
     path = adm(tmp_path / "x.npz", **change)
@@ -260,7 +260,7 @@ def test_other_npz_files_are_refused(
     assert "code was run" not in capsys.readouterr().out
 
 
-def test_a_covariance_that_would_fill_the_memory_is_refused_unread(tmp_path: Path):
+def test_a_covariance_that_would_fill_the_memory_is_rejected_without_reading_it(tmp_path: Path):
     file = io.BytesIO()
     np.lib.format.write_array_header_1_0(file, {"descr": "<f8", "fortran_order": False, "shape": (10**6, 10**6)})
     path = adm(tmp_path / "x.npz", sigma=None)
@@ -271,27 +271,27 @@ def test_a_covariance_that_would_fill_the_memory_is_refused_unread(tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", ["x.npz", "x.pt", "x.safetensors", "x.txt"])
-def test_files_that_are_none_are_refused(tmp_path: Path, name: str):
+def test_files_that_are_not_references_are_rejected(tmp_path: Path, name: str):
     with pytest.raises(UserError, match=rf"{name}: no such file"):
         read_reference(tmp_path / name)
     (tmp_path / name).write_bytes(b"nothing of the kind")
-    with pytest.raises(UserError, match=rf"{name}: (damaged|rejected|no reference)"):
+    with pytest.raises(UserError, match=rf"{name}: (damaged|rejected|not a reference)"):
         read_reference(tmp_path / name)
 
 
-# Of the wrong kind
+# References of the wrong kind
 
 
-def test_a_reference_of_the_wrong_kind_is_refused_with_the_reason(images: str, tmp_path: Path):
+def test_a_reference_of_the_wrong_kind_is_rejected_with_the_reason(images: str, tmp_path: Path):
     reference = measure_reference(data(images, "heldout"), NETWORKS, ALONE)
     theirs = read_reference(adm(tmp_path / "x.npz"))
     with pytest.raises(UserError, match="has statistics of inception, inception_spatial, and not of vit_tiny"):
         reference.gaussian(Means("vit_tiny"))
-    with pytest.raises(UserError, match="statistics of inception have 12 dimensions, its features 6"):
+    with pytest.raises(UserError, match="inception have 12 dimensions, but the features of this network have 6"):
         reference.gaussian(Means(width=6))
     for each in reference, theirs:
         each.check_size(16)
-        with pytest.raises(UserError, match="is of images of 16 pixels, and these have 256"):
+        with pytest.raises(UserError, match="was measured on images of 16 pixels, and these images have 256"):
             each.check_size(256)
     reference.check_originals(images, "heldout")
     with pytest.raises(UserError, match=r"own originals; run raekit reference folder:.* --split train"):
@@ -299,6 +299,6 @@ def test_a_reference_of_the_wrong_kind_is_refused_with_the_reason(images: str, t
     with pytest.raises(UserError, match=r"images that it does not name.*a reference for generated images"):
         theirs.check_originals(images, "heldout")
     np.savez(tmp_path / "plain.npz", allow_pickle=False, **statistics())
-    read_reference(tmp_path / "plain.npz").check_size(256)  # it does not tell
+    read_reference(tmp_path / "plain.npz").check_size(256)  # the file does not record its image size
     with pytest.raises(UserError, match="at least one network"):
         measure_reference(data(images), {}, ALONE)

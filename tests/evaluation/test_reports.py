@@ -57,7 +57,7 @@ def test_a_report_is_written_for_machines_and_people(tmp_path):
     assert "<img" not in (written(tmp_path / "bare", made, picture=False) / "report.html").read_text()
 
 
-def test_what_is_no_report_is_named(tmp_path):
+def test_an_invalid_report_is_named(tmp_path):
     with pytest.raises(UserError, match=r"report\.json: no such file"):
         read_report(tmp_path)
     (tmp_path / "report.json").write_text(json.dumps({**to_dict(report()), "results": {"fid": "good"}}))
@@ -70,7 +70,7 @@ def test_nested_settings_are_flattened():
     assert flat(values) == {"a.b": 1, "d.0.e": 2, "d.1.e": 3, "f": [1, 2], "g": None}
 
 
-def test_reports_are_called_by_the_setting_that_they_differ_in(tmp_path):
+def test_reports_are_named_by_the_setting_in_which_they_differ(tmp_path):
     plain, guided = written(tmp_path / "a", report()), written(tmp_path / "b", report("cfg:2.0", fid=2.0, recall=0.5))
     compared = Comparison([plain, guided / "report.json"])
     assert compared.labels == ["guidance none", "guidance cfg:2.0"]
@@ -93,7 +93,7 @@ def test_reports_are_called_by_the_setting_that_they_differ_in(tmp_path):
         compared.write(tmp_path / "c.txt")
 
 
-def test_what_forbids_a_comparison_is_told(tmp_path):
+def test_the_reason_against_a_comparison_is_given(tmp_path):
     first = report()
     second = replace(
         first,

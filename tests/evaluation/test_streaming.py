@@ -23,7 +23,7 @@ ALONE = World()
 
 
 class Thumbnail:
-    """Features: the image at 3 x 3."""
+    """Features: the image, resized to 3 x 3 pixels."""
 
     name, width = "thumbnail", 27
 
@@ -37,7 +37,7 @@ class Thumbnail:
 
 
 def pictures(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Noise around one colour a class, of 5 classes."""
+    """Return noise around one colour for each of 5 classes, and the labels."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(5, (count,), generator=generator)
     colours = torch.rand(5, 3, 1, 1, generator=torch.Generator().manual_seed(0))
@@ -46,7 +46,7 @@ def pictures(count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def stream(count: int, size: int, seed: int, world: World = ALONE) -> Iterator[Images]:
-    """Noisy copies beside their originals; every process has its own share."""
+    """Yield noisy copies with their originals. Every process has its own share."""
     images, labels = (x[world.rank :: world.size] for x in pictures(count, seed))
     noisy = (images + 0.05 * images.flip(3)).clamp(0, 1)
     for start in range(0, len(images), size):
@@ -65,7 +65,7 @@ def metrics(world: World, size: int, network: Thumbnail) -> Sequence[Accumulator
 
 
 def scores(world: World, size: int) -> list[dict[str, float]]:
-    """Of images shared by all processes, and of images that the first process has alone."""
+    """Return the scores of images shared by all processes, and the scores of images in the first process only."""
     network = Thumbnail()
     alone = stream(61, size, 2) if world.is_main else ()
     return [
@@ -112,7 +112,7 @@ def test_the_bank_holds_the_moments():
     torch.testing.assert_close(moments.covariance, reference.covariance, rtol=1e-10, atol=1e-14)
 
 
-def test_an_empty_stream_is_refused():
+def test_an_empty_stream_is_rejected():
     network = Thumbnail()
     for action in (
         lambda: score_stream((), [PairMean(PairScore("psnr", psnr))], ALONE),
@@ -123,7 +123,7 @@ def test_an_empty_stream_is_refused():
             action()
 
 
-def test_two_metrics_of_one_name_are_refused():
+def test_two_metrics_of_one_name_are_rejected():
     with pytest.raises(ValueError, match="two metrics report psnr"):
         score_stream(stream(8, 8, 1), [PairMean(PairScore("psnr", psnr)), PairMean(PairScore("psnr", psnr))], ALONE)
 
@@ -149,7 +149,7 @@ def test_saved_images_score_as_when_they_were_generated(tmp_path, kind):
     assert result == {"fd_thumbnail": pytest.approx(expected["fd_thumbnail"], rel=1e-9)}
 
 
-def test_saved_images_that_would_be_changed_or_left_out_are_refused(tmp_path):
+def test_saved_images_that_would_be_changed_or_left_out_are_rejected(tmp_path):
     Image.new("RGB", (8, 6)).save(tmp_path / "a.png")
     with pytest.raises(UserError, match="its images are 8 x 6; crop them to squares first"):
         StoredImages(f"flat:{tmp_path}")

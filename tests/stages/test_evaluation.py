@@ -1,4 +1,4 @@
-"""Scores of samples during a training."""
+"""Scores of samples during training."""
 
 import re
 from dataclasses import replace
@@ -51,7 +51,7 @@ def reference(images: str, tiny_model: Path, split: Any = "heldout"):
 
 
 def logged(run: Path) -> dict[int, dict[str, float]]:
-    """The scores by step."""
+    """Return the scores by step."""
     found = {}
     for record in read_metrics(run):
         if values := {name: value for name, value in record.items() if name.startswith("evaluation/")}:
@@ -124,12 +124,10 @@ def test_every_setting_of_the_samples_counts(images, tiny_model, changed):
         ({"guidance": "auto:2.0"}, "evaluation.guidance: auto:2.0 needs a weaker model, and a training has none"),
         ({"guidance": "internal:2.0"}, "evaluation.guidance: internal needs a base output"),
         ({"guidance": "cfg:2.0@0.6-0.7"}, "evaluation.guidance: cfg would have no effect"),
-        ({"reference": "unlabelled.safetensors", "labels": "reference"}, "the reference tells the proportions of none"),
+        ({"reference": "unlabelled.safetensors", "labels": "reference"}, "labels: the reference has 0 labelled images"),
     ],
 )
-def test_what_cannot_be_evaluated_is_refused_before_the_training(
-    images, tiny_model, tmp_path, monkeypatch, changed, message
-):
+def test_an_invalid_evaluation_is_rejected_before_training(images, tiny_model, tmp_path, monkeypatch, changed, message):
     monkeypatch.chdir(tmp_path)
     measured, _ = reference(images, tiny_model)
     replace(measured, about=replace(measured.about, classes=None)).write(Path("unlabelled.safetensors"))
@@ -138,7 +136,7 @@ def test_what_cannot_be_evaluated_is_refused_before_the_training(
     assert not (tmp_path / "run").exists()
 
 
-def test_guidance_by_classes_is_refused_where_there_are_none(images, tiny_model, tmp_path):
+def test_guidance_by_classes_is_rejected_without_classes(images, tiny_model, tmp_path):
     config = replace(configuration(images, tiny_model, guidance="cfg:2.0"), conditional=False)
     with pytest.raises(UserError, match=r"evaluation\.guidance: cfg needs labels"):
         train(config, tmp_path / "run", ONE)
@@ -153,13 +151,13 @@ def trained(world: World, images: str, tiny_model: Path, run: Path) -> dict[str,
 def test_two_processes_score_as_one(run_ranks, images, tiny_model, tmp_path):
     one = trained(ONE, images, tiny_model, tmp_path / "one")
     for found in run_ranks(trained, 2, images, tiny_model, tmp_path / "two"):
-        assert found == pytest.approx(one, rel=1e-3)  # the trainings differ in their last digits
+        assert found == pytest.approx(one, rel=1e-3)  # the two trainings differ in their last digits
 
 
-def test_what_cannot_be_scored_is_refused_before_the_training(images, tiny_model, tmp_path):
+def test_invalid_settings_are_rejected_before_training(images, tiny_model, tmp_path):
     config = configuration(images, tiny_model)
     assert config.evaluation
-    with pytest.raises(UserError, match=r"evaluation\.ema: 0\.7 is none of the averages \(0\.5, 0\.9\)"):
+    with pytest.raises(UserError, match=r"evaluation\.ema: 0\.7 is not one of the averages \(0\.5, 0\.9\)"):
         replace(config, evaluation=replace(config.evaluation, ema=(0.5, 0.7)))
     for name in ("every", "count", "batch_size"):
         with pytest.raises(UserError, match=rf"evaluation\.{name}: 0 must be at least 1"):

@@ -61,7 +61,7 @@ def test_the_encoder_follows_the_training(config, tmp_path, monkeypatch):
     made = stage(replace(config, train=replace(config.train, precision="bf16", compile=True)), tmp_path)
     made.objectives[0].loss(batch_of(config, 2), 0)
     assert used[0].dtype == torch.bfloat16
-    assert not compiled  # which a dry run would not want
+    assert not compiled  # a dry run must not compile
     made.prepare(silent)
     assert compiled == used
 
@@ -71,7 +71,7 @@ def batch_of(config: GenerationConfig, size: int) -> Batch:
 
 
 class Known(nn.Module):
-    """A denoiser that gives `answer(x, t)`, and remembers what it was asked."""
+    """A denoiser that returns `answer(x, t)`, and keeps its inputs."""
 
     def __init__(self, answer: Callable[[Tensor, Tensor], Tensor], prediction: path.Prediction = "velocity") -> None:
         super().__init__()
@@ -106,7 +106,7 @@ def test_predicted_data_are_compared_as_velocities():
     assert loss_of(Known(lambda x, t: latents, "data"), latents, positions) == 0
     off = Known(lambda x, t: latents + 0.1, "data")
     loss = loss_of(off, latents, positions, alpha=1.0)
-    # An error of the data counts 1 / t^2 times, and near the data at most 400 times.
+    # An error of the data has the weight 1 / t^2, at most 400.
     assert off.t.min() < 0.05
     assert loss == pytest.approx((0.1 / off.t.clamp_min(0.05)).square().mean().item(), rel=1e-4)
 
@@ -127,14 +127,14 @@ def test_the_error_of_a_base_output_is_added():
     assert metrics["base_loss"].item() == pytest.approx(9, rel=1e-5)
 
 
-def test_a_network_like_that_of_rae_v2_trains(config, tmp_path):
+def test_a_network_like_rae_v2_trains(config, tmp_path):
     size = DenoiserSize(backbone=replace(PART, depth=2), head=PART, context=ContextConfig(), base_depth=1)
     made = stage(replace(config, denoiser=replace(size, prediction="data")), tmp_path)
     objective = made.objectives[0]
     loss, metrics = objective.loss(batch_of(config, 6), 0)
     loss.backward()
     assert 0 < metrics["base_loss"].item() < loss.item()
-    # At the start only the two output layers get gradients: all before them are multiplied by zero.
+    # At the start only the two output layers get gradients, because their weights are zero.
     assert objective.module.get_parameter("base_final.out.weight").grad.any()  # type: ignore[union-attr]
     assert objective.module.get_parameter("final.out.weight").grad.any()  # type: ignore[union-attr]
     Trainer(tmp_path, config.train, made.objectives, made.batches, ONE).fit()
@@ -155,7 +155,7 @@ def test_both_time_laws_are_used():
 
 def test_noise_and_times_belong_to_positions(config, tmp_path, tiny_model):
     objective = stage(config, tmp_path).objectives[0]
-    objective.module.load_state_dict(Denoiser.load(str(tiny_model)).state_dict())  # one whose output is not zero
+    objective.module.load_state_dict(Denoiser.load(str(tiny_model)).state_dict())  # its output is not zero
     batch = batch_of(config, 6)
     parts = [objective.loss(part, step)[0].item() for step, part in enumerate(batch.split(2))]
     loss = objective.loss(batch, 9)[0].item()
@@ -239,7 +239,7 @@ def test_all_blocks_are_units_of_compilation_and_sharding(config, tmp_path):
     assert all(isinstance(block, nn.Module) for block in plain.blocks)
 
 
-def test_a_width_below_the_token_dimension_is_refused_with_the_bound(config, tmp_path):
+def test_a_width_below_the_token_dimension_is_rejected_with_the_bound(config, tmp_path):
     narrow = replace(PART, width=8, heads=2)
     size = DenoiserSize(backbone=PART, head=narrow)
     with pytest.raises(
@@ -249,20 +249,20 @@ def test_a_width_below_the_token_dimension_is_refused_with_the_bound(config, tmp
     stage(replace(config, denoiser=replace(size, allow_narrow=True)), tmp_path)
 
 
-def test_an_autoencoder_for_another_image_size_is_refused(config, tmp_path):
+def test_an_autoencoder_for_another_image_size_is_rejected(config, tmp_path):
     wrong = replace(config, data=replace(config.data, image_size=8))
-    with pytest.raises(UserError, match=r"data\.image_size: 8, but .* is for 16"):
+    with pytest.raises(UserError, match=r"data\.image_size: 8, but .* needs 16"):
         stage(wrong, tmp_path)
 
 
-def test_a_source_without_classes_is_refused_if_they_are_needed(config, tmp_path, images):
+def test_a_source_without_classes_is_rejected_if_training_needs_classes(config, tmp_path, images):
     flat = replace(config.data, source=images.replace("folder:", "flat:"))
     with pytest.raises(UserError, match=r"data\.source: flat:.* has no classes; set --no-conditional"):
         stage(replace(config, data=flat), tmp_path)
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
-def test_a_class_dropout_that_is_no_share_is_refused(config, share):
+def test_a_class_dropout_outside_zero_to_one_is_rejected(config, share):
     with pytest.raises(UserError, match=rf"class_dropout: {share} "):
         replace(config, class_dropout=share)
 
@@ -288,12 +288,13 @@ def curve(config: GenerationConfig, run: Path) -> list[float]:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-6), ("bf16", 5e-4), ("int8", 2e-3)])
 def test_cached_latents_give_the_loss_curve_of_the_images(config, tmp_path, monkeypatch, dtype, tolerance):
-    settings = replace(config.train, steps=8, batch_size=12, micro_batch=6, log_every=1)  # three epochs, not whole ones
+    # Three epochs; the last epoch is incomplete.
+    settings = replace(config.train, steps=8, batch_size=12, micro_batch=6, log_every=1)
     config = replace(config, data=replace(config.data, flip=True), train=settings)
     autoencoder = Autoencoder.load(config.autoencoder)
     cache_latents(autoencoder, config.autoencoder, config.data, tmp_path / "cache", dtype=dtype, world=ONE)
     on_the_fly = curve(config, tmp_path / "images")
-    # From here on neither the images nor the encoder are used.
+    # From here on training uses neither the images nor the encoder.
     monkeypatch.setattr(sources, "FORMATS", {})
     monkeypatch.setattr(Encoder, "forward", lambda self, images: pytest.fail("the encoder ran"))
     cached = curve(replace(config, latents=str(tmp_path / "cache")), tmp_path / "cached")
@@ -341,7 +342,7 @@ def test_checkpointing_saves_memory_and_changes_no_gradient(config, tmp_path):
     assert all(torch.equal(gradient, found[1][1][name]) for name, gradient in found[0][1].items())
 
 
-def test_the_largest_logit_is_logged_if_asked(config, tmp_path):
+def test_the_largest_logit_is_logged_on_request(config, tmp_path):
     settings = replace(config.train, steps=4, log_every=2, monitor_every=4)
     made = stage(replace(config, train=settings), tmp_path)
     Trainer(tmp_path, settings, made.objectives, made.batches, ONE).fit()
@@ -368,7 +369,7 @@ def test_every_average_is_kept_and_can_be_chosen(config, tmp_path):
     assert "averages of decay 0.5, 0.25, 0.9\n" in describe_folder(str(tmp_path))
 
 
-def test_an_average_that_is_not_there_is_refused(config, tmp_path, tiny_model):
+def test_a_missing_average_is_rejected(config, tmp_path, tiny_model):
     for ema, message in (((0.5, 0.9), r"has no average of decay 0\.99, only of 0\.5, 0\.9$"), ((), "does not say")):
         run = tmp_path / str(len(ema))
         made = stage(replace(config, ema=ema), run)

@@ -37,7 +37,7 @@ def config(images, tiny_model, generated) -> ReconstructionConfig:
         decoder=DecoderSize(width=16, depth=1, heads=2, hidden=32, patch_size=4),
         selection=SelectionConfig(every=2, latents=str(generated), features=str(tiny_model)),
         train=TrainConfig(steps=6, batch_size=6, precision="fp32", log_every=1),
-        optim=OptimConfig(lr=0.1, clip=0.0),  # so that the last is not the best
+        optim=OptimConfig(lr=0.1, clip=0.0),  # so that the last decoder is not the best
         ema=(),
     )
 
@@ -74,7 +74,7 @@ def test_a_worse_decoder_does_not_replace_the_best(config, tmp_path, tiny_model)
     assert (tmp_path / "artifact" / "autoencoder" / "model.safetensors").read_bytes() == kept
 
 
-def test_latents_of_another_shape_are_refused(config, tmp_path):
+def test_latents_of_another_shape_are_rejected(config, tmp_path):
     path = tmp_path / "other.safetensors"
     save_file({"unwhitened": torch.zeros(3, 16, 2, 2)}, path)
     wrong = replace(config, selection=replace(config.selection, latents=str(path)))
@@ -88,6 +88,6 @@ def test_latents_of_another_shape_are_refused(config, tmp_path):
         train(wrong, tmp_path / "run", ONE)
 
 
-def test_a_selection_that_never_comes_is_refused(config):
+def test_a_selection_that_never_happens_is_rejected(config):
     with pytest.raises(UserError, match=r"selection\.every: 0 must be at least 1"):
         replace(config.selection, every=0)

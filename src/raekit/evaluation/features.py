@@ -1,4 +1,4 @@
-"""What evaluation streams, and the networks in whose features images are compared."""
+"""Batches of images to score, and the networks that compute their features."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -19,24 +19,24 @@ from raekit.weights import fingerprint
 
 
 class FeatureNetwork(Protocol):
-    """A frozen network, images (B, 3, H, W) in [0, 1] -> features (B, width) float32."""
+    """A frozen network that maps images (B, 3, H, W) in [0, 1] to features (B, width), float32."""
 
     @property
-    def name(self) -> str: ...  # stands in the names of the metrics that use it
+    def name(self) -> str: ...  # part of the names of the metrics that use the network
     @property
     def width(self) -> int: ...
     def __call__(self, images: Tensor, /) -> Tensor: ...
 
 
 class ReferenceNetwork(FeatureNetwork, Protocol):
-    """A network that a reference can be made with: it tells how it brings images to its own size."""
+    """A network that can measure a reference. `resize` describes how the network resizes its images."""
 
     @property
     def resize(self) -> str: ...
 
 
 def weights_of(network: FeatureNetwork) -> str:
-    """16 digits that tell the weights of `network` from others of the same name."""
+    """Return 16 hexadecimal digits that identify the weights of `network`; empty for other kinds of networks."""
     if isinstance(network, Part):
         return weights_of(network.whole)
     if isinstance(network, InceptionFeatures):
@@ -45,29 +45,32 @@ def weights_of(network: FeatureNetwork) -> str:
 
 
 def check_width(what: str, width: int, network: FeatureNetwork) -> None:
-    """UserError if `what`, features or moments of `width` dimensions, cannot be of `network`."""
+    """Raise UserError if `width` is not the number of features of `network`; `what` names the data in the message."""
     if width != network.width:
         raise UserError(
-            f"the {what} has {width} dimensions, the features of {network.name} have {network.width}: "
+            f"the {what} has {width} dimensions, but the features of {network.name} have {network.width}; "
             f"compute the {what} with {network.name}"
         )
 
 
 def named(metric: str, network: FeatureNetwork) -> str:
-    """`metric` in the features of `network`, as it is reported; in those of FID's network by its own name."""
+    """Return the reported name of `metric` in the features of `network`: Inception adds no suffix."""
     return metric if network.name in ("inception", "inception_logits") else f"{metric}_{network.name}"
 
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """A batch to score. Construction rounds its images to 8 bits, the one place where evaluation does so:
-    what is streamed from a model scores as it would after saving and reading back.
+    """A batch to score.
 
-    images: (B, 3, H, W), float in [0, 1].
-    labels: (B,) int64, the intended classes; -1 where there is none.
-    originals: what the images are reconstructions of, in the same order and shape.
-    indices: (B,) int64, the numbers of the images in the whole stream, from 0; for metrics that depend on the
-    order of the images, so that they do not depend on which process had which.
+    The constructor rounds images and originals to 8 bits, so that images from a model get the same scores as the same
+    images after saving and reading. Evaluation rounds images nowhere else.
+
+    Args:
+        images: (B, 3, H, W), float in [0, 1].
+        labels: (B,) int64, the intended classes; -1 for an image without a class.
+        originals: for reconstructions, the images that were reconstructed, in the same order and shape.
+        indices: (B,) int64, the positions of the images in the complete stream, from 0. Metrics that depend on the
+            order of the images need them, so that scores do not depend on the number of processes.
     """
 
     images: Tensor
@@ -95,13 +98,13 @@ class Images:
 
     @classmethod
     def gone(cls, features: "Mapping[FeatureNetwork | PairScore, Tensor]", labels: Tensor, indices: Tensor) -> Self:
-        """A batch of which `features` alone are left."""
+        """Return a batch that holds features, but no images."""
         batch = cls(torch.empty(len(labels), 3, 0, 0), labels, indices=indices)
         batch._features.update(features)
         return batch
 
     def features(self, network: "FeatureNetwork | PairScore") -> Tensor:
-        """The features (B, width) of the images, computed once for all metrics that share `network`."""
+        """Return the features (B, width) of the images. They are computed once for all metrics that use `network`."""
         if network in self._features:
             return self._features[network]
         if isinstance(network, Part):
@@ -111,13 +114,13 @@ class Images:
         elif self.originals is not None:
             self._features[network] = network(self.images, self.originals)
         else:
-            raise ValueError(f"{network.name} compares with originals, and the batch has none")
+            raise ValueError(f"{network.name} needs originals, and the batch has none")
         return self._features[network]
 
 
 @dataclass(frozen=True, eq=False)
 class PairScore:
-    """`score(images, originals) -> (B,)`, such as PSNR, as a feature of one dimension (B, 1)."""
+    """A score of images and their originals, such as PSNR, as a feature (B, 1). `score` returns (B,)."""
 
     name: str
     score: Callable[[Tensor, Tensor], Tensor]
@@ -129,7 +132,7 @@ class PairScore:
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """Some of the features of a network, which computes them once for all its parts."""
+    """A slice of the features of a network, which runs once for all its parts."""
 
     name: str
     whole: ReferenceNetwork
@@ -148,8 +151,15 @@ class Part:
 
 
 class InceptionFeatures:
-    """FID's network and its parts: `pool` for FID, KID, precision and recall, `logits` for the Inception Score,
-    `spatial` for sFID. With clean-fid's resize they are called `clean_inception`, because they are others."""
+    """All features of FID's Inception network, in three parts.
+
+    With clean-fid's resize, the names of the parts begin with `clean_inception`, because the features differ.
+
+    Attributes:
+        pool: features for FID, KID, precision and recall.
+        logits: class logits for the Inception Score.
+        spatial: features for sFID.
+    """
 
     width = POOL + LOGITS + SPATIAL
 
@@ -167,7 +177,7 @@ class InceptionFeatures:
 
 
 def encoder_name(encoder: str) -> str:
-    """What the features of an encoder that `load_encoder` takes are called."""
+    """Return the name of the features of an encoder, for a name that `load_encoder` accepts."""
     name = re.sub(f"^({'|'.join(FAMILIES)}|builtin):", "", encoder)
     if Path(name).is_absolute() or Path(name).is_dir():
         name = Path(name).resolve().name
@@ -179,12 +189,12 @@ def _plain(name: str) -> str:
 
 
 class EncoderFeatures:
-    """The mean over an encoder's patch tokens, of images resized (bicubic, antialiased) to its input size.
+    """The mean of an encoder's patch tokens. Images are resized (bicubic, antialiased) to the encoder's input size.
 
-    `name` is the encoder's with underscores for what is no letter or digit: "vit-tiny" and "builtin:vit-tiny"
-    are `vit_tiny`, so that their Frechet distance is reported as `fd_vit_tiny`. An encoder from a local
-    folder is named by the folder; one used at another input size than its own, or with other layers than the
-    last, has them in its name.
+    `name` is the encoder's name, with an underscore for every other character than letters and digits: "vit-tiny" and
+    "builtin:vit-tiny" become `vit_tiny`, and their Frechet distance is reported as `fd_vit_tiny`. An encoder from a
+    local folder has the folder's name. A different input size than the encoder's default, and other layers than the
+    last, are added to the name.
     """
 
     def __init__(self, encoder: Encoder):
@@ -200,7 +210,7 @@ class EncoderFeatures:
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         size = self.encoder.input_size
-        # A stream that samples under autocast leaves it on between its batches: features stay float32.
+        # A stream that samples under autocast leaves autocast on between its batches. Features are always float32.
         with torch.autocast(images.device.type, enabled=False):
             images = images.float()
             if images.shape[2:] != size:
@@ -209,11 +219,20 @@ class EncoderFeatures:
 
 
 def load_networks(name: str, device: torch.device) -> dict[str, ReferenceNetwork]:
-    """The networks {name: network} whose features `name` stands for.
+    """Load the networks that `name` stands for.
 
-    `inception` is FID's network with the published weights, `inception:PLACE` with those at PLACE (as
-    `load_inception` takes it), `clean_inception` the same with clean-fid's resize; each has a second network,
-    sFID's. Any other name is a registered encoder, `builtin:NAME` or a folder.
+    Args:
+        name: `inception` for FID's network with the published weights, `inception:PLACE` for weights at PLACE
+            (`load_inception`), `clean_inception` or `clean_inception:PLACE` for clean-fid's resize. Both give two
+            networks: FID's and sFID's. Any other name is a registered encoder, `builtin:NAME` or a folder, and gives
+            one network.
+        device: where to load the networks.
+
+    Returns:
+        {name of the features: network}.
+
+    Raises:
+        UserError: the network is not known, or its weights are missing or damaged.
     """
     kind, _, place = name.partition(":")
     if kind in ("inception", "clean_inception"):
@@ -225,14 +244,14 @@ def load_networks(name: str, device: torch.device) -> dict[str, ReferenceNetwork
 
 
 def default_features(source: str) -> tuple[str, ...]:
-    """Return the networks in which images of `source` are compared by default: only the built-in images have any.
+    """Return the default networks for images of `source`. Only the built-in images have a default.
 
     Raises:
-        UserError: another source. Its images need a network that knows such images.
+        UserError: `source` is not the built-in images.
     """
     if source == "emoji":
         return ("builtin:vit-tiny",)
     raise UserError(
-        f"features: name the networks to compare images of {source} in, as in inception or dinov2-b; only the "
-        "built-in images have a default"
+        f"features: images of {source} have no default network; name the networks to compare them in, such as "
+        "inception or dinov2-b"
     )

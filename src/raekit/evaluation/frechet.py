@@ -1,4 +1,4 @@
-"""The Frechet distance between distributions that are told by their mean and covariance."""
+"""The Frechet distance between two distributions, computed from their means and covariances."""
 
 import logging
 from functools import cached_property
@@ -12,14 +12,17 @@ from raekit.moments import Moments
 log = logging.getLogger(__name__)
 
 _EPS = torch.finfo(torch.float64).eps
-_ACCURACY = 1e-9  # relative; what a distance may lose by the faster way of computing it
-_INDEFINITE = 1e-5  # relative; negative eigenvalues that float32 statistics may have
+_ACCURACY = 1e-9  # relative; the largest error of the faster computation
+_INDEFINITE = 1e-5  # relative; the largest negative eigenvalues that rounding to float32 can cause
 
 
 class Gaussian:
-    """A mean (D,) and an unbiased covariance (D, D) in float64, on the CPU; `count` samples, None if not known.
+    """A mean and a covariance. The factor of the covariance is computed once, at its first use.
 
-    One that is compared with many others, as a reference is, is factored once.
+    Args:
+        mean: (D,). Kept on the CPU in float64.
+        covariance: (D, D), unbiased. Kept on the CPU in float64.
+        count: number of samples, if known.
     """
 
     def __init__(self, mean: Tensor, covariance: Tensor, count: int | None = None):
@@ -27,6 +30,7 @@ class Gaussian:
 
     @classmethod
     def of(cls, distribution: "Moments | Gaussian") -> "Gaussian":
+        """Return `distribution` as a Gaussian."""
         if isinstance(distribution, Gaussian):
             return distribution
         return cls(distribution.mean, distribution.covariance, distribution.count)
@@ -37,49 +41,57 @@ class Gaussian:
 
     @cached_property
     def factor(self) -> Tensor:
-        """F (D, rank) with F F^T = covariance, without the directions that hold rounding errors alone."""
+        """F (D, rank) with F F^T = covariance. Directions that contain only rounding errors are left out."""
         floor = self.dim * _EPS
         lower, failed = torch.linalg.cholesky_ex(self.covariance)
         if not failed and lower.diagonal().square().min() > floor * self.covariance.diagonal().max():
-            return lower  # full rank: a tenth of the time
+            return lower  # full rank: takes a tenth of the time of eigh
         values, vectors = torch.linalg.eigh(self.covariance)
         if values[0] < -_INDEFINITE * values[-1]:
-            raise UserError("the covariance has negative eigenvalues, so it is none: measure the statistics again")
+            raise UserError("the covariance has negative eigenvalues; measure the statistics again")
         kept = values > floor * values[-1]
         return vectors[:, kept] * values[kept].sqrt()
 
 
 def frechet_distance(samples: Moments | Gaussian, reference: Moments | Gaussian, *, quiet: bool = False) -> float:
-    """|mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2), for unbiased covariances.
+    """Return the Frechet distance |mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2).
 
-    Stable for covariances without full rank, and zero between equal ones. It is biased upwards for few
-    samples: at most as many as dimensions brings a warning, unless it is `quiet`. NaN, with a warning, for moments
-    not finite.
+    The distance is accurate for covariances without full rank, and zero between equal distributions. It is biased
+    upwards for few samples.
 
-    Symmetric in its arguments; a `Gaussian` given as `reference` is factored once for all calls.
+    Args:
+        samples: the first distribution. The distance is symmetric.
+        reference: the second distribution. A `Gaussian` is factored once for all calls.
+        quiet: do not warn if a distribution has at most as many samples as dimensions.
+
+    Returns:
+        The distance; NaN, with a warning, if the moments are not finite.
+
+    Raises:
+        UserError: a covariance has negative eigenvalues.
     """
     a, b = Gaussian.of(samples), Gaussian.of(reference)
     for part in (a, b):
         if part.count is not None and part.count <= part.dim and not quiet:
             log.warning(
-                "Frechet distance from %d samples in %d dimensions: the covariance has not full rank; "
-                "take more samples",
+                "Frechet distance from %d samples in %d dimensions: the covariance does not have full rank; "
+                "use more samples",
                 part.count,
                 part.dim,
             )
     if not all(x.isfinite().all() for x in (a.mean, a.covariance, b.mean, b.covariance)):
-        log.warning("Frechet distance of features that are not finite")
+        log.warning("Frechet distance: the features are not finite, so the distance is NaN")
         return float("nan")
     rest = float((a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace())
     return max(rest - 2 * _overlap(a, b, rest), 0.0)
 
 
 def _overlap(a: Gaussian, b: Gaussian, rest: float) -> float:
-    """tr((C_a^1/2 C_b C_a^1/2)^1/2), whose double is to be subtracted from `rest`.
+    """Return tr((C_a^1/2 C_b C_a^1/2)^1/2). The distance is `rest` minus twice this trace.
 
-    With factors C = F F^T it is the sum of the roots of the eigenvalues of F_b^T C_a F_b. A rounding error
-    grows in the root of an eigenvalue near zero, so where the roots may have lost too much, it is computed as
-    the sum of the singular values of F_a^T F_b, in three times the time and without such a loss.
+    With factors C = F F^T, the trace is the sum of the square roots of the eigenvalues of F_b^T C_a F_b. The square
+    root of an eigenvalue near zero amplifies its rounding error. If the error could be too large, the trace is computed
+    as the sum of the singular values of F_a^T F_b: three times slower, but accurate.
     """
     values = torch.linalg.eigvalsh(b.factor.T @ a.covariance @ b.factor).clamp(min=0)
     if len(values):

@@ -1,4 +1,4 @@
-"""The classes that samples are generated of."""
+"""Class labels of the samples to evaluate."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -9,14 +9,22 @@ from raekit.errors import UserError
 from raekit.randomness import numpy_generator
 
 Labels = Literal["balanced", "random", "reference"]
-"""Each class equally often, as in the literature; uniform and independent; or in the proportions of the reference."""
+"""How labels are drawn: "balanced" has each class equally often, as in the literature; "random" draws uniformly and
+independently; "reference" has the classes in the proportions of the reference."""
 
 
 def draw_labels(kind: Labels, classes: int, count: int, seed: int, of_reference: Sequence[int] | None) -> list[int]:
-    """`count` labels of `classes` classes, in an order that is a function of the seed.
+    """Return `count` labels from 0 to `classes` - 1. Their order is a function of the seed.
 
-    `of_reference` are the numbers of the reference's images by class. UserError if they are needed and not there, or
-    are of another number of classes.
+    Args:
+        kind: how the labels are drawn.
+        classes: number of classes.
+        count: number of labels.
+        seed: seed of the labels.
+        of_reference: number of images of each class in the reference, for "reference".
+
+    Raises:
+        UserError: `kind` is "reference", and the reference does not count its classes or has another number of classes.
     """
     generator = numpy_generator(seed, "labels", 0)
     if kind == "random":
@@ -24,10 +32,10 @@ def draw_labels(kind: Labels, classes: int, count: int, seed: int, of_reference:
     images = np.ones(classes)
     if kind == "reference":
         if of_reference is None or len(of_reference) != classes or not sum(of_reference):
-            told = "none" if of_reference is None else f"{len(of_reference)} classes"
+            known = of_reference or ()
             raise UserError(
-                f"labels: the reference tells the proportions of {told}, the model has {classes} classes; take "
-                "balanced labels, or a reference that raekit reference made of labelled images"
+                f"labels: the reference has {sum(known)} labelled images of {len(known)} classes, but the model has "
+                f"{classes} classes; use balanced labels, or make a reference of labelled images (raekit reference)"
             )
         images = np.array(of_reference)
     shares = images / images.sum() * count

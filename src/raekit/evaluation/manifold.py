@@ -1,4 +1,4 @@
-"""Metrics that no sums can tell: they keep the features of all images until the end."""
+"""Metrics that keep the features of all images until the end: precision, recall and KID."""
 
 import logging
 from functools import cached_property
@@ -18,7 +18,7 @@ _TILE = 4096  # rows and columns of a block of distances: 128 MiB in float64
 
 
 class Kept:
-    """The features of all images, in the order of the stream."""
+    """Collects the features of all images, in the order of the stream."""
 
     def __init__(self) -> None:
         self.features: list[Tensor] = []
@@ -30,11 +30,14 @@ class Kept:
             self.indices.append(indices.cpu())
 
     def gathered(self, world: World) -> Tensor:
-        """Those of all processes (N, D) float32, on this one's device; needs the images' indices for an order."""
+        """Return the features (N, D) float32 of all processes, on this process's device.
+
+        The order needs the images' indices; several processes without them are a ValueError.
+        """
         ordered = len(self.indices) == len(self.features)
         mine = torch.cat(self.features) if self.features else torch.empty(0, 0)
         if world.size > 1 and not ordered:
-            raise ValueError("this metric over several processes needs the images' indices")
+            raise ValueError("over several processes, this metric needs the images' indices")
         features = torch.cat([part for part in world.gather(mine) if len(part)])
         if ordered:
             numbers = torch.cat(self.indices) if self.indices else torch.empty(0, dtype=torch.int64)
@@ -43,34 +46,43 @@ class Kept:
 
 
 class Manifold:
-    """The region around points that reaches from each to its k-th nearest other (Kynkäänniemi et al., 2019).
+    """The union of balls around points, each as large as the distance to the k-th nearest other point.
 
-    features: (N, D), more than `k` of them; searched on their device, by blocks and in float64.
+    Kynkäänniemi et al., 2019. Distances are computed on the device of the features, in blocks and in float64.
+
+    Args:
+        features: the points (N, D), with N > `k`.
+        k: the neighbour that a ball reaches.
+
+    Raises:
+        UserError: at most `k` points.
     """
 
     def __init__(self, features: Tensor, k: int = 3):
         if len(features) <= k:
-            raise UserError(f"precision and recall need more than {k} images, and there are {len(features)}")
+            raise UserError(
+                f"precision and recall need more than {k} images, and there are {len(features)}; add images"
+            )
         self.features, self.k = features, k
 
     @cached_property
     def radii(self) -> Tensor:
-        """(N,), squared."""
+        """The squared radii (N,) of the balls."""
         return self.radii_of(slice(None))
 
     def radii_of(self, rows: slice) -> Tensor:
-        """The squared radii of some of the points."""
+        """Return the squared radii of some of the points."""
         found = []
         for points in self.features[rows].split(_TILE):
             near = points.new_empty(len(points), 0, dtype=torch.float64)
-            for others in self.features.split(_TILE):  # the point itself is one of them
+            for others in self.features.split(_TILE):  # they include the point itself
                 near = torch.cat([near, _squared_distances(points, others)], 1)
                 near = near.topk(min(self.k + 1, near.shape[1]), largest=False).values
             found.append(near[:, self.k])
         return torch.cat(found) if found else self.features.new_empty(0, dtype=torch.float64)
 
     def covers(self, points: Tensor) -> Tensor:
-        """Which (B,) of `points` (B, D) lie within reach of at least one of the manifold's."""
+        """Return a mask (B,) of the `points` (B, D) that lie in at least one ball."""
         found = []
         for part in points.split(_TILE):
             covered = torch.zeros(len(part), dtype=torch.bool, device=part.device)
@@ -81,20 +93,25 @@ class Manifold:
 
 
 def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    """(M, N) float64 between the rows of a and b; exactly 0 between equal ones."""
+    """Return the squared distances (M, N) float64 between the rows of a and b; exactly 0 between equal rows."""
     a, b = a.double(), b.double()
     norms = a.square().sum(1)[:, None] + b.square().sum(1)
     distances = torch.addmm(norms, a, b.T, alpha=-2)
-    return distances.where(distances > 1e-12 * norms, 0)  # what is less is rounding
+    return distances.where(distances > 1e-12 * norms, 0)  # smaller values are rounding errors
 
 
 class PrecisionRecall:
-    """Precision, the share of images within the manifold of `reference`, and recall, the share of the
-    reference's images within theirs, as ADM's evaluator defines them (k = 3, Inception's pooled features).
+    """Precision and recall, as defined by ADM's evaluator (k = 3, Inception's pooled features).
 
-    All features are kept until the end, 8 KiB an image for Inception; distances are compared in blocks.
-    Both depend on the numbers of images: the literature's are those of 50,000 against 10,000. With `intervals` also
-    `precision_low` and `precision_high`, Wilson's 95 % interval; recall is no share of the images.
+    Precision is the share of images in the manifold of the reference. Recall is the share of the reference's images in
+    the manifold of the images. Both depend on the numbers of images: the literature compares 50,000 images with 10,000.
+    All features are kept until the end, 8 KiB per image for Inception.
+
+    Args:
+        network: the network whose features are compared.
+        reference: the manifold of the real images.
+        intervals: also report `precision_low` and `precision_high`, Wilson's 95 % interval. Recall has no interval,
+            because it is not a share of the images.
     """
 
     def __init__(self, network: FeatureNetwork, reference: Manifold, intervals: bool = False):
@@ -110,7 +127,7 @@ class PrecisionRecall:
     def reduce(self, world: World) -> None:
         samples = Manifold(self.kept.gathered(world), self.reference.k)
         if not (samples.features.isfinite().all() and self.reference.features.isfinite().all()):
-            log.warning("precision and recall of features that are not finite")
+            log.warning("precision and recall: the features are not finite, so both are NaN")
             return
         share = slice(world.rank, None, world.size)
         radii = torch.empty(len(samples.features), dtype=torch.float64, device=samples.features.device)
@@ -132,10 +149,16 @@ class PrecisionRecall:
 
 
 class KernelDistance:
-    """KID (Bińkowski et al., 2018): squared maximum mean discrepancy for the kernel (x . y / D + 1)^3, unbiased.
+    """KID (Bińkowski et al., 2018): unbiased squared maximum mean discrepancy for the kernel (x . y / D + 1)^3.
 
-    `kid` is the mean, and `kid_std` the deviation, over `subsets` random subsets of `size` images of each side.
-    `reference` holds features (N, D). The features of all images are kept until the end.
+    `kid` is the mean over random subsets, and `kid_std` the standard deviation. All features are kept until the end.
+
+    Args:
+        network: the network whose features are compared.
+        reference: features (N, D) of the real images.
+        subsets: number of subsets.
+        size: number of images, and of real images, in each subset.
+        seed: seed of the subsets.
     """
 
     def __init__(self, network: FeatureNetwork, reference: Tensor, subsets: int = 100, size: int = 1000, seed: int = 0):
@@ -152,7 +175,7 @@ class KernelDistance:
         samples = self.kept.gathered(world)
         fewest = min(len(samples), len(self.reference))
         if fewest < self.size:
-            raise UserError(f"KID takes subsets of {self.size} images, and there are {fewest}: take more images")
+            raise UserError(f"KID uses subsets of {self.size} images, and there are {fewest}; use more images")
         values = [self._subset(samples, number) for number in range(self.subsets)]
         self.values = torch.tensor(values, dtype=torch.float64)
 

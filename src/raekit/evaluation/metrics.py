@@ -1,4 +1,4 @@
-"""Streaming metrics: each sees batches one by one, and processes meet once, at the end."""
+"""Streaming metrics: each metric receives batch after batch, and processes exchange results once, at the end."""
 
 import logging
 from collections.abc import Sequence
@@ -17,36 +17,41 @@ from raekit.moments import Moments
 
 log = logging.getLogger(__name__)
 
-_BLOCK = 65_536  # rows of the bank compared at once: bounds the memory of a search
+_BLOCK = 65_536  # rows of the bank that are compared at once, which limits the memory of a search
 
-# What the field calls the Frechet distances in Inception's features.
+# The usual names of the Frechet distances in Inception's features.
 _FRECHET_NAMES = {"inception": "fid", "inception_spatial": "sfid", "clean_inception": "clean_fid"}
 
 
 class Accumulator(Protocol):
-    """A metric of a stream of batches."""
+    """A metric that is computed over a stream of batches."""
 
-    def update(self, batch: Images, /) -> None: ...
+    def update(self, batch: Images, /) -> None:
+        """Add a batch."""
 
     def reduce(self, world: World, /) -> None:
-        """Bring the processes together, in place; called once, after the last batch."""
+        """Combine the state of all processes, in place. Called once, after the last batch."""
 
-    def result(self) -> dict[str, float]: ...
+    def result(self) -> dict[str, float]:
+        """Return {metric: value}. Called after `reduce`."""
+        ...
 
 
 def frechet_name(network: FeatureNetwork) -> str:
+    """Return the reported name of the Frechet distance in the features of `network`."""
     return _FRECHET_NAMES.get(network.name, f"fd_{network.name}")
 
 
 class FrechetDistance:
-    """Frechet distance of the images from `reference`, in the features of `network`.
+    """Frechet distance between the images and `reference`, in the features of `network`.
 
-    Reported as `name`, by default `fid`, `sfid` and `clean_fid` for the parts of Inception that these names
-    mean, and `fd_` and the network's name for any other.
-
-    With `intervals` also `NAME_low` and `NAME_high`, a 95 % interval by the jackknife over GROUPS groups of images, and
-    `NAME_bias`, by how much the distance is expected to exceed that of infinitely many images. It keeps the moments
-    of each group, and needs the images' indices.
+    Args:
+        network: the network whose features are compared.
+        reference: the moments of the real images.
+        name: name of the metric. Default: `fid`, `sfid` or `clean_fid` for Inception, otherwise `fd_NETWORK`.
+        intervals: also report `NAME_low` and `NAME_high`, a 95 % interval by the jackknife over GROUPS groups of
+            images, and `NAME_bias`, the expected excess over the distance of infinitely many images. This needs the
+            images' indices, and memory for the moments of each group.
     """
 
     def __init__(
@@ -77,18 +82,26 @@ class FrechetDistance:
         if not self.groups:
             return {self.name: distance}
         if self.moments.count < LEAST:
-            raise UserError(f"an interval needs at least {LEAST} images, and there are {self.moments.count}")
+            raise UserError(
+                f"an interval needs at least {LEAST} images, and there are {self.moments.count}; add images"
+            )
         rests = [self.moments.without(group) for group in self.groups]
         interval = jackknife(distance, [frechet_distance(rest, self.reference, quiet=True) for rest in rests])
         return {self.name: distance} | {f"{self.name}_{part}": value for part, value in interval._asdict().items()}
 
 
 class FrechetRatio:
-    """How many times as far from their references the images are as other real images, in several networks.
+    """Frechet distances in several networks, relative to the distances of other real images.
 
-    `baselines` are the moments of those real images, such as held-out ones, one for each of `distances`. Each
-    distance is reported, and its ratio to the baseline's as `fdr_` and its name; their mean is `fdrK` for K
-    networks, as FDr6 (Yang et al., 2026, arXiv 2604.28190).
+    Reports each distance, its ratio to the distance of the real images as `fdr_NETWORK`, and the mean ratio over K
+    networks as `fdrK`, such as FDr6 (Yang et al., 2026, arXiv 2604.28190).
+
+    Args:
+        distances: the distances of the images, one for each network.
+        baselines: for each distance, the moments of other real images, such as held-out images.
+
+    Raises:
+        UserError: the distance of the other real images is not positive.
     """
 
     def __init__(self, distances: Sequence[FrechetDistance], baselines: Sequence[Moments | Gaussian]):
@@ -97,8 +110,8 @@ class FrechetRatio:
         for distance, baseline in zip(distances, self.baselines, strict=True):
             if not baseline > 0:
                 raise UserError(
-                    f"{distance.name}: the baseline's distance from the reference is {baseline:g}, and nothing can be "
-                    "compared with it: take other real images than the reference's own"
+                    f"{distance.name}: the baseline's distance from the reference is {baseline:g}, so there is no "
+                    "ratio to it; use other real images than the images of the reference"
                 )
 
     def update(self, batch: Images) -> None:
@@ -119,10 +132,15 @@ class FrechetRatio:
 
 
 class InceptionScore:
-    """The Inception Score as ADM's evaluator computes it, of the logits of Inception without their bias.
+    """The Inception Score, as computed by ADM's evaluator.
 
-    exp of the mean divergence of a class distribution from the mean one, over `split_size` images at a time in
-    the order of the stream, then averaged: at 50,000 images ten splits, as in the literature.
+    The score of a split is the exponential of the mean divergence between the class distribution of an image and the
+    mean class distribution. The result is the mean over splits.
+
+    Args:
+        logits: Inception's logits without the bias.
+        split_size: images in a split, in the order of the stream. The default gives ten splits for 50,000 images, as in
+            the literature.
     """
 
     def __init__(self, logits: FeatureNetwork, split_size: int = 5000):
@@ -144,7 +162,7 @@ class InceptionScore:
 
     def reduce(self, world: World) -> None:
         if world.size > 1 and not self.numbered:
-            raise ValueError("the Inception Score over several processes needs the images' indices")
+            raise ValueError("over several processes, the Inception Score needs the images' indices")
         everyone = world.gather(self.splits)
         self.splits = {}
         for splits in everyone:
@@ -166,28 +184,39 @@ class InceptionScore:
 
 
 class NearestNeighbours:
-    """What the nearest images of a bank, usually the training set, say of the images.
+    """Compares images with their nearest neighbours in a bank of images, usually the training set.
 
-    Distances are Euclidean between features scaled to unit length: from 0 (same direction) to 2.
+    Reports two metrics:
 
-    `knn_accuracy_NETWORK`: share of the images whose label wins the vote of their `k` nearest, a draw going
-    to the class with the nearest image. Left out when the images, or the bank, have no labels.
-    `nearest_distance_NETWORK`: median distance to the nearest image. Far below that of held-out images, it
-    tells of memorised ones.
+    - `knn_accuracy_NETWORK`: the share of images whose label wins the vote of their `k` nearest neighbours. In a tie
+      the class with the nearest image wins. Left out if the images or the bank have no labels.
+    - `nearest_distance_NETWORK`: the median distance to the nearest neighbour. A value far below the value of held-out
+      images is a sign of memorised images.
 
-    The images must not be in the bank themselves. `features` (N, width) and `labels` (N,), -1 if unknown,
-    come from `feature_bank`; the search runs on their device. With `intervals` also `knn_accuracy_NETWORK_low` and
-    `_high`, Wilson's 95 % interval.
+    Distances are Euclidean between features of unit length: from 0 (same direction) to 2. The search runs on the device
+    of the bank. The bank must not contain the images.
+
+    Args:
+        network: the network whose features are compared.
+        features: features (N, width) of the bank, from `feature_bank`.
+        labels: labels (N,) of the bank; -1 if unknown.
+        k: number of neighbours that vote.
+        intervals: also report `knn_accuracy_NETWORK_low` and `_high`, Wilson's 95 % interval.
+
+    Raises:
+        UserError: the bank has fewer than `k` images, or was not made with `network`.
     """
 
     def __init__(self, network: FeatureNetwork, features: Tensor, labels: Tensor, k: int = 10, intervals: bool = False):
         if not 1 <= k <= len(features):
-            raise UserError(f"k = {k} neighbours in a bank of {len(features)} images: choose 1 <= k <= images")
+            raise UserError(
+                f"k = {k} neighbours in a bank of {len(features)} images; choose k from 1 to {len(features)}"
+            )
         check_width("bank", features.shape[1], network)
         self.network, self.k, self.intervals = network, k, intervals
         self.bank, self.labels = _unit(features), labels.to(features.device)
         self.labelled = bool((labels >= 0).all())
-        self.votes = Moments(1, diagonal=True)  # of 1 where the vote gives the label, else 0
+        self.votes = Moments(1, diagonal=True)  # 1 if the vote gives the label, otherwise 0
         self.distances: list[Tensor] = []
 
     def update(self, batch: Images) -> None:
@@ -195,7 +224,7 @@ class NearestNeighbours:
         distances, index = nearest(queries, self.bank, self.k)
         self.distances.append(distances[:, 0].cpu())
         near = self.labels[index]
-        # Votes for the class of each neighbour, in the order of distance: argmax takes the first of equals.
+        # Votes for the class of each neighbour, in order of distance. In a tie argmax takes the first class.
         winner = (near[:, :, None] == near[:, None, :]).sum(2).argmax(1, keepdim=True)
         labels = batch.labels.to(near.device)
         hits = near.gather(1, winner).squeeze(1) == labels
@@ -219,10 +248,10 @@ class NearestNeighbours:
 
 
 def nearest(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Distances, ascending, and indices (B, k) of the rows of `bank` (N, D) nearest to `queries` (B, D).
+    """Return the distances and indices (B, k) of the rows of `bank` (N, D) that are nearest to `queries` (B, D).
 
-    All vectors have unit length. The bank is searched in blocks by float32 products; the distances of what
-    is found are computed from differences in float64, so that a duplicate is at exactly 0.
+    All vectors must have unit length. The search uses float32 products of blocks. The distances of the rows found are
+    computed from differences in float64, so that a duplicate has distance 0 exactly. Distances ascend in each row.
     """
     products = queries.new_empty(len(queries), 0)
     index = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)

@@ -1,4 +1,4 @@
-"""Scores of images beside their originals: PSNR, SSIM, LPIPS."""
+"""Scores that compare reconstructions with their originals: PSNR, SSIM, LPIPS."""
 
 from collections.abc import Callable
 
@@ -12,31 +12,37 @@ from raekit.moments import Moments
 
 
 def psnr(images: Tensor, originals: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio (B,) in dB of images in [0, 1]; at most 100, by a squared error of 1e-10."""
+    """Return the peak signal-to-noise ratio (B,) in dB of images in [0, 1]. The largest value is 100 dB."""
     error = (images.double() - originals.double()).square().flatten(1).mean(1)
     return -10 * error.clamp(min=1e-10).log10()
 
 
 def ssim(images: Tensor, originals: Tensor) -> Tensor:
-    """Structural similarity (B,) of images in [0, 1] (Wang et al., 2004; Gaussian window 11, sigma 1.5)."""
-    from torchmetrics.functional.image import structural_similarity_index_measure  # takes seconds
+    """Return the structural similarity (B,) of images in [0, 1] (Wang et al., 2004; Gaussian window 11, sigma 1.5)."""
+    # This import takes seconds.
+    from torchmetrics.functional.image import structural_similarity_index_measure
 
     similarity = structural_similarity_index_measure(images, originals, data_range=1.0, reduction="none")
-    assert isinstance(similarity, Tensor)  # a tuple only for its optional outputs
+    assert isinstance(similarity, Tensor)  # it is a tuple only with optional outputs
     return similarity.reshape(len(images))
 
 
 METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"psnr": psnr, "ssim": ssim}
-"""What a reconstruction is scored by: (images, originals), both (B, 3, S, S) in [0, 1] -> (B,)."""
+"""Scores of reconstructions, by name: (images, originals), both (B, 3, S, S) in [0, 1] -> (B,)."""
 
 
 def reconstruction_metrics(lpips: str | None, device: torch.device) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
-    """METRICS, and LPIPS with VGG16 from the file `lpips`; "auto" seeks one (`load_perceptual`), None leaves it out."""
+    """Return METRICS and, unless `lpips` is None, LPIPS.
+
+    Args:
+        lpips: the file of VGG16's weights, or "auto" to find one (`load_perceptual`).
+        device: where to load VGG16.
+    """
     return METRICS | ({"lpips": load_perceptual(None if lpips == "auto" else lpips).to(device)} if lpips else {})
 
 
 class PairMean:
-    """The mean over images of a score of images and their originals, such as PSNR, under its name."""
+    """The mean of a score of images and their originals, such as PSNR. The metric has the name of the score."""
 
     def __init__(self, pair: PairScore):
         self.pair = pair

@@ -1,4 +1,4 @@
-"""Linear probes: how much of the classes a linear map reads from frozen latents."""
+"""Linear probes: how well a linear classifier predicts the classes from frozen latents."""
 
 import copy
 import logging
@@ -33,15 +33,20 @@ _log = logging.getLogger(__name__)
 Tokens = Literal["mean", "all"]
 
 PENALTIES = tuple(10.0**k for k in range(-6, 1))
-"""Those that are tried, where none is given."""
+"""The penalties that are tried by default."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """`accuracy` on `images` held-out images, from `low` to `high` in its 95 % confidence interval (Wilson, 1927).
+    """The result of a linear probe.
 
-    `training` is the accuracy on the training images, `penalty` the factor of half the squared weights in the
-    regression's loss, whose other part is the mean cross-entropy.
+    Attributes:
+        accuracy: accuracy on the held-out images.
+        low: lower bound of its 95 % confidence interval (Wilson, 1927).
+        high: upper bound of the interval.
+        images: number of held-out images.
+        training: accuracy on the training images.
+        penalty: weight decay of the regression. Its loss is the mean cross-entropy + penalty / 2 * |weights|^2.
     """
 
     accuracy: float
@@ -63,12 +68,27 @@ def probe(
     world: World | None = None,
     progress: Progress = silent,
 ) -> dict[str, Probe]:
-    """Probe the encoder or autoencoder `name` on the labelled images of `source`, split as `open_source` does.
+    """Fit a linear probe on the training images of a dataset, and score it on the held-out images.
 
-    Of an autoencoder, the whitened latents; beside them the tokens of its encoder with random weights, which are
-    not whitened; a baseline stands alone. Images are centre-cropped to `image_size`, by default the model's. Called by
-    all processes, which share the images; the first fits, the others get nothing. The features of all are held in
-    memory. UserError without labels, or without scikit-learn.
+    The probe of an encoder reads its tokens, the probe of an autoencoder its whitened latents. Both come with the probe
+    of the same encoder with random weights, whose tokens are not whitened; a baseline has no encoder to compare with.
+    All processes call this function and share the images. The features of all images are held in memory.
+
+    Args:
+        name: an encoder or autoencoder.
+        source: address of a dataset with labels.
+        tokens: "mean" reads the mean token, "all" reads all tokens.
+        image_size: images are centre-cropped to this size. Default: the model's.
+        penalty: weight decay of the regression. Default: chosen from PENALTIES.
+        workers: processes that decode images.
+        world: the processes and their device. Default: this process.
+        progress: called after each batch.
+
+    Returns:
+        {`name` or "random weights": result} in the first process; {} in the other processes.
+
+    Raises:
+        UserError: the images have no labels, or scikit-learn is not installed.
     """
     world = world or World()
     model = _load(name).to(world.device)
@@ -85,7 +105,7 @@ def probe(
             shown = counted(progress, f"{row}, {split}", len(loader), world.size)
             features, labels = feature_bank(images_of(loader.once(BATCH, world), world), network, world, shown)
             banks[row] += [features.cpu().numpy()[labels.cpu() >= 0], labels.cpu().numpy()[labels.cpu() >= 0]]
-    # After all that is done together: the others do not wait for what may take long.
+    # The first process fits after the last exchange, so that no other process waits for it.
     return {row: linear_probe(*bank, penalty=penalty) for row, bank in banks.items()} if world.is_main else {}
 
 
@@ -97,10 +117,18 @@ def linear_probe(
     *,
     penalty: float | None = None,
 ) -> Probe:
-    """Logistic regression of `labels` (N,) on `features` (N, D), standardised by their own moments.
+    """Fit a logistic regression on training images, and score it on held-out images.
 
-    Without `penalty` it is the one of PENALTIES that is best on a tenth of the training images, after fitting on
-    the others. UserError for fewer than two classes, and if scikit-learn is not installed.
+    Args:
+        features: features (N, D) of the training images. All features are standardised by their mean and deviation.
+        labels: labels (N,) of the training images.
+        heldout_features: features (M, D) of the held-out images.
+        heldout_labels: labels (M,) of the held-out images.
+        penalty: weight decay of the regression. Default: each of PENALTIES is fitted on nine tenths of the training
+            images, and the penalty with the best accuracy on the last tenth is used.
+
+    Raises:
+        UserError: fewer than two classes, no held-out images, or scikit-learn is not installed.
     """
     try:
         from sklearn.exceptions import ConvergenceWarning
@@ -121,7 +149,7 @@ def linear_probe(
             warnings.simplefilter("always", ConvergenceWarning)
             regression.fit(features[chosen], labels[chosen])
         if not search and any(issubclass(warning.category, ConvergenceWarning) for warning in caught):
-            _log.warning("linear probe: not converged at penalty %g", strength)
+            _log.warning("linear probe: the regression did not converge at penalty %g", strength)
         return regression
 
     order = randomness.numpy_generator(0, "probe", 0).permutation(len(labels))
@@ -129,7 +157,7 @@ def linear_probe(
         tenth = max(len(labels) // 10, 1)
         chosen, rest = order[:tenth], order[tenth:]
         if len(np.unique(labels[rest])) < 2:
-            raise UserError("a linear probe needs more images of each class to choose its penalty; give one")
+            raise UserError("a linear probe needs more images of each class to choose its penalty; give a penalty")
         penalty = max(PENALTIES, key=lambda strength: fitted(rest, strength).score(features[chosen], labels[chosen]))
     regression = fitted(order, penalty, search=False)
     right = int(np.sum(regression.predict(heldout_features) == heldout_labels))
@@ -145,12 +173,12 @@ def linear_probe(
 
 
 def untrained(encoder: Encoder) -> Encoder:
-    """The same encoder with the weights that its architecture starts from, the same at each call."""
+    """Return a copy of the encoder with freshly initialised weights, which are the same at each call."""
     twin = copy.deepcopy(encoder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         fresh = type(encoder.model)(encoder.model.config).state_dict()  # type: ignore[call-arg]
-    # An encoder keeps a part of what its architecture has: no affine part in the last norm.
+    # The encoder has only some of the weights of its architecture: its last norm has no affine part.
     twin.model.load_state_dict({key: fresh[key] for key in twin.model.state_dict()})
     twin.name = "random"
     return twin
@@ -182,7 +210,7 @@ def _shape(model: Encoder | LatentSpace) -> tuple[int, int, int]:
 
 @dataclass(frozen=True, eq=False)
 class _Features:
-    """Tokens (B, N, C) of images, their mean or all of them, as a `FeatureNetwork`."""
+    """A `FeatureNetwork`: the mean of the tokens (B, N, C) of images, or all tokens."""
 
     name: str
     model: Callable[[Tensor], Tensor]

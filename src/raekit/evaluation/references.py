@@ -1,4 +1,4 @@
-"""What images are compared with: statistics and features of real images, in files of ours and of others."""
+"""References: statistics and features of real images, in raekit's own files and the files of other projects."""
 
 import json
 from collections.abc import Mapping
@@ -27,12 +27,12 @@ from raekit.progress import Progress, counted, silent
 from raekit.weights import fingerprint, read_weights
 
 MAX_WIDTH = 16_384
-"""Features of more dimensions are refused: a covariance of as many takes 2 GiB."""
+"""The largest number of features. A covariance of this width takes 2 GiB."""
 
-_METADATA = "raekit reference"  # the key in the header of our files
-_SYMMETRY = 1e-5  # relative; what float32 statistics may lack
+_METADATA = "raekit reference"  # the key in the header of raekit's files
+_SYMMETRY = 1e-5  # relative; the largest deviation that rounding to float32 can cause
 
-# What the arrays of an unpickled numpy array are made of; none of it runs code. Names as numpy 1 and 2 write them.
+# Everything that unpickling a numpy array needs, under the names of numpy 1 and 2. None of it runs other code.
 _NUMPY = [
     (np.ndarray, "numpy.ndarray"),
     (np.dtype, "numpy.dtype"),
@@ -44,12 +44,16 @@ _NUMPY = [
 
 @configclass
 class About:
-    """Where a reference comes from.
+    """Where a reference comes from. The files of other projects leave most fields unknown (None).
 
-    `source` is the address of the images and `split` the part of it, None if the file does not tell, as those of
-    others do not; `image_size` the side that they were centre-cropped to, `count` their number, `resize` how each
-    network brought them to its own size, `classes` the number of images of each class, None if they have none, `hash`
-    16 digits of the features' numbers.
+    Attributes:
+        source: address of the images.
+        split: split of the source.
+        image_size: side in pixels that the images were centre-cropped to.
+        count: number of images.
+        resize: {network: how it resized the images}.
+        classes: number of images of each class; None for images without classes.
+        hash: 16 hexadecimal digits that identify the numbers of the reference.
     """
 
     source: str | None = None
@@ -63,7 +67,7 @@ class About:
 
 @configclass
 class _Header:
-    """What our files tell beside their tensors; `counts` are the numbers of images by network."""
+    """The header of raekit's files. `counts` has the number of images for each network."""
 
     about: About
     counts: dict[str, int | None]
@@ -71,73 +75,80 @@ class _Header:
 
 @dataclass(frozen=True)
 class Reference:
-    """Real images as they look to networks, by the networks' names.
+    """Statistics and features of real images, by network name.
 
-    gaussians: mean and covariance of the features of all images.
-    features: (N, width) float32, of some images, for precision, recall and KID.
-    images: address of images that the file itself holds, for `data.sources`, as those of ADM do.
+    Attributes:
+        place: name of the reference in messages.
+        about: where the reference comes from.
+        gaussians: mean and covariance of the features of all images.
+        features: features (N, width) float32 of some images, for precision, recall and KID.
+        images: address of the images if the file contains images, such as ADM's files. `data.sources` reads it.
     """
 
-    place: str  # names it in messages
+    place: str
     about: About
     gaussians: Mapping[str, Gaussian]
     features: Mapping[str, Tensor] = field(default_factory=dict)
     images: str | None = None
 
     def gaussian(self, network: FeatureNetwork) -> Gaussian:
-        """The statistics in the features of `network`; UserError, telling which there are, without any."""
+        """Return the statistics in the features of `network`. UserError if the reference has none."""
         if network.name not in self.gaussians:
             raise UserError(
                 f"{self.place}: has statistics of {', '.join(self.gaussians) or 'no network'}, and not of "
-                f"{network.name}: distances in its features need a reference made with it (raekit reference)"
+                f"{network.name}; make a reference with {network.name} (raekit reference)"
             )
         gaussian = self.gaussians[network.name]
         if gaussian.dim != network.width:
             raise UserError(
-                f"{self.place}: the statistics of {network.name} have {gaussian.dim} dimensions, its features "
-                f"{network.width}: it is another network of that name"
+                f"{self.place}: the statistics of {network.name} have {gaussian.dim} dimensions, but the features of "
+                f"this network have {network.width}; make a reference with this network (raekit reference)"
             )
         return gaussian
 
     def check_size(self, image_size: int) -> None:
-        """UserError if images of `image_size` must not be compared with these."""
+        """Raise UserError if images of `image_size` cannot be compared with the reference."""
         if self.about.image_size not in (None, image_size):
             raise UserError(
-                f"{self.place}: is of images of {self.about.image_size} pixels, and these have {image_size}: distances "
-                "between resolutions mean nothing; take the reference of this resolution"
+                f"{self.place}: was measured on images of {self.about.image_size} pixels, and these images have "
+                f"{image_size}; distances between resolutions mean nothing, so use a reference of {image_size} pixels"
             )
 
     def check_originals(self, source: str, split: Split) -> None:
-        """UserError unless the reference is of the very images that are reconstructed."""
+        """Raise UserError unless the reference was measured on the images that are reconstructed."""
         found = (self.about.source, self.about.split)
         if found == (None, None):
-            found, reason = "images that it does not name", "a reference for generated images gives another number"
+            found, reason = "images that it does not name", "a reference for generated images gives a different score"
         else:
             found, reason = f"{found[0]} ({found[1]})", "reconstructions are compared with their own originals"
         if (self.about.source, self.about.split) != (source, split):
             raise UserError(
-                f"{self.place}: is of {found}, and the originals are {source} ({split}): {reason}; "
+                f"{self.place}: was measured on {found}, and the originals are {source} ({split}): {reason}; "
                 f"run raekit reference {source} --split {split}"
             )
 
     def write(self, path: Path) -> None:
-        """Write our format; UserError if it cannot be written."""
+        """Write the reference as a .safetensors file. UserError if the file cannot be written."""
         header = _Header(about=self.about, counts={name: one.count for name, one in self.gaussians.items()})
         with whole(path) as partial:
             save_file(_tensors(self.gaussians, self.features), partial, {_METADATA: json.dumps(to_dict(header))})
 
 
 def read_reference(path: Path, network: str | None = None) -> Reference:
-    """Read a reference:
+    """Read a reference from a file of raekit or another project. Reading never runs code from the file.
 
-    - `.safetensors`: ours, checked against its hash.
-    - `.npz`: ADM's (`mu`, `sigma`, sFID's `mu_s`, `sigma_s`, and images in `arr_0`), or `mu` and `sigma` alone, as
-      pytorch-fid and clean-fid write them.
-    - `.pt`: `mu` and `sigma` as torch-fidelity caches them.
+    - `.safetensors`: a file of `raekit reference`, checked against its hash.
+    - `.npz`: ADM's file (`mu`, `sigma`, sFID's `mu_s` and `sigma_s`, and images in `arr_0`), or only `mu` and
+      `sigma`, as written by pytorch-fid and clean-fid.
+    - `.pt`, `.pth`: `mu` and `sigma`, as cached by torch-fidelity.
 
-    `network` names the network of a file that does not tell: by default `clean_inception` if the name has
-    clean-fid's `_clean_` in it, else `inception`. UserError, without running code, for what is damaged, not
-    finite, misshapen or not symmetric.
+    Args:
+        path: the file.
+        network: name of the network, for files that do not name it. Default: `clean_inception` if the file's name
+            contains clean-fid's `_clean_`, otherwise `inception`.
+
+    Raises:
+        UserError: the file is missing or damaged, or its statistics are not finite, not symmetric or of a wrong shape.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file")
@@ -151,7 +162,7 @@ def read_reference(path: Path, network: str | None = None) -> Reference:
             values = read_weights(path)
         mean, covariance = (_array(values, key, path) for key in ("mu", "sigma"))
         return _reference(str(path), About(), {name: _gaussian(f"{path}: {name}", mean, covariance, None)})
-    raise UserError(f"{path}: no reference; they are .safetensors, .npz and .pt files (raekit reference makes one)")
+    raise UserError(f"{path}: not a reference; give a .safetensors, .npz or .pt file (raekit reference makes one)")
 
 
 def _read_npz(path: Path, name: str) -> Reference:
@@ -165,9 +176,9 @@ def _read_npz(path: Path, name: str) -> Reference:
             dtype, shape = npz.arrays.get(array, (None, ()))
             if dtype is None:
                 hint = f"; measure its images: raekit reference npz:{path}" if "arr_0" in npz.arrays else ""
-                raise UserError(f"{path}: no reference, it lacks {array} (it holds {', '.join(npz.arrays)}){hint}")
+                raise UserError(f"{path}: not a reference: {array} is missing, it holds {', '.join(npz.arrays)}{hint}")
             if dtype.kind != "f" or not 1 <= len(shape) <= 2 or max(shape) > MAX_WIDTH:
-                raise UserError(f"{path}: {array} is {dtype} {shape}, expected a mean (D,) or covariance (D, D)")
+                raise UserError(f"{path}: {array} is {dtype} {shape}; expected a mean (D,) or a covariance (D, D)")
         gaussians[part] = _gaussian(f"{path}: {part}", npz.read(mean), npz.read(covariance), None)
     dtype, shape = npz.arrays.get("arr_0", (None, ()))
     if dtype == np.uint8 and len(shape) == 4 and shape[1] == shape[2]:
@@ -183,23 +194,23 @@ def _read_ours(path: Path) -> Reference:
         header = from_dict(_Header, json.loads(metadata or ""), path)
     except ValueError:
         raise UserError(
-            f"{path}: no reference (its header lacks {_METADATA!r}); make one by raekit reference"
+            f"{path}: not a reference: its header lacks {_METADATA!r}; make a reference with raekit reference"
         ) from None
     features = {key.removesuffix(".features"): value for key, value in tensors.items() if key.endswith(".features")}
     wanted = {f"{name}.{part}" for name in header.counts for part in ("mean", "covariance")}
     wanted |= {f"{name}.features" for name in features if name in header.counts}
     if wanted != tensors.keys() or not all(tensor.is_floating_point() for tensor in tensors.values()):
-        raise UserError(f"{path}: damaged, it holds {', '.join(sorted(tensors))}; make it again")
+        raise UserError(f"{path}: damaged: it holds {', '.join(sorted(tensors))}; make the reference again")
     gaussians = {}
     for name, count in header.counts.items():
         mean, covariance = (tensors[f"{name}.{part}"].double().numpy() for part in ("mean", "covariance"))
         gaussians[name] = _gaussian(f"{path}: {name}", mean, covariance, count)
     if any(values.ndim != 2 or values.shape[1] != gaussians[name].dim for name, values in features.items()):
-        raise UserError(f"{path}: damaged, the features have other dimensions than their statistics; make it again")
+        raise UserError(f"{path}: damaged: features and statistics have different dimensions; make the reference again")
     reference = _reference(str(path), header.about, gaussians, features)
     if reference.about.hash != header.about.hash:
         raise UserError(
-            f"{path}: damaged, its numbers are not those that its hash {header.about.hash} tells; make it again"
+            f"{path}: damaged: its numbers do not have the hash {header.about.hash}; make the reference again"
         )
     return reference
 
@@ -211,7 +222,7 @@ def _reference(
     features: Mapping[str, Tensor] | None = None,
     images: str | None = None,
 ) -> Reference:
-    """With the hash of its numbers."""
+    """Return a reference, with the hash of its numbers."""
     features = features or {}
     return Reference(
         place, replace(about, hash=fingerprint(_tensors(gaussians, features))), gaussians, features, images
@@ -223,29 +234,29 @@ def _array(values: Mapping[str, object], key: str, path: Path) -> np.ndarray:
     if isinstance(value, Tensor):
         value = value.detach().numpy()
     if not isinstance(value, np.ndarray) or value.dtype.kind != "f":
-        raise UserError(f"{path}: no reference, it lacks {key} (it holds {', '.join(values)})")
+        raise UserError(f"{path}: not a reference: {key} is missing, it holds {', '.join(values)}")
     return value
 
 
 def _gaussian(what: str, mean: np.ndarray, covariance: np.ndarray, count: int | None) -> Gaussian:
-    """Checked statistics; UserError that begins with `what`."""
+    """Check statistics and return them. Error messages begin with `what`."""
     if mean.ndim != 1 or not 1 <= len(mean) <= MAX_WIDTH or covariance.shape != (len(mean), len(mean)):
         raise UserError(
-            f"{what}: a mean of shape {mean.shape} and a covariance of {covariance.shape}, expected (D,) and (D, D)"
+            f"{what}: the mean has shape {mean.shape}, the covariance {covariance.shape}; expected (D,) and (D, D)"
         )
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-        raise UserError(f"{what}: the statistics hold numbers that are not finite; make them again")
+        raise UserError(f"{what}: the statistics contain numbers that are not finite; make the reference again")
     covariance = covariance.astype(np.float64)
     largest = np.abs(covariance).max()
     if np.abs(covariance - covariance.T).max() > _SYMMETRY * largest:
-        raise UserError(f"{what}: the covariance is not symmetric, so it is none; make it again")
+        raise UserError(f"{what}: the covariance is not symmetric; make the reference again")
     if covariance.diagonal().min() < -_SYMMETRY * largest:
-        raise UserError(f"{what}: the covariance has a negative variance, so it is none; make it again")
+        raise UserError(f"{what}: the covariance has a negative variance; make the reference again")
     return Gaussian(torch.from_numpy(mean.astype(np.float64)), torch.from_numpy(covariance), count)
 
 
 def _tensors(gaussians: Mapping[str, Gaussian], features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All numbers, by the names that they have in our files."""
+    """Return all numbers, under their names in raekit's files."""
     tensors = {f"{name}.mean": gaussian.mean for name, gaussian in gaussians.items()}
     tensors |= {f"{name}.covariance": gaussian.covariance for name, gaussian in gaussians.items()}
     tensors |= {f"{name}.features": values.float().cpu() for name, values in features.items()}
@@ -260,8 +271,10 @@ def _class_counts(loader: Loader) -> tuple[int, ...] | None:
 
 
 class _Measured:
-    """An accumulator of what a reference holds of one network: moments, and features of about `keep` of `total`
-    images, evenly spread over the stream. It reports no metric."""
+    """An accumulator that measures a reference in one network. It reports no metric.
+
+    It keeps the moments of all images, and the features of about `keep` of `total` images, spread evenly.
+    """
 
     def __init__(self, network: FeatureNetwork, keep: int, total: int):
         self.network, self.keep, self.total = network, keep, total
@@ -293,12 +306,20 @@ def measure_reference(
     keep: int = 10_000,
     progress: Progress = silent,
 ) -> Reference:
-    """The reference of all images of a source, in one pass, the same on every process.
+    """Measure a reference on all images of a source, in one pass. All processes call it and get the same reference.
 
-    Of `keep` of them, evenly spread over the source, the features themselves are kept, but for those of sFID.
+    Args:
+        data: the images.
+        networks: {name: network}.
+        world: the processes and their device.
+        keep: number of images, evenly spread over the source, whose features are kept. sFID's features are never kept.
+        progress: called after each batch.
+
+    Raises:
+        UserError: no network, a negative `keep`, or an error in the data.
     """
     if not networks or keep < 0:
-        raise UserError(f"a reference needs at least one network, and keep of 0 or more images, not {keep}")
+        raise UserError(f"a reference needs at least one network, and keep must be at least 0, not {keep}")
     loader = Loader(data, seed=0)
     keep = min(keep, len(loader))
     measured = {

@@ -1,4 +1,4 @@
-"""Stage 2: a denoiser that learns flow matching on whitened latents (spec 2)."""
+"""Stage 2: train a denoiser by flow matching on whitened latents (spec 2)."""
 
 from functools import partial
 from pathlib import Path
@@ -32,13 +32,23 @@ from raekit.train.trainer import TrainConfig
 
 @configclass
 class GenerationConfig:
-    """`autoencoder` is builtin:NAME, a model folder, a stage-1 run, or OWNER/NAME on the Hub.
+    """Config of stage 2.
 
-    `conditional` False trains without classes; else labels are dropped with probability `class_dropout`.
-    Times follow `time_law`, shifted by sqrt(dimension / `shift_base`). The encoder computes in `train.precision`;
-    with `latents`, a folder that `raekit latents cache` filled, it is not used, nor are the images. `init_from` is a
-    denoiser to fine-tune, of the same sizes and latents; its classes may be others. `evaluation` scores samples during
-    training.
+    Attributes:
+        data: the training images.
+        autoencoder: builtin:NAME, a model folder, a run of stage 1, or OWNER/NAME on the Hub. The encoder computes in
+            `train.precision`.
+        latents: a folder of `raekit latents cache`. Training reads its latents, and uses neither images nor encoder.
+        denoiser: the sizes of the denoiser.
+        init_from: a denoiser to fine-tune, with the same sizes and latents. Its classes may differ.
+        conditional: train with class labels.
+        class_dropout: probability of dropping a label, at least 0 and below 1.
+        time_law: distribution of the training times, before the shift.
+        shift_base: times are shifted by sqrt(dimension of the latents / `shift_base`).
+        train: steps, batches, precision, checkpoints and logs.
+        optim: optimizer and learning rate schedule.
+        ema: decays of the weight averages. The first average is the default of an export.
+        evaluation: scores samples during training.
     """
 
     stage: Literal["generation"] = "generation"
@@ -58,7 +68,7 @@ class GenerationConfig:
 
     def __post_init__(self) -> None:
         if self.evaluation and (others := set(self.evaluation.ema) - set(self.ema)):
-            raise UserError(f"evaluation.ema: {min(others)} is none of the averages {self.ema}; add it to ema")
+            raise UserError(f"evaluation.ema: {min(others)} is not one of the averages {self.ema}; add it to ema")
         if not 0 <= self.class_dropout < 1:
             raise UserError(f"class_dropout: {self.class_dropout} must be at least 0 and below 1")
 
@@ -73,9 +83,19 @@ def flow_matching_loss(
     time_law: path.TimeLaw,
     alpha: float,
 ) -> tuple[Tensor, Metrics]:
-    """Mean squared error of the velocity, in float32; noise and times addressed by `positions`.
+    """Return the mean squared error of the predicted velocity, in float32, and metrics to log.
 
-    That of a base output is added (spec II.4), and logged: the error of the full output is the rest.
+    If the denoiser has a base output, the loss is the sum of the errors of both outputs (spec II.4), and the error of
+    the base output is logged as `base_loss`.
+
+    Args:
+        denoiser: the denoiser.
+        latents: whitened latents (B, C, H, W).
+        labels: class labels (B,), or None.
+        positions: numbers (B,) of the latents in the training stream. Noise and times are functions of seed and number.
+        seed: seed of noise and times.
+        time_law: distribution of the times, before the shift.
+        alpha: factor of the time shift (`path.shift_factor`).
     """
     u = randomness.uniform(seed, "time", positions, (), latents.device)
     t = path.sample_times(u, time_law, alpha)
@@ -96,7 +116,11 @@ def flow_matching_loss(
 
 
 def build(config: GenerationConfig, run: Path, world: World) -> Stage:
-    """The denoiser's objective; the artifact is a model folder with the autoencoder and every average."""
+    """Return stage 2 for a run. The artifact is a model folder with the autoencoder and every average.
+
+    Raises:
+        UserError: the config does not fit the autoencoder, the images, the cache or the denoiser to fine-tune.
+    """
     seed, dtype = config.train.seed, compute_dtype(config.train.precision, world.device)
     autoencoder = load_autoencoder(config.autoencoder, dtype)
     if config.latents:
@@ -107,10 +131,12 @@ def build(config: GenerationConfig, run: Path, world: World) -> Stage:
         autoencoder.to(world.device)
     if autoencoder.image_size != config.data.image_size:
         raise UserError(
-            f"data.image_size: {config.data.image_size}, but {config.autoencoder} is for {autoencoder.image_size}"
+            f"data.image_size: {config.data.image_size}, but {config.autoencoder} needs {autoencoder.image_size}"
         )
     if config.conditional and not loader.classes:
-        raise UserError(f"data.source: {config.data.source} has no classes; set --no-conditional to train without")
+        raise UserError(
+            f"data.source: {config.data.source} has no classes; set --no-conditional to train without classes"
+        )
     channels, *grid = autoencoder.latent_shape
     size = config.denoiser
     alpha = path.shift_factor(autoencoder.latent_shape, config.shift_base)
@@ -125,7 +151,7 @@ def build(config: GenerationConfig, run: Path, world: World) -> Stage:
         )
     )
     model.trained_on = absolute(config.data.source)
-    if config.init_from and not checkpoints(run / "checkpoints"):  # a run that goes on has weights
+    if config.init_from and not checkpoints(run / "checkpoints"):  # a resumed run has weights
         initialise_denoiser(model, config.init_from)
 
     def loss(batch: Batch | LatentBatch, step: int) -> tuple[Tensor, Metrics]:
