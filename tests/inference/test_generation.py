@@ -160,13 +160,6 @@ def test_batch_sizes_that_fit_the_memory():
     assert _fitting(2**20, 2**30) == _fitting(2**20, math.inf) == 1
 
 
-def test_half_precision_is_close(model):
-    exact, rough = images_of(model), images_of(model, sampling=replace(FEW, precision="bf16"))
-    assert rough.dtype == torch.float32
-    assert not torch.equal(exact, rough)
-    assert (exact - rough).abs().mean() < 0.05 * exact.std()
-
-
 def test_interpolation_goes_from_one_sample_to_another(model, two_outputs):
     weak = two_outputs.denoiser
     for solver, text in (("euler", "auto:1.5+cfg:1.3"), ("euler-maruyama", "")):
@@ -288,18 +281,20 @@ def test_a_batch_of_nothing_is_refused(model, batch_size):
 
 
 class Counted(nn.Module):
-    """A denoiser that notes for each call its time, and whether it got classes."""
+    """A denoiser that records the time of each call, and whether it got classes."""
 
     def __init__(self, denoiser: Denoiser) -> None:
         super().__init__()
-        self.denoiser, self.config = denoiser, denoiser.config
+        self.denoiser, self.config, self.label = denoiser, denoiser.config, denoiser.label
         self.calls: list[tuple[float, bool]] = []
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None, **options: Any) -> Any:
         assert (t == t[0]).all()
-        assert len(x) == 2, "no doubled batch"
-        assert labels is None or labels.tolist() == [0, 2]
-        self.calls.append((t[0].item(), labels is not None))
+        assert labels is not None
+        pairs = [part.tolist() for part in labels.split(2)]
+        assert all(pair in ([0, 2], [3, 3]) for pair in pairs)
+        assert len(x) == len(labels)
+        self.calls += [(t[0].item(), pair == [0, 2]) for pair in pairs]
         return self.denoiser(x, t, labels, **options)
 
 
@@ -333,14 +328,54 @@ def test_evaluations_of_each_solver_and_grid(model, sampling, evaluations):
     assert all(given for _, given in calls)
 
 
-def test_bf16_moves_samples_a_little_and_leaves_them_float32(model):
-    exact, rounded = (
-        next(generate(model, [0, 1, 2], sampling=Sampling(steps=4, precision=precision))).images
-        for precision in ("fp32", "bf16")
-    )
-    assert rounded.dtype == torch.float32
-    assert not torch.equal(exact, rounded)
-    assert torch.allclose(exact, rounded, atol=0.05)
+@pytest.mark.parametrize("guidance", ["", "cfg:1.5", "internal:1.5+cfg:1.2+auto:1.2"])
+def test_a_model_in_bf16_moves_samples_a_little_and_leaves_them_float32(tiny_model, two_outputs, guidance):
+    exact, rounded = (load(str(tiny_model), dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert rounded.autoencoder.encoder_dtype == rounded.denoiser.dtype == torch.bfloat16
+    weak = None
+    if "auto" in guidance:
+        weak, exact = copy.deepcopy(exact.denoiser), other_weights(two_outputs)
+        rounded = Model(rounded.autoencoder, copy.deepcopy(exact.denoiser).set_dtype(torch.bfloat16))
+    sampling = Sampling(steps=4, guidance=parse_guidance(guidance) if guidance else (), weak=weak)
+    images = images_of(exact, sampling=sampling)
+    if weak:
+        weak.set_dtype(torch.bfloat16)
+    rough = images_of(rounded, sampling=sampling)
+    assert rough.dtype == torch.float32
+    assert not torch.equal(images, rough)
+    assert (images - rough).abs().mean() < 0.05 * images.std()
+    latents = sample_latents(rounded.denoiser, torch.tensor([0]), torch.arange(1), 0, FEW, "cpu")
+    assert latents.dtype == torch.float32
+
+
+@pytest.mark.parametrize("guidance", ["cfg:2.0@0.2-0.8", "cfg:1.5+internal:1.3@0.2-0.8", "cfg:2.0@0.2-0.8+auto:1.3"])
+@pytest.mark.parametrize("reuse", [1, 2, 0.95])
+def test_guidance_in_one_pass_gives_the_samples_of_two(two_outputs, monkeypatch, guidance, reuse):
+    model = other_weights(two_outputs)
+    weak = two_outputs.denoiser if "auto" in guidance else None
+    sampling = Sampling(steps=8, guidance=parse_guidance(guidance), weak=weak, reuse=reuse)
+    made, sizes = [], []
+    for together in (True, False):
+        monkeypatch.setattr("raekit.flow.sampling.one_pass_is_faster", lambda x, together=together: together)
+        seen: list[int] = []
+        hook = model.denoiser.head_blocks[0].register_forward_hook(lambda *a, seen=seen: seen.append(len(a[2])))
+        made.append(next(generate(model, [0, 2, 1], sampling=sampling)))
+        hook.remove()
+        sizes.append(seen)
+    assert torch.allclose(made[0].images, made[1].images, atol=1e-5)
+    assert made[0].passes == made[1].passes
+    assert {*sizes[0]} == {3, 6}
+    assert {*sizes[1]} == {3}
+    assert sum(sizes[0]) == sum(sizes[1])
+
+
+def test_interpolation_is_guided_in_one_pass(model, monkeypatch):
+    made = []
+    for together in (True, False):
+        monkeypatch.setattr("raekit.flow.sampling.one_pass_is_faster", lambda x, together=together: together)
+        sampling = Sampling(steps=3, guidance=parse_guidance("cfg:2.0"))
+        made += interpolate(model, seeds=(0, 1), labels=(0, 2), frames=4, sampling=sampling)
+    assert torch.allclose(made[0].images, made[1].images, atol=1e-5)
 
 
 def test_forward_passes_of_each_guidance(two_outputs):

@@ -8,6 +8,7 @@ from tyro.conf import Positional
 
 from raekit.cli import console
 from raekit.cli.console import Device
+from raekit.cli.sampling import dtype_of
 from raekit.errors import UserError
 from raekit.progress import Display
 
@@ -21,6 +22,7 @@ def reconstruct(
     out: Path,
     fit: Literal["crop", "pad"] = "crop",
     lpips: str | None = None,
+    precision: Literal["fp32", "bf16"] = "fp32",
     batch_size: int = 32,
     device: Device | None = None,
 ) -> None:
@@ -36,6 +38,7 @@ def reconstruct(
         out: folder for the results, another than the originals'.
         fit: to the model's square, cut to the middle, or padded with white.
         lpips: score LPIPS too, with VGG16's weights from this file; auto: from torchvision's cache or the Hub.
+        precision: the type that the model is loaded and computes in.
         batch_size: images at once.
         device: default is the best there is.
     """
@@ -49,7 +52,7 @@ def reconstruct(
     with world(device) as here, Display(console.err) as progress:
         if here.size > 1:
             raise UserError("reconstruct: works in one process, not under torchrun")
-        autoencoder = load_autoencoder(model).to(here.device)
+        autoencoder = load_autoencoder(model, dtype_of(precision)).to(here.device)
         metrics = reconstruction_metrics(lpips, here.device)
         results = reconstruct_folder(
             autoencoder, paths, out, fit=fit, batch_size=batch_size, metrics=metrics, progress=progress
@@ -65,6 +68,7 @@ def encode(
     paths: Positional[tuple[Path, ...]],
     out: Path,
     fit: Literal["crop", "pad"] = "crop",
+    precision: Literal["fp32", "bf16"] = "fp32",
     batch_size: int = 32,
     shard_size: int = 512,
     device: Device | None = None,
@@ -79,6 +83,7 @@ def encode(
         paths: image files, and folders with whatever is below them.
         out: a .safetensors file, or a folder for shards.
         fit: to the model's square, cut to the middle, or padded with white.
+        precision: the type that the model is loaded and computes in.
         batch_size: images at once.
         shard_size: images in a shard, held in memory until it is written.
         device: default is the best there is.
@@ -92,7 +97,7 @@ def encode(
     with world(device) as here, Display(console.err) as progress:
         if here.size > 1:
             raise UserError("encode: works in one process, not under torchrun")
-        autoencoder = load_autoencoder(model).to(here.device)
+        autoencoder = load_autoencoder(model, dtype_of(precision)).to(here.device)
         encoded, unreadable = encode_files(
             autoencoder,
             model,

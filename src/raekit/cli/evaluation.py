@@ -9,12 +9,14 @@ from tyro.conf import Positional
 
 from raekit.cli import console
 from raekit.cli.console import Device
-from raekit.cli.sampling import Solver, SolverOptions, load_weaker
+from raekit.cli.sampling import Solver, SolverOptions, dtype_of, load_weaker
 from raekit.errors import UserError
 from raekit.files import check_file, check_folder
 from raekit.progress import Display
 
 if TYPE_CHECKING:
+    import torch
+
     from raekit.distributed import World
     from raekit.evaluation.assessment import Reconstructions
     from raekit.evaluation.references import Reference
@@ -96,6 +98,7 @@ def evaluate(
             **sampled if saved else {},
             reconstruct=reconstruct and saved,
         )
+        sampled.pop("precision", None)  # it is of the autoencoder, too
         _no_effect("with --reconstruct", **sampled if reconstruct else {}, baseline=reconstruct and bool(baseline))
         _no_effect("without --reconstruct", lpips=lpips is not None and not reconstruct)
         if len(guidance) > 1:
@@ -120,7 +123,7 @@ def evaluate(
         raise UserError("--weak: no effect without --guidance auto:SCALE")
     with world(device) as here, Display(console.err, quiet=not here.is_main) as progress:
         plain = options.unguided()
-        weaker = load_weaker(weak, model, here)
+        weaker = load_weaker(weak, model, here, options.dtype)
         guided = {
             text: replace(plain, guidance=chosen, weak=weaker if any(r.method == "auto" for r in chosen) else None)
             for text, chosen in rules.items()
@@ -137,6 +140,7 @@ def evaluate(
                 seed=seed,
                 features=features[0] if features else "builtin:vit-tiny",
                 ema=ema,
+                precision=options.precision or "fp32",
                 intervals=intervals,
                 world=here,
                 progress=progress,
@@ -151,10 +155,10 @@ def evaluate(
         if saved:
             stream = StoredImages(model, batch_size, workers)
         elif reconstruct:
-            stream = _reconstructions(model, references[0], lpips, batch_size, workers, here)
+            stream = _reconstructions(model, references[0], lpips, batch_size, workers, here, options.dtype)
         else:
             stream = Samples(
-                load(model, here.device, ema),
+                load(model, here.device, ema, options.dtype),
                 count or 50_000,
                 guided[guidance[0]] if guidance else plain,
                 seed=seed,
@@ -197,7 +201,13 @@ def _no_effect(why: str, **given: bool) -> None:
 
 
 def _reconstructions(
-    model: str, reference: "Reference", lpips: str | None, batch_size: int, workers: int, world: "World"
+    model: str,
+    reference: "Reference",
+    lpips: str | None,
+    batch_size: int,
+    workers: int,
+    world: "World",
+    dtype: "torch.dtype",
 ) -> "Reconstructions":
     """Of the images that `reference` is of, by the autoencoder `model`."""
     from raekit.evaluation.assessment import Reconstructions
@@ -211,7 +221,7 @@ def _reconstructions(
             "originals; make one by raekit reference"
         )
     scores = reconstruction_metrics(lpips, world.device)
-    autoencoder = load_autoencoder(model).to(world.device)
+    autoencoder = load_autoencoder(model, dtype).to(world.device)
     return Reconstructions(autoencoder, source, split, scores, batch_size=batch_size, workers=workers)
 
 
@@ -225,6 +235,7 @@ def _score(
     seed: int,
     features: str,
     ema: float | None,
+    precision: Literal["fp32", "bf16"],
     intervals: bool,
     world: "World",
     progress: "Report",
@@ -236,7 +247,7 @@ def _score(
     from raekit.files import whole
     from raekit.inference.model import load
 
-    loaded = load(model, world.device, ema)
+    loaded = load(model, world.device, ema, dtype_of(precision))
     data = DataConfig(source=source, image_size=loaded.autoencoder.image_size)
     scores = score(
         loaded,
@@ -253,7 +264,8 @@ def _score(
         console.out.print(scores_table(scores))
         if out:
             plain = next(iter(samplings.values()))
-            protocol = {name: getattr(plain, name) for name in ("steps", "solver", "grid", "reuse", "precision")}
+            protocol = {name: getattr(plain, name) for name in ("steps", "solver", "grid", "reuse")}
+            protocol["precision"] = precision
             with whole(out) as partial:
                 partial.write_text(
                     to_json({"model": model, "ema": ema, "count": count, "seed": seed, **protocol, "scores": scores})

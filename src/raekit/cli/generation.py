@@ -151,7 +151,7 @@ def interpolate(
     with world(device) as here, Display(console.err) as progress:
         if here.size > 1:
             raise UserError("interpolate: works in one process, not under torchrun")
-        loaded = load(model, here.device, ema)
+        loaded = load(model, here.device, ema, options.dtype)
         images, passes = [], Counter()
         batches = between(
             loaded,
@@ -207,7 +207,7 @@ def trajectory(
     with world(device) as here:
         if here.size > 1:
             raise UserError("trajectory: works in one process, not under torchrun")
-        loaded = load(model, here.device, ema)
+        loaded = load(model, here.device, ema, options.dtype)
         labels = class_ids(loaded, classes)
         sampling = options.sampling(model, here)
         every = labels * count or None
@@ -236,12 +236,12 @@ def _load(
         raise UserError("generate: give either a model or --published FILE.yaml")
     if published is None:
         assert model is not None
-        return load(model, world.device, ema), options.sampling(model, world)
-    ours = {name: getattr(options, name) for name in options.given() if name in ("reuse", "precision")}
-    theirs = [name for name in options.given() if name not in ours] + ["ema"] * (ema is not None)
+        return load(model, world.device, ema, options.dtype), options.sampling(model, world)
+    ours = {name: getattr(options, name) for name in options.given() if name == "reuse"}
+    theirs = [name for name in options.given() if name not in ("reuse", "precision")] + ["ema"] * (ema is not None)
     if theirs:
         raise UserError(f"--published: {published} gives --{', --'.join(theirs)} itself; leave it out or edit the file")
-    loaded, sampling = load_published(published, world.device)
+    loaded, sampling = load_published(published, world.device, options.dtype)
     return loaded, replace(sampling, **ours)
 
 

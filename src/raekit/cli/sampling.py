@@ -8,6 +8,8 @@ import tyro
 from raekit.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
+
     from raekit.distributed import World
     from raekit.flow.sampling import Sampling
     from raekit.models.denoiser import Denoiser
@@ -27,7 +29,7 @@ class SolverOptions:
         rtol: relative tolerance of dopri5. Default: 1e-3.
         reuse: run the backbone at every so many steps only, the head at each; below 1, whenever the latents have
             become less similar than that to those that it last saw.
-        precision: what denoisers compute in. Default, and that of published scores: fp32.
+        precision: the type that the model is loaded and computes in. Default: fp32, as for published scores.
     """
 
     steps: int | None = None
@@ -53,9 +55,14 @@ class SolverOptions:
             **{
                 field.name: getattr(self, field.name)
                 for field in fields(SolverOptions)
-                if getattr(self, field.name) is not None
+                if field.name != "precision" and getattr(self, field.name) is not None
             }
         )
+
+    @property
+    def dtype(self) -> "torch.dtype":
+        """The type to load models in."""
+        return dtype_of(self.precision)
 
 
 @dataclass(frozen=True)
@@ -77,16 +84,22 @@ class SamplingOptions(SolverOptions):
         from raekit.flow.guidance import parse_guidance
 
         rules = parse_guidance(self.guidance) if self.guidance is not None else ()
-        return replace(self.unguided(), guidance=rules, weak=load_weaker(self.weak, model, world))
+        return replace(self.unguided(), guidance=rules, weak=load_weaker(self.weak, model, world, self.dtype))
 
 
 Solver = Annotated[SolverOptions, tyro.conf.arg(name="")]
 Options = Annotated[SamplingOptions, tyro.conf.arg(name="")]
 
 
-def load_weaker(weak: str | None, model: str, world: "World") -> "Denoiser | None":
+def load_weaker(weak: str | None, model: str, world: "World", dtype: "torch.dtype") -> "Denoiser | None":
     from raekit.models.denoiser import Denoiser
 
     if weak == model:
         raise UserError(f"--weak: {weak} is the model itself, which has no effect")
-    return Denoiser.load(weak).to(world.device) if weak else None
+    return Denoiser.load(weak, dtype=dtype).to(world.device) if weak else None
+
+
+def dtype_of(precision: Literal["fp32", "bf16"] | None) -> "torch.dtype":
+    import torch
+
+    return torch.bfloat16 if precision == "bf16" else torch.float32

@@ -117,6 +117,7 @@ class Samples:
             "drawn_labels": fingerprint({}, self.labels),
             "sampling": {"guidance": "+".join(map(str, sampling.guidance)) or None, **chosen},
             "weights": {n: fingerprint(m.state_dict(), m.config) for n, m in models.items() if m is not None},
+            "precision": "bf16" if self.model.denoiser.dtype == torch.bfloat16 else "fp32",
             "batch_size": self.batch_size,
         }
 

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from raekit.errors import UserError
@@ -26,10 +27,10 @@ class AutoencoderParts:
     mean: Tensor | None
     var: Tensor
 
-    def build(self) -> Autoencoder:
-        """The autoencoder, with the weights of its encoder; UserError if those are not there."""
-        encoder = load_encoder(self.config.encoder, self.config.encoder_size, self.config.layers)
-        return Autoencoder.build(self.config, encoder, self.decoder, (self.mean, self.var), "autoencoder")
+    def build(self, dtype: torch.dtype = torch.float32) -> Autoencoder:
+        """Return the autoencoder with the weights of its encoder; UserError if the encoder is not there."""
+        encoder = load_encoder(self.config.encoder, self.config.encoder_size, self.config.layers, dtype)
+        return Autoencoder.build(self.config, encoder, self.decoder, (self.mean, self.var), "autoencoder", dtype)
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,8 @@ class DenoiserParts:
     config: DenoiserConfig
     state: dict[str, Tensor]
 
-    def build(self) -> Denoiser:
-        return Denoiser.build(self.config, self.state, "denoiser")
+    def build(self, dtype: torch.dtype = torch.float32) -> Denoiser:
+        return Denoiser.build(self.config, self.state, "denoiser", dtype)
 
 
 @dataclass(frozen=True)

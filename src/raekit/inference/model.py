@@ -57,21 +57,37 @@ class Model:
         return list(range(start, end + 1))
 
 
-def load(name: str, device: torch.device | str = "cpu", ema: float | None = None) -> Model:
-    """Load a model: `builtin:emoji`, a model folder, a stage-2 run, or OWNER/NAME on the Hub.
+def load(
+    name: str,
+    device: torch.device | str = "cpu",
+    ema: float | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Model:
+    """Load a model.
 
-    `ema` chooses among the averages of its denoiser, as `Denoiser.load` does.
+    Args:
+        name: `builtin:emoji`, a model folder, a stage-2 run, or OWNER/NAME on the Hub.
+        device: where to put the model.
+        ema: the decay of the denoiser's average. Default: the first average that was trained.
+        dtype: float32, or bfloat16 for half the memory and, on hardware that multiplies it fast, shorter sampling.
+            Latents, statistics, the solver's state and images are always float32.
     """
-    return Model(load_autoencoder(name).to(device), Denoiser.load(name, ema).to(device))
+    return Model(load_autoencoder(name, dtype).to(device), Denoiser.load(name, ema, dtype).to(device))
 
 
-def load_published(path: Path, device: torch.device | str = "cpu") -> tuple[Model, Sampling]:
-    """The whole model of a published YAML of sampling, and how that samples; UserError, naming what is missing."""
+def load_published(
+    path: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[Model, Sampling]:
+    """Return the complete model of a published sampling YAML, and its sampling settings.
+
+    Raises:
+        UserError: if a part is missing; it names the part.
+    """
     parts, sampling = read_published(path)
     assert parts.autoencoder
     assert parts.denoiser
-    weak = sampling.weak.to(device) if sampling.weak else None
-    model = Model(parts.autoencoder.build().to(device), parts.denoiser.build().to(device))
+    weak = sampling.weak.set_dtype(dtype).to(device) if sampling.weak else None
+    model = Model(parts.autoencoder.build(dtype).to(device), parts.denoiser.build(dtype).to(device))
     return model, replace(sampling, weak=weak)
 
 

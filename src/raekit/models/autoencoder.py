@@ -15,6 +15,7 @@ from raekit.models.decoder import Decoder, DecoderConfig
 from raekit.models.encoders import Encoder, load_encoder
 from raekit.models.latent_space import LatentSpace
 from raekit.models.layers import to_grid
+from raekit.models.precision import set_dtype
 from raekit.models.registry import LayersConfig, Size
 from raekit.models.vit import ViT
 from raekit.weights import check_fit, load_strict
@@ -52,20 +53,27 @@ class Autoencoder(LatentSpace):
         self.decoder = Decoder(config.decoder)
 
     @classmethod
-    def load(cls, name: str, encoder_dtype: torch.dtype = torch.float32) -> Self:
-        """Load a published name (`raekit.formats.releases`), `builtin:NAME`, a model folder, a run, or OWNER/NAME
-        on the Hub; UserError if it is not whole.
+    def load(cls, name: str, dtype: torch.dtype = torch.float32, encoder_dtype: torch.dtype | None = None) -> Self:
+        """Load an autoencoder.
 
-        The encoder computes in `encoder_dtype`, float32 or bfloat16.
+        Args:
+            name: a published name (`raekit.formats.releases`), `builtin:NAME`, a model folder, a run, or OWNER/NAME on
+                the Hub.
+            dtype: float32 or bfloat16, the type that the weights are held and used in. Latents, statistics and images
+                are always float32.
+            encoder_dtype: the encoder's type. Default: `dtype`.
+
+        Raises:
+            UserError: if a file is missing or damaged.
         """
         path, values = artifacts.find(name, "autoencoder")
         config, state = from_dict(AutoencoderConfig, values, path / "config.json"), artifacts.read(path)
         check_fit(lambda: Decoder(config.decoder), state, path)
         own = path.parent / "encoder"
         source = str(own) if own.is_dir() else config.encoder
-        encoder = load_encoder(source, config.encoder_size, config.layers, encoder_dtype)
+        encoder = load_encoder(source, config.encoder_size, config.layers, encoder_dtype or dtype)
         statistics = artifacts.read_statistics(path / artifacts.STATISTICS, (encoder.spec.width, *encoder.grid))
-        return cls.build(config, encoder, state, statistics, path)
+        return cls.build(config, encoder, state, statistics, path, dtype)
 
     @classmethod
     def build(
@@ -75,12 +83,16 @@ class Autoencoder(LatentSpace):
         decoder: Mapping[str, Tensor],
         statistics: tuple[Tensor | None, Tensor],
         source: object,
+        dtype: torch.dtype = torch.float32,
     ) -> Self:
-        """The autoencoder with the weights `decoder` and (mean or None, var); UserError, naming the weights' `source`,
-        if they do not fit.
+        """Return the autoencoder with the weights `decoder`, held in `dtype`, and the statistics (mean or None, var).
+
+        Raises:
+            UserError: if the weights do not fit; it names their `source`.
         """
         model = cls(config, encoder)
         load_strict(model.decoder, decoder, source)
+        set_dtype(model.decoder, dtype)
         model.set_statistics(*statistics)
         return model.eval()
 
@@ -120,11 +132,23 @@ class Autoencoder(LatentSpace):
         return decoded.float() * self.encoder.std + self.encoder.mean
 
 
-def load_autoencoder(name: str, encoder_dtype: torch.dtype = torch.float32) -> LatentSpace:
-    """As `Autoencoder.load`, and the baselines `pixels` and `vae:WHERE`, @SIZE after them for another size than 256."""
+def load_autoencoder(
+    name: str, dtype: torch.dtype = torch.float32, encoder_dtype: torch.dtype | None = None
+) -> LatentSpace:
+    """Load an autoencoder or a baseline.
+
+    Args:
+        name: a name that `Autoencoder.load` takes, `pixels`, or `vae:WHERE`. Both baselines are for 256 pixels, or for
+            SIZE pixels with `@SIZE` after the name.
+        dtype: float32 or bfloat16, as in `Autoencoder.load`.
+        encoder_dtype: the encoder's type. Default: `dtype`.
+
+    Raises:
+        UserError: if a file is missing or damaged.
+    """
     if config := BaselineConfig.named(name):
-        return Baseline.load(config, encoder_dtype)
+        return Baseline.load(config, dtype, encoder_dtype)
     path, values = artifacts.find(name, "autoencoder")
     if "baseline" in values:
-        return Baseline.load(from_dict(BaselineConfig, values, path / "config.json"), encoder_dtype)
-    return Autoencoder.load(name, encoder_dtype)
+        return Baseline.load(from_dict(BaselineConfig, values, path / "config.json"), dtype, encoder_dtype)
+    return Autoencoder.load(name, dtype, encoder_dtype)

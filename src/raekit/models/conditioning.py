@@ -41,5 +41,8 @@ class ClassCondition(nn.Module):
         return given @ self.weight if given.is_floating_point() else F.embedding(given, self.weight)
 
     def without(self, given: Tensor, dropped: Tensor) -> Tensor:
-        """As `Condition` says; ids below 0, of images whose class is not known, are nothing as well."""
+        """See `Condition.without`. Ids below 0 stand for an unknown class and become nothing, too."""
+        if given.is_floating_point():
+            nothing = F.one_hot(torch.tensor(self.null, device=given.device), self.null + 1).to(given)
+            return torch.where(dropped[:, None], nothing, given)
         return given.masked_fill(dropped | (given < 0), self.null)

@@ -24,6 +24,7 @@ from raekit.models.layers import (
     sincos_positions,
     unpatchify,
 )
+from raekit.models.precision import set_dtype
 from raekit.weights import check_fit, load_strict
 
 
@@ -70,22 +71,47 @@ class Denoiser(nn.Module):
         _initialise(self)
 
     @classmethod
-    def load(cls, name: str, ema: float | None = None) -> Self:
-        """Load a published name (`raekit.formats.releases.DENOISERS`), `builtin:NAME`, a model folder, a run, or
-        OWNER/NAME on the Hub; UserError if it is not whole.
+    def load(cls, name: str, ema: float | None = None, dtype: torch.dtype = torch.float32) -> Self:
+        """Load a denoiser.
 
-        With `ema` the average of this decay, by default the first of those that were trained.
+        Args:
+            name: a published name (`raekit.formats.releases.DENOISERS`), `builtin:NAME`, a model folder, a run, or
+                OWNER/NAME on the Hub.
+            ema: the decay of the average to load. Default: the first average that was trained.
+            dtype: float32 or bfloat16, see `set_dtype`.
+
+        Raises:
+            UserError: if a file is missing or damaged.
         """
         path, values = artifacts.find(name, "denoiser", ema)
-        return cls.build(from_dict(DenoiserConfig, values, path / "config.json"), artifacts.read(path), path)
+        return cls.build(from_dict(DenoiserConfig, values, path / "config.json"), artifacts.read(path), path, dtype)
 
     @classmethod
-    def build(cls, config: DenoiserConfig, state: Mapping[str, Tensor], source: object) -> Self:
-        """The denoiser with the weights `state`; UserError, naming their `source`, if they do not fit."""
+    def build(
+        cls,
+        config: DenoiserConfig,
+        state: Mapping[str, Tensor],
+        source: object,
+        dtype: torch.dtype = torch.float32,
+    ) -> Self:
+        """Return the denoiser with the weights `state`; UserError, naming their `source`, if they do not fit."""
         check_fit(lambda: cls(config), state, source)
         model = cls(config)
         load_strict(model, state, source)
-        return model.eval()
+        return model.set_dtype(dtype).eval()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that the network computes in, unless autocast surrounds it."""
+        return self.embed.weight.dtype
+
+    def set_dtype(self, dtype: torch.dtype) -> Self:
+        """Hold the weights in `dtype`, in place. The embeddings of time and condition stay float32.
+
+        `Module.to(dtype)` would convert those too: in bfloat16 neighbouring times have the same embedding.
+        """
+        set_dtype(self, dtype, keep=(self.time, self.label))
+        return self
 
     def save(
         self,
@@ -148,18 +174,18 @@ class Denoiser(nn.Module):
         time, label = self._embed_condition(t, labels)
         features = features or self._features(x, time, label)
         if self.config.head:
-            condition = self.head_condition(F.silu(features.tokens + time))
-            tokens = self.head_embed(patchify(x, self.config.patch_size))
+            condition = self.head_condition(F.silu(features.tokens + time).to(self.dtype))
+            tokens = self.head_embed(self._patches(x))
             for block in self.head_blocks:
                 tokens = block(tokens, condition, self._rotary("head_rotary"))
         else:
-            tokens, condition = features.tokens, time + label
+            tokens, condition = features.tokens, (time + label).to(self.dtype)
         full = self._to_latents(self.final(tokens, condition))
         if not with_base:
             return full
         if self.base_final is None or features.base is None:
             raise UserError("denoiser.base_depth: 0, so this denoiser has no base output")
-        tokens = F.silu(features.base + time)
+        tokens = F.silu(features.base + time).to(self.dtype)
         return full, self._to_latents(self.base_final(tokens, tokens))
 
     def features(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Features:
@@ -174,14 +200,14 @@ class Denoiser(nn.Module):
         return time, self.label(labels, len(t))[:, None]
 
     def _features(self, x: Tensor, time: Tensor, label: Tensor | float) -> Features:
-        tokens = self.embed(patchify(x, self.config.patch_size))
+        tokens = self.embed(self._patches(x))
         count = tokens.shape[1]
         if self.positions is not None:
             tokens = tokens + self.positions
         # A published DiT^DH passes the backbone's condition through SiLU before the blocks do so again.
-        condition = F.silu(time + label) if self.config.head else time + label
+        condition = (F.silu(time + label) if self.config.head else time + label).to(self.dtype)
         extra = [(self.time_tokens, time), (self.label_tokens, label)]
-        if extra := [learned + given for learned, given in extra if learned is not None]:
+        if extra := [(learned + given).to(self.dtype) for learned, given in extra if learned is not None]:
             tokens = torch.cat([tokens, *extra], 1)
         base = None
         for number, block in enumerate(self.blocks, 1):
@@ -189,6 +215,9 @@ class Denoiser(nn.Module):
             if number == self.config.base_depth:
                 base = tokens[:, :count]
         return Features(tokens[:, :count], base)
+
+    def _patches(self, x: Tensor) -> Tensor:
+        return patchify(x, self.config.patch_size).to(self.dtype)
 
     def _to_latents(self, patches: Tensor) -> Tensor:
         return unpatchify(patches.float(), self.config.patch_size, self.config.token_grid)

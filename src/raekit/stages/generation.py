@@ -97,7 +97,7 @@ def flow_matching_loss(
 def build(config: GenerationConfig, run: Path, world: World) -> Stage:
     """The denoiser's objective; the artifact is a model folder with the autoencoder and every average."""
     seed, dtype = config.train.seed, compute_dtype(config.train.precision, world.device)
-    autoencoder = load_autoencoder(config.autoencoder, dtype)
+    autoencoder = load_autoencoder(config.autoencoder, encoder_dtype=dtype)
     if config.latents:
         loader = LatentLoader(Path(config.latents), config.data, seed, autoencoder)
     else:
