@@ -1,8 +1,10 @@
 import copy
 import math
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -367,6 +369,37 @@ def test_guidance_in_one_pass_gives_the_samples_of_two(two_outputs, monkeypatch,
     assert {*sizes[0]} == {3, 6}
     assert {*sizes[1]} == {3}
     assert sum(sizes[0]) == sum(sizes[1])
+
+
+@pytest.mark.parametrize("guidance", ["cfg:2.0@0.2-0.8", "internal:1.3+auto:1.2"])
+@pytest.mark.parametrize("reuse", [1, 2])
+def test_a_compiled_model_gives_the_same_samples_in_batches_of_one_size(
+    model, two_outputs, monkeypatch, guidance, reuse
+):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    if "auto" in guidance:
+        model = other_weights(two_outputs)
+    weak = copy.deepcopy(two_outputs.denoiser) if "auto" in guidance else None
+    sampling = Sampling(steps=4, guidance=parse_guidance(guidance), weak=weak, reuse=reuse)
+    exact = images_of(model, sampling=sampling, batch_size=4)
+    fast = copy.deepcopy(model).compile(weak)
+    seen: set[int] = set()
+    fast.denoiser.final.register_forward_hook(lambda layer, inputs, out: seen.add(len(out)))
+    batches = list(generate(fast, LABELS, sampling=sampling, batch_size=4))
+    assert [len(batch) for batch in batches] == [4, 3]
+    assert [batch.labels.tolist() for batch in batches] == [LABELS[:4], LABELS[4:]]
+    assert torch.cat([batch.indices for batch in batches]).tolist() == list(range(7))
+    assert torch.allclose(torch.cat([batch.images for batch in batches]), exact, atol=1e-5)
+    assert seen <= {4, 8}
+    frames = [*interpolate(fast, seeds=(0, 1), frames=5, sampling=FEW, batch_size=4)]
+    assert [len(batch) for batch in frames] == [4, 1]
+
+
+def test_compiling_without_a_compiler_is_refused(model, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match=r"compile: on a CPU it needs a C\+\+ compiler"):
+        copy.deepcopy(model).compile()
 
 
 def test_interpolation_is_guided_in_one_pass(model, monkeypatch):

@@ -41,6 +41,7 @@ def evaluate(
     baseline: tuple[Path, ...] = (),
     intervals: bool = False,
     batch_size: int = 64,
+    compile: bool = False,
     workers: int = 0,
     out: Path | None = None,
     device: Device | None = None,
@@ -72,6 +73,7 @@ def evaluate(
         baseline: references of other real images, to whose distance that of the images is given as a ratio.
         intervals: 95 % intervals of distances and accuracies, and the distances' bias.
         batch_size: images at once.
+        compile: compile the model's blocks; it pays for many images.
         workers: processes that decode saved images.
         out: the folder of the report, by default reports/HASH; without a reference a JSON file for the scores.
         device: default is the best there is.
@@ -90,6 +92,7 @@ def evaluate(
         "weak": weak is not None,
         **dict.fromkeys(options.given(), True),
         "count": count is not None,
+        "compile": compile,
     }
     if reference:
         _no_effect("with --reference", source=source != "emoji")
@@ -141,6 +144,7 @@ def evaluate(
                 features=features[0] if features else "builtin:vit-tiny",
                 ema=ema,
                 precision=options.precision or "fp32",
+                compile=compile,
                 intervals=intervals,
                 world=here,
                 progress=progress,
@@ -157,10 +161,14 @@ def evaluate(
         elif reconstruct:
             stream = _reconstructions(model, references[0], lpips, batch_size, workers, here, options.dtype)
         else:
+            sampling = guided[guidance[0]] if guidance else plain
+            loaded = load(model, here.device, ema, options.dtype)
+            if compile:
+                loaded.compile(sampling.weak)
             stream = Samples(
-                load(model, here.device, ema, options.dtype),
+                loaded,
                 count or 50_000,
-                guided[guidance[0]] if guidance else plain,
+                sampling,
                 seed=seed,
                 labels=labels,
                 of_reference=references[0].about.classes,
@@ -236,6 +244,7 @@ def _score(
     features: str,
     ema: float | None,
     precision: Literal["fp32", "bf16"],
+    compile: bool,
     intervals: bool,
     world: "World",
     progress: "Report",
@@ -248,6 +257,8 @@ def _score(
     from raekit.inference.model import load
 
     loaded = load(model, world.device, ema, dtype_of(precision))
+    if compile:
+        loaded.compile(next((each.weak for each in samplings.values() if each.weak), None))
     data = DataConfig(source=source, image_size=loaded.autoencoder.image_size)
     scores = score(
         loaded,

@@ -52,6 +52,7 @@ def generate(
     published: Path | None = None,
     format: Literal["png", "webp"] | None = None,
     batch_size: int | Literal["auto"] = "auto",
+    compile: bool = False,
     device: Device | None = None,
 ) -> None:
     """Generate images into one picture, a folder, or an .npz file.
@@ -68,6 +69,7 @@ def generate(
         published: a YAML of RAE v1 or v2 that gives model, guidance and solver, in place of MODEL.
         format: of the files of a folder, both without loss. Default: png.
         batch_size: images at once; auto is what fits the GPU's memory, and 64 elsewhere.
+        compile: compile the model's blocks; it pays for many images.
         device: default is the best there is.
     """
     from raekit.distributed import world
@@ -90,6 +92,8 @@ def generate(
         if single and here.size > 1:
             raise UserError("--out: one grid comes from one process; give a folder or an .npz file under torchrun")
         loaded, sampling = _load(model, ema, published, options, here)
+        if compile:
+            loaded.compile(sampling.weak)
         labels = class_ids(loaded, classes) or list(range(len(loaded.classes)))
         total = count * max(len(labels), 1)
         passes: Counter[str] = Counter()

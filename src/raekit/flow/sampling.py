@@ -16,7 +16,6 @@ from raekit.flow.path import similarity, to_velocity
 from raekit.flow.solvers import Grid, SolverName, dopri5, euler, euler_maruyama, evaluated, heun, time_grid
 from raekit.models.denoiser import Denoiser, Features
 
-
 ONE_PASS_ON_CPU = 8
 """The largest batch whose two predictions for classifier-free guidance a CPU makes in one pass."""
 

@@ -45,6 +45,10 @@ class Samples:
     def __len__(self) -> int:
         return len(self.images)
 
+    def first(self, count: int) -> "Samples":
+        """Return the first `count` samples."""
+        return Samples(self.images[:count], self.labels[:count], self.indices[:count], self.passes)
+
 
 BatchSize = int | Literal["auto"]
 """Images at once; "auto" is what fits the memory of a GPU, and 64 elsewhere."""
@@ -88,7 +92,7 @@ def generate(
         return Samples(images, torch.full_like(batch, -1) if chosen is None else chosen, batch, passes)
 
     shares = (numbers[first : first + size] for first in range(world.rank * size, len(numbers), world.size * size))
-    return _in_parts(make, shares)
+    return _in_parts(make, shares, min(size, total) if model.denoiser.compiled else 0)
 
 
 def fitting_batch(model: Model, sampling: Sampling, batch_size: BatchSize, world: World) -> int:
@@ -116,15 +120,21 @@ def _fitting(free: int, each: float) -> int:
     return 2 ** min(int(math.log2(max(0.8 * free / each, 1))), 10)
 
 
-def _in_parts(make: Callable[[Sequence[int]], Samples], shares: Iterable[Sequence[int]]) -> Iterator[Samples]:
-    """`make` of each share, halved as often as memory demands it."""
-    limit = 0
+def _in_parts(
+    make: Callable[[Sequence[int]], Samples], shares: Iterable[Sequence[int]], static: int = 0
+) -> Iterator[Samples]:
+    """Yield `make` of each share, halved as often as memory demands it.
+
+    With `static` smaller shares are filled up to this size, and the result is cut: a compiled model has one batch size.
+    """
+    limit = static
     for share in shares:
         limit, start = limit or len(share), 0
         while start < len(share):
             part, made = share[start : start + limit], None
             try:
-                made = make(part)
+                filled = max(min(static, limit) - len(part), 0)
+                made = make([*part, *[part[-1]] * filled]).first(len(part))
             except torch.OutOfMemoryError:
                 if len(part) == 1:
                     raise UserError("batch_size: not even one image fits into the GPU's memory") from None
@@ -180,7 +190,8 @@ def interpolate(
         return Samples(images, torch.full((len(part),), -1), torch.tensor(part), passes)
 
     size = fitting_batch(model, sampling, batch_size, World(device=device))
-    return _in_parts(make, (range(frames)[first : first + size] for first in range(0, frames, size)))
+    shares = (range(frames)[first : first + size] for first in range(0, frames, size))
+    return _in_parts(make, shares, min(size, frames) if model.denoiser.compiled else 0)
 
 
 def trajectory(

@@ -1,5 +1,7 @@
 """The ViT decoder: encoder tokens back to pixels (spec 1.5)."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -47,6 +49,11 @@ class Decoder(nn.Module):
         )
         self.norm = nn.LayerNorm(config.width, config.norm_eps)
         self.out = nn.Linear(config.width, 3 * config.patch_size**2)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the blocks when they are first used. Takes the arguments of `torch.compile`."""
+        for block in self.blocks:
+            block.compile(*args, **kwargs)
 
     def forward(self, latents: Tensor, last_input: list[Tensor] | None = None) -> Tensor:
         """Un-whitened latents (B, token_dim, H, W) -> (B, 3, grid*patch_size), neither de-normalised nor clamped.

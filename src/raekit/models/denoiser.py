@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple, Self, overload
+from typing import Any, Literal, NamedTuple, Self, overload
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +43,7 @@ class Denoiser(nn.Module):
     """
 
     positions: Tensor | None
+    compiled = False
 
     def __init__(self, config: DenoiserConfig, condition: Condition | None = None) -> None:
         super().__init__()
@@ -104,6 +105,12 @@ class Denoiser(nn.Module):
     def dtype(self) -> torch.dtype:
         """The type that the network computes in, unless autocast surrounds it."""
         return self.embed.weight.dtype
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the blocks when they are first used. Takes the arguments of `torch.compile`."""
+        self.compiled = True
+        for block in [*self.blocks, *(self.head_blocks if self.config.head else [])]:
+            block.compile(*args, **kwargs)
 
     def set_dtype(self, dtype: torch.dtype) -> Self:
         """Hold the weights in `dtype`, in place. The embeddings of time and condition stay float32.
@@ -190,7 +197,8 @@ class Denoiser(nn.Module):
 
     def features(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Features:
         """The backbone's part of `forward`, for the same arguments."""
-        return self._features(x, *self._embed_condition(t, labels))
+        tokens, base = self._features(x, *self._embed_condition(t, labels))
+        return Features(tokens.clone(), base)  # of compiled blocks on CUDA, the next evaluation overwrites the tokens
 
     def _embed_condition(self, t: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | float]:
         """The embeddings (B, 1, width) of time and class; 0 for the class of an unconditional network."""
@@ -213,7 +221,7 @@ class Denoiser(nn.Module):
         for number, block in enumerate(self.blocks, 1):
             tokens = block(tokens, condition, self._rotary("rotary"))
             if number == self.config.base_depth:
-                base = tokens[:, :count]
+                base = tokens[:, :count].clone()  # of compiled blocks on CUDA, the next block overwrites the tokens
         return Features(tokens[:, :count], base)
 
     def _patches(self, x: Tensor) -> Tensor:
