@@ -460,17 +460,17 @@ def test_a_weak_model_as_good_as_the_model_changes_nothing(model):
         ("auto:2", {}, r"auto needs a weaker model \(--weak, Sampling\.weak\)"),
         ("", {"weak": "other"}, "weak: no effect without guidance auto:SCALE"),
         ("cfg:2", {"weak": "other"}, "weak: no effect without guidance auto:SCALE"),
-        ("auto:2", {"weak": "same"}, "weak: the same model"),
+        ("auto:2", {"weak": "same"}, "weak: it is the guided model itself"),
         ("auto:2", {"weak": "smaller"}, r"weak: it is for latents \(16, 2, 2\) of 3 classes"),
         ("cfg:2@0.01-0.02", {}, r"cfg would have no effect, .* 0\.01-0\.02"),
         ("cfg:2@0.0-0.001", {"solver": "euler"}, "cfg would have no effect"),
         ("cfg:2@0.0-0.001", {"solver": "heun"}, None),
-        ("", {"reuse": 0}, "reuse: 0 must be a whole number of steps from 1, or a similarity"),
-        ("", {"reuse": 1.5}, "reuse: 1.5 must be a whole number"),
-        ("", {"reuse": -0.5}, "reuse: -0.5 must be a whole number"),
-        ("", {"reuse": float("nan")}, "reuse: nan must be a whole number"),
+        ("", {"reuse": 0}, "reuse: 0 must be a number of steps, or a similarity"),
+        ("", {"reuse": 1.5}, "reuse: 1.5 must be a number of steps"),
+        ("", {"reuse": -0.5}, "reuse: -0.5 must be a number of steps"),
+        ("", {"reuse": float("nan")}, "reuse: nan must be a number of steps"),
         ("", {"reuse": 0.9999}, r"reuse: 0.9999 would have no effect, as neighbouring steps are at most 0\.9\d+ alike"),
-        ("", {"reuse": 2, "solver": "heun"}, "reuse: only for a denoiser with a head"),
+        ("", {"reuse": 2, "solver": "heun"}, "reuse: it needs a denoiser with a head"),
     ],
 )
 def test_settings_without_effect_are_refused(model, text, options, message):
@@ -501,7 +501,7 @@ def test_reusing_the_backbone(model, unconditional):
     assert batch.passes == {"model": 7, "unconditional": -(-inside // 3), "head": 13 + inside - -(-inside // 3)}
     assert not torch.equal(batch.images, plain)
     assert (batch.images - plain).abs().mean() < 0.1 * plain.std()
-    with pytest.raises(UserError, match="reuse: only for a denoiser with a head"):
+    with pytest.raises(UserError, match="reuse: it needs a denoiser with a head"):
         images_of(unconditional, None, Sampling(reuse=2), count=1)
 
 

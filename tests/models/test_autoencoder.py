@@ -38,7 +38,7 @@ def test_rectangles(tiny_model: Path, tmp_path: Path):
     model = Autoencoder(config, load_encoder(config.encoder, config.encoder_size)).eval()
     assert model.latent_shape == (16, 3, 5)
     assert model.image_shape == (24, 40)
-    with pytest.raises(UserError, match="images of 24 x 40 pixels; this needs square ones"):
+    with pytest.raises(UserError, match="images of 24 x 40 pixels, and square ones are needed"):
         _ = model.image_size
     images = torch.rand(2, 3, 24, 40)
     expected = reconstruct(model, images)

@@ -25,10 +25,15 @@ Output = Literal["encoder-colours", "pixels"]
 
 @configclass
 class AutoencoderConfig:
-    """`encoder` is a name as `load_encoder` takes it, `encoder_size` what it resizes images to, `layers` its latent.
+    """Configuration of an autoencoder.
 
-    `output` is what the decoder gives: colours normalised by the encoder's mean and standard deviation (RAE v1),
-    or pixels in [0, 1] (RAE v2, spec II.2).
+    Attributes:
+        encoder: a name that `load_encoder` takes.
+        encoder_size: the size that the encoder resizes images to. Default: the encoder's own.
+        layers: the encoder blocks whose outputs make the latents.
+        decoder: the sizes of the decoder.
+        output: the decoder's output: colours normalised by the encoder's mean and standard deviation (RAE v1), or
+            pixels in [0, 1] (RAE v2, spec II.2).
     """
 
     encoder: str
@@ -39,7 +44,7 @@ class AutoencoderConfig:
 
 
 class Autoencoder(LatentSpace):
-    """Images to whitened latents and back, by a frozen encoder and a trained decoder."""
+    """Autoencoder of a frozen encoder and a trained decoder."""
 
     config: AutoencoderConfig
     encoder: Encoder
@@ -97,13 +102,13 @@ class Autoencoder(LatentSpace):
         return model.eval()
 
     def save(self, folder: Path, world: World | None = None, dtype: torch.dtype | None = None) -> None:
-        """Write FOLDER/autoencoder (and FOLDER/encoder, for an encoder from a local folder), for `load`."""
+        """Write FOLDER/autoencoder, for `load`; also FOLDER/encoder, if the encoder comes from a local folder."""
         world = world or World()
         statistics = {"var": self.var} | ({} if self.mean is None else {"mean": self.mean})
         target = folder / "autoencoder"
         artifacts.write(target, "autoencoder", self.config, self.decoder, world, dtype=dtype, statistics=statistics)
         if isinstance(self.encoder.model, ViT) and Path(self.encoder.name).is_dir():
-            exact = self.encoder.dtype == torch.float32  # else the weights were rounded as they were read
+            exact = self.encoder.dtype == torch.float32  # loading in bf16 rounded the weights
             (self.encoder if exact else load_encoder(self.encoder.name)).save(folder, world, dtype)
 
     @property
@@ -126,7 +131,7 @@ class Autoencoder(LatentSpace):
         return self.to_pixels(self.decoder(tokens))
 
     def to_pixels(self, decoded: Tensor) -> Tensor:
-        """The decoder's output as pixels; about [0, 1], not clamped."""
+        """Return the decoder's output as pixels, not clamped to [0, 1]."""
         if self.config.output == "pixels":
             return decoded.float()
         return decoded.float() * self.encoder.std + self.encoder.mean

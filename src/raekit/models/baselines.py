@@ -1,4 +1,4 @@
-"""What the paper sets RAE against: the latents of a VAE, and raw pixels (tables 10 and 11)."""
+"""The baselines of the paper: the latents of a VAE, and raw pixels (tables 10 and 11)."""
 
 from pathlib import Path
 from typing import Any, Self
@@ -54,7 +54,7 @@ class Baseline(LatentSpace):
         dtype: torch.dtype = torch.float32,
         encoder_dtype: torch.dtype | None = None,
     ) -> None:
-        """`vae` is a diffusers AutoencoderKL; without it the latents are the pixels."""
+        """Build the baseline from `vae`, a diffusers AutoencoderKL. Without it the latents are the pixels."""
         channels, factor = 3, 1
         if vae:
             channels, factor = vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1)
