@@ -11,8 +11,8 @@ There is one table for each method. Its sides take turns in one process, and eac
 
 With --precision fp32 all weights are float32, and nothing is cast. `rate` is the share of the machine's own matmul
 rate in that precision. The weak model of AutoGuidance is as large as the guided one, and the base output of internal
-guidance follows block 8. The relative difference of each side's latents to the first side's is printed first. Images/s are for
-50 steps, scaled from the steps run.
+guidance follows block 8. The relative difference of each side's latents to the first side's is printed first. Images/s
+are for 50 steps, scaled from the steps run.
 """
 
 import argparse

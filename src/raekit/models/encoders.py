@@ -103,7 +103,7 @@ class Encoder(nn.Module):
         return self
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the blocks, which share one graph, when they are first used. Takes the arguments of `torch.compile`."""
+        """Compile the blocks, which share a graph, when they are first used. Takes the arguments of `torch.compile`."""
         for block in self.blocks:
             block.compile(*args, **kwargs)
 
