@@ -65,10 +65,9 @@ class CastInEachEvaluation(nn.Module):
 
 
 @torch.no_grad()
-def doubled(model: nn.Module, weak: nn.Module, labels: Tensor, rule: Guidance, steps: int) -> Tensor:
+def doubled(model: CastInEachEvaluation, weak: CastInEachEvaluation, labels: Tensor, rule: Guidance, steps: int) -> Tensor:
     """Latents by a sampler that runs each network on two batches, and chooses afterwards what it needs."""
     config, count = model.config, len(labels)
-    assert config
     twice = torch.cat([labels, labels if rule.method == "auto" else torch.full_like(labels, config.num_classes)])
 
     def field(x: Tensor, t: float) -> Tensor:
@@ -144,6 +143,10 @@ def main() -> None:
 
     def pair(seed: int) -> tuple[Denoiser, Denoiser]:
         plain, held = (denoiser(arguments.size, device, seed=seed, base_depth=8).eval() for _ in range(2))
+        for name, values in plain.named_parameters():
+            if "modulation" in name:  # zeros would switch the blocks off
+                nn.init.normal_(values, std=0.02)
+        held.load_state_dict(plain.state_dict())
         held.set_dtype(dtype).compile(dynamic=False)
         return plain, held
 

@@ -293,8 +293,8 @@ def _predict(
             made = denoiser.features(*arguments(stale))
             for each, *parts in zip(stale, *(_parts(part, len(stale)) for part in made), strict=True):
                 each.features, each.seen, each.since = Features(*parts), t, 0
-        tokens, bases = zip(*(each.features for each in predictors if each.features), strict=True)
-        options["features"] = Features(_joined(tokens), _joined(bases))
+        known = [each.features for each in predictors if each.features]
+        options["features"] = Features(torch.cat([f.tokens for f in known]), _joined([f.base for f in known]))
     made = denoiser(*arguments(predictors), **options)
     full, bases = made if base else (made, None)
     for each, output, base_output in zip(

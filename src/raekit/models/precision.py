@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 
-def set_dtype(module: nn.Module, dtype: torch.dtype, keep: Collection[nn.Module | None] = ()) -> None:
+def set_dtype(module: nn.Module, dtype: torch.dtype, keep: Collection[object] = ()) -> None:
     """Convert the floating-point weights and tables of `module` to `dtype`, in place.
 
     No autocast is needed after that, so no evaluation casts weights. Norms and softmax still compute their
