@@ -65,7 +65,9 @@ class CastInEachEvaluation(nn.Module):
 
 
 @torch.no_grad()
-def doubled(model: CastInEachEvaluation, weak: CastInEachEvaluation, labels: Tensor, rule: Guidance, steps: int) -> Tensor:
+def doubled(
+    model: CastInEachEvaluation, weak: CastInEachEvaluation, labels: Tensor, rule: Guidance, steps: int
+) -> Tensor:
     """Latents by a sampler that runs each network on two batches, and chooses afterwards what it needs."""
     config, count = model.config, len(labels)
     twice = torch.cat([labels, labels if rule.method == "auto" else torch.full_like(labels, config.num_classes)])

@@ -125,7 +125,7 @@ class Denoiser(nn.Module):
     def set_dtype(self, dtype: torch.dtype) -> Self:
         """Hold the weights in `dtype`, in place. The embeddings of time and condition stay float32.
 
-        `Module.to(dtype)` would convert those too: in bfloat16 neighbouring times have the same embedding.
+        Use this instead of `Module.to(dtype)`, which converts the embeddings, too, and leaves a network that fails.
         """
         set_dtype(self, dtype, keep=(self.time, self.label))
         return self
