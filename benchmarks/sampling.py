@@ -47,7 +47,7 @@ METHODS: dict[str, tuple[Guidance | None, int]] = {
 }
 
 
-class CastInEachEvaluation(nn.Module):
+class Casting(nn.Module):
     """A denoiser with float32 weights that enters autocast in each evaluation."""
 
     def __init__(self, model: Denoiser, precision: Precision) -> None:
@@ -65,9 +65,7 @@ class CastInEachEvaluation(nn.Module):
 
 
 @torch.no_grad()
-def doubled(
-    model: CastInEachEvaluation, weak: CastInEachEvaluation, labels: Tensor, rule: Guidance, steps: int
-) -> Tensor:
+def doubled(model: Casting, weak: Casting, labels: Tensor, rule: Guidance, steps: int) -> Tensor:
     """Latents by a sampler that runs each network on two batches, and chooses afterwards what it needs."""
     config, count = model.config, len(labels)
     twice = torch.cat([labels, labels if rule.method == "auto" else torch.full_like(labels, config.num_classes)])
@@ -95,7 +93,7 @@ def sides(
     rule, reuse = METHODS[method]
     sampling = Sampling(steps=steps, guidance=(rule,) if rule else (), reuse=reuse)
     indices, auto = torch.arange(len(labels)), rule and rule.method == "auto"
-    casting, weak_casting = (CastInEachEvaluation(pair[0], precision) for pair in (models, weak))
+    casting, weak_casting = (Casting(pair[0], precision) for pair in (models, weak))
 
     def call(model: nn.Module, other: nn.Module, *, compiled: bool = False, one_pass: bool | None = None):
         chosen = replace(sampling, weak=other if auto else None)
