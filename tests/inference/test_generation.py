@@ -130,6 +130,8 @@ def test_samples_of_two_real_processes_and_of_any_batch_size_are_those_of_one(mo
 class Small(nn.Module):
     """A denoiser on a device whose memory takes `limit` images."""
 
+    compiled = False
+
     def __init__(self, denoiser: Denoiser, limit: int) -> None:
         super().__init__()
         self.denoiser, self.config, self.limit = denoiser, denoiser.config, limit
@@ -285,6 +287,8 @@ def test_a_batch_of_nothing_is_refused(model, batch_size):
 class Counted(nn.Module):
     """A denoiser that records the time of each call, and whether it got classes."""
 
+    compiled = False
+
     def __init__(self, denoiser: Denoiser) -> None:
         super().__init__()
         self.denoiser, self.config, self.label = denoiser, denoiser.config, denoiser.label
@@ -366,7 +370,7 @@ def test_guidance_in_one_pass_gives_the_samples_of_two(two_outputs, monkeypatch,
         sizes.append(seen)
     assert torch.allclose(made[0].images, made[1].images, atol=1e-5)
     assert made[0].passes == made[1].passes
-    assert {*sizes[0]} == {3, 6}
+    assert 6 in sizes[0]
     assert {*sizes[1]} == {3}
     assert sum(sizes[0]) == sum(sizes[1])
 
@@ -461,7 +465,7 @@ def test_a_weak_model_as_good_as_the_model_changes_nothing(model):
         ("", {"weak": "other"}, "weak: no effect without guidance auto:SCALE"),
         ("cfg:2", {"weak": "other"}, "weak: no effect without guidance auto:SCALE"),
         ("auto:2", {"weak": "same"}, "weak: it is the guided model itself"),
-        ("auto:2", {"weak": "smaller"}, r"weak: it is for latents \(16, 2, 2\) of 3 classes"),
+        ("auto:2", {"weak": "smaller"}, r"weak: it is for latents \(16, 2, 2\) and 3 classes"),
         ("cfg:2@0.01-0.02", {}, r"cfg would have no effect, .* 0\.01-0\.02"),
         ("cfg:2@0.0-0.001", {"solver": "euler"}, "cfg would have no effect"),
         ("cfg:2@0.0-0.001", {"solver": "heun"}, None),

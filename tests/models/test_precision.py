@@ -20,7 +20,7 @@ CONFIG = DenoiserConfig(channels=16, grid=(4, 4), backbone=PART, head=PART, num_
 def randomised(model: Denoiser) -> Denoiser:
     torch.manual_seed(1)
     for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.2)
+        nn.init.normal_(parameter, std=0.1)
     return model.eval()
 
 
