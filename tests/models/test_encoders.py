@@ -493,8 +493,8 @@ def test_bad_checkpoint_is_refused(fault: str, checkpoint: Callable[..., Path], 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"hidden_size": 10**6}, "other shapes"),
-        ({"image_size": 10**7}, "other shapes"),
+        ({"hidden_size": 10**6}, "do not have the shapes"),
+        ({"image_size": 10**7}, "do not have the shapes"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers: 1000000000"),
         ({"num_hidden_layers": DEPTH + 1}, f"lacks encoder.layer.{DEPTH}"),
         ({"hidden_size": "wide"}, "hidden_size"),
