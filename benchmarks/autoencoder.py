@@ -1,10 +1,11 @@
-"""How fast are encoding and decoding, beside diffusers' AutoencoderRAE with the same weights?
+"""How fast are encoding and decoding, compared with diffusers' AutoencoderRAE with the same weights?
 
     python benchmarks/autoencoder.py [--decoder ViT-XL] [--batch 2] [--precisions fp32 bf16] [--repeats 5] [--out FILE]
 
 DINOv2-B with registers at 224 pixels (256 tokens) and a published decoder to 256 pixels, with the same random weights
-in both. Needs diffusers. All variants take turns in one process; each speed-up is to diffusers, with its range. `rate`
-is the share of the machine's own matmul rate in that precision, measured here. The outputs are compared first.
+in both, held in the precision. Needs diffusers. All variants take turns in one process, and each speed-up is to
+diffusers, with its range. `rate` is the share of the machine's own matmul rate in that precision, measured here. The
+outputs are compared first.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from raekit.formats.diffusers_keys import from_diffusers
 from raekit.models.autoencoder import Autoencoder, AutoencoderConfig
 from raekit.models.decoder import DecoderConfig
 from raekit.models.encoders import Encoder
+from raekit.models.precision import set_dtype
 from raekit.models.registry import REGISTRY
 from raekit.weights import load_strict
 
@@ -69,10 +71,9 @@ def compare(size: str, precision: str, batch: int, repeats: int, device: torch.d
     theirs.to(dtype)
     for model in (mine, fast):
         model.encoder.model.to(dtype)
-        model.decoder.to(dtype)
-    fast.encoder.compile()
-    for block in fast.decoder.blocks:
-        block.compile()
+        set_dtype(model.decoder, dtype)
+    fast.encoder.compile(dynamic=False)
+    fast.decoder.compile(dynamic=False)
     images = torch.rand(batch, 3, 224, 224, device=device)
     latents = mine.encode(images)
     narrow = images.to(dtype), latents.to(dtype)

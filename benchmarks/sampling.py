@@ -1,81 +1,127 @@
 """How fast is sampling from DiT^DH, unguided and with each guidance? Euler steps on 768 x 16 x 16 latents.
 
-    python benchmarks/sampling.py [--size S] [--batch 2] [--steps 2] [--precision bf16] [--out sampling.json]
+    python benchmarks/sampling.py [--size S] [--batch 2] [--steps 2] [--methods unguided CFG] [--out sampling.json]
 
-"doubled" is a baseline as the published sampler works: each network that takes part runs on the batch twice over, at
-every step. The weak model of AutoGuidance is as large as the guided one, and the base output of internal guidance is
-taken after block 8. The backbone's output is reused where the steps run are a multiple. All take turns in one process;
-a speed-up is to the first line of its table, with its range. The latents of a method and its baseline are compared
-first. Images/s are for 50 steps, scaled from the steps run.
+There is one table for each method. Its sides take turns in one process, and each speed-up is to the first side:
+
+- float32 weights: weights are float32, and autocast casts them to bf16 in each evaluation.
+- bf16 weights: weights are held in bf16. For CFG, once with both predictions in one pass and once in two passes.
+- bf16 weights, compiled: the same with compiled blocks, in one pass or two as `raekit.flow.sampling` decides.
+- doubled: as the published sampler works, each network runs on the batch twice over, at every step.
+
+With --precision fp32 all weights are float32, and nothing is cast. `rate` is the share of the machine's own matmul
+rate in that precision. The weak model of AutoGuidance is as large as the guided one, and the base output of internal
+guidance follows block 8. The relative difference of each side's latents to the first side's is printed first. Images/s
+are for 50 steps, scaled from the steps run.
 """
 
 import argparse
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from harness import compiled, denoiser, interleaved, report
+from harness import MatmulRate, denoiser, interleaved, report
 from raekit import randomness
 from raekit.distributed import prepare_device
+from raekit.flow import sampling as flow_sampling
 from raekit.flow.guidance import Guidance
 from raekit.flow.sampling import Sampling, sample_latents
 from raekit.flow.solvers import euler, time_grid
 from raekit.models.denoiser import Denoiser
-from raekit.train.precision import autocast
+from raekit.train.precision import Precision, autocast
 
 FULL_STEPS = 50
-REUSE = (2, 4)
-RULES = {
-    "CFG": Guidance(scale=1.5),
-    "CFG in an interval": Guidance(scale=1.5, start=0.1, end=0.9),
-    "AutoGuidance": Guidance(method="auto", scale=1.5),
-    "internal": Guidance(method="internal", scale=1.5),
+METHODS: dict[str, tuple[Guidance | None, int]] = {
+    "unguided": (None, 1),
+    "backbone 1 step in 2": (None, 2),
+    "CFG": (Guidance(scale=1.5), 1),
+    "CFG in an interval": (Guidance(scale=1.5, start=0.1, end=0.9), 1),
+    "AutoGuidance": (Guidance(method="auto", scale=1.5), 1),
+    "internal": (Guidance(method="internal", scale=1.5), 1),
 }
 
 
+class Casting(nn.Module):
+    """A denoiser with float32 weights that enters autocast in each evaluation."""
+
+    def __init__(self, model: Denoiser, precision: Precision) -> None:
+        super().__init__()
+        self.model, self.precision = model, precision
+        self.config, self.label = model.config, model.label
+
+    def forward(self, x: Tensor, *arguments: Tensor | None, **options: bool) -> Tensor:
+        with autocast(self.precision, x.device):
+            return self.model(x, *arguments, **options)
+
+    def features(self, x: Tensor, *arguments: Tensor | None) -> Tensor:
+        with autocast(self.precision, x.device):
+            return self.model.features(x, *arguments)
+
+
 @torch.no_grad()
-def doubled(
-    model: Denoiser, weak: Denoiser, labels: Tensor, rule: Guidance, steps: int, precision: Literal["fp32", "bf16"]
-) -> Tensor:
+def doubled(model: Casting, weak: Casting, labels: Tensor, rule: Guidance, steps: int) -> Tensor:
     """Latents by a sampler that runs each network on two batches, and chooses afterwards what it needs."""
     config, count = model.config, len(labels)
     twice = torch.cat([labels, labels if rule.method == "auto" else torch.full_like(labels, config.num_classes)])
 
     def field(x: Tensor, t: float) -> Tensor:
         both, times = torch.cat([x, x]), torch.full((2 * count,), t, device=x.device)
-        with autocast(precision, x.device):
-            v, other = model(both, times, twice).float().chunk(2)
-            if rule.method == "auto":
-                other = weak(both, times, twice).float().chunk(2)[0]
+        v, other = model(both, times, twice).float().chunk(2)
+        if rule.method == "auto":
+            other = weak(both, times, twice).float().chunk(2)[0]
         return other + rule.scale * (v - other) if rule.holds(t) else v
 
     noise = randomness.normal(0, "sample", torch.arange(count), config.latent_shape).to(labels.device)
     return euler(field, noise, time_grid(steps, config.shift, "full"))
 
 
-def samplers(
-    model: Denoiser, weak: Denoiser, labels: Tensor, steps: int, precision: Literal["fp32", "bf16"]
+def sides(
+    method: str,
+    models: tuple[Denoiser, Denoiser],
+    weak: tuple[Denoiser, Denoiser],
+    labels: Tensor,
+    steps: int,
+    precision: Precision,
 ) -> dict[str, Callable[[], Tensor]]:
-    """{name: a call that gives latents}: unguided, with each of RULES, and the baselines."""
-    indices = torch.arange(len(labels))
+    """{side: a call that returns latents}. `models` and `weak` each have float32 weights and held, compiled ones."""
+    rule, reuse = METHODS[method]
+    sampling = Sampling(steps=steps, guidance=(rule,) if rule else (), reuse=reuse)
+    indices, auto = torch.arange(len(labels)), rule and rule.method == "auto"
+    casting, weak_casting = (Casting(pair[0], precision) for pair in (models, weak))
 
-    def ours(*rules: Guidance, reuse: int = 1) -> Callable[[], Tensor]:
-        needed = weak if any(rule.method == "auto" for rule in rules) else None
-        sampling = Sampling(steps=steps, guidance=rules, weak=needed, reuse=reuse, precision=precision)
-        return lambda: sample_latents(model, labels, indices, 0, sampling, labels.device)
+    def call(model: nn.Module, other: nn.Module, *, compiled: bool = False, one_pass: bool | None = None):
+        chosen = replace(sampling, weak=other if auto else None)
 
-    def baseline(rule: Guidance) -> Callable[[], Tensor]:
-        return lambda: doubled(model, weak, labels, rule, steps, precision)
+        def run() -> Tensor:
+            eager = nullcontext() if compiled else torch.compiler.set_stance("force_eager")
+            passes: AbstractContextManager = nullcontext()
+            if one_pass is not None:
+                passes = patch.object(flow_sampling, "one_pass_is_faster", lambda x: one_pass)
+            with eager, passes:
+                return sample_latents(model, labels, indices, 0, chosen, labels.device)  # type: ignore[arg-type]
 
-    return (
-        {"unguided": ours()}
-        | {f"backbone 1 step in {k}": ours(reuse=k) for k in REUSE if steps % k == 0}
-        | {name: ours(rule) for name, rule in RULES.items()}
-        | {f"{name}, doubled": baseline(rule) for name, rule in RULES.items() if rule.method != "internal"}
-    )
+        return run
+
+    cfg = rule is not None and rule.method == "cfg"
+    held = "bf16 weights" if precision == "bf16" else "eager"
+    found = {}
+    if precision == "bf16":
+        found["float32 weights"] = call(casting, weak_casting, one_pass=False)
+    if cfg:
+        found[f"{held}, two passes"] = call(models[1], weak[1], one_pass=False)
+        found[f"{held}, one pass"] = call(models[1], weak[1], one_pass=True)
+    else:
+        found[held] = call(models[1], weak[1])
+    found[f"{held}, compiled"] = call(models[1], weak[1], compiled=True)
+    if rule and rule.method != "internal":
+        found["doubled"] = lambda: doubled(casting, weak_casting, labels, rule, steps)
+    return found
 
 
 def main() -> None:
@@ -84,35 +130,48 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="default: 2 on a CPU, 64 on a GPU")
     parser.add_argument("--steps", type=int, help="solver steps to run; default: 2 on a CPU, 50 on a GPU")
     parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"])
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="of the variants; default: all")
+    parser.add_argument("--methods", nargs="+", default=[*METHODS], choices=METHODS)
+    parser.add_argument("--skip", nargs="+", default=[], metavar="SIDE", help="sides to leave out")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="JSON files for the figures: FILE-eager.json and FILE-compiled.json")
+    parser.add_argument("--out", type=Path, help="JSON files for the figures: FILE-METHOD.json")
     arguments = parser.parse_args()
     device = prepare_device()
     batch = arguments.batch or (64 if device.type == "cuda" else 2)
     steps = arguments.steps or (FULL_STEPS if device.type == "cuda" else 2)
     labels = torch.randint(1000, (batch,), device=device)
-    for mode in ("eager", "compiled"):
-        model, weak = (denoiser(arguments.size, device, seed=seed, base_depth=8).eval() for seed in (0, 1))
-        if mode == "compiled":
-            model, weak = compiled(model), compiled(weak)
-        variants = samplers(model, weak, labels, steps, arguments.precision)
-        if arguments.only:
-            variants = {name: variants[name] for name in arguments.only}
-        for name in RULES:
-            if (theirs := variants.get(f"{name}, doubled")) and name in variants:
-                ours, theirs = variants[name](), theirs()
-                print(f"{mode}, {name}: relative difference {((ours - theirs).norm() / theirs.norm()).item():.1e}")
-        runs = interleaved(variants, arguments.repeats, device)
+    dtype = torch.bfloat16 if arguments.precision == "bf16" else torch.float32
+
+    def pair(seed: int) -> tuple[Denoiser, Denoiser]:
+        plain, held = (denoiser(arguments.size, device, seed=seed, base_depth=8).eval() for _ in range(2))
+        for name, values in plain.named_parameters():
+            if "modulation" in name:  # zeros would switch the blocks off
+                nn.init.normal_(values, std=0.02)
+        held.load_state_dict(plain.state_dict())
+        held.set_dtype(dtype).compile(dynamic=False)
+        return plain, held
+
+    models = pair(0)
+    weak = pair(1) if "AutoGuidance" in arguments.methods else models
+    for method in arguments.methods:
+        variants = sides(method, models, weak, labels, steps, arguments.precision)
+        variants = {name: run for name, run in variants.items() if name not in arguments.skip}
+        print(f"\n{method}")
+        counter = FlopCounterMode(display=False)
+        latents = {}
+        for name, run in variants.items():
+            with counter if not latents else nullcontext():
+                latents[name] = run()
+        first = next(iter(latents.values()))
+        for name, each in latents.items():
+            print(f"{name}: relative difference {((each - first).norm() / first.norm()).item():.1e}")
+        rate = MatmulRate(dtype, device)
+        runs = interleaved(variants, arguments.repeats, device, rate)
+        flops = counter.get_total_flops() * FULL_STEPS / steps
         for each in runs.values():
             each.seconds = [FULL_STEPS / steps * seconds for seconds in each.seconds]
         what = f"DiT^DH-{arguments.size}, 768x16x16, batch {batch}, {FULL_STEPS} Euler steps, {arguments.precision}"
-        out = arguments.out and arguments.out.with_stem(f"{arguments.out.stem}-{mode}")
-        report(f"sampling, {what}, {mode}", runs, batch, device, out)
-        for name in RULES:
-            if (theirs := runs.get(f"{name}, doubled")) and name in runs:
-                ratios = sorted(a / b for a, b in zip(theirs.seconds, runs[name].seconds, strict=True))
-                print(f"{name}: {ratios[len(ratios) // 2]:.2f} times its baseline ({ratios[0]:.2f}-{ratios[-1]:.2f})")
+        out = arguments.out and arguments.out.with_stem(f"{arguments.out.stem}-{method.replace(' ', '-')}")
+        report(f"sampling, {method}, {what}", runs, batch, device, out, flops=flops, rate=rate)
 
 
 if __name__ == "__main__":

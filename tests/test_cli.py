@@ -537,8 +537,9 @@ def test_a_strip_of_a_trajectory(run, tiny_model, tmp_path):
 def test_a_published_yaml_is_generated_from(run, tiny_model, tmp_path, monkeypatch):
     given = []
 
-    def load_published(path: Path, device: object) -> object:
+    def load_published(path: Path, device: object, dtype: torch.dtype) -> object:
         given.append(path)
+        assert dtype == torch.float32
         return load(str(tiny_model)), Sampling(steps=3, grid="published")
 
     monkeypatch.setattr("raekit.inference.model.load_published", load_published)

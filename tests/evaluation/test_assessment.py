@@ -74,7 +74,8 @@ def run(
     """Return the report of samples of the tiny model."""
     assessed = {name: options.pop(name) for name in ("intervals", "progress") if name in options}
     networks = options.pop("networks", [str(tiny_model)])
-    stream = Samples(load(str(tiny_model)), count, options.pop("sampling", SAMPLING), **options)
+    model = load(str(tiny_model), dtype=options.pop("dtype", torch.float32))
+    stream = Samples(model, count, options.pop("sampling", SAMPLING), **options)
     return assess(stream, against([reference], networks), {"model": "tiny"}, out, world=world, **assessed)[0]
 
 
@@ -128,7 +129,7 @@ def test_each_setting_changes_the_hash_and_the_images_and_equal_settings_give_eq
         {"sampling": replace(SAMPLING, steps=3)},
         {"sampling": replace(SAMPLING, solver="heun")},
         {"sampling": replace(SAMPLING, guidance=parse_guidance("cfg:2.0"))},
-        {"sampling": replace(SAMPLING, precision="bf16")},
+        {"dtype": torch.bfloat16},
     ]
     reports = [run(reference, tiny_model, tmp_path / f"{i + 2}", **each) for i, each in enumerate(others)]
     assert len({report.hash for report in [first, *reports]}) == 1 + len(others)

@@ -1,8 +1,10 @@
 import copy
 import math
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -128,6 +130,8 @@ def test_samples_of_two_real_processes_and_of_any_batch_size_are_those_of_one(mo
 class Small(nn.Module):
     """A denoiser on a device whose memory holds at most `limit` images."""
 
+    compiled = False
+
     def __init__(self, denoiser: Denoiser, limit: int) -> None:
         super().__init__()
         self.denoiser, self.config, self.limit = denoiser, denoiser.config, limit
@@ -158,13 +162,6 @@ def test_batch_sizes_that_fit_the_memory():
     assert _fitting(2**30, 2**20) == 512
     assert _fitting(2**40, 1) == 1024
     assert _fitting(2**20, 2**30) == _fitting(2**20, math.inf) == 1
-
-
-def test_half_precision_is_close(model):
-    exact, rough = images_of(model), images_of(model, sampling=replace(FEW, precision="bf16"))
-    assert rough.dtype == torch.float32
-    assert not torch.equal(exact, rough)
-    assert (exact - rough).abs().mean() < 0.05 * exact.std()
 
 
 def test_interpolation_goes_from_one_sample_to_another(model, two_outputs):
@@ -290,16 +287,20 @@ def test_a_batch_of_nothing_is_refused(model, batch_size):
 class Counted(nn.Module):
     """A denoiser that records the time of each call and whether the call had class labels."""
 
+    compiled = False
+
     def __init__(self, denoiser: Denoiser) -> None:
         super().__init__()
-        self.denoiser, self.config = denoiser, denoiser.config
+        self.denoiser, self.config, self.label = denoiser, denoiser.config, denoiser.label
         self.calls: list[tuple[float, bool]] = []
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None, **options: Any) -> Any:
         assert (t == t[0]).all()
-        assert len(x) == 2, "no doubled batch"
-        assert labels is None or labels.tolist() == [0, 2]
-        self.calls.append((t[0].item(), labels is not None))
+        assert labels is not None
+        pairs = [part.tolist() for part in labels.split(2)]
+        assert all(pair in ([0, 2], [3, 3]) for pair in pairs)
+        assert len(x) == len(labels)
+        self.calls += [(t[0].item(), pair == [0, 2]) for pair in pairs]
         return self.denoiser(x, t, labels, **options)
 
 
@@ -333,14 +334,85 @@ def test_evaluations_of_each_solver_and_grid(model, sampling, evaluations):
     assert all(given for _, given in calls)
 
 
-def test_bf16_moves_samples_a_little_and_leaves_them_float32(model):
-    exact, rounded = (
-        next(generate(model, [0, 1, 2], sampling=Sampling(steps=4, precision=precision))).images
-        for precision in ("fp32", "bf16")
-    )
-    assert rounded.dtype == torch.float32
-    assert not torch.equal(exact, rounded)
-    assert torch.allclose(exact, rounded, atol=0.05)
+@pytest.mark.parametrize("guidance", ["", "cfg:1.5", "internal:1.5+cfg:1.2+auto:1.2"])
+def test_a_model_in_bf16_moves_samples_a_little_and_leaves_them_float32(tiny_model, two_outputs, guidance):
+    exact, rounded = (load(str(tiny_model), dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert rounded.autoencoder.encoder_dtype == rounded.denoiser.dtype == torch.bfloat16
+    weak = None
+    if "auto" in guidance:
+        weak, exact = copy.deepcopy(exact.denoiser), other_weights(two_outputs)
+        rounded = Model(rounded.autoencoder, copy.deepcopy(exact.denoiser).set_dtype(torch.bfloat16))
+    sampling = Sampling(steps=4, guidance=parse_guidance(guidance) if guidance else (), weak=weak)
+    images = images_of(exact, sampling=sampling)
+    if weak:
+        weak.set_dtype(torch.bfloat16)
+    rough = images_of(rounded, sampling=sampling)
+    assert rough.dtype == torch.float32
+    assert not torch.equal(images, rough)
+    assert (images - rough).abs().mean() < 0.05 * images.std()
+    latents = sample_latents(rounded.denoiser, torch.tensor([0]), torch.arange(1), 0, FEW, "cpu")
+    assert latents.dtype == torch.float32
+
+
+@pytest.mark.parametrize("guidance", ["cfg:2.0@0.2-0.8", "cfg:1.5+internal:1.3@0.2-0.8", "cfg:2.0@0.2-0.8+auto:1.3"])
+@pytest.mark.parametrize("reuse", [1, 2, 0.95])
+def test_guidance_in_one_pass_gives_the_samples_of_two(two_outputs, monkeypatch, guidance, reuse):
+    model = other_weights(two_outputs)
+    weak = two_outputs.denoiser if "auto" in guidance else None
+    sampling = Sampling(steps=8, guidance=parse_guidance(guidance), weak=weak, reuse=reuse)
+    made, sizes = [], []
+    for together in (True, False):
+        monkeypatch.setattr("raekit.flow.sampling.one_pass_is_faster", lambda x, together=together: together)
+        seen: list[int] = []
+        hook = model.denoiser.head_blocks[0].register_forward_hook(lambda *a, seen=seen: seen.append(len(a[2])))
+        made.append(next(generate(model, [0, 2, 1], sampling=sampling)))
+        hook.remove()
+        sizes.append(seen)
+    assert torch.allclose(made[0].images, made[1].images, atol=1e-5)
+    assert made[0].passes == made[1].passes
+    assert 6 in sizes[0]
+    assert {*sizes[1]} == {3}
+    assert sum(sizes[0]) == sum(sizes[1])
+
+
+@pytest.mark.parametrize("guidance", ["cfg:2.0@0.2-0.8", "internal:1.3+auto:1.2"])
+@pytest.mark.parametrize("reuse", [1, 2])
+def test_a_compiled_model_gives_the_same_samples_in_batches_of_one_size(
+    model, two_outputs, monkeypatch, guidance, reuse
+):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    if "auto" in guidance:
+        model = other_weights(two_outputs)
+    weak = copy.deepcopy(two_outputs.denoiser) if "auto" in guidance else None
+    sampling = Sampling(steps=4, guidance=parse_guidance(guidance), weak=weak, reuse=reuse)
+    exact = images_of(model, sampling=sampling, batch_size=4)
+    fast = copy.deepcopy(model).compile(weak)
+    seen: set[int] = set()
+    fast.denoiser.final.register_forward_hook(lambda layer, inputs, out: seen.add(len(out)))
+    batches = list(generate(fast, LABELS, sampling=sampling, batch_size=4))
+    assert [len(batch) for batch in batches] == [4, 3]
+    assert [batch.labels.tolist() for batch in batches] == [LABELS[:4], LABELS[4:]]
+    assert torch.cat([batch.indices for batch in batches]).tolist() == list(range(7))
+    assert torch.allclose(torch.cat([batch.images for batch in batches]), exact, atol=1e-5)
+    assert seen <= {4, 8}
+    frames = [*interpolate(fast, seeds=(0, 1), frames=5, sampling=FEW, batch_size=4)]
+    assert [len(batch) for batch in frames] == [4, 1]
+
+
+def test_compiling_without_a_compiler_is_refused(model, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match=r"compile: on a CPU it needs a C\+\+ compiler"):
+        copy.deepcopy(model).compile()
+
+
+def test_interpolation_is_guided_in_one_pass(model, monkeypatch):
+    made = []
+    for together in (True, False):
+        monkeypatch.setattr("raekit.flow.sampling.one_pass_is_faster", lambda x, together=together: together)
+        sampling = Sampling(steps=3, guidance=parse_guidance("cfg:2.0"))
+        made += interpolate(model, seeds=(0, 1), labels=(0, 2), frames=4, sampling=sampling)
+    assert torch.allclose(made[0].images, made[1].images, atol=1e-5)
 
 
 def test_forward_passes_of_each_guidance(two_outputs):
@@ -396,17 +468,17 @@ def test_a_weak_model_as_good_as_the_model_changes_nothing(model):
         ("auto:2", {}, r"auto needs a weaker model \(--weak, Sampling\.weak\)"),
         ("", {"weak": "other"}, "weak: no effect without guidance auto:SCALE"),
         ("cfg:2", {"weak": "other"}, "weak: no effect without guidance auto:SCALE"),
-        ("auto:2", {"weak": "same"}, "weak: the same model"),
-        ("auto:2", {"weak": "smaller"}, r"weak: it is for latents \(16, 2, 2\) of 3 classes"),
+        ("auto:2", {"weak": "same"}, "weak: it is the guided model itself"),
+        ("auto:2", {"weak": "smaller"}, r"weak: it is for latents \(16, 2, 2\) and 3 classes"),
         ("cfg:2@0.01-0.02", {}, r"cfg would have no effect, .* 0\.01-0\.02"),
         ("cfg:2@0.0-0.001", {"solver": "euler"}, "cfg would have no effect"),
         ("cfg:2@0.0-0.001", {"solver": "heun"}, None),
-        ("", {"reuse": 0}, "reuse: 0 must be a whole number of steps from 1, or a similarity"),
-        ("", {"reuse": 1.5}, "reuse: 1.5 must be a whole number"),
-        ("", {"reuse": -0.5}, "reuse: -0.5 must be a whole number"),
-        ("", {"reuse": float("nan")}, "reuse: nan must be a whole number"),
+        ("", {"reuse": 0}, "reuse: 0 must be a number of steps, or a similarity"),
+        ("", {"reuse": 1.5}, "reuse: 1.5 must be a number of steps"),
+        ("", {"reuse": -0.5}, "reuse: -0.5 must be a number of steps"),
+        ("", {"reuse": float("nan")}, "reuse: nan must be a number of steps"),
         ("", {"reuse": 0.9999}, r"reuse: 0.9999 would have no effect, as neighbouring steps are at most 0\.9\d+ alike"),
-        ("", {"reuse": 2, "solver": "heun"}, "reuse: only for a denoiser with a head"),
+        ("", {"reuse": 2, "solver": "heun"}, "reuse: it needs a denoiser with a head"),
     ],
 )
 def test_settings_without_effect_are_refused(model, text, options, message):
@@ -437,7 +509,7 @@ def test_reusing_the_backbone(model, unconditional):
     assert batch.passes == {"model": 7, "unconditional": -(-inside // 3), "head": 13 + inside - -(-inside // 3)}
     assert not torch.equal(batch.images, plain)
     assert (batch.images - plain).abs().mean() < 0.1 * plain.std()
-    with pytest.raises(UserError, match="reuse: only for a denoiser with a head"):
+    with pytest.raises(UserError, match="reuse: it needs a denoiser with a head"):
         images_of(unconditional, None, Sampling(reuse=2), count=1)
 
 

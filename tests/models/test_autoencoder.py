@@ -38,7 +38,7 @@ def test_rectangles(tiny_model: Path, tmp_path: Path):
     model = Autoencoder(config, load_encoder(config.encoder, config.encoder_size)).eval()
     assert model.latent_shape == (16, 3, 5)
     assert model.image_shape == (24, 40)
-    with pytest.raises(UserError, match="images of 24 x 40 pixels; this needs square ones"):
+    with pytest.raises(UserError, match="images of 24 x 40 pixels, and square ones are needed"):
         _ = model.image_size
     images = torch.rand(2, 3, 24, 40)
     expected = reconstruct(model, images)
@@ -60,8 +60,19 @@ def test_layers_are_remembered(tiny_model: Path, tmp_path: Path):
     assert loaded.config.layers == layers
 
 
+def test_an_autoencoder_in_bf16_is_close_and_its_latents_and_images_stay_float32(tiny_model: Path):
+    exact, model = Autoencoder.load(str(tiny_model)), Autoencoder.load(str(tiny_model), torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert {b.dtype for b in (model.var, model.encoder.mean, model.encoder.std)} == {torch.float32}
+    images = torch.rand(2, 3, *exact.image_shape)
+    latents = exact.encode(images)
+    for ours, theirs in ((model.encode(images), latents), (model.decode(latents), exact.decode(latents))):
+        assert ours.dtype == torch.float32
+        assert 0 < (ours - theirs).norm() / theirs.norm() < 0.02
+
+
 def test_an_encoder_of_lower_precision_is_saved_as_it_was(tiny_model: Path, tmp_path: Path):
-    model = Autoencoder.load(str(tiny_model), torch.bfloat16)
+    model = Autoencoder.load(str(tiny_model), encoder_dtype=torch.bfloat16)
     assert model.encoder.dtype == torch.bfloat16
     assert {p.dtype for p in model.decoder.parameters()} == {torch.float32}
     model.save(tmp_path)

@@ -80,8 +80,16 @@ def test_a_vae_with_statistics_of_its_channels_is_refused(vae: Path, tmp_path: P
         load_autoencoder(f"vae:{tmp_path}@16")
 
 
-def test_only_the_encoder_computes_in_bfloat16(vae: Path):
+def test_a_vae_computes_in_bfloat16(vae: Path):
     model, exact = load_autoencoder(f"vae:{vae}@16", torch.bfloat16), load_autoencoder(f"vae:{vae}@16")
+    latents = torch.randn(1, *model.latent_shape)
+    images = model.decode(latents)
+    assert images.dtype == torch.float32
+    assert 0 < (images - exact.decode(latents)).norm() / images.norm() < 0.02
+
+
+def test_only_the_encoder_computes_in_bfloat16(vae: Path):
+    model, exact = (load_autoencoder(f"vae:{vae}@16", encoder_dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
     images = torch.rand(1, 3, 16, 16)
     latents = model.encode(images)
     assert latents.dtype == torch.float32

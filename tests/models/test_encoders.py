@@ -469,12 +469,12 @@ FAULTS = {
     "truncated": r"could not be loaded \(SafetensorError",
     "empty": r"could not be loaded \(SafetensorError",
     "absent": "could not be loaded .*no file named model.safetensors",
-    "pickle": "refused, its weights file is damaged or holds more than tensors",
+    "pickle": "its weights file is damaged or holds more than tensors",
     "no config": "no config.json, or an empty one",
     "half a config": "could not be loaded .*not a valid JSON file",
     "a list for a config": "no config.json, or an empty one",
     "incomplete": "lacks encoder.layer.0.norm1.weight",
-    "misshapen": "its tensors have other shapes than its config.json says",
+    "misshapen": "its tensors do not have the shapes of its config.json",
 }
 
 
@@ -493,14 +493,14 @@ def test_bad_checkpoint_is_refused(fault: str, checkpoint: Callable[..., Path], 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"hidden_size": 10**6}, "other shapes"),
-        ({"image_size": 10**7}, "other shapes"),
+        ({"hidden_size": 10**6}, "do not have the shapes"),
+        ({"image_size": 10**7}, "do not have the shapes"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers: 1000000000"),
         ({"num_hidden_layers": DEPTH + 1}, f"lacks encoder.layer.{DEPTH}"),
         ({"hidden_size": "wide"}, "hidden_size"),
         ({"num_attention_heads": 0}, "ZeroDivisionError"),
         ({"hidden_act": "magic"}, "magic"),
-        ({"patch_size": [14, 28]}, "other shapes|only square ones"),
+        ({"patch_size": [14, 28]}, "do not have the shapes|only square patches"),
         ({"model_type": "clip"}, "holds a model of type 'clip', not 'dinov2'"),
     ],
     ids=str,

@@ -8,6 +8,7 @@ from tyro.conf import Positional
 
 from raekit.cli import console
 from raekit.cli.console import Device
+from raekit.cli.sampling import dtype_of
 from raekit.errors import UserError
 from raekit.progress import Display
 
@@ -21,6 +22,7 @@ def reconstruct(
     out: Path,
     fit: Literal["crop", "pad"] = "crop",
     lpips: str | None = None,
+    precision: Literal["fp32", "bf16"] = "fp32",
     batch_size: int = 32,
     device: Device | None = None,
 ) -> None:
@@ -37,6 +39,7 @@ def reconstruct(
         out: Output folder. Must not hold any of the originals.
         fit: How to make an image square. crop: cut out the middle; pad: add white borders.
         lpips: VGG16 weights for LPIPS: a file, or auto (torchvision's cache or the Hub). None: no LPIPS score.
+        precision: Precision that the model is loaded and computes in.
         batch_size: Number of images to process at once.
         device: Device to compute on. None: the GPU if there is one, else the CPU.
     """
@@ -50,7 +53,7 @@ def reconstruct(
     with world(device) as here, Display(console.err) as progress:
         if here.size > 1:
             raise UserError("reconstruct: runs in a single process; start it without torchrun")
-        autoencoder = load_autoencoder(model).to(here.device)
+        autoencoder = load_autoencoder(model, dtype_of(precision)).to(here.device)
         metrics = reconstruction_metrics(lpips, here.device)
         results = reconstruct_folder(
             autoencoder, paths, out, fit=fit, batch_size=batch_size, metrics=metrics, progress=progress
@@ -66,6 +69,7 @@ def encode(
     paths: Positional[tuple[Path, ...]],
     out: Path,
     fit: Literal["crop", "pad"] = "crop",
+    precision: Literal["fp32", "bf16"] = "fp32",
     batch_size: int = 32,
     shard_size: int = 512,
     device: Device | None = None,
@@ -82,6 +86,7 @@ def encode(
         paths: Image files, and folders to search for images.
         out: A .safetensors file, or a folder for shards.
         fit: How to make an image square. crop: cut out the middle; pad: add white borders.
+        precision: Precision that the model is loaded and computes in.
         batch_size: Number of images to process at once.
         shard_size: Number of images in a shard. One shard is held in memory until it is written.
         device: Device to compute on. None: the GPU if there is one, else the CPU.
@@ -95,7 +100,7 @@ def encode(
     with world(device) as here, Display(console.err) as progress:
         if here.size > 1:
             raise UserError("encode: runs in a single process; start it without torchrun")
-        autoencoder = load_autoencoder(model).to(here.device)
+        autoencoder = load_autoencoder(model, dtype_of(precision)).to(here.device)
         encoded, unreadable = encode_files(
             autoencoder,
             model,

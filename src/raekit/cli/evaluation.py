@@ -30,6 +30,7 @@ def evaluate(
     ema: float | None = None,
     intervals: bool = False,
     batch_size: int = 64,
+    compile: bool = False,
     workers: int = 0,
     out: Path | None = None,
     device: Device | None = None,
@@ -66,6 +67,7 @@ def evaluate(
         ema: Decay of the average to use, of those that were trained (the recipe's `ema`). Default: the first.
         intervals: Compute 95 % intervals of distances and accuracies, and the bias of distances.
         batch_size: Images at once, at most 250.
+        compile: Compile the blocks of the model. Worth it for many samples.
         workers: Processes that decode images.
         out: Folder of the report. Default: reports/HASH.
         device: Device. Default: the best there is.
@@ -85,7 +87,7 @@ def evaluate(
             count=count,
             seed=seed,
             labels=labels,
-            sampling=options.sampling(model, here) if options.given() else None,
+            sampling=options.sampling(model, here) if {*options.given()} - {"precision"} else None,
             ema=ema,
             reconstruct=reconstruct,
             lpips=lpips,
@@ -93,6 +95,8 @@ def evaluate(
             relative_to=relative_to,
             intervals=intervals,
             batch_size=batch_size,
+            dtype=options.dtype,
+            compile=compile,
             workers=workers,
             out=out,
             names={"weak": options.weak},

@@ -52,6 +52,7 @@ def generate(
     published: Path | None = None,
     format: Literal["png", "webp"] | None = None,
     batch_size: int | Literal["auto"] = "auto",
+    compile: bool = False,
     device: Device | None = None,
 ) -> None:
     """Generate images and write them to a grid, a folder or an .npz file.
@@ -70,6 +71,7 @@ def generate(
         published: Sampling config (YAML) of RAE v1 or v2, to use instead of a model. Also sets guidance and solver.
         format: Format of the pictures in a folder; both are lossless. None: png.
         batch_size: Number of images to generate at once. auto: as many as fit into the GPU's memory, or 64 on the CPU.
+        compile: Compile the blocks of the model. Worth it for many images.
         device: Device to compute on. None: the GPU if there is one, else the CPU.
     """
     from raekit.distributed import world
@@ -94,6 +96,8 @@ def generate(
                 "--out: only a single process can write a grid; under torchrun give a folder or an .npz file"
             )
         loaded, sampling = _load(model, ema, published, options, here)
+        if compile:
+            loaded.compile(sampling.weak)
         labels = class_ids(loaded, classes) or list(range(len(loaded.classes)))
         total = count * max(len(labels), 1)
         passes: Counter[str] = Counter()
@@ -155,7 +159,7 @@ def interpolate(
     with world(device) as here, Display(console.err) as progress:
         if here.size > 1:
             raise UserError("interpolate: runs in a single process; start it without torchrun")
-        loaded = load(model, here.device, ema)
+        loaded = load(model, here.device, ema, options.dtype)
         images, passes = [], Counter()
         batches = between(
             loaded,
@@ -212,7 +216,7 @@ def trajectory(
     with world(device) as here:
         if here.size > 1:
             raise UserError("trajectory: runs in a single process; start it without torchrun")
-        loaded = load(model, here.device, ema)
+        loaded = load(model, here.device, ema, options.dtype)
         labels = class_ids(loaded, classes)
         sampling = options.sampling(model, here)
         every = labels * count or None
@@ -241,14 +245,14 @@ def _load(
         raise UserError("generate: give either a model or --published FILE.yaml")
     if published is None:
         assert model is not None
-        return load(model, world.device, ema), options.sampling(model, world)
-    ours = {name: getattr(options, name) for name in options.given() if name in ("reuse", "precision")}
-    theirs = [name for name in options.given() if name not in ours] + ["ema"] * (ema is not None)
+        return load(model, world.device, ema, options.dtype), options.sampling(model, world)
+    ours = {name: getattr(options, name) for name in options.given() if name == "reuse"}
+    theirs = [name for name in options.given() if name not in ("reuse", "precision")] + ["ema"] * (ema is not None)
     if theirs:
         raise UserError(
             f"--published: {published} sets --{', --'.join(theirs)}; leave out the options or edit the file"
         )
-    loaded, sampling = load_published(published, world.device)
+    loaded, sampling = load_published(published, world.device, options.dtype)
     return loaded, replace(sampling, **ours)
 
 

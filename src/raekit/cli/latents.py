@@ -180,7 +180,7 @@ def latents_generate(
     with world(device) as here, Display(console.err) as progress:
         if here.size > 1:
             raise UserError("latents generate: runs in a single process; start it without torchrun")
-        loaded = load(model, here.device, ema)
+        loaded = load(model, here.device, ema, options.dtype)
         classes, parts, sampling = len(loaded.classes), [], options.sampling(model, here)
         for indices in torch.arange(count).split(batch_size):
             labels = indices.to(here.device) % classes if classes else None

@@ -8,6 +8,8 @@ import tyro
 from raekit.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
+
     from raekit.distributed import World
     from raekit.flow.sampling import Sampling
     from raekit.models.denoiser import Denoiser
@@ -28,7 +30,7 @@ class SolverOptions:
         reuse: How long to reuse the output of the backbone. A whole number k: run the backbone at every k-th step and
             the head at every step. A number below 1: run the backbone again when the expected cosine similarity to
             the latents of its last run falls below this number. None: run the backbone at every step.
-        precision: Precision of the denoisers. None: fp32, as for published scores.
+        precision: Precision that models are loaded and compute in. None: fp32, as for published scores.
     """
 
     steps: int | None = None
@@ -59,9 +61,14 @@ class SolverOptions:
             **{
                 field.name: getattr(self, field.name)
                 for field in fields(SolverOptions)
-                if getattr(self, field.name) is not None
+                if field.name != "precision" and getattr(self, field.name) is not None
             }
         )
+
+    @property
+    def dtype(self) -> "torch.dtype":
+        """The type to load models in."""
+        return dtype_of(self.precision)
 
 
 @dataclass(frozen=True)
@@ -85,17 +92,24 @@ class SamplingOptions(SolverOptions):
         from raekit.flow.guidance import parse_guidance
 
         rules = parse_guidance(self.guidance) if self.guidance is not None else ()
-        return replace(self.unguided(), guidance=rules, weak=load_weaker(self.weak, model, world))
+        return replace(self.unguided(), guidance=rules, weak=load_weaker(self.weak, model, world, self.dtype))
 
 
 Solver = Annotated[SolverOptions, tyro.conf.arg(name="")]
 Options = Annotated[SamplingOptions, tyro.conf.arg(name="")]
 
 
-def load_weaker(weak: str | None, model: str, world: "World") -> "Denoiser | None":
+def load_weaker(weak: str | None, model: str, world: "World", dtype: "torch.dtype") -> "Denoiser | None":
     """Load the weaker model of auto guidance, if one is given."""
     from raekit.models.denoiser import Denoiser
 
     if weak == model:
         raise UserError(f"--weak: {weak} is the model itself, so guidance has no effect; give a weaker model")
-    return Denoiser.load(weak).to(world.device) if weak else None
+    return Denoiser.load(weak, dtype=dtype).to(world.device) if weak else None
+
+
+def dtype_of(precision: Literal["fp32", "bf16"] | None) -> "torch.dtype":
+    """Return the type to load models in."""
+    import torch
+
+    return torch.bfloat16 if precision == "bf16" else torch.float32

@@ -46,6 +46,8 @@ def evaluate(
     relative_to: Places = (),
     intervals: bool = False,
     batch_size: int = BATCH,
+    dtype: torch.dtype = torch.float32,
+    compile: bool = False,
     workers: int = 0,
     out: str | Path | None = None,
     names: dict[str, Any] | None = None,
@@ -76,6 +78,8 @@ def evaluate(
         relative_to: references of other real images. Distances are also given relative to their distance.
         intervals: compute 95 % intervals of distances and accuracies, and the bias of distances.
         batch_size: images at once, at most 250.
+        dtype: type that a model given by name is loaded and computes in, as in `raekit.load`.
+        compile: compile the blocks of the model. Worth it for many samples.
         workers: processes that decode images.
         out: folder of the report. Default: reports/ and a hash of all settings.
         names: further names for the report.
@@ -99,6 +103,7 @@ def evaluate(
             "labels": labels is not None,
             "sampling": sampling is not None,
             "ema": ema is not None,
+            "compile": compile,
         },
         lpips=lpips,
         others=others,
@@ -107,7 +112,7 @@ def evaluate(
     if count is not None and count < 1:
         raise UserError(f"count: {count} must be at least 1")
     world = world or World(device=prepare_device())
-    loaded = _load(model, reconstruct, ema, world) if not saved else None
+    loaded = _load(model, reconstruct, ema, dtype, world) if not saved else None
     dataset = source or (loaded.trained_on if loaded else None)
     name = model if isinstance(model, str) else "a model in memory"
     image_size = loaded.image_size if loaded else StoredImages(name).image_size  # type: ignore[arg-type]
@@ -132,6 +137,8 @@ def evaluate(
         stream = _reconstructions(loaded, read[0], lpips, batch_size, workers, world)
     else:
         assert loaded
+        if compile:
+            loaded.compile(sampling.weak if sampling else None)
         of_reference = read[0].about.classes
         known = of_reference is not None and len(of_reference) == loaded.denoiser.config.num_classes
         stream = Samples(
@@ -193,10 +200,14 @@ def _check_arguments(
         raise UserError("source: has no effect with reference, unless baselines are scored; leave one of them out")
 
 
-def _load(model: str | Model, reconstruct: bool, ema: float | None, world: World) -> Model | LatentSpace:
+def _load(
+    model: str | Model, reconstruct: bool, ema: float | None, dtype: torch.dtype, world: World
+) -> Model | LatentSpace:
     if isinstance(model, Model):
         return model.autoencoder if reconstruct else model
-    return load_autoencoder(model).to(world.device) if reconstruct else load(model, world.device, ema)
+    if reconstruct:
+        return load_autoencoder(model, dtype).to(world.device)
+    return load(model, world.device, ema, dtype)
 
 
 def _ema(model: str, ema: float | None) -> float | None:

@@ -163,6 +163,7 @@ class Samples:
             "seed": self.seed,
             "labels": self.kind,
             "drawn_labels": fingerprint({}, self.labels),
+            "precision": "bf16" if self.model.denoiser.dtype == torch.bfloat16 else "fp32",
             "sampling": {"guidance": "+".join(map(str, sampling.guidance)) or None, **chosen},
             "weights": {n: fingerprint(m.state_dict(), m.config) for n, m in models.items() if m is not None},
             "batch_size": self.batch_size,

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from raekit.errors import UserError
@@ -37,10 +38,10 @@ class AutoencoderParts:
     var: Tensor
     trained_on: str | None = None
 
-    def build(self) -> Autoencoder:
+    def build(self, dtype: torch.dtype = torch.float32) -> Autoencoder:
         """Build the autoencoder. This loads the encoder's weights, and fails if they are not available."""
-        encoder = load_encoder(self.config.encoder, self.config.encoder_size, self.config.layers)
-        return Autoencoder.build(self.config, encoder, self.decoder, (self.mean, self.var), "autoencoder")
+        encoder = load_encoder(self.config.encoder, self.config.encoder_size, self.config.layers, dtype)
+        return Autoencoder.build(self.config, encoder, self.decoder, (self.mean, self.var), "autoencoder", dtype)
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,8 @@ class DenoiserParts:
     state: dict[str, Tensor]
     trained_on: str | None = None
 
-    def build(self) -> Denoiser:
-        return Denoiser.build(self.config, self.state, "denoiser")
+    def build(self, dtype: torch.dtype = torch.float32) -> Denoiser:
+        return Denoiser.build(self.config, self.state, "denoiser", dtype)
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,10 @@ class Samples:
     def __len__(self) -> int:
         return len(self.images)
 
+    def first(self, count: int) -> "Samples":
+        """Return the first `count` samples."""
+        return Samples(self.images[:count], self.labels[:count], self.indices[:count], self.passes)
+
 
 BatchSize = int | Literal["auto"]
 """Number of images in a batch; "auto" takes as many as the memory of the GPU holds, and 64 on the CPU."""
@@ -105,7 +109,7 @@ def generate(
         return Samples(images, torch.full_like(batch, -1) if chosen is None else chosen, batch, passes)
 
     shares = (numbers[first : first + size] for first in range(world.rank * size, len(numbers), world.size * size))
-    return _in_parts(make, shares)
+    return _in_parts(make, shares, min(size, total) if model.denoiser.compiled else 0)
 
 
 def fitting_batch(model: Model, sampling: Sampling, batch_size: BatchSize, world: World) -> int:
@@ -139,15 +143,21 @@ def _fitting(free: int, each: float) -> int:
     return 2 ** min(int(math.log2(max(0.8 * free / each, 1))), 10)
 
 
-def _in_parts(make: Callable[[Sequence[int]], Samples], shares: Iterable[Sequence[int]]) -> Iterator[Samples]:
-    """Yield `make(part)` for each share, and halve the parts as often as the memory of the GPU requires it."""
-    limit = 0
+def _in_parts(
+    make: Callable[[Sequence[int]], Samples], shares: Iterable[Sequence[int]], static: int = 0
+) -> Iterator[Samples]:
+    """Yield `make(part)` for each share, and halve the parts as often as the memory of the GPU requires it.
+
+    A compiled model has one batch size, `static`: a smaller part is filled up to it, and the result is cut.
+    """
+    limit = static
     for share in shares:
         limit, start = limit or len(share), 0
         while start < len(share):
             part, made = share[start : start + limit], None
             try:
-                made = make(part)
+                filled = max(min(static, limit) - len(part), 0)
+                made = make([*part, *[part[-1]] * filled]).first(len(part))
             except torch.OutOfMemoryError:
                 if len(part) == 1:
                     raise UserError(
@@ -216,7 +226,8 @@ def interpolate(
         return Samples(images, torch.full((len(part),), -1), torch.tensor(part), passes)
 
     size = fitting_batch(model, sampling, batch_size, World(device=device))
-    return _in_parts(make, (range(frames)[first : first + size] for first in range(0, frames, size)))
+    shares = (range(frames)[first : first + size] for first in range(0, frames, size))
+    return _in_parts(make, shares, min(size, frames) if model.denoiser.compiled else 0)
 
 
 def trajectory(

@@ -15,6 +15,7 @@ from raekit.models.decoder import Decoder, DecoderConfig
 from raekit.models.encoders import Encoder, load_encoder
 from raekit.models.latent_space import LatentSpace
 from raekit.models.layers import to_grid
+from raekit.models.precision import set_dtype
 from raekit.models.registry import LayersConfig, Size
 from raekit.models.vit import ViT
 from raekit.weights import check_fit, load_strict
@@ -24,10 +25,15 @@ Output = Literal["encoder-colours", "pixels"]
 
 @configclass
 class AutoencoderConfig:
-    """`encoder` is a name as `load_encoder` takes it, `encoder_size` what it resizes images to, `layers` its latent.
+    """Configuration of an autoencoder.
 
-    `output` is what the decoder gives: colours normalised by the encoder's mean and standard deviation (RAE v1),
-    or pixels in [0, 1] (RAE v2, spec II.2).
+    Attributes:
+        encoder: a name that `load_encoder` takes.
+        encoder_size: the size that the encoder resizes images to. Default: the encoder's own.
+        layers: the encoder blocks whose outputs make the latents.
+        decoder: the sizes of the decoder.
+        output: the decoder's output: colours normalised by the encoder's mean and standard deviation (RAE v1), or
+            pixels in [0, 1] (RAE v2, spec II.2).
     """
 
     encoder: str
@@ -38,7 +44,7 @@ class AutoencoderConfig:
 
 
 class Autoencoder(LatentSpace):
-    """Images to whitened latents and back, by a frozen encoder and a trained decoder."""
+    """Autoencoder of a frozen encoder and a trained decoder."""
 
     config: AutoencoderConfig
     encoder: Encoder
@@ -52,11 +58,18 @@ class Autoencoder(LatentSpace):
         self.decoder = Decoder(config.decoder)
 
     @classmethod
-    def load(cls, name: str, encoder_dtype: torch.dtype = torch.float32) -> Self:
-        """Load a published name (`raekit.formats.releases`), `builtin:NAME`, a model folder, a run, or OWNER/NAME
-        on the Hub; UserError if it is not whole.
+    def load(cls, name: str, dtype: torch.dtype = torch.float32, encoder_dtype: torch.dtype | None = None) -> Self:
+        """Load an autoencoder.
 
-        The encoder computes in `encoder_dtype`, float32 or bfloat16.
+        Args:
+            name: a published name (`raekit.formats.releases`), `builtin:NAME`, a model folder, a run, or OWNER/NAME on
+                the Hub.
+            dtype: float32 or bfloat16, the type that the weights are held and used in. Latents, statistics and images
+                are always float32.
+            encoder_dtype: the encoder's type. Default: `dtype`.
+
+        Raises:
+            UserError: if a file is missing or damaged.
         """
         found = artifacts.find(name, "autoencoder")
         path = found.path
@@ -64,9 +77,9 @@ class Autoencoder(LatentSpace):
         check_fit(lambda: Decoder(config.decoder), state, path)
         own = path.parent / "encoder"
         source = str(own) if own.is_dir() else config.encoder
-        encoder = load_encoder(source, config.encoder_size, config.layers, encoder_dtype)
+        encoder = load_encoder(source, config.encoder_size, config.layers, encoder_dtype or dtype)
         statistics = artifacts.read_statistics(path / artifacts.STATISTICS, (encoder.spec.width, *encoder.grid))
-        model = cls.build(config, encoder, state, statistics, path)
+        model = cls.build(config, encoder, state, statistics, path, dtype)
         model.trained_on = found.trained_on
         return model
 
@@ -78,17 +91,21 @@ class Autoencoder(LatentSpace):
         decoder: Mapping[str, Tensor],
         statistics: tuple[Tensor | None, Tensor],
         source: object,
+        dtype: torch.dtype = torch.float32,
     ) -> Self:
-        """The autoencoder with the weights `decoder` and (mean or None, var); UserError, naming the weights' `source`,
-        if they do not fit.
+        """Return the autoencoder with the weights `decoder`, held in `dtype`, and the statistics (mean or None, var).
+
+        Raises:
+            UserError: if the weights do not fit; it names their `source`.
         """
         model = cls(config, encoder)
         load_strict(model.decoder, decoder, source)
+        set_dtype(model.decoder, dtype)
         model.set_statistics(*statistics)
         return model.eval()
 
     def save(self, folder: Path, world: World | None = None, dtype: torch.dtype | None = None) -> None:
-        """Write FOLDER/autoencoder (and FOLDER/encoder, for an encoder from a local folder), for `load`."""
+        """Write FOLDER/autoencoder, for `load`; also FOLDER/encoder, if the encoder comes from a local folder."""
         world = world or World()
         statistics = {"var": self.var} | ({} if self.mean is None else {"mean": self.mean})
         target = folder / "autoencoder"
@@ -103,7 +120,7 @@ class Autoencoder(LatentSpace):
             statistics=statistics,
         )
         if isinstance(self.encoder.model, ViT) and Path(self.encoder.name).is_dir():
-            exact = self.encoder.dtype == torch.float32  # else the weights were rounded as they were read
+            exact = self.encoder.dtype == torch.float32  # loading in bf16 rounded the weights
             (self.encoder if exact else load_encoder(self.encoder.name)).save(folder, world, dtype)
 
     @property
@@ -126,17 +143,30 @@ class Autoencoder(LatentSpace):
         return self.to_pixels(self.decoder(tokens))
 
     def to_pixels(self, decoded: Tensor) -> Tensor:
-        """The decoder's output as pixels; about [0, 1], not clamped."""
+        """Return the decoder's output as pixels, not clamped to [0, 1]."""
         if self.config.output == "pixels":
             return decoded.float()
         return decoded.float() * self.encoder.std + self.encoder.mean
 
 
-def load_autoencoder(name: str, encoder_dtype: torch.dtype = torch.float32) -> LatentSpace:
-    """As `Autoencoder.load`, and the baselines `pixels` and `vae:WHERE`, @SIZE after them for another size than 256."""
+def load_autoencoder(
+    name: str, dtype: torch.dtype = torch.float32, encoder_dtype: torch.dtype | None = None
+) -> LatentSpace:
+    """Load an autoencoder or a baseline.
+
+    Args:
+        name: a name that `Autoencoder.load` takes, `pixels`, or `vae:WHERE`. Both baselines are for 256 pixels, or for
+            SIZE pixels with `@SIZE` after the name.
+        dtype: float32 or bfloat16, as in `Autoencoder.load`.
+        encoder_dtype: the encoder's type. Default: `dtype`.
+
+    Raises:
+        UserError: if a file is missing or damaged.
+    """
     if config := BaselineConfig.named(name):
-        return Baseline.load(config, encoder_dtype)
+        return Baseline.load(config, dtype, encoder_dtype)
     found = artifacts.find(name, "autoencoder")
     if "baseline" in found.config:
-        return Baseline.load(from_dict(BaselineConfig, found.config, found.path / "config.json"), encoder_dtype)
-    return Autoencoder.load(name, encoder_dtype)
+        values, place = found.config, found.path / "config.json"
+        return Baseline.load(from_dict(BaselineConfig, values, place), dtype, encoder_dtype)
+    return Autoencoder.load(name, dtype, encoder_dtype)

@@ -54,7 +54,13 @@ class Baseline(LatentSpace):
     encoder: nn.Module
     decoder: nn.Module
 
-    def __init__(self, config: BaselineConfig, vae: Any = None, encoder_dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        config: BaselineConfig,
+        vae: Any = None,
+        dtype: torch.dtype = torch.float32,
+        encoder_dtype: torch.dtype | None = None,
+    ) -> None:
         """Wrap `vae`, a diffusers AutoencoderKL; without a VAE the latents are the pixels."""
         channels, factor = 3, 1
         if vae:
@@ -63,9 +69,9 @@ class Baseline(LatentSpace):
             raise UserError(f"{config.baseline}: the image size {config.image_size} must be a multiple of {factor}")
         super().__init__((channels, config.image_size // factor, config.image_size // factor))
         self.config = config
-        self.encoder_dtype = encoder_dtype
-        self.encoder = _sequence(vae and vae.encoder, vae and vae.quant_conv).to(encoder_dtype)
-        self.decoder = _sequence(vae and vae.post_quant_conv, vae and vae.decoder)
+        self.dtype, self.encoder_dtype = dtype, encoder_dtype or dtype
+        self.encoder = _sequence(vae and vae.encoder, vae and vae.quant_conv).to(self.encoder_dtype)
+        self.decoder = _sequence(vae and vae.post_quant_conv, vae and vae.decoder).to(dtype)
         if vae:
             shift = vae.config.shift_factor
             ones = torch.ones(self.latent_shape)
@@ -73,14 +79,16 @@ class Baseline(LatentSpace):
         self.requires_grad_(False).eval()
 
     @classmethod
-    def load(cls, config: BaselineConfig, encoder_dtype: torch.dtype = torch.float32) -> Self:
+    def load(
+        cls, config: BaselineConfig, dtype: torch.dtype = torch.float32, encoder_dtype: torch.dtype | None = None
+    ) -> Self:
         """Load the baseline of `config`.
 
         Raises:
             UserError: If weights are missing or damaged, or if diffusers is not installed.
         """
         vae = None if config.baseline == "pixels" else _read_vae(config.baseline.removeprefix("vae:"))
-        return cls(config, vae, encoder_dtype)
+        return cls(config, vae, dtype, encoder_dtype)
 
     def save(self, folder: Path, world: World | None = None, dtype: torch.dtype | None = None) -> None:
         """Write FOLDER/autoencoder. The artifact names the weights and does not contain them."""
@@ -104,7 +112,7 @@ class Baseline(LatentSpace):
         return moments[:, : self.latent_shape[0]]  # a VAE returns the mean, then the log-variance
 
     def pixels(self, tokens: Tensor) -> Tensor:
-        return (self.decoder(tokens).float() + 1) / 2
+        return (self.decoder(tokens.to(self.dtype)).float() + 1) / 2
 
 
 def _sequence(*modules: nn.Module | None) -> nn.Sequential:

@@ -43,4 +43,7 @@ class ClassCondition(nn.Module):
 
     def without(self, given: Tensor, dropped: Tensor) -> Tensor:
         """Replace dropped ids by "no class", and also ids below 0, which mark images of unknown class."""
+        if given.is_floating_point():
+            nothing = F.one_hot(torch.tensor(self.null, device=given.device), self.null + 1).to(given)
+            return torch.where(dropped[:, None], nothing, given)
         return given.masked_fill(dropped | (given < 0), self.null)

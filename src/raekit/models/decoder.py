@@ -1,4 +1,6 @@
-"""The ViT decoder: encoder tokens back to pixels (spec 1.5)."""
+"""The ViT decoder from encoder tokens to pixels (spec 1.5)."""
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +13,18 @@ from raekit.models.layers import ViTBlock, sincos_positions, to_grid, to_tokens,
 
 @configclass
 class DecoderConfig:
-    """A plain ViT in the shape of ViT-MAE's decoder. `grid` is the token grid that it is built for."""
+    """Sizes of a decoder, a plain ViT with the architecture of ViT-MAE's decoder.
+
+    Attributes:
+        token_dim: channels of the encoder's tokens.
+        grid: rows and columns of the token grid.
+        patch_size: side in pixels of the patch that a token becomes.
+        width: channels of the decoder's tokens.
+        depth: number of blocks.
+        heads: attention heads.
+        hidden: hidden width of the MLPs.
+        norm_eps: epsilon of the norms.
+    """
 
     token_dim: int
     grid: tuple[int, int]
@@ -32,7 +45,7 @@ class DecoderConfig:
 
 
 class Decoder(nn.Module):
-    """Tokens to pixels, in the colours that `AutoencoderConfig.output` names."""
+    """Decoder from tokens to pixels, in the colours that `AutoencoderConfig.output` names."""
 
     positions: Tensor
 
@@ -48,12 +61,20 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(config.width, config.norm_eps)
         self.out = nn.Linear(config.width, 3 * config.patch_size**2)
 
-    def forward(self, latents: Tensor, last_input: list[Tensor] | None = None) -> Tensor:
-        """Un-whitened latents (B, token_dim, H, W) -> (B, 3, grid*patch_size), neither de-normalised nor clamped.
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the blocks when they are first used. Takes the arguments of `torch.compile`."""
+        for block in self.blocks:
+            block.compile(*args, **kwargs)
 
-        Another grid than the built one is resampled bilinearly to it after the embedding (spec 1.5, step 2).
-        It computes in the type of its weights, or as the surrounding autocast says.
-        `last_input` is a list to append the input (B, N, width) of the last layer to, for the adaptive weight.
+    def forward(self, latents: Tensor, last_input: list[Tensor] | None = None) -> Tensor:
+        """Return images (B, 3, height, width), neither de-normalised nor clamped.
+
+        Computes in the type of the weights, or of the surrounding autocast.
+
+        Args:
+            latents: (B, token_dim, H, W), not whitened. A grid other than `config.grid` is resampled bilinearly after
+                the embedding (spec 1.5, step 2).
+            last_input: a list to which the input (B, N, width) of the last layer is appended, for the adaptive weight.
         """
         x = self.embed(to_tokens(latents).to(self.embed.weight.dtype))
         if latents.shape[2:] != self.config.grid:

@@ -1,8 +1,8 @@
-"""The diffusion transformer: DiT, DiT^DH with its shallow, wide head (spec 2.3, 2.4), and that of RAE v2 (II.3)."""
+"""The diffusion transformer: DiT, DiT^DH with a shallow, wide head (spec 2.3, 2.4), and RAE v2's network (II.3)."""
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple, Self, overload
+from typing import Any, Literal, NamedTuple, Self, overload
 
 import torch
 import torch.nn.functional as F
@@ -24,24 +24,36 @@ from raekit.models.layers import (
     sincos_positions,
     unpatchify,
 )
+from raekit.models.precision import set_dtype
 from raekit.weights import check_fit, load_strict
 
 
 class Features(NamedTuple):
-    """What the backbone makes of noisy latents: its tokens (B, N, width), and those that the base output reads."""
+    """Output of the backbone.
+
+    Attributes:
+        tokens: (B, N, width), after the last block.
+        base: (B, N, width), after block `base_depth`; None without a base output.
+    """
 
     tokens: Tensor
     base: Tensor | None
 
 
 class Denoiser(nn.Module):
-    """Predicts the velocity of noisy latents, or the data behind them (`config.prediction`).
+    """Network that predicts the velocity or the data of noisy latents (`config.prediction`).
 
-    With a `condition` (a module, see `models.conditioning`) that takes the place of the configured classes. Artifacts
-    hold denoisers of classes, or of nothing.
+    Args:
+        config: the sizes and switches.
+        condition: a module (see `models.conditioning`) that replaces the class embedding. Only denoisers with the
+            configured classes, or without any, can be saved and loaded.
+
+    Attributes:
+        compiled: whether `compile` was called. Generation then keeps to one batch size.
     """
 
     positions: Tensor | None
+    compiled = False
     trained_on: str | None = None
     """The address of the data source that it was trained on, if that is known."""
 
@@ -72,25 +84,57 @@ class Denoiser(nn.Module):
         _initialise(self)
 
     @classmethod
-    def load(cls, name: str, ema: float | None = None) -> Self:
-        """Load a published name (`raekit.formats.releases.DENOISERS`), `builtin:NAME`, a model folder, a run, or
-        OWNER/NAME on the Hub; UserError if it is not whole.
+    def load(cls, name: str, ema: float | None = None, dtype: torch.dtype = torch.float32) -> Self:
+        """Load a denoiser.
 
-        With `ema` the average of this decay, by default the first of those that were trained.
+        Args:
+            name: a published name (`raekit.formats.releases.DENOISERS`), `builtin:NAME`, a model folder, a run, or
+                OWNER/NAME on the Hub.
+            ema: the decay of the average to load. Default: the first average that was trained.
+            dtype: float32 or bfloat16, see `set_dtype`.
+
+        Raises:
+            UserError: if a file is missing or damaged.
         """
         found = artifacts.find(name, "denoiser", ema)
         config = from_dict(DenoiserConfig, found.config, found.path / "config.json")
-        model = cls.build(config, artifacts.read(found.path), found.path)
+        model = cls.build(config, artifacts.read(found.path), found.path, dtype)
         model.trained_on = found.trained_on
         return model
 
     @classmethod
-    def build(cls, config: DenoiserConfig, state: Mapping[str, Tensor], source: object) -> Self:
-        """The denoiser with the weights `state`; UserError, naming their `source`, if they do not fit."""
+    def build(
+        cls,
+        config: DenoiserConfig,
+        state: Mapping[str, Tensor],
+        source: object,
+        dtype: torch.dtype = torch.float32,
+    ) -> Self:
+        """Return the denoiser with the weights `state`; UserError, naming their `source`, if they do not fit."""
         check_fit(lambda: cls(config), state, source)
         model = cls(config)
         load_strict(model, state, source)
-        return model.eval()
+        return model.set_dtype(dtype).eval()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that the network computes in, unless autocast surrounds it."""
+        return self.embed.weight.dtype
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the blocks when they are first used. Takes the arguments of `torch.compile`."""
+        self.compiled = True
+        for block in [*self.blocks, *(self.head_blocks if self.config.head else [])]:
+            block.compile(*args, **kwargs)
+
+    def set_dtype(self, dtype: torch.dtype) -> Self:
+        """Hold the weights in `dtype`, in place. The embeddings of time and condition and the rotary tables stay float32.
+
+        Use this instead of `Module.to(dtype)`, which converts the embeddings, too, and leaves a network that fails.
+        """
+        rotary = [table for name, table in self.named_buffers(recurse=False) if "rotary" in name]
+        set_dtype(self, dtype, keep=(self.time, self.label, *rotary))
+        return self
 
     def save(
         self,
@@ -101,7 +145,15 @@ class Denoiser(nn.Module):
         ema: float | None = None,
         beside: bool = False,
     ) -> None:
-        """Write FOLDER/denoiser, for `load`, as the average of decay `ema`; `beside` another, denoiser-ema-DECAY."""
+        """Write FOLDER/denoiser, for `load`.
+
+        Args:
+            folder: the model folder.
+            world: the processes. All of them call this, the first one writes.
+            dtype: the type to store. Default: the weights' own.
+            ema: the decay, if the weights are an average.
+            beside: write FOLDER/denoiser-ema-DECAY, next to another average in FOLDER/denoiser.
+        """
         target = folder / (f"denoiser-ema-{ema}" if beside else "denoiser")
         artifacts.write(
             target, "denoiser", self.config, self, world or World(), dtype=dtype, ema=ema, trained_on=self.trained_on
@@ -146,56 +198,68 @@ class Denoiser(nn.Module):
         with_base: bool = False,
         features: Features | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Noisy latents (B, C, H, W), times (B,) in [0, 1] (1 is noise), class ids (B,) -> prediction (B, C, H, W).
+        """Return the prediction (B, C, H, W), float32.
 
-        Instead of ids, `labels` may be weights (B, num_classes + 1) of classes, the last of none, which mix their
-        embeddings; None means the null class for all. `with_base` gives the base output as well. With the `features`
-        of another time the backbone is not run: DDT's approximation, for networks with a head.
+        Args:
+            x: noisy latents (B, C, H, W).
+            t: times (B,) in [0, 1]; 1 is noise.
+            labels: class ids (B,), or weights (B, num_classes + 1) that mix the class embeddings, the last of which is
+                the null class. None is the null class for all.
+            with_base: also return the base output (B, C, H, W).
+            features: the backbone's output at another time, to use instead of running the backbone. This is DDT's
+                approximation, for networks with a head.
+
+        Raises:
+            UserError: if `with_base` is asked of a network without a base output.
         """
         time, label = self._embed_condition(t, labels)
         features = features or self._features(x, time, label)
         if self.config.head:
-            condition = self.head_condition(F.silu(features.tokens + time))
-            tokens = self.head_embed(patchify(x, self.config.patch_size))
+            condition = self.head_condition(F.silu(features.tokens + time).to(self.dtype))
+            tokens = self.head_embed(self._patches(x))
             for block in self.head_blocks:
                 tokens = block(tokens, condition, self._rotary("head_rotary"))
         else:
-            tokens, condition = features.tokens, time + label
+            tokens, condition = features.tokens, (time + label).to(self.dtype)
         full = self._to_latents(self.final(tokens, condition))
         if not with_base:
             return full
         if self.base_final is None or features.base is None:
-            raise UserError("denoiser.base_depth: 0, so this denoiser has no base output")
-        tokens = F.silu(features.base + time)
+            raise UserError("denoiser.base_depth: 0, so this denoiser has no base output; take a model with one")
+        tokens = F.silu(features.base + time).to(self.dtype)
         return full, self._to_latents(self.base_final(tokens, tokens))
 
     def features(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Features:
-        """The backbone's part of `forward`, for the same arguments."""
-        return self._features(x, *self._embed_condition(t, labels))
+        """Run the backbone only, with the arguments of `forward`."""
+        tokens, base = self._features(x, *self._embed_condition(t, labels))
+        return Features(tokens.clone(), base)  # of compiled blocks on CUDA, the next evaluation overwrites the tokens
 
     def _embed_condition(self, t: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | float]:
-        """The embeddings (B, 1, width) of time and class; 0 for the class of an unconditional network."""
+        """Return the embeddings (B, 1, width) of time and class. The latter is 0 in an unconditional network."""
         time = self.time(t)[:, None]
         if self.label is None:
             return time, 0.0
         return time, self.label(labels, len(t))[:, None]
 
     def _features(self, x: Tensor, time: Tensor, label: Tensor | float) -> Features:
-        tokens = self.embed(patchify(x, self.config.patch_size))
+        tokens = self.embed(self._patches(x))
         count = tokens.shape[1]
         if self.positions is not None:
             tokens = tokens + self.positions
-        # A published DiT^DH passes the backbone's condition through SiLU before the blocks do so again.
-        condition = F.silu(time + label) if self.config.head else time + label
+        # A published DiT^DH applies SiLU to the backbone's condition, and its blocks apply it again.
+        condition = (F.silu(time + label) if self.config.head else time + label).to(self.dtype)
         extra = [(self.time_tokens, time), (self.label_tokens, label)]
-        if extra := [learned + given for learned, given in extra if learned is not None]:
+        if extra := [(learned + given).to(self.dtype) for learned, given in extra if learned is not None]:
             tokens = torch.cat([tokens, *extra], 1)
         base = None
         for number, block in enumerate(self.blocks, 1):
             tokens = block(tokens, condition, self._rotary("rotary"))
             if number == self.config.base_depth:
-                base = tokens[:, :count]
+                base = tokens[:, :count].clone()  # of compiled blocks on CUDA, the next block overwrites the tokens
         return Features(tokens[:, :count], base)
+
+    def _patches(self, x: Tensor) -> Tensor:
+        return patchify(x, self.config.patch_size).to(self.dtype)
 
     def _to_latents(self, patches: Tensor) -> Tensor:
         return unpatchify(patches.float(), self.config.patch_size, self.config.token_grid)
@@ -219,9 +283,9 @@ def _blocks(config: DenoiserConfig, part: TransformerConfig, adaln: bool = True)
 
 @torch.no_grad()
 def _initialise(model: Denoiser) -> None:
-    """As published: a plain DiT has Xavier-uniform matrices, a DiT^DH torch's default; all outputs are zero.
+    """Initialise the weights as published: Xavier-uniform in a plain DiT, torch's default in a DiT^DH, zero outputs.
 
-    The publication of RAE v2 does not say how its learned tokens start: ours, as the labels of v1 do.
+    RAE v2's paper does not give the initialisation of the learned tokens. Here they start like the labels of v1.
     """
     if model.config.head is None:
         for module in model.modules():

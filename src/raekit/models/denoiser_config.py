@@ -1,4 +1,4 @@
-"""The sizes and switches of a denoiser."""
+"""The configuration of a denoiser: sizes and switches."""
 
 from dataclasses import replace
 from typing import Literal
@@ -13,7 +13,7 @@ from raekit.models.layers import (
 
 @configclass
 class TransformerConfig:
-    """A stack of DiT blocks."""
+    """Sizes of a stack of DiT blocks."""
 
     width: int
     depth: int
@@ -36,19 +36,23 @@ SIZES = {
     "G": TransformerConfig(width=2048, depth=40, heads=16),
     "T": TransformerConfig(width=2688, depth=40, heads=21),
 }
-"""The published sizes of a plain DiT, and of the backbone of a DiT^DH."""
+"""Published sizes of a plain DiT, and of the backbone of a DiT^DH."""
 
 
 def wide_head(size: str = "G", depth: int = 2) -> TransformerConfig:
-    """The head of a DiT^DH: shallow, and as wide as the DiT of that size. G is the published default."""
+    """Return a head for a DiT^DH, as wide as the DiT of this size. The published default is G."""
     return replace(SIZES[size], depth=depth)
 
 
 @configclass
 class ContextConfig:
-    """Conditioning in context, as in RAE v2: no adaLN in the backbone, but tokens of time and class after the image's.
+    """Conditioning in context, as in RAE v2: tokens of time and class follow the image's, and replace adaLN.
 
-    Each is a learned token plus the embedding of the time, or of the class.
+    Each token is a learned vector plus the embedding of the time, or of the class.
+
+    Attributes:
+        time_tokens: number of tokens of the time.
+        label_tokens: number of tokens of the class.
     """
 
     time_tokens: int = 4
@@ -62,20 +66,25 @@ class ContextConfig:
 
 @configclass
 class DenoiserSize:
-    """What a denoiser is built of, whatever its latents are. Without `head` it is a plain DiT, with it a DiT^DH.
+    """The part of a denoiser's configuration that does not depend on the latents.
 
-    The switches are those of the published networks: `norm` "layer" is a LayerNorm without weights, `mlp` "gelu"
-    two layers around a tanh-GELU, `hidden = mlp_ratio * width` wide (2/3 of that for "swiglu"), `positions` the
-    fixed table added to the backbone's tokens, `rotary` the turning of queries and keys, `qk_norm` their norm,
-    `adaln_shift` the shifts in the blocks' modulation.
-
-    `context` conditions the backbone by tokens. After `base_depth` blocks of the backbone stands a second output,
-    the base of internal guidance; 0 means that there is none.
-
-    `allow_narrow` lifts the refusal of a width below the token dimension, for experiments on that very limit.
-    `prediction` is what the output stands for. `label_std` is the spread of the label embeddings at the start, as
-    published. They are added to a time embedding whose norm soon exceeds ten: in a short training, larger ones
-    are heard sooner.
+    Attributes:
+        backbone: the blocks of a plain DiT, or of the backbone of a DiT^DH.
+        head: the shallow, wide head of a DiT^DH. None makes a plain DiT.
+        patch_size: side of the square of latent positions that make a token.
+        mlp_ratio: hidden width of the MLPs divided by the width; "swiglu" takes 2/3 of it.
+        norm: "rms" has weights; "layer" is a LayerNorm without weights.
+        mlp: "swiglu", or "gelu" for two layers around a tanh-GELU.
+        positions: whether the fixed position table is added to the backbone's tokens.
+        rotary: whether queries and keys are rotated by their position.
+        qk_norm: whether queries and keys are normalised.
+        adaln_shift: whether the blocks' modulation has shifts.
+        context: conditions the backbone by tokens instead of adaLN.
+        base_depth: the number of backbone blocks before the base output of internal guidance. 0 means none.
+        allow_narrow: allow a width below the token dimension, for experiments on this limit.
+        prediction: what the output predicts.
+        label_std: standard deviation of the initial label embeddings, 0.02 as published. The time embedding that they
+            are added to soon has a norm above ten, so a short training learns the classes sooner from larger values.
     """
 
     backbone: TransformerConfig
@@ -96,22 +105,28 @@ class DenoiserSize:
 
     def __post_init__(self) -> None:
         if self.label_std < 0:
-            raise UserError(f"denoiser.label_std: {self.label_std} is negative")
+            raise UserError(f"denoiser.label_std: {self.label_std} is negative; it must be at least 0")
         if not 0 <= self.base_depth <= self.backbone.depth:
             raise UserError(
                 f"denoiser.base_depth: {self.base_depth} must be at most denoiser.backbone.depth = "
                 f"{self.backbone.depth}; 0 means no base output"
             )
         if not self.positions and not self.rotary:
-            raise UserError("denoiser.rotary: off, as is denoiser.positions; a network must know where a token stands")
+            raise UserError(
+                "denoiser.rotary: off, as is denoiser.positions; switch one on, so that tokens have a position"
+            )
 
 
 @configclass
 class DenoiserConfig(DenoiserSize):
-    """A denoiser of latents (channels, *grid).
+    """Complete configuration of a denoiser of latents (channels, *grid).
 
-    `num_classes` = 0 makes it unconditional. For its sampler it keeps `shift`, the time shift that it is trained
-    with; for its users `class_names`, if they are known.
+    Attributes:
+        channels: channels of the latents.
+        grid: height and width of the latents.
+        num_classes: 0 makes the denoiser unconditional.
+        shift: the time shift of its training, which its sampler needs.
+        class_names: names of the classes, if they are known.
     """
 
     channels: int
@@ -141,18 +156,20 @@ class DenoiserConfig(DenoiserSize):
 
     @property
     def token_dim(self) -> int:
-        """Dimension of one token, n of the paper."""
+        """Dimension of a token, n in the paper."""
         return self.channels * self.patch_size**2
 
     @property
     def token_grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens."""
         return (self.grid[0] // self.patch_size, self.grid[1] // self.patch_size)
 
     @property
     def output_width(self) -> int:
-        """Width of the last blocks, which must hold the velocity."""
+        """Width of the last blocks. It limits what the output can represent."""
         return (self.head or self.backbone).width
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of the latents."""
         return (self.channels, *self.grid)

@@ -1,4 +1,4 @@
-"""Frozen, pretrained encoders: loaded by name, run block by block (spec 1.2, II.1)."""
+"""Frozen, pretrained encoders, loaded by name and run block by block (spec 1.2, II.1)."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -36,12 +36,18 @@ _OWN = Family(model_class="", blocks="blocks", norm="norm", embed=lambda m, x: m
 
 
 class Encoder(nn.Module):
-    """A frozen encoder: images (B, 3, H, W) in [0, 1] -> patch tokens (B, N, width), float32.
+    """Frozen encoder from images (B, 3, H, W) in [0, 1] to patch tokens (B, N, width), float32.
 
-    Images of another size than `input_size` (H, W) are resized to it (bicubic). A latent of one block has zero
-    mean and unit variance over the channels of each token: no norm here has an affine part. Always in
-    evaluation mode. It computes in the type of its weights, whatever autocast surrounds it, and only as far
-    as the last block that is asked for.
+    The tokens of one block have zero mean and unit variance over their channels, as no norm has an affine part. The
+    encoder is always in evaluation mode, computes in the type of its weights and not of the surrounding autocast, and
+    runs only the blocks that it needs.
+
+    Args:
+        name: the name that it was loaded by.
+        spec: the facts about it.
+        model: the network.
+        input_size: the size that images are resized to (bicubic). Default: the encoder's own.
+        layers: the blocks whose outputs make the latents. Default: the last block.
     """
 
     mean: Tensor
@@ -65,13 +71,13 @@ class Encoder(nn.Module):
         self.layers = layers or LayersConfig()
         self._chosen = self._indices(self.layers.blocks)
         if len({*self._chosen}) < len(self._chosen):
-            raise UserError(f"layers.blocks: {self.layers.blocks} names a block of {name} twice")
+            raise UserError(f"layers.blocks: {self.layers.blocks} names a block of {name} twice; name each once")
         self.register_buffer("mean", torch.tensor(spec.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(spec.std).view(3, 1, 1), persistent=False)
         super().train(False)
 
     def save(self, folder: Path, world: World | None = None, dtype: torch.dtype | None = None) -> None:
-        """Write FOLDER/encoder, for `load_encoder`. Only for encoders that raekit pretrained."""
+        """Write FOLDER/encoder, for `load_encoder`. Only encoders that raekit pretrained can be saved."""
         assert isinstance(self.model, ViT), "public encoders are shared by name"
         artifacts.write(folder / "encoder", "encoder", self.model.config, self.model, world or World(), dtype=dtype)
 
@@ -82,21 +88,22 @@ class Encoder(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What it computes in."""
+        """The type that the encoder computes in."""
         return next(self.model.parameters()).dtype
 
     @property
     def blocks(self) -> nn.ModuleList:
+        """The transformer blocks."""
         blocks = self.model.get_submodule(self.family.blocks)
         assert isinstance(blocks, nn.ModuleList)
         return blocks
 
     def train(self, mode: bool = True) -> "Encoder":
-        """Does nothing: a frozen encoder has one mode."""
+        """Return the encoder unchanged: it is always in evaluation mode."""
         return self
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the blocks, which have one graph in common, when first used. Takes what `torch.compile` takes."""
+        """Compile the blocks, which share a graph, when they are first used. Takes the arguments of `torch.compile`."""
         for block in self.blocks:
             block.compile(*args, **kwargs)
 
@@ -107,7 +114,7 @@ class Encoder(nn.Module):
         return [block % depth for block in blocks]
 
     def _run(self, images: Tensor, last: int) -> Iterator[Tensor]:
-        """The patch tokens after each block up to `last`. To be exhausted outside of autocast."""
+        """Yield the patch tokens after each block up to `last`. The caller switches autocast off."""
         if images.shape[2:] != self.input_size:
             images = F.interpolate(images, self.input_size, mode="bicubic", align_corners=False)
         pixels = ((images - self.mean) / self.std).to(self.dtype)
@@ -117,9 +124,14 @@ class Encoder(nn.Module):
             yield x[:, self.spec.prefix_tokens :]
 
     def features(self, images: Tensor, blocks: Sequence[int]) -> list[Tensor]:
-        """The patch tokens (B, N, width) after each of `blocks` (zero-based), not normalised.
+        """Return the patch tokens (B, N, width) after each of `blocks`, not normalised. Differentiable in the images.
 
-        Images are (B, 3, H, W) in [0, 1], resized as in the forward pass. Differentiable in the images.
+        Args:
+            images: (B, 3, H, W) in [0, 1]. They are resized to `input_size`.
+            blocks: zero-based numbers of blocks.
+
+        Raises:
+            UserError: if the encoder lacks one of the blocks.
         """
         chosen = self._indices(blocks)
         with torch.autocast(images.device.type, enabled=False):
@@ -132,7 +144,7 @@ class Encoder(nn.Module):
         last = len(self.blocks) - 1 if layers.token_mean else max(self._chosen)
         tokens = total = torch.zeros((), device=images.device)
         with torch.autocast(images.device.type, enabled=False):
-            # Summed on the way: the outputs of two dozen blocks need not be held at once.
+            # Outputs are summed at once, to save the memory of two dozen of them.
             for i, x in enumerate(self._run(images, last)):
                 if i in self._chosen or i == last:
                     tokens = F.layer_norm(x.float(), x.shape[-1:], eps=eps)  # type: ignore[arg-type]
@@ -149,15 +161,18 @@ def load_encoder(
     layers: LayersConfig | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Encoder:
-    """Load an encoder by name:
+    """Load an encoder.
 
-    - a registered name, read from the Hub or its cache;
-    - FAMILY:WHERE, a `transformers` checkpoint of one of FAMILIES, WHERE a local folder or OWNER/NAME on the Hub;
-    - `builtin:NAME`, or the folder (or Hub repository) of one that `raekit` pretrained.
+    Args:
+        name: a registered name, read from the Hub or its cache; FAMILY:WHERE, a `transformers` checkpoint of one of
+            FAMILIES in the folder or Hub repository WHERE; or `builtin:NAME`, a folder or a Hub repository of an
+            encoder that raekit pretrained.
+        input_size: the size that images are resized to. Default: the encoder's own.
+        layers: the blocks whose outputs make the latents. Default: the last block.
+        dtype: float32 or bfloat16, the type that the weights are held and used in.
 
-    `input_size` is what images are resized to, by default the encoder's own; `layers` what its latent is made
-    of, by default the last block; `dtype` (float32 or bfloat16) what it computes in. Raises UserError if there
-    is no such encoder, or its weights are missing or damaged.
+    Raises:
+        UserError: if there is no such encoder, or its weights are missing or damaged.
     """
     family, _, where = name.partition(":")
     if spec := REGISTRY.get(name):
@@ -185,12 +200,12 @@ def load_encoder(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep `transformers` from warning and from showing how it loads; downloads still show their progress."""
+    """Silence the warnings and the loading bar of `transformers`. Downloads still show their progress."""
     from transformers import logging
 
     verbosity, bar, silent = logging.get_verbosity(), logging.is_progress_bar_enabled(), are_progress_bars_disabled()
     logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()  # that of downloads too
+    logging.disable_progress_bar()  # also switches off the bars of downloads
     if not silent:
         enable_progress_bars()
     try:
@@ -201,10 +216,10 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-@_quiet()  # what it would print is checked
+@_quiet()  # the faults that it would print are checked below
 def _read_transformers(name: str, family: str, where: str, dtype: torch.dtype) -> Any:
-    """The `transformers` model in the folder or Hub repository `where`; UserError if it is not whole."""
-    import transformers  # slow to import, and not needed for our own encoders
+    """Return the `transformers` model in the folder or Hub repository `where`; UserError if it is incomplete."""
+    import transformers  # slow to import, and not needed for encoders that raekit pretrained
 
     kind = FAMILIES[family]
     model_class = getattr(transformers, kind.model_class)
@@ -224,26 +239,26 @@ def _read_transformers(name: str, family: str, where: str, dtype: torch.dtype) -
         )
     except UserError:
         raise
-    except Exception as error:  # of many types, for files that are absent, cut off, changed or from elsewhere
+    except Exception as error:  # damaged or missing files raise many types
         raise UserError(f"encoder {name}: {where} could not be loaded ({_reason(error)}); {advice}") from error
-    if missing := sorted(found["missing_keys"]):  # which transformers would fill with random numbers
+    if missing := sorted(found["missing_keys"]):  # transformers fills missing weights with random numbers
         raise UserError(f"encoder {name}: {where} lacks {', '.join(missing[:8])}; {advice}")
     return model
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, UnpicklingError):
-        return "refused, its weights file is damaged or holds more than tensors"
+        return "its weights file is damaged or holds more than tensors"
     if "ignore_mismatched_sizes" in str(error):
-        return "its tensors have other shapes than its config.json says"
+        return "its tensors do not have the shapes of its config.json"
     return f"{type(error).__name__}: {str(error).strip().split(chr(10), 1)[0][:200]}"
 
 
 def _spec(name: str, family: str, where: str, config: Any) -> EncoderSpec:
-    """What config.json and preprocessor_config.json tell; without the latter, the family's mean and std."""
+    """Return the facts of config.json and preprocessor_config.json; without the latter, the family's mean and std."""
     patch_size, *others = {*([config.patch_size] if isinstance(config.patch_size, int) else config.patch_size)}
     if others:
-        raise UserError(f"encoder {name}: patches of {config.patch_size} pixels; only square ones are supported")
+        raise UserError(f"encoder {name}: patches of {config.patch_size} pixels; only square patches are supported")
     height, width = (side // patch_size * patch_size for side in sides(config.image_size))
     path = _preprocessor(where)
     values = read_json(path) if path else {}
@@ -269,5 +284,5 @@ def _preprocessor(where: str) -> Path | None:
         return path if (path := Path(where, file)).is_file() else None
     try:
         return Path(hf_hub_download(where, file))
-    except (EntryNotFoundError, LocalEntryNotFoundError):  # the repository has none, or its cached copy
+    except (EntryNotFoundError, LocalEntryNotFoundError):  # neither the repository nor its cached copy has one
         return None

@@ -1,4 +1,4 @@
-"""Images to whitened latents and back: what every denoiser learns in, whatever made it."""
+"""The latent space that a denoiser learns in: from images to whitened latents and back."""
 
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -13,10 +13,13 @@ from raekit.weights import VARIANCE_EPS
 
 
 class LatentSpace(nn.Module, ABC):
-    """An encoder, a decoder, and the latent statistics between them (spec 1.1, 1.3).
+    """An encoder, a decoder, and the latent statistics (spec 1.1, 1.3).
 
-    The statistics `mean` (None if it is not used: scale-only whitening) and `var`, both `latent_shape`, are
-    zeros and ones until `set_statistics` is called. The encoder computes in `encoder_dtype`.
+    Attributes:
+        encoder: from images to tokens. It computes in `encoder_dtype`.
+        decoder: from tokens to pixels.
+        mean: float32 of `latent_shape`, zeros until `set_statistics`. None whitens by the scale only.
+        var: float32 of `latent_shape`, ones until `set_statistics`.
     """
 
     config: Any
@@ -35,29 +38,29 @@ class LatentSpace(nn.Module, ABC):
 
     @abstractmethod
     def tokens(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] -> the encoder's latents (B, C, h, w), not whitened."""
+        """Return the latents (B, C, h, w), not whitened, of images (B, 3, H, W) in [0, 1]."""
 
     @abstractmethod
     def pixels(self, tokens: Tensor) -> Tensor:
-        """Latents (B, C, h, w), not whitened -> images (B, 3, *image_shape), about [0, 1], not clamped."""
+        """Return the images (B, 3, *image_shape), not clamped to [0, 1], of latents (B, C, h, w), not whitened."""
 
     @abstractmethod
     def save(self, folder: Path, world: World | None = None, dtype: torch.dtype | None = None) -> None:
-        """Write FOLDER/autoencoder, for `load_autoencoder`. Called by all processes, done by the first."""
+        """Write FOLDER/autoencoder, for `load_autoencoder`. All processes call this, the first one writes."""
 
     @abstractmethod
     def compile_encoder(self) -> None:
-        """Compile the encoder in place, when first used."""
+        """Compile the encoder, in place, when it is first used."""
 
     @property
     @abstractmethod
     def image_shape(self) -> tuple[int, int]:
-        """(height, width) of the decoded images in pixels."""
+        """Height and width of the decoded images in pixels."""
 
     @property
     @abstractmethod
     def encoder_facts(self) -> tuple[object, ...]:
-        """What the encoder's latents depend on beside its weights and the images."""
+        """What the latents depend on, apart from the encoder's weights and the images."""
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -66,30 +69,34 @@ class LatentSpace(nn.Module, ABC):
 
     @property
     def image_size(self) -> int:
-        """Side of the decoded images in pixels; UserError if they are not square."""
+        """Side of the decoded images in pixels. Raises UserError if they are not square."""
         height, width = self.image_shape
         if height != width:
-            raise UserError(f"this autoencoder gives images of {height} x {width} pixels; this needs square ones")
+            raise UserError(
+                f"the autoencoder makes images of {height} x {width} pixels, and square ones are needed; take another"
+            )
         return height
 
     def set_statistics(self, mean: Tensor | None, var: Tensor) -> None:
-        """Whiten by these, each (C, H, W), from now on. A mean of None stays None: nothing is subtracted."""
+        """Set the latent statistics, each (C, H, W). With a mean of None nothing is subtracted."""
         self.mean = None if mean is None else mean.to(self.var)
         self.var = var.to(self.var)
 
     def whiten(self, latents: Tensor) -> Tensor:
+        """Return latents (B, C, h, w) with zero mean and unit variance over the training images."""
         centred = latents if self.mean is None else latents - self.mean
         return centred / (self.var + VARIANCE_EPS).sqrt()
 
     def unwhiten(self, latents: Tensor) -> Tensor:
+        """Invert `whiten`."""
         scaled = latents * (self.var + VARIANCE_EPS).sqrt()
         return scaled if self.mean is None else scaled + self.mean
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] -> whitened latents (B, C, h, w). Adds no noise."""
+        """Return the whitened latents (B, C, h, w) of images (B, 3, H, W) in [0, 1]. Adds no noise."""
         return self.whiten(self.tokens(images).float())
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Whitened latents (B, C, h, w) -> images (B, 3, *image_shape) in [0, 1]."""
+        """Return the images (B, 3, *image_shape) in [0, 1] of whitened latents (B, C, h, w)."""
         return self.pixels(self.unwhiten(latents)).clamp(0, 1)

@@ -1,4 +1,4 @@
-"""The pieces that the networks share."""
+"""Layers and functions that the networks share."""
 
 import math
 from collections.abc import Iterator
@@ -10,37 +10,43 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Rotary = tuple[Tensor, Tensor]
-"""Cosines and sines (N, head_dim / 2) of each token's rotation angles."""
+"""Cosines and sines of the rotation angles of each token, both (N, head_dim / 2)."""
 Gelu = Literal["none", "tanh"]
 NormKind = Literal["rms", "layer"]
 MLPKind = Literal["swiglu", "gelu"]
 
 
 def patchify(images: Tensor, size: int) -> Tensor:
-    """(B, C, H*size, W*size) -> (B, H*W, size*size*C): rows first, and inside a patch pixels before channels."""
+    """Return the patches (B, H*W, size*size*C) of images (B, C, H*size, W*size).
+
+    Patches are in row-major order. Within a patch the order is row, column, channel.
+    """
     b, c, height, width = images.shape
     x = images.reshape(b, c, height // size, size, width // size, size)
     return x.permute(0, 2, 4, 3, 5, 1).reshape(b, -1, size * size * c)
 
 
 def unpatchify(patches: Tensor, size: int, grid: tuple[int, int]) -> Tensor:
-    """The inverse of `patchify` for a grid of (H, W) patches."""
+    """Invert `patchify` for a grid of (H, W) patches."""
     x = patches.unflatten(1, grid).unflatten(-1, (size, size, -1))
     return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
 
 def to_grid(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Tokens (B, H*W, C) -> latents (B, C, H, W)."""
+    """Return tokens (B, H*W, C) as latents (B, C, H, W)."""
     return tokens.transpose(1, 2).unflatten(2, grid)
 
 
 def to_tokens(latents: Tensor) -> Tensor:
-    """Latents (B, C, H, W) -> tokens (B, H*W, C)."""
+    """Return latents (B, C, H, W) as tokens (B, H*W, C)."""
     return latents.flatten(2).transpose(1, 2)
 
 
 def sincos_positions(width: int, grid: tuple[int, int]) -> Tensor:
-    """Fixed 2-D position embedding (H*W, width): the first half encodes the column, the second the row (spec 2.3)."""
+    """Return the fixed 2-D position embedding (H*W, width).
+
+    The first half of the channels encodes the column, the second half the row (spec 2.3).
+    """
     frequencies = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
     angles = [p.flatten()[:, None] * frequencies for p in (columns, rows)]
@@ -48,9 +54,14 @@ def sincos_positions(width: int, grid: tuple[int, int]) -> Tensor:
 
 
 def rotary_table(head_dim: int, grid: tuple[int, int], unplaced: int = 0) -> Rotary:
-    """Axial 2-D rotation: half of the head's channel pairs turn by the row, the other half by the column (spec 2.3).
+    """Return the table of axial 2-D rotary position embedding (spec 2.3).
 
-    `unplaced` tokens follow those of the grid, and are not turned.
+    Half of a head's channel pairs rotate by the row, the other half by the column.
+
+    Args:
+        head_dim: channels of a head, a multiple of 4.
+        grid: rows and columns of tokens.
+        unplaced: number of tokens that follow the grid's tokens and are not rotated.
     """
     quarter = head_dim // 4
     frequencies = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
@@ -74,7 +85,7 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm with a learned weight; statistics in float32 whatever the input's type."""
+    """Root-mean-square norm with a learned weight. Its statistics are float32 for any input type."""
 
     def __init__(self, width: int, eps: float = 1e-6) -> None:
         super().__init__()
@@ -82,16 +93,19 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 def plain_norm(kind: NormKind, width: int) -> nn.Module:
-    """The norm before a denoiser's layers: RMSNorm with a weight, or LayerNorm without."""
+    """Return the norm in a denoiser block: RMSNorm with a weight, or LayerNorm without."""
     return RMSNorm(width) if kind == "rms" else nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with a fused projection; a norm of queries and keys bounds the softmax's input."""
+    """Multi-head self-attention with one projection for queries, keys and values.
+
+    `qk_norm` normalises queries and keys, which bounds the attention logits.
+    """
 
     def __init__(self, width: int, heads: int, qk_norm: NormKind | None = None) -> None:
         super().__init__()
@@ -106,7 +120,7 @@ class Attention(nn.Module):
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
     def _project(self, x: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values (B, heads, N, head_dim)."""
+        """Return queries, keys and values, each (B, heads, N, head_dim)."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
@@ -115,7 +129,7 @@ class Attention(nn.Module):
 
     @torch.no_grad()
     def max_logit(self, x: Tensor, rotary: Rotary | None = None) -> Tensor:
-        """The largest input of the softmax, in absolute value; one image at a time, for the memory's sake."""
+        """Return the largest absolute attention logit. Computes one image at a time to save memory."""
         q, k, _ = self._project(x, rotary)
         with torch.autocast(x.device.type, enabled=False):
             largest = [(a.float() @ b.float().mT).abs().amax() for a, b in zip(q, k, strict=True)]
@@ -124,9 +138,9 @@ class Attention(nn.Module):
 
 @contextmanager
 def watch_logits(module: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Within it, forward passes of `module` leave the largest attention logit of all layers as `max_logit`.
+    """Record the largest attention logit of all layers of `module` as `max_logit`.
 
-    For layers that are not compiled: a compiled one does not notice.
+    Compiled layers are not recorded.
     """
     seen: dict[str, Tensor] = {}
 
@@ -176,11 +190,15 @@ class SwiGLU(nn.Module):
 
 
 def gelu_mlp(width: int, hidden: int, approximate: Gelu = "none") -> nn.Sequential:
+    """Return two linear layers with a GELU between them."""
     return nn.Sequential(nn.Linear(width, hidden), nn.GELU(approximate), nn.Linear(hidden, width))
 
 
 class ViTBlock(nn.Module):
-    """Pre-norm transformer block with LayerNorm and GELU (`gelu`: "none" is exact, "tanh" its approximation)."""
+    """Pre-norm transformer block with LayerNorm and GELU.
+
+    `gelu` is "none" for the exact function, "tanh" for its approximation.
+    """
 
     def __init__(self, width: int, heads: int, hidden: int, eps: float, gelu: Gelu = "none") -> None:
         super().__init__()
@@ -195,14 +213,23 @@ class ViTBlock(nn.Module):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Return x scaled by 1 + scale and shifted."""
     return x * (1 + scale) + shift
 
 
 class DiTBlock(nn.Module):
-    """LightningDiT block: norm, rotary attention, norm, MLP, each with adaLN-zero from the condition (spec 2.3).
+    """LightningDiT block: norm, attention, norm, MLP, modulated by adaLN-zero (spec 2.3).
 
-    The condition is (B, 1, width), one for all tokens, or (B, N, width), one for each (the wide head). With
-    `adaln` False it is not used, as in the backbone of RAE v2; "no shift" leaves out the shifts.
+    The condition is (B, 1, width) for all tokens of an image, or (B, N, width) for each token, as in the wide head.
+
+    Args:
+        width: channels of a token.
+        heads: attention heads.
+        hidden: hidden width of the MLP.
+        norm: the kind of all norms.
+        mlp: the kind of the MLP.
+        qk_norm: whether queries and keys are normalised.
+        adaln: whether the condition modulates the block. RAE v2's backbone has False; "no shift" omits the shifts.
     """
 
     def __init__(
@@ -239,7 +266,7 @@ class DiTBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Norm, shift and scale from the condition, and the projection to the output."""
+    """Norm, modulation by the condition, and projection to the output."""
 
     def __init__(self, width: int, out: int, norm: NormKind = "rms") -> None:
         super().__init__()
@@ -253,7 +280,10 @@ class FinalLayer(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """Random Fourier features of the time in [0, 1], and a small network; float32 under autocast too."""
+    """Embedding (B, width) of times (B,) in [0, 1]: random Fourier features and a small network.
+
+    It computes in float32, under autocast too.
+    """
 
     frequencies: Tensor
 

@@ -1,6 +1,6 @@
 """How good the samples are while a denoiser is trained."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -11,7 +11,7 @@ from raekit.data.sources import open_source
 from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.evaluation.against import Against, find_networks
-from raekit.evaluation.features import default_features, load_networks
+from raekit.evaluation.features import Images, default_features, load_networks
 from raekit.evaluation.intervals import LEAST
 from raekit.evaluation.labels import Labels, draw_labels
 from raekit.evaluation.references import measure_reference, read_reference
@@ -21,6 +21,7 @@ from raekit.flow.guidance import parse_guidance
 from raekit.flow.sampling import Sampling, check_sampling
 from raekit.inference.model import Model
 from raekit.models.denoiser import Denoiser
+from raekit.train.precision import autocast
 
 
 @configclass
@@ -63,7 +64,7 @@ class EvaluationConfig:
     def sampling(self) -> Sampling:
         """How the samples are made."""
         rules = parse_guidance(self.guidance) if self.guidance is not None else ()
-        return Sampling(steps=self.steps, guidance=rules, precision=self.precision)
+        return Sampling(steps=self.steps, guidance=rules)
 
     def __post_init__(self) -> None:
         for name in ("every", "count", "batch_size"):
@@ -135,8 +136,18 @@ def evaluator(
                 batch_size=config.batch_size,
             )
             metrics = compared[0].accumulators(config.count, config.intervals)
-            scores = score_stream(stream.share(world), metrics, world)
+            scores = score_stream(_autocast(stream.share(world), config.precision, world), metrics, world)
             values |= {prefix + name: value for name, value in scores.items()}
         return values
 
     return call
+
+
+def _autocast(stream: Iterator[Images], precision: Literal["fp32", "bf16"], world: World) -> Iterator[Images]:
+    """Yield the batches of `stream`, computed in `precision`; what the caller does between them is not affected."""
+    while True:
+        with autocast(precision, world.device):
+            batch = next(stream, None)
+        if batch is None:
+            return
+        yield batch

@@ -122,7 +122,7 @@ def build(config: GenerationConfig, run: Path, world: World) -> Stage:
         UserError: the config does not fit the autoencoder, the images, the cache or the denoiser to fine-tune.
     """
     seed, dtype = config.train.seed, compute_dtype(config.train.precision, world.device)
-    autoencoder = load_autoencoder(config.autoencoder, dtype)
+    autoencoder = load_autoencoder(config.autoencoder, encoder_dtype=dtype)
     if config.latents:
         loader = LatentLoader(Path(config.latents), config.data, seed, autoencoder)
     else:

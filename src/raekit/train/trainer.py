@@ -1,8 +1,6 @@
 """The training loop for a list of objectives, on any number of processes."""
 
 import logging
-import os
-import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +22,7 @@ from raekit.config import configclass
 from raekit.distributed import World, set_gradient_sync
 from raekit.errors import UserError
 from raekit.train import checkpoint, ema
+from raekit.train.compilation import check_compiler
 from raekit.train.objective import Metrics, Objective, Periodic, TrainingBatch
 from raekit.train.optim import build_optimizer
 from raekit.train.precision import Precision, autocast, compute_dtype, float32_precision
@@ -31,7 +30,6 @@ from raekit.train.recompute import checkpoint_blocks
 from raekit.train.signals import stop_signals
 from raekit.train.tracking import Tracker
 
-CXX_COMPILERS = (os.environ.get("CXX", "g++"), "clang++")
 _log = logging.getLogger(__name__)
 Report = Callable[[int, dict[str, float]], None]
 """A function that receives the number of finished steps and the latest metrics."""
@@ -117,8 +115,8 @@ class Trainer:
                 f"train.batch_size: {config.batch_size} must divide into {world.size} processes with whole "
                 f"micro-batches of train.micro_batch = {config.micro_batch}"
             )
-        if config.compile and world.device.type == "cpu" and not any(map(shutil.which, CXX_COMPILERS)):
-            raise UserError("train.compile: needs a C++ compiler on a CPU; install g++, or turn train.compile off")
+        if config.compile:
+            check_compiler("train.compile", world.device)
         if config.tensorboard and not find_spec("tensorboard"):
             raise UserError("train.tensorboard: TensorBoard is not installed; pip install 'raekit[track]'")
         if config.precision == "bf16" and compute_dtype("auto", world.device) == torch.float32:

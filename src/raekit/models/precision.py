@@ -1,0 +1,25 @@
+"""The type that a loaded network holds its weights in, and so computes in."""
+
+from collections.abc import Collection
+
+import torch
+from torch import nn
+
+
+def set_dtype(module: nn.Module, dtype: torch.dtype, keep: Collection[object] = ()) -> None:
+    """Convert the floating-point weights and tables of `module` to `dtype`, in place.
+
+    No autocast is needed after that, so no evaluation casts weights. Norms and softmax still compute their
+    statistics in float32.
+
+    Args:
+        module: the network.
+        dtype: float32 or bfloat16. Weights that were bfloat16 stay rounded when they become float32.
+        keep: submodules and tables to leave as they are.
+    """
+    for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+        if tensor.is_floating_point() and not any(tensor is kept for kept in keep):
+            tensor.data = tensor.data.to(dtype)
+    for child in module.children():
+        if not any(child is kept for kept in keep):
+            set_dtype(child, dtype, keep)
