@@ -413,8 +413,9 @@ def test_a_masked_autoencoder_keeps_its_fixed_positions():
     model = modeling_vit_mae.ViTMAEModel(modeling_vit_mae.ViTMAEConfig(**values))
     fresh = model.state_dict()
     encoder = reference._encoder("mae", "vit_mae", values, {k: list(v.shape) for k, v in fresh.items()}, (16, 16))
-    model.embeddings.patch_embeddings.projection._is_hf_initialized = False  # let transformers write its own table
-    model.embeddings.initialize_weights()
+    embeddings: Any = model.embeddings
+    embeddings.patch_embeddings.projection._is_hf_initialized = False  # let transformers write its own table
+    embeddings.initialize_weights()
     key = "embeddings.position_embeddings"
     assert torch.allclose(encoder.model.state_dict()[key], model.state_dict()[key], atol=1e-6)
 

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from raekit import artifacts
 from raekit.data.loader import DataConfig
 from raekit.data.sources import is_address, open_source

@@ -128,7 +128,7 @@ class Denoiser(nn.Module):
             block.compile(*args, **kwargs)
 
     def set_dtype(self, dtype: torch.dtype) -> Self:
-        """Hold the weights in `dtype`, in place. The embeddings of time and condition and the rotary tables stay float32.
+        """Hold the weights in `dtype`, in place. Rotary tables and the embeddings of time and condition stay float32.
 
         Use this instead of `Module.to(dtype)`, which converts the embeddings, too, and leaves a network that fails.
         """
