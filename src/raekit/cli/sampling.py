@@ -19,8 +19,10 @@ class SolverOptions:
 
     Args:
         steps: solver steps; dopri5 takes its own. Default: 50.
-        solver: euler; heun, with two evaluations a step; dopri5, whose steps are fit to the whole batch, so that a
-            sample depends on its batch up to the tolerance; or the SDE's euler-maruyama. Default: euler.
+        solver: euler takes one evaluation a step; heun takes two and is of second order. ab2 extrapolates from the last
+            two evaluations, one a step. abm also corrects each step with the next evaluation, one a step. dopri5
+            chooses its steps for the complete batch, so a sample depends on its batch up to the tolerance.
+            euler-maruyama solves the SDE. Default: euler.
         grid: of times; full goes down to the data, published is the official sampler's, one step short of them.
             Default: full.
         atol: absolute tolerance of dopri5. Default: 1e-6.
@@ -31,7 +33,7 @@ class SolverOptions:
     """
 
     steps: int | None = None
-    solver: Literal["euler", "heun", "dopri5", "euler-maruyama"] | None = None
+    solver: Literal["euler", "heun", "ab2", "abm", "dopri5", "euler-maruyama"] | None = None
     grid: Literal["full", "published"] | None = None
     atol: float | None = None
     rtol: float | None = None
