@@ -3,7 +3,7 @@
     python benchmarks/solvers.py [--model builtin:emoji] [--guidance cfg:3.0@0.1-1.0] [--evaluations 5 10 20 50]
         [--count 16] [--judge builtin:vit-tiny] [--judge dinov2:FOLDER@112] [--out solvers.json]
 
-Each solver starts from the same noise and classes. `error` is ||z - exact|| / ||exact|| over the latents z of all samples.
+Each solver starts from the same noise and classes. `error` is ||z - exact|| / ||exact|| over the latents z of the first 16.
 The exact samples are those of `abm` with 200 steps; the row `heun, 400` shows how closely a different method agrees.
 With --judge also the Frechet distance to the held-out emoji, in that network (@SIZE: at that input size), with its 95 %
 interval, after the distance of as many training images. Figures already in --out are kept, so a run can be stopped.
@@ -12,6 +12,7 @@ interval, after the distance of as many training images. Figures already in --ou
 import argparse
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -27,7 +28,7 @@ from raekit.evaluation.metrics import FrechetDistance
 from raekit.evaluation.references import Reference, measure_reference
 from raekit.flow.guidance import parse_guidance
 from raekit.flow.sampling import Sampling, sample_latents
-from raekit.flow.solvers import Grid
+from raekit.flow.solvers import Grid, SolverName
 from raekit.inference.model import Model, load
 from raekit.models.encoders import load_encoder
 
@@ -86,18 +87,17 @@ def main() -> None:
         if arguments.out:
             arguments.out.write_text(json.dumps(rows, indent=2) + "\n")
 
-    of_reference = None
-    if networks:
-        real = measure_reference(heldout, {n.name: n for n in networks}, ONE, keep=0)
-        of_reference = real.about.classes
+    real = measure_reference(heldout, {n.name: n for n in networks}, ONE, keep=0) if networks else None
+    if real:
         loader = Loader(DataConfig(source="emoji", split="train", image_size=heldout.image_size), seed=0)
         order = range(0, len(loader), len(loader) // arguments.count)[: arguments.count]
         keep("training images", distances(images_of(loader.read([order], ONE), ONE), networks, real))
+    of_reference = real.about.classes if real else None
     kind = "reference" if of_reference else "balanced"
     labels = draw_labels(kind, model.denoiser.config.num_classes, arguments.count, 0, of_reference)
     first = labels[:16]
-    exact = latents(model, first, REFERENCE.__class__(steps=200, solver="abm", guidance=rules))
-    runs = [("heun", "full", 400)] if not rules else []
+    exact = latents(model, first, replace(REFERENCE, guidance=rules))
+    runs: list[tuple[SolverName, Grid, int]] = [("heun", "full", 400)] if not rules else []
     runs += [(s, g, n) for n in arguments.evaluations for g in arguments.grids for s in arguments.solvers]
     for solver, grid, evaluations in runs:
         name = f"{arguments.guidance or 'unguided'} {solver} {grid} {evaluations}"
@@ -106,9 +106,9 @@ def main() -> None:
             continue
         steps = evaluations // 2 if solver == "heun" else evaluations
         sampling = Sampling(steps=steps + (grid == "published"), solver=solver, grid=grid, guidance=rules)
-        z = latents(model, labels if networks else first, sampling)
+        z = latents(model, labels if real else first, sampling)
         error = ((z[: len(first)] - exact).norm() / exact.norm()).item()
-        keep(name, {"error": error} | (distances(decoded(model, z), networks, real) if networks else {}))
+        keep(name, {"error": error} | (distances(decoded(model, z), networks, real) if real else {}))
 
 
 if __name__ == "__main__":
