@@ -3,7 +3,7 @@
     python benchmarks/solvers.py [--model builtin:emoji] [--guidance cfg:3.0@0.1-1.0] [--evaluations 5 10 20 50]
         [--count 16] [--judge builtin:vit-tiny] [--judge dinov2:FOLDER@112] [--out solvers.json]
 
-Each solver starts from the same noise and classes. `error` is ||z - exact|| / ||exact|| over the latents z of the first 16.
+Each solver starts from the same noise and classes. `error` is ||z - exact|| / ||exact|| over the first 16 latents z.
 The exact samples are those of `abm` with 200 steps; the row `heun, 400` shows how closely a different method agrees.
 With --judge also the Frechet distance to the held-out emoji, in that network (@SIZE: at that input size), with its 95 %
 interval, after the distance of as many training images. Figures already in --out are kept, so a run can be stopped.
