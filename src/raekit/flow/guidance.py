@@ -43,7 +43,7 @@ class Guidance:
         if not 0 <= self.start < self.end <= 1:
             raise UserError(f"guidance: the interval {self.start}-{self.end} must lie in 0-1, start before end")
         if not math.isfinite(self.scale):
-            raise UserError(f"guidance: the scale {self.scale} must be a finite number")
+            raise UserError(f"guidance: a scale of {self.scale} is not a finite number; give a finite one")
         if self.scale == 1:
             raise UserError("guidance: a scale of 1 has no effect; leave guidance out")
 
@@ -111,13 +111,16 @@ def guided(predict: Predict, rules: Sequence[Guidance]) -> Velocity:
 def with_interval_ends(times: Sequence[float], rules: Sequence[Guidance]) -> list[float]:
     """Return the grid `times` with the ends of all guidance intervals among its times.
 
-    Each end inside the grid takes the place of the nearest inner time, so the number of steps stays the same.
+    Each end inside the grid takes the place of the nearest inner time, so the number of steps stays the same. A rising
+    grid gets the same times as a falling one.
 
     Raises:
         UserError: the grid has fewer inner times than there are ends.
     """
+    if times[0] < times[-1]:
+        return with_interval_ends(times[::-1], rules)[::-1]
     every = {end for rule in rules for end in (rule.start, rule.end) if 0 < end < 1}
-    inside = sorted((end for end in every if min(times) < end < max(times)), reverse=times[0] > times[-1])
+    inside = sorted((end for end in every if times[-1] < end < times[0]), reverse=True)
     if len(inside) > len(times) - 2:
         ends = ", ".join(f"{end:g}" for end in inside)
         raise UserError(
