@@ -5,7 +5,17 @@ import torch
 from torch import Tensor
 
 from raekit.errors import UserError
-from raekit.flow.guidance import REFERENCES, Guidance, Method, Reference, check_guidance, guided, parse_guidance
+from raekit.flow.guidance import (
+    REFERENCES,
+    Guidance,
+    Method,
+    Reference,
+    check_guidance,
+    guided,
+    parse_guidance,
+    pieces,
+    with_interval_ends,
+)
 from raekit.flow.solvers import time_grid
 
 X = torch.zeros(2, 3, 2, 2)
@@ -147,3 +157,45 @@ def test_guidance_without_effect_is_refused(text: str, message: str):
     check_guidance(parse_guidance("internal:2+cfg:2@0.5-0.6"), {"weak": "needs a weaker model"}, [1.0, 0.5])
     with pytest.raises(UserError, match=message):
         check_guidance(parse_guidance(text), {"weak": "needs a weaker model"}, [1.0, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("cfg:2", [1.0, 0.7, 0.5, 0.2, 0.0]),
+        ("cfg:2@0.45-1.0", [1.0, 0.7, 0.45, 0.2, 0.0]),
+        ("cfg:2@0.45-0.55", [1.0, 0.7, 0.55, 0.45, 0.0]),
+        ("cfg:2@0.01-0.02", [1.0, 0.7, 0.02, 0.01, 0.0]),
+        ("cfg:2@0.98-0.99", [1.0, 0.99, 0.98, 0.2, 0.0]),
+        ("cfg:2@0.1-0.6+internal:2@0.1-0.9", [1.0, 0.9, 0.6, 0.1, 0.0]),
+    ],
+)
+def test_the_ends_of_intervals_replace_the_nearest_inner_times(text: str, expected: list[float]):
+    times, rules = [1.0, 0.7, 0.5, 0.2, 0.0], parse_guidance(text)
+    assert with_interval_ends(times, rules) == expected
+    assert with_interval_ends(times[::-1], rules) == expected[::-1]
+
+
+def test_ends_outside_of_the_grid_leave_it():
+    rules = parse_guidance("cfg:2@0.1-0.9")
+    assert with_interval_ends([0.8, 0.5, 0.2], rules) == [0.8, 0.5, 0.2]
+
+
+def test_too_few_steps_for_the_ends_of_intervals():
+    rules = parse_guidance("cfg:2@0.1-0.6")
+    assert with_interval_ends([1.0, 0.7, 0.2, 0.0], rules) == [1.0, 0.6, 0.1, 0.0]
+    with pytest.raises(
+        UserError, match=r"steps: 2 is too few for guidance that changes at 0\.6, 0\.1; take at least 3"
+    ):
+        with_interval_ends([1.0, 0.5, 0.0], rules)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_rule_acts_in_complete_pieces(reverse: bool):
+    cfg, internal = Guidance(scale=3), Guidance(method="internal", scale=1.5)
+    times = [time_grid(1, 6**0.5)[0], 0.9, 0.6, 0.3, 0.1, 0.0]
+    assert times[0] > 1
+    expected = [(times[:3], (internal,)), (times[2:5], (cfg, internal)), (times[4:], (cfg,))]
+    if reverse:
+        times, expected = times[::-1], [(piece[::-1], rules) for piece, rules in reversed(expected)]
+    assert pieces(times, parse_guidance("cfg:3@0-0.6+internal:1.5@0.1-1")) == expected

@@ -2,12 +2,15 @@ import itertools
 import math
 import sys
 
+import numpy as np
 import pytest
 import torch
+from scipy.integrate import solve_ivp
 
 from raekit.errors import UserError
+from raekit.flow.guidance import Guidance, pieces, with_interval_ends
 from raekit.flow.path import interpolate, shift_factor, velocity
-from raekit.flow.solvers import dopri5, euler, euler_maruyama, evaluated, heun, time_grid
+from raekit.flow.solvers import MULTISTEP, ab2, abm, dopri5, euler, euler_maruyama, evaluated, heun, time_grid
 
 ALPHA = shift_factor((768, 16, 16))
 
@@ -37,7 +40,9 @@ def test_grid_without_shift_is_even():
 
 
 @pytest.mark.parametrize(("grid", "evaluations"), [("full", 50), ("published", 49)])
-@pytest.mark.parametrize(("solver", "per_step"), [("euler", 1), ("heun", 2), ("euler-maruyama", 1)])
+@pytest.mark.parametrize(
+    ("solver", "per_step"), [("euler", 1), ("heun", 2), ("ab2", 1), ("abm", 1), ("euler-maruyama", 1)]
+)
 def test_evaluations(grid, evaluations: int, solver, per_step: int):
     seen = []
 
@@ -49,7 +54,7 @@ def test_evaluations(grid, evaluations: int, solver, per_step: int):
     if solver == "euler-maruyama":
         euler_maruyama(field, x, times, lambda step: x)
     else:
-        {"euler": euler, "heun": heun}[solver](field, x, times)
+        {"euler": euler, "heun": heun, **MULTISTEP}[solver](field, x, times)
     assert len(seen) == evaluations * per_step
     assert seen[0] == 1.0
     assert set(seen) == set(evaluated(solver, times))
@@ -65,16 +70,45 @@ def solve(solver, field, start: float, steps: int) -> float:
     return solver(field, torch.tensor([start], dtype=torch.float64), time_grid(steps, 2.0)).item()
 
 
-@pytest.mark.parametrize("solver", [euler, heun])
-def test_straight_paths_are_exact_in_one_step(solver):
+SOLVERS = [euler, heun, ab2, abm]
+
+
+@pytest.mark.parametrize("times", [[1.0, 0.0], [1.0, 0.7, 0.65, 0.2, 0.0]], ids=["one step", "uneven steps"])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_straight_paths_are_exact(solver, times: list[float]):
     x, noise = torch.randn(2, 3, 2, 2), torch.randn(2, 3, 2, 2)
-    out = solver(lambda x_t, t: velocity(x, noise), interpolate(x, noise, torch.ones(2)), [1.0, 0.0])
+    out = solver(lambda x_t, t: velocity(x, noise), interpolate(x, noise, torch.ones(2)), times)
     assert torch.allclose(out, x, atol=1e-6)
+    back = solver(lambda x_t, t: velocity(x, noise), x, times[::-1])
+    assert torch.allclose(back, noise, atol=1e-6)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_constant_data_prediction_is_reached_exactly(solver):
+    data, noise = torch.randn(2, 3, 2, 2, dtype=torch.float64), torch.randn(2, 3, 2, 2, dtype=torch.float64)
+
+    def field(x: torch.Tensor, t: float) -> torch.Tensor:
+        return (x - data) / t if t else noise - data  # Heun evaluates the end as well
+
+    assert torch.allclose(solver(field, noise, time_grid(5, 2.0)), data, atol=1e-12)
 
 
 def test_heun_is_exact_for_a_velocity_linear_in_time():
     # dx/dt = 2t, so x(0) = x(1) - 1, whatever the steps.
     assert solve(heun, lambda x, t: torch.full_like(x, 2 * t), 3.0, 3) == pytest.approx(2.0, abs=1e-12)
+
+
+@pytest.mark.parametrize("times", [[1.0, 0.7, 0.65, 0.2, 0.0], [0.0, 0.3, 0.35, 0.8, 1.0]], ids=["down", "up"])
+def test_multistep_methods_extrapolate_over_uneven_steps(times: list[float]):
+    # dx/dt = 2t. The first step of ab2 is Euler's and leaves an error of the step squared; later steps are exact.
+    first = (times[1] - times[0]) ** 2
+
+    def change(solver) -> float:
+        return solver(lambda x, t: torch.full_like(x, 2 * t), torch.zeros(1, dtype=torch.float64), times).item()
+
+    exact = times[-1] ** 2 - times[0] ** 2
+    assert change(ab2) == pytest.approx(exact - first, abs=1e-12)
+    assert change(abm) == pytest.approx(exact, abs=1e-12), "abm corrects the first step"
 
 
 def wave(x: torch.Tensor, t: float) -> torch.Tensor:
@@ -86,7 +120,7 @@ WAVE = math.exp(-math.sin(3) / 3)
 
 
 @pytest.mark.parametrize("reverse", [False, True], ids=["to data", "to noise"])
-@pytest.mark.parametrize(("solver", "order"), [(euler, 1), (heun, 2)])
+@pytest.mark.parametrize(("solver", "order"), [(euler, 1), (heun, 2), (ab2, 2), (abm, 3)])
 def test_order_of_convergence(solver, order: int, reverse: bool):
     exact = 2.0 / WAVE if reverse else 2.0 * WAVE
     start = torch.tensor([2.0], dtype=torch.float64)
@@ -107,7 +141,68 @@ def gaussian(x: torch.Tensor, t: float) -> torch.Tensor:
     return -M + (t - (1 - t) * S**2) / variance * (x - mean)
 
 
-@pytest.mark.parametrize(("solver", "tolerance"), [(euler, 0.03), (heun, 0.002)])
+def mixture(x: torch.Tensor, t: float) -> torch.Tensor:
+    """The exact velocity for data from a mixture of three normal distributions: their velocities, by responsibility."""
+    means, deviations, shares = torch.tensor([[-1.2, 0.3, 1.5], [0.3, 0.2, 0.4], [0.3, 0.4, 0.3]], dtype=torch.float64)
+    variance = (1 - t) ** 2 * deviations**2 + t**2
+    distance = x[:, None] - (1 - t) * means
+    responsibility = (shares.log() - variance.log() / 2 - distance**2 / (2 * variance)).softmax(1)
+    return (responsibility * (-means + (t - (1 - t) * deviations**2) / variance * distance)).sum(1)
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["to data", "to noise"])
+@pytest.mark.parametrize(("solver", "order"), [(euler, 1), (heun, 2), (ab2, 2), (abm, 3)])
+def test_order_of_convergence_for_a_mixture_of_normal_distributions(solver, order: int, reverse: bool):
+    start = torch.linspace(-2, 2, 41, dtype=torch.float64)
+    ends = (0, 1) if reverse else (1, 0)
+
+    def derivative(t: float, x: np.ndarray) -> np.ndarray:
+        return mixture(torch.from_numpy(x), t).numpy()
+
+    exact = torch.from_numpy(
+        solve_ivp(derivative, ends, start.numpy(), method="DOP853", rtol=1e-11, atol=1e-11).y[:, -1]
+    )
+    errors = []
+    for steps in (64, 128, 256):
+        times = [1 - i / steps for i in range(steps + 1)]
+        errors.append((solver(mixture, start, times[::-1] if reverse else times) - exact).abs().mean().item())
+    for coarse, fine in itertools.pairwise(errors):
+        assert math.log2(coarse / fine) == pytest.approx(order, abs=0.2)
+
+
+JUMPING = Guidance(scale=2, start=0.15, end=0.55)
+
+
+def jumping(x: torch.Tensor, t: float, inside: bool) -> torch.Tensor:
+    """A field that jumps: twice the wave inside the interval of JUMPING."""
+    return (2 if inside else 1) * wave(x, t)
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["to data", "to noise"])
+@pytest.mark.parametrize(("solver", "order"), [(ab2, 2), (abm, 3)])
+def test_multistep_methods_keep_their_order_across_the_ends_of_an_interval(solver, order: int, reverse: bool):
+    def integral(t: float) -> float:
+        return math.sin(3 * t) / 3
+
+    exact = integral(0) - integral(1) + integral(JUMPING.start) - integral(JUMPING.end)
+    exact = 2.0 * math.exp(-exact if reverse else exact)
+    split, joined = [], []
+    for n in (40, 80, 160, 320):
+        times = with_interval_ends(time_grid(n, 1.0)[:: -1 if reverse else 1], [JUMPING])
+        x = torch.tensor([2.0], dtype=torch.float64)
+        joined.append(abs(solver(lambda x, t: jumping(x, t, JUMPING.holds(t)), x, times).item() - exact))
+        for piece, rules in pieces(times, [JUMPING]):
+            x = solver(lambda x, t, inside=bool(rules): jumping(x, t, inside), x, piece)
+        split.append(abs(x.item() - exact))
+
+    def orders(errors: list[float]) -> list[float]:
+        return [math.log2(coarse / fine) for coarse, fine in itertools.pairwise(errors)]
+
+    assert orders(split) == pytest.approx([order] * 3, abs=0.3)
+    assert orders(joined) == pytest.approx([1] * 3, abs=0.3), "without a new start at the jumps the order is lost"
+
+
+@pytest.mark.parametrize(("solver", "tolerance"), [(euler, 0.03), (heun, 0.002), (ab2, 0.002), (abm, 0.002)])
 def test_gaussian_data_is_recovered_from_noise_and_noise_from_data(solver, tolerance: float):
     z = torch.linspace(-2, 2, 5, dtype=torch.float64)
     times = time_grid(200, 2.0)

@@ -20,7 +20,7 @@ from raekit.data.images import read_image
 from raekit.data.loader import Batch, DataConfig, Loader
 from raekit.distributed import World
 from raekit.errors import UserError
-from raekit.flow.guidance import Guidance, parse_guidance
+from raekit.flow.guidance import Guidance, parse_guidance, with_interval_ends
 from raekit.flow.path import similarity
 from raekit.flow.sampling import Sampling, latents_to_noise, sample_latents, slerp
 from raekit.flow.solvers import time_grid
@@ -96,7 +96,7 @@ def test_samples_are_images_with_their_labels_and_numbers(model):
 
 
 @pytest.mark.parametrize("guidance", ["", "cfg:2.0@0.2-0.8", "internal:1.5+auto:1.3"])
-@pytest.mark.parametrize("solver", ["euler", "heun", "euler-maruyama"])
+@pytest.mark.parametrize("solver", ["euler", "heun", "abm", "euler-maruyama"])
 def test_a_sample_is_the_same_in_any_batch(model, two_outputs, guidance, solver):
     rules = parse_guidance(guidance) if guidance else ()
     weak = two_outputs.denoiser if "auto" in guidance else None
@@ -206,7 +206,7 @@ def test_the_great_circle():
     assert torch.allclose(slerp(a, a, torch.tensor([0.3])), a)
 
 
-@pytest.mark.parametrize("solver", ["euler", "heun"])
+@pytest.mark.parametrize("solver", ["euler", "heun", "abm"])
 def test_a_trajectory_ends_in_the_sample(model, solver):
     sampling = Sampling(steps=6, solver=solver, guidance=parse_guidance("cfg:1.5@0.1-0.9"))
     times, images = trajectory(model, [1, 2], frames=4, seed=5, sampling=sampling)
@@ -323,6 +323,8 @@ def calls_of(model: Model, sampling: Sampling) -> tuple[Calls, Calls, Counter[st
         (Sampling(steps=10), 10),
         (Sampling(steps=10, grid="published"), 9),
         (Sampling(steps=10, solver="heun"), 20),
+        (Sampling(steps=10, solver="ab2"), 10),
+        (Sampling(steps=10, solver="abm"), 10),
         (Sampling(steps=10, solver="euler-maruyama"), 10),
     ],
 )
@@ -456,6 +458,18 @@ def test_internal_guidance_leads_away_from_the_base_output(two_outputs):
     assert torch.allclose(ours, base + 1.78 * (full - base), atol=1e-5)
 
 
+@pytest.mark.parametrize("solver", ["ab2", "abm"])
+def test_multistep_solvers_guide_in_the_interval_itself(model, solver):
+    # All of these grids have different times; the guided passes cover the interval in each of them.
+    for steps in (5, 10, 20):
+        sampling = Sampling(steps=steps, solver=solver, guidance=parse_guidance("cfg:1.5@0.2-0.8"))
+        times = with_interval_ends(time_grid(steps, model.denoiser.config.shift), sampling.guidance)
+        calls, _, passes = calls_of(model, sampling)
+        inside = times.index(0.2) - times.index(0.8)
+        assert passes == {"model": steps, "unconditional": inside}
+        assert {t for t, given in calls if not given} == {torch.tensor(t).item() for t in times if 0.2 < t <= 0.8}
+
+
 def test_a_weak_model_as_good_as_the_model_changes_nothing(model):
     sampling = Sampling(steps=3, guidance=parse_guidance("auto:1.5"), weak=copy.deepcopy(model.denoiser))
     assert torch.allclose(images_of(model, sampling=sampling), images_of(model), atol=1e-5)
@@ -473,6 +487,12 @@ def test_a_weak_model_as_good_as_the_model_changes_nothing(model):
         ("cfg:2@0.01-0.02", {}, r"cfg would have no effect, .* 0\.01-0\.02"),
         ("cfg:2@0.0-0.001", {"solver": "euler"}, "cfg would have no effect"),
         ("cfg:2@0.0-0.001", {"solver": "heun"}, None),
+        ("cfg:2@0.0-0.001", {"solver": "abm"}, None),
+        (
+            "cfg:2@0.2-0.3",
+            {"solver": "abm", "steps": 2},
+            r"steps: 2 is too few for guidance that changes at 0\.3, 0\.2",
+        ),
         ("", {"reuse": 0}, "reuse: 0 must be a number of steps, or a similarity"),
         ("", {"reuse": 1.5}, "reuse: 1.5 must be a number of steps"),
         ("", {"reuse": -0.5}, "reuse: -0.5 must be a number of steps"),
@@ -532,10 +552,11 @@ def test_reusing_the_backbone_by_similarity(model):
     assert 0 < near < far < 0.2 * plain.std()
 
 
+@pytest.mark.parametrize("solver", ["heun", "ab2", "abm"])
 @pytest.mark.parametrize("grid", ["full", "published"])
-def test_latents_go_to_noise_and_back(model, grid):
+def test_latents_go_to_noise_and_back(model, grid, solver):
     labels, indices = torch.tensor([1]), torch.tensor([5])
-    sampling = Sampling(steps=40, solver="heun", grid=grid, guidance=parse_guidance("cfg:1.5@0.0-0.7"))
+    sampling = Sampling(steps=40, solver=solver, grid=grid, guidance=parse_guidance("cfg:1.5@0.0-0.7"))
     latents = sample_latents(model.denoiser, labels, indices, 0, sampling, "cpu")
     noise = latents_to_noise(model.denoiser, latents, labels, sampling)
     assert torch.allclose(noise, randomness.normal(0, "sample", indices, (16, 4, 4)), atol=0.1)

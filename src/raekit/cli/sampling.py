@@ -21,8 +21,10 @@ class SolverOptions:
 
     Args:
         steps: Number of solver steps. dopri5 chooses its own. None: 50.
-        solver: Solver. euler: one evaluation per step; heun: two evaluations per step; dopri5: adaptive steps, so that
-            a sample varies with its batch within the tolerance; euler-maruyama: the SDE. None: euler.
+        solver: Solver. euler: one evaluation per step; heun: two evaluations per step, second order; ab2: one evaluation
+            per step, extrapolates from the last two; abm: one evaluation per step, also corrects each step with the
+            next evaluation; dopri5: adaptive steps, so that a sample varies with its batch within the tolerance;
+            euler-maruyama: the SDE. None: euler.
         grid: Time grid. full: all the way to the data; published: as the official sampler, which stops one step
             before the data. None: full.
         atol: Absolute tolerance of dopri5. None: 1e-6.
@@ -34,7 +36,7 @@ class SolverOptions:
     """
 
     steps: int | None = None
-    solver: Literal["euler", "heun", "dopri5", "euler-maruyama"] | None = None
+    solver: Literal["euler", "heun", "ab2", "abm", "dopri5", "euler-maruyama"] | None = None
     grid: Literal["full", "published"] | None = None
     atol: float | None = None
     rtol: float | None = None

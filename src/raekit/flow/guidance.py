@@ -1,7 +1,9 @@
-"""Guidance as functions over velocity predictions: away from a worse prediction of the same thing."""
+"""Guidance: functions that move a predicted velocity away from a worse prediction for the same input."""
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -11,18 +13,26 @@ from raekit.config import configclass
 from raekit.errors import UserError
 
 Velocity = Callable[[Tensor, float], Tensor]
-"""A velocity field: latents (B, C, H, W) and one time for all -> velocities (B, C, H, W)."""
+"""A velocity field: latents (B, C, H, W) and one time for the batch -> velocities (B, C, H, W)."""
 Method = Literal["cfg", "auto", "internal"]
 Reference = Literal["unconditional", "weak", "base"]
 REFERENCES: dict[Method, Reference] = {"cfg": "unconditional", "auto": "weak", "internal": "base"}
-"""What each method leads away from: the prediction without class, a weaker model's, the denoiser's own base output."""
+"""The worse prediction that each method moves away from: the prediction without a class, the prediction of a weaker
+model, or the denoiser's own base output."""
 Predict = Callable[[Tensor, float, Collection[Reference]], tuple[Tensor, Mapping[Reference, Tensor]]]
-"""The velocity at (x, t), and those of the references asked for."""
+"""Latents, a time and the references needed -> the velocity, and the velocity of each reference."""
 
 
 @configclass
 class Guidance:
-    """One method with strength `scale` for shifted times within [start, end] (spec 3, II.6)."""
+    """One guidance method and the interval of shifted times in which the method acts (spec 3, II.6).
+
+    Attributes:
+        method: `cfg`, `auto` or `internal`.
+        scale: the strength; 1 has no effect and is an error.
+        start: lower end of the interval, included.
+        end: upper end of the interval, included.
+    """
 
     method: Method = "cfg"
     scale: float
@@ -33,12 +43,12 @@ class Guidance:
         if not 0 <= self.start < self.end <= 1:
             raise UserError(f"guidance: the interval {self.start}-{self.end} must lie in 0-1, start before end")
         if not math.isfinite(self.scale):
-            raise UserError(f"guidance: a scale of {self.scale} is no number to guide by")
+            raise UserError(f"guidance: a scale of {self.scale} is not a finite number; give a finite one")
         if self.scale == 1:
             raise UserError("guidance: a scale of 1 has no effect; leave guidance out")
 
     def __str__(self) -> str:
-        """As `parse_guidance` reads it."""
+        """Return the rule in the form that `parse_guidance` reads."""
         return f"{self.method}:{self.scale}" + ("" if self._always else f"@{self.start}-{self.end}")
 
     @property
@@ -46,17 +56,22 @@ class Guidance:
         return (self.start, self.end) == (0, 1)
 
     def holds(self, t: float) -> bool:
-        """Whether it acts at time `t`: within the interval in float32, as the published samplers compare them.
+        """Return whether the rule acts at time `t`.
 
-        So the last digit decides at an end: a first time that the shift's rounding puts at 1.0000001 is past an
-        interval that ends at 1. The whole of 0-1, in which nothing is left out, holds that as well.
+        The comparison is in float32, as in the published samplers, so the last digit decides at an end: the shift may
+        round the first time to 1.0000001, which lies outside an interval that ends at 1. The default interval 0-1
+        always acts, also at such a time.
         """
         start, time, end = torch.tensor([self.start, t, self.end], dtype=torch.float32).tolist()
         return self._always or start <= time <= end
 
 
 def parse_guidance(text: str) -> tuple[Guidance, ...]:
-    """Read METHOD:SCALE or METHOD:SCALE@START-END, as in `cfg:2.0@0.1-0.9`; several are joined by `+`."""
+    """Read METHOD:SCALE or METHOD:SCALE@START-END, for example `cfg:2.0@0.1-0.9`; several rules are joined by `+`.
+
+    Raises:
+        UserError: the text has another form, or a rule is impossible.
+    """
     rules = []
     for part in text.split("+"):
         try:
@@ -76,10 +91,10 @@ def parse_guidance(text: str) -> tuple[Guidance, ...]:
 
 
 def guided(predict: Predict, rules: Sequence[Guidance]) -> Velocity:
-    """The velocity v + sum of (scale - 1) (v - reference) over the rules whose interval holds the time.
+    """Return the guided velocity v + sum of (scale - 1) (v - reference) over the rules that act at the time.
 
-    With one rule, that is reference + scale (v - reference). Outside its interval its reference is not asked
-    for. The publications do not say how two are combined; as a sum, none scales the other.
+    With one rule, this is reference + scale (v - reference). A reference is computed only where its rule acts. The
+    publications do not say how two methods combine; in a sum, neither scales the other.
     """
 
     def velocity(x: Tensor, t: float) -> Tensor:
@@ -93,10 +108,64 @@ def guided(predict: Predict, rules: Sequence[Guidance]) -> Velocity:
     return velocity
 
 
-def check_guidance(rules: Sequence[Guidance], missing: Mapping[Reference, str], times: Sequence[float]) -> None:
-    """UserError for a rule that cannot be followed, or has no effect.
+def with_interval_ends(times: Sequence[float], rules: Sequence[Guidance]) -> list[float]:
+    """Return the grid `times` with the ends of all guidance intervals among its times.
 
-    `missing` says of each reference that is not there why not; the field is evaluated at `times`.
+    Each end inside the grid takes the place of the nearest inner time, so the number of steps stays the same. A rising
+    grid gets the same times as a falling one.
+
+    Raises:
+        UserError: the grid has fewer inner times than there are ends.
+    """
+    if times[0] < times[-1]:
+        return with_interval_ends(times[::-1], rules)[::-1]
+    every = {end for rule in rules for end in (rule.start, rule.end) if 0 < end < 1}
+    inside = sorted((end for end in every if times[-1] < end < times[0]), reverse=True)
+    if len(inside) > len(times) - 2:
+        ends = ", ".join(f"{end:g}" for end in inside)
+        raise UserError(
+            f"steps: {len(times) - 1} is too few for guidance that changes at {ends}; take at least {len(inside) + 1}"
+        )
+    out, first = list(times), 1
+    for number, end in enumerate(inside, 1):
+        free = range(first, len(times) - 1 - (len(inside) - number))
+        place = min(free, key=lambda i: abs(times[i] - end))
+        out[place], first = end, place + 1
+    return out
+
+
+def pieces(times: Sequence[float], rules: Sequence[Guidance]) -> list[tuple[list[float], tuple[Guidance, ...]]]:
+    """Split a grid at the ends of guidance intervals, for solvers that combine several evaluations.
+
+    The guided velocity jumps at an end. A multistep solver loses its order if it extrapolates across the jump, so it
+    solves each piece on its own.
+
+    Args:
+        times: a grid in which the ends are, from `with_interval_ends`.
+        rules: all rules.
+
+    Returns:
+        For each piece its times and the rules that act in the piece, now without an interval.
+    """
+    ends = {end for rule in rules for end in (rule.start, rule.end)}
+    cuts = [0, *(i for i in range(1, len(times) - 1) if times[i] in ends), len(times) - 1]
+    out = []
+    for first, last in pairwise(cuts):
+        middle = (times[first] + times[last]) / 2
+        acting = tuple(replace(rule, start=0.0, end=1.0) for rule in rules if rule.holds(middle))
+        out.append((list(times[first : last + 1]), acting))
+    return out
+
+
+def check_guidance(rules: Sequence[Guidance], missing: Mapping[Reference, str], times: Sequence[float]) -> None:
+    """Check that each rule can be applied and has an effect.
+
+    Args:
+        missing: for each reference that is not available, the reason.
+        times: the times at which the solver evaluates the field.
+
+    Raises:
+        UserError: a method is given twice, its reference is missing, or its interval has none of `times`.
     """
     methods = [rule.method for rule in rules]
     for rule in rules:
@@ -107,6 +176,6 @@ def check_guidance(rules: Sequence[Guidance], missing: Mapping[Reference, str], 
         if not any(map(rule.holds, times)):
             near = min(times, key=lambda t: max(rule.start - t, t - rule.end))
             raise UserError(
-                f"guidance: {rule.method} would have no effect, as none of the sampler's times falls into "
+                f"guidance: {rule.method} would have no effect, because none of the sampler's times falls into "
                 f"{rule.start:g}-{rule.end:g} (the nearest is {near:.4g}); widen the interval or take more steps"
             )

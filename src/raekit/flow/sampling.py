@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -11,9 +11,27 @@ from torch import Tensor
 
 from raekit import randomness
 from raekit.errors import UserError
-from raekit.flow.guidance import Guidance, Reference, Velocity, check_guidance, guided
+from raekit.flow.guidance import (
+    Guidance,
+    Reference,
+    Velocity,
+    check_guidance,
+    guided,
+    pieces,
+    with_interval_ends,
+)
 from raekit.flow.path import similarity, to_velocity
-from raekit.flow.solvers import Grid, SolverName, dopri5, euler, euler_maruyama, evaluated, heun, time_grid
+from raekit.flow.solvers import (
+    MULTISTEP,
+    Grid,
+    SolverName,
+    dopri5,
+    euler,
+    euler_maruyama,
+    evaluated,
+    heun,
+    time_grid,
+)
 from raekit.models.denoiser import Denoiser, Features
 
 ONE_PASS_ON_CPU = 2
@@ -107,8 +125,11 @@ def denoise(
         watch: called at each evaluation.
     """
     check_sampling(sampling, denoiser, labels is not None)
-    field = _velocity(denoiser, labels, sampling, Counter() if passes is None else passes, watch)
+    passes = Counter() if passes is None else passes
     times = time_grid(sampling.steps, denoiser.config.shift, sampling.grid)
+    if sampling.solver in MULTISTEP:
+        return _in_pieces(denoiser, noise("sample"), labels, sampling, times, passes, watch)
+    field = _velocity(denoiser, labels, sampling, passes, watch)
     if sampling.solver == "euler-maruyama":
         return euler_maruyama(field, noise("sample"), times, lambda step: noise(f"sample, step {step}"))
     return _follow(sampling, field, noise("sample"), times)
@@ -130,8 +151,26 @@ def latents_to_noise(denoiser: Denoiser, latents: Tensor, labels: Tensor | None,
     The solver follows the same grid backwards. A `published` grid takes `latents` for the latents of its last time.
     """
     check_sampling(sampling, denoiser, labels is not None, reverse=True)
-    field = _velocity(denoiser, labels, sampling, Counter())
-    return _follow(sampling, field, latents, time_grid(sampling.steps, denoiser.config.shift, sampling.grid)[::-1])
+    times = time_grid(sampling.steps, denoiser.config.shift, sampling.grid)[::-1]
+    if sampling.solver in MULTISTEP:
+        return _in_pieces(denoiser, latents, labels, sampling, times, Counter())
+    return _follow(sampling, _velocity(denoiser, labels, sampling, Counter()), latents, times)
+
+
+def _in_pieces(
+    denoiser: Denoiser,
+    x: Tensor,
+    labels: Tensor | None,
+    sampling: Sampling,
+    times: Sequence[float],
+    passes: Counter[str],
+    watch: Watch | None = None,
+) -> Tensor:
+    """Solve with a multistep solver, which starts afresh at each end of a guidance interval."""
+    solve = MULTISTEP[sampling.solver]
+    for piece, rules in pieces(with_interval_ends(times, sampling.guidance), sampling.guidance):
+        x = solve(_velocity(denoiser, labels, replace(sampling, guidance=rules), passes, watch), x, piece)
+    return x
 
 
 def _follow(sampling: Sampling, field: Velocity, x: Tensor, times: Sequence[float]) -> Tensor:
@@ -167,11 +206,13 @@ def check_sampling(sampling: Sampling, denoiser: Denoiser, labelled: bool, rever
             f"{config.latent_shape} and {config.num_classes}; give a weaker model of the same latents and classes"
         )
     times = time_grid(sampling.steps, config.shift, sampling.grid)
+    if sampling.solver in MULTISTEP:
+        times = with_interval_ends(times, sampling.guidance)
     points = evaluated(sampling.solver, times[::-1] if reverse else times)
     check_guidance(sampling.guidance, missing, points)
     _check_reuse(sampling, denoiser, points)
     if reverse and sampling.solver == "euler-maruyama":
-        raise UserError("solver euler-maruyama: goes from noise to data only; take euler, heun or dopri5")
+        raise UserError("solver euler-maruyama: goes from noise to data only; take another solver")
 
 
 def _check_reuse(sampling: Sampling, denoiser: Denoiser, times: Sequence[float]) -> None:

@@ -1,7 +1,10 @@
-"""Solvers: plain functions that follow a velocity field over a grid of times, in either direction."""
+"""Solvers of the sampling ODE and SDE: plain functions that follow a velocity field over a grid of times.
+
+The grid may fall (noise to data) or rise (data to noise). Times follow `flow.path`: 0 is data, 1 is noise.
+"""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Literal
 
@@ -13,14 +16,20 @@ from raekit.flow.guidance import Velocity
 from raekit.flow.path import TIME_CAP, shift
 
 Grid = Literal["full", "published"]
-SolverName = Literal["euler", "heun", "dopri5", "euler-maruyama"]
+SolverName = Literal["euler", "heun", "dopri5", "ab2", "abm", "euler-maruyama"]
 
 
 def time_grid(steps: int, alpha: float, grid: Grid = "full") -> list[float]:
-    """Shifted times from 1 downwards.
+    """Return falling times from 1, shifted by `alpha`.
 
-    `full`: steps + 1 points that end at 0, so `steps` steps. `published`: the official sampler's `steps`
-    points, so one step fewer, which stop at shift(0.001), short of the data (spec 3).
+    Args:
+        steps: at least 1, or 2 with `published`.
+        alpha: the shift factor of training (`flow.path.shift_factor`).
+        grid: `full` has steps + 1 times and ends at 0. `published` has the official sampler's `steps` times, so one
+            solver step fewer, and ends at shift(0.001), short of the data (spec 3).
+
+    Raises:
+        UserError: there are too few steps.
     """
     if steps < (1 if grid == "full" else 2):
         raise UserError(f"steps: {steps} is too few for a {grid} grid")
@@ -29,21 +38,24 @@ def time_grid(steps: int, alpha: float, grid: Grid = "full") -> list[float]:
 
 
 def evaluated(solver: SolverName, times: Sequence[float]) -> Sequence[float]:
-    """The times at which a solver evaluates the field; of the adaptive one, which chooses its own, a fine grid."""
+    """Return the times at which a solver evaluates the field.
+
+    dopri5 chooses its own times; for dopri5 the result is a fine grid between the ends.
+    """
     if solver == "dopri5":
         return torch.linspace(times[0], times[-1], 1001).tolist()
     return times if solver == "heun" else times[:-1]
 
 
 def euler(field: Velocity, x: Tensor, times: Sequence[float]) -> Tensor:
-    """First order: one evaluation a step."""
+    """Solve with Euler's method: first order, one evaluation a step."""
     for t, following in pairwise(times):
         x = x + (following - t) * field(x, t)
     return x
 
 
 def heun(field: Velocity, x: Tensor, times: Sequence[float]) -> Tensor:
-    """Second order: two evaluations a step (the explicit trapezoidal rule)."""
+    """Solve with Heun's method, the explicit trapezoidal rule: second order, two evaluations a step."""
     for t, following in pairwise(times):
         step = following - t
         v = field(x, t)
@@ -51,17 +63,58 @@ def heun(field: Velocity, x: Tensor, times: Sequence[float]) -> Tensor:
     return x
 
 
-def dopri5(field: Velocity, x: Tensor, times: Sequence[float], atol: float = 1e-6, rtol: float = 1e-3) -> Tensor:
-    """Fifth order with steps of its own, of torchdiffeq; only the ends of the grid count.
+def ab2(field: Velocity, x: Tensor, times: Sequence[float]) -> Tensor:
+    """Solve with the two-step Adams-Bashforth method for variable steps: second order, one evaluation a step.
 
-    A step's error is judged over the whole batch, so a sample depends on the others up to the tolerance.
+    The first step is Euler's. Later steps extrapolate the velocity along the line through the last two evaluations.
+    """
+    return _adams(field, x, times, corrected=False)
+
+
+def abm(field: Velocity, x: Tensor, times: Sequence[float]) -> Tensor:
+    """Solve with Adams-Bashforth-Moulton, a predictor and a corrector: third order, one evaluation a step.
+
+    `ab2` predicts the next state. The velocity evaluated there serves twice: the corrector repeats the last step with
+    the parabola through the last three evaluations, and the next step starts from the corrected state. So the
+    corrector costs no evaluation, as in UniPC (arXiv 2302.04867). The last step has no corrector.
+    """
+    return _adams(field, x, times, corrected=True)
+
+
+def _adams(field: Velocity, x: Tensor, times: Sequence[float], corrected: bool) -> Tensor:
+    slope = torch.zeros_like(x)  # of the velocity over time, between the last two evaluations
+    last: tuple[float, Tensor] | None = None
+    step, step_before = 0.0, math.inf
+    for t, following in pairwise(times):
+        v = field(x, t)
+        if last is not None:
+            predicted, slope = slope, (v - last[1]) / (t - last[0])
+            if corrected:
+                x = x + step**2 * (1 / 2 - step / (6 * (step + step_before))) * (slope - predicted)
+            step_before = step
+        step, last = following - t, (t, v)
+        x = x + step * v + step**2 / 2 * slope
+    return x
+
+
+MULTISTEP: Mapping[SolverName, Callable[[Velocity, Tensor, Sequence[float]], Tensor]] = {"ab2": ab2, "abm": abm}
+"""The solvers that combine several evaluations, and so need a field without jumps (`guidance.pieces`)."""
+
+
+def dopri5(field: Velocity, x: Tensor, times: Sequence[float], atol: float = 1e-6, rtol: float = 1e-3) -> Tensor:
+    """Solve with torchdiffeq's dopri5: fifth order, adaptive steps. Only the ends of `times` count.
+
+    The error of a step is judged over the complete batch, so a sample depends on its batch up to the tolerance.
+
+    Raises:
+        UserError: torchdiffeq is not installed.
     """
     try:
         from torchdiffeq import odeint
     except ImportError:
         raise UserError("solver dopri5: torchdiffeq is not installed; pip install 'raekit[ode]'") from None
     ends = torch.tensor([times[0], times[-1]], dtype=x.dtype, device=x.device)
-    # By default it steps past the end, where there is no time any more, and interpolates.
+    # By default torchdiffeq steps past the end, where the field is not defined, and interpolates.
     options = {"step_t": ends[1:]}
     path = odeint(lambda t, x: field(x, t.item()), x, ends, method="dopri5", atol=atol, rtol=rtol, options=options)
     assert isinstance(path, Tensor)
@@ -69,13 +122,18 @@ def dopri5(field: Velocity, x: Tensor, times: Sequence[float], atol: float = 1e-
 
 
 def euler_maruyama(field: Velocity, x: Tensor, times: Sequence[float], noise: Callable[[int], Tensor]) -> Tensor:
-    """The reverse SDE with diffusion coefficient t, from noise to data; the last step takes the mean.
+    """Solve the reverse SDE with diffusion coefficient t, from noise to data. The last step adds no noise.
 
-    Its drift is v - t/2 score = v + (x + (1 - t) v) / 2, which stays finite at both ends, the score being
-    -noise / t. `noise(i)` gives the standard normals of step i, of x's shape.
+    The drift is v - t/2 score = v + (x + (1 - t) v) / 2, which is finite at both ends because the score is -noise / t.
+
+    Args:
+        noise: returns the standard normals of step i, in the shape of x.
+
+    Raises:
+        UserError: `times` rise.
     """
     if times[0] < times[-1]:
-        raise UserError("solver euler-maruyama: goes from noise to data only; take euler, heun or dopri5")
+        raise UserError("solver euler-maruyama: goes from noise to data only; take another solver")
     for i, (t, following) in enumerate(pairwise(times)):
         v = field(x, t)
         x = x + (following - t) * (v + (x + (1 - t) * v) / 2)
