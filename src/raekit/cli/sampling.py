@@ -21,7 +21,7 @@ class SolverOptions:
 
     Args:
         steps: Number of solver steps. dopri5 chooses its own. None: 50.
-        solver: Solver. euler: one evaluation per step; heun: two evaluations per step, second order; ab2: one evaluation
+        solver: Solver. euler: one evaluation per step; heun: two evaluations per step, order 2; ab2: one evaluation
             per step, extrapolates from the last two; abm: one evaluation per step, also corrects each step with the
             next evaluation; dopri5: adaptive steps, so that a sample varies with its batch within the tolerance;
             euler-maruyama: the SDE. None: euler.
