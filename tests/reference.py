@@ -82,7 +82,7 @@ def fixed_table(
 ) -> np.ndarray | None:
     """Return the values of a position or rotary table in a published state dict. None for any other parameter.
 
-    This is a second implementation of spec 1.5 and 2.3, independent of `raekit.models.layers`.
+    This is a second implementation of these tables, independent of `raekit.models.layers`.
 
     Args:
         name: the published name.
@@ -335,7 +335,7 @@ def _encoder(
 
 
 def encoder_layers(case: Case) -> Outputs:
-    """Check the latents of an encoder's last layer, and of several layers as RAE v2 combines them (spec II.1).
+    """Check the latents of an encoder's last layer, and of several layers as RAE v2 combines them (RAE v2).
 
     RAE v2 adds the token mean for DINOv3. Images keep their size.
     """
@@ -416,7 +416,7 @@ def gan(case: Case) -> Outputs:
 
 
 def lr(case: Case) -> Outputs:
-    """Check the published learning rate schedules (spec 1.8, 2.6), with epochs converted to steps."""
+    """Check the published learning rate schedules (RAE v1), with epochs converted to steps."""
     epoch, every = case.field("steps_per_epoch"), case.field("every")
     schedules = {
         "stage1": OptimConfig(warmup_steps=epoch, warmup_from_zero=True, decay="cosine", decay_end=16 * epoch),

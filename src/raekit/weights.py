@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from raekit.errors import UserError
 
-VARIANCE_EPS = 1e-5  # added to the variance in whitening (spec 1.3)
+VARIANCE_EPS = 1e-5  # added to the variance in whitening (RAE v1)
 
 
 def read_weights(path: Path) -> dict[str, Any]:

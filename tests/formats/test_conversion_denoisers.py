@@ -351,7 +351,7 @@ def test_yaml_gives_model_and_sampling(encoder_folder, tmp_path):
     assert model.denoiser.config == replace(denoiser_config(WIDE), shift=2.0)
     assert model.autoencoder.mean is None
     assert (model.autoencoder.var == 0.5).all()
-    # The arithmetic of the published sampler (spec 3).
+    # The arithmetic of the published sampler (RAE v1).
     times = [2 * t / (1 + t) for t in (1 - 0.999 * i / 4 for i in range(5))]
     x = randomness.normal(0, "sample", [0, 1], (64, 2, 2)).double()
     for t, following in pairwise(times):

@@ -60,7 +60,7 @@ DIT_DH = {
 
 
 def denoiser_shapes(values: dict[str, Any], classes: int | None = None) -> dict[str, list[int]]:
-    """Return the tensor names and shapes of a published v1 denoiser (spec 7.3)."""
+    """Return the tensor names and shapes of a published v1 denoiser (RAE v1's code)."""
     c, p, side = values["in_channels"], values["patch_size"], values["input_size"] // values["patch_size"]
     wide = isinstance(values["hidden_size"], list)
     widths, depths, heads = (
@@ -149,7 +149,7 @@ def block(state: State, index: int, heads: int, rope: str, x: Tensor, c: Tensor)
 
 
 def published_denoiser(state: State, values: dict[str, Any], x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-    """Compute a v1 denoiser's output in float64 (spec 2.3, 2.4)."""
+    """Compute a v1 denoiser's output in float64 (RAE v1)."""
     state = {key: value.double() for key, value in state.items()}
     x, p, wide = x.double(), values["patch_size"], isinstance(values["hidden_size"], list)
 
@@ -197,7 +197,7 @@ V2 = {
 
 
 def denoiser_v2_shapes(values: dict[str, Any]) -> dict[str, list[int]]:
-    """Return the tensor names and shapes of a published RAE v2 denoiser (spec II.9)."""
+    """Return the tensor names and shapes of a published RAE v2 denoiser (RAE v2)."""
     c, p = values["in_channels"], values["patch_size"][0]
     d, last = values["hidden_size"]
     tokens, context = (values["input_size"] // p) ** 2, values["num_t_tokens"] + values["num_c_tokens"]
@@ -236,7 +236,7 @@ def denoiser_v2_shapes(values: dict[str, Any]) -> dict[str, list[int]]:
 def published_denoiser_v2(
     state: State, values: dict[str, Any], x: Tensor, t: Tensor, y: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Compute an RAE v2 denoiser's full and base output in float64 (spec II.3, II.4)."""
+    """Compute an RAE v2 denoiser's full and base output in float64 (RAE v2)."""
     state = {key: value.double() for key, value in state.items()}
     x, p, depth = x.double(), values["patch_size"][0], values["depth"][0]
 
@@ -552,7 +552,7 @@ DECODER_CONFIG = decoder_config(DECODER, token_dim=10, grid=(3, 3), patch_size=4
 def decoder_shapes(
     width: int = 24, layers: int = 2, hidden: int = 40, token_dim: int = 10, tokens: int = 9, patch: int = 4
 ) -> dict[str, list[int]]:
-    """Return the tensor names and shapes of a published decoder (spec 7.2)."""
+    """Return the tensor names and shapes of a published decoder (RAE v1's code)."""
     shapes: dict[str, list[int]] = {"decoder_pos_embed": [1, tokens + 1, width], "trainable_cls_token": [1, 1, width]}
     shapes |= matrix("decoder_embed", width, token_dim) | matrix("decoder_pred", 3 * patch**2, width)
     norms = ["decoder_norm"]
@@ -567,7 +567,7 @@ def decoder_shapes(
 
 
 def published_decoder(state: State, latents: Tensor) -> Tensor:
-    """Compute a decoder's output in float64 (spec 1.5)."""
+    """Compute a decoder's output in float64 (RAE v1)."""
     state = {key: value.double() for key, value in state.items()}
 
     def norm(name: str, x: Tensor) -> Tensor:

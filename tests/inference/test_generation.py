@@ -447,7 +447,7 @@ def test_forward_passes_of_each_guidance(two_outputs):
 
 
 def test_internal_guidance_leads_away_from_the_base_output(two_outputs):
-    """For a denoiser that predicts data, the guided data are base + scale (full - base) (spec II.6)."""
+    """For a denoiser that predicts data, the guided data are base + scale (full - base) (RAE v2)."""
     denoiser = copy.deepcopy(two_outputs.denoiser)
     denoiser.config = replace(denoiser.config, prediction="data")
     x = randomness.normal(0, "sample", [0, 1], (16, 4, 4))

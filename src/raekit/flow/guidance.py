@@ -25,7 +25,7 @@ Predict = Callable[[Tensor, float, Collection[Reference]], tuple[Tensor, Mapping
 
 @configclass
 class Guidance:
-    """One guidance method and the interval of shifted times in which the method acts (spec 3, II.6).
+    """One guidance method and the interval of shifted times in which the method acts (RAE v1 and v2).
 
     Attributes:
         method: `cfg`, `auto` or `internal`.

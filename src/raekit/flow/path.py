@@ -1,7 +1,7 @@
 """The linear path between data and noise, and its times.
 
 THE TIME CONVENTION, here and everywhere: t = 0 is data, t = 1 is noise,
-`x_t = (1 - t) x + t noise`, velocity `v = noise - x`; sampling goes from 1 to 0 (spec 2.1).
+`x_t = (1 - t) x + t noise`, velocity `v = noise - x`; sampling goes from 1 to 0 (RAE v1).
 """
 
 import math
@@ -34,7 +34,7 @@ def velocity(x: Tensor, noise: Tensor) -> Tensor:
 def to_velocity(x_t: Tensor, predicted: Tensor, t: Tensor, prediction: Prediction) -> Tensor:
     """Return the velocity (B, ...) for a network's output `predicted` (B, ...) at (x_t, t).
 
-    From predicted data, the velocity is (x_t - data) / max(t, 0.05) (spec II.5). The floor limits the error that the
+    From predicted data, the velocity is (x_t - data) / max(t, 0.05) (RAE v2). The floor limits the error that the
     division would amplify near t = 0. The training target uses the same formula with the true data.
     """
     if prediction == "velocity":
@@ -57,7 +57,7 @@ def _per_sample(t: Tensor, like: Tensor) -> Tensor:
 
 
 def shift_factor(latent_shape: tuple[int, ...], base: int = SHIFT_BASE) -> float:
-    """Return alpha = sqrt(m / base) for latents of m elements, channels included (spec 2.2).
+    """Return alpha = sqrt(m / base) for latents of m elements, channels included (RAE v1).
 
     Raises:
         UserError: `base` is not positive.

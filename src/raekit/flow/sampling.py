@@ -45,7 +45,7 @@ class Sampling:
     Attributes:
         steps: solver steps. A `published` grid has one step fewer.
         solver: a solver of `flow.solvers`. dopri5 chooses its own steps.
-        grid: `full` ends at time 0; `published` is the grid of the official sampler (spec 3).
+        grid: `full` ends at time 0; `published` is the grid of the official sampler (RAE v1).
         guidance: the rules, at most one of each method.
         weak: the weaker denoiser of `auto` guidance.
         reuse: k > 1 runs the backbone of a denoiser with a head at every k-th step only. A value below 1 runs it when

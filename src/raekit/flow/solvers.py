@@ -26,7 +26,7 @@ def time_grid(steps: int, alpha: float, grid: Grid = "full") -> list[float]:
         steps: at least 1, or 2 with `published`.
         alpha: the shift factor of training (`flow.path.shift_factor`).
         grid: `full` has steps + 1 times and ends at 0. `published` has the official sampler's `steps` times, so one
-            solver step fewer, and ends at shift(0.001), short of the data (spec 3).
+            solver step fewer, and ends at shift(0.001), short of the data (RAE v1).
 
     Raises:
         UserError: there are too few steps.

@@ -1,4 +1,4 @@
-"""Map the names, shapes and configurations of published decoders and latent statistics (spec 1.3, 1.5, 7.2)."""
+"""Map the names, shapes and configurations of published decoders and latent statistics (RAE v1)."""
 
 import math
 import re
@@ -119,7 +119,7 @@ def decoder_state(state: State, config: DecoderConfig) -> dict[str, Tensor]:
     return ours
 
 
-DECODERS = {  # spec 1.5
+DECODERS = {  # RAE v1, decoder sizes
     "ViT-B": {"width": 768, "depth": 12, "heads": 12, "hidden": 3072},
     "ViT-L": {"width": 1024, "depth": 24, "heads": 16, "hidden": 4096},
     "ViT-XL": {"width": 1152, "depth": 28, "heads": 16, "hidden": 4096},

@@ -1,6 +1,6 @@
 """Map the names, shapes and arguments of published denoisers: DiT and DiT^DH of RAE v1, and the denoiser of RAE v2.
 
-Sources: spec 2.3, 2.4, 7.3, II.3 and II.9.
+Sources: the papers and the published code of RAE v1 and v2.
 """
 
 import re
@@ -20,14 +20,14 @@ from raekit.models.layers import rotary_table, sincos_positions
 
 @configclass
 class PublishedDenoiser:
-    """The arguments of the published v1 networks (spec 7.5).
+    """The arguments of the published v1 networks (RAE v1's code).
 
     `hidden_size`, `depth` and `num_heads` are pairs (backbone, head) for DiT^DH, and single numbers for DiT.
     `class_dropout_prob` only affects training. `learn_sigma` and `use_gembed` accept only the value that raekit
     supports.
 
     The published code crashes with `wo_shift`, and for DiT^DH with `use_rope=False` or a `patch_size` above 1
-    (spec 8). No checkpoint exists for these options, so raekit implements their evident meaning.
+    (RAE v1's code). No checkpoint exists for these options, so raekit implements their evident meaning.
     """
 
     input_size: int
@@ -76,7 +76,7 @@ def denoiser_config(values: Mapping[str, Any]) -> DenoiserConfig:
 
 @configclass
 class PublishedDenoiserV2:
-    """The arguments of the RAE v2 denoiser (spec II.3). Pairs are (backbone, head).
+    """The arguments of the RAE v2 denoiser (RAE v2). Pairs are (backbone, head).
 
     The base output follows block number `base_model_depth`, which is 8 in the released model.
     """

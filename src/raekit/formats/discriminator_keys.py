@@ -1,4 +1,4 @@
-"""Map the tensor names of the published discriminator's heads (spec 1.7)."""
+"""Map the tensor names of the published discriminator's heads (RAE v1)."""
 
 from torch import Tensor
 

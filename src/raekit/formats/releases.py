@@ -73,7 +73,7 @@ RELEASES = {
     **{f"raev2-dinov3-l-{k}": _v2("imagenet", k) for k in ("k1", "k7", "k23")},
     **{f"raev2-dinov3-l-{k}-general": _v2("general", k) for k in ("k1", "k7", "k23")},
 }
-"""The published autoencoders by name (spec 7.1, II.9). No statistics are published for DINOv2-S."""
+"""The published autoencoders by name (RAE v1 and v2). No statistics are published for DINOv2-S."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +131,7 @@ DENOISERS = {
         autoencoder="raev2-dinov3-l-k7",
     ),
 }
-"""The published denoisers by name (spec 7.1, II.3, II.9)."""
+"""The published denoisers by name (RAE v1 and v2)."""
 
 
 def cache_folder() -> Path:

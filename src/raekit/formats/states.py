@@ -50,7 +50,7 @@ def without_tables(state: State, tables: State) -> dict[str, Tensor]:
         if given.shape != table.shape:
             raise UserError(f"{key}: is {tuple(given.shape)}, expected {tuple(table.shape)} for the configured grid")
         if not given.is_meta and not torch.allclose(given, table, rtol=0, atol=TABLE_TOLERANCE):
-            raise UserError(f"{key}: not the fixed sine-cosine table of spec 2.3; learned positions are not supported")
+            raise UserError(f"{key}: not the fixed sine-cosine table of RAE v1; learned positions are not supported")
     return {key: value for key, value in state.items() if key not in tables}
 
 

@@ -1,4 +1,4 @@
-"""The schema of published YAML files of RAE v1 (spec 7.5) and v2: the sections that describe a model.
+"""The schema of published YAML files of RAE v1 (RAE v1's code) and v2: the sections that describe a model.
 
 Training sections are accepted and ignored. In all other sections, an unknown field or an unsupported value is a
 UserError that names the field. `yaml_sampling` holds the sections that describe sampling.
@@ -63,7 +63,7 @@ class PublishedEncoder:
 
 @configclass
 class PublishedAutoencoder:
-    """`stage_1.params` of a v1 YAML (spec 7.5), with the published defaults. `noise_tau` only affects training."""
+    """`stage_1.params` of a v1 YAML (RAE v1's code), with the published defaults. `noise_tau` only affects training."""
 
     encoder_cls: EncoderClass = "Dinov2withNorm"
     encoder_config_path: str | None = None

@@ -29,7 +29,7 @@ class PublishedSolver:
 
 @configclass
 class PublishedSampler:
-    """`sampler` of a v1 YAML. `mode: SDE` is not supported: the published SDE steps crash (spec 8)."""
+    """`sampler` of a v1 YAML. `mode: SDE` is not supported: the published SDE steps crash (RAE v1's code)."""
 
     mode: Literal["ODE"] = "ODE"
     params: PublishedSolver = PublishedSolver()

@@ -1,4 +1,4 @@
-"""Differentiable augmentation of a discriminator's input (Zhao et al., 2020; as published, spec 1.7)."""
+"""Differentiable augmentation of a discriminator's input (Zhao et al., 2020; as published)."""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""The representation autoencoder: frozen encoder, whitening, trained decoder (spec 1.1, 1.3)."""
+"""The representation autoencoder: frozen encoder, whitening, trained decoder (RAE v1)."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,7 +33,7 @@ class AutoencoderConfig:
         layers: the encoder blocks whose outputs make the latents.
         decoder: the sizes of the decoder.
         output: the decoder's output: colours normalised by the encoder's mean and standard deviation (RAE v1), or
-            pixels in [0, 1] (RAE v2, spec II.2).
+            pixels in [0, 1] (RAE v2).
     """
 
     encoder: str

@@ -1,4 +1,4 @@
-"""The ViT decoder from encoder tokens to pixels (spec 1.5)."""
+"""The ViT decoder from encoder tokens to pixels (RAE v1)."""
 
 from typing import Any
 
@@ -73,7 +73,7 @@ class Decoder(nn.Module):
 
         Args:
             latents: (B, token_dim, H, W), not whitened. A grid other than `config.grid` is resampled bilinearly after
-                the embedding (spec 1.5, step 2).
+                the embedding (RAE v1).
             last_input: a list to which the input (B, N, width) of the last layer is appended, for the adaptive weight.
         """
         x = self.embed(to_tokens(latents).to(self.embed.weight.dtype))

@@ -1,4 +1,4 @@
-"""The diffusion transformer: DiT, DiT^DH with a shallow, wide head (spec 2.3, 2.4), and RAE v2's network (II.3)."""
+"""The diffusion transformer: DiT, DiT^DH with a shallow, wide head (RAE v1), and RAE v2's network (II.3)."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The stage-1 discriminator, heads on the features of a frozen ViT, and the adversarial losses (spec 1.6, 1.7)."""
+"""The stage-1 discriminator, heads on the features of a frozen ViT, and the adversarial losses (RAE v1)."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""Frozen, pretrained encoders, loaded by name and run block by block (spec 1.2, II.1)."""
+"""Frozen, pretrained encoders, loaded by name and run block by block (RAE v1 and v2)."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

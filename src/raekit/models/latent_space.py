@@ -13,7 +13,7 @@ from raekit.weights import VARIANCE_EPS
 
 
 class LatentSpace(nn.Module, ABC):
-    """An encoder, a decoder, and the latent statistics (spec 1.1, 1.3).
+    """An encoder, a decoder, and the latent statistics (RAE v1).
 
     Attributes:
         encoder: from images to tokens. It computes in `encoder_dtype`.

@@ -45,7 +45,7 @@ def to_tokens(latents: Tensor) -> Tensor:
 def sincos_positions(width: int, grid: tuple[int, int]) -> Tensor:
     """Return the fixed 2-D position embedding (H*W, width).
 
-    The first half of the channels encodes the column, the second half the row (spec 2.3).
+    The first half of the channels encodes the column, the second half the row (RAE v1).
     """
     frequencies = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
@@ -54,7 +54,7 @@ def sincos_positions(width: int, grid: tuple[int, int]) -> Tensor:
 
 
 def rotary_table(head_dim: int, grid: tuple[int, int], unplaced: int = 0) -> Rotary:
-    """Return the table of axial 2-D rotary position embedding (spec 2.3).
+    """Return the table of axial 2-D rotary position embedding (RAE v1).
 
     Half of a head's channel pairs rotate by the row, the other half by the column.
 
@@ -218,7 +218,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class DiTBlock(nn.Module):
-    """LightningDiT block: norm, attention, norm, MLP, modulated by adaLN-zero (spec 2.3).
+    """LightningDiT block: norm, attention, norm, MLP, modulated by adaLN-zero (RAE v1).
 
     The condition is (B, 1, width) for all tokens of an image, or (B, N, width) for each token, as in the wide head.
 

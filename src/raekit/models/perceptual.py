@@ -1,4 +1,4 @@
-"""LPIPS, the perceptual distance of Zhang et al. (2018), version 0.1 on VGG16 (spec 1.6)."""
+"""LPIPS, the perceptual distance of Zhang et al. (2018), version 0.1 on VGG16 (RAE v1)."""
 
 from collections.abc import Mapping
 from pathlib import Path

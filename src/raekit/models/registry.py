@@ -1,4 +1,4 @@
-"""The registered encoders, and how to run each model family (spec 1.2, II.1).
+"""The registered encoders, and how to run each model family (RAE v1 and v2).
 
 A new model of a known family needs one `register(...)` line, or no code at all: the name FAMILY:WHERE loads any
 checkpoint of a family. A new family needs one `Family` entry.
@@ -56,7 +56,7 @@ class LayersConfig:
 
 
 # RAE v2's choices for DINOv3-L: the last block (k1), blocks 11, 13, ..., 23 (k7) and blocks 1 to 23 (k23). The code
-# takes means and adds the token mean, where the paper writes sums; for DINOv2 the code adds no token mean (spec II.1).
+# takes means and adds the token mean, where the paper writes sums; for DINOv2 the code adds no token mean (RAE v2).
 LAYERS = {
     "k1": LayersConfig(),
     "k7": LayersConfig(blocks=tuple(range(11, 24, 2)), token_mean=True),

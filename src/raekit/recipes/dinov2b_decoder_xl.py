@@ -5,7 +5,7 @@ Command:        torchrun --nproc-per-node 8 -m raekit -- train dinov2b_decoder_x
 Cost:           16 epochs; about 640 GFLOPs per image for the decoder, and as many for its losses
 Last verified:  never at this scale (no ImageNet, no GPUs); the parts agree with the reference cases.
 
-Where the paper and the released code differ (spec 9), this recipe follows the code that trained the released decoders:
+Where the paper and the released code differ, this recipe follows the code that trained the released decoders:
 betas (0.5, 0.9), noise of tau * U(0, 1), and a constant learning rate during the warm-up, the first of 16 epochs.
 
 Deviations from that code: the float32 matrix products run in TF32; the discriminator's gradients are averaged over the

@@ -6,7 +6,7 @@ Command:        torchrun --nproc-per-node 8 -m raekit -- train dit_dh_xl_dinov2b
 Cost:           800 epochs, 839 M parameters
 Last verified:  never at this scale (no ImageNet, no GPUs); the parts agree with the reference cases.
 
-Where the paper and the released code differ (spec 9), this recipe follows the code that trained the released denoisers:
+Where the paper and the released code differ, this recipe follows the code that trained the released denoisers:
 uniform times, a constant learning rate for 40 epochs, and float32 with matrix products in TF32. The figures come from
 sampling with the grid `published`, whose 50 points make 49 steps, and with balanced classes.
 """

@@ -6,7 +6,7 @@ Cost:           400 epochs, 839 M parameters, with four times the tokens of dit_
 Last verified:  never at this scale (no ImageNet, no GPUs); the parts agree with the reference cases.
 
 The learning rate follows the schedule for 800 epochs; the training stops after 400. The time shift follows from the
-latents and is 13.86. The published config for this size uses the shift for 256 pixels by mistake (spec 8).
+latents and is 13.86. The published config for this size uses the shift for 256 pixels by mistake (RAE v1's code).
 """
 
 from dataclasses import replace

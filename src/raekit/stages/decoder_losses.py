@@ -1,4 +1,4 @@
-"""The losses of stage 1: L1, LPIPS and an adversarial loss, on noisy tokens (spec 1.4, 1.6)."""
+"""The losses of stage 1: L1, LPIPS and an adversarial loss, on noisy tokens (RAE v1)."""
 
 from collections.abc import Callable
 from functools import cached_property
@@ -48,7 +48,7 @@ class PerceptualConfig:
 
 @configclass
 class AdversarialConfig:
-    """The discriminator and the adversarial term of the decoder's loss (spec 1.6 to 1.8).
+    """The discriminator and the adversarial term of the decoder's loss (RAE v1).
 
     The adversarial term is `weight` times the adaptive weight times the generator's loss. The adaptive weight balances
     the gradients of the reconstruction and of the generator's loss at the decoder's last layer. It is computed over
@@ -94,7 +94,7 @@ class DecoderLossConfig:
     """The decoder's loss: L1 on noisy tokens, and optional further terms.
 
     Attributes:
-        noise: Scale tau of the noise on the tokens (spec 1.4), in units of the un-whitened tokens; 0 adds no noise.
+        noise: Scale tau of the noise on the tokens (RAE v1), in units of the un-whitened tokens; 0 adds no noise.
         noise_law: Distribution of each sample's noise level sigma. `half-normal` is |N(0, tau^2)|, as in the paper;
             `uniform` is tau * U(0, 1), as in the published code.
         perceptual: The LPIPS term; None leaves it out.
@@ -112,14 +112,14 @@ class DecoderLossConfig:
 
 
 def noise_scales(tau: float, law: NoiseLaw, seed: int, positions: Tensor, device: torch.device) -> Tensor:
-    """Draw the noise levels sigma (B,) of the samples at `positions`, by the distribution `law` (spec 1.4)."""
+    """Draw the noise levels sigma (B,) of the samples at `positions`, by the distribution `law` (RAE v1)."""
     if law == "uniform":
         return tau * randomness.uniform(seed, "noise scale", positions, (), device)
     return tau * randomness.normal(seed, "noise scale", positions, (1,), device)[:, 0].abs()
 
 
 def noisy(latents: Tensor, config: DecoderLossConfig, seed: int, positions: Tensor) -> Tensor:
-    """Add the noise of noise-augmented decoding to un-whitened latents (B, C, H, W) (spec 1.4)."""
+    """Add the noise of noise-augmented decoding to un-whitened latents (B, C, H, W) (RAE v1)."""
     if not config.noise:
         return latents
     device = latents.device
@@ -183,7 +183,7 @@ def last_layer_norms(gradients: tuple[Tensor, ...], last_input: Tensor, patch_si
 
 
 class Losses:
-    """The losses of the decoder and of the discriminator (spec 1.6).
+    """The losses of the decoder and of the discriminator (RAE v1).
 
     A discriminator whose backbone is the autoencoder's encoder shares the encoder's weights.
     """

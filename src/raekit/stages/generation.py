@@ -1,4 +1,4 @@
-"""Stage 2: train a denoiser by flow matching on whitened latents (spec 2)."""
+"""Stage 2: train a denoiser by flow matching on whitened latents (RAE v1)."""
 
 from functools import partial
 from pathlib import Path
@@ -85,7 +85,7 @@ def flow_matching_loss(
 ) -> tuple[Tensor, Metrics]:
     """Return the mean squared error of the predicted velocity, in float32, and metrics to log.
 
-    If the denoiser has a base output, the loss is the sum of the errors of both outputs (spec II.4), and the error of
+    If the denoiser has a base output, the loss is the sum of the errors of both outputs (RAE v2), and the error of
     the base output is logged as `base_loss`.
 
     Args:

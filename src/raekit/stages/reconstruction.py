@@ -1,4 +1,4 @@
-"""Stage 1: a decoder for the tokens of a frozen encoder, and its discriminator (spec 1)."""
+"""Stage 1: a decoder for the tokens of a frozen encoder, and its discriminator (RAE v1)."""
 
 from functools import partial
 from pathlib import Path
@@ -65,7 +65,7 @@ class ReconstructionConfig(DecoderLossConfig):
         encoder_size: Size in pixels to which the encoder resizes images; None is the encoder's default size.
         layers: Encoder blocks whose outputs form the latent.
         output: Output of the decoder: `encoder-colours`, normalised by the encoder's mean and standard deviation
-            (RAE v1), or `pixels` in [0, 1] (RAE v2, spec II.2).
+            (RAE v1), or `pixels` in [0, 1] (RAE v2).
         decoder: Size of the decoder.
         init_from: Name of an autoencoder whose decoder is fine-tuned; both decoders must have the same sizes. None
             starts from random weights.

@@ -18,7 +18,7 @@ class OptimConfig:
 
     Attributes:
         method: `adamw`, or `muon`. Muon trains the two-dimensional parameters, with its steps scaled to the size of
-            AdamW's steps so that both share `lr`; AdamW trains the other parameters (spec II.7).
+            AdamW's steps so that both share `lr`; AdamW trains the other parameters (RAE v2).
         momentum: Momentum of Muon.
         lr: Learning rate during the warm-up and at the start of the decay.
         final_lr: Learning rate from step `decay_end` on, unless `decay` is `constant`.
