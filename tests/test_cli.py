@@ -628,7 +628,7 @@ def weaker(tiny_model, tmp_path) -> Path:
         (["--guidance", ""], ["guidance: ''"]),
         (["--guidance", "internal:2"], ["guidance: internal needs a base output"]),
         (["--guidance", "auto:2"], ["guidance: auto needs a weaker model (--weak"]),
-        (["--reuse", "2", "--solver", "heun"], ["reuse: only for"]),
+        (["--reuse", "2", "--solver", "heun"], ["reuse: it needs a denoiser with a head"]),
         (["--solver", "dopri5", "--steps", "50"], ["--steps: no effect with --solver dopri5"]),
         (["--atol", "1e-6"], ["--atol: no effect with --solver euler"]),
     ],
@@ -686,7 +686,7 @@ def test_a_folder_where_a_file_is_meant_is_left_alone(run, tmp_path, monkeypatch
         (["latents", "cache", "builtin:emoji", "--out", "file"], "file: is a file; give the path of a folder"),
         (["latents", "generate", "builtin:emoji", "--out", "x.png"], "x.png: the output file must end in .safetens"),
         (["latents", "generate", "builtin:emoji", "--out", "x.safetensors", "--guidance", "auto:2"], "a weaker model"),
-        (["latents", "measure", "builtin:vit-tiny", "--out", "file/x.safetensors"], "as file is a file"),
+        (["latents", "measure", "builtin:vit-tiny", "--out", "file/x.safetensors"], "because file is a file"),
     ],
     ids=str,
 )

@@ -27,6 +27,15 @@ def test_statistics_without_a_mean_are_read(tmp_path: Path):
     assert read_weights(tmp_path / "stat.pt")["mean"] is None
 
 
+def test_a_tensor_larger_than_its_storage_is_rejected(tmp_path: Path):
+    torch.save({"state": {"weight": torch.ones(1).expand(4, 5)}}, tmp_path / "weights.pt")
+    with pytest.raises(UserError, match=r"a tensor of shape \(4, 5\) repeats its values"):
+        read_weights(tmp_path / "weights.pt")
+    shared = torch.ones(4, 5)
+    torch.save({"weight": shared, "part": shared[1:], "turned": shared.T}, tmp_path / "weights.pt")
+    assert read_weights(tmp_path / "weights.pt")["part"].shape == (3, 5)
+
+
 @pytest.mark.parametrize("name", ["weights.safetensors", "weights.pt"])
 @pytest.mark.parametrize("kept", [0, 20, 0.5, -1], ids=["empty", "header", "half", "all but a byte"])
 def test_truncated_file_is_rejected(name: str, kept: float, tmp_path: Path):

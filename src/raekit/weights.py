@@ -42,6 +42,7 @@ def read_weights(path: Path) -> dict[str, Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about the protocol of a pickle that is rejected below
             state = torch.load(path, map_location="cpu", weights_only=True)
+        _check_storage(state)
     except pickle.UnpicklingError as error:
         if asked := re.search(r"GLOBAL (\S+)", str(error)):
             raise UserError(f"{path}: rejected because it would run {asked[1]}; save a state dict of tensors") from None
@@ -60,6 +61,22 @@ def _is_packed(path: Path) -> bool:
         return False
     with zipfile.ZipFile(path) as archive:
         return any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
+
+
+def _check_storage(values: Any) -> None:
+    """Check that each tensor in `values` is no larger than its storage: a stride of 0 makes a small file ask for any
+    amount of memory when the tensor is copied.
+
+    Raises:
+        ValueError: a tensor is larger.
+    """
+    if isinstance(values, dict):
+        for value in values.values():
+            _check_storage(value)
+        return
+    dense = isinstance(values, Tensor) and values.layout == torch.strided
+    if dense and values.numel() * values.itemsize > values.untyped_storage().nbytes():
+        raise ValueError(f"a tensor of shape {tuple(values.shape)} repeats its values; save it with contiguous()")
 
 
 def _first_line(error: Exception) -> str:

@@ -29,6 +29,17 @@ def test_a_link_to_a_folder_is_followed_unless_it_is_a_loop(tmp_path):
     assert image_files(tmp_path / "in") == ["a/b.png", "other/c.png"]
 
 
+def test_folders_linked_to_each_other_are_listed_once(tmp_path):
+    write(*(tmp_path / f"in/{name}/{name}.png" for name in "abc"), tmp_path / "out/x/y.png")
+    for name in "abc":
+        for other in {*"abc"} - {name}:
+            (tmp_path / f"in/{name}/to-{other}").symlink_to(tmp_path / "in" / other)
+    (tmp_path / "in/0").symlink_to(tmp_path / "in/c")
+    (tmp_path / "in/d").symlink_to(tmp_path / "out/x")
+    (tmp_path / "in/e").symlink_to(tmp_path / "out")
+    assert image_files(tmp_path / "in") == ["a/a.png", "b/b.png", "c/c.png", "d/y.png"]
+
+
 def test_paths_stand_for_files_and_for_all_images_in_folders(tmp_path):
     write(*(tmp_path / name for name in ("in/a/b.png", "in/c.webp", "in/out/d.png", "e.txt")))
     found = find_images([tmp_path / "e.txt", tmp_path / "in", tmp_path / "none.png"], besides=tmp_path / "in/out")

@@ -1,4 +1,5 @@
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -153,6 +154,14 @@ def test_an_autoencoders_latents_are_whitened(tiny_model, images, tmp_path, monk
     result = probe(str(tiny_model), images, penalty=0.01)
     assert sum(encoded) == 39
     assert result[str(tiny_model)].accuracy == pytest.approx(1 / 3)
+
+
+def test_a_missing_package_is_named_before_any_work(tiny_model, images, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
+    steps = []
+    with pytest.raises(UserError, match=r"needs the package scikit-learn: pip install 'raekit\[probe\]'"):
+        probe(str(tiny_model), images, progress=lambda *given, **named: steps.append(given))
+    assert not steps
 
 
 def test_a_source_without_labels_is_rejected(tiny_model, images):

@@ -1,4 +1,5 @@
 from collections.abc import Collection
+from typing import Any
 
 import pytest
 import torch
@@ -199,3 +200,9 @@ def test_a_rule_acts_in_complete_pieces(reverse: bool):
     if reverse:
         times, expected = times[::-1], [(piece[::-1], rules) for piece, rules in reversed(expected)]
     assert pieces(times, parse_guidance("cfg:3@0-0.6+internal:1.5@0.1-1")) == expected
+
+
+def test_an_unknown_method_is_rejected():
+    method: Any = "CFG"
+    with pytest.raises(UserError, match="guidance: 'CFG' is not a method; give one of cfg, auto, internal"):
+        Guidance(method=method, scale=2.0)

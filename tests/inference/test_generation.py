@@ -743,3 +743,26 @@ def test_pictures_round_and_keep_every_level():
     assert torch.equal(from_pil(to_pil(levels)), levels)
     assert to_pil(torch.full((3, 1, 1), 0.999)).getpixel((0, 0)) == (255, 255, 255)
     assert to_pil(torch.full((3, 1, 1), 1.7)).getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"solver": "rk4"}, "solver: 'rk4' is none of euler, heun"),
+        ({"solver": "Heun"}, "solver: 'Heun' is none of euler, heun"),
+        ({"grid": "Full"}, "grid: 'Full' is none of full, published"),
+        ({"steps": 0}, "steps: 0 must be a whole number, 1 or more"),
+        ({"steps": 2.5}, "steps: 2.5 must be a whole number, 1 or more"),
+        ({"atol": 0.0}, "atol, rtol: 0.0 and 0.001 must be positive"),
+        ({"guidance": "cfg"}, "guidance: 'cfg' is not of the form"),
+    ],
+)
+def test_a_setting_with_another_value_is_rejected(settings, message):
+    with pytest.raises(UserError, match=message):
+        Sampling(**settings)
+
+
+def test_one_rule_of_guidance_or_its_text_is_enough():
+    rules = parse_guidance("cfg:2.0@0.1-0.9")
+    given: list[Any] = [rules, rules[0], "cfg:2.0@0.1-0.9"]
+    assert {Sampling(guidance=each) for each in given} == {Sampling(guidance=rules)}

@@ -1,6 +1,9 @@
+import pickle
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -29,6 +32,47 @@ def test_shapes(model: Autoencoder):
     latents = model.encode(torch.rand(2, 3, 20, 20))
     assert latents.shape == (2, 16, 4, 4)
     assert model.decode(latents).shape == (2, 3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.zeros(1, 3, 16, 16, dtype=torch.uint8), "got uint8; divide by 255"),
+        (torch.full((1, 3, 16, 16), 255.0), "got values from 255 to 255"),
+        (torch.linspace(-1, 1, 3 * 256).view(1, 3, 16, 16), "got values from -1 to 1"),
+        (torch.full((1, 3, 16, 16), float("nan")), "got values from nan to nan"),
+        (torch.zeros(3, 16, 16), r"got the shape \(3, 16, 16\)"),
+        (torch.zeros(1, 1, 16, 16), r"got the shape \(1, 1, 16, 16\)"),
+        (torch.zeros(0, 3, 16, 16), r"got the shape \(0, 3, 16, 16\)"),
+        (np.zeros((1, 3, 16, 16)), "got ndarray"),
+    ],
+)
+def test_only_images_are_encoded(model: Autoencoder, images: Any, message: str):
+    with pytest.raises(UserError, match=rf"images: expected a float tensor \(B, 3, H, W\) in \[0, 1\], {message}"):
+        model.encode(images)
+    with pytest.raises(UserError, match=message):
+        model.encoder(images)
+
+
+@pytest.mark.parametrize("latents", [torch.zeros(1, 16, 2, 8), torch.zeros(16, 4, 4), torch.zeros(1, 16, 4, 4).long()])
+def test_only_its_latents_are_decoded(model: Autoencoder, latents: torch.Tensor):
+    with pytest.raises(UserError, match=r"latents: expected a float tensor \(B, 16, 4, 4\), got"):
+        model.decode(latents)
+
+
+def test_a_loaded_autoencoder_is_frozen_and_can_be_pickled(tiny_model: Path, tmp_path: Path):
+    decoder = DecoderConfig(token_dim=16, grid=(4, 4), patch_size=8, width=16, depth=1, heads=2, hidden=24)
+    config = AutoencoderConfig(encoder=str(tiny_model), decoder=decoder)
+    Autoencoder(config, load_encoder(config.encoder)).eval().save(tmp_path)
+    model = Autoencoder.load(str(tmp_path))
+    latents = torch.randn(2, 16, 4, 4)
+    images = model.decode(latents)
+    assert images.numpy().shape == (2, 3, 32, 32)
+    copy = pickle.loads(pickle.dumps(model))
+    assert torch.equal(copy.decode(latents), images)
+    assert torch.equal(copy.encode(images), model.encode(images))
+    model.decode(latents.requires_grad_()).mean().backward()  # gradients reach the latents all the same
+    assert latents.grad is not None
 
 
 def test_rectangles(tiny_model: Path, tmp_path: Path):

@@ -279,3 +279,11 @@ def test_velocity_is_float32_under_autocast():
         out = model(x, t, labels)
     assert out.dtype == torch.float32
     assert (out - model(x, t, labels)).norm() < 0.03 * out.norm()
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 4, 3), (3, 8, 2, 6), (8, 3, 4), (3, 7, 3, 4)])
+def test_latents_of_another_shape_are_rejected(shape):
+    model = tiny()
+    for run in (model, model.features):
+        with pytest.raises(UserError, match=r"latents: expected a float tensor \(B, 8, 3, 4\), got the shape"):
+            run(torch.zeros(shape), torch.rand(3), torch.arange(3))

@@ -61,14 +61,15 @@ def test_a_denoiser_in_bf16_is_close_and_gives_float32(changed):
             assert torch.equal(held(x, t, labels, features=held.features(x, t, labels)), out)
 
 
-def test_time_and_class_embeddings_stay_float32_and_all_else_is_bf16():
+def test_rotary_tables_and_the_embeddings_of_time_and_class_stay_float32():
     exact = randomised(Denoiser(CONFIG))
     held = copy.deepcopy(exact).set_dtype(torch.bfloat16)
+    unchanged = {**dict(exact.named_parameters()), **dict(exact.named_buffers())}
     for name, tensor in (*held.named_parameters(), *held.named_buffers()):
-        kept = name.startswith(("time.", "label."))
+        kept = name.startswith(("time.", "label.")) or "rotary" in name
         assert tensor.dtype == (torch.float32 if kept else torch.bfloat16), name
         if kept:
-            assert torch.equal(tensor, exact.state_dict()[name])
+            assert torch.equal(tensor, unchanged[name])
     near = torch.tensor([0.7, 0.7001])
     assert not torch.equal(*held.time(near))
     assert torch.equal(held.time(near), exact.time(near))

@@ -225,7 +225,7 @@ def test_baselines_train_and_generate(config, tmp_path, vae, latents, patch_size
     made.export(tmp_path / "artifact")
     samples = next(generate(load(str(tmp_path)), [0, 1], sampling=Sampling(steps=2)))
     assert samples.images.shape == (2, 3, 16, 16)
-    with pytest.raises(UserError, match=f"names {latents.partition('@')[0]}, a baseline"):
+    with pytest.raises(UserError, match=f"names the baseline {latents.partition('@')[0]}; baselines cannot be"):
         convert(str(tmp_path), tmp_path / "converted")
 
 
@@ -370,12 +370,15 @@ def test_every_average_is_kept_and_can_be_chosen(config, tmp_path):
 
 
 def test_a_missing_average_is_rejected(config, tmp_path, tiny_model):
-    for ema, message in (((0.5, 0.9), r"has no average of decay 0\.99, only of 0\.5, 0\.9$"), ((), "does not say")):
+    for ema, message in (
+        ((0.5, 0.9), r"has no average of decay 0\.99; its averages have decay 0\.5, 0\.9$"),
+        ((), "does not name"),
+    ):
         run = tmp_path / str(len(ema))
         made = stage(replace(config, ema=ema), run)
         Trainer(run, config.train, made.objectives, made.batches, ONE).fit()
         made.export(run / "artifact")
         with pytest.raises(UserError, match=message):
             load(str(run), ema=0.99)
-    with pytest.raises(UserError, match=r"has no average of decay 0\.9, .* does not say of what decay it is"):
+    with pytest.raises(UserError, match=r"has no average of decay 0\.9; .* does not name a decay"):
         Denoiser.load(str(tiny_model), ema=0.9)

@@ -47,7 +47,7 @@ def convert(
         prediction: for a denoiser file, the quantity that it predicts. Default: velocity for v1, data for v2.
         autoencoder: for a denoiser file, the autoencoder to include: any source of one.
     """
-    from raekit.formats import conversion as conversion
+    from raekit.formats import conversion
     from raekit.models.registry import LAYERS, LayersConfig
 
     options = conversion.FileOptions(

@@ -124,6 +124,8 @@ def image_files(folder: Path) -> list[str]:
 def files_below(folder: Path) -> list[str]:
     """Return the relative paths of all files below `folder`. Follow links, and skip hidden files and folders.
 
+    Each folder is listed once, whatever links lead to it: under its own path if that is below `folder`.
+
     Raises:
         UserError: a folder cannot be read.
     """
@@ -131,18 +133,18 @@ def files_below(folder: Path) -> list[str]:
     def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename}: cannot be read ({error.strerror})")
 
-    found = []
-    for parent, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".") and not _is_loop(parent, name)]
-        inside = os.path.relpath(parent, folder)
-        found += [os.path.normpath(os.path.join(inside, name)) for name in files if not name.startswith(".")]
+    found, seen, waiting = [], set[str](), [str(folder)]
+    for place in waiting:  # the list grows by the links that are found
+        for parent, folders, files in os.walk(place, onerror=refuse):
+            real = os.path.realpath(parent)
+            folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
+            if real in seen:
+                continue
+            seen.add(real)
+            waiting += [path for name in folders if os.path.islink(path := os.path.join(parent, name))]
+            inside = os.path.relpath(parent, folder)
+            found += [os.path.normpath(os.path.join(inside, name)) for name in files if not name.startswith(".")]
     return found
-
-
-def _is_loop(parent: str, name: str) -> bool:
-    """Return whether the folder `name` is a link to `parent` or to a folder above it."""
-    path = Path(parent, name)
-    return path.is_symlink() and Path(parent).resolve().is_relative_to(path.resolve())
 
 
 def read_image(path: Path, size: int, fit: Fit = "crop") -> Image.Image:

@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,7 +19,6 @@ from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.evaluation.intervals import wilson_interval
 from raekit.evaluation.streaming import BATCH, feature_bank, images_of
-from raekit.formats import conversion as conversion
 from raekit.models.autoencoder import Autoencoder, load_autoencoder
 from raekit.models.baselines import BaselineConfig
 from raekit.models.encoders import Encoder, load_encoder
@@ -90,6 +89,7 @@ def probe(
     Raises:
         UserError: the images have no labels, or scikit-learn is not installed.
     """
+    _regression()
     world = world or World()
     model = _load(name).to(world.device)
     size = image_size or (max(model.input_size) if isinstance(model, Encoder) else model.image_size)
@@ -130,11 +130,7 @@ def linear_probe(
     Raises:
         UserError: fewer than two classes, no held-out images, or scikit-learn is not installed.
     """
-    try:
-        from sklearn.exceptions import ConvergenceWarning
-        from sklearn.linear_model import LogisticRegression
-    except ImportError:
-        raise UserError("a linear probe needs the package scikit-learn: pip install 'raekit[probe]'") from None
+    logistic_regression, convergence_warning = _regression()
     if penalty is not None and not 0 < penalty < math.inf:
         raise UserError(f"penalty: {penalty} must be positive")
     if len(np.unique(labels)) < 2 or not len(heldout_labels):
@@ -143,12 +139,12 @@ def linear_probe(
     std[std == 0] = 1
     features, heldout_features = (features - mean) / std, (heldout_features - mean) / std
 
-    def fitted(chosen: np.ndarray, strength: float, search: bool = True) -> LogisticRegression:
-        regression = LogisticRegression(C=1 / (strength * len(chosen)), max_iter=1000)
+    def fitted(chosen: np.ndarray, strength: float, search: bool = True) -> Any:
+        regression = logistic_regression(C=1 / (strength * len(chosen)), max_iter=1000)
         with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", ConvergenceWarning)
+            warnings.simplefilter("always", convergence_warning)
             regression.fit(features[chosen], labels[chosen])
-        if not search and any(issubclass(warning.category, ConvergenceWarning) for warning in caught):
+        if not search and any(issubclass(warning.category, convergence_warning) for warning in caught):
             _log.warning("linear probe: the regression did not converge at penalty %g", strength)
         return regression
 
@@ -170,6 +166,16 @@ def linear_probe(
         training=float(regression.score(features, labels)),
         penalty=penalty,
     )
+
+
+def _regression() -> tuple[Any, Any]:
+    """Return scikit-learn's logistic regression, and the warning that it did not converge."""
+    try:
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.linear_model import LogisticRegression
+    except ImportError:
+        raise UserError("a linear probe needs the package scikit-learn: pip install 'raekit[probe]'") from None
+    return LogisticRegression, ConvergenceWarning
 
 
 def untrained(encoder: Encoder) -> Encoder:

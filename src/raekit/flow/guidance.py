@@ -40,6 +40,8 @@ class Guidance:
     end: float = 1.0
 
     def __post_init__(self) -> None:
+        if self.method not in REFERENCES:
+            raise UserError(f"guidance: {self.method!r} is not a method; give one of {', '.join(REFERENCES)}")
         if not 0 <= self.start < self.end <= 1:
             raise UserError(f"guidance: the interval {self.start}-{self.end} must lie in 0-1, start before end")
         if not math.isfinite(self.scale):

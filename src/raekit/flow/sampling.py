@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from raekit.flow.guidance import (
     Velocity,
     check_guidance,
     guided,
+    parse_guidance,
     pieces,
     with_interval_ends,
 )
@@ -46,7 +47,8 @@ class Sampling:
         steps: solver steps. A `published` grid has one step fewer.
         solver: a solver of `flow.solvers`. dopri5 chooses its own steps.
         grid: `full` ends at time 0; `published` is the grid of the official sampler (RAE v1).
-        guidance: the rules, at most one of each method.
+        guidance: the rules, at most one of each method. A single rule, or a text such as `cfg:2.0@0.1-0.9`
+            (`parse_guidance`), becomes a tuple.
         weak: the weaker denoiser of `auto` guidance.
         reuse: k > 1 runs the backbone of a denoiser with a head at every k-th step only. A value below 1 runs it when
             the expected cosine similarity of the latents to those that it last ran on (`flow.path.similarity`, a
@@ -63,6 +65,19 @@ class Sampling:
     reuse: float = 1
     atol: float = 1e-6
     rtol: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if isinstance(self.guidance, str):
+            object.__setattr__(self, "guidance", parse_guidance(self.guidance))
+        if isinstance(self.guidance, Guidance):
+            object.__setattr__(self, "guidance", (self.guidance,))
+        for name, choices in (("solver", SolverName), ("grid", Grid)):
+            if getattr(self, name) not in get_args(choices):
+                raise UserError(f"{name}: {getattr(self, name)!r} is none of {', '.join(get_args(choices))}")
+        if self.steps < 1 or self.steps != int(self.steps):
+            raise UserError(f"steps: {self.steps} must be a whole number, 1 or more")
+        if not (self.atol > 0 and self.rtol > 0):
+            raise UserError(f"atol, rtol: {self.atol} and {self.rtol} must be positive")
 
 
 Watch = Callable[[Tensor, Tensor, float], object]

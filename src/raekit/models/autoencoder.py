@@ -93,7 +93,7 @@ class Autoencoder(LatentSpace):
         source: object,
         dtype: torch.dtype = torch.float32,
     ) -> Self:
-        """Return the autoencoder with the weights `decoder`, held in `dtype`, and the statistics (mean or None, var).
+        """Return a frozen autoencoder of the weights `decoder`, held in `dtype`, and `statistics` (mean or None, var).
 
         Raises:
             UserError: if the weights do not fit; it names their `source`.
@@ -102,7 +102,7 @@ class Autoencoder(LatentSpace):
         load_strict(model.decoder, decoder, source)
         set_dtype(model.decoder, dtype)
         model.set_statistics(*statistics)
-        return model.eval()
+        return model.requires_grad_(False).eval()
 
     def save(self, folder: Path, world: World | None = None, dtype: torch.dtype | None = None) -> None:
         """Write FOLDER/autoencoder, for `load`; also FOLDER/encoder, if the encoder comes from a local folder."""

@@ -11,6 +11,7 @@ from raekit.config import check_sizes, configclass
 from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.hub import how_to_fetch
+from raekit.models.checks import check_images
 from raekit.models.latent_space import LatentSpace
 
 
@@ -107,6 +108,7 @@ class Baseline(LatentSpace):
 
     @torch.no_grad()
     def tokens(self, images: Tensor) -> Tensor:
+        check_images(images)
         with torch.autocast(images.device.type, enabled=False):
             moments = self.encoder((2 * images - 1).to(self.encoder_dtype))
         return moments[:, : self.latent_shape[0]]  # a VAE returns the mean, then the log-variance

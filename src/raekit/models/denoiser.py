@@ -1,4 +1,4 @@
-"""The diffusion transformer: DiT, DiT^DH with a shallow, wide head (RAE v1), and RAE v2's network (II.3)."""
+"""The diffusion transformer: DiT, DiT^DH with a shallow, wide head (RAE v1), and RAE v2's network."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +12,7 @@ from raekit import artifacts
 from raekit.config import from_dict
 from raekit.distributed import World
 from raekit.errors import UserError
+from raekit.models.checks import check_latents
 from raekit.models.conditioning import ClassCondition, Condition
 from raekit.models.denoiser_config import DenoiserConfig, TransformerConfig
 from raekit.models.layers import (
@@ -110,11 +111,11 @@ class Denoiser(nn.Module):
         source: object,
         dtype: torch.dtype = torch.float32,
     ) -> Self:
-        """Return the denoiser with the weights `state`; UserError, naming their `source`, if they do not fit."""
+        """Return the frozen denoiser with the weights `state`; UserError, naming their `source`, if they do not fit."""
         check_fit(lambda: cls(config), state, source)
         model = cls(config)
         load_strict(model, state, source)
-        return model.set_dtype(dtype).eval()
+        return model.set_dtype(dtype).requires_grad_(False).eval()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -210,8 +211,9 @@ class Denoiser(nn.Module):
                 approximation, for networks with a head.
 
         Raises:
-            UserError: if `with_base` is asked of a network without a base output.
+            UserError: if `x` has another shape, or `with_base` is asked of a network without a base output.
         """
+        check_latents(x, self.config.latent_shape)
         time, label = self._embed_condition(t, labels)
         features = features or self._features(x, time, label)
         if self.config.head:
@@ -231,6 +233,7 @@ class Denoiser(nn.Module):
 
     def features(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Features:
         """Run the backbone only, with the arguments of `forward`."""
+        check_latents(x, self.config.latent_shape)
         tokens, base = self._features(x, *self._embed_condition(t, labels))
         return Features(tokens.clone(), base)  # of compiled blocks on CUDA, the next evaluation overwrites the tokens
 

@@ -18,6 +18,7 @@ from raekit.config import from_dict, read_json
 from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.hub import find_folder, how_to_fetch
+from raekit.models.checks import check_images
 from raekit.models.registry import (
     FAMILIES,
     MAX_DEPTH,
@@ -67,7 +68,6 @@ class Encoder(nn.Module):
         self.grid = grid_of(spec, name, input_size)
         self.input_size = sides(spec.image_size if input_size is None else input_size)
         self.model = model.requires_grad_(False)
-        self.family = _OWN if isinstance(model, ViT) else FAMILIES[spec.family]
         self.layers = layers or LayersConfig()
         self._chosen = self._indices(self.layers.blocks)
         if len({*self._chosen}) < len(self._chosen):
@@ -85,6 +85,11 @@ class Encoder(nn.Module):
     def width(self) -> int:
         """Channels of a token."""
         return self.spec.width
+
+    @property
+    def family(self) -> Family:
+        """How the model runs block by block."""
+        return _OWN if isinstance(self.model, ViT) else FAMILIES[self.spec.family]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -133,6 +138,7 @@ class Encoder(nn.Module):
         Raises:
             UserError: if the encoder lacks one of the blocks.
         """
+        check_images(images)
         chosen = self._indices(blocks)
         with torch.autocast(images.device.type, enabled=False):
             found = {i: x for i, x in enumerate(self._run(images, max(chosen))) if i in chosen}
@@ -140,6 +146,7 @@ class Encoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
+        check_images(images)
         layers, eps = self.layers, self.model.get_submodule(self.family.norm).eps
         last = len(self.blocks) - 1 if layers.token_mean else max(self._chosen)
         tokens = total = torch.zeros((), device=images.device)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from raekit.distributed import World
 from raekit.errors import UserError
+from raekit.models.checks import check_latents
 from raekit.weights import VARIANCE_EPS
 
 
@@ -94,9 +95,18 @@ class LatentSpace(nn.Module, ABC):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Return the whitened latents (B, C, h, w) of images (B, 3, H, W) in [0, 1]. Adds no noise."""
+        """Return the whitened latents (B, C, h, w) of images (B, 3, H, W) in [0, 1]. Adds no noise.
+
+        Raises:
+            UserError: `images` has another type, shape or range.
+        """
         return self.whiten(self.tokens(images).float())
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Return the images (B, 3, *image_shape) in [0, 1] of whitened latents (B, C, h, w)."""
+        """Return the images (B, 3, *image_shape) in [0, 1] of whitened latents (B, C, h, w).
+
+        Raises:
+            UserError: `latents` has another type or shape.
+        """
+        check_latents(latents, self.latent_shape)
         return self.pixels(self.unwhiten(latents)).clamp(0, 1)

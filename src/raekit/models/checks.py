@@ -1,0 +1,50 @@
+"""Checks of the tensors that callers give to the networks."""
+
+from typing import Any
+
+import torch
+
+from raekit.errors import UserError
+
+_LOW, _HIGH = -0.5, 2.0  # bicubic resizing leaves [0, 1] by less; images in [-1, 1] or up to 255 by more
+
+
+def check_images(images: Any) -> None:
+    """Check images that an encoder is given.
+
+    A pixel may be somewhat out of range, as bicubic resizing leaves it.
+    The range is checked on the CPU only: on another device, the host would wait for the answer.
+
+    Raises:
+        UserError: they are not a float tensor (B, 3, H, W) in [0, 1] with at least one image.
+    """
+    wanted = "expected a float tensor (B, 3, H, W) in [0, 1]"
+    if not isinstance(images, torch.Tensor):
+        raise UserError(f"images: {wanted}, got {type(images).__name__}; convert it, as torch.from_numpy does")
+    if not images.is_floating_point():
+        raise UserError(f"images: {wanted}, got {_name(images.dtype)}; divide by 255: images.float() / 255")
+    if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
+        raise UserError(f"images: {wanted}, got the shape {tuple(images.shape)}")
+    if images.device.type == "cpu":
+        low, high = (bound.item() for bound in images.aminmax())
+        if not _LOW <= low <= high <= _HIGH:  # also false for NaN
+            raise UserError(f"images: {wanted}, got values from {low:g} to {high:g}; scale them first")
+
+
+def check_latents(latents: Any, shape: tuple[int, int, int]) -> None:
+    """Check latents that a decoder or a denoiser is given.
+
+    Raises:
+        UserError: they are not a float tensor (B, *shape).
+    """
+    wanted = f"expected a float tensor (B, {', '.join(map(str, shape))})"
+    if not isinstance(latents, torch.Tensor):
+        raise UserError(f"latents: {wanted}, got {type(latents).__name__}")
+    if not latents.is_floating_point():
+        raise UserError(f"latents: {wanted}, got {_name(latents.dtype)}")
+    if latents.shape[1:] != shape:
+        raise UserError(f"latents: {wanted}, got the shape {tuple(latents.shape)}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
