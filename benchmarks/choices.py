@@ -1,6 +1,6 @@
 """What does each choice in a training step of DiT^DH bring? The step with one of them undone, beside ours.
 
-    python benchmarks/choices.py [--size S] [--batch 2] [--precision bf16] [--repeats 5] [--out choices.json]
+    python benchmarks/choices.py [--size S] [--batch 2] [--precision bf16] [--repeats 5] [--out DIR]
 
 All take turns in one process, first eager, then compiled; each speed-up is to ours, with its range, so that below 1 is
 what a choice saves. Undone are: contiguous halves in the rotary embedding (the published code has interleaved pairs),
@@ -9,7 +9,7 @@ of zeros), the fused optimizer; and, compiled, blocks compiled one by one.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from harness import compiled, denoiser, interleaved, report, training_step
+from harness import SIZES, compiled, denoiser, interleaved, named, report, training_step
+from machine import MatmulRate
 from raekit.distributed import prepare_device
 from raekit.models import layers
 from raekit.models.denoiser import Denoiser
+from raekit.train.precision import compute_dtype
 
 ATTENTION = F.scaled_dot_product_attention
 
@@ -57,14 +59,14 @@ PATCHES: dict[str, tuple[Any, str, Any]] = {
 }
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="S", choices=["S", "B", "L", "XL"])
+    parser.add_argument("--size", default="S", choices=SIZES)
     parser.add_argument("--batch", type=int, help="default: 2 on a CPU, 64 on a GPU")
     parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="JSON files for the figures: FILE-eager.json and FILE-compiled.json")
-    arguments = parser.parse_args()
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for results.json and results.md")
+    arguments = parser.parse_args(argv)
     device = prepare_device()
     batch = arguments.batch or (64 if device.type == "cuda" else 2)
 
@@ -86,10 +88,10 @@ def main() -> None:
             whole.compile()
             variants["compiled as a whole"] = stepper(whole, torch.optim.AdamW(whole.parameters(), fused=True))
         variants |= {name: partial(undone, name, variants["ours"]) for name in PATCHES}
-        times = interleaved(variants, arguments.repeats, device)
-        title = f"training step, DiT^DH-{arguments.size}, 768x16x16, batch {batch}, {arguments.precision}, {mode}"
-        out = arguments.out and arguments.out.with_stem(f"{arguments.out.stem}-{mode}")
-        report(title, times, batch, device, out)
+        rate = MatmulRate(compute_dtype(arguments.precision, device), device)
+        times = interleaved(variants, arguments.repeats, device, rate)
+        title = f"choices in a training step, {named(arguments.size)}, batch {batch}, {arguments.precision}, {mode}"
+        report(title, times, batch, device, arguments.out, rate=rate)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How long does a step of stage 1 take, and which part of it takes how long?
 
-    python benchmarks/decoder_step.py [--decoder ViT-B] [--batch 2] [--precision bf16] [--repeats 5] [--out step.json]
+    python benchmarks/decoder_step.py [--decoder ViT-B] [--batch 2] [--precision bf16] [--repeats 5] [--out DIR]
 
 DINOv2-B at 224 pixels, a published decoder to 256 pixels, and all losses of the published recipe: L1, LPIPS (VGG16) and
 a discriminator on DINO-S/8, with random weights. The parts take turns in one process, each one the step before it and
@@ -9,7 +9,7 @@ one part more, so that a part's cost is the difference of two lines; the whole s
 
 import argparse
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import transformers
 from torch import nn
 
 from harness import interleaved, report
+from machine import MatmulRate
 from raekit.data.loader import Batch
 from raekit.distributed import World, prepare_device
 from raekit.formats.decoder_keys import DECODERS
@@ -35,15 +36,15 @@ from raekit.train.optim import adamw
 from raekit.train.precision import autocast, compute_dtype
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--decoder", default="ViT-XL", choices=DECODERS)
     parser.add_argument("--batch", type=int, help="default: 2 on a CPU, 32 on a GPU")
     parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"])
     parser.add_argument("--compile", action="store_true", help="compile the blocks of encoder and decoder")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="JSON file for the figures")
-    arguments = parser.parse_args()
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for results.json and results.md")
+    arguments = parser.parse_args(argv)
     device = prepare_device()
     count = arguments.batch or (32 if device.type == "cuda" else 2)
     recipe = dinov2b_decoder_xl.config()
@@ -108,10 +109,11 @@ def main() -> None:
         "+ adversarial loss": step(everything),
         "+ discriminator": step(everything, both=True),
     }
-    times = interleaved(variants, arguments.repeats, device)
+    rate = MatmulRate(compute_dtype(arguments.precision, device), device)
+    times = interleaved(variants, arguments.repeats, device, rate)
     mode = "compiled" if arguments.compile else "eager"
     title = f"stage-1 step, {arguments.decoder} decoder, 256 pixels, batch {count}, {arguments.precision}, {mode}"
-    report(title, times, count, device, arguments.out)
+    report(title, times, count, device, arguments.out, rate=rate)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How fast is sampling from DiT^DH, unguided and with each guidance? Euler steps on 768 x 16 x 16 latents.
 
-    python benchmarks/sampling.py [--size S] [--batch 2] [--steps 2] [--precision bf16] [--out sampling.json]
+    python benchmarks/sampling.py [--size S] [--batch 2] [--steps 2] [--precision bf16] [--out DIR]
 
 "doubled" is a baseline as the published sampler works: each network that takes part runs on the batch twice over, at
 every step. The weak model of AutoGuidance is as large as the guided one, and the base output of internal guidance is
@@ -10,21 +10,22 @@ first. Images/s are for 50 steps, scaled from the steps run.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from harness import compiled, denoiser, interleaved, report
+from harness import SIZES, compiled, denoiser, interleaved, named, ratio, report
+from machine import MatmulRate
 from raekit import randomness
 from raekit.distributed import prepare_device
 from raekit.flow.guidance import Guidance
 from raekit.flow.sampling import Sampling, sample_latents
 from raekit.flow.solvers import euler, time_grid
 from raekit.models.denoiser import Denoiser
-from raekit.train.precision import autocast
+from raekit.train.precision import autocast, compute_dtype
 
 FULL_STEPS = 50
 REUSE = (2, 4)
@@ -78,16 +79,16 @@ def samplers(
     )
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="S", choices=["S", "B", "L", "XL"])
+    parser.add_argument("--size", default="S", choices=SIZES)
     parser.add_argument("--batch", type=int, help="default: 2 on a CPU, 64 on a GPU")
     parser.add_argument("--steps", type=int, help="solver steps to run; default: 2 on a CPU, 50 on a GPU")
     parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"])
     parser.add_argument("--only", nargs="+", metavar="NAME", help="of the variants; default: all")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="JSON files for the figures: FILE-eager.json and FILE-compiled.json")
-    arguments = parser.parse_args()
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for results.json and results.md")
+    arguments = parser.parse_args(argv)
     device = prepare_device()
     batch = arguments.batch or (64 if device.type == "cuda" else 2)
     steps = arguments.steps or (FULL_STEPS if device.type == "cuda" else 2)
@@ -103,16 +104,16 @@ def main() -> None:
             if (theirs := variants.get(f"{name}, doubled")) and name in variants:
                 ours, theirs = variants[name](), theirs()
                 print(f"{mode}, {name}: relative difference {((ours - theirs).norm() / theirs.norm()).item():.1e}")
-        runs = interleaved(variants, arguments.repeats, device)
+        rate = MatmulRate(compute_dtype(arguments.precision, device), device)
+        runs = interleaved(variants, arguments.repeats, device, rate)
         for each in runs.values():
             each.seconds = [FULL_STEPS / steps * seconds for seconds in each.seconds]
-        what = f"DiT^DH-{arguments.size}, 768x16x16, batch {batch}, {FULL_STEPS} Euler steps, {arguments.precision}"
-        out = arguments.out and arguments.out.with_stem(f"{arguments.out.stem}-{mode}")
-        report(f"sampling, {what}, {mode}", runs, batch, device, out)
+        what = f"{named(arguments.size)}, batch {batch}, {FULL_STEPS} Euler steps, {arguments.precision}"
+        report(f"sampling, {what}, {mode}", runs, batch, device, arguments.out, rate=rate)
         for name in RULES:
             if (theirs := runs.get(f"{name}, doubled")) and name in runs:
-                ratios = sorted(a / b for a, b in zip(theirs.seconds, runs[name].seconds, strict=True))
-                print(f"{name}: {ratios[len(ratios) // 2]:.2f} times its baseline ({ratios[0]:.2f}-{ratios[-1]:.2f})")
+                ratios = [a / b for a, b in zip(theirs.seconds, runs[name].seconds, strict=True)]
+                print(f"{name}: {ratio(ratios)} times as fast as its baseline")
 
 
 if __name__ == "__main__":
