@@ -12,7 +12,7 @@ import argparse
 import math
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -40,7 +40,7 @@ from raekit.train.precision import Precision, compute_dtype
 from synthetic import make_images
 
 BATCH = 50
-Runs = dict[int, Callable[[], object]]
+Runs = Mapping[int, Callable[[], object]]
 
 
 @dataclass(frozen=True)

@@ -146,7 +146,7 @@ class Case:
         self.unused.discard(name)
         if name not in self.arrays:
             raise UserError(f"no array {name}")
-        return torch.from_numpy(np.asarray(self.arrays[name]))
+        return torch.from_numpy(np.asarray(self.arrays[name])).to(torch.get_default_device())
 
     def __contains__(self, name: str) -> bool:
         return name in self.arrays

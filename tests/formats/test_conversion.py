@@ -9,9 +9,6 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from tests.formats.conftest import SIZES, Hub, save
-from tests.formats.test_keys import decoder_shapes
-from tests.reference import state_dict
 
 from raekit.config import read_json, to_json
 from raekit.errors import UserError
@@ -26,6 +23,9 @@ from raekit.models.autoencoder import Autoencoder
 from raekit.models.decoder import Decoder, DecoderConfig
 from raekit.models.registry import LAYERS, REGISTRY
 from raekit.weights import load_strict
+from tests.formats.conftest import SIZES, Hub, save
+from tests.formats.test_keys import decoder_shapes
+from tests.reference import state_dict
 
 pytestmark = pytest.mark.usefixtures("tiny")
 

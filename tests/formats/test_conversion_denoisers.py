@@ -8,15 +8,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from tests.formats.conftest import SIZES, Hub, save
-from tests.formats.test_keys import (
-    decoder_shapes,
-    denoiser_shapes,
-    denoiser_v2_shapes,
-    published_denoiser,
-    published_denoiser_v2,
-)
-from tests.reference import state_dict
 
 from raekit import randomness
 from raekit.config import to_json
@@ -33,6 +24,15 @@ from raekit.formats.yaml_files import read_published
 from raekit.inference.model import load, load_published
 from raekit.models.denoiser import Denoiser
 from raekit.models.registry import REGISTRY, LayersConfig
+from tests.formats.conftest import SIZES, Hub, save
+from tests.formats.test_keys import (
+    decoder_shapes,
+    denoiser_shapes,
+    denoiser_v2_shapes,
+    published_denoiser,
+    published_denoiser_v2,
+)
+from tests.reference import state_dict
 
 pytestmark = pytest.mark.usefixtures("tiny")
 

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.reference import state_dict
 from torch import Tensor
 
 from raekit.errors import UserError
@@ -17,6 +16,7 @@ from raekit.models.autoencoder import Autoencoder, AutoencoderConfig
 from raekit.models.decoder import DecoderConfig
 from raekit.models.encoders import load_encoder
 from raekit.models.registry import REGISTRY, EncoderSpec
+from tests.reference import state_dict
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # diffusers' own
 

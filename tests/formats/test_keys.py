@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.reference import check, state_dict
 from torch import Tensor
 
 from raekit.errors import UserError
@@ -30,6 +29,7 @@ from raekit.models.decoder import Decoder, DecoderConfig
 from raekit.models.denoiser import Denoiser
 from raekit.models.denoiser_config import SIZES, DenoiserConfig, TransformerConfig
 from raekit.weights import load_strict
+from tests.reference import check, state_dict
 
 State = dict[str, Tensor]
 
