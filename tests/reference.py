@@ -11,6 +11,7 @@ file and has not been used is a failure, never passed over.
 
 import json
 import math
+import re
 import sys
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -310,6 +311,8 @@ def _encoder(
     for tower in ("vision_model.", "vit."):  # of a whole model's weights, those of its images
         if any(key.startswith(tower) for key in state):
             state = {key.removeprefix(tower): value for key, value in state.items() if key.startswith(tower)}
+    if "encoder.layer.0.attention.attention.query.weight" in model.state_dict():  # an older transformers
+        state = {_older(key): value for key, value in state.items()}
     # What nothing here uses, pooling heads and a MAE's decoder, may be listed or not.
     state = {key: value for key, value in state.items() if not key.startswith(("head.", "pooler.", "decoder."))}
     load_strict(model, state, "reference case: encoder")
@@ -323,6 +326,17 @@ def _encoder(
         std=kind.colours[1],
     )
     return Encoder(name, spec, model, layers=layers)
+
+
+def _older(key: str) -> str:
+    """Return the name that older releases of transformers give to a weight of DINOv2's attention."""
+    names = {
+        "q_proj": "attention.query",
+        "k_proj": "attention.key",
+        "v_proj": "attention.value",
+        "o_proj": "output.dense",
+    }
+    return re.sub(r"attention\.([qkvo]_proj)", lambda match: f"attention.{names[match[1]]}", key)
 
 
 def encoder_layers(case: Case) -> Outputs:
@@ -381,7 +395,7 @@ def disc(case: Case) -> Outputs:
         norm=NORMS[norm],
         spectral_norm=spectral,
     )
-    model = Discriminator(config, backbone).eval()
+    model = Discriminator(config, backbone).to(torch.get_default_device()).eval()
     load_strict(model, discriminator_state(state), "reference case: heads")
     yield "logits", model((case.array("x") + 1) / 2)
 
@@ -445,6 +459,7 @@ def inception(case: Case) -> Outputs:
     with torch.device("meta"):
         model = Inception()
     load_strict(model, inception_state(state, "reference case"), "reference case")
+    model.to(torch.get_default_device())
     features = model(case.array("x").float() / 255).split([POOL, LOGITS, SPATIAL], 1)
     for name, ours in zip(("pool", "logits_unbiased", "spatial"), features, strict=True):
         if name in case:
@@ -517,7 +532,10 @@ KINDS: dict[str, Callable[[Case], Outputs]] = {
 
 @torch.no_grad()
 def check(path: Path) -> Iterator[tuple[str, str, str]]:
-    """Yield (`ok`, `FAIL` or `note`; the output; its error, or the reason) for each output of a case."""
+    """Yield (`ok`, `FAIL` or `note`; the output; its error, or the reason) for each output of a case.
+
+    The models run on torch's default device: `with torch.device("cuda"):` checks them on a GPU.
+    """
     done = set()
     try:
         case = Case(path)
@@ -535,7 +553,7 @@ def check(path: Path) -> Iterator[tuple[str, str, str]]:
             if ours.shape != theirs.shape:
                 yield "FAIL", name, f"shape {tuple(ours.shape)}, expected {tuple(theirs.shape)}"
                 continue
-            ours, theirs = ours.double(), theirs.double()
+            ours, theirs = ours.double().cpu(), theirs.double().cpu()
             error = ((ours - theirs).norm() / theirs.norm().clamp_min(torch.finfo(torch.float64).tiny)).item()
             yield ("ok" if error <= TOLERANCES.get(name, TOLERANCE) else "FAIL"), name, f"{error:.2e}"
         if case.unused:
