@@ -139,11 +139,11 @@ def sampling(setting: Setting, batch: int, steps: int = 50) -> None:
 
 def fid(setting: Setting) -> None:
     """FID statistics of 10,000 images of 256 pixels: the network alone, and from JPEG files"""
-    device, count = setting.device, setting.pick(8, 10_000)
+    device, count = setting.device, setting.pick(2, 10_000)
     torch.manual_seed(0)
     network = InceptionFeatures(Inception().to(device))
     parts = {"Inception": network.pool, **load_networks("builtin:vit-tiny", device)}
-    side, batch, files = setting.pick((32, 4, 8), (256, 64, 1024))
+    side, batch, files = setting.pick((32, 2, 4), (256, 64, 1024))
     source = make_images(setting.scratch / "jpeg", files, side)
     pixels = torch.rand(batch, 3, side, side, device=device)
 
