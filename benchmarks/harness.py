@@ -149,24 +149,30 @@ class Table:
 
 
 def publish(table: Table, device: torch.device, out: Path | None) -> None:
-    """Print a table and the machine; with `out`, also add both to results.json and results.md in that folder.
-
-    A table of the same title is replaced.
-    """
+    """Print a table and the machine; with `out`, also `save` both in that folder."""
     machine = describe(device)
     widths = [max(map(len, column)) for column in zip(table.columns, *table.rows, strict=True)]
     print("\n" + "\n".join([table.title, summary(machine), *table.notes]))
     for row in [table.columns, *table.rows]:
         name, *cells = (f"{cell:{'<' if i == 0 else '>'}{widths[i]}}" for i, cell in enumerate(row))
         print("   ".join([name, *cells]).rstrip(), flush=True)
-    if out is None:
-        return
+    if out is not None:
+        save(table, device, out)
+
+
+def save(table: Table, device: torch.device, out: Path) -> None:
+    """Add a table and the machine to results.json and results.md in `out`, in place of a table of the same title."""
     out.mkdir(parents=True, exist_ok=True)
-    path = out / "results.json"
-    tables = json.loads(path.read_text()) if path.is_file() else []
-    tables = [each for each in tables if each["title"] != table.title] + [asdict(table) | {"machine": machine}]
-    path.write_text(json.dumps(tables, indent=1) + "\n")
+    tables = [each for each in saved(out) if each["title"] != table.title]
+    tables.append(asdict(table) | {"machine": describe(device)})
+    (out / "results.json").write_text(json.dumps(tables, indent=1) + "\n")
     (out / "results.md").write_text("\n".join(map(_markdown, tables)))
+
+
+def saved(out: Path) -> list[dict[str, Any]]:
+    """Return the tables that `out` holds, with the fields of `Table` and `machine`."""
+    path = out / "results.json"
+    return json.loads(path.read_text()) if path.is_file() else []
 
 
 def _markdown(table: Mapping[str, Any]) -> str:
