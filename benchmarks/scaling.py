@@ -94,7 +94,7 @@ def samples(settings: Settings) -> tuple[str, Runs]:
         for made in generate(model, count=count, sampling=sampling, batch_size=16):
             made.images.cpu()
 
-    sizes = settings.chosen((16, 32), (64, 256, 1024), (256, 1024, 4096))
+    sizes = settings.chosen((2, 4), (64, 256, 1024), (256, 1024, 4096))
     return "generating samples with builtin:emoji, 2 steps, batch 16", {n: lambda n=n: run(n) for n in sizes}
 
 
@@ -155,7 +155,7 @@ def evaluation(settings: Settings) -> tuple[str, Runs]:
     def run(count: int) -> None:
         score_stream(generated(count), [FrechetDistance(Stub(dim), reference)], World(device=device))
 
-    sizes = settings.chosen((100, 200), (5000, 50_000), (5000, 50_000))
+    sizes = settings.chosen((50, 100), (5000, 50_000), (5000, 50_000))
     return f"evaluating generated images in {dim} features", {n: lambda n=n: run(n) for n in sizes}
 
 

@@ -35,11 +35,12 @@ from raekit.models.autoencoder import load_autoencoder
 from raekit.models.denoiser import Denoiser
 from raekit.models.inception import Inception
 from raekit.models.perceptual import LPIPS
+from raekit.progress import silent
 from raekit.recipes import emoji_decoder_gan, emoji_dit_dh, emoji_encoder
 from raekit.stages.decoder_losses import PerceptualConfig
-from raekit.stages.run import StageConfig, build, train
+from raekit.stages.run import StageConfig, build
 from raekit.train.precision import float32_precision
-from raekit.train.trainer import TrainConfig, Trainer
+from raekit.train.trainer import Report, TrainConfig, Trainer
 
 TOLERANCES = {"fp32": 1e-3, "tf32": 1e-2, "bf16": 5e-2}
 """The largest relative differences allowed of losses after a few steps, and of sampled latents."""
@@ -69,7 +70,9 @@ def stage(name: str, setting: Setting, precision: str = "fp32", compile: bool = 
             config = emoji_dit_dh.config()
     size = setting.pick(2, 32)
     settings: dict[str, Any] = {"precision": precision, "compile": compile, "steps": steps or setting.pick(2, 6)}
-    return replace(config, train=TrainConfig(batch_size=size, micro_batch=size // 2, log_every=1, **settings))
+    data = replace(config.data, split="heldout")  # stage 1 measures the statistics of all of its images
+    train = TrainConfig(batch_size=size, micro_batch=size // 2, log_every=1, **settings)
+    return replace(config, data=data, train=train)
 
 
 @contextmanager
@@ -88,6 +91,22 @@ def drawn_on_the_cpu() -> Iterator[None]:
         yield
 
 
+def fit(
+    config: StageConfig,
+    setting: Setting,
+    device: torch.device,
+    report: Report,
+    watched: Callable[[Iterator[Any]], Iterator[Any]] = iter,
+) -> None:
+    """Train a stage without its evaluations; `watched` is given the stream of batches, and gives the same."""
+    with tempfile.TemporaryDirectory(dir=setting.scratch) as folder:
+        run, world = Path(folder), World(device=device)
+        built = build(config, run, world)
+        trainer = Trainer(run, config.train, built.objectives, lambda start: watched(built.batches(start)), world)
+        built.prepare(silent)
+        trainer.fit(report)
+
+
 def training(setting: Setting) -> bool:
     """Losses of every stage in every precision, eager and compiled, against the CPU's"""
 
@@ -97,8 +116,8 @@ def training(setting: Setting) -> bool:
         def note(_: int, values: dict[str, float]) -> None:
             found.append([value for name, value in sorted(values.items()) if name.endswith("loss")])
 
-        with tempfile.TemporaryDirectory(dir=setting.scratch) as run, drawn_on_the_cpu():
-            train(config, Path(run), World(device=device), note)
+        with drawn_on_the_cpu():
+            fit(config, setting, device, note)
         return torch.tensor(found)
 
     checks = Checks("training", setting)
@@ -287,18 +306,15 @@ def without_waiting(run: Callable[[], object]) -> tuple[str, str, bool]:
 
 
 def train_without_waiting(name: str, setting: Setting) -> None:
-    """Train for eight steps, of which all but the first two and the last must not wait."""
-    config = stage(name, setting, steps=8)
+    """Train for some steps, of which all but the first two and the last must not wait."""
+    steps = setting.pick(4, 8)
+    config = stage(name, setting, steps=steps)
     config = replace(config, train=replace(config.train, log_every=100))
 
-    with tempfile.TemporaryDirectory(dir=setting.scratch) as run:
-        built = build(config, Path(run), setting.world)
+    def watched(stream: Iterator[Any]) -> Iterator[Any]:
+        yield from islice(stream, 2)
+        with no_waiting(setting.device):
+            yield from islice(stream, steps - 3)
+        yield from stream
 
-        def batches(start: int) -> Iterator[Any]:
-            stream = built.batches(start)
-            yield from islice(stream, 2)
-            with no_waiting(setting.device):
-                yield from islice(stream, 5)
-            yield from stream
-
-        Trainer(Path(run), config.train, built.objectives, batches, setting.world).fit()
+    fit(config, setting, setting.device, lambda step, values: None, watched)
