@@ -1,6 +1,6 @@
 """How fast are encoding and decoding, compared with diffusers' AutoencoderRAE with the same weights?
 
-    python benchmarks/autoencoder.py [--decoder ViT-XL] [--batch 2] [--precisions fp32 bf16] [--repeats 5] [--out FILE]
+    python benchmarks/autoencoder.py [--decoder ViT-XL] [--batch 2] [--precisions fp32 bf16] [--repeats 5] [--out DIR]
 
 DINOv2-B with registers at 224 pixels (256 tokens) and a published decoder to 256 pixels, with the same random weights
 in both, held in the precision. Needs diffusers. All variants take turns in one process, and each speed-up is to
@@ -10,6 +10,7 @@ outputs are compared first.
 
 import argparse
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ import torch
 from diffusers import AutoencoderRAE  # pyright: ignore[reportPrivateImportUsage]
 from torch.utils.flop_counter import FlopCounterMode
 
-from harness import MatmulRate, interleaved, report
+from harness import interleaved, report
+from machine import MatmulRate
 from raekit.distributed import prepare_device
 from raekit.formats.decoder_keys import DECODERS, decoder_state
 from raekit.formats.diffusers_keys import from_diffusers
@@ -91,18 +93,17 @@ def compare(size: str, precision: str, batch: int, repeats: int, device: torch.d
         variants = {"diffusers": reference, "raekit": eager, "raekit, compiled": compiled}
         times = interleaved(variants, repeats, device, rate)
         title = f"{task}, DINOv2-B and a {size} decoder, batch {batch}, {precision}"
-        path = out and out.with_stem(f"{out.stem}-{task}-{precision}")
-        report(title, times, batch, device, path, flops=counter.get_total_flops(), rate=rate)
+        report(title, times, batch, device, out, flops=counter.get_total_flops(), rate=rate)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--decoder", default="ViT-XL", choices=DECODERS)
     parser.add_argument("--batch", type=int, help="default: 2 on a CPU, 64 on a GPU")
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=DTYPES)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="JSON files for the figures: FILE-encode-fp32.json and so on")
-    arguments = parser.parse_args()
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for results.json and results.md")
+    arguments = parser.parse_args(argv)
     device = prepare_device()
     batch = arguments.batch or (64 if device.type == "cuda" else 2)
     for precision in arguments.precisions:

@@ -1,7 +1,7 @@
 """What does each choice in a training step of DiT^DH bring? Compare our step with steps that undo one choice.
 
     python benchmarks/choices.py [--size S] [--batch 2] [--precision bf16] [--only NAME ...] [--modes compiled]
-        [--repeats 5] [--out choices.json]
+        [--repeats 5] [--out DIR]
 
 The steps take turns in one process, first eager, then compiled. A speed-up is relative to our step and has its range
 over the turns; below 1, our choice is faster. These choices are undone:
@@ -17,7 +17,7 @@ over the turns; below 1, our choice is faster. These choices are undone:
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from harness import compiled, denoiser, interleaved, report, training_step
+from harness import SIZES, denoiser, interleaved, named, report, training_step
+from machine import MatmulRate
 from raekit.distributed import prepare_device
 from raekit.models import layers
 from raekit.models.denoiser import Denoiser
+from raekit.train.precision import compute_dtype
 
 ATTENTION = F.scaled_dot_product_attention
 
@@ -81,16 +83,16 @@ NOT_FUSED, AS_ONE = "optimizer not fused", "compiled as one"
 MODES = ("eager", "compiled")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="S", choices=["S", "B", "L", "XL"])
+    parser.add_argument("--size", default="S", choices=SIZES)
     parser.add_argument("--batch", type=int, help="default: 2 on a CPU, 64 on a GPU")
     parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"])
     parser.add_argument("--only", nargs="+", choices=(NOT_FUSED, AS_ONE, *PATCHES), metavar="NAME", help="default: all")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES, help="default: both")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="JSON files for the figures: FILE-eager.json and FILE-compiled.json")
-    arguments = parser.parse_args()
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for results.json and results.md")
+    arguments = parser.parse_args(argv)
     device = prepare_device()
     batch = arguments.batch or (64 if device.type == "cuda" else 2)
 
@@ -110,16 +112,16 @@ def main() -> None:
         if NOT_FUSED in chosen:
             variants[NOT_FUSED] = stepper(model, plain)
         if mode == "compiled":
-            compiled(model)
+            model.compile()
             if AS_ONE in chosen:
                 complete = denoiser(arguments.size, device)
-                complete.compile()
+                torch.nn.Module.compile(complete)  # `Denoiser.compile` compiles block by block
                 variants[AS_ONE] = stepper(complete, torch.optim.AdamW(complete.parameters(), fused=True))
         variants |= {name: partial(undone, name, variants["ours"]) for name in PATCHES if name in chosen}
-        times = interleaved(variants, arguments.repeats, device)
-        title = f"training step, DiT^DH-{arguments.size}, 768x16x16, batch {batch}, {arguments.precision}, {mode}"
-        out = arguments.out and arguments.out.with_stem(f"{arguments.out.stem}-{mode}")
-        report(title, times, batch, device, out)
+        rate = MatmulRate(compute_dtype(arguments.precision, device), device)
+        times = interleaved(variants, arguments.repeats, device, rate)
+        title = f"choices in a training step, {named(arguments.size)}, batch {batch}, {arguments.precision}, {mode}"
+        report(title, times, batch, device, arguments.out, rate=rate)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How long does a step of stage 1 take, and which part of it takes how long?
 
-    python benchmarks/decoder_step.py [--decoder ViT-B] [--batch 2] [--precision bf16] [--repeats 5] [--out step.json]
+    python benchmarks/decoder_step.py [--decoder ViT-B] [--batch 2] [--precision bf16] [--repeats 5] [--out DIR]
 
 DINOv2-B at 224 pixels, a published decoder to 256 pixels, and all losses of the published recipe: L1, LPIPS (VGG16) and
 a discriminator on DINO-S/8, with random weights. The parts take turns in one process, each one the step before it and
@@ -9,7 +9,7 @@ one part more, so that a part's cost is the difference of two lines; the whole s
 
 import argparse
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,51 +19,65 @@ import transformers
 from torch import nn
 
 from harness import interleaved, report
+from machine import MatmulRate
 from raekit.data.loader import Batch
 from raekit.distributed import World, prepare_device
 from raekit.formats.decoder_keys import DECODERS
 from raekit.models.autoencoder import Autoencoder, AutoencoderConfig
 from raekit.models.decoder import DecoderConfig
 from raekit.models.discriminator import Dino, Discriminator
-from raekit.models.encoders import Encoder
+from raekit.models.encoders import Encoder, load_encoder
 from raekit.models.perceptual import LPIPS
 from raekit.models.registry import REGISTRY
 from raekit.recipes import dinov2b_decoder_xl
-from raekit.stages.decoder_losses import Encoded, Losses
+from raekit.stages.decoder_losses import AdversarialConfig, Encoded, Losses
 from raekit.train import ema
 from raekit.train.optim import adamw
 from raekit.train.precision import autocast, compute_dtype
 
 
-def main() -> None:
+def networks(decoder: str, dtype: torch.dtype, adversarial: AdversarialConfig) -> tuple[Autoencoder, Discriminator]:
+    """Return an autoencoder and a discriminator with random weights: as published, or all tiny."""
+    torch.manual_seed(0)
+    config = adversarial.discriminator
+    if decoder == "tiny":
+        encoder = load_encoder("builtin:vit-tiny", dtype=dtype)
+        size = {"width": 64, "depth": 1, "heads": 2, "hidden": 128}
+        discriminator = Discriminator(replace(config, blocks=(0, 1, 2)), load_encoder("builtin:vit-tiny"))
+    else:
+        sizes = transformers.Dinov2WithRegistersConfig(image_size=518, patch_size=14)
+        network: Any = transformers.Dinov2WithRegistersModel(sizes)
+        encoder = Encoder("dinov2-b", REGISTRY["dinov2-b"], network.to(dtype))
+        size = DECODERS[decoder]
+        discriminator = Discriminator(config, Dino(width=384, depth=12, patch_size=8, grid=28))
+    shape = DecoderConfig(token_dim=encoder.width, grid=encoder.grid, patch_size=16, **size)
+    return Autoencoder(AutoencoderConfig(encoder=encoder.name, decoder=shape), encoder), discriminator
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--decoder", default="ViT-XL", choices=DECODERS)
+    parser.add_argument("--decoder", default="ViT-XL", choices=[*DECODERS, "tiny"])
     parser.add_argument("--batch", type=int, help="default: 2 on a CPU, 32 on a GPU")
     parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"])
     parser.add_argument("--compile", action="store_true", help="compile the blocks of encoder and decoder")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="JSON file for the figures")
-    arguments = parser.parse_args()
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for results.json and results.md")
+    arguments = parser.parse_args(argv)
     device = prepare_device()
     count = arguments.batch or (32 if device.type == "cuda" else 2)
     recipe = dinov2b_decoder_xl.config()
     published = recipe.adversarial
     assert published
 
-    torch.manual_seed(0)
-    spec = REGISTRY["dinov2-b"]
-    sizes = transformers.Dinov2WithRegistersConfig(image_size=518, patch_size=14)
-    network: Any = transformers.Dinov2WithRegistersModel(sizes)
-    encoder = Encoder("dinov2-b", spec, network.to(compute_dtype(arguments.precision, device)))
-    decoder = DecoderConfig(token_dim=768, grid=(16, 16), patch_size=16, **DECODERS[arguments.decoder])
-    model = Autoencoder(AutoencoderConfig(encoder="dinov2-b", decoder=decoder), encoder).to(device)
+    model, discriminator = networks(arguments.decoder, compute_dtype(arguments.precision, device), published)
+    model.to(device)
+    discriminator.to(device)
     if arguments.compile:
-        encoder.compile()
+        model.encoder.compile()
         for block in model.decoder.blocks:
             block.compile()
-    backbone = Dino(width=384, depth=12, patch_size=8, grid=28)
-    discriminator = Discriminator(published.discriminator, backbone).to(device)
-    images = torch.randint(256, (count, 3, 256, 256), dtype=torch.uint8)
+    side = model.image_size
+    images = torch.randint(256, (count, 3, side, side), dtype=torch.uint8)
     batch = Batch(images, torch.zeros(count, dtype=torch.int64), torch.arange(count)).to(device)
 
     def losses(perceptual: bool, adversarial: bool) -> Losses:
@@ -108,10 +122,11 @@ def main() -> None:
         "+ adversarial loss": step(everything),
         "+ discriminator": step(everything, both=True),
     }
-    times = interleaved(variants, arguments.repeats, device)
+    rate = MatmulRate(compute_dtype(arguments.precision, device), device)
+    times = interleaved(variants, arguments.repeats, device, rate)
     mode = "compiled" if arguments.compile else "eager"
-    title = f"stage-1 step, {arguments.decoder} decoder, 256 pixels, batch {count}, {arguments.precision}, {mode}"
-    report(title, times, count, device, arguments.out)
+    title = f"stage-1 step, {arguments.decoder} decoder, {side} pixels, batch {count}, {arguments.precision}, {mode}"
+    report(title, times, count, device, arguments.out, rate=rate)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""How fast is a training step of DiT^DH? Forward, backward, clipping and AdamW on 768 x 16 x 16 latents.
+"""How fast is a training step of DiT^DH? Forward, backward, clipping and AdamW on cached latents.
 
-    python benchmarks/denoiser_step.py [--size S] [--batch 4] [--precision bf16] [--repeats 5] [--out step.json]
+    python benchmarks/denoiser_step.py [--size S] [--batch 4] [--precision bf16] [--repeats 5] [--out DIR]
 
 Eager and compiled steps, without and with activation checkpointing, take turns in one process. The table gives the
 ratio to the first step with its range over the turns. `rate` is the share of the machine's matmul rate, measured in
@@ -9,12 +9,13 @@ variant has its own weights and moments; if they do not fit into memory together
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch.utils.flop_counter import FlopCounterMode
 
-from harness import MatmulRate, compiled, denoiser, interleaved, report, training_step
+from harness import SIZES, denoiser, interleaved, named, report, training_step
+from machine import MatmulRate
 from raekit.distributed import prepare_device
 from raekit.train.optim import OptimConfig, adamw
 from raekit.train.precision import compute_dtype
@@ -23,24 +24,25 @@ from raekit.train.recompute import checkpoint_blocks
 VARIANTS = ("eager", "compiled", "eager, checkpointed", "compiled, checkpointed")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="S", choices=["S", "B", "L", "XL"])
+    parser.add_argument("--size", default="S", choices=SIZES)
+    parser.add_argument("--grid", type=int, default=16, help="side of the latents: 16 at 256 pixels, 32 at 512")
     parser.add_argument("--batch", type=int, help="default: 4 on a CPU, 64 on a GPU")
     parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"])
     parser.add_argument("--only", nargs="+", choices=VARIANTS, metavar="NAME", help="variants to run; default: all")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="JSON file for the figures")
-    arguments = parser.parse_args()
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for results.json and results.md")
+    arguments = parser.parse_args(argv)
     device = prepare_device()
     batch = arguments.batch or (64 if device.type == "cuda" else 4)
 
     def stepper(variant: str, batch: int = batch) -> Callable[[], None]:
-        model = denoiser(arguments.size, device)
+        model = denoiser(arguments.size, device, grid=arguments.grid)
         if "checkpointed" in variant:
             checkpoint_blocks([*model.blocks, *model.head_blocks])
         if "compiled" in variant:
-            compiled(model)
+            model.compile()
         return training_step(model, adamw(OptimConfig(), model.parameters()), batch, arguments.precision, device)
 
     counter = FlopCounterMode(display=False)
@@ -49,7 +51,7 @@ def main() -> None:
     variants = {variant: stepper(variant) for variant in arguments.only or VARIANTS}
     rate = MatmulRate(compute_dtype(arguments.precision, device), device)
     times = interleaved(variants, arguments.repeats, device, rate)
-    title = f"training step, DiT^DH-{arguments.size}, 768x16x16, batch {batch}, {arguments.precision}"
+    title = f"training step, {named(arguments.size, arguments.grid)}, batch {batch}, {arguments.precision}"
     report(title, times, batch, device, arguments.out, flops=batch * counter.get_total_flops(), rate=rate)
 
 

@@ -1,19 +1,14 @@
-"""How fast is the Frechet distance, and how much memory does a streamed evaluation take?
+"""How fast is the Frechet distance?
 
-    python benchmarks/frechet.py [--dim 2048] [--samples 10000] [--repeats 3] [--out frechet.json]
-    python benchmarks/frechet.py --memory 5000 50000 [--out memory.json]
+    python benchmarks/frechet.py [--dim 2048] [--samples 10000] [--repeats 3] [--out DIR]
 
-The first compares ours, with a reference that is kept as during training, with scipy.linalg.sqrtm of the product of
-the covariances as in pytorch-fid, in turns in one process. `ours, steep` has features whose deviations span five orders
-of magnitude, so that singular values are needed. The second streams images of a stub generator through a stub
-network of as many features into FID's moments, each count in a process of its own, and gives its peak memory.
+Compares ours, with a reference that is kept as during training, with scipy.linalg.sqrtm of the product of the
+covariances as in pytorch-fid, in turns in one process. `ours, steep` has features whose deviations span five orders of
+magnitude, so that singular values are needed. `scaling.py` has the memory and time of a streamed evaluation.
 """
 
 import argparse
-import json
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,32 +16,20 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from harness import interleaved, peak_memory, report
-from raekit.distributed import World
-from raekit.evaluation.features import Images
+from harness import interleaved, report
+from machine import MatmulRate
 from raekit.evaluation.frechet import Gaussian, frechet_distance
-from raekit.evaluation.metrics import FrechetDistance
-from raekit.evaluation.streaming import score_stream
 from raekit.moments import Moments
 
-BATCH = 50
 
-
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dim", type=int, default=2048)
     parser.add_argument("--samples", type=int, default=10_000)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--memory", type=int, nargs="+", help="counts of images to stream, in place of the timing")
-    parser.add_argument("--stream", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, help="JSON file for the figures")
-    arguments = parser.parse_args()
-    if arguments.stream:
-        print(json.dumps({"images": arguments.stream, "gib": stream(arguments.stream, arguments.dim)}))
-    elif arguments.memory:
-        memory(arguments.memory, arguments.dim, arguments.out)
-    else:
-        timing(arguments.dim, arguments.samples, arguments.repeats, arguments.out)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for results.json and results.md")
+    arguments = parser.parse_args(argv)
+    timing(arguments.dim, arguments.samples, arguments.repeats, arguments.out)
 
 
 def timing(dim: int, samples: int, repeats: int, out: Path | None) -> None:
@@ -61,8 +44,10 @@ def timing(dim: int, samples: int, repeats: int, out: Path | None) -> None:
     }
     ours, theirs = frechet_distance(a, reference), by_sqrtm(a, reference)
     print(f"relative difference from sqrtm: {abs(ours - theirs) / theirs:.1e}")
-    times = interleaved(variants, repeats, torch.device("cpu"))
-    report(f"Frechet distance, {dim} dimensions, {samples} samples", times, 1, torch.device("cpu"), out)
+    cpu = torch.device("cpu")
+    rate = MatmulRate(torch.float32, cpu)
+    times = interleaved(variants, repeats, cpu, rate)
+    report(f"Frechet distance, {dim} dimensions, {samples} samples", times, 1, cpu, out, rate=rate)
 
 
 def features(samples: int, dim: int, seed: int) -> Tensor:
@@ -83,43 +68,6 @@ def by_sqrtm(a: Gaussian, b: Gaussian) -> float:
     root = np.asarray(scipy.linalg.sqrtm(a.covariance.numpy() @ b.covariance.numpy()))
     difference = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace()
     return float(difference - 2 * np.trace(root).real)
-
-
-class Stub:
-    """A network that repeats the pixels: free, and of the width of a real one."""
-
-    name = "stub"
-
-    def __init__(self, width: int):
-        self.width = width
-
-    def __call__(self, images: Tensor) -> Tensor:
-        rows = images.flatten(1)
-        return rows.repeat(1, -(-self.width // rows.shape[1]))[:, : self.width]
-
-
-def stream(count: int, dim: int) -> float:
-    """Evaluate `count` generated images, 3 x 32 x 32, and return the peak memory in GiB."""
-    generator = torch.Generator().manual_seed(0)
-
-    def generated() -> Iterator[Images]:
-        for first in range(0, count, BATCH):
-            size = min(BATCH, count - first)
-            yield Images(torch.rand(size, 3, 32, 32, generator=generator), torch.full((size,), -1))
-
-    reference = Gaussian(torch.full((dim,), 0.5), torch.eye(dim) / 12)
-    score_stream(generated(), [FrechetDistance(Stub(dim), reference)], World())
-    return peak_memory(torch.device("cpu")) / 2**30
-
-
-def memory(counts: list[int], dim: int, out: Path | None) -> None:
-    rows = []
-    for count in counts:
-        command = [sys.executable, __file__, "--dim", str(dim), "--stream", str(count)]
-        rows.append(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
-        print(f"{count:8} images: peak memory {rows[-1]['gib']:.3f} GiB")
-    if out:
-        out.write_text(json.dumps({"title": f"streamed evaluation, {dim} dimensions", "rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,50 +1,78 @@
-"""What every benchmark here shares: interleaved timing, peak memory, a table, and JSON."""
+"""What all benchmarks share: the models, interleaved timing, and one way to report."""
 
-import ctypes
 import json
-import platform
+import re
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from machine import MatmulRate, describe, peak, peak_memory, reset_peak_memory, summary, synchronise
 from raekit.flow.path import shift_factor
 from raekit.models.denoiser import Denoiser
-from raekit.models.denoiser_config import SIZES, DenoiserConfig, wide_head
+from raekit.models.denoiser_config import SIZES as BACKBONES
+from raekit.models.denoiser_config import DenoiserConfig, TransformerConfig, wide_head
+from raekit.recipes import raev2_k7_256
 from raekit.stages.generation import flow_matching_loss
 from raekit.train.precision import Precision, autocast
 
+SIZES = ("S", "B", "L", "XL", "RAEv2", "tiny")
+"""The denoisers of `denoiser`."""
+NOISY = 0.3
+"""A ratio is too noisy to conclude from if its range is wider than this share of its median."""
 
-def denoiser(size: str, device: torch.device, *, seed: int = 0, base_depth: int = 0) -> Denoiser:
-    """DiT^DH of the paper on DINOv2-B latents at 256 pixels: 768 x 16 x 16, head of 2 x 2048."""
-    shift = shift_factor((768, 16, 16))
-    config = DenoiserConfig(
-        channels=768, grid=(16, 16), backbone=SIZES[size], head=wide_head(), base_depth=base_depth, shift=shift
-    )
+
+def denoiser_config(size: str, *, base_depth: int = 0, grid: int = 16, classes: int = 1000) -> DenoiserConfig:
+    """Return the config of a denoiser.
+
+    S to XL are the paper's DiT^DH on DINOv2-B latents (768 channels, a head of 2 x 2048), RAEv2 the network of RAE v2
+    on DINOv3-L latents (1024 channels), and tiny a network for tests of the benchmarks (32 channels).
+
+    Args:
+        size: One of SIZES.
+        base_depth: The block after which a base output stands; 0 for none. RAEv2 always has one.
+        grid: The side of the latents: 16 at 256 pixels, 32 at 512.
+        classes: The number of classes.
+    """
+    settings: dict[str, Any] = {"base_depth": base_depth}
+    if size == "RAEv2":
+        channels, settings = 1024, vars(raev2_k7_256.config().denoiser)
+    elif size == "tiny":
+        channels, part = 32, TransformerConfig(width=32, depth=2, heads=2)
+        settings |= {"backbone": part, "head": part, "base_depth": min(base_depth, 1)}
+    else:
+        channels = 768
+        settings |= {"backbone": BACKBONES[size], "head": wide_head()}
+    shift = shift_factor((channels, grid, grid))
+    return DenoiserConfig(**settings, channels=channels, grid=(grid, grid), num_classes=classes, shift=shift)
+
+
+def denoiser(size: str, device: torch.device, *, seed: int = 0, **settings: int) -> Denoiser:
+    """Return a denoiser with random weights, the same on each device. `denoiser_config` takes the `settings`."""
     torch.manual_seed(seed)
-    model = Denoiser(config).to(device)
+    model = Denoiser(denoiser_config(size, **settings))
     for final in (model.final, model.base_final):
         if final is not None:
             torch.nn.init.normal_(final.out.weight, std=0.02)  # a zero output would be a fixed point of sampling
-    return model
+    return model.to(device)
 
 
-def compiled(model: Denoiser) -> Denoiser:
-    """Compile the blocks, as the trainer does."""
-    for block in [*model.blocks, *model.head_blocks]:
-        block.compile()
-    return model
+def named(size: str, grid: int = 16) -> str:
+    """Return the name of a denoiser and the shape of its latents, for a title."""
+    shape = "x".join(map(str, denoiser_config(size, grid=grid).latent_shape))
+    return f"{size if size == 'RAEv2' else f'DiT^DH-{size}'}, {shape}"
 
 
 def training_step(
     model: Denoiser, optimizer: torch.optim.Optimizer, batch: int, precision: Precision, device: torch.device
 ) -> Callable[[], None]:
-    """A call that trains `model` by one step: forward, backward, clipping, and the optimizer."""
+    """Return a call that trains `model` by one step: forward, backward, clipping, and the optimizer."""
     latents = torch.randn(batch, *model.config.latent_shape, device=device)
-    labels = torch.randint(1000, (batch,), device=device)
+    labels = torch.randint(model.config.num_classes, (batch,), device=device)
 
     def step() -> None:
         with autocast(precision, device):
@@ -59,50 +87,30 @@ def training_step(
     return step
 
 
-class MatmulRate:
-    """What this machine can do: FLOP/s of square matrix products in `dtype`, just before and after each timed run, as
-    other users of a machine may change it from second to second. The matrices are large enough to fill the device."""
-
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        side = 8192 if device.type == "cuda" else 2048
-        self.a, self.b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-        self.device = device
-        self.around: dict[str, list[float]] = {}
-        self.measure()
-
-    def measure(self, repeats: int = 3) -> float:
-        times = []
-        for _ in range(repeats):
-            synchronise(self.device)
-            began = time.perf_counter()
-            _ = self.a @ self.b
-            synchronise(self.device)
-            times.append(time.perf_counter() - began)
-        return 2 * len(self.a) ** 3 / statistics.median(times)
-
-
 @dataclass
 class Runs:
-    """Seconds of each run of a variant, and the most memory that one took beyond what was held before it, in bytes."""
+    """The timed runs of a variant.
+
+    Attributes:
+        seconds: The time of each run.
+        peak: The most memory in bytes that a run took, besides the memory in use before it.
+    """
 
     seconds: list[float] = field(default_factory=list)
     peak: int = 0
 
 
 def interleaved(
-    variants: Mapping[str, Callable[[], object]],
-    repeats: int,
-    device: torch.device,
-    rate: MatmulRate | None = None,
+    variants: Mapping[str, Callable[[], object]], repeats: int, device: torch.device, rate: MatmulRate
 ) -> dict[str, Runs]:
-    """The runs of each variant, in turns after one warm-up each, so that a busy machine slows all alike.
+    """Time each variant `repeats` times after a warm-up, in turns, so that a busy machine slows all alike.
 
-    `rate` gets the machine's own around each run.
+    The machine's own rate is measured around each run.
     """
     runs = {name: Runs() for name in variants}
     for turn in range(repeats + 1):
         for name, run in variants.items():
-            before = rate.measure() if rate and turn else 0.0
+            before = rate.measure() if turn else 0.0
             synchronise(device)
             held = reset_peak_memory(device)
             began = time.perf_counter()
@@ -111,36 +119,69 @@ def interleaved(
             if turn:
                 runs[name].seconds.append(time.perf_counter() - began)
                 runs[name].peak = max(runs[name].peak, peak_memory(device) - held)
-                if rate:
-                    rate.around.setdefault(name, []).append((before + rate.measure()) / 2)
+                rate.around.setdefault(name, []).append((before + rate.measure()) / 2)
     return runs
 
 
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+def ratio(values: Sequence[float]) -> str:
+    """Return the median of a ratio over turns and its range, and a warning if the range is too wide."""
+    low, median, high = min(values), statistics.median(values), max(values)
+    warning = " too noisy to conclude" if high - low > NOISY * median else ""
+    return f"{median:.2f} ({low:.2f}-{high:.2f}){warning}"
 
 
-def peak_memory(device: torch.device) -> int:
-    """Bytes since the last reset: of the device's allocator on CUDA, of the process's resident set on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return _resident("VmHWM")
+@dataclass(frozen=True)
+class Table:
+    """A table of results.
+
+    Attributes:
+        columns: The headings; the first is of the rows' names.
+        rows: The cells, as text.
+        notes: Lines to print above the table.
+        figures: The numbers behind the cells, for JSON.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str] = ()
+    figures: Mapping[str, Any] = field(default_factory=dict)
 
 
-def reset_peak_memory(device: torch.device) -> int:
-    """Forget the peak so far; gives what is held now."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    ctypes.CDLL(None).malloc_trim(0)  # else memory that was freed is held for later, and no run takes any
-    Path("/proc/self/clear_refs").write_text("5")
-    return _resident("VmRSS")
+def publish(table: Table, device: torch.device, out: Path | None) -> None:
+    """Print a table and the machine; with `out`, also `save` both in that folder."""
+    machine = describe(device)
+    widths = [max(map(len, column)) for column in zip(table.columns, *table.rows, strict=True)]
+    print("\n" + "\n".join([table.title, summary(machine), *table.notes]))
+    for row in [table.columns, *table.rows]:
+        name, *cells = (f"{cell:{'<' if i == 0 else '>'}{widths[i]}}" for i, cell in enumerate(row))
+        print("   ".join([name, *cells]).rstrip(), flush=True)
+    if out is not None:
+        save(table, device, out)
 
 
-def _resident(name: str) -> int:
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines[name].split()[0]) * 1024
+def save(table: Table, device: torch.device, out: Path) -> None:
+    """Add a table and the machine to results.json and results.md in `out`, in place of a table of the same title."""
+    out.mkdir(parents=True, exist_ok=True)
+    tables = [each for each in saved(out) if each["title"] != table.title]
+    tables.append(asdict(table) | {"machine": describe(device)})
+    (out / "results.json").write_text(json.dumps(tables, indent=1) + "\n")
+    (out / "results.md").write_text("\n".join(map(_markdown, tables)))
+
+
+def saved(out: Path) -> list[dict[str, Any]]:
+    """Return the tables that `out` holds, with the fields of `Table` and `machine`."""
+    path = out / "results.json"
+    return json.loads(path.read_text()) if path.is_file() else []
+
+
+def _markdown(table: Mapping[str, Any]) -> str:
+    def line(cells: Sequence[str]) -> str:
+        return f"| {' | '.join(re.sub(r'[|]', '/', cell) for cell in cells)} |"
+
+    notes = "".join(f"- {note}\n" for note in [summary(table["machine"]), *table["notes"]])
+    rows = [line(table["columns"]), "|---" * len(table["columns"]) + "|", *map(line, table["rows"])]
+    return f"## {table['title']}\n\n{notes}\n" + "\n".join(rows) + "\n"
 
 
 def report(
@@ -150,48 +191,51 @@ def report(
     device: torch.device,
     out: Path | None,
     *,
+    rate: MatmulRate,
     flops: float | None = None,
-    rate: MatmulRate | None = None,
 ) -> None:
-    """Print a table (median, images/s, ratio to the first variant with its range over turns), and write JSON.
+    """Publish a table of timed runs: medians with ranges, images/s, memory, and the ratio to the first variant.
 
-    With the `flops` of a turn and the machine's `rate`, also the share of that rate that each variant reaches.
+    Args:
+        images: The images of a run.
+        out: The folder for results.json and results.md.
+        rate: The rate that `interleaved` measured around the runs.
+        flops: The multiplications and additions of a run. If given, the table has the share of the machine's matmul
+            rate, and on a known GPU the share of the data sheet's rate (MFU).
     """
-    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{title}\n{machine}, torch {torch.__version__}")
-    if flops and rate:
-        every = [each for rates in rate.around.values() for each in rates]
-        print(
-            f"{flops / images / 1e9:.1f} GFLOP an image; the machine's matmul rate is "
-            f"{statistics.median(every) / 1e12:.3g} TFLOP/s ({min(every) / 1e12:.3g}-{max(every) / 1e12:.3g})"
-        )
-    print(
-        f"{'':24}{'ms':>10}{'images/s':>12}{'MiB':>8}{'speed-up':>12}   {'range':12}{'rate' if flops and rate else ''}"
-    )
-    first = next(iter(runs.values()))
-    rows = {}
+    limit = peak(rate.precision, device)
+    columns = ["", "ms", "range", "images/s", "MiB", "speed-up"]
+    notes = [str(rate)]
+    if flops:
+        columns.append("share of the matmul rate")
+        notes.append(f"{flops / images / 1e9:.4g} GFLOP an image")
+        if limit:
+            columns.append("MFU")
+            notes.append(f"MFU: share of the data sheet's {limit / 1e12:.4g} TFLOP/s")
+    first = next(iter(runs.values())).seconds
+    rows, figures = [], {}
     for name, run in runs.items():
-        seconds = run.seconds
-        ratios = [a / b for a, b in zip(first.seconds, seconds, strict=True)]
-        median = statistics.median(seconds)
-        rows[name] = {"seconds": seconds, "images_per_second": images / median, "speed_up": statistics.median(ratios)}
-        rows[name] |= {"peak_memory_bytes": run.peak}
-        share = ""
-        if flops and rate:
-            shares = [flops / a / b for a, b in zip(seconds, rate.around[name], strict=True)]
-            rows[name] |= {"flops_per_second": flops / median, "shares_of_matmul_rate": shares}
-            share = f"{statistics.median(shares):.0%} ({min(shares):.0%}-{max(shares):.0%})"
-        figures = (
-            f"{1000 * median:10.1f}{images / median:12.3f}{run.peak / 2**20:8.0f}{statistics.median(ratios):12.2f}"
-        )
-        print(f"{name:24}{figures}   {f'{min(ratios):.2f}-{max(ratios):.2f}':12}{share}")
-    if out:
-        values = {
-            "title": title,
-            "machine": machine,
-            "platform": platform.platform(),
-            "torch": torch.__version__,
-            "images": images,
-            "variants": rows,
-        }
-        out.write_text(json.dumps(values, indent=2) + "\n")
+        median = statistics.median(run.seconds)
+        ratios = [a / b for a, b in zip(first, run.seconds, strict=True)]
+        figures[name] = asdict(run) | {"images_per_second": images / median, "speed_ups": ratios}
+        cells = [
+            name,
+            f"{1000 * median:.4g}",
+            f"{1000 * min(run.seconds):.4g}-{1000 * max(run.seconds):.4g}",
+            f"{images / median:.4g}",
+            f"{run.peak / 2**20:.0f}",
+            ratio(ratios),
+        ]
+        if flops:
+            shares = [flops / a / b for a, b in zip(run.seconds, rate.around[name], strict=True)]
+            figures[name] |= {"flops_per_second": flops / median, "shares_of_matmul_rate": shares}
+            cells.append(f"{statistics.median(shares):.0%} ({min(shares):.0%}-{max(shares):.0%})")
+            if limit:
+                figures[name]["mfu"] = flops / median / limit
+                cells.append(f"{flops / median / limit:.1%}")
+        rows.append(cells)
+    publish(
+        Table(title, columns, rows, notes, {"images": images, "matmul_rates": rate.history, "variants": figures}),
+        device,
+        out,
+    )

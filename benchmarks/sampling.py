@@ -1,23 +1,23 @@
 """How fast is sampling from DiT^DH, unguided and with each guidance? Euler steps on 768 x 16 x 16 latents.
 
-    python benchmarks/sampling.py [--size S] [--batch 2] [--steps 2] [--methods unguided CFG] [--out sampling.json]
+    python benchmarks/sampling.py [--size S] [--batch 2] [--steps 2] [--methods unguided CFG] [--out DIR]
 
 There is one table for each method. Its sides take turns in one process, and each speed-up is to the first side:
 
 - float32 weights: weights are float32, and autocast casts them to bf16 in each evaluation.
 - bf16 weights: weights are held in bf16. For CFG, once with both predictions in one pass and once in two passes.
 - bf16 weights, compiled: the same with compiled blocks, in one pass or two as `raekit.flow.sampling` decides.
-- doubled: as the published sampler works, each network runs on the batch twice over, at every step.
+- doubled: as in the published sampler, each network runs at every step on a batch that holds each image twice.
 
-With --precision fp32 all weights are float32, and nothing is cast. `rate` is the share of the machine's own matmul
-rate in that precision. The weak model of AutoGuidance is as large as the guided one, and the base output of internal
-guidance follows block 8. The relative difference of each side's latents to the first side's is printed first. Images/s
-are for 50 steps, scaled from the steps run.
+With --precision fp32 all weights are float32, and nothing is cast. The share of the matmul rate counts the
+multiplications of the first side. The weak model of AutoGuidance is as large as the guided model, and the base output
+of internal guidance follows block 8. The relative difference between each side's latents and the first side's latents
+is printed first. Times and images/s are for 50 steps, scaled from the steps that were run.
 """
 
 import argparse
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
@@ -26,7 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from harness import MatmulRate, denoiser, interleaved, report
+from harness import SIZES, denoiser, interleaved, named, report
+from machine import MatmulRate
 from raekit import randomness
 from raekit.distributed import prepare_device
 from raekit.flow import sampling as flow_sampling
@@ -34,7 +35,7 @@ from raekit.flow.guidance import Guidance
 from raekit.flow.sampling import Sampling, sample_latents
 from raekit.flow.solvers import euler, time_grid
 from raekit.models.denoiser import Denoiser
-from raekit.train.precision import Precision, autocast
+from raekit.train.precision import Precision
 
 FULL_STEPS = 50
 METHODS: dict[str, tuple[Guidance | None, int]] = {
@@ -47,26 +48,14 @@ METHODS: dict[str, tuple[Guidance | None, int]] = {
 }
 
 
-class Casting(nn.Module):
-    """A denoiser with float32 weights that enters autocast in each evaluation."""
-
-    def __init__(self, model: Denoiser, precision: Precision) -> None:
-        super().__init__()
-        self.model, self.precision = model, precision
-        self.config, self.label = model.config, model.label
-
-    def forward(self, x: Tensor, *arguments: Tensor | None, **options: bool) -> Tensor:
-        with autocast(self.precision, x.device):
-            return self.model(x, *arguments, **options)
-
-    def features(self, x: Tensor, *arguments: Tensor | None) -> Tensor:
-        with autocast(self.precision, x.device):
-            return self.model.features(x, *arguments)
+def casting(precision: Precision, device: torch.device) -> torch.autocast:
+    """Return the context in which each evaluation casts float32 weights to bf16; with fp32 it has no effect."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
 
 
 @torch.no_grad()
-def doubled(model: Casting, weak: Casting, labels: Tensor, rule: Guidance, steps: int) -> Tensor:
-    """Latents by a sampler that runs each network on two batches, and chooses afterwards what it needs."""
+def doubled(model: Denoiser, weak: Denoiser, labels: Tensor, rule: Guidance, steps: int) -> Tensor:
+    """Sample latents with each network on two batches, and choose the needed predictions afterwards."""
     config, count = model.config, len(labels)
     twice = torch.cat([labels, labels if rule.method == "auto" else torch.full_like(labels, config.num_classes)])
 
@@ -89,52 +78,66 @@ def sides(
     steps: int,
     precision: Precision,
 ) -> dict[str, Callable[[], Tensor]]:
-    """{side: a call that returns latents}. `models` and `weak` each have float32 weights and held, compiled ones."""
+    """Return {side: a call that returns latents}.
+
+    Args:
+        method: One of METHODS.
+        models: The denoiser with float32 weights, and compiled with weights held in the precision.
+        weak: The same of the weak model.
+        labels: (B,) classes.
+        steps: Solver steps.
+        precision: `bf16` or `fp32`.
+    """
     rule, reuse = METHODS[method]
     sampling = Sampling(steps=steps, guidance=(rule,) if rule else (), reuse=reuse)
-    indices, auto = torch.arange(len(labels)), rule and rule.method == "auto"
-    casting, weak_casting = (Casting(pair[0], precision) for pair in (models, weak))
+    indices, device = torch.arange(len(labels)), labels.device
+    auto = rule is not None and rule.method == "auto"
 
-    def call(model: nn.Module, other: nn.Module, *, compiled: bool = False, one_pass: bool | None = None):
-        chosen = replace(sampling, weak=other if auto else None)
+    def call(held: bool, *, compiled: bool = False, one_pass: bool | None = None) -> Callable[[], Tensor]:
+        chosen = replace(sampling, weak=weak[held] if auto else None)
 
         def run() -> Tensor:
             eager = nullcontext() if compiled else torch.compiler.set_stance("force_eager")
-            passes: AbstractContextManager = nullcontext()
+            casts = nullcontext() if held else casting(precision, device)
+            passes = nullcontext()
             if one_pass is not None:
                 passes = patch.object(flow_sampling, "one_pass_is_faster", lambda x: one_pass)
-            with eager, passes:
-                return sample_latents(model, labels, indices, 0, chosen, labels.device)  # type: ignore[arg-type]
+            with eager, casts, passes:
+                return sample_latents(models[held], labels, indices, 0, chosen, device)
 
         return run
 
-    cfg = rule is not None and rule.method == "cfg"
     held = "bf16 weights" if precision == "bf16" else "eager"
-    found = {}
+    found: dict[str, Callable[[], Tensor]] = {}
     if precision == "bf16":
-        found["float32 weights"] = call(casting, weak_casting, one_pass=False)
-    if cfg:
-        found[f"{held}, two passes"] = call(models[1], weak[1], one_pass=False)
-        found[f"{held}, one pass"] = call(models[1], weak[1], one_pass=True)
+        found["float32 weights"] = call(False, one_pass=False)
+    if rule and rule.method == "cfg":
+        found[f"{held}, two passes"] = call(True, one_pass=False)
+        found[f"{held}, one pass"] = call(True, one_pass=True)
     else:
-        found[held] = call(models[1], weak[1])
-    found[f"{held}, compiled"] = call(models[1], weak[1], compiled=True)
+        found[held] = call(True)
+    found[f"{held}, compiled"] = call(True, compiled=True)
     if rule and rule.method != "internal":
-        found["doubled"] = lambda: doubled(casting, weak_casting, labels, rule, steps)
+
+        def baseline() -> Tensor:
+            with casting(precision, device):
+                return doubled(models[0], weak[0], labels, rule, steps)
+
+        found["doubled"] = baseline
     return found
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="S", choices=["S", "B", "L", "XL"])
+    parser.add_argument("--size", default="S", choices=SIZES)
     parser.add_argument("--batch", type=int, help="default: 2 on a CPU, 64 on a GPU")
     parser.add_argument("--steps", type=int, help="solver steps to run; default: 2 on a CPU, 50 on a GPU")
     parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"])
     parser.add_argument("--methods", nargs="+", default=[*METHODS], choices=METHODS)
     parser.add_argument("--skip", nargs="+", default=[], metavar="SIDE", help="sides to leave out")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="JSON files for the figures: FILE-METHOD.json")
-    arguments = parser.parse_args()
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for results.json and results.md")
+    arguments = parser.parse_args(argv)
     device = prepare_device()
     batch = arguments.batch or (64 if device.type == "cuda" else 2)
     steps = arguments.steps or (FULL_STEPS if device.type == "cuda" else 2)
@@ -169,9 +172,8 @@ def main() -> None:
         flops = counter.get_total_flops() * FULL_STEPS / steps
         for each in runs.values():
             each.seconds = [FULL_STEPS / steps * seconds for seconds in each.seconds]
-        what = f"DiT^DH-{arguments.size}, 768x16x16, batch {batch}, {FULL_STEPS} Euler steps, {arguments.precision}"
-        out = arguments.out and arguments.out.with_stem(f"{arguments.out.stem}-{method.replace(' ', '-')}")
-        report(f"sampling, {method}, {what}", runs, batch, device, out, flops=flops, rate=rate)
+        what = f"{named(arguments.size)}, batch {batch}, {FULL_STEPS} Euler steps, {arguments.precision}"
+        report(f"sampling, {method}, {what}", runs, batch, device, arguments.out, flops=flops, rate=rate)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ computed from the published name of each parameter. A case therefore checks the 
 
 import json
 import math
+import re
 import sys
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -152,7 +153,7 @@ class Case:
         self.unused.discard(name)
         if name not in self.arrays:
             raise UserError(f"no array {name}")
-        return torch.from_numpy(np.asarray(self.arrays[name]))
+        return torch.from_numpy(np.asarray(self.arrays[name])).to(torch.get_default_device())
 
     def __contains__(self, name: str) -> bool:
         return name in self.arrays
@@ -314,6 +315,8 @@ def _encoder(
     for tower in ("vision_model.", "vit."):  # keep only the image tower of a complete model
         if any(key.startswith(tower) for key in state):
             state = {key.removeprefix(tower): value for key, value in state.items() if key.startswith(tower)}
+    if "encoder.layer.0.attention.attention.query.weight" in model.state_dict():  # an older transformers
+        state = {_older(key): value for key, value in state.items()}
     if family == "vit_mae":  # its positions are a fixed table, which the cases keep
         for key in [key for key in state if key.endswith("position_embeddings")]:
             table = fixed_table("pos_embed", tuple(state[key].shape))
@@ -332,6 +335,17 @@ def _encoder(
         std=kind.colours[1],
     )
     return Encoder(name, spec, model, layers=layers)
+
+
+def _older(key: str) -> str:
+    """Return the name that older releases of transformers give to a weight of DINOv2's attention."""
+    names = {
+        "q_proj": "attention.query",
+        "k_proj": "attention.key",
+        "v_proj": "attention.value",
+        "o_proj": "output.dense",
+    }
+    return re.sub(r"attention\.([qkvo]_proj)", lambda match: f"attention.{names[match[1]]}", key)
 
 
 def encoder_layers(case: Case) -> Outputs:
@@ -395,7 +409,7 @@ def disc(case: Case) -> Outputs:
         norm=NORMS[norm],
         spectral_norm=spectral,
     )
-    model = Discriminator(config, backbone).eval()
+    model = Discriminator(config, backbone).to(torch.get_default_device()).eval()
     load_strict(model, discriminator_state(state), "reference case: heads")
     yield "logits", model((case.array("x") + 1) / 2)
 
@@ -462,6 +476,7 @@ def inception(case: Case) -> Outputs:
     with torch.device("meta"):
         model = Inception()
     load_strict(model, inception_state(state, "reference case"), "reference case")
+    model.to(torch.get_default_device())
     features = model(case.array("x").float() / 255).split([POOL, LOGITS, SPATIAL], 1)
     for name, ours in zip(("pool", "logits_unbiased", "spatial"), features, strict=True):
         if name in case:
@@ -539,6 +554,8 @@ KINDS: dict[str, Callable[[Case], Outputs]] = {
 def check(path: Path) -> Iterator[tuple[str, str, str]]:
     """Check a case.
 
+    The models run on torch's default device: `with torch.device("cuda"):` checks them on a GPU.
+
     Yields:
         For each output: the status `ok` or `FAIL`, the output's name, and its relative error. A note in the case gives
         the status `note` and its text. A case that cannot be run gives the status `FAIL` and the reason.
@@ -560,7 +577,7 @@ def check(path: Path) -> Iterator[tuple[str, str, str]]:
             if ours.shape != theirs.shape:
                 yield "FAIL", name, f"shape {tuple(ours.shape)}, expected {tuple(theirs.shape)}"
                 continue
-            ours, theirs = ours.double(), theirs.double()
+            ours, theirs = ours.double().cpu(), theirs.double().cpu()
             error = ((ours - theirs).norm() / theirs.norm().clamp_min(torch.finfo(torch.float64).tiny)).item()
             yield ("ok" if error <= TOLERANCES.get(name, TOLERANCE) else "FAIL"), name, f"{error:.2e}"
         if case.unused:

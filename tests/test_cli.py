@@ -663,7 +663,6 @@ def test_a_place_that_cannot_be_written_is_named(run, tiny_model, tmp_path):
         ["trajectory", "builtin:emoji", "--out", "FOLDER.webp"],
         ["latents", "measure", "builtin:vit-tiny", "--out", "FOLDER.safetensors"],
         ["latents", "generate", "builtin:emoji", "--out", "FOLDER.safetensors"],
-        ["evaluate", "builtin:emoji", "--out", "FOLDER"],
         ["reference", "emoji", "--image-size", "64", "--out", "FOLDER.safetensors"],
         ["probe", "builtin:vit-tiny", "--out", "FOLDER"],
     ],
