@@ -1167,7 +1167,7 @@ def test_a_denoiser_trains_from_cached_latents(run, images, tiny_model, tmp_path
     assert load(str(tmp_path / "run")).classes == ("blue", "green", "red")
     drawn = ["generate", tmp_path / "run", "--count", 1, "--steps", 1, "--out", tmp_path / "grid.png"]
     assert run(*drawn, "--ema", 0.999).code == 0
-    assert_fails(run(*drawn, "--ema", 0.5), tmp_path / "run", "no average of decay 0.5, only of 0.999")
+    assert_fails(run(*drawn, "--ema", 0.5), tmp_path / "run", "no average of decay 0.5; its averages have decay 0.999")
     other = ["--data.split", "all", "--run", tmp_path / "other"]
     assert_fails(
         run("train", "emoji_dit_dh", *options, *other), out, "made with data.split train, but the config has all"

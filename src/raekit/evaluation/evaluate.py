@@ -9,6 +9,7 @@ import torch
 from raekit import artifacts
 from raekit.data.loader import DataConfig
 from raekit.data.sources import is_address, open_source
+from raekit.data.sources.base import Split
 from raekit.distributed import World, prepare_device
 from raekit.errors import UserError
 from raekit.evaluation.against import Against, find_networks
@@ -117,14 +118,18 @@ def evaluate(
     loaded = _load(model, reconstruct, ema, dtype, world) if not saved else None
     dataset = source or (loaded.trained_on if loaded else None)
     name = model if isinstance(model, str) else "a model in memory"
+    if not references:
+        dataset = _check_dataset(name, dataset, source is not None, loaded)
     image_size = loaded.image_size if loaded else StoredImages(name).image_size  # type: ignore[arg-type]
 
     notes = []
     if references:
         read = [read_reference(path) for path in references]
+        if isinstance(loaded, LatentSpace):
+            _originals(read[0])
         networks = find_networks(read, features, world.device)
     else:
-        dataset = _check_dataset(name, dataset, source is not None, loaded)
+        assert dataset is not None
         chosen = features or default_features(dataset)
         networks = {key: network for each in chosen for key, network in load_networks(each, world.device).items()}
         data = DataConfig(source=dataset, split="heldout", image_size=image_size, workers=workers)
@@ -254,14 +259,20 @@ def _reconstructions(
     autoencoder: LatentSpace, reference: Reference, lpips: str | None, batch_size: int, workers: int, world: World
 ) -> Reconstructions:
     """Return the reconstructions of the images that `reference` was measured on."""
+    source, split = _originals(reference)
+    scores = reconstruction_metrics(lpips, world.device)
+    return Reconstructions(autoencoder, source, split, scores, batch_size=batch_size, workers=workers)
+
+
+def _originals(reference: Reference) -> tuple[str, Split]:
+    """Return the data source and split that `reference` was measured on; UserError if it does not name them."""
     source, split = reference.about.source, reference.about.split
     if source is None or split is None:
         raise UserError(
             f"{reference.place}: does not say which images it was measured on, and reconstructions are compared with "
             "their own originals; make a reference with `raekit reference`"
         )
-    scores = reconstruction_metrics(lpips, world.device)
-    return Reconstructions(autoencoder, source, split, scores, batch_size=batch_size, workers=workers)
+    return source, split
 
 
 def _baselines(

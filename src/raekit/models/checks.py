@@ -9,8 +9,12 @@ from raekit.errors import UserError
 _LOW, _HIGH = -0.5, 2.0  # bicubic resizing leaves [0, 1] by less; images in [-1, 1] or up to 255 by more
 
 
-def check_images(images: Any) -> None:
+def check_images(images: Any, ranged: bool = True) -> None:
     """Check images that an encoder is given.
+
+    Args:
+        images: the images.
+        ranged: check the range, too. A discriminator sees images that were augmented or are not clamped.
 
     A pixel may be somewhat out of range, as bicubic resizing leaves it.
     The range is checked on the CPU only: on another device, the host would wait for the answer.
@@ -25,7 +29,7 @@ def check_images(images: Any) -> None:
         raise UserError(f"images: {wanted}, got {_name(images.dtype)}; divide by 255: images.float() / 255")
     if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
         raise UserError(f"images: {wanted}, got the shape {tuple(images.shape)}")
-    if images.device.type == "cpu":
+    if ranged and images.device.type == "cpu":
         low, high = (bound.item() for bound in images.aminmax())
         if not _LOW <= low <= high <= _HIGH:  # also false for NaN
             raise UserError(f"images: {wanted}, got values from {low:g} to {high:g}; scale them first")

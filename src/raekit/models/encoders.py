@@ -138,7 +138,7 @@ class Encoder(nn.Module):
         Raises:
             UserError: if the encoder lacks one of the blocks.
         """
-        check_images(images)
+        check_images(images, ranged=False)
         chosen = self._indices(blocks)
         with torch.autocast(images.device.type, enabled=False):
             found = {i: x for i, x in enumerate(self._run(images, max(chosen))) if i in chosen}
