@@ -239,8 +239,17 @@ def tiny_model(family: str) -> Any:
             model = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**sizes))
         case _:
             model = transformers.ViTMAEModel(transformers.ViTMAEConfig(**sizes, mask_ratio=0.0))
-    model.load_state_dict(reference.state_dict(shapes_of(model)))
-    return model.eval()
+    return fill(model.eval())
+
+
+def fill(model: Any, tower: str = "") -> Any:
+    """Give `model` the weights of its names after `tower`. A ViT-MAE gets its fixed table of positions."""
+    weights = reference.state_dict({tower + key: shape for key, shape in shapes_of(model).items()})
+    if model.config.model_type == "vit_mae":
+        for key in [key for key in weights if key.endswith("position_embeddings")]:
+            weights[key] = torch.from_numpy(reference.fixed_table("pos_embed", tuple(weights[key].shape)))
+    model.load_state_dict({key.removeprefix(tower): value for key, value in weights.items()})
+    return model
 
 
 def shapes_of(model: Any) -> dict[str, list[int]]:
@@ -281,7 +290,7 @@ def test_layers_of_other_encoders(family: str, grid: tuple[int, int], tmp_path: 
 def test_the_image_tower_of_a_whole_model(family: str, tower: str, tmp_path: Path):
     model, x = tiny_model(family), torch.rand(2, 3, 32, 32)
     shapes = {tower + key: shape for key, shape in shapes_of(model).items()}
-    model.load_state_dict({k.removeprefix(tower): v for k, v in reference.state_dict(shapes).items()})
+    fill(model, tower)
     case = {"kind": "encoder_layers", "config": model.config.to_dict(), "shapes": shapes | {"decoder_norm.bias": [3]}}
     np.savez(tmp_path / "case.npz", config=json.dumps(case), x=x, z_last=latents(family, model, x, (4, 4), [2]).float())  # type: ignore[arg-type]
     assert statuses(tmp_path / "case.npz") == {"z_last": "ok"}
