@@ -30,7 +30,7 @@ OLDER = ("manylinux_2_27", "manylinux_2_24", "manylinux_2_17", "manylinux2014", 
 
 
 def requirements(extras: Iterable[str]) -> list[Requirement]:
-    """Return the project's requirements and those of some of its extras."""
+    """Return the requirements of the project and of some of its extras."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lines = [*project["dependencies"], *(line for extra in extras for line in project["optional-dependencies"][extra])]
     return [Requirement(line) for line in lines]

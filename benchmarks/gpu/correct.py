@@ -252,7 +252,7 @@ def reference_cases(checks: Checks) -> None:
     paths = sorted((root / "golden").glob("*.npz"))
     if not paths:
         checks.add("reference cases", "none found", "RAEKIT_SHARED", True)
-    # The tolerances are those of float32; torch's convolutions have TF32 unless told otherwise.
+    # The tolerances are for float32, and torch uses TF32 in convolutions by default.
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), torch.device(checks.setting.device):
         for path in paths:
             for status, output, detail in reference.check(path):

@@ -215,23 +215,17 @@ def _scores(run: Path, model: Model, plan: Plan, world: World, progress: Progres
     plain = Sampling(steps=plan.sampling_steps)
     guided = replace(plain, guidance=(GUIDANCE,))
     folder = run / "evaluation"
-    first, _ = evaluate(
-        model,
-        count=plan.samples,
-        sampling=plain,
-        baselines=True,
-        out=folder / "samples",
-        world=world,
-        progress=progress,
-    )
-    second, _ = evaluate(
-        model,
-        count=plan.samples,
-        sampling=guided,
-        baselines=True,
-        out=folder / "guided",
-        world=world,
-        progress=progress,
+    first, second = (
+        evaluate(
+            model,
+            count=plan.samples,
+            sampling=sampling,
+            baselines=True,  # of guided samples too: the nearest training images are searched among them
+            out=folder / place,
+            world=world,
+            progress=progress,
+        )[0]
+        for place, sampling in (("samples", plain), ("guided", guided))
     )
     name = f"samples, CFG {GUIDANCE.scale:g} in {GUIDANCE.start:g}-{GUIDANCE.end:g}"
     return {**first.baselines, "samples": first.results, name: second.results}

@@ -26,7 +26,7 @@ VALUES: dict[Reference, float] = {"unconditional": 2, "weak": 3, "base": 4}
 
 
 class Field:
-    """Constant velocities: 5, and those of the references. Notes which of them it is asked for."""
+    """Return constant velocities, 5 and VALUES of the references, and record which references were asked for."""
 
     def __init__(self) -> None:
         self.asked: list[list[Reference]] = []

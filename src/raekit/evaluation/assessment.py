@@ -95,8 +95,8 @@ def assess(
             against.complete(world, progress)
         if world.is_main:
             # One process does this: for any number of processes the sums have the same numbers in the same order.
-            rows = _score_baselines(against, baselines, out, world.device)
             bank = _bank(against, baselines, out, world.device)
+            rows = _score_baselines(against, bank, baselines, out, world.device)
             if isinstance(stream, Reconstructions):
                 accumulators = [*against.reconstruction_accumulators(), *map(PairMean, stream.scores.values())]
             else:
@@ -167,10 +167,10 @@ def _neighbours(against: Against, bank: Bank, intervals: bool = False) -> list[A
 
 
 def _score_baselines(
-    against: Against, baselines: Mapping[str, Stream], out: Path, device: torch.device
+    against: Against, bank: Bank, baselines: Mapping[str, Stream], out: Path, device: torch.device
 ) -> dict[str, dict[str, float]]:
     """Score each baseline: distances, nearest neighbours, and for reconstructions the comparison with the originals."""
-    bank, rows = _bank(against, baselines, out, device), {}
+    rows = {}
     for name, stream in baselines.items():
         accumulators: list[Accumulator] = []
         for reference, network in against.pairs():

@@ -118,7 +118,7 @@ def evaluate(
     loaded = _load(model, reconstruct, ema, dtype, world) if not saved else None
     dataset = source or (loaded.trained_on if loaded else None)
     name = model if isinstance(model, str) else "a model in memory"
-    if not references:
+    if not references or baselines:
         dataset = _check_dataset(name, dataset, source is not None, loaded)
     image_size = loaded.image_size if loaded else StoredImages(name).image_size  # type: ignore[arg-type]
 
@@ -159,7 +159,7 @@ def evaluate(
         )
     rows = {}
     if baselines:
-        dataset = _check_dataset(name, dataset, source is not None, loaded)
+        assert dataset is not None
         rows = _baselines(loaded, dataset, image_size, stream.count, seed, batch_size, workers)
     compared = Against(read, networks, world.device, [read_reference(path) for path in others])
     names = {

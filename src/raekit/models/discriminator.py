@@ -212,8 +212,8 @@ class Head(nn.Module):
 class Discriminator(nn.Module):
     """A frozen backbone and trained heads: images (B, 3, H, W) in [0, 1] -> logits (B, (1 + blocks) * N), float32.
 
-    Each head gives one logit per patch, high for real images. The logits of the last block's head come first, then
-    those of `config.blocks`.
+    Each head gives one logit per patch, high for real images. The logits of the last block's head come first. The
+    heads of `config.blocks` follow.
 
     The backbone is not a submodule: it moves to another device or dtype with the heads, but its weights are neither in
     `parameters()` nor in the state dict. Training mode affects only the power iterations of the spectral norm.

@@ -148,7 +148,7 @@ def build(config: ReconstructionConfig, run: Path, world: World) -> Stage:
             )
         )
     averaged = Autoencoder(model.config, encoder)
-    averaged.decoder = model.decoder  # a placeholder until `current` sets the average
+    averaged.decoder = model.decoder  # shared, to save memory; `current` replaces it by the average
     averaged.to(world.device)
     averaged.trained_on = absolute(config.data.source)
 

@@ -65,7 +65,7 @@ def scorer(
 ) -> Callable[[LatentSpace], dict[str, float]]:
     """Return a function that scores autoencoders on the held-out images of `data`, and on the latents of `config`.
 
-    The scores are `reconstruction_fd`, `psnr`, `ssim`, those of `more`, and `generation_fd` if there are latents.
+    The scores are `reconstruction_fd`, `psnr`, `ssim`, the scores in `more`, and `generation_fd` if there are latents.
 
     Args:
         config: what to score.
