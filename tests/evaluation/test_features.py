@@ -9,6 +9,7 @@ from raekit.data.loader import Batch
 from raekit.evaluation.features import EncoderFeatures, Images, InceptionFeatures, load_networks
 from raekit.models.encoders import Encoder
 from raekit.models.inception import Inception
+from raekit.models.perceptual import LPIPS
 from raekit.models.registry import EncoderSpec, LayersConfig, Size, sides
 from raekit.pictures import quantize
 
@@ -173,3 +174,23 @@ def test_networks_by_name(monkeypatch):
     assert sources == [(None, "tf1"), ("a/b.pth", "clean")]
     networks = load_networks("builtin:vit-tiny", torch.device("cpu"))
     assert {name: network.width for name, network in networks.items()} == {"vit_tiny": 256}
+
+
+def test_vgg16_features_are_means_of_two_layers(monkeypatch):
+    torch.manual_seed(0)
+    lpips = LPIPS()
+    monkeypatch.setattr(raekit.evaluation.features, "load_perceptual", lambda place: lpips)
+    [(name, features)] = load_networks("vgg16:some.safetensors", torch.device("cpu")).items()
+    images = torch.rand(2, 3, 128, 128)
+    x = (2 * images - 1 - lpips.mean) / lpips.std
+    expected = []
+    for index, layer in enumerate(lpips.features):
+        x = layer(x)
+        if index in (15, 29):  # the ReLU after conv3_3 and after conv5_3
+            expected.append(x.mean((2, 3)))
+    assert name == features.name == "vgg16"
+    assert features.width == 768
+    torch.testing.assert_close(features(images), torch.cat(expected, 1))
+    small = torch.rand(1, 3, 32, 32)
+    resized = nn.functional.interpolate(small, 128, mode="bicubic", antialias=True).clamp(0, 1)
+    torch.testing.assert_close(features(small), features(resized))

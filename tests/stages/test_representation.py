@@ -10,9 +10,10 @@ from raekit.config import from_dict, to_dict
 from raekit.data.loader import Batch, DataConfig, Loader
 from raekit.distributed import World
 from raekit.errors import UserError
-from raekit.models.encoders import load_encoder
-from raekit.models.vit import ViTConfig
-from raekit.stages.representation import RepresentationConfig, build
+from raekit.models.encoders import Encoder, load_encoder
+from raekit.models.registry import LayersConfig
+from raekit.models.vit import ViT, ViTConfig
+from raekit.stages.representation import RepresentationConfig, TeacherConfig, build
 from raekit.train.optim import OptimConfig
 from raekit.train.trainer import TrainConfig, Trainer
 
@@ -65,7 +66,7 @@ def test_the_loss_compares_patches_each_standardised(config, tmp_path, visible_w
     seen: dict[str, Tensor] = {}
 
     def watch(module, arguments, output):
-        seen.update(pixels=arguments[0], keep=arguments[1], predicted=output)
+        seen.update(pixels=arguments[0], keep=arguments[1], predicted=output[0])
 
     objective.module.register_forward_hook(watch)
     loss, metrics = objective.loss(batch, 0)
@@ -90,9 +91,69 @@ def test_what_is_hidden_does_not_reach_the_encoder(config, tmp_path):
     other = pixels.clone()
     other[:, :, 4:, :] = 0  # rows 4 to 15: all patches but the first four
     keep = torch.tensor([[2, 0, 3]])
-    assert torch.equal(model(pixels, keep), model(other, keep))
+    assert torch.equal(model(pixels, keep)[0], model(other, keep)[0])
     other[:, :, :4, :] = 0
-    assert not torch.allclose(model(pixels, keep), model(other, keep))
+    assert not torch.allclose(model(pixels, keep)[0], model(other, keep)[0])
+
+
+def test_raw_patches_keep_their_colours(config, tmp_path):
+    objective = stage(replace(config, normalize_patches=False), tmp_path).objectives[0]
+    batch = first_batch(config)
+    seen: dict[str, Tensor] = {}
+    objective.module.register_forward_hook(lambda module, args, output: seen.update(keep=args[1], predicted=output[0]))
+    _, metrics = objective.loss(batch, 0)
+    error = (seen["predicted"] - patches(batch.pixels())).square().mean(-1)
+    assert metrics["visible"].item() == pytest.approx(error.gather(1, seen["keep"]).mean().item(), rel=1e-5)
+
+
+@pytest.fixture
+def teacher(tmp_path) -> str:
+    """The folder of an encoder with 24 channels and patches of 8 pixels, trained on images of 16 pixels."""
+    vit = ViT(ViTConfig(image_size=16, patch_size=8, width=24, depth=2, heads=2))
+    Encoder("teacher", vit.config.spec, vit).save(tmp_path / "teacher")
+    return str(tmp_path / "teacher")
+
+
+@pytest.mark.parametrize("mask_ratio", [0.0, 0.5])
+def test_a_teacher_is_predicted_at_every_patch(config, tmp_path, teacher, mask_ratio):
+    chosen = TeacherConfig(encoder=teacher, layers=LayersConfig(blocks=(0,)), weight=2.0)
+    config = replace(config, teacher=chosen, mask_ratio=mask_ratio, visible_weight=0.5)
+    objective = stage(config, tmp_path).objectives[0]
+    batch = first_batch(config)
+    seen: dict[str, Tensor] = {}
+    objective.module.register_forward_hook(lambda module, args, output: seen.update(tokens=output[1]))
+    loss, metrics = objective.loss(batch, 0)
+    # The student has 4 x 4 patches, so the teacher, with patches of 8 pixels, sees images of 32 pixels.
+    target = load_encoder(teacher, 32, chosen.layers)(batch.pixels())
+    assert target.shape == (6, 16, 24)
+    assert metrics["teacher"].item() == pytest.approx((seen["tokens"] - target).square().mean().item(), rel=1e-5)
+    hidden = metrics["hidden"].item() if mask_ratio else 0.0
+    expected = hidden + 0.5 * metrics["visible"].item() + 2.0 * metrics["teacher"].item()
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    assert ("hidden" in metrics) == (mask_ratio > 0)
+
+
+def test_distillation_approaches_the_teacher(config, tmp_path, teacher):
+    config = replace(
+        config,
+        teacher=TeacherConfig(encoder=teacher),
+        mask_ratio=0.0,
+        train=replace(config.train, steps=60),
+        optim=OptimConfig(lr=5e-3),
+    )
+    made = stage(config, tmp_path)
+    batch = first_batch(config)
+    before = made.objectives[0].loss(batch, 0)[1]["teacher"].item()
+    Trainer(tmp_path, config.train, made.objectives, made.batches, ONE).fit()
+    assert made.objectives[0].loss(batch, 0)[1]["teacher"].item() < 0.5 * before
+    made.export(tmp_path / "artifact")
+    assert load_encoder(str(tmp_path)).width == VIT.width  # the teacher and the decoder are not part of the artifact
+
+
+def test_a_teacher_needs_a_weight(teacher):
+    for weight in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(UserError, match=rf"^teacher\.weight: {weight} "):
+            TeacherConfig(encoder=teacher, weight=weight)
 
 
 def test_masks_belong_to_positions(config, tmp_path):

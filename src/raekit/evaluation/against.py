@@ -8,7 +8,14 @@ import torch
 from raekit.data.loader import DataConfig
 from raekit.distributed import World
 from raekit.errors import UserError
-from raekit.evaluation.features import InceptionFeatures, Part, ReferenceNetwork, encoder_name, load_networks
+from raekit.evaluation.features import (
+    InceptionFeatures,
+    Part,
+    ReferenceNetwork,
+    VGGFeatures,
+    encoder_name,
+    load_networks,
+)
 from raekit.evaluation.manifold import KernelDistance, Manifold, PrecisionRecall
 from raekit.evaluation.metrics import Accumulator, FrechetDistance, FrechetRatio, InceptionScore, frechet_name
 from raekit.evaluation.references import Reference, measure_reference
@@ -154,6 +161,8 @@ def _loading_name(name: str, reference: Reference) -> str:
     for inception in "clean_inception", "inception":
         if name in (inception, f"{inception}_spatial"):
             return inception
+    if name == VGGFeatures.name:
+        return name
     for encoder in (*REGISTRY, "builtin:vit-tiny"):
         if encoder_name(encoder) == name:
             return encoder

@@ -13,6 +13,7 @@ from torch import Tensor
 from raekit.errors import UserError
 from raekit.models.encoders import Encoder, load_encoder
 from raekit.models.inception import LOGITS, POOL, SIZE, SPATIAL, Inception, load_inception
+from raekit.models.perceptual import LPIPS, load_perceptual
 from raekit.models.registry import FAMILIES, LayersConfig, sides
 from raekit.pictures import quantize
 from raekit.weights import fingerprint
@@ -39,7 +40,7 @@ def weights_of(network: FeatureNetwork) -> str:
     """Return 16 hexadecimal digits that identify the weights of `network`; empty for other kinds of networks."""
     if isinstance(network, Part):
         return weights_of(network.whole)
-    if isinstance(network, InceptionFeatures):
+    if isinstance(network, InceptionFeatures | VGGFeatures):
         return fingerprint(network.network.state_dict())
     return fingerprint(network.encoder.state_dict()) if isinstance(network, EncoderFeatures) else ""
 
@@ -209,13 +210,39 @@ class EncoderFeatures:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        size = self.encoder.input_size
         # A stream that samples under autocast leaves autocast on between its batches. Features are always float32.
         with torch.autocast(images.device.type, enabled=False):
-            images = images.float()
-            if images.shape[2:] != size:
-                images = F.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
-            return self.encoder(images).mean(1)
+            return self.encoder(_resized(images, self.encoder.input_size)).mean(1)
+
+
+class VGGFeatures:
+    """VGG16's features, averaged over the image: the last layers of its stages 3 and 5 (conv3_3 and conv5_3).
+
+    Images are resized to 128 pixels (bicubic, antialiased). The network of LPIPS is used, so a decoder that was trained
+    with LPIPS has seen these features, and its distances in them are too small.
+    """
+
+    name = "vgg16"
+    width = 256 + 512
+    size = 128
+    resize = f"bicubic, antialiased, to {size} x {size}"
+
+    def __init__(self, network: LPIPS):
+        self.network = network
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        with torch.autocast(images.device.type, enabled=False):
+            stages = self.network.stages(_resized(images, (self.size, self.size)))
+            return torch.cat([stages[2].mean((2, 3)), stages[4].mean((2, 3))], 1)
+
+
+def _resized(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return float32 images of `size`, resized with a bicubic, antialiased filter if they have another size."""
+    images = images.float()
+    if tuple(images.shape[2:]) == size:
+        return images
+    return F.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
 
 
 def load_networks(name: str, device: torch.device) -> dict[str, ReferenceNetwork]:
@@ -224,8 +251,8 @@ def load_networks(name: str, device: torch.device) -> dict[str, ReferenceNetwork
     Args:
         name: `inception` for FID's network with the published weights, `inception:PLACE` for weights at PLACE
             (`load_inception`), `clean_inception` or `clean_inception:PLACE` for clean-fid's resize. Both give two
-            networks: FID's and sFID's. Any other name is a registered encoder, `builtin:NAME` or a folder, and gives
-            one network.
+            networks: FID's and sFID's. `vgg16` or `vgg16:FILE`, with weights as for LPIPS (`load_perceptual`), gives
+            one. Any other name is a registered encoder, FAMILY:WHERE, `builtin:NAME` or a folder, and gives one.
         device: where to load the networks.
 
     Returns:
@@ -239,6 +266,8 @@ def load_networks(name: str, device: torch.device) -> dict[str, ReferenceNetwork
         network = load_inception(place or None, "tf1" if kind == "inception" else "clean").to(device)
         features = InceptionFeatures(network)
         return {part.name: part for part in (features.pool, features.spatial)}
+    if kind == "vgg16":
+        return {VGGFeatures.name: VGGFeatures(load_perceptual(place or None).to(device))}
     encoder = EncoderFeatures(load_encoder(name).to(device))
     return {encoder.name: encoder}
 

@@ -1,4 +1,4 @@
-"""Pretraining of a small encoder on your own data, as a masked autoencoder (He et al., 2021)."""
+"""Pretraining of a small encoder on your own data: masked modelling (He et al., 2021), distillation, or both."""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raekit import randomness
@@ -17,12 +18,14 @@ from raekit.evaluation.features import EncoderFeatures
 from raekit.evaluation.metrics import NearestNeighbours
 from raekit.evaluation.probe import untrained
 from raekit.evaluation.streaming import BATCH, feature_bank, images_of, score_stream
-from raekit.models.encoders import Encoder
+from raekit.models.encoders import Encoder, load_encoder
 from raekit.models.layers import ViTBlock, patchify, sincos_positions, watch_logits
+from raekit.models.registry import LayersConfig
 from raekit.models.vit import ViT, ViTConfig
 from raekit.stages.stage import Stage
 from raekit.train.objective import Metrics, Objective, Periodic
 from raekit.train.optim import OptimConfig
+from raekit.train.precision import compute_dtype
 from raekit.train.trainer import TrainConfig
 
 TARGET_VARIANCE_EPS = 1e-2
@@ -30,18 +33,43 @@ TARGET_VARIANCE_EPS = 1e-2
 
 
 @configclass
+class TeacherConfig:
+    """A larger, frozen encoder whose tokens the encoder learns to predict (distillation).
+
+    The teacher runs at the image size that gives the token grid of the encoder that is trained.
+
+    Attributes:
+        encoder: Name of the teacher, as in `raekit.load_encoder`.
+        layers: The teacher's blocks that make the tokens. A middle block often has more detail than the last one.
+        weight: Factor of the error on the teacher's tokens in the loss, above 0.
+    """
+
+    encoder: str
+    layers: LayersConfig = LayersConfig()
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight < float("inf"):
+            raise UserError(f"teacher.weight: {self.weight} must be a positive number; leave out teacher for none")
+
+
+@configclass
 class RepresentationConfig:
     """The config of encoder pretraining.
 
-    A pixel decoder predicts the hidden patches from the visible ones. The decoder is discarded after the training.
+    A light decoder predicts pixels, and the tokens of a `teacher` if there is one, at all patches from the visible
+    patches. The decoder is discarded after the training.
 
     Attributes:
         stage: Name of the stage in config.json.
         data: Training images.
         encoder: The encoder to pretrain.
-        mask_ratio: Fraction of the patches that is hidden, above 0 and below 1.
-        visible_weight: Weight of the error on the visible patches. The original method has no such term; the term
-            keeps pixel detail in the tokens, which helps reconstruction.
+        mask_ratio: Fraction of the patches that is hidden, from 0 to below 1. Without a teacher it must be above 0.
+        visible_weight: Weight of the pixel error on the visible patches. The original method has no such term; the
+            term keeps pixel detail in the tokens, which helps reconstruction.
+        normalize_patches: Whether the pixels of each target patch are normalised by their own mean and variance, as in
+            the original method. Without this, the tokens also keep the colours of the patches.
+        teacher: The encoder to distill; None trains on pixels only.
         decoder_width: Channels of the pixel decoder, a multiple of 4 and of `decoder_heads`.
         decoder_depth: Number of blocks of the pixel decoder.
         decoder_heads: Number of attention heads of the pixel decoder.
@@ -57,6 +85,8 @@ class RepresentationConfig:
     encoder: ViTConfig
     mask_ratio: float = 0.75
     visible_weight: float = 0.0
+    normalize_patches: bool = True
+    teacher: TeacherConfig | None = None
     decoder_width: int = 128
     decoder_depth: int = 2
     decoder_heads: int = 4
@@ -72,8 +102,12 @@ class RepresentationConfig:
                 f"{self.encoder.image_size}"
             )
         patches = (self.encoder.image_size // self.encoder.patch_size) ** 2
-        if not 0 < self.mask_ratio < 1 or round(self.mask_ratio * patches) in (0, patches):
-            raise UserError(f"mask_ratio: {self.mask_ratio} must hide some but not all of the {patches} patches")
+        hidden = round(self.mask_ratio * patches) if 0 <= self.mask_ratio < 1 else patches
+        if hidden == patches or (hidden == 0 and self.teacher is None):
+            raise UserError(
+                f"mask_ratio: {self.mask_ratio} hides {hidden} of the {patches} patches; hide some but not all, or set "
+                "teacher.encoder and hide none"
+            )
         if self.decoder_width % self.decoder_heads or self.decoder_width % 4:
             raise UserError(
                 f"decoder_width: {self.decoder_width} must be a multiple of 4 and of decoder_heads = "
@@ -86,11 +120,16 @@ class RepresentationConfig:
 
 
 class MaskedAutoencoder(nn.Module):
-    """The encoder, which sees only the visible patches, and a light decoder that predicts all patches."""
+    """The encoder, which sees only the visible patches, and a light decoder that predicts all patches.
+
+    Args:
+        config: The config of the stage.
+        teacher_width: Channels of a token of the teacher; 0 for no teacher.
+    """
 
     positions: Tensor
 
-    def __init__(self, config: RepresentationConfig) -> None:
+    def __init__(self, config: RepresentationConfig, teacher_width: int = 0) -> None:
         super().__init__()
         self.encoder = ViT(config.encoder)
         size = config.encoder.patch_size
@@ -103,36 +142,68 @@ class MaskedAutoencoder(nn.Module):
             ViTBlock(width, config.decoder_heads, 4 * width, eps=1e-6) for _ in range(config.decoder_depth)
         )
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.out = nn.Linear(width, 3 * size**2)
+        self.split = (3 * size**2, teacher_width)
+        self.out = nn.Linear(width, sum(self.split))
 
-    def forward(self, pixels: Tensor, keep: Tensor) -> Tensor:
-        """Predict all patches (B, N, 3 * patch_size^2) of pixels (B, 3, H, W) from only the patches `keep` (B, K)."""
+    def forward(self, pixels: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+        """Predict all patches of pixels (B, 3, H, W) from only the patches `keep` (B, K).
+
+        Returns:
+            The pixels of the patches (B, N, 3 * patch_size^2), and the teacher's tokens (B, N, teacher_width).
+        """
         visible = self.embed(self.encoder(pixels, keep))
         x = self.mask_token.to(visible.dtype).expand(len(pixels), len(self.positions), -1)
         x = x.scatter(1, keep[:, :, None].expand(-1, -1, x.shape[2]), visible) + self.positions
         for block in self.blocks:
             x = block(x)
-        return self.out(self.norm(x)).float()
+        pixels, tokens = self.out(self.norm(x)).float().split(self.split, dim=-1)
+        return pixels, tokens
+
+
+def load_teacher(config: TeacherConfig, grid: tuple[int, int], dtype: torch.dtype) -> Encoder:
+    """Load the teacher at the image size that gives `grid` tokens.
+
+    Raises:
+        UserError: The teacher cannot be loaded.
+    """
+    native = load_encoder(config.encoder, layers=config.layers, dtype=dtype)
+    height, width = (side * native.spec.patch_size for side in grid)
+    return Encoder(native.name, native.spec, native.model, (height, width), native.layers)
 
 
 def build(config: RepresentationConfig, run: Path, world: World) -> Stage:
     """Build the stage. Its artifact is the encoder with averaged weights."""
     loader = Loader(config.data, config.train.seed)
-    model = MaskedAutoencoder(config)
+    teacher = None
+    if config.teacher:
+        side = config.encoder.image_size // config.encoder.patch_size
+        dtype = compute_dtype(config.train.precision, world.device)
+        teacher = load_teacher(config.teacher, (side, side), dtype).to(world.device)
+    model = MaskedAutoencoder(config, teacher.width if teacher else 0)
     mean, std = (torch.tensor(v, device=world.device).view(3, 1, 1) for v in (config.encoder.mean, config.encoder.std))
     patches = len(model.positions)
     visible = patches - round(config.mask_ratio * patches)
 
     def loss(batch: Batch, step: int) -> tuple[Tensor, Metrics]:
-        pixels = (batch.pixels() - mean) / std
+        images = batch.pixels()
+        pixels = (images - mean) / std
         order = randomness.uniform(config.train.seed, "mask", batch.positions, (patches,), world.device).argsort(1)
-        predicted = model(pixels, order[:, :visible])
+        predicted, tokens = model(pixels, order[:, :visible])
         target = patchify(pixels, config.encoder.patch_size)
-        centred = target - target.mean(-1, keepdim=True)
-        target = centred / (target.var(-1, keepdim=True, correction=0) + TARGET_VARIANCE_EPS).sqrt()
+        if config.normalize_patches:
+            centred = target - target.mean(-1, keepdim=True)
+            target = centred / (target.var(-1, keepdim=True, correction=0) + TARGET_VARIANCE_EPS).sqrt()
         error = (predicted - target).square().mean(-1).gather(1, order)
-        seen, hidden = error[:, :visible].mean(), error[:, visible:].mean()
-        return hidden + config.visible_weight * seen, {"hidden": hidden, "visible": seen}
+        metrics = {"visible": error[:, :visible].mean()}
+        total = config.visible_weight * metrics["visible"]
+        if visible < patches:
+            metrics["hidden"] = error[:, visible:].mean()
+            total = total + metrics["hidden"]
+        if teacher and config.teacher:
+            # Normalised tokens have unit variance, so that this is the fraction of the variance not predicted.
+            metrics["teacher"] = F.mse_loss(tokens, teacher(images))
+            total = total + config.teacher.weight * metrics["teacher"]
+        return total, metrics
 
     def trained(name: str) -> Encoder:
         """Return a copy of the averaged encoder. A part of a module that is sharded over processes cannot run."""
