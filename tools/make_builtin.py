@@ -3,6 +3,7 @@
 python tools/make_builtin.py encoder runs/emoji_encoder
 python tools/make_builtin.py autoencoder runs/emoji_decoder
 python tools/make_builtin.py denoiser runs/emoji_dit_dh
+python tools/make_builtin.py classifier runs/emoji_classifier
 """
 
 import sys
@@ -10,8 +11,10 @@ import sys
 import torch
 
 from raekit import artifacts
+from raekit.distributed import World
 from raekit.hub import ASSETS
 from raekit.models.autoencoder import Autoencoder
+from raekit.models.classifier import load_classifier
 from raekit.models.denoiser import Denoiser
 from raekit.models.encoders import load_encoder
 
@@ -23,5 +26,18 @@ match kind:
         Autoencoder.load(run).save(ASSETS / "emoji", dtype=torch.float16)
     case "denoiser":
         Denoiser.load(run).save(ASSETS / "emoji", dtype=torch.float16, ema=artifacts.find(run, "denoiser").ema)
+    case "classifier":
+        network = load_classifier(run)
+        found = artifacts.find(run, "classifier")
+        artifacts.write(
+            ASSETS / "emoji" / "classifier",
+            "classifier",
+            network.config,
+            network,
+            World(),
+            dtype=torch.float16,
+            ema=found.ema,
+            trained_on=found.trained_on,
+        )
     case _:
         sys.exit(__doc__)

@@ -49,7 +49,7 @@ def find(name: str, kind: str, ema: float | None = None) -> Artifact:
 
     Args:
         name: a model, run or Hub repository, as `find_folder` takes it.
-        kind: "encoder", "autoencoder" or "denoiser".
+        kind: "encoder", "autoencoder", "denoiser" or "classifier".
         ema: the decay of the average that is wanted. Default: the artifact that stands first.
 
     Raises:
@@ -110,7 +110,7 @@ def write(
 
     Args:
         folder: the artifact's own folder.
-        kind: "encoder", "autoencoder" or "denoiser".
+        kind: "encoder", "autoencoder", "denoiser" or "classifier".
         config: the configuration of the network.
         module: the network, distributed or not.
         world: the processes of this job.

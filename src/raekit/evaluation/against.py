@@ -9,6 +9,7 @@ from raekit.data.loader import DataConfig
 from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.evaluation.features import (
+    ClassifierFeatures,
     InceptionFeatures,
     Part,
     ReferenceNetwork,
@@ -17,7 +18,14 @@ from raekit.evaluation.features import (
     load_networks,
 )
 from raekit.evaluation.manifold import KernelDistance, Manifold, PrecisionRecall
-from raekit.evaluation.metrics import Accumulator, FrechetDistance, FrechetRatio, InceptionScore, frechet_name
+from raekit.evaluation.metrics import (
+    Accumulator,
+    ClassAccuracy,
+    FrechetDistance,
+    FrechetRatio,
+    InceptionScore,
+    frechet_name,
+)
 from raekit.evaluation.references import Reference, measure_reference
 from raekit.models.registry import REGISTRY
 from raekit.progress import Progress, silent
@@ -93,6 +101,11 @@ class Against:
         inception = next((self.networks[n] for n in ("inception", "inception_spatial") if n in self.networks), None)
         if isinstance(inception, Part) and isinstance(inception.whole, InceptionFeatures):
             self.networks[inception.whole.logits.name] = inception.whole.logits  # its score needs no reference
+        self.judges: list[Part] = []  # the logits of classifiers, whose accuracy needs no reference either
+        for network in list(self.networks.values()):
+            if isinstance(network, Part) and isinstance(network.whole, ClassifierFeatures):
+                self.judges.append(network.whole.logits)
+        self.networks |= {logits.name: logits for logits in self.judges}
 
     def pairs(self) -> Iterator[tuple[Reference, ReferenceNetwork]]:
         """Yield each network of a reference with that reference."""
@@ -150,6 +163,7 @@ class Against:
                     others.append(KernelDistance(network, features.to(self.device), size=_KID_SIZE))
         if "inception_logits" in self.networks:
             others.append(InceptionScore(self.networks["inception_logits"]))
+        others += [ClassAccuracy(logits, logits.name.removesuffix("_logits"), intervals) for logits in self.judges]
         if ratios:
             gaussians = [other.gaussian(distance.network) for distance, other in ratios]
             others.insert(0, FrechetRatio([distance for distance, _ in ratios], gaussians))
@@ -163,6 +177,8 @@ def _loading_name(name: str, reference: Reference) -> str:
             return inception
     if name == VGGFeatures.name:
         return name
+    if name == "emoji_classifier":
+        return "classifier:builtin:emoji"
     for encoder in (*REGISTRY, "builtin:vit-tiny"):
         if encoder_name(encoder) == name:
             return encoder

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from raekit.errors import UserError
+from raekit.models.classifier import Classifier, load_classifier
 from raekit.models.encoders import Encoder, load_encoder
 from raekit.models.inception import LOGITS, POOL, SIZE, SPATIAL, Inception, load_inception
 from raekit.models.perceptual import LPIPS, load_perceptual
@@ -40,7 +41,7 @@ def weights_of(network: FeatureNetwork) -> str:
     """Return 16 hexadecimal digits that identify the weights of `network`; empty for other kinds of networks."""
     if isinstance(network, Part):
         return weights_of(network.whole)
-    if isinstance(network, InceptionFeatures | VGGFeatures):
+    if isinstance(network, InceptionFeatures | VGGFeatures | ClassifierFeatures):
         return fingerprint(network.network.state_dict())
     return fingerprint(network.encoder.state_dict()) if isinstance(network, EncoderFeatures) else ""
 
@@ -237,6 +238,31 @@ class VGGFeatures:
             return torch.cat([stages[2].mean((2, 3)), stages[4].mean((2, 3))], 1)
 
 
+class ClassifierFeatures:
+    """The features and the class logits of a classifier that raekit trained, in two parts.
+
+    Attributes:
+        pool: features before the last layer, averaged over the image.
+        logits: class logits for the class accuracy.
+    """
+
+    def __init__(self, name: str, network: Classifier):
+        self.network = network
+        config = network.config
+        self.name = f"{name}_all"
+        self.width = config.widths[-1] + config.num_classes
+        self.resize = f"bicubic, antialiased, to {config.image_size} x {config.image_size}"
+        self.pool = Part(name, self, slice(0, config.widths[-1]))
+        self.logits = Part(f"{name}_logits", self, slice(config.widths[-1], None))
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        with torch.autocast(images.device.type, enabled=False):
+            size = self.network.config.image_size
+            features = self.network.features(_resized(images, (size, size)))
+            return torch.cat([features, self.network.head(features)], 1)
+
+
 def _resized(images: Tensor, size: tuple[int, int]) -> Tensor:
     """Return float32 images of `size`, resized with a bicubic, antialiased filter if they have another size."""
     images = images.float()
@@ -252,7 +278,8 @@ def load_networks(name: str, device: torch.device) -> dict[str, ReferenceNetwork
         name: `inception` for FID's network with the published weights, `inception:PLACE` for weights at PLACE
             (`load_inception`), `clean_inception` or `clean_inception:PLACE` for clean-fid's resize. Both give two
             networks: FID's and sFID's. `vgg16` or `vgg16:FILE`, with weights as for LPIPS (`load_perceptual`), gives
-            one. Any other name is a registered encoder, FAMILY:WHERE, `builtin:NAME` or a folder, and gives one.
+            one network, and so does `classifier:NAME` for a classifier that raekit trained. Any other name is an
+            encoder as `load_encoder` takes it, and gives one network.
         device: where to load the networks.
 
     Returns:
@@ -268,6 +295,9 @@ def load_networks(name: str, device: torch.device) -> dict[str, ReferenceNetwork
         return {part.name: part for part in (features.pool, features.spatial)}
     if kind == "vgg16":
         return {VGGFeatures.name: VGGFeatures(load_perceptual(place or None).to(device))}
+    if kind == "classifier":
+        classifier = ClassifierFeatures(f"{encoder_name(place)}_classifier", load_classifier(place).to(device))
+        return {classifier.pool.name: classifier.pool}
     encoder = EncoderFeatures(load_encoder(name).to(device))
     return {encoder.name: encoder}
 

@@ -183,6 +183,42 @@ class InceptionScore:
         return {named("inception_score", self.network): float(torch.stack(scores).mean())}
 
 
+class ClassAccuracy:
+    """The share of images that a classifier gives their label, as `class_accuracy_NAME`. Left out without labels.
+
+    Args:
+        logits: the class logits of a classifier of the same classes as the images.
+        name: name of the classifier.
+        intervals: also report `class_accuracy_NAME_low` and `_high`, Wilson's 95 % interval.
+    """
+
+    def __init__(self, logits: FeatureNetwork, name: str, intervals: bool = False):
+        self.logits, self.name, self.intervals = logits, f"class_accuracy_{name}", intervals
+        self.hits = Moments(1, diagonal=True)  # 1 for an image that gets its label, otherwise 0
+
+    def update(self, batch: Images) -> None:
+        guesses = batch.features(self.logits).argmax(1)
+        labels = batch.labels.to(guesses.device)
+        self.hits.update((guesses == labels)[labels >= 0, None])
+
+    def reduce(self, world: World) -> None:
+        self.hits.reduce(world)
+
+    def result(self) -> dict[str, float]:
+        return _accuracy(self.name, self.hits, self.intervals)
+
+
+def _accuracy(name: str, hits: Moments, intervals: bool) -> dict[str, float]:
+    """Return {name: the share of hits} and, if wanted, Wilson's interval; {} without any image."""
+    if not hits.count:
+        return {}
+    share = float(hits.mean)
+    if not intervals:
+        return {name: share}
+    low, high = wilson_interval(round(share * hits.count), hits.count)
+    return {name: share, f"{name}_low": low, f"{name}_high": high}
+
+
 class NearestNeighbours:
     """Compares images with their nearest neighbours in a bank of images, usually the training set.
 
@@ -237,12 +273,7 @@ class NearestNeighbours:
         self.distances = world.gather(mine)
 
     def result(self) -> dict[str, float]:
-        accuracy, name = {}, f"knn_accuracy_{self.network.name}"
-        if self.votes.count:
-            accuracy[name] = float(self.votes.mean)
-            if self.intervals:
-                low, high = wilson_interval(round(accuracy[name] * self.votes.count), self.votes.count)
-                accuracy |= {f"{name}_low": low, f"{name}_high": high}
+        accuracy = _accuracy(f"knn_accuracy_{self.network.name}", self.votes, self.intervals)
         median = float(torch.cat(self.distances).quantile(0.5))
         return {**accuracy, f"nearest_distance_{self.network.name}": median}
 

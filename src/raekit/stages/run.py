@@ -9,12 +9,18 @@ from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.files import whole
 from raekit.progress import Progress, silent
-from raekit.stages import generation, reconstruction, representation
+from raekit.stages import classification, generation, reconstruction, representation
 from raekit.stages.stage import Stage
 from raekit.train.trainer import Report, Trainer
 
-StageConfig = representation.RepresentationConfig | reconstruction.ReconstructionConfig | generation.GenerationConfig
+StageConfig = (
+    classification.ClassificationConfig
+    | representation.RepresentationConfig
+    | reconstruction.ReconstructionConfig
+    | generation.GenerationConfig
+)
 _BUILDERS = {
+    classification.ClassificationConfig: classification.build,
     representation.RepresentationConfig: representation.build,
     reconstruction.ReconstructionConfig: reconstruction.build,
     generation.GenerationConfig: generation.build,
