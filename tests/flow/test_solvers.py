@@ -1,16 +1,29 @@
 import itertools
 import math
 import sys
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
 import torch
 from scipy.integrate import solve_ivp
 
+from raekit.cli.sampling import SolverOptions
 from raekit.errors import UserError
 from raekit.flow.guidance import Guidance, pieces, with_interval_ends
 from raekit.flow.path import interpolate, shift_factor, velocity
-from raekit.flow.solvers import MULTISTEP, ab2, abm, dopri5, euler, euler_maruyama, evaluated, heun, time_grid
+from raekit.flow.solvers import (
+    SOLVERS,
+    SolverName,
+    ab2,
+    abm,
+    dopri5,
+    euler,
+    euler_maruyama,
+    evaluated,
+    heun,
+    time_grid,
+)
 
 ALPHA = shift_factor((768, 16, 16))
 
@@ -54,10 +67,17 @@ def test_evaluations(grid, evaluations: int, solver, per_step: int):
     if solver == "euler-maruyama":
         euler_maruyama(field, x, times, lambda step: x)
     else:
-        {"euler": euler, "heun": heun, **MULTISTEP}[solver](field, x, times)
+        SOLVERS[solver](field, x, times)
     assert len(seen) == evaluations * per_step
     assert seen[0] == 1.0
     assert set(seen) == set(evaluated(solver, times))
+
+
+def test_every_solver_has_a_name_and_an_option():
+    names = {*get_args(SolverName)}
+    assert {*SOLVERS, "dopri5", "euler-maruyama"} == names
+    option, _ = get_args(get_type_hints(SolverOptions)["solver"])
+    assert {*get_args(option)} == names
 
 
 @pytest.mark.parametrize(("grid", "steps"), [("full", 0), ("published", 1), ("full", -3)])
@@ -70,11 +90,8 @@ def solve(solver, field, start: float, steps: int) -> float:
     return solver(field, torch.tensor([start], dtype=torch.float64), time_grid(steps, 2.0)).item()
 
 
-SOLVERS = [euler, heun, ab2, abm]
-
-
 @pytest.mark.parametrize("times", [[1.0, 0.0], [1.0, 0.7, 0.65, 0.2, 0.0]], ids=["one step", "uneven steps"])
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", SOLVERS.values())
 def test_straight_paths_are_exact(solver, times: list[float]):
     x, noise = torch.randn(2, 3, 2, 2), torch.randn(2, 3, 2, 2)
     out = solver(lambda x_t, t: velocity(x, noise), interpolate(x, noise, torch.ones(2)), times)
@@ -83,7 +100,7 @@ def test_straight_paths_are_exact(solver, times: list[float]):
     assert torch.allclose(back, noise, atol=1e-6)
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", SOLVERS.values())
 def test_a_constant_data_prediction_is_reached_exactly(solver):
     data, noise = torch.randn(2, 3, 2, 2, dtype=torch.float64), torch.randn(2, 3, 2, 2, dtype=torch.float64)
 

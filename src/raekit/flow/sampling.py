@@ -24,13 +24,12 @@ from raekit.flow.guidance import (
 from raekit.flow.path import similarity, to_velocity
 from raekit.flow.solvers import (
     MULTISTEP,
+    SOLVERS,
     Grid,
     SolverName,
     dopri5,
-    euler,
     euler_maruyama,
     evaluated,
-    heun,
     time_grid,
 )
 from raekit.models.denoiser import Denoiser, Features
@@ -182,7 +181,7 @@ def _in_pieces(
     watch: Watch | None = None,
 ) -> Tensor:
     """Solve with a multistep solver, which starts afresh at each end of a guidance interval."""
-    solve = MULTISTEP[sampling.solver]
+    solve = SOLVERS[sampling.solver]
     for piece, rules in pieces(with_interval_ends(times, sampling.guidance), sampling.guidance):
         x = solve(_velocity(denoiser, labels, replace(sampling, guidance=rules), passes, watch), x, piece)
     return x
@@ -191,7 +190,7 @@ def _in_pieces(
 def _follow(sampling: Sampling, field: Velocity, x: Tensor, times: Sequence[float]) -> Tensor:
     if sampling.solver == "dopri5":
         return dopri5(field, x, times, sampling.atol, sampling.rtol)
-    return (heun if sampling.solver == "heun" else euler)(field, x, times)
+    return SOLVERS[sampling.solver](field, x, times)
 
 
 def check_sampling(sampling: Sampling, denoiser: Denoiser, labelled: bool, reverse: bool = False) -> None:

@@ -4,7 +4,7 @@ The grid may fall (noise to data) or rise (data to noise). Times follow `flow.pa
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import pairwise
 from typing import Literal
 
@@ -97,10 +97,6 @@ def _adams(field: Velocity, x: Tensor, times: Sequence[float], corrected: bool) 
     return x
 
 
-MULTISTEP: Mapping[SolverName, Callable[[Velocity, Tensor, Sequence[float]], Tensor]] = {"ab2": ab2, "abm": abm}
-"""The solvers that combine several evaluations, and so need a field without jumps (`guidance.pieces`)."""
-
-
 def dopri5(field: Velocity, x: Tensor, times: Sequence[float], atol: float = 1e-6, rtol: float = 1e-3) -> Tensor:
     """Solve with torchdiffeq's dopri5: fifth order, adaptive steps. Only the ends of `times` count.
 
@@ -140,3 +136,14 @@ def euler_maruyama(field: Velocity, x: Tensor, times: Sequence[float], noise: Ca
         if i < len(times) - 2:
             x = x + math.sqrt(t * (t - following)) * noise(i)
     return x
+
+
+SOLVERS: Mapping[SolverName, Callable[[Velocity, Tensor, Sequence[float]], Tensor]] = {
+    "euler": euler,
+    "heun": heun,
+    "ab2": ab2,
+    "abm": abm,
+}
+"""The solvers that need only a field, a state and a grid. dopri5 also needs tolerances, euler-maruyama also noise."""
+MULTISTEP: Collection[SolverName] = ("ab2", "abm")
+"""The solvers that combine several evaluations, and so need a field without jumps (`guidance.pieces`)."""

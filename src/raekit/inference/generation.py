@@ -329,7 +329,7 @@ def noise_to_images(
             f"not {tuple(noise.shape[1:])}"
         )
     if sampling.solver == "euler-maruyama":
-        raise UserError("solver euler-maruyama: adds its own noise at every step; use euler, heun or dopri5")
+        raise UserError("solver euler-maruyama: adds its own noise at every step; use another solver")
     return _decode(model, denoise(model.denoiser, lambda stream: noise.to(model.device), chosen, sampling))
 
 
