@@ -60,12 +60,21 @@ def test_webp_files_hold_the_same_pixels_and_are_completed(model, tmp_path):
         with Image.open(webp) as opened:
             assert opened.format == "WEBP"
     before = contents(tmp_path / "webp")
-    (tmp_path / "webp" / "000003.webp").write_bytes(b"torn")
+    (tmp_path / "webp" / "000003.webp").write_bytes(b"")
     times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "webp").iterdir()}
     generate_folder(model, tmp_path / "webp", [0, 2], total=5, sampling=FEW, batch_size=2, world=ONE, form="webp")
     assert contents(tmp_path / "webp") == before
     changed = {path.name for path in (tmp_path / "webp").iterdir() if times[path.name] != path.stat().st_mtime_ns}
     assert changed == {"000003.webp"}
+
+
+@pytest.mark.parametrize("content", [b"notes of a user", b"\x89PNG\r\n\x1a\n torn"])
+def test_a_file_that_raekit_did_not_write_is_kept(model, tmp_path, content):
+    foreign = tmp_path / "000001.png"
+    foreign.write_bytes(content)
+    with pytest.raises(UserError, match=r"holds other pictures, such as 000001\.png, .* damaged, or not by raekit"):
+        generate_folder(model, tmp_path, [0], total=2, sampling=FEW, world=ONE)
+    assert contents(tmp_path) == {"000001.png": content}
 
 
 def test_a_strangers_webp_has_no_origin(tmp_path):

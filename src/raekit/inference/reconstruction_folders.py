@@ -84,7 +84,8 @@ def reconstruct_folder(
     Reconstructions in `out` are kept if neither the original nor the settings have changed.
 
     OUT/scores.csv and OUT/scores.json hold the scores of all images and their means, computed from the 8-bit
-    reconstructions. OUT/contact-sheet.png shows the first originals, each above its reconstruction.
+    reconstructions. OUT/contact-sheet.png shows the first originals, each above its reconstruction. Each call
+    replaces these three files.
 
     Args:
         autoencoder: the autoencoder.

@@ -5,13 +5,12 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile, ZipInfo
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from raekit.distributed import World
 from raekit.errors import UserError
@@ -40,7 +39,8 @@ def generate_folder(
     """Generate samples 0 to `total` - 1 and write them as OUT/000000.png and so on.
 
     All processes must call this function. They divide the work among them. Samples that are already in the folder are
-    kept; missing and damaged ones are written. The samples are always divided into the same batches, so with a fixed
+    kept. Missing samples and empty files are written. A file that has the name of a sample, but no matching record of
+    how it was made, is never overwritten. The samples are always divided into the same batches, so with a fixed
     `batch_size` an interruption does not change a single bit of the result.
 
     Args:
@@ -60,7 +60,8 @@ def generate_folder(
         The forward passes for each image (`Samples.passes`); empty if there was nothing to generate.
 
     Raises:
-        UserError: if the folder holds other pictures under the same names, or `generate` rejects the settings.
+        UserError: if a file with the name of a sample is another picture, or is damaged, or if `generate` rejects the
+            settings.
     """
     every = _labels(labels, total)
     settings = _settings(model, seed, sampling)
@@ -77,7 +78,7 @@ def generate_folder(
     if others := [path for i, path in sorted(there) if path != place(i) or read_origin(path) != origin(i)]:
         raise UserError(
             f"{out}: holds other pictures, such as {others[0].name}, made with another model, class, seed, setting or "
-            "format, or not by raekit; give another folder or remove the pictures"
+            "format, damaged, or not by raekit; give another folder or remove the pictures"
         )
     missing = set(range(total)) - {i for i, _ in there}
     world.barrier()  # no process writes before all have listed the folder
@@ -106,13 +107,12 @@ def generate_folder(
 
 
 def _numbered(folder: Path) -> list[tuple[int, Path]]:
-    """Return the numbers and paths of the readable pictures in `folder` that have the name of a sample."""
-    found = []
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if re.fullmatch(r"\d{6,}\.(png|webp)", path.name):
-            with suppress(UnidentifiedImageError), Image.open(path):
-                found.append((int(path.stem), path))
-    return found
+    """Return the numbers and paths of the files in `folder` that have the name of a sample and are not empty."""
+    return [
+        (int(path.stem), path)
+        for path in (folder.iterdir() if folder.is_dir() else ())
+        if re.fullmatch(r"\d{6,}\.(png|webp)", path.name) and path.lstat().st_size
+    ]
 
 
 def _labels(labels: Sequence[int] | None, total: int) -> list[int] | None:
@@ -147,7 +147,8 @@ def generate_npz(
     The file holds the images as `arr_0`, uint8 (N, H, W, 3), and the labels, if there are any, as `arr_1`.
 
     `generate_folder` first collects the samples in the folder OUT.parts. After an interruption, the same call resumes
-    from this folder. The folder is removed at the end. A file that already holds exactly these samples is kept.
+    from this folder. The folder is removed at the end. If OUT already holds exactly these samples, it is kept. Any
+    other file at OUT is replaced.
 
     See `generate_folder` for the arguments, the returned forward passes and the errors.
     """
