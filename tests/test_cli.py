@@ -106,6 +106,17 @@ def test_without_a_command_all_are_listed(run, arguments):
     assert all(re.search(rf"^  {name} +[A-Z]", done.out, re.MULTILINE) for name in cli.COMMANDS)
 
 
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_the_help_of_a_group_lists_its_commands(run, flag):
+    done = run("latents", flag)
+    assert done.code == 0
+    assert re.findall(r"^  (\w+ \w+)", done.out, re.MULTILINE) == [
+        "latents measure",
+        "latents cache",
+        "latents generate",
+    ]
+
+
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_every_command_has_help_with_an_example(run, name):
     done = run(*name.split(), "--help")
@@ -114,7 +125,7 @@ def test_every_command_has_help_with_an_example(run, name):
     assert done.err == ""
 
 
-@pytest.mark.parametrize("wrong", [["trian"], ["latents"], ["latents", "mesure"], ["--verbose"]])
+@pytest.mark.parametrize("wrong", [["trian"], ["latents"], ["latents", "mesure"], ["--verbose"], ["trian", "--help"]])
 def test_an_unknown_command_is_named(run, wrong):
     done = run(*wrong)
     assert_fails(done, repr(" ".join(wrong)), "is not a command", "generate", code=2)

@@ -75,7 +75,9 @@ def _run(arguments: list[str]) -> None:
         return
     name = next((n for n in COMMANDS if arguments[: len(n.split())] == n.split()), None)
     if name is None:
-        _usage(wrong=bool(arguments) and arguments not in (["--help"], ["-h"]), given=arguments)
+        words = [word for word in arguments if word not in ("--help", "-h")]
+        group = {n: command for n, command in COMMANDS.items() if n.split()[: len(words)] == words}
+        _usage(group or COMMANDS, wrong=bool(arguments) and (not group or words == arguments), given=arguments)
         return
     rest, command = arguments[len(name.split()) :], COMMANDS[name]
     if command is train:
@@ -85,14 +87,14 @@ def _run(arguments: list[str]) -> None:
         tyro.cli(command, prog=f"raekit {name}", args=rest)
 
 
-def _usage(wrong: bool, given: list[str]) -> None:
-    """Print all commands; after a wrong command, name it and exit with 2."""
+def _usage(commands: dict[str, Callable[..., None]], wrong: bool, given: list[str]) -> None:
+    """Print `commands`; after a wrong command, name it and exit with 2."""
     to = console.err if wrong else console.out
     if wrong:
         to.print(f"error: {' '.join(given[:2])!r} is not a command", markup=False)
     to.print("usage: raekit COMMAND ...   (help: raekit COMMAND --help; version: raekit --version)\n", markup=False)
-    width = max(map(len, COMMANDS))
-    for name, command in COMMANDS.items():
+    width = max(map(len, commands))
+    for name, command in commands.items():
         to.print(f"  {name:{width}}  {console.about(command).splitlines()[0]}", markup=False)
     if wrong:
         sys.exit(2)

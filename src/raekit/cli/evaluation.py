@@ -40,7 +40,7 @@ def evaluate(
     Example: raekit evaluate builtin:emoji --baselines
 
     Without --reference the images are compared with the held-out images of the dataset that the model was trained on.
-    A stopped evaluation resumes with the same command.
+    Saved images need --reference or --source. A stopped evaluation resumes with the same command.
 
     Reconstructions (rFID, PSNR, SSIM): raekit evaluate builtin:emoji --reconstruct
 
@@ -60,11 +60,11 @@ def evaluate(
             cache or on the Hub.
         baselines: Also score training images, held-out images, their reconstructions and decoded noise, and compare all
             images with their nearest training images.
-        relative_to: References of other real images. Distances are also given relative to their distance.
+        relative_to: References of other real images. Also report each distance divided by the distance of these images.
         seed: Seed of the samples.
         labels: Classes of the samples: each class equally often; drawn uniformly; or in the proportions of the
             reference's images. Default: balanced with --reference, otherwise reference.
-        ema: Decay of the average to use, of those that were trained (the recipe's `ema`). Default: the first.
+        ema: Decay of the weight average to use, one of the recipe's `ema` values. Default: the first.
         intervals: Compute 95 % intervals of distances and accuracies, and the bias of distances.
         batch_size: Images at once, at most 250.
         compile: Compile the blocks of the model. Worth it for many samples.

@@ -45,7 +45,7 @@ def convert(
         output: for a decoder file, the colours that the decoder produces: pixels for RAE v2.
         denoiser_config: for a denoiser file whose shapes leave the architecture open, a YAML with a stage_2 section.
         prediction: for a denoiser file, the quantity that it predicts. Default: velocity for v1, data for v2.
-        autoencoder: for a denoiser file, the autoencoder to include: any source of one.
+        autoencoder: for a denoiser file, the autoencoder to include, in any form that SOURCE accepts.
     """
     from raekit.formats import conversion
     from raekit.models.registry import LAYERS, LayersConfig
@@ -83,8 +83,8 @@ def info(name: Positional[str], reach: tuple[str, float] | None = None) -> None:
 
     Args:
         name: builtin:NAME, a model folder, a run, or OWNER/NAME on the Hub.
-        reach: for a run, a metric and a value, for example evaluation/fid 2. Also report the number of epochs until
-            the metric first reached the value.
+        reach: for a run, a metric and a value, for example evaluation/fid 2. Also report the number of epochs
+            until the metric first fell to the value or below.
     """
     from raekit.stages.inspection import describe_folder
 

@@ -63,7 +63,9 @@ def generate(
 
     Args:
         model: Model to sample from: published name, builtin:NAME, model folder, run folder, or OWNER/NAME on the Hub.
-        out: A .png or .webp file for one grid, an .npz file in ADM's format, or a folder for one picture per sample.
+        out: A .png or .webp file for one grid, an .npz file in ADM's format, or a folder for one picture per sample. An
+            existing file is replaced. In a folder, a file under the name of a sample that raekit did not write is an
+            error.
         classes: Classes to generate: names, ids, or ranges of ids such as 0-9. All classes if not given.
         count: Number of samples for each class. In a folder, a larger number keeps the samples and adds more.
         seed: Seed of the noise. Sample i depends only on the seed, i and its class; the classes take turns.
@@ -192,7 +194,7 @@ def trajectory(
 
     Example: raekit trajectory builtin:emoji --class flags --frames 8 --out strip.png
 
-    An image shows what the guided velocity predicts as the data at one time of the solver. The last image of a row is
+    Each image shows the finished image that the guided model predicts at one solver time. The last image of a row is
     the finished sample.
 
     Args:

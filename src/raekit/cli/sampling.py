@@ -78,9 +78,9 @@ class SamplingOptions(SolverOptions):
     """Options of the solver and of guidance.
 
     Args:
-        guidance: Guidance METHOD:SCALE or METHOD:SCALE@START-END, such as cfg:2.0@0.1-0.9, where START and END are
-            times. Methods: cfg; auto, which needs --weak; internal, for models with a base output. Join several
-            methods with +. None: no guidance.
+        guidance: Guidance METHOD:SCALE or METHOD:SCALE@START-END, such as cfg:2.0@0.1-0.9. START and END are
+            shifted times: 0 is data, 1 is noise. Methods: cfg; auto, which needs --weak; internal, for models with a
+            base output. Join several methods with +. None: no guidance.
         weak: Weaker model for auto guidance, given in the same way as the model.
     """
 

@@ -20,7 +20,7 @@ _DEVICE = "Device to train on. None: the GPU if there is one, else the CPU."
 
 
 def demo(run: Path = Path("runs/demo"), minutes: float = 12, quick: bool = False) -> None:
-    """Train all stages on built-in images, generate and score samples, and write RUN/report.html.
+    """Train a decoder and a denoiser on built-in images, generate and score samples, and write RUN/report.html.
 
     Example: raekit demo --minutes 12
 
@@ -58,9 +58,10 @@ def train(arguments: list[str]) -> None:
 
     Example: raekit train emoji_decoder --run runs/decoder --train.steps 500
 
-    `raekit train RECIPE --help` lists all options of a recipe. --dry-run shows config and cost without training.
-    To add an optional part to a recipe, set one of its options, such as --selection.every 100. To remove an optional
-    part, set the part to None, such as --perceptual None.
+    `raekit train RECIPE --help` lists the options of the recipe and of its optional parts that are set. To see the
+    options of another part, set one of them before --help: --evaluation.every 100 --help. --dry-run shows config and
+    cost without training. To add an optional part to a recipe, set one of its options, such as --evaluation.every 100.
+    To remove an optional part, set the part to None, such as --perceptual None.
 
     To train on 8 GPUs: torchrun --nproc-per-node 8 -m raekit -- train RECIPE
     """

@@ -67,7 +67,7 @@ class Against:
         references: real images, measured in some networks.
         networks: the networks to compare in, by name.
         device: where to compute.
-        relative_to: references of other real images. Distances are also given relative to their distance.
+        relative_to: references of other real images. Each distance is also divided by the distance of these images.
 
     Raises:
         UserError: two references, or two of `relative_to`, are of one network, or one of them does not fit the

@@ -73,12 +73,13 @@ def evaluate(
         labels: how the classes of the samples are drawn. Default: "balanced" with a reference file, otherwise
             "reference", in the proportions of the held-out images.
         sampling: how to sample. Default: 50 Euler steps without guidance.
-        ema: the decay of the average to use, of those that were trained. Default: the first.
+        ema: the decay of the weight average to use, one of the trained averages. Default: the first.
         reconstruct: score reconstructions of the reference's own images (rFID, PSNR, SSIM) instead of samples.
         lpips: score reconstructions by LPIPS too, with VGG16 from this file, or "auto" to find VGG16.
         baselines: also score training images, held-out images, their reconstructions and decoded noise, and compare
             all images with their nearest training images.
-        relative_to: references of other real images. Distances are also given relative to their distance.
+        relative_to: references of other real images. The report also has each distance divided by the distance of these
+            images.
         intervals: compute 95 % intervals of distances and accuracies, and the bias of distances.
         batch_size: images at once, at most 250.
         dtype: type that a model given by name is loaded and computes in, as in `raekit.load`.

@@ -83,8 +83,9 @@ class DenoiserSize:
         base_depth: the number of backbone blocks before the base output of internal guidance. 0 means none.
         allow_narrow: allow a width below the token dimension, for experiments on this limit.
         prediction: what the output predicts.
-        label_std: standard deviation of the initial label embeddings, 0.02 as published. The time embedding that they
-            are added to soon has a norm above ten, so a short training learns the classes sooner from larger values.
+        label_std: standard deviation of the initial label embeddings, 0.02 as published. The time embedding
+            soon has a norm above 10 and hides small label embeddings. In a short training, larger values learn the
+            classes earlier.
     """
 
     backbone: TransformerConfig

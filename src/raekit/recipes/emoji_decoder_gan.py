@@ -6,7 +6,7 @@ Command:        raekit train emoji_decoder_gan --train.compile
                 (offline: --perceptual.weights FILE, or --perceptual None)
                 for the built-in model, add --selection.every 100 --selection.latents FILE (docs/results/gan.md), then
                 python tools/make_builtin.py autoencoder runs/emoji_decoder_gan
-Cost:           45 minutes on one CPU core, a third of the time for LPIPS
+Cost:           45 minutes on one CPU core (compiled), a third of the time for LPIPS
 Last verified:  2026-11-23. Held-out images: PSNR 22.3 dB, LPIPS 0.279, fd_vit_tiny 0.160 (emoji_decoder: 22.3,
                 0.292, 0.326). Decoded generated latents: fd_vit_tiny 1.53, at step 1,100 1.51 (emoji_decoder: 2.10).
 

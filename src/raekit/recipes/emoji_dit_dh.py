@@ -3,7 +3,7 @@
 Reproduces:     src/raekit/assets/emoji/denoiser (7.5 M parameters, seed 0)
 Command:        raekit train emoji_dit_dh --train.compile
                 python tools/make_builtin.py denoiser runs/emoji_dit_dh
-Cost:           88 minutes on one CPU core (73 images/s, 384,000 images)
+Cost:           88 minutes on one CPU core (compiled, 73 images/s, 384,000 images)
 Last verified:  2026-11-23. 1,000 samples, 50 steps: fd_vit_tiny 1.17 (decoded noise 33.8), class accuracy 52 %;
                 with cfg:3.0@0.1-1.0, 1.19 and 73 % (held-out images: 66 %).
 

@@ -35,10 +35,11 @@ class GenerationConfig:
     """Config of stage 2.
 
     Attributes:
+        stage: name of the stage in config.json.
         data: the training images.
         autoencoder: builtin:NAME, a model folder, a run of stage 1, or OWNER/NAME on the Hub. The encoder computes in
             `train.precision`.
-        latents: a folder of `raekit latents cache`. Training reads its latents, and uses neither images nor encoder.
+        latents: a folder of `raekit latents cache`. Training reads its latents, and reads no training images.
         denoiser: the sizes of the denoiser.
         init_from: a denoiser to fine-tune, with the same sizes and latents. Its classes may differ.
         conditional: train with class labels.
@@ -47,7 +48,7 @@ class GenerationConfig:
         shift_base: times are shifted by sqrt(dimension of the latents / `shift_base`).
         train: steps, batches, precision, checkpoints and logs.
         optim: optimizer and learning rate schedule.
-        ema: decays of the weight averages. The first average is the default of an export.
+        ema: decays of the weight averages. The first decay gives the average that is used by default.
         evaluation: scores samples during training.
     """
 

@@ -30,8 +30,8 @@ class SelectionConfig:
 
     Attributes:
         every: steps between scores.
-        latents: a file that `raekit latents generate` wrote. The distance is that between these latents, decoded, and
-            the held-out images. Default: the distance of reconstructions.
+        latents: a file that `raekit latents generate` wrote. The score is the distance between these latents,
+            decoded, and the held-out images. Default: the distance of reconstructions.
         features: the encoder in whose features distances are measured. There is a default only for the built-in images.
     """
 
