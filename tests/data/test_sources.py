@@ -408,3 +408,13 @@ def test_a_stamp_includes_linked_folders(tmp_path):
     before = stamp(f"flat:{tmp_path / 'images'}")
     Image.new("RGB", (5, 5)).save(tmp_path / "elsewhere" / "a.png")
     assert stamp(f"flat:{tmp_path / 'images'}") != before
+
+
+def test_every_emoji_has_its_name():
+    source = Emoji("emoji", Path(), "all")
+    captions = dict(zip(source.files, source.captions, strict=True))
+    assert captions["smileys-emotion/noto-1f63b.webp"] == "smiling cat with heart-eyes"
+    assert captions["flags/noto-1f1e9-1f1ef.webp"] == "Djibouti"
+    assert captions["symbols/fluent3d-0023-fe0f-20e3.webp"] == "keycap #"
+    assert all(captions.values())
+    assert len({*captions.values()}) == len({code_points(file) for file in source.files})

@@ -13,6 +13,9 @@ from raekit.data.images import decode
 from raekit.data.sources.base import Split, in_split
 
 
+NAMES = "names.txt"  # a line "CODEPOINTS NAME" for each emoji, the short names of Unicode's CLDR
+
+
 class Emoji:
     """The built-in images. Each process decodes an image once and then keeps it (46 MB for all images).
 
@@ -26,6 +29,11 @@ class Emoji:
         self.files = [files[i] for i in in_split([code_points(file) for file in files], split)]
         self.classes = tuple(sorted({file.split("/")[0] for file in files}))
         self.labels = np.array([self.classes.index(file.split("/")[0]) for file in self.files])
+
+    @property
+    def captions(self) -> list[str]:
+        """The name of each image's emoji in Unicode, such as "smiling cat with heart-eyes"."""
+        return [_names()[code_points(file)] for file in self.files]
 
     def __len__(self) -> int:
         return len(self.files)
@@ -44,6 +52,12 @@ def _emoji() -> dict[str, bytes]:
     packed = resources.files("raekit").joinpath("assets/emoji/data/emoji64.zip").read_bytes()
     with zipfile.ZipFile(io.BytesIO(packed)) as archive:
         return {name: archive.read(name) for name in archive.namelist()}
+
+
+@cache
+def _names() -> dict[str, str]:
+    text = resources.files("raekit").joinpath(f"assets/emoji/data/{NAMES}").read_text(encoding="utf-8")
+    return dict(line.split(" ", 1) for line in text.splitlines())
 
 
 @cache
