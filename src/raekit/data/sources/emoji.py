@@ -12,7 +12,6 @@ from PIL import Image
 from raekit.data.images import decode
 from raekit.data.sources.base import Split, in_split
 
-
 NAMES = "names.txt"  # a line "CODEPOINTS NAME" for each emoji, the short names of Unicode's CLDR
 
 
