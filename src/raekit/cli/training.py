@@ -34,9 +34,7 @@ def demo(run: Path = Path("runs/demo"), minutes: float = 12, quick: bool = False
     from raekit.demo import run_demo
 
     with Display(console.err) as progress:
-        finished = run_demo(run, minutes, quick, progress)
-    if not finished:
-        console.stopped()
+        run_demo(run, minutes, quick, progress)
     console.out.print(f"report: {run / 'report.html'}")
 
 
@@ -98,9 +96,7 @@ def train(arguments: list[str]) -> None:
                 def report(step: int, values: dict[str, float]) -> None:
                     progress(recipe.name, step, total, _headline(values), batch)
 
-                finished = fit(config, run, here, report, progress)
-            if not finished:
-                console.stopped()
+                fit(config, run, here, report, progress)
             if here.is_main:
                 console.out.print(f"artifact: {run / 'artifact'}")
 

@@ -11,6 +11,7 @@ from raekit.files import whole
 from raekit.progress import Progress, silent
 from raekit.stages import classification, generation, reconstruction, representation
 from raekit.stages.stage import Stage
+from raekit.train.signals import stop_signals
 from raekit.train.trainer import Report, Trainer
 
 StageConfig = (
@@ -39,7 +40,7 @@ def train(
     world: World,
     report: Report = lambda step, metrics: None,
     progress: Progress = silent,
-) -> bool:
+) -> None:
     """Train `config` in the folder `run`, and write the model to RUN/artifact.
 
     If `run` holds a stopped run of the same config, the training resumes from its newest checkpoint.
@@ -51,24 +52,23 @@ def train(
         report: Receives the step and the metrics of each log record.
         progress: Receives the progress of the preparation before the first step.
 
-    Returns:
-        False if a signal stopped the training, and True if the training is complete. RUN/artifact holds the present
-        model in both cases.
+    RUN/artifact holds the present model at the end.
 
     Raises:
+        Stopped: If a signal stopped the training. The state is saved.
         UserError: If `run` belongs to a different config (the message lists the fields), or if the disk is full.
     """
-    check(run, config)
-    stage = build(config, run, world)
-    trainer = Trainer(run, config.train, stage.objectives, stage.batches, world, stage.periodics)
-    # Claimed only after the build, so that a mistake in the config does not occupy the folder.
-    with world.main_first():
-        claim(run, config, world)
-    stage.prepare(progress)
-    finished = trainer.fit(report)
-    stage.export(run / "artifact")
-    world.barrier()  # the first process writes the artifact, and then all may read it
-    return finished
+    with stop_signals(world) as stop:
+        check(run, config)
+        stage = build(config, run, world)
+        trainer = Trainer(run, config.train, stage.objectives, stage.batches, world, stage.periodics)
+        # Claimed only after the build, so that a mistake in the config does not occupy the folder.
+        with world.main_first():
+            claim(run, config, world)
+        stage.prepare(progress)
+        trainer.fit(report, stop)
+        stage.export(run / "artifact")
+        world.barrier()  # the first process writes the artifact, and then all may read it
 
 
 def check(run: Path, config: StageConfig) -> None:
