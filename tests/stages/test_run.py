@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from raekit import __version__
+from raekit import __version__, recipes
 from raekit.config import to_dict
 from raekit.data.loader import DataConfig
 from raekit.distributed import World
@@ -28,7 +28,7 @@ from raekit.models.denoiser_config import TransformerConfig
 from raekit.models.vit import ViTConfig
 from raekit.stages.generation import DenoiserSize, GenerationConfig
 from raekit.stages.reconstruction import DecoderSize, ReconstructionConfig
-from raekit.stages.record import read_history
+from raekit.stages.record import config_changes, read_config, read_history
 from raekit.stages.representation import RepresentationConfig
 from raekit.stages.run import StageConfig, build, train
 from raekit.train import checkpoint
@@ -329,6 +329,23 @@ def test_a_run_without_a_checkpoint_belongs_to_nobody(alone, images, tmp_path):
     assert [record["config"] for record in read_history(tmp_path)] == [to_dict(config)]
     with pytest.raises(UserError, match="belongs to a training of stage reconstruction, not generation"):
         train(last, tmp_path, ONE)
+
+
+OLD_CONFIG = Path(__file__).parent / "configs" / "2026-11-26.json"
+"""The config.json of a run of emoji_decoder_gan, as it was written on that day. It is never updated."""
+
+
+def test_the_config_of_an_old_run_is_read_with_todays_defaults(tmp_path):
+    (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
+    values = json.loads(OLD_CONFIG.read_text())
+    config = recipes.find("emoji_decoder_gan").config
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert read_config(tmp_path) == config
+    # A field that a later version adds is missing in the file. It has its default and does not lock the run.
+    del values["train"]["max_skipped"], values["adversarial"]["local_weight"], values["noise_law"]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert read_config(tmp_path) == config
+    assert config_changes(tmp_path, config) == []
 
 
 def no_progress(what: str, done: int, total: int, text: str = "", unit: int = 1) -> None:
