@@ -7,7 +7,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raekit.config import check_sizes, configclass, differences, from_dict, read_json, to_dict, to_json
+from raekit.config import (
+    Defines,
+    Mark,
+    OnPurpose,
+    Operation,
+    Place,
+    changes,
+    check_sizes,
+    configclass,
+    differences,
+    from_dict,
+    read_json,
+    replaced,
+    to_dict,
+    to_json,
+)
 from raekit.errors import UserError
 
 
@@ -120,3 +135,46 @@ def test_differences():
 
 def test_differences_of_fields_on_one_side():
     assert list(differences({"a": 1}, {"b": 2})) == ["a: 1 -> null", "b: null -> 2"]
+
+
+@configclass
+class Scores:
+    every: int
+    law: Defines[str] = "a"
+
+
+@configclass
+class Run:
+    seed: int = 0
+    rate: OnPurpose[float] = 0.1
+    workers: Operation[int | None] = None
+    place: Operation[Place | None] = None
+    scores: Operation[Scores | None] = None
+    inner: Inner = Inner(width=3)
+
+
+@configclass
+class Nested:
+    run: Run
+    name: Place = "b"
+
+
+def test_a_change_has_the_part_that_its_field_declares():
+    old = Run(scores=Scores(every=1))
+    new = Run(seed=1, rate=0.2, workers=4, place="a", scores=Scores(every=2, law="b"), inner=Inner(width=4))
+    assert [(change.part, str(change)) for change in changes(old, new)] == [
+        (Mark.DEFINES, "seed: 0 -> 1"),
+        (Mark.ON_PURPOSE, "rate: 0.1 -> 0.2"),
+        (Mark.OPERATION, "workers: null -> 4"),
+        (Mark.OPERATION, 'place: null -> "a"'),
+        (Mark.OPERATION, "scores.every: 1 -> 2"),
+        (Mark.DEFINES, 'scores.law: "a" -> "b"'),
+        (Mark.DEFINES, "inner.width: 3 -> 4"),
+    ]
+    assert [change.part for change in changes(old, Run())] == [Mark.OPERATION]
+    assert list(changes(old, old)) == []
+
+
+def test_marked_fields_are_replaced_at_any_depth():
+    outer = Nested(run=Run(place="a", seed=3))
+    assert replaced(outer, Mark.PLACE, str.upper) == Nested(run=Run(place="A", seed=3), name="B")

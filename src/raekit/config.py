@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from enum import Enum
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar, dataclass_transform
+from types import UnionType
+from typing import Annotated, Any, NamedTuple, TypeVar, Union, dataclass_transform, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -14,9 +16,33 @@ from raekit.errors import UserError
 T = TypeVar("T")
 
 
+class Mark(Enum):
+    """What a field of a config means for a run. A field carries its marks in its type, as in `Operation[int]`.
+
+    The first three say what the field is part of. A field without one of them inherits the part of the field that
+    holds its config. At the top that is DEFINES, so a new field must agree until someone decides otherwise.
+    """
+
+    DEFINES = "defines the training: must agree between the starts of a run"
+    OPERATION = "operation: may differ between the starts of a run"
+    ON_PURPOSE = "changed on purpose: may differ between the starts of a run, with --change"
+    PLACE = "names a file or folder, or a model or dataset that may be one"
+
+
+Defines = Annotated[T, Mark.DEFINES]
+Operation = Annotated[T, Mark.OPERATION]
+OnPurpose = Annotated[T, Mark.ON_PURPOSE]
+Place = Annotated[str, Mark.PLACE]
+
+_PARTS = {Mark.DEFINES, Mark.OPERATION, Mark.ON_PURPOSE}
+
+
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def configclass(cls: type[T]) -> type[T]:
-    """Make `cls` a frozen, keyword-only dataclass that rejects unknown fields in JSON."""
+    """Make `cls` a frozen, keyword-only dataclass that rejects unknown fields in JSON.
+
+    The type of a field says whether the field may change between the starts of a run, see `Mark`.
+    """
     cls.__pydantic_config__ = ConfigDict(extra="forbid", arbitrary_types_allowed=False)  # type: ignore[attr-defined]
     return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
 
@@ -90,10 +116,74 @@ def to_json(values: Any) -> str:
     return json.dumps(values, indent=2) + "\n"
 
 
-def differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
+class Change(NamedTuple):
+    """A field in which two configs differ.
+
+    Attributes:
+        part: DEFINES, OPERATION or ON_PURPOSE.
+        field: the dotted name of the field.
+        old: its JSON value in the first config.
+        new: its JSON value in the second config.
+    """
+
+    part: Mark
+    field: str
+    old: Any
+    new: Any
+
+    def __str__(self) -> str:
+        return f"{self.field}: {json.dumps(self.old)} -> {json.dumps(self.new)}"
+
+
+def changes(old: Any, new: Any, part: Mark = Mark.DEFINES, path: str = "") -> Iterator[Change]:
+    """Yield the fields in which two configs of the same class differ, each with the part that it declares."""
+    before, after = to_dict(old), to_dict(new)
+    for name, marks in _marks(type(old)).items():
+        one, other = getattr(old, name), getattr(new, name)
+        own = next((mark for mark in marks if mark in _PARTS), part)
+        field = f"{path}.{name}" if path else name
+        if dataclasses.is_dataclass(one) and type(one) is type(other):
+            yield from changes(one, other, own, field)
+        elif one != other:
+            yield from (Change(own, *each) for each in _leaves(before[name], after[name], field))
+
+
+def replaced(config: T, mark: Mark, change: Callable[[Any], Any]) -> T:
+    """Return `config` with `change(value)` in every field with `mark`, at any depth. A value of None stays."""
+    values = {}
+    for name, marks in _marks(type(config)).items():
+        value = getattr(config, name)
+        if mark in marks and value is not None:
+            values[name] = change(value)
+        elif dataclasses.is_dataclass(value):
+            values[name] = replaced(value, mark, change)
+    return dataclasses.replace(config, **values)  # type: ignore[type-var]
+
+
+@cache
+def _marks(cls: type) -> dict[str, set[Mark]]:
+    """Return the marks of each field of a config class."""
+    hints = get_type_hints(cls, include_extras=True)
+    return {field.name: _marks_of(hints[field.name]) for field in dataclasses.fields(cls)}
+
+
+def _marks_of(hint: Any) -> set[Mark]:
+    """Return the marks in a type, also inside of Annotated and of a union."""
+    if isinstance(hint, Mark):
+        return {hint}
+    inner = get_args(hint) if get_origin(hint) in (Annotated, Union, UnionType) else ()
+    return set[Mark]().union(*map(_marks_of, inner))
+
+
+def differences(old: Any, new: Any) -> Iterator[str]:
     """Yield a line `field: old -> new` for every field in which two JSON values differ."""
+    for field, one, other in _leaves(old, new, ""):
+        yield f"{field}: {json.dumps(one)} -> {json.dumps(other)}"
+
+
+def _leaves(old: Any, new: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
     if isinstance(old, dict) and isinstance(new, dict):
         for key in old | new:
-            yield from differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+            yield from _leaves(old.get(key), new.get(key), f"{path}.{key}" if path else key)
     elif old != new:
-        yield f"{path}: {json.dumps(old)} -> {json.dumps(new)}"
+        yield path, old, new

@@ -3,10 +3,12 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +16,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from raekit import __version__, recipes
 from raekit.config import to_dict
 from raekit.data.loader import DataConfig
 from raekit.distributed import World
@@ -25,6 +28,7 @@ from raekit.models.denoiser_config import TransformerConfig
 from raekit.models.vit import ViTConfig
 from raekit.stages.generation import DenoiserSize, GenerationConfig
 from raekit.stages.reconstruction import DecoderSize, ReconstructionConfig
+from raekit.stages.record import config_changes, read_config, read_history
 from raekit.stages.representation import RepresentationConfig
 from raekit.stages.run import StageConfig, build, train
 from raekit.train import checkpoint
@@ -185,10 +189,173 @@ def test_a_run_keeps_its_config_and_refuses_another(alone, images, tmp_path):
         train(changed, tmp_path, ONE)
     lines = str(error.value).splitlines()
     assert lines[0] == f"{tmp_path}: belongs to a run with a different config:"
-    assert lines[1:3] == ["  noise: 0.8 -> 0.25", "  optim.lr: 0.001 -> 1.0"]
-    assert lines[3] == "Choose another --run, or undo these changes"
+    assert lines[1:3] == ["  noise: 0.8 -> 0.25", "  optim.lr: 0.001 -> 1.0 (possible with --change)"]
+    assert lines[3].startswith("Choose another --run, or undo these changes.")
+    with pytest.raises(UserError, match=r"noise: 0\.8 -> 0\.25\nChoose"):
+        train(changed, tmp_path, ONE, change=True)
     assert (tmp_path / "config.json").read_text() == text
     assert same(artifact(tmp_path), before)
+
+
+def stop_at(last: int) -> Callable[[int, dict[str, float]], None]:
+    """Return a report function that stops the training after step `last`."""
+
+    def report(step: int, values: dict[str, float]) -> None:
+        if step == last:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return report
+
+
+def with_train(config: StageConfig, **values: Any) -> StageConfig:
+    return replace(config, train=replace(config.train, **values))
+
+
+def test_how_a_run_is_operated_may_differ_between_starts_and_is_recorded(alone, images, tmp_path):
+    config = configs(images, alone[0])[0]
+    with pytest.raises(Stopped):
+        train(config, tmp_path, ONE, stop_at(2))
+    train(with_train(config, micro_batch=4, keep=1, checkpoint_every=2), tmp_path, ONE)
+    losses = [record["encoder/loss"] for record in read_metrics(tmp_path) if "encoder/loss" in record]
+    assert losses == pytest.approx(alone[1]["encoder"], rel=1e-5)
+    first, second = read_history(tmp_path)
+    assert (first["step"], first["config"]) == (0, to_dict(config))
+    assert first["inputs"]["data"]["classes"] == {"blue": 10, "green": 10, "red": 10}
+    assert second["step"] == 2
+    assert second["changes"] == {
+        "train.micro_batch": [None, 4],
+        "train.checkpoint_every": [3, 2],
+        "train.keep": [2, 1],
+    }
+    assert (second["raekit"], second["processes"]) == (__version__, 1)
+    assert json.loads((tmp_path / "config.json").read_text())["train"]["micro_batch"] == 4
+
+
+def test_what_is_changed_on_purpose_holds_from_the_recorded_step_on(alone, images, tmp_path):
+    config = configs(images, alone[0])[0]
+    with pytest.raises(Stopped):
+        train(config, tmp_path, ONE, stop_at(3))
+    lower = replace(config, optim=replace(config.optim, lr=1e-5, final_lr=1e-6))
+    with pytest.raises(UserError, match=r"optim\.lr: 0\.001 -> 1e-05 \(possible with --change\)"):
+        train(lower, tmp_path, ONE)
+    rates = {}
+    train(lower, tmp_path, ONE, lambda step, values: rates.update({step: values["encoder/lr"]}), change=True)
+    assert min(rates) == 4
+    assert max(rates.values()) <= 1e-5
+    assert read_history(tmp_path)[1]["changes"] == {"optim.lr": [1e-3, 1e-5], "optim.final_lr": [1e-4, 1e-6]}
+    with pytest.raises(UserError, match=r"train\.steps: 5, but the run has trained 7 steps"):
+        train(with_train(lower, steps=5), tmp_path, ONE, change=True)
+
+
+def copied(images: str, folder: Path) -> Path:
+    return Path(shutil.copytree(images.removeprefix("folder:"), folder))
+
+
+def from_source(config: StageConfig, source: str) -> StageConfig:
+    return replace(config, data=replace(config.data, source=source))
+
+
+def test_a_dataset_is_the_same_wherever_it_is_and_however_it_is_spelled(alone, images, tmp_path, monkeypatch):
+    config, run = configs(images, alone[0])[2], tmp_path / "run"
+    with pytest.raises(Stopped):
+        train(config, run, ONE, stop_at(2))
+    copied(images, tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    train(from_source(config, "folder:moved"), run, ONE)
+    assert same(artifact(run), artifact(alone[0] / "denoiser"))
+    assert read_history(run)[1]["changes"] == {"data.source": [images, f"folder:{tmp_path / 'moved'}"]}
+
+
+def test_changed_images_are_said_and_need_a_permission(alone, images, tmp_path):
+    root = copied(images, tmp_path / "images")
+    config, run = from_source(configs(images, alone[0])[0], f"folder:{root}"), tmp_path / "run"
+    with pytest.raises(Stopped):
+        train(config, run, ONE, stop_at(2))
+    (root / "note.txt").write_text("not an image")
+    victim = next((root / "train" / "red").iterdir())
+    content = victim.read_bytes()
+    victim.write_bytes(content + b" ")
+    with pytest.raises(UserError, match=r"different config:\n  data\.sizes: .*\(possible with --change\)\nChoose"):
+        train(config, run, ONE)
+    victim.unlink()
+    with pytest.raises(UserError, match=r"data\.count: 30 -> 29 .*\n  data\.classes\.red: 10 -> 9 .*\n  data\.names: "):
+        train(config, run, ONE)
+    train(config, run, ONE, change=True)
+    assert read_history(run)[1]["changes"]["data.count"] == [30, 29]
+
+
+def test_other_classes_or_another_encoder_under_the_same_name_are_another_training(alone, images, tmp_path):
+    root, decoder = copied(images, tmp_path / "images"), tmp_path / "decoder"
+    shutil.copytree(alone[0] / "decoder" / "artifact", decoder)
+    config = from_source(configs(images, alone[0])[2], f"folder:{root}")
+    assert isinstance(config, GenerationConfig)
+    config, run = replace(config, autoencoder=str(decoder)), tmp_path / "run"
+    with pytest.raises(Stopped):
+        train(config, run, ONE, stop_at(2))
+    for split in ("train", "val"):
+        (root / split / "red").rename(root / split / "crimson")
+    with pytest.raises(UserError, match=r"  labels: \"\w{16}\" -> \"\w{16}\"\n.*classes\.red: 10 -> (0|null) "):
+        train(config, run, ONE)
+    with pytest.raises(UserError, match=r"different config:\n  labels: .*\nChoose"):
+        train(config, run, ONE, change=True)
+    for split in ("train", "val"):
+        (root / split / "crimson").rename(root / split / "red")
+    weights = decoder / "encoder" / "model.safetensors"
+    state = load_file(weights)
+    save_file({key: value + 0.1 for key, value in state.items()}, weights)
+    with pytest.raises(UserError, match=r"different config:\n  encoder: \"\w{16}\" -> \"\w{16}\"\nChoose"):
+        train(config, run, ONE, change=True)
+    save_file(state, weights)
+    moved = decoder.rename(tmp_path / "moved")
+    train(replace(config, autoencoder=str(moved)), run, ONE)
+
+
+def test_a_run_without_a_checkpoint_belongs_to_nobody(alone, images, tmp_path):
+    config = configs(images, alone[0])[1]
+    assert isinstance(config, ReconstructionConfig)
+    last = configs(images, alone[0])[2]
+
+    class Lost(Exception):
+        pass
+
+    def lose(step: int, values: dict[str, float]) -> None:
+        raise Lost
+
+    other = from_source(config, "emoji")
+    with pytest.raises(Lost):
+        train(other, tmp_path, ONE, lose)
+    measured = (tmp_path / "statistics.safetensors").read_bytes()
+    with pytest.raises(Lost):  # the same training again does not measure the statistics again
+        train(with_train(other, micro_batch=4), tmp_path, ONE, lose, no_progress)
+    assert (tmp_path / "statistics.safetensors").read_bytes() == measured
+    with pytest.raises(Lost):
+        train(last, tmp_path, ONE, lose)
+    train(config, tmp_path, ONE)
+    assert same(artifact(tmp_path), artifact(alone[0] / "decoder"))
+    assert [record["config"] for record in read_history(tmp_path)] == [to_dict(config)]
+    with pytest.raises(UserError, match="belongs to a training of stage reconstruction, not generation"):
+        train(last, tmp_path, ONE)
+
+
+OLD_CONFIG = Path(__file__).parent / "configs" / "2026-11-26.json"
+"""The config.json of a run of emoji_decoder_gan, as it was written on that day. It is never updated."""
+
+
+def test_the_config_of_an_old_run_is_read_with_todays_defaults(tmp_path):
+    (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
+    values = json.loads(OLD_CONFIG.read_text())
+    config = recipes.find("emoji_decoder_gan").config
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert read_config(tmp_path) == config
+    # A field that a later version adds is missing in the file. It has its default and does not lock the run.
+    del values["train"]["max_skipped"], values["adversarial"]["local_weight"], values["noise_law"]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert read_config(tmp_path) == config
+    assert config_changes(tmp_path, config) == []
+
+
+def no_progress(what: str, done: int, total: int, text: str = "", unit: int = 1) -> None:
+    pytest.fail("the statistics are measured again")
 
 
 def test_a_run_killed_while_its_config_was_written_begins_anew(alone, images, tmp_path):

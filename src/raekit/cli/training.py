@@ -16,6 +16,9 @@ from raekit.progress import Display
 
 _RUN = "Folder of the run, for checkpoints, metrics and the trained artifact. An existing run is resumed."
 _DRY_RUN = "Show the config and the cost without training."
+_CHANGE = (
+    "Allow changes of an existing run that are made on purpose: steps, learning rates, schedules, precision, images."
+)
 _DEVICE = "Device to train on. None: the GPU if there is one, else the CPU."
 
 
@@ -78,6 +81,7 @@ def train(arguments: list[str]) -> None:
 
     def command(
         run: Annotated[Path, tyro.conf.arg(help=_RUN)] = Path("runs") / recipe.name,
+        change: Annotated[bool, tyro.conf.arg(help=_CHANGE)] = False,
         dry_run: Annotated[bool, tyro.conf.arg(help=_DRY_RUN)] = False,
         device: Annotated[Device | None, tyro.conf.arg(help=_DEVICE)] = None,
         config: Any = None,
@@ -96,7 +100,7 @@ def train(arguments: list[str]) -> None:
                 def report(step: int, values: dict[str, float]) -> None:
                     progress(recipe.name, step, total, _headline(values), batch)
 
-                fit(config, run, here, report, progress)
+                fit(config, run, here, report, progress, change)
             if here.is_main:
                 console.out.print(f"artifact: {run / 'artifact'}")
 

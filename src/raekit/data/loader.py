@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from raekit.config import configclass
+from raekit.config import Operation, Place, configclass
 from raekit.data.images import UnreadableImage
 from raekit.data.sources import open_source
 from raekit.data.sources.base import Source, Split
@@ -41,13 +41,13 @@ class DataConfig:
         max_unreadable: the fraction of the images, from 0 to 1, that may be unreadable. Loading fails above it.
     """
 
-    source: str = "emoji"
+    source: Operation[Place] = "emoji"  # a run compares the images themselves (`stages.inputs`)
     split: Split = "train"
     image_size: int
     crop: Literal["center", "random"] = "center"
     flip: bool = False
-    workers: int = 0
-    max_unreadable: float = 0.01
+    workers: Operation[int] = 0
+    max_unreadable: Operation[float] = 0.01
 
     def __post_init__(self):
         if self.image_size < 1:

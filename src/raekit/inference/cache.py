@@ -13,6 +13,7 @@ from torch import Tensor
 from raekit import __version__
 from raekit.config import configclass, differences, to_dict
 from raekit.data.loader import Batch, DataConfig, Loader
+from raekit.data.sources import absolute
 from raekit.data.sources.base import Split
 from raekit.distributed import World
 from raekit.errors import UserError
@@ -37,7 +38,7 @@ class CacheInfo(ShardInfo):
     """The description of a shard with the latents of a data source.
 
     Attributes:
-        source: the address of the data source.
+        source: the address of the data source, with an absolute path.
         split: the split of the data source.
         items: the number of images in the split.
         classes: the class names of the data source.
@@ -136,7 +137,7 @@ def cache_latents(
         image_size=data.image_size,
         shard=0,
         shards=len(parts),
-        source=data.source,
+        source=absolute(data.source),
         split=data.split,
         items=len(loader),
         classes=loader.classes,

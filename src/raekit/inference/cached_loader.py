@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from raekit.data.loader import DataConfig, Rows, augmentation, item_at, load_parts, stream_shares
+from raekit.data.sources import absolute
 from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.inference.cache import DTYPES, CacheInfo, check_crop, checksum, map_shard, settings_of, unpack
@@ -103,8 +104,12 @@ def _check_fit(info: CacheInfo, folder: Path, config: DataConfig, autoencoder: L
                 f"{folder}: its latents were made with {what}: {info.model} has {cached}, but this "
                 f"autoencoder has {wanted}; cache the latents of this autoencoder in another folder"
             )
-    for field in ("source", "split", "image_size"):
-        cached, wanted = getattr(info, field), getattr(config, field)
+    for field, wanted in (
+        ("source", absolute(config.source)),
+        ("split", config.split),
+        ("image_size", config.image_size),
+    ):
+        cached = getattr(info, field)
         if cached != wanted:
             raise UserError(
                 f"{folder}: its latents were made with data.{field} {cached}, but the config has {wanted}; make "

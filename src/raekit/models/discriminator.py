@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raekit.config import configclass
+from raekit.config import Place, configclass
 from raekit.errors import UserError
 from raekit.hub import find_file
 from raekit.models.encoders import Encoder, load_encoder
@@ -138,7 +138,7 @@ class DiscriminatorConfig:
         spectral_norm: Divides the weights of the heads' convolutions by their largest singular value.
     """
 
-    backbone: str = "dino-s8"
+    backbone: Place = "dino-s8"
     blocks: tuple[int, ...] = (2, 5, 8, 11)
     kernel_size: int = 9
     norm: Literal["instance", "group"] = "instance"

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from raekit import artifacts
-from raekit.config import configclass
+from raekit.config import Operation, configclass
 from raekit.data.loader import Batch, DataConfig, Loader
 from raekit.data.sources import absolute
 from raekit.distributed import World
@@ -16,6 +16,7 @@ from raekit.errors import UserError
 from raekit.evaluation.streaming import BATCH
 from raekit.models.augment import AugmentConfig, augment
 from raekit.models.classifier import Classifier, ClassifierConfig
+from raekit.stages.inputs import Inputs, describe_images, labels_digest
 from raekit.stages.stage import Stage
 from raekit.train.objective import Metrics, Objective, Periodic
 from raekit.train.optim import OptimConfig
@@ -44,7 +45,7 @@ class ClassificationConfig:
     train: TrainConfig
     optim: OptimConfig
     ema: tuple[float, ...] = (0.99,)
-    score_every: int = 500
+    score_every: Operation[int] = 500
 
 
 def build(config: ClassificationConfig, run: Path, world: World) -> Stage:
@@ -105,6 +106,7 @@ def build(config: ClassificationConfig, run: Path, world: World) -> Stage:
 
     return Stage(
         objectives=[objective],
+        inputs=lambda: Inputs(data=describe_images(config.data, loader), labels=labels_digest(loader.classes)),
         batches=lambda start: loader.stream(start, config.train.batch_size, world),
         export=export,
         periodics=[Periodic(every=config.score_every, call=accuracy)],

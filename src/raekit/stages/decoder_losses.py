@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from raekit import randomness
-from raekit.config import configclass
+from raekit.config import OnPurpose, Place, configclass
 from raekit.data.loader import Batch
 from raekit.distributed import World
 from raekit.errors import UserError
@@ -42,8 +42,8 @@ class PerceptualConfig:
     """
 
     weight: float = 1.0
-    start: int = 0
-    weights: str | None = None
+    start: OnPurpose[int] = 0
+    weights: OnPurpose[Place | None] = None
 
 
 @configclass
@@ -75,9 +75,9 @@ class AdversarialConfig:
     weight: float = 0.75
     max_weight: float = 1e4
     local_weight: bool = False
-    discriminator_start: int = 0
-    start: int = 0
-    schedule: Literal["published", "common"] = "published"
+    discriminator_start: OnPurpose[int] = 0
+    start: OnPurpose[int] = 0
+    schedule: OnPurpose[Literal["published", "common"]] = "published"
     optim: OptimConfig
 
     def __post_init__(self) -> None:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from raekit.config import configclass
+from raekit.config import Place, configclass
 from raekit.data.loader import DataConfig
 from raekit.data.sources import open_source
 from raekit.distributed import World
@@ -50,7 +50,7 @@ class EvaluationConfig:
     every: int
     count: int = 5000
     ema: tuple[float, ...] = ()
-    reference: str | None = None
+    reference: Place | None = None
     features: tuple[str, ...] = ()
     labels: Labels = "balanced"
     seed: int = 0

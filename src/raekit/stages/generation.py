@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor
 
 from raekit import randomness
-from raekit.config import configclass
+from raekit.config import OnPurpose, Operation, Place, configclass
 from raekit.data.loader import Batch, DataConfig, Loader
 from raekit.data.sources import absolute
 from raekit.distributed import World
@@ -15,6 +15,7 @@ from raekit.errors import UserError
 from raekit.flow import path
 from raekit.inference.cached_loader import LatentBatch, LatentLoader
 from raekit.inference.model import Model
+from raekit.inference.shards import encoder_fingerprint, statistics_fingerprint
 from raekit.models.autoencoder import load_autoencoder
 from raekit.models.denoiser import Denoiser
 from raekit.models.denoiser_config import DenoiserConfig, DenoiserSize
@@ -22,6 +23,7 @@ from raekit.models.layers import watch_logits
 from raekit.progress import Progress
 from raekit.stages.evaluation import EvaluationConfig, evaluator
 from raekit.stages.initial import initialise_denoiser
+from raekit.stages.inputs import Inputs, describe_images, labels_digest
 from raekit.stages.stage import Stage
 from raekit.train.checkpoint import checkpoints
 from raekit.train.objective import Metrics, Objective, Periodic
@@ -54,10 +56,10 @@ class GenerationConfig:
 
     stage: Literal["generation"] = "generation"
     data: DataConfig
-    autoencoder: str
-    latents: str | None = None
+    autoencoder: Operation[Place]  # a run compares the encoder and the statistics themselves (`stages.inputs`)
+    latents: OnPurpose[Place | None] = None
     denoiser: DenoiserSize
-    init_from: str | None = None
+    init_from: Place | None = None
     conditional: bool = True
     class_dropout: float = 0.1
     time_law: path.TimeLaw = "uniform"
@@ -65,7 +67,7 @@ class GenerationConfig:
     train: TrainConfig
     optim: OptimConfig
     ema: tuple[float, ...] = (0.9995,)
-    evaluation: EvaluationConfig | None = None
+    evaluation: Operation[EvaluationConfig | None] = None
 
     def __post_init__(self) -> None:
         if self.evaluation and (others := set(self.evaluation.ema) - set(self.ema)):
@@ -200,8 +202,17 @@ def build(config: GenerationConfig, run: Path, world: World) -> Stage:
             name: Model(autoencoder, average) for name, average in averages.items() if isinstance(average, Denoiser)
         }
 
+    def inputs() -> Inputs:
+        return Inputs(
+            data=describe_images(config.data, loader),
+            labels=labels_digest(loader.classes) if config.conditional else None,
+            encoder=encoder_fingerprint(autoencoder),
+            statistics=statistics_fingerprint(autoencoder),
+        )
+
     return Stage(
         objectives=[objective],
+        inputs=inputs,
         batches=lambda start: loader.stream(start, config.train.batch_size, world),
         prepare=prepare,
         export=export,

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Literal
 
 from raekit.artifacts import STATISTICS, read_statistics, write_statistics
-from raekit.config import configclass
+from raekit.config import Operation, Place, configclass
 from raekit.data.loader import DataConfig, Loader
 from raekit.data.sources import absolute
 from raekit.distributed import World
 from raekit.errors import UserError
+from raekit.inference.shards import encoder_fingerprint
 from raekit.inference.statistics import measure_latents
 from raekit.models.autoencoder import Autoencoder, AutoencoderConfig, Output
 from raekit.models.decoder import DecoderConfig
@@ -23,6 +24,7 @@ from raekit.stages.decoder_losses import (
     Losses,
 )
 from raekit.stages.initial import initialise_decoder
+from raekit.stages.inputs import Inputs, describe_images
 from raekit.stages.selection import SelectionConfig, selector
 from raekit.stages.stage import Stage
 from raekit.train.checkpoint import checkpoints
@@ -77,13 +79,13 @@ class ReconstructionConfig(DecoderLossConfig):
 
     stage: Literal["reconstruction"] = "reconstruction"
     data: DataConfig
-    encoder: str
+    encoder: Operation[Place]  # a run compares the encoder itself (`stages.inputs`)
     encoder_size: Size | None = None
     layers: LayersConfig = LayersConfig()
     output: Output = "encoder-colours"
     decoder: DecoderSize
-    init_from: str | None = None
-    selection: SelectionConfig | None = None
+    init_from: Place | None = None
+    selection: Operation[SelectionConfig | None] = None
     train: TrainConfig
     optim: OptimConfig
     ema: tuple[float, ...] = (0.9978,)
@@ -180,6 +182,7 @@ def build(config: ReconstructionConfig, run: Path, world: World) -> Stage:
 
     return Stage(
         objectives=objectives,
+        inputs=lambda: Inputs(data=describe_images(config.data, loader), encoder=encoder_fingerprint(model)),
         batches=lambda start: (
             Encoded(batch, model.tokens) for batch in loader.stream(start, config.train.batch_size, world)
         ),

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raekit import randomness
-from raekit.config import configclass
+from raekit.config import Operation, configclass
 from raekit.data.loader import Batch, DataConfig, Loader
 from raekit.distributed import World, full_state
 from raekit.errors import UserError
@@ -22,6 +22,7 @@ from raekit.models.encoders import Encoder, load_encoder
 from raekit.models.layers import ViTBlock, patchify, sincos_positions, watch_logits
 from raekit.models.registry import LayersConfig
 from raekit.models.vit import ViT, ViTConfig
+from raekit.stages.inputs import Inputs, describe_images
 from raekit.stages.stage import Stage
 from raekit.train.objective import Metrics, Objective, Periodic
 from raekit.train.optim import OptimConfig
@@ -93,7 +94,7 @@ class RepresentationConfig:
     train: TrainConfig
     optim: OptimConfig
     ema: tuple[float, ...] = (0.999,)
-    score_every: int = 1000
+    score_every: Operation[int] = 1000
 
     def __post_init__(self) -> None:
         if self.encoder.image_size % self.encoder.patch_size:
@@ -231,6 +232,7 @@ def build(config: RepresentationConfig, run: Path, world: World) -> Stage:
 
     return Stage(
         objectives=[objective],
+        inputs=lambda: Inputs(data=describe_images(config.data, loader)),
         batches=lambda start: loader.stream(start, config.train.batch_size, world),
         export=export,
         periodics=[Periodic(every=config.score_every, call=accuracy)] if loader.classes else [],

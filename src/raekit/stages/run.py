@@ -4,22 +4,18 @@ from pathlib import Path
 
 import torch
 
-from raekit.config import differences, read_json, to_dict, to_json
+from raekit.artifacts import STATISTICS
+from raekit.config import Mark, replaced
 from raekit.distributed import World
 from raekit.errors import UserError
-from raekit.files import whole
 from raekit.progress import Progress, silent
-from raekit.stages import classification, generation, reconstruction, representation
+from raekit.stages import classification, generation, reconstruction, record, representation
+from raekit.stages.inputs import absolute
+from raekit.stages.record import StageConfig
 from raekit.stages.stage import Stage
 from raekit.train.signals import stop_signals
 from raekit.train.trainer import Report, Trainer
 
-StageConfig = (
-    classification.ClassificationConfig
-    | representation.RepresentationConfig
-    | reconstruction.ReconstructionConfig
-    | generation.GenerationConfig
-)
 _BUILDERS = {
     classification.ClassificationConfig: classification.build,
     representation.RepresentationConfig: representation.build,
@@ -40,10 +36,13 @@ def train(
     world: World,
     report: Report = lambda step, metrics: None,
     progress: Progress = silent,
+    change: bool = False,
 ) -> None:
     """Train `config` in the folder `run`, and write the model to RUN/artifact.
 
-    If `run` holds a stopped run of the same config, the training resumes from its newest checkpoint.
+    If `run` holds a stopped run, the training resumes from its newest checkpoint. The type of each field of a config
+    says whether the field may differ from the run's (`raekit.config.Mark`). The images and the encoder are compared by
+    their content. A run without a checkpoint is replaced. RUN/artifact holds the present model at the end.
 
     Args:
         config: The config of any stage.
@@ -51,44 +50,32 @@ def train(
         world: The processes that train.
         report: Receives the step and the metrics of each log record.
         progress: Receives the progress of the preparation before the first step.
-
-    RUN/artifact holds the present model at the end.
+        change: Allows changes of fields that are changed on purpose, such as `train.steps`, and of the images.
 
     Raises:
         Stopped: If a signal stopped the training. The state is saved.
-        UserError: If `run` belongs to a different config (the message lists the fields), or if the disk is full.
+        UserError: If `run` belongs to a different training (the message lists the differences), or if the disk is full.
     """
+    config = replaced(config, Mark.PLACE, absolute)
     with stop_signals(world) as stop:
-        check(run, config)
+        changed = record.config_changes(run, config)
+        record.check(run, changed, change)
         stage = build(config, run, world)
+        inputs = world.gather(stage.inputs() if world.is_main else None)[0]
+        changed += record.input_changes(run, inputs)
+        record.check(run, changed, change)
         trainer = Trainer(run, config.train, stage.objectives, stage.batches, world, stage.periodics)
-        # Claimed only after the build, so that a mistake in the config does not occupy the folder.
+        if trainer.step > config.train.steps:
+            raise UserError(
+                f"train.steps: {config.train.steps}, but the run has trained {trainer.step} steps; give more"
+            )
+        # Recorded only now, so that a mistake in the config does not occupy the folder.
         with world.main_first():
-            claim(run, config, world)
+            if world.is_main and not record.is_begun(run) and not record.is_same(run, config, inputs):
+                for leftover in (STATISTICS, "selected.json"):
+                    (run / leftover).unlink(missing_ok=True)
+            record.write(run, config, inputs, trainer.step, changed, world)
         stage.prepare(progress)
         trainer.fit(report, stop)
         stage.export(run / "artifact")
         world.barrier()  # the first process writes the artifact, and then all may read it
-
-
-def check(run: Path, config: StageConfig) -> None:
-    """Check that RUN/config.json, if it exists, equals `config`.
-
-    Raises:
-        UserError: If the two differ. The message lists the fields.
-    """
-    path = run / "config.json"
-    if path.is_file() and (changed := list(differences(read_json(path), to_dict(config)))):
-        raise UserError(
-            f"{run}: belongs to a run with a different config:\n  "
-            + "\n  ".join(changed)
-            + "\nChoose another --run, or undo these changes"
-        )
-
-
-def claim(run: Path, config: StageConfig, world: World) -> None:
-    """Write RUN/config.json if it does not exist yet."""
-    path = run / "config.json"
-    if world.is_main and not path.is_file():
-        with whole(path) as partial:
-            partial.write_text(to_json(to_dict(config)))

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from raekit.config import configclass, read_json, to_json
+from raekit.config import Defines, Place, configclass, read_json, to_json
 from raekit.data.loader import DataConfig, Loader
 from raekit.distributed import World
 from raekit.errors import UserError
@@ -36,8 +36,8 @@ class SelectionConfig:
     """
 
     every: int
-    latents: str | None = None
-    features: str | None = None
+    latents: Defines[Place | None] = None
+    features: Defines[Place | None] = None
 
     def __post_init__(self) -> None:
         if self.every < 1:

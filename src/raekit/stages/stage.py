@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from raekit.progress import Progress
+from raekit.stages.inputs import Inputs
 from raekit.train.objective import Objective, Periodic
 
 
@@ -15,6 +16,7 @@ class Stage:
 
     Attributes:
         objectives: The modules to train, with their losses.
+        inputs: `inputs()` describes what the training reads. It takes seconds for large datasets.
         batches: `batches(start)` returns the stream of batches after `start` images.
         export: `export(folder)` writes the artifact with the present (averaged) weights.
         prepare: `prepare(progress)` does the work before the first step, such as measuring latent statistics. A dry
@@ -23,6 +25,7 @@ class Stage:
     """
 
     objectives: Sequence[Objective]
+    inputs: Callable[[], Inputs]
     batches: Callable[[int], Iterator[Any]]
     export: Callable[[Path], None]
     prepare: Callable[[Progress], None] = lambda progress: None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn, optim
 from torch.distributed.tensor import DTensor
 
-from raekit.config import configclass
+from raekit.config import OnPurpose, configclass
 from raekit.errors import UserError
 
 
@@ -35,16 +35,16 @@ class OptimConfig:
 
     method: Literal["adamw", "muon"] = "adamw"
     momentum: float = 0.95
-    lr: float = 2e-4
-    final_lr: float = 2e-5
-    warmup_steps: int = 0
-    warmup_from_zero: bool = False
-    decay: Literal["constant", "linear", "cosine"] = "constant"
-    decay_end: int = 0
+    lr: OnPurpose[float] = 2e-4
+    final_lr: OnPurpose[float] = 2e-5
+    warmup_steps: OnPurpose[int] = 0
+    warmup_from_zero: OnPurpose[bool] = False
+    decay: OnPurpose[Literal["constant", "linear", "cosine"]] = "constant"
+    decay_end: OnPurpose[int] = 0
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
     eps: float = 1e-8
-    clip: float = 1.0
+    clip: OnPurpose[float] = 1.0
 
     def __post_init__(self) -> None:
         for name in ("lr", "final_lr", "warmup_steps", "weight_decay", "eps", "clip"):

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
-from raekit.config import configclass
+from raekit.config import OnPurpose, Operation, configclass
 from raekit.distributed import World, set_gradient_sync
 from raekit.errors import Stopped, UserError
 from raekit.train import checkpoint, ema
@@ -57,19 +57,19 @@ class TrainConfig:
         tensorboard: Also log to TensorBoard.
     """
 
-    steps: int
+    steps: OnPurpose[int]
     batch_size: int
-    micro_batch: int | None = None
-    precision: Precision = "auto"
-    compile: bool = False
-    checkpointing: bool = False
+    micro_batch: Operation[int | None] = None
+    precision: OnPurpose[Precision] = "auto"
+    compile: Operation[bool] = False
+    checkpointing: Operation[bool] = False
     seed: int = 0
-    log_every: int = 50
-    monitor_every: int | None = None
-    checkpoint_every: int = 1000
-    keep: int = 2
-    max_skipped: int = 20
-    tensorboard: bool = False
+    log_every: Operation[int] = 50
+    monitor_every: Operation[int | None] = None
+    checkpoint_every: Operation[int] = 1000
+    keep: Operation[int] = 2
+    max_skipped: Operation[int] = 20
+    tensorboard: Operation[bool] = False
 
     def __post_init__(self) -> None:
         counts = ("steps", "batch_size", "micro_batch", "log_every", "checkpoint_every", "keep", "max_skipped")

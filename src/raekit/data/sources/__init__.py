@@ -6,7 +6,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from raekit.data.images import files_below
+from raekit.data.images import EXTENSIONS, files_below
 from raekit.data.sources.base import Source, Split
 from raekit.data.sources.emoji import Emoji
 from raekit.data.sources.folders import open_flat, open_folder
@@ -77,6 +77,33 @@ def stamp(uri: str) -> str:
         status = (place / file).stat()
         digest.update(os.fsencode(file) + repr((status.st_size, status.st_mtime_ns)).encode())
     return digest.hexdigest()
+
+
+SIZED = 10_000  # files of a source whose sizes are read, because a file system of a cluster takes long for millions
+
+
+def listing(uri: str) -> tuple[str, str] | None:
+    """Return digests that identify the files of a source: of their names, and of their sizes.
+
+    The digests do not depend on the path of the source or on times. In a folder of images only image files count. Of
+    more than `SIZED` files, the sizes of `SIZED` evenly spread ones are read.
+
+    Returns:
+        Two digests of 16 hexadecimal digits; None if nothing is at the address.
+    """
+    scheme, _, where = uri.partition(":")
+    place = Path(where).expanduser()
+    if where and not place.exists():
+        return None
+    files = files_below(place) if place.is_dir() else [""]
+    if scheme in ("folder", "flat"):
+        files = [file for file in files if file.lower().endswith(EXTENSIONS)]
+    files = sorted(files) if where else []  # the built-in images have no files of their own
+    names, sizes = (blake2b(scheme.encode(), digest_size=8) for _ in range(2))
+    names.update(b"\0".join(map(os.fsencode, files)))
+    for file in files[:: max(-(-len(files) // SIZED), 1)]:
+        sizes.update(f" {(place / file).stat().st_size}".encode())
+    return names.hexdigest(), sizes.hexdigest()
 
 
 class Format(NamedTuple):

@@ -1,0 +1,79 @@
+"""What a training reads: the images and the encoder, identified by their content instead of their names."""
+
+import os
+import re
+from collections.abc import Sequence
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+
+from raekit import hub
+from raekit.config import OnPurpose, configclass
+from raekit.data.loader import DataConfig, Loader
+from raekit.data.sources import listing
+from raekit.inference.cached_loader import LatentLoader
+from raekit.models.registry import REGISTRY
+
+
+@configclass
+class Images:
+    """The images of a training. None means that a property is unknown, because only their cached latents are there.
+
+    Attributes:
+        count: Number of images.
+        classes: Number of images in each class.
+        names: Digest of the names of the files (`listing`).
+        sizes: Digest of the sizes of the files (`listing`).
+    """
+
+    count: int
+    classes: dict[str, int] | None
+    names: str | None
+    sizes: str | None
+
+
+@configclass
+class Inputs:
+    """What a training reads. Attributes that do not apply to a stage are None.
+
+    Attributes:
+        data: The images.
+        labels: Digest of the class names in label order, if the model learns classes.
+        encoder: Fingerprint of the frozen encoder.
+        statistics: Fingerprint of the latent statistics of the frozen autoencoder.
+    """
+
+    data: OnPurpose[Images]
+    labels: str | None = None
+    encoder: str | None = None
+    statistics: str | None = None
+
+
+def describe_images(config: DataConfig, loader: Loader | LatentLoader) -> Images:
+    """Describe the images that `loader` reads."""
+    classes = None
+    if isinstance(loader, Loader):
+        labels = loader.source.labels
+        counts = np.bincount(labels[labels >= 0], minlength=len(loader.classes))
+        classes = dict(zip(loader.classes, counts.tolist(), strict=True))
+    names, sizes = listing(config.source) or (None, None)
+    return Images(count=len(loader), classes=classes, names=names, sizes=sizes)
+
+
+def labels_digest(classes: Sequence[str]) -> str:
+    """Return 16 hexadecimal digits that identify the class names and their order."""
+    return blake2b(os.fsencode("\0".join(classes)), digest_size=8).hexdigest()
+
+
+def absolute(name: str) -> str:
+    """Return the name of a model, a dataset or a file with an absolute path, if it names something on disk.
+
+    So the name means the same from any working folder. Names that are looked up elsewhere first stay as they are.
+    """
+    known = hub.published().NAMES if hub.published else ()
+    prefix, place, size = re.fullmatch(r"(?:(\w+):)?(.*?)(@\d+)?", name, re.DOTALL).groups("")  # type: ignore[union-attr]
+    path = Path(place).expanduser()
+    if prefix == "builtin" or name in REGISTRY or name in known or not place or not path.exists():
+        return name
+    return f"{prefix}:{path.absolute()}{size}" if prefix else f"{path.absolute()}{size}"

@@ -1,0 +1,150 @@
+"""The record of a run: what it was started with, and what changed between its starts.
+
+RUN/config.json and RUN/inputs.json hold the present config and inputs. RUN/history.jsonl has a line for each start.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from platform import node
+from typing import Any
+
+import torch
+
+from raekit import __version__
+from raekit.config import Change, Mark, changes, from_dict, read_json, to_dict, to_json
+from raekit.distributed import World
+from raekit.errors import UserError
+from raekit.files import whole
+from raekit.stages.classification import ClassificationConfig
+from raekit.stages.generation import GenerationConfig
+from raekit.stages.inputs import Images, Inputs
+from raekit.stages.reconstruction import ReconstructionConfig
+from raekit.stages.representation import RepresentationConfig
+from raekit.train.checkpoint import checkpoints
+
+StageConfig = ClassificationConfig | RepresentationConfig | ReconstructionConfig | GenerationConfig
+_STAGES = {
+    "classification": ClassificationConfig,
+    "representation": RepresentationConfig,
+    "reconstruction": ReconstructionConfig,
+    "generation": GenerationConfig,
+}
+_SHOWN = 20
+
+
+def read_config(run: Path) -> StageConfig:
+    """Return the config of a run. A field that the file lacks has its default.
+
+    Raises:
+        UserError: `run` is not a run, or its config does not fit this version of raekit.
+    """
+    path = run / "config.json"
+    if not path.is_file():
+        raise UserError(f"{run}: not a run, because it has no config.json; start one with raekit train RECIPE --run")
+    values = read_json(path)
+    if not isinstance(values, dict) or values.get("stage") not in _STAGES:
+        raise UserError(f"{path}: not the config of a training; choose another --run")
+    return from_dict(_STAGES[values["stage"]], values, path)
+
+
+def read_history(run: Path) -> list[dict[str, Any]]:
+    """Return the records of RUN/history.jsonl, one for each start."""
+    path = run / "history.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def is_begun(run: Path) -> bool:
+    """Return whether a run has trained: it has a config, and a checkpoint or an artifact. If not, it is anyone's."""
+    return (run / "config.json").is_file() and (bool(checkpoints(run / "checkpoints")) or (run / "artifact").is_dir())
+
+
+def config_changes(run: Path, config: StageConfig) -> list[Change]:
+    """Return the fields in which `config` differs from the config of the run; none if the run has not begun."""
+    if not is_begun(run):
+        return []
+    before = read_config(run)
+    if type(before) is not type(config):
+        raise UserError(
+            f"{run}: belongs to a training of stage {before.stage}, not {config.stage}; choose another --run"
+        )
+    return list(changes(before, config))
+
+
+def input_changes(run: Path, inputs: Inputs) -> list[Change]:
+    """Return how the inputs differ from the inputs of the run; none if the run has not begun or has no inputs.json."""
+    if not is_begun(run) or not (run / "inputs.json").is_file():
+        return []
+    before = _read_inputs(run)
+    return list(changes(before, replace(inputs, data=_known(inputs.data, before.data))))
+
+
+def is_same(run: Path, config: StageConfig, inputs: Inputs) -> bool:
+    """Return whether a run that has not begun was started for this training, so that its measurements still hold."""
+    try:
+        before = read_config(run)
+        found = list(changes(_read_inputs(run), inputs))
+    except UserError:
+        return False
+    found += changes(before, config) if type(before) is type(config) else [None]
+    return all(change and change.part is Mark.OPERATION for change in found)
+
+
+def _read_inputs(run: Path) -> Inputs:
+    return from_dict(Inputs, read_json(run / "inputs.json"), run / "inputs.json")
+
+
+def _known(images: Images, before: Images) -> Images:
+    """Return `images` with the earlier value of every unknown property."""
+    return replace(images, **{name: getattr(before, name) for name, value in vars(images).items() if value is None})
+
+
+def check(run: Path, found: Sequence[Change], allowed: bool) -> None:
+    """Check that a run may be continued with these changes.
+
+    Args:
+        run: The folder of the run.
+        found: The changes.
+        allowed: Whether fields that are changed on purpose may change (--change).
+
+    Raises:
+        UserError: A change is not possible, or not allowed. The message lists these changes.
+    """
+    lines = [str(change) for change in found if change.part is Mark.DEFINES]
+    if not allowed:
+        lines += [f"{change} (possible with --change)" for change in found if change.part is Mark.ON_PURPOSE]
+    if lines:
+        more = [f"and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
+        raise UserError(
+            "\n  ".join([f"{run}: belongs to a run with a different config:", *lines[:_SHOWN], *more])
+            + "\nChoose another --run, or undo these changes. To continue with the settings of the run: "
+            f"raekit train --resume {run}"
+        )
+
+
+def write(run: Path, config: StageConfig, inputs: Inputs, step: int, found: Sequence[Change], world: World) -> None:
+    """Record a start of the run at `step` with these changes. The record of a run that has not begun is replaced."""
+    if not world.is_main:
+        return
+    record: dict[str, Any] = {
+        "step": step,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "raekit": __version__,
+        "torch": torch.__version__,
+        "host": node(),
+        "device": str(world.device.type),
+        "processes": world.size,
+    }
+    history = read_history(run) if is_begun(run) else []
+    if history:
+        record["changes"] = {change.field: [change.old, change.new] for change in found}
+    else:
+        record |= {"config": to_dict(config), "inputs": to_dict(inputs)}
+    # The history first: if the process is killed between the files, the next start finds the same changes again.
+    with whole(run / "history.jsonl") as partial:
+        partial.write_text("".join(json.dumps(line) + "\n" for line in [*history, record]))
+    for name, values in (("inputs", inputs), ("config", config)):
+        with whole(run / f"{name}.json") as partial:
+            partial.write_text(to_json(to_dict(values)))
