@@ -30,6 +30,7 @@ from raekit.recipes import find
 from raekit.stages.generation import GenerationConfig
 from raekit.stages.reconstruction import ReconstructionConfig
 from raekit.stages.run import StageConfig, train
+from raekit.stages.scaling import for_steps
 from raekit.train.tracking import read_metrics
 
 GUIDANCE = Guidance(scale=3.0, start=0.1)
@@ -97,20 +98,13 @@ def _recipes(run: Path) -> tuple[ReconstructionConfig, GenerationConfig]:
 
 
 def _for_steps(config: Any, steps: int) -> Any:
-    """Return a recipe shortened to `steps`, with schedules and averages to match."""
-    if adversarial := getattr(config, "adversarial", None):
-        share = steps / config.train.steps
-        adversarial = replace(
-            adversarial,
-            discriminator_start=int(share * adversarial.discriminator_start),
-            start=int(share * adversarial.start),
-            optim=replace(adversarial.optim, decay_end=steps),
-        )
-        config = replace(config, adversarial=adversarial)
+    """Return a recipe shortened to `steps`, with warm-up, averages, checkpoints and log records to match."""
+    warmup = min(config.optim.warmup_steps, steps // 10)
+    config = for_steps(config, steps)
     return replace(
         config,
-        train=replace(config.train, steps=steps, checkpoint_every=max(steps // 10, 10), log_every=max(steps // 100, 1)),
-        optim=replace(config.optim, warmup_steps=min(config.optim.warmup_steps, steps // 10), decay_end=steps),
+        train=replace(config.train, checkpoint_every=max(steps // 10, 10), log_every=max(steps // 100, 1)),
+        optim=replace(config.optim, warmup_steps=warmup),
         ema=tuple(min(decay, 1 - 20 / max(steps, 40)) for decay in config.ema),
     )
 
