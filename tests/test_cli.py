@@ -33,8 +33,9 @@ from raekit.evaluation.reports import read_report
 from raekit.flow.sampling import Sampling
 from raekit.inference.generation import generate
 from raekit.inference.model import load
-from raekit.inference.sample_folders import generate_folder
+from raekit.inference.sample_folders import generate_folder, parts_of
 from raekit.inference.shards import statistics_fingerprint
+from raekit.locks import lock
 from raekit.models import registry
 from raekit.models.autoencoder import Autoencoder
 from raekit.models.encoders import load_encoder
@@ -282,6 +283,24 @@ def test_another_config_on_a_run_prints_the_difference_and_runs_nothing(run, ima
     )
     assert re.search(r"^  optim\.lr: 0\.\d+ -> 0\.5 \(possible with --change\)$", done.err, re.MULTILINE)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_a_folder_in_use_is_said_by_every_command_that_fills_it(run, images, tiny_model, tmp_path):
+    picture = next(Path(images.removeprefix("folder:")).rglob("*.png"))
+    commands = [
+        ["train", "emoji_encoder", "--run", tmp_path, *tiny(images)],
+        ["generate", tiny_model, "--out", tmp_path],
+        ["generate", tiny_model, "--out", tmp_path.with_suffix(".npz")],
+        ["reconstruct", tiny_model, picture, "--out", tmp_path],
+        ["encode", tiny_model, picture, "--out", tmp_path],
+        ["latents", "cache", tiny_model, "--source", images, "--out", tmp_path],
+        ["evaluate", tiny_model, "--count", 4, "--source", images, "--features", "builtin:vit-tiny", "--out", tmp_path],
+        ["demo", "--quick", "--run", tmp_path],
+    ]
+    with lock(tmp_path, World()), lock(parts_of(tmp_path.with_suffix(".npz")), World()):
+        for command in commands:
+            assert_fails(run(*command), f"in use by process {os.getpid()} on ")
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
 def test_a_run_is_resumed_and_extended_by_its_name_alone(run, images, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import io
 import platform
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +24,7 @@ from raekit.flow.guidance import Guidance
 from raekit.flow.sampling import Sampling
 from raekit.inference.generation import generate
 from raekit.inference.model import Model, load, reconstruct
+from raekit.locks import lock
 from raekit.pages import embed, write_page
 from raekit.pictures import grid, to_pil
 from raekit.progress import Progress
@@ -70,9 +72,10 @@ def run_demo(run: Path, minutes: float, quick: bool, progress: Progress) -> bool
     if minutes <= 0:
         raise UserError(f"--minutes: {minutes} must be positive")
     decoder, denoiser = _recipes(run)
-    with enter_world() as world:
+    with ExitStack() as held, enter_world() as world:
         if world.size > 1:
             raise UserError("demo: runs in one process only; start it without torchrun")
+        held.enter_context(lock(run, world))
         plan = _plan(run, minutes, quick, decoder, denoiser, world, progress)
         stages = (("decoder", decoder, plan.decoder_steps), ("denoiser", denoiser, plan.denoiser_steps))
         for name, config, steps in stages:

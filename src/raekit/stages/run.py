@@ -8,6 +8,7 @@ from raekit.artifacts import STATISTICS
 from raekit.config import Mark, replaced
 from raekit.distributed import World
 from raekit.errors import UserError
+from raekit.locks import lock
 from raekit.progress import Progress, silent
 from raekit.stages import classification, generation, reconstruction, record, representation
 from raekit.stages.inputs import absolute
@@ -56,9 +57,15 @@ def train(
         model in both cases.
 
     Raises:
-        UserError: If `run` belongs to a different training (the message lists the differences), or if the disk is full.
+        UserError: If another process uses `run`, if `run` belongs to a different training (the message lists the
+            differences), or if the disk is full.
     """
     config = replaced(config, Mark.PLACE, absolute)
+    with lock(run, world):
+        return _train(config, run, world, report, progress, change)
+
+
+def _train(config: StageConfig, run: Path, world: World, report: Report, progress: Progress, change: bool) -> bool:
     changed = record.config_changes(run, config)
     record.check(run, changed, change)
     stage = build(config, run, world)
