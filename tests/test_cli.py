@@ -24,6 +24,7 @@ from torch.distributed.run import parse_args
 
 import raekit
 from raekit import cli
+from raekit.config import to_dict
 from raekit.data.images import read_image
 from raekit.data.loader import DataConfig, Loader
 from raekit.distributed import World
@@ -33,13 +34,16 @@ from raekit.evaluation.reports import read_report
 from raekit.flow.sampling import Sampling
 from raekit.inference.generation import generate
 from raekit.inference.model import load
-from raekit.inference.sample_folders import generate_folder
+from raekit.inference.sample_folders import generate_folder, parts_of
 from raekit.inference.shards import statistics_fingerprint
+from raekit.locks import lock
+from raekit.models import registry
 from raekit.models.autoencoder import Autoencoder
 from raekit.models.encoders import load_encoder
 from raekit.models.perceptual import LPIPS, load_perceptual
 from raekit.models.registry import LayersConfig
 from raekit.pictures import from_pil, quantize, to_pil
+from raekit.recipes import find
 from raekit.train import checkpoint
 from raekit.train.tracking import read_metrics
 
@@ -273,9 +277,100 @@ def test_another_config_on_a_run_prints_the_difference_and_runs_nothing(run, ima
     assert run("train", "emoji_encoder", "--run", tmp_path, *tiny(images, train__steps=1)).code == 0
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     done = run("train", "emoji_encoder", "--run", tmp_path, *tiny(images, train__steps=2, optim__lr=0.5))
-    assert_fails(done, f"{tmp_path}: belongs to a run with a different config:", "  train.steps: 1 -> 2\n")
-    assert re.search(r"^  optim\.lr: 0\.\d+ -> 0\.5$", done.err, re.MULTILINE)
+    assert_fails(
+        done,
+        f"{tmp_path}: belongs to a run with a different config:",
+        "  train.steps: 1 -> 2 (possible with --change)\n",
+    )
+    assert re.search(r"^  optim\.lr: 0\.\d+ -> 0\.5 \(possible with --change\)$", done.err, re.MULTILINE)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_a_folder_in_use_is_said_by_every_command_that_fills_it(run, images, tiny_model, tmp_path):
+    picture = next(Path(images.removeprefix("folder:")).rglob("*.png"))
+    commands = [
+        ["train", "emoji_encoder", "--run", tmp_path, *tiny(images)],
+        ["generate", tiny_model, "--out", tmp_path],
+        ["generate", tiny_model, "--out", tmp_path.with_suffix(".npz")],
+        ["reconstruct", tiny_model, picture, "--out", tmp_path],
+        ["encode", tiny_model, picture, "--out", tmp_path],
+        ["latents", "cache", tiny_model, "--source", images, "--out", tmp_path],
+        ["evaluate", tiny_model, "--count", 4, "--source", images, "--features", "builtin:vit-tiny", "--out", tmp_path],
+        ["demo", "--quick", "--run", tmp_path],
+    ]
+    with lock(tmp_path, World()), lock(parts_of(tmp_path.with_suffix(".npz")), World()):
+        for command in commands:
+            assert_fails(run(*command), f"in use by process {os.getpid()} on ")
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_a_run_is_resumed_and_extended_by_its_name_alone(run, images, tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(images.removeprefix("folder:")).parent)
+    source = f"folder:{Path(images).name}"
+    done = run("train", "emoji_encoder", "--run", tmp_path / "run", *tiny(source, optim__decay="constant"))
+    assert done.code == 0, done.err
+    monkeypatch.chdir(tmp_path)
+    done = run("train", "--resume", "run", "--train.steps", 5)
+    assert_fails(done, "run: belongs to a run with a different config:", "train.steps: 3 -> 5 (possible with --change)")
+    done = run("train", "--resume", "run", "--change", "--train.steps", 5, "--train.keep", 1)
+    assert done.code == 0, done.err
+    assert done.out == "artifact: run/artifact\n"
+    assert "run: 5/5" in done.err
+    assert [r["step"] for r in read_metrics(tmp_path / "run") if "encoder/loss" in r] == [1, 2, 3, 4, 5]
+    assert run("train", "--resume", "run").code == 0
+    help = run("train", "--resume", "run", "--help").out
+    assert "raekit train --resume run" in help
+    assert run("train", "--resume", "run", "--run", "other").code == 2
+    assert_fails(run("train", "--resume", "nowhere"), "nowhere: not a run, because it has no config.json")
+    assert run("train", "--resume").code == 2
+
+
+def test_epochs_scale_a_recipe_to_the_images(run, images, tmp_path):
+    """30 images in batches of 4, for 4 epochs, are 30 steps, and the recipe is of another length."""
+    given = tiny(images, train__checkpoint_every=7)
+    at = given.index("--train.steps")
+    arguments = [*given[:at], "--epochs", "4", *given[at + 2 :]]
+    done = run("train", "emoji_encoder", "--dry-run", "--run", tmp_path / "run", *arguments)
+    assert done.code == 0, done.err
+    config = json.loads(done.out.partition("\n\n")[0])
+    recipe = to_dict(find("emoji_encoder").config)
+    assert config["train"]["steps"] == 30
+    assert config["train"]["checkpoint_every"] == 7  # as given
+    for part, name in (("optim", "decay_end"), ("optim", "warmup_steps")):
+        assert config[part][name] == recipe[part][name] * 30 // recipe["train"]["steps"]
+    assert_fails(run("train", "emoji_encoder", *tiny(images), "--epochs", 4), "--epochs: sets train.steps")
+    assert_fails(run("train", "emoji_encoder", *arguments, "--epochs", 0), "--epochs: 0.0 must be positive")
+
+
+def test_a_printed_recipe_trains_as_a_file(run, images, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = run("recipes", "emoji_encoder")
+    assert done.code == 0
+    assert done.out == find("emoji_encoder").path.read_text()
+    Path("mine.py").write_text(done.out)
+    assert run("train", "mine.py", *tiny(images, train__steps=1)).out == "artifact: runs/mine/artifact\n"
+    for text, words in (
+        ("import nowhere", ["mine.py: the recipe failed in line 1", "nowhere"]),
+        ("x = (", ["mine.py: the recipe failed", "SyntaxError"]),
+        ("def config():\n    return 3", ["mine.py: config() must return the config of a stage, not int"]),
+        ("y = 1", ["mine.py: the recipe failed", "config"]),
+    ):
+        Path("mine.py").write_text(text)
+        assert_fails(run("train", "mine.py"), *words)
+    assert_fails(run("train", "other.py"), "other.py: no such file; `raekit recipes NAME > other.py`")
+    assert_fails(run("recipes", "emoji"), "recipe 'emoji': no such recipe")
+
+
+def test_a_recipe_file_may_register_encoders(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "REGISTRY", dict(registry.REGISTRY))
+    text = find("emoji_decoder").path.read_text().replace('"builtin:vit-tiny"', '"my-encoder"')
+    (tmp_path / "mine.py").write_text(
+        text + "\nfrom raekit.models import registry\nregistry.register('my-encoder', registry.REGISTRY['dinov2-s'])\n"
+    )
+    done = run("train", tmp_path / "mine.py", "--help")
+    assert done.code == 0, done.err
+    assert "my-encoder" in done.out  # the default of --encoder
+    assert "my-encoder" in registry.REGISTRY
 
 
 def test_a_stopped_training_says_how_to_go_on(run, images, tmp_path, monkeypatch):

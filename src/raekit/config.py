@@ -27,12 +27,16 @@ class Mark(Enum):
     OPERATION = "operation: may differ between the starts of a run"
     ON_PURPOSE = "changed on purpose: may differ between the starts of a run, with --change"
     PLACE = "names a file or folder, or a model or dataset that may be one"
+    STEPS = "number of training steps, which scales with the length of the training"
+    INTERVAL = "number of steps from one event to the next, which scales with the length of the training"
 
 
 Defines = Annotated[T, Mark.DEFINES]
 Operation = Annotated[T, Mark.OPERATION]
 OnPurpose = Annotated[T, Mark.ON_PURPOSE]
 Place = Annotated[str, Mark.PLACE]
+Steps = Annotated[int, Mark.STEPS]
+Interval = Annotated[int, Mark.INTERVAL]
 
 _PARTS = {Mark.DEFINES, Mark.OPERATION, Mark.ON_PURPOSE}
 

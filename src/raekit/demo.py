@@ -3,6 +3,7 @@
 import io
 import platform
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +24,7 @@ from raekit.flow.guidance import Guidance
 from raekit.flow.sampling import Sampling
 from raekit.inference.generation import generate
 from raekit.inference.model import Model, load, reconstruct
+from raekit.locks import lock
 from raekit.pages import embed, write_page
 from raekit.pictures import grid, to_pil
 from raekit.progress import Progress
@@ -30,6 +32,7 @@ from raekit.recipes import find
 from raekit.stages.generation import GenerationConfig
 from raekit.stages.reconstruction import ReconstructionConfig
 from raekit.stages.run import StageConfig, train
+from raekit.stages.scaling import for_steps
 from raekit.train.tracking import read_metrics
 
 GUIDANCE = Guidance(scale=3.0, start=0.1)
@@ -67,9 +70,10 @@ def run_demo(run: Path, minutes: float, quick: bool, progress: Progress) -> None
     if minutes <= 0:
         raise UserError(f"--minutes: {minutes} must be positive")
     decoder, denoiser = _recipes(run)
-    with enter_world() as world:
+    with ExitStack() as held, enter_world() as world:
         if world.size > 1:
             raise UserError("demo: runs in one process only; start it without torchrun")
+        held.enter_context(lock(run, world))
         plan = _plan(run, minutes, quick, decoder, denoiser, world, progress)
         stages = (("decoder", decoder, plan.decoder_steps), ("denoiser", denoiser, plan.denoiser_steps))
         for name, config, steps in stages:
@@ -93,20 +97,13 @@ def _recipes(run: Path) -> tuple[ReconstructionConfig, GenerationConfig]:
 
 
 def _for_steps(config: Any, steps: int) -> Any:
-    """Return a recipe shortened to `steps`, with schedules and averages to match."""
-    if adversarial := getattr(config, "adversarial", None):
-        share = steps / config.train.steps
-        adversarial = replace(
-            adversarial,
-            discriminator_start=int(share * adversarial.discriminator_start),
-            start=int(share * adversarial.start),
-            optim=replace(adversarial.optim, decay_end=steps),
-        )
-        config = replace(config, adversarial=adversarial)
+    """Return a recipe shortened to `steps`, with warm-up, averages, checkpoints and log records to match."""
+    warmup = min(config.optim.warmup_steps, steps // 10)
+    config = for_steps(config, steps)
     return replace(
         config,
-        train=replace(config.train, steps=steps, checkpoint_every=max(steps // 10, 10), log_every=max(steps // 100, 1)),
-        optim=replace(config.optim, warmup_steps=min(config.optim.warmup_steps, steps // 10), decay_end=steps),
+        train=replace(config.train, checkpoint_every=max(steps // 10, 10), log_every=max(steps // 100, 1)),
+        optim=replace(config.optim, warmup_steps=warmup),
         ema=tuple(min(decay, 1 - 20 / max(steps, 40)) for decay in config.ema),
     )
 

@@ -46,11 +46,12 @@ def reconstruct(
     from raekit.distributed import world
     from raekit.evaluation.pairs import reconstruction_metrics
     from raekit.inference.reconstruction_folders import reconstruct_folder
+    from raekit.locks import lock
     from raekit.models.autoencoder import load_autoencoder
 
     if not paths:
         raise UserError("reconstruct: give at least one image file or folder")
-    with world(device) as here, Display(console.err) as progress:
+    with world(device) as here, lock(out, here), Display(console.err) as progress:
         if here.size > 1:
             raise UserError("reconstruct: runs in a single process; start it without torchrun")
         autoencoder = load_autoencoder(model, dtype_of(precision)).to(here.device)
@@ -93,11 +94,12 @@ def encode(
     """
     from raekit.distributed import world
     from raekit.inference.latents import encode_files
+    from raekit.locks import lock
     from raekit.models.autoencoder import load_autoencoder
 
     if not paths:
         raise UserError("encode: give at least one image file or folder")
-    with world(device) as here, Display(console.err) as progress:
+    with world(device) as here, lock(out, here), Display(console.err) as progress:
         if here.size > 1:
             raise UserError("encode: runs in a single process; start it without torchrun")
         autoencoder = load_autoencoder(model, dtype_of(precision)).to(here.device)

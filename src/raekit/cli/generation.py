@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -79,7 +80,8 @@ def generate(
     from raekit.distributed import world
     from raekit.files import whole
     from raekit.inference.generation import generate as stream
-    from raekit.inference.sample_folders import generate_folder, generate_npz
+    from raekit.inference.sample_folders import generate_folder, generate_npz, parts_of
+    from raekit.locks import lock
     from raekit.pictures import grid as tile
     from raekit.pictures import save_picture, to_pil
 
@@ -92,7 +94,12 @@ def generate(
     (check_file if single or suffix == ".npz" else check_folder)(out)
     if format and (single or suffix == ".npz"):
         raise UserError(f"--format: no effect on {out}; it applies only to a folder")
-    with world(device) as here, Display(console.err, quiet=not here.is_main) as progress:
+    filled = parts_of(out) if suffix == ".npz" else out
+    with (
+        world(device) as here,
+        nullcontext() if single else lock(filled, here),
+        Display(console.err, quiet=not here.is_main) as progress,
+    ):
         if single and here.size > 1:
             raise UserError(
                 "--out: only a single process can write a grid; under torchrun give a folder or an .npz file"

@@ -109,11 +109,12 @@ def latents_cache(
     from raekit.data.loader import DataConfig
     from raekit.distributed import world
     from raekit.inference.cache import cache_latents, relative_error
+    from raekit.locks import lock
     from raekit.models.autoencoder import load_autoencoder
     from raekit.train.precision import compute_dtype
 
     check_folder(out)
-    with world(device) as here, Display(console.err, quiet=not here.is_main) as progress:
+    with world(device) as here, lock(out, here), Display(console.err, quiet=not here.is_main) as progress:
         autoencoder = load_autoencoder(model, compute_dtype(precision, here.device)).to(here.device)
         data = DataConfig(source=source, split=split, image_size=autoencoder.image_size, flip=flip, workers=workers)
         infos = cache_latents(

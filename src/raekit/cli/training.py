@@ -5,16 +5,23 @@ import sys
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from textwrap import indent
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 
 import tyro
 from rich.table import Table
+from rich.text import Text
+from tyro.conf import Positional
 
 from raekit.cli import console
 from raekit.cli.console import Device
+from raekit.errors import UserError
 from raekit.progress import Display
 
 _RUN = "Folder of the run, for checkpoints, metrics and the trained artifact. An existing run is resumed."
+_EPOCHS = (
+    "Train for this many passes over the images, and scale schedules, starts and intervals of the recipe to them. "
+    "Options that are given hold as they are."
+)
 _DRY_RUN = "Show the config and the cost without training."
 _CHANGE = (
     "Allow changes of an existing run that are made on purpose: steps, learning rates, schedules, precision, images."
@@ -41,13 +48,21 @@ def demo(run: Path = Path("runs/demo"), minutes: float = 12, quick: bool = False
     console.out.print(f"report: {run / 'report.html'}")
 
 
-def recipes() -> None:
-    """List the training recipes.
+def recipes(recipe: Positional[str | None] = None) -> None:
+    """List the training recipes, or print one as a file to start from.
 
-    Example: raekit recipes
+    Example: raekit recipes emoji_decoder > my_recipe.py
+
+    `raekit train my_recipe.py` trains the recipe in a file. Such a file may also register encoders.
+
+    Args:
+        recipe: Recipe to print. None: list all recipes.
     """
     from raekit.recipes import find, names
 
+    if recipe is not None:
+        console.out.print(Text(find(recipe).path.read_text(encoding="utf-8")), end="")
+        return
     table = Table("recipe", "summary", box=None)
     for name in names():
         table.add_row(name, find(name).summary)
@@ -55,9 +70,13 @@ def recipes() -> None:
 
 
 def train(arguments: list[str]) -> None:
-    """Train a recipe, or resume its run.
+    """Train a recipe, or resume a run.
 
     Example: raekit train emoji_decoder --run runs/decoder --train.steps 500
+
+    RECIPE is a name or a Python file (see `raekit recipes --help`). The same command resumes an interrupted run, and so
+    does `raekit train --resume RUN`, with the settings of the run. Settings that define the training must stay as they
+    are; steps, learning rates and precision may change with --change. docs/training.md has the details.
 
     `raekit train RECIPE --help` lists the options of the recipe and of its optional parts that are set. To see the
     options of another part, set one of them before --help: --evaluation.every 100 --help. --dry-run shows config and
@@ -68,50 +87,90 @@ def train(arguments: list[str]) -> None:
     """
     from raekit.recipes import find, names
 
-    if not arguments or arguments[0].startswith("-"):
+    first, *rest = arguments or ["--help"]
+    if first == "--resume" and rest[:1] and not rest[0].startswith("-"):
+        from raekit.stages.record import read_config
+
+        run = Path(rest.pop(0))
+        _train(run.name, f"Resume the run in {run}.", read_config(run), run, rest, resume=True)
+    elif first.startswith("-"):
         console.out.print(
-            f"usage: raekit train RECIPE [--run DIR] [--dry-run] [--FIELD VALUE ...]\n\n{console.about(train)}\n"
+            "usage: raekit train RECIPE [--run DIR] [--change] [--epochs N] [--dry-run] [--FIELD VALUE ...]\n"
+            f"       raekit train --resume RUN [--FIELD VALUE ...]\n\n{console.about(train)}\n",
+            markup=False,
         )
         console.out.print("recipes: " + ", ".join(names()))
         if arguments not in (["--help"], ["-h"]):
             sys.exit(2)
-        return
-    recipe = find(arguments[0])
-    default, rest = _with_parts(recipe.config, arguments[1:])
+    else:
+        recipe = find(first)
+        _train(recipe.name, recipe.about, recipe.config, Path("runs") / recipe.name, rest)
+
+
+class _Options(NamedTuple):
+    run: Path
+    change: bool
+    epochs: float | None
+    dry_run: bool
+    device: Device | None
+    config: Any
+
+
+def _train(name: str, about: str, default: Any, run: Path, arguments: list[str], resume: bool = False) -> None:
+    """Train the config `default`, changed by the arguments of the command line."""
+    from raekit.distributed import world
+    from raekit.stages.inspection import describe_config
+    from raekit.stages.run import train as fit
+    from raekit.stages.scaling import for_steps, steps_of
+
+    def parse(default: Any) -> _Options:
+        return _parse(name, about, default, run, arguments, resume)
+
+    given = parse(default)
+    if given.epochs is not None:
+        if given.config.train.steps != default.train.steps:
+            raise UserError("--epochs: sets train.steps; leave out --train.steps")
+        # Options of the command line hold as they are, so the default is scaled, and the options are applied again.
+        given = parse(for_steps(default, steps_of(given.config, given.epochs)))
+    config = given.config
+    with world(given.device) as here:
+        if given.dry_run:
+            console.out.print(describe_config(config, given.run, here), markup=False)
+            return
+        total, batch = config.train.steps, config.train.batch_size
+        with Display(console.err, quiet=not here.is_main) as progress:
+
+            def report(step: int, values: dict[str, float]) -> None:
+                progress(name, step, total, _headline(values), batch)
+
+            fit(config, given.run, here, report, progress, given.change)
+        if here.is_main:
+            console.out.print(f"artifact: {given.run / 'artifact'}", markup=False)
+
+
+def _parse(name: str, about: str, default: Any, run: Path, arguments: list[str], resume: bool) -> _Options:
+    """Return the options of a training; the fields of the config `default` are options too."""
+    config, rest = _with_parts(default, arguments)
 
     def command(
-        run: Annotated[Path, tyro.conf.arg(help=_RUN)] = Path("runs") / recipe.name,
+        run: Annotated[Path, tyro.conf.arg(help=_RUN)] = run,
         change: Annotated[bool, tyro.conf.arg(help=_CHANGE)] = False,
+        epochs: Annotated[float | None, tyro.conf.arg(help=_EPOCHS)] = None,
         dry_run: Annotated[bool, tyro.conf.arg(help=_DRY_RUN)] = False,
         device: Annotated[Device | None, tyro.conf.arg(help=_DEVICE)] = None,
-        config: Any = None,
-    ) -> None:
-        from raekit.distributed import world
-        from raekit.stages.inspection import describe_config
-        from raekit.stages.run import train as fit
+        config: Any = config,
+    ) -> _Options:
+        return _Options(run, change, epochs, dry_run, device, config)
 
-        with world(device) as here:
-            if dry_run:
-                console.out.print(describe_config(config, run, here), markup=False)
-                return
-            total, batch = config.train.steps, config.train.batch_size
-            with Display(console.err, quiet=not here.is_main) as progress:
-
-                def report(step: int, values: dict[str, float]) -> None:
-                    progress(recipe.name, step, total, _headline(values), batch)
-
-                fit(config, run, here, report, progress, change)
-            if here.is_main:
-                console.out.print(f"artifact: {run / 'artifact'}")
-
-    # tyro derives the options and their defaults from the type and the values of the recipe's config.
-    command.__annotations__["config"] = Annotated[type(recipe.config), tyro.conf.arg(name="")]
-    command.__defaults__ = (*(command.__defaults__ or ())[:-1], default)
+    # tyro derives the options and their defaults from the type and the values of the config.
+    command.__annotations__["config"] = Annotated[type(config), tyro.conf.arg(name="")]
+    if resume:
+        command.__annotations__["run"] = tyro.conf.Fixed[Path]
     # Without AvoidSubcommands, tyro turns an optional part into subcommands instead of options for its fields.
-    tyro.cli(
+    return tyro.cli(
         command,
-        prog=f"raekit train {recipe.name}",
-        description=indent(recipe.about, " "),  # tyro joins lines that are not indented
+        prog=f"raekit train {f'--resume {run}' if resume else name}",
+        description=indent(about, " "),  # tyro joins lines that are not indented
         args=rest,
         config=(tyro.conf.AvoidSubcommands,),
     )

@@ -25,6 +25,7 @@ from raekit.evaluation.reports import LITERATURE, Report, read_report, write_rep
 from raekit.evaluation.streaming import score_stream
 from raekit.evaluation.streams import RealImages, Reconstructions, StoredImages, Stream
 from raekit.files import whole
+from raekit.locks import lock
 from raekit.progress import Progress, silent
 from raekit.weights import fingerprint
 
@@ -84,9 +85,12 @@ def assess(
     claim = {"settings": settings, "environment": environment, "images": _stamps(stream, against, baselines)}
     digest = fingerprint({}, json.dumps(settings, sort_keys=True))
     out = out or Path("reports", fingerprint({}, json.dumps(claim, sort_keys=True)))
-    with world.main_first():
+    if (out / "report.json").is_file():
         _claim(out, claim, world)
-    if not (out / "report.json").is_file():
+        return read_report(out), out
+    with lock(out, world):
+        with world.main_first():
+            _claim(out, claim, world)
         collect(stream, _features(stream, against), out / "features", out / "samples.png", world, progress)
         for name, row in baselines.items():
             folder = _row_folder(out, name)

@@ -130,6 +130,11 @@ def _settings(model: Model, seed: int, sampling: Sampling) -> str:
     return fingerprint(state, model.autoencoder.config, model.denoiser.config, *rest)
 
 
+def parts_of(out: Path) -> Path:
+    """Return the folder in which `generate_npz` collects the samples of the file `out`."""
+    return out.with_name(out.name + ".parts")
+
+
 def generate_npz(
     model: Model,
     out: Path,
@@ -152,7 +157,7 @@ def generate_npz(
 
     See `generate_folder` for the arguments, the returned forward passes and the errors.
     """
-    every, parts = _labels(labels, total), out.with_name(out.name + ".parts")
+    every, parts = _labels(labels, total), parts_of(out)
     origin = {"settings": _settings(model, seed, sampling), "total": total, "classes": fingerprint({}, every)}
     if _npz_origin(out) == origin:
         return Counter()

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from raekit import artifacts
-from raekit.config import Operation, configclass
+from raekit.config import Interval, Operation, configclass
 from raekit.data.loader import Batch, DataConfig, Loader
 from raekit.data.sources import absolute
 from raekit.distributed import World
@@ -45,7 +45,7 @@ class ClassificationConfig:
     train: TrainConfig
     optim: OptimConfig
     ema: tuple[float, ...] = (0.99,)
-    score_every: Operation[int] = 500
+    score_every: Operation[Interval] = 500
 
 
 def build(config: ClassificationConfig, run: Path, world: World) -> Stage:

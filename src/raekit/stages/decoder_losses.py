@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from raekit import randomness
-from raekit.config import OnPurpose, Place, configclass
+from raekit.config import OnPurpose, Place, Steps, configclass
 from raekit.data.loader import Batch
 from raekit.distributed import World
 from raekit.errors import UserError
@@ -42,7 +42,7 @@ class PerceptualConfig:
     """
 
     weight: float = 1.0
-    start: OnPurpose[int] = 0
+    start: OnPurpose[Steps] = 0
     weights: OnPurpose[Place | None] = None
 
 
@@ -75,8 +75,8 @@ class AdversarialConfig:
     weight: float = 0.75
     max_weight: float = 1e4
     local_weight: bool = False
-    discriminator_start: OnPurpose[int] = 0
-    start: OnPurpose[int] = 0
+    discriminator_start: OnPurpose[Steps] = 0
+    start: OnPurpose[Steps] = 0
     schedule: OnPurpose[Literal["published", "common"]] = "published"
     optim: OptimConfig
 

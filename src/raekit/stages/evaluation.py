@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from raekit.config import Place, configclass
+from raekit.config import Interval, Place, configclass
 from raekit.data.loader import DataConfig
 from raekit.data.sources import open_source
 from raekit.distributed import World
@@ -47,7 +47,7 @@ class EvaluationConfig:
         intervals: log 95 % intervals too.
     """
 
-    every: int
+    every: Interval
     count: int = 5000
     ema: tuple[float, ...] = ()
     reference: Place | None = None

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raekit import randomness
-from raekit.config import Operation, configclass
+from raekit.config import Interval, Operation, configclass
 from raekit.data.loader import Batch, DataConfig, Loader
 from raekit.distributed import World, full_state
 from raekit.errors import UserError
@@ -94,7 +94,7 @@ class RepresentationConfig:
     train: TrainConfig
     optim: OptimConfig
     ema: tuple[float, ...] = (0.999,)
-    score_every: Operation[int] = 1000
+    score_every: Operation[Interval] = 1000
 
     def __post_init__(self) -> None:
         if self.encoder.image_size % self.encoder.patch_size:

@@ -8,6 +8,7 @@ from raekit.artifacts import STATISTICS
 from raekit.config import Mark, replaced
 from raekit.distributed import World
 from raekit.errors import UserError
+from raekit.locks import lock
 from raekit.progress import Progress, silent
 from raekit.stages import classification, generation, reconstruction, record, representation
 from raekit.stages.inputs import absolute
@@ -54,10 +55,11 @@ def train(
 
     Raises:
         Stopped: If a signal stopped the training. The state is saved.
-        UserError: If `run` belongs to a different training (the message lists the differences), or if the disk is full.
+        UserError: If another process uses `run`, if `run` belongs to a different training (the message lists the
+            differences), or if the disk is full.
     """
     config = replaced(config, Mark.PLACE, absolute)
-    with stop_signals(world) as stop:
+    with stop_signals(world) as stop, lock(run, world):
         changed = record.config_changes(run, config)
         record.check(run, changed, change)
         stage = build(config, run, world)

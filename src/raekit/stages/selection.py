@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from raekit.config import Defines, Place, configclass, read_json, to_json
+from raekit.config import Defines, Interval, Place, configclass, read_json, to_json
 from raekit.data.loader import DataConfig, Loader
 from raekit.distributed import World
 from raekit.errors import UserError
@@ -35,7 +35,7 @@ class SelectionConfig:
         features: the encoder in whose features distances are measured. There is a default only for the built-in images.
     """
 
-    every: int
+    every: Interval
     latents: Defines[Place | None] = None
     features: Defines[Place | None] = None
 

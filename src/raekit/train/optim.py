@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn, optim
 from torch.distributed.tensor import DTensor
 
-from raekit.config import OnPurpose, configclass
+from raekit.config import OnPurpose, Steps, configclass
 from raekit.errors import UserError
 
 
@@ -37,10 +37,10 @@ class OptimConfig:
     momentum: float = 0.95
     lr: OnPurpose[float] = 2e-4
     final_lr: OnPurpose[float] = 2e-5
-    warmup_steps: OnPurpose[int] = 0
+    warmup_steps: OnPurpose[Steps] = 0
     warmup_from_zero: OnPurpose[bool] = False
     decay: OnPurpose[Literal["constant", "linear", "cosine"]] = "constant"
-    decay_end: OnPurpose[int] = 0
+    decay_end: OnPurpose[Steps] = 0
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
     eps: float = 1e-8

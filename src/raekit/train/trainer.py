@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
-from raekit.config import OnPurpose, Operation, configclass
+from raekit.config import Interval, OnPurpose, Operation, Steps, configclass
 from raekit.distributed import World, set_gradient_sync
 from raekit.errors import Stopped, UserError
 from raekit.train import checkpoint, ema
@@ -57,7 +57,7 @@ class TrainConfig:
         tensorboard: Also log to TensorBoard.
     """
 
-    steps: OnPurpose[int]
+    steps: OnPurpose[Steps]
     batch_size: int
     micro_batch: Operation[int | None] = None
     precision: OnPurpose[Precision] = "auto"
@@ -66,7 +66,7 @@ class TrainConfig:
     seed: int = 0
     log_every: Operation[int] = 50
     monitor_every: Operation[int | None] = None
-    checkpoint_every: Operation[int] = 1000
+    checkpoint_every: Operation[Interval] = 1000
     keep: Operation[int] = 2
     max_skipped: Operation[int] = 20
     tensorboard: Operation[bool] = False
