@@ -12,7 +12,7 @@ from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.inference.statistics import measure_latents
 from raekit.models.autoencoder import Autoencoder, AutoencoderConfig, Output
-from raekit.models.decoder import DecoderConfig
+from raekit.models.decoder import DecoderConfig, DecoderPositions
 from raekit.models.encoders import load_encoder
 from raekit.models.layers import watch_logits
 from raekit.models.registry import LayersConfig, Size
@@ -42,6 +42,8 @@ class DecoderSize:
         heads: Number of attention heads.
         hidden: Hidden width of the MLPs.
         patch_size: Side in pixels of the patch that the decoder predicts from each token.
+        positions: Positions of the tokens. sincos: the fixed sine-cosine table. learned: a weight that starts from the
+            table, as in the published code for GPUs.
     """
 
     width: int
@@ -49,6 +51,7 @@ class DecoderSize:
     heads: int
     hidden: int
     patch_size: int
+    positions: DecoderPositions = "sincos"
 
 
 @configclass
@@ -112,6 +115,7 @@ def build(config: ReconstructionConfig, run: Path, world: World) -> Stage:
                 depth=size.depth,
                 heads=size.heads,
                 hidden=size.hidden,
+                positions=size.positions,
             ),
         ),
         encoder,
