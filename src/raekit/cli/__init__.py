@@ -41,7 +41,7 @@ def main() -> None:
 
     The exit code is 0 after success, 2 for a wrong command line, 1 for any other error, and 130 after Ctrl-C.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    console.prepare()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it warns at every retry
     try:
         _run(sys.argv[1:])
@@ -89,10 +89,10 @@ def _usage(wrong: bool, given: list[str]) -> None:
     """Print all commands; after a wrong command, name it and exit with 2."""
     to = console.err if wrong else console.out
     if wrong:
-        to.print(f"error: {' '.join(given[:2])!r} is not a command", markup=False)
-    to.print("usage: raekit COMMAND ...   (help: raekit COMMAND --help; version: raekit --version)\n", markup=False)
+        to.print(f"error: {' '.join(given[:2])!r} is not a command")
+    to.print("usage: raekit COMMAND ...   (help: raekit COMMAND --help; version: raekit --version)\n")
     width = max(map(len, COMMANDS))
     for name, command in COMMANDS.items():
-        to.print(f"  {name:{width}}  {console.about(command).splitlines()[0]}", markup=False)
+        to.print(f"  {name:{width}}  {console.about(command).splitlines()[0]}")
     if wrong:
         sys.exit(2)
