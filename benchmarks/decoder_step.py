@@ -42,7 +42,7 @@ def networks(decoder: str, dtype: torch.dtype, adversarial: AdversarialConfig) -
     config = adversarial.discriminator
     if decoder == "tiny":
         encoder = load_encoder("builtin:vit-tiny", dtype=dtype)
-        size = {"width": 64, "depth": 1, "heads": 2, "hidden": 128}
+        size: dict[str, Any] = {"width": 64, "depth": 1, "heads": 2, "hidden": 128}
         discriminator = Discriminator(replace(config, blocks=(0, 1, 2)), load_encoder("builtin:vit-tiny"))
     else:
         sizes = transformers.Dinov2WithRegistersConfig(image_size=518, patch_size=14)

@@ -14,7 +14,6 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.progress import Progress as Bars
-from rich.text import Text
 
 
 class Progress(Protocol):
@@ -61,14 +60,14 @@ class Display:
         self.began: dict[str, tuple[float, int]] = {}
         self.printed = 0.0
         self.bars = Bars(
-            TextColumn("{task.description:22}"),
+            TextColumn("{task.description:22}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[text]}"),
+            TextColumn("{task.fields[text]}", markup=False),
             console=console,
         )
 
@@ -96,4 +95,4 @@ class Display:
         elif now - self.printed > 10 or done == total:
             self.printed = now
             left = f", {(total - done) / speed:.0f} s left" if speed and done < total else ""
-            self.console.print(Text(f"{what}: {done}/{total}  {rate}{left}  {text}".rstrip()))
+            self.console.print(f"{what}: {done}/{total}  {rate}{left}  {text}".rstrip(), markup=False)

@@ -12,7 +12,7 @@ from raekit.formats import releases as releases
 from raekit.models.registry import REGISTRY, EncoderSpec
 
 # The size of a small published decoder. The small encoder gives it 2 x 2 tokens of 64 channels.
-SIZES = {"width": 24, "depth": 2, "heads": 3, "hidden": 40}
+SIZES: dict[str, Any] = {"width": 24, "depth": 2, "heads": 3, "hidden": 40}
 
 
 def save(path: Path, content: Any) -> Path:

@@ -27,7 +27,7 @@ from raekit.models.decoder import Decoder, DecoderConfig
 from raekit.models.registry import LAYERS, REGISTRY
 from raekit.weights import load_strict
 from tests.formats.conftest import SIZES, Hub, save
-from tests.formats.test_keys import decoder_shapes
+from tests.formats.test_keys import decoder_shapes, published_decoder
 from tests.reference import state_dict
 
 pytestmark = pytest.mark.usefixtures("tiny")
@@ -36,6 +36,7 @@ State = dict[str, torch.Tensor]
 LATENT = (64, 2, 2)
 TINY = state_dict(decoder_shapes(token_dim=64, tokens=4))
 STATISTICS = {"mean": torch.linspace(-1, 1, 256).view(LATENT), "var": torch.linspace(0.01, 3, 256).view(LATENT)}
+X = torch.randn(2, *LATENT, generator=torch.Generator().manual_seed(1))
 IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
@@ -105,6 +106,24 @@ def test_decoder_that_gives_pixels(files, tmp_path):
     assert torch.allclose(back.decode(tokens), model.decode(tokens), atol=1e-5)
 
 
+def test_learned_positions_of_a_decoder_are_kept_in_every_format(files, tmp_path):
+    state = TINY | {"decoder_pos_embed": TINY["decoder_pos_embed"] + 0.1 * torch.randn(1, 5, 24)}
+    save(files[0], state)
+    convert(str(files[0]), tmp_path / "ours", options=files[1])
+    convert(str(tmp_path / "ours"), tmp_path / "v1", "v1")
+    written = torch.load(tmp_path / "v1" / "model.pt")
+    assert written.keys() == state.keys()
+    assert all(torch.equal(written[key], state[key]) for key in state)
+    convert(str(tmp_path / "v1"), tmp_path / "back")
+    ours, back = (Autoencoder.load(str(tmp_path / name)) for name in ("ours", "back"))
+    assert ours.config.decoder.positions == back.config.decoder.positions == "learned"
+    assert torch.equal(ours.decoder(X), back.decoder(X))
+    expected = published_decoder(state, X, side=2).float()
+    assert (ours.decoder(X) - expected).norm() < 1e-5 * expected.norm()
+    with pytest.raises(UserError, match="diffusers: cannot hold the learned positions"):
+        convert(str(tmp_path / "ours"), tmp_path / "theirs", "diffusers")
+
+
 @pytest.mark.parametrize("whole", [False, True], ids=["decoder", "complete autoencoder"])
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
 def test_training_checkpoint(whole, prefix, files, tmp_path):
@@ -172,11 +191,9 @@ def test_decoder_is_read_strictly(changes: dict[str, torch.Tensor | None], messa
         read(str(path), files[1])
 
 
-def test_position_table_may_be_absent_but_not_wrong(files, tmp_path):
+def test_position_table_may_be_absent(files, tmp_path):
     rest = {key: value for key, value in TINY.items() if key != "decoder_pos_embed"}
     assert_is_tiny(read(str(save(tmp_path / "rest.pt", rest)), files[1]))
-    with pytest.raises(UserError, match="decoder_pos_embed: not the fixed"):
-        read(str(save(tmp_path / "other.pt", TINY | {"decoder_pos_embed": torch.ones(1, 5, 24)})), files[1])
 
 
 @pytest.mark.parametrize(

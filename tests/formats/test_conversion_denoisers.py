@@ -107,6 +107,23 @@ def test_shapes_give_the_configuration_of_v2(tmp_path):
     assert denoiser_of(path, FileOptions(prediction="velocity")).config.prediction == "velocity"
 
 
+@pytest.mark.parametrize("values", [WIDE, PLAIN], ids=["DiT-DH", "DiT"])
+def test_learned_positions_become_weights_of_the_model(values, tmp_path):
+    state = weights(values)
+    state["pos_embed"] += 0.1 * torch.randn_like(state["pos_embed"])
+    path = save(tmp_path / "stage2_model.pt", {"ema": state})
+    config = denoiser_of(path).config
+    assert config == replace(denoiser_config(values), positions="learned")
+    expected = published_denoiser(state, values, X, T, Y)
+    place = str(path)
+    for folder in ("out", "copy"):
+        convert(place, tmp_path / folder)
+        model = Denoiser.load(str(tmp_path / folder))
+        assert torch.equal(model.state_dict()["positions"], state["pos_embed"][0])
+        assert (model(X, T, Y) - expected).norm() < 1e-5 * expected.norm()
+        place = str(tmp_path / folder)
+
+
 @pytest.mark.parametrize("values", [WIDE, SECOND], ids=["v1", "v2"])
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
 @pytest.mark.parametrize("kind", ["bare", "ema", "model"])
@@ -161,7 +178,8 @@ def test_yaml_of_a_denoiser_overrides_its_shapes(tmp_path):
         ({"t_embedder.W": None}, "missing time.frequencies; this looks like a DiT"),
         ({"blocks.2.attn.qkv.bias": None}, "missing head_blocks.0.attention.qkv.bias"),
         ({"extra.weight": torch.ones(1)}, "unexpected extra.weight"),
-        ({"pos_embed": torch.ones(1, 4, 24)}, "pos_embed: not the fixed .*; this looks like a DiT"),
+        ({"pos_embed": torch.ones(1, 4, 25)}, "pos_embed: is .*; this looks like a DiT"),
+        ({"enc_feat_rope.freqs_sin": torch.ones(4, 12)}, "enc_feat_rope.freqs_sin: not the fixed .*; this looks like"),
         ({"enc_feat_rope.freqs_cos": torch.ones(9, 12)}, "enc_feat_rope.freqs_cos: is .*; this looks like"),
         ({"y_embedder.embedding_table.weight": None}, "holds no published denoiser; this looks like a denoiser \\(st"),
         ({"pos_embed": None, "dec_feat_rope.freqs_cos": None}, "no position table, .*--denoiser-config FILE.yaml"),

@@ -204,6 +204,23 @@ def test_positions_of_another_grid_differ_from_diffusers(tmp_path, monkeypatch, 
         convert(str(tmp_path / "ours"), tmp_path / "back", "diffusers")
 
 
+def test_learned_positions_in_a_diffusers_folder(tmp_path, monkeypatch, caplog):
+    # diffusers ignores positions in a file, and never writes them.
+    theirs = diffusers_model("dinov2")
+    register_its_encoder(theirs, tmp_path / "encoder", monkeypatch)
+    theirs.save_pretrained(tmp_path / "theirs")
+    path = tmp_path / "theirs" / "diffusion_pytorch_model.safetensors"
+    learned = theirs.decoder.decoder_pos_embed + 0.1 * torch.randn(1, 257, 24)
+    save_file(load_file(path) | {"decoder.decoder_pos_embed": learned}, path)
+    convert(str(tmp_path / "theirs"), tmp_path / "ours")
+    assert "read with its learned positions" in caplog.text
+    ours = Autoencoder.load(str(tmp_path / "ours"))
+    theirs.decoder.decoder_pos_embed = learned
+    assert_agree(ours, theirs)
+    with pytest.raises(UserError, match="diffusers: cannot hold the learned positions of this decoder"):
+        convert(str(tmp_path / "ours"), tmp_path / "back", "diffusers")
+
+
 def test_older_tensor_names_of_the_encoder(theirs, tmp_path):
     # transformers 4, and diffusers with it, wrote these names.
     theirs.save_pretrained(tmp_path / "theirs")

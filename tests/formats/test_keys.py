@@ -5,6 +5,7 @@ The published arithmetic is implemented here a second time, from the spec, on th
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from raekit.errors import UserError
+from raekit.formats.decoder_files import checked_decoder
 from raekit.formats.decoder_keys import (
     DECODERS,
     decoder_config,
@@ -24,6 +26,7 @@ from raekit.formats.decoder_keys import (
     published_decoder_state,
     statistics,
 )
+from raekit.formats.denoiser_files import read_denoiser
 from raekit.formats.denoiser_keys import denoiser_config, denoiser_state, denoiser_v2_config
 from raekit.formats.denoiser_shapes import denoiser_arguments
 from raekit.formats.guesses import guess
@@ -501,16 +504,49 @@ def test_fixed_tables_may_be_absent_or_rounded():
     load_denoiser({"pos_embed": table("pos_embed").bfloat16()})
 
 
-@pytest.mark.parametrize("name", ["pos_embed", "enc_feat_rope.freqs_cos", "dec_feat_rope.freqs_sin"])
-def test_wrong_table_is_rejected(name: str):
+@pytest.mark.parametrize("name", ["enc_feat_rope.freqs_cos", "dec_feat_rope.freqs_sin"])
+def test_wrong_rotary_table_is_rejected(name: str):
     right = table(name)
-    side = right.unflatten(-2, (3, 3))
-    transposed = side.transpose(-3, -2).flatten(-3, -2)
-    for wrong in (right + 0.01, transposed, right.flip(-1)):
-        with pytest.raises(UserError, match=f"{name}: not the fixed sine-cosine table"):
+    for wrong in other_tables(right):
+        with pytest.raises(UserError, match=f"{name}: not the fixed table"):
             load_denoiser({name: wrong})
     with pytest.raises(UserError, match=f"{name}: is .* for the configured grid"):
         load_denoiser({name: torch.cat([right, right], -2)})
+
+
+def other_tables(right: Tensor) -> list[Tensor]:
+    """Return tables that differ from the fixed one: slightly, in the order of the axes, in the order of channels."""
+    side = math.isqrt(right.shape[-2])
+    transposed = right.unflatten(-2, (side, side)).transpose(-3, -2).flatten(-3, -2)
+    return [right + 3e-4, right + 0.01, transposed, right.flip(-1), torch.zeros_like(right)]
+
+
+@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize("values", [DIT, DIT_DH, DIT_DH | {"use_rope": False}], ids=["DiT", "DiT-DH", "without rotary"])
+def test_learned_positions_of_a_denoiser_are_read(values: dict[str, Any], number: int, tmp_path: Path):
+    state = state_dict(denoiser_shapes(values))
+    state["pos_embed"] = other_tables(table("pos_embed", values))[number]
+    torch.save({"ema": state}, tmp_path / "learned.pt")
+    parts = read_denoiser(tmp_path / "learned.pt", denoiser_config(values))
+    assert parts.config == replace(denoiser_config(values), positions="learned")
+    model = parts.build()
+    assert torch.equal(model.state_dict()["positions"], state["pos_embed"][0])
+    x, t, y = inputs(values)
+    expected = published_denoiser(state, values, x, t, y)
+    assert (model(x, t, y) - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_fixed_positions_of_a_denoiser_keep_their_bits(tmp_path: Path):
+    state = state_dict(denoiser_shapes(DIT_DH))
+    x, t, y = inputs(DIT_DH)
+    found, fixed = [], table("pos_embed")
+    for number, given in enumerate((None, fixed, fixed.bfloat16(), fixed.half(), fixed.bfloat16().float())):
+        path = tmp_path / f"{number}.pt"
+        torch.save({k: v for k, v in (state | {"pos_embed": given}).items() if v is not None}, path)
+        parts = read_denoiser(path, denoiser_config(DIT_DH))
+        assert parts.config == denoiser_config(DIT_DH)
+        found.append(parts.build()(x, t, y))
+    assert all(torch.equal(each, found[0]) for each in found)
 
 
 @pytest.mark.parametrize(
@@ -566,7 +602,7 @@ def decoder_shapes(
     return shapes | {f"{norm}.{kind}": [width] for norm in norms for kind in ("weight", "bias")}
 
 
-def published_decoder(state: State, latents: Tensor) -> Tensor:
+def published_decoder(state: State, latents: Tensor, side: int = 3) -> Tensor:
     """Compute a decoder's output in float64 (RAE v1)."""
     state = {key: value.double() for key, value in state.items()}
 
@@ -578,9 +614,9 @@ def published_decoder(state: State, latents: Tensor) -> Tensor:
         )
 
     x = linear(state, "decoder_embed", latents.double().flatten(2).mT)
-    if x.shape[1] != 9:
+    if x.shape[1] != side**2:
         square = x.mT.unflatten(2, (math.isqrt(x.shape[1]), -1))
-        x = F.interpolate(square, (3, 3), mode="bilinear", align_corners=False).flatten(2).mT
+        x = F.interpolate(square, (side, side), mode="bilinear", align_corners=False).flatten(2).mT
     x = torch.cat([state["trainable_cls_token"].expand(len(x), -1, -1), x], 1) + state["decoder_pos_embed"]
     for i in range(2):
         name = f"decoder_layers.{i}"
@@ -593,8 +629,8 @@ def published_decoder(state: State, latents: Tensor) -> Tensor:
         x = x + linear(state, f"{name}.attention.output.dense", out)
         hidden = linear(state, f"{name}.intermediate.dense", norm(f"{name}.layernorm_after", x))
         x = x + linear(state, f"{name}.output.dense", hidden / 2 * (1 + torch.erf(hidden / math.sqrt(2))))
-    out = linear(state, "decoder_pred", norm("decoder_norm", x))[:, 1:].view(-1, 3, 3, 4, 4, 3)
-    return torch.einsum("bhwpqc->bchpwq", out).reshape(-1, 3, 12, 12)
+    out = linear(state, "decoder_pred", norm("decoder_norm", x))[:, 1:].view(-1, side, side, 4, 4, 3)
+    return torch.einsum("bhwpqc->bchpwq", out).reshape(-1, 3, 4 * side, 4 * side)
 
 
 @pytest.mark.parametrize("side", [3, 5])
@@ -635,9 +671,25 @@ def test_decoder_is_read_strictly(changes: dict[str, Tensor | None], message: st
 def test_decoder_for_another_grid_is_rejected():
     with pytest.raises(UserError, match=r"decoder_pos_embed: is \(1, 17, 24\), expected \(1, 10, 24\)"):
         load_decoder({"decoder_pos_embed": torch.zeros(1, 17, 24)})
-    with pytest.raises(UserError, match="decoder_pos_embed: not the fixed sine-cosine table"):
+    with pytest.raises(UserError, match="decoder_pos_embed: not the fixed table"):
         load_decoder({"decoder_pos_embed": torch.zeros(1, 10, 24)})
     load_decoder({"decoder_pos_embed": None})
+
+
+@pytest.mark.parametrize("change", [3e-4, 0.01, 1.0])
+def test_learned_positions_of_a_decoder_round_trip(change: float):
+    state = state_dict(decoder_shapes())
+    state["decoder_pos_embed"] += change * torch.randn(1, 10, 24)  # of the class token, too
+    config, ours = checked_decoder(state, DECODER_CONFIG, "test")
+    assert config == replace(DECODER_CONFIG, positions="learned")
+    model = Decoder(config).eval()
+    load_strict(model, ours, "test")
+    latents = torch.randn(2, 10, 3, 3)
+    expected = published_decoder(state, latents)
+    assert (model(latents) - expected).norm() < 1e-5 * expected.norm()
+    back = published_decoder_state(model.state_dict(), config)
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[key], state[key]) for key in state)
 
 
 @pytest.mark.parametrize(

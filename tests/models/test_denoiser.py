@@ -3,8 +3,10 @@ import math
 import pytest
 import torch
 
+from raekit.config import from_dict, to_dict
 from raekit.errors import UserError
 from raekit.models.conditioning import ClassCondition
+from raekit.models.decoder import DecoderConfig
 from raekit.models.denoiser import Denoiser
 from raekit.models.denoiser_config import SIZES, ContextConfig, DenoiserConfig, TransformerConfig, wide_head
 
@@ -38,11 +40,12 @@ KINDS = pytest.mark.parametrize(
         {"head": None, "patch_size": 2, "grid": (4, 6), "allow_narrow": True},
         {"head": TransformerConfig(width=16, depth=1, heads=4)},
         {"num_classes": 0},
-        {"norm": "layer", "mlp": "gelu", "qk_norm": True, "positions": False, "adaln_shift": False},
+        {"norm": "layer", "mlp": "gelu", "qk_norm": True, "positions": "none", "adaln_shift": False},
         {"rotary": False, "patch_size": 2, "grid": (4, 6), "allow_narrow": True},
-        {"context": ContextConfig(), "base_depth": 1, "positions": False},
+        {"context": ContextConfig(), "base_depth": 1, "positions": "none"},
         {"context": ContextConfig(time_tokens=1, label_tokens=2), "base_depth": 2, "head": None, "rotary": False},
         {"context": ContextConfig(), "num_classes": 0},
+        {"positions": "learned"},
     ],
     ids=[
         "wide head",
@@ -56,6 +59,7 @@ KINDS = pytest.mark.parametrize(
         "in context, with base output",
         "plain, in context, with base output",
         "unconditional in context",
+        "learned positions",
     ],
 )
 
@@ -188,6 +192,19 @@ def test_published_sizes_of_lightning_dit_xl(channels: int, millions: float):
     assert abs(published_count(model) - millions) <= 0.1
 
 
+def test_positions_are_named():
+    values = to_dict(tiny().config)
+    for given, found in ((True, "sincos"), (False, "none"), ("learned", "learned")):  # booleans are of earlier models
+        assert from_dict(DenoiserConfig, values | {"positions": given}, "test").positions == found
+    with pytest.raises(UserError, match="test: positions: "):
+        from_dict(DenoiserConfig, values | {"positions": "random"}, "test")
+    for wrong in (True, "Learned"):
+        with pytest.raises(UserError, match=r"denoiser\.positions: .* is unknown; choose one of none, sincos, learned"):
+            tiny(positions=wrong)
+    with pytest.raises(UserError, match=r"decoder\.positions: 'none' is unknown"):
+        DecoderConfig(token_dim=8, grid=(2, 2), positions="none")  # type: ignore[arg-type]
+
+
 def test_large_sizes_and_heads():
     rows = {"XXL": (1280, 32, 16), "H": (1536, 32, 16), "G": (2048, 40, 16), "T": (2688, 40, 21)}
     for size, (width, depth, heads) in rows.items():
@@ -236,7 +253,7 @@ def test_wide_head_makes_a_narrow_backbone_allowed():
         ({"num_classes": -1}, "denoiser.num_classes: -1"),
         ({"base_depth": 3}, "denoiser.base_depth: 3 must be at most denoiser.backbone.depth = 2"),
         ({"base_depth": -1}, "denoiser.base_depth: -1"),
-        ({"rotary": False, "positions": False}, "denoiser.rotary: off, as is denoiser.positions"),
+        ({"rotary": False, "positions": "none"}, "denoiser.rotary: off, and denoiser.positions is none"),
     ],
 )
 def test_impossible_configurations_are_named(changes: dict, message: str):

@@ -36,7 +36,7 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
         {"norm": "layer", "mlp": "gelu"},
         {"qk_norm": True},
         {"qk_norm": True, "norm": "layer"},
-        {"positions": False},
+        {"positions": "none"},
         {"rotary": False},
         {"adaln_shift": False},
         {"context": ContextConfig(), "base_depth": 1},

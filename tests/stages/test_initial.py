@@ -2,6 +2,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,6 +63,25 @@ def test_fine_tuning_starts_from_the_denoiser(config, tiny_model, tmp_path):
         initial(tuned, tmp_path)
     tuned = replace(tuned, shift_base=256, denoiser=replace(tuned.denoiser, label_std=1.0))
     assert same(initial(tuned, tmp_path), published) == list(published)
+
+
+@pytest.mark.parametrize("name", ["decoder", "denoiser"])
+def test_learned_positions_are_trained_from_the_fixed_table(config, tmp_path, name):
+    fixed = config(name)
+    part = {name: replace(getattr(fixed, name), positions="learned")}
+    learned = replace(fixed, **part, init_from=str(tmp_path / "fixed"))
+    assert train(fixed, tmp_path / "fixed", ONE)
+    began = initial(learned, tmp_path / "learned")
+    module: Any = build(fixed, tmp_path / "other", ONE).objectives[0].module
+    assert torch.equal(began["positions"], module.positions)
+    assert train(learned, tmp_path / "learned", ONE)
+    kinds = {"decoder": Autoencoder, "denoiser": Denoiser}
+    trained: Any = kinds[name].load(str(tmp_path / "learned"))
+    trained = trained.decoder if name == "decoder" else trained
+    assert isinstance(trained.positions, torch.nn.Parameter)
+    assert not torch.equal(trained.positions, began["positions"])
+    with pytest.raises(UserError, match='positions: "learned" -> "sincos"'):
+        initial(replace(fixed, init_from=str(tmp_path / "learned")), tmp_path / "back")
 
 
 @pytest.mark.parametrize("name", ["decoder", "denoiser"])

@@ -43,7 +43,7 @@ def main() -> None:
     The exit status is 0 after success, 2 for a wrong command line, 75 for a training that a signal stopped and that the
     same command resumes, 130 after Ctrl-C in another command, and 1 for any other error.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    console.prepare()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it warns at every retry
     try:
         _run(sys.argv[1:])
@@ -96,10 +96,10 @@ def _usage(commands: dict[str, Callable[..., None]], wrong: bool, given: list[st
     """Print `commands`; after a wrong command, name it and exit with 2."""
     to = console.err if wrong else console.out
     if wrong:
-        to.print(f"error: {' '.join(given[:2])!r} is not a command", markup=False)
-    to.print("usage: raekit COMMAND ...   (help: raekit COMMAND --help; version: raekit --version)\n", markup=False)
+        to.print(f"error: {' '.join(given[:2])!r} is not a command")
+    to.print("usage: raekit COMMAND ...   (help: raekit COMMAND --help; version: raekit --version)\n")
     width = max(map(len, commands))
     for name, command in commands.items():
-        to.print(f"  {name:{width}}  {console.about(command).splitlines()[0]}", markup=False)
+        to.print(f"  {name:{width}}  {console.about(command).splitlines()[0]}")
     if wrong:
         sys.exit(2)

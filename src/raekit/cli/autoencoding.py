@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from rich.table import Table
 from tyro.conf import Positional
 
 from raekit.cli import console
@@ -60,7 +59,7 @@ def reconstruct(
             autoencoder, paths, out, fit=fit, batch_size=batch_size, metrics=metrics, progress=progress
         )
     if results.pictures:
-        console.out.print(_reconstructions_table(results))
+        _print_scores(results)
         console.out.print(f"{len(results.pictures)} images: {out}")
     console.fail_for(results.unreadable, len(results.pictures))
 
@@ -117,13 +116,10 @@ def encode(
     console.fail_for(unreadable, encoded)
 
 
-def _reconstructions_table(results: "Reconstructions") -> Table:
-    """Return a table of the scores of the first pictures, and the means of all."""
+def _print_scores(results: "Reconstructions") -> None:
+    """Print a table of the scores of the first pictures, and the means of all."""
     means = results.means()
-    table = Table("image", *means)
-    for picture in results.pictures[:20]:
-        table.add_row(str(picture.output), *(f"{picture.scores[name]:.4g}" for name in means))
+    rows = [[str(p.output), *(f"{p.scores[name]:.4g}" for name in means)] for p in results.pictures[:20]]
     if (more := len(results.pictures) - 20) > 0:
-        table.add_row(f"and {more} more", *("" for _ in means))
-    table.add_row("mean", *(f"{value:.4g}" for value in means.values()))
-    return table
+        rows.append([f"and {more} more", *("" for _ in means)])
+    console.print_table(["image", *means], [*rows, ["mean", *(f"{value:.4g}" for value in means.values())]])

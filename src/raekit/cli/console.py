@@ -1,31 +1,70 @@
-"""Printing and exiting, shared by all commands."""
+"""Printing and exiting, shared by all commands. Nothing else prints."""
 
+import io
+import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
-from typing import Literal, NoReturn
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, NoReturn
 
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from raekit.errors import Stopped, UserError
 
 
 class _Console(Console):
-    """A console that ends the program silently when the reader of its output, such as `head`, has ended."""
+    """A console that prints text as it is: names of files and classes may contain markup or control characters.
+
+    It ends the program silently when the reader of its output, such as `head`, has ended.
+    """
+
+    def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
+        return super().render_str(plain(text), **options)
 
     def on_broken_pipe(self) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
         sys.exit(0)
 
 
-out = _Console(soft_wrap=True, highlight=False)
-err = Console(stderr=True, soft_wrap=True, highlight=False)
+out = _Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
+err = _Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
 if not out.is_terminal:
     out.width = 240  # tables are not cut in a file or a pipe
 
 Device = Literal["cpu", "cuda"]
+
+
+def plain(text: str) -> str:
+    """Return text for a terminal: control characters, and bytes of file names that are no UTF-8, become escapes."""
+    hidden = (c not in "\n\t" and unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") for c in text)
+    return "".join(ascii(c)[1:-1] if hide else c for c, hide in zip(text, hidden, strict=True))
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return plain(super().format(record))
+
+
+def prepare() -> None:
+    """Set up logging and the standard streams. Characters that a stream cannot encode are printed as escapes."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Formatter("%(levelname)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def print_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table to the standard output."""
+    table = Table(*head)
+    for row in rows:
+        table.add_row(*row)
+    out.print(table)
 
 
 def about(command: Callable[..., None]) -> str:
@@ -40,7 +79,7 @@ def joined(doc: str) -> str:
 
 def fail(message: str) -> NoReturn:
     """Print an error message and exit with 1."""
-    err.print(Text(f"error: {message}"))
+    err.print(f"error: {message}")
     sys.exit(1)
 
 

@@ -1,10 +1,8 @@
 """Commands that measure how good images and encoders are."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from rich.table import Table
 from tyro.conf import Positional
 
 from raekit.cli import console
@@ -105,20 +103,13 @@ def evaluate(
             progress=progress,
         )
     if here.is_main:
-        _print_table(["metric", "value", "95 % interval", ""], score_rows(report))
+        console.print_table(["metric", "value", "95 % interval", ""], score_rows(report))
         if report.baselines:
             head, *rows = baseline_rows(report)
-            _print_table(head, rows)
+            console.print_table(head, rows)
         for note in report.notes:
-            console.out.print(note, markup=False)
-        console.out.print(f"report: {folder / 'report.html'}, settings {report.hash}", markup=False)
-
-
-def _print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    table = Table(*head)
-    for row in rows:
-        table.add_row(*row)
-    console.out.print(table)
+            console.out.print(note)
+        console.out.print(f"report: {folder / 'report.html'}, settings {report.hash}")
 
 
 def compare(reports: Positional[tuple[Path, ...]], out: Path | None = None) -> None:
@@ -133,12 +124,12 @@ def compare(reports: Positional[tuple[Path, ...]], out: Path | None = None) -> N
     from raekit.evaluation.reports import Comparison
 
     comparison = Comparison(reports)
-    _print_table(["", *comparison.labels], comparison.rows())
+    console.print_table(["", *comparison.labels], comparison.rows())
     for note in comparison.notes():
-        console.out.print(note, markup=False)
+        console.out.print(note)
     if out:
         comparison.write(out)
-        console.out.print(f"written: {out}", markup=False)
+        console.out.print(f"written: {out}")
 
 
 def reference(
@@ -231,7 +222,7 @@ def probe(
         )
     if not here.is_main:
         return
-    _print_table(
+    console.print_table(
         ["", "held-out accuracy", "95 % interval", "training accuracy", "penalty"],
         [
             [row, f"{r.accuracy:.1%}", f"{r.low:.1%} to {r.high:.1%}", f"{r.training:.1%}", f"{r.penalty:g}"]

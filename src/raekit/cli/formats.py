@@ -65,7 +65,7 @@ def convert(
     if found := parts.autoencoder:
         size, numbers = "x".join(map(str, found.var.shape)), sum(value.numel() for value in found.decoder.values())
         line = f"{dest}: encoder {found.config.encoder}, latents {size}, a decoder of {numbers:,} parameters"
-        console.out.print(line, markup=False)
+        console.out.print(line)
     if made := parts.denoiser:
         size, numbers = (
             "x".join(map(str, made.config.latent_shape)),
@@ -73,7 +73,7 @@ def convert(
         )
         classes = made.config.num_classes
         line = f"{dest}: a denoiser of {numbers:,} parameters for latents {size}, {classes} classes"
-        console.out.print(line, markup=False)
+        console.out.print(line)
 
 
 def info(name: Positional[str], reach: tuple[str, float] | None = None) -> None:
@@ -88,4 +88,4 @@ def info(name: Positional[str], reach: tuple[str, float] | None = None) -> None:
     """
     from raekit.stages.inspection import describe_folder
 
-    console.out.print(describe_folder(name, reach), markup=False)
+    console.out.print(describe_folder(name, reach))

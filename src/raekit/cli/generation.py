@@ -129,7 +129,7 @@ def generate(
             shared |= {"total": total, "world": here, "progress": progress, "form": format or "png"}
             passes = generate_folder(loaded, out, labels or None, **shared)
     if here.is_main:
-        console.out.print(f"{total} images: {out}{_cost(passes)}", markup=False)
+        console.out.print(f"{total} images: {out}{_cost(passes)}")
 
 
 def interpolate(
@@ -183,7 +183,7 @@ def interpolate(
             passes |= batch.passes
             progress("interpolate", len(images), frames)
     _write_rows([images], out, form)
-    console.out.print(f"{frames} images: {out}{_cost(passes)}", markup=False)
+    console.out.print(f"{frames} images: {out}{_cost(passes)}")
 
 
 def trajectory(
@@ -235,7 +235,7 @@ def trajectory(
     rows = [[to_pil(image) for image in row] for row in images.transpose(0, 1)]
     _write_rows([row for first in range(max(len(labels), 1)) for row in rows[first :: max(len(labels), 1)]], out, form)
     shown = ", ".join(f"{t:.3f}" for t in times)
-    console.out.print(f"{len(rows)} x {frames} images at times {shown}: {out}", markup=False)
+    console.out.print(f"{len(rows)} x {frames} images at times {shown}: {out}")
 
 
 def class_ids(model: "Model", classes: Iterable[str]) -> list[int]:

@@ -9,7 +9,6 @@ from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 
 import tyro
 from rich.table import Table
-from rich.text import Text
 from tyro.conf import Positional
 
 from raekit.cli import console
@@ -61,7 +60,7 @@ def recipes(recipe: Positional[str | None] = None) -> None:
     from raekit.recipes import find, names
 
     if recipe is not None:
-        console.out.print(Text(find(recipe).path.read_text(encoding="utf-8")), end="")
+        console.out.print(find(recipe).path.read_text(encoding="utf-8"), end="")
         return
     table = Table("recipe", "summary", box=None)
     for name in names():
@@ -97,7 +96,6 @@ def train(arguments: list[str]) -> None:
         console.out.print(
             "usage: raekit train RECIPE [--run DIR] [--change] [--epochs N] [--dry-run] [--FIELD VALUE ...]\n"
             f"       raekit train --resume RUN [--FIELD VALUE ...]\n\n{console.about(train)}\n",
-            markup=False,
         )
         console.out.print("recipes: " + ", ".join(names()))
         if arguments not in (["--help"], ["-h"]):
@@ -135,7 +133,7 @@ def _train(name: str, about: str, default: Any, run: Path, arguments: list[str],
     config = given.config
     with world(given.device) as here:
         if given.dry_run:
-            console.out.print(describe_config(config, given.run, here), markup=False)
+            console.out.print(describe_config(config, given.run, here))
             return
         total, batch = config.train.steps, config.train.batch_size
         with Display(console.err, quiet=not here.is_main) as progress:
@@ -145,7 +143,7 @@ def _train(name: str, about: str, default: Any, run: Path, arguments: list[str],
 
             fit(config, given.run, here, report, progress, given.change)
         if here.is_main:
-            console.out.print(f"artifact: {given.run / 'artifact'}", markup=False)
+            console.out.print(f"artifact: {given.run / 'artifact'}")
 
 
 def _parse(name: str, about: str, default: Any, run: Path, arguments: list[str], resume: bool) -> _Options:

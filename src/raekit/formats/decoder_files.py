@@ -20,6 +20,7 @@ from raekit.formats.decoder_keys import (
     published_decoder_config,
     published_decoder_state,
     statistics,
+    with_its_positions,
 )
 from raekit.formats.parts import AutoencoderParts, about, geometry, guessed, only_last_block
 from raekit.formats.states import State, unwrap
@@ -76,17 +77,21 @@ def read_decoder(
             "give the number of heads; give the decoder's config.json with --decoder-config DIR"
         )
     mean, var = _read_statistics(stats, (spec.width, *grid), eps)
+    built, ours = checked_decoder(state, built, f"{decoder}: does not fit {name}")
     autoencoder = from_dict(AutoencoderConfig, {**fields, "decoder": to_dict(built)}, decoder)
-    return AutoencoderParts(autoencoder, checked_decoder(state, built, f"{decoder}: does not fit {name}"), mean, var)
+    return AutoencoderParts(autoencoder, ours, mean, var)
 
 
-def checked_decoder(state: State, config: DecoderConfig, fault: str) -> dict[str, Tensor]:
+def checked_decoder(state: State, config: DecoderConfig, fault: str) -> tuple[DecoderConfig, dict[str, Tensor]]:
     """Convert a published decoder's state dict to raekit's, and check that it fits the configuration.
 
     Args:
         state: the published state dict. The position table may be absent.
         config: the decoder to build.
         fault: the beginning of the error message.
+
+    Returns:
+        The configuration, with the kind of positions that the state dict holds, and raekit's state dict.
 
     Raises:
         UserError: names or shapes do not fit. The message lists them and says what the file looks like.
@@ -97,7 +102,8 @@ def checked_decoder(state: State, config: DecoderConfig, fault: str) -> dict[str
         wanted.pop("decoder_pos_embed")
     if faults := mismatches(state, wanted):
         raise UserError(f"{fault}: {faults}{guessed(state)}")
-    return decoder_state(state, config)
+    config = with_its_positions(config, state)
+    return config, decoder_state(state, config)
 
 
 def _read_statistics(

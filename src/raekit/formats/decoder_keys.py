@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,9 +11,9 @@ from torch import Tensor
 
 from raekit.config import from_dict
 from raekit.errors import UserError
-from raekit.formats.states import State, rename, without_tables
+from raekit.formats.states import State, is_table, rename, without_tables
 from raekit.models.decoder import DecoderConfig
-from raekit.models.layers import sincos_positions
+from raekit.models.layers import decoder_positions
 from raekit.weights import VARIANCE_EPS, check_statistics, is_real
 
 
@@ -92,20 +93,31 @@ _DECODER_BLOCK = {
 }
 
 
+def with_its_positions(config: DecoderConfig, state: State) -> DecoderConfig:
+    """Return the configuration with the kind of positions that the published state dict holds.
+
+    Raises:
+        UserError: the positions have another shape.
+    """
+    fixed = is_table(state, "decoder_pos_embed", decoder_positions(config.width, config.grid)[None])
+    return replace(config, positions="sincos" if fixed else "learned")
+
+
 def decoder_state(state: State, config: DecoderConfig) -> dict[str, Tensor]:
     """Convert a published decoder's state dict to raekit's.
 
     Missing, unexpected and misshapen tensors pass through, for `load_strict` to report.
 
     Raises:
-        UserError: the position table is not the fixed one.
+        UserError: the positions are not the fixed table, which the configuration requires.
     """
-    positions = sincos_positions(config.width, config.grid)
-    state = without_tables(state, {"decoder_pos_embed": torch.cat([torch.zeros(1, config.width), positions])[None]})
+    fixed = {"decoder_pos_embed": decoder_positions(config.width, config.grid)[None]}
     ours = {}
-    for key, value in state.items():
+    for key, value in without_tables(state, fixed if config.positions == "sincos" else {}).items():
         if key == "trainable_cls_token":
             ours["cls_token"] = value.flatten()
+        elif key == "decoder_pos_embed":
+            ours["positions"] = value.flatten(0, 1)
         elif match := re.fullmatch(r"decoder_layers\.(\d+)\.(.+)", key):
             ours[f"blocks.{match[1]}.{rename(match[2], _DECODER_BLOCK)}"] = value
         else:
@@ -119,7 +131,7 @@ def decoder_state(state: State, config: DecoderConfig) -> dict[str, Tensor]:
     return ours
 
 
-DECODERS = {  # RAE v1, decoder sizes
+DECODERS: dict[str, dict[str, Any]] = {  # RAE v1, decoder sizes
     "ViT-B": {"width": 768, "depth": 12, "heads": 12, "hidden": 3072},
     "ViT-L": {"width": 1024, "depth": 24, "heads": 16, "hidden": 4096},
     "ViT-XL": {"width": 1152, "depth": 28, "heads": 16, "hidden": 4096},
@@ -153,13 +165,14 @@ def decoder_sizes(state: State) -> dict[str, int]:
 
 def published_decoder_state(ours: State, config: DecoderConfig) -> dict[str, Tensor]:
     """Convert raekit's decoder state dict to the published one. This is the inverse of `decoder_state`."""
-    positions = sincos_positions(config.width, config.grid)
-    state = {"decoder_pos_embed": torch.cat([torch.zeros(1, config.width), positions])[None]}
+    state = {"decoder_pos_embed": ours.get("positions", decoder_positions(config.width, config.grid))[None]}
     names = {ours: theirs for theirs, ours in _DECODER.items()}
     block_names = {ours: theirs for theirs, ours in _DECODER_BLOCK.items()}
     for key, value in ours.items():
         if key == "cls_token":
             state["trainable_cls_token"] = value[None, None]
+        elif key == "positions":
+            continue  # written above, as the fixed table is
         elif match := re.fullmatch(r"blocks\.(\d+)\.attention\.qkv\.(weight|bias)", key):
             for part, rows in zip(("query", "key", "value"), value.chunk(3), strict=True):
                 state[f"decoder_layers.{match[1]}.attention.attention.{part}.{match[2]}"] = rows

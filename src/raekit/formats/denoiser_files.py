@@ -9,7 +9,7 @@ import torch
 
 from raekit.errors import UserError
 from raekit.flow.path import Prediction
-from raekit.formats.denoiser_keys import denoiser_config, denoiser_state, denoiser_v2_config
+from raekit.formats.denoiser_keys import denoiser_config, denoiser_state, denoiser_v2_config, with_its_positions
 from raekit.formats.denoiser_shapes import denoiser_arguments
 from raekit.formats.parts import DenoiserParts, about, guessed
 from raekit.formats.states import State, unwrap
@@ -29,7 +29,8 @@ def read_denoiser(
 
     Args:
         path: the file: a bare state dict, or a checkpoint with `ema` or `model`.
-        config: the denoiser's configuration. Default: derived from the names and shapes in the file.
+        config: the denoiser's configuration. Default: derived from the names and shapes in the file. Its positions
+            become "learned" if the file holds others than the fixed table.
         weights: the contents of the file, if the caller has read it already.
         prediction: overrides `prediction` in the configuration.
 
@@ -44,6 +45,7 @@ def read_denoiser(
         if prediction:
             config = replace(config, prediction=prediction)
         try:
+            config = with_its_positions(config, state)
             ours = denoiser_state(state, config)
         except UserError as error:
             raise UserError(f"{error}{guessed(state)}") from None

@@ -5,6 +5,7 @@ Sources: the papers and the published code of RAE v1 and v2.
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from raekit.config import configclass, from_dict
 from raekit.errors import UserError
 from raekit.flow.path import Prediction, shift_factor
-from raekit.formats.states import State, rename, without_tables
+from raekit.formats.states import State, is_table, rename, without_tables
 from raekit.models.denoiser_config import ContextConfig, DenoiserConfig, TransformerConfig
 from raekit.models.layers import rotary_table, sincos_positions
 
@@ -67,7 +68,7 @@ def denoiser_config(values: Mapping[str, Any]) -> DenoiserConfig:
         mlp_ratio=published.mlp_ratio,
         norm="rms" if published.use_rmsnorm else "layer",
         mlp="swiglu" if published.use_swiglu else "gelu",
-        positions=published.use_pos_embed,
+        positions="sincos" if published.use_pos_embed else "none",
         rotary=published.use_rope,
         qk_norm=published.use_qknorm,
         adaln_shift=not published.wo_shift,
@@ -110,7 +111,7 @@ def denoiser_v2_config(values: Mapping[str, Any], prediction: Prediction = "data
         **_sizes(published),
         mlp_ratio=published.mlp_ratio,
         qk_norm=True,
-        positions=False,
+        positions="none",
         context=ContextConfig(time_tokens=published.num_t_tokens, label_tokens=published.num_c_tokens),
         base_depth=published.base_model_depth,
         prediction=prediction,
@@ -144,6 +145,7 @@ def _sizes(published: PublishedDenoiser | PublishedDenoiserV2) -> dict[str, Any]
 
 
 _DENOISER = {
+    "pos_embed": "positions",
     "s_projector": "head_condition",
     "t_embedder.W": "time.frequencies",
     "t_embedder.mlp": "time.mlp",
@@ -180,6 +182,16 @@ _DENOISER_BLOCK = {
 _FUSED = {"attn.qkv": ("attn.q", "attn.k", "attn.v"), "mlp.w12": ("mlp.w1", "mlp.w2")}
 
 
+def with_its_positions(config: DenoiserConfig, state: State) -> DenoiserConfig:
+    """Return the configuration. Its positions become "learned" if the state dict holds others than the fixed table.
+
+    Raises:
+        UserError: the positions have another shape.
+    """
+    fixed = config.positions != "sincos" or is_table(state, "pos_embed", _position_table(config))
+    return config if fixed else replace(config, positions="learned")
+
+
 def denoiser_state(state: State, config: DenoiserConfig) -> dict[str, Tensor]:
     """Convert the state dict of a published DiT, DiT^DH or RAE v2 denoiser to raekit's.
 
@@ -195,6 +207,7 @@ def denoiser_state(state: State, config: DenoiserConfig) -> dict[str, Tensor]:
         match = re.fullmatch(r"blocks\.(\d+)\.(.+)", key)
         if not match:
             value = _patch_matrix(value) if key.endswith("_embedder.proj.weight") else value
+            value = value.flatten(0, 1) if key == "pos_embed" and value.ndim == 3 else value
             if key.endswith("_embedder.embedding_table.weight") and len(value) == config.num_classes:
                 value = torch.cat([value, torch.zeros_like(value[:1])])
             ours[rename(key, names)] = value
@@ -213,9 +226,7 @@ def denoiser_state(state: State, config: DenoiserConfig) -> dict[str, Tensor]:
 
 def _denoiser_tables(config: DenoiserConfig) -> dict[str, Tensor]:
     """Return the fixed position and rotary tables, with their published names and layout."""
-    tables = {}
-    if config.positions:
-        tables["pos_embed"] = sincos_positions(config.backbone.width, config.token_grid)[None]
+    tables = {"pos_embed": _position_table(config)} if config.positions == "sincos" else {}
     context = config.context.time_tokens + config.context.label_tokens if config.context else 0
     rope = "rope" if config.context else "feat_rope"
     parts = [(f"enc_{rope}", config.backbone, context), (f"dec_{rope}", config.head, 0)]
@@ -227,6 +238,10 @@ def _denoiser_tables(config: DenoiserConfig) -> dict[str, Tensor]:
         for suffix, values in zip(("cos", "sin"), table, strict=True):
             tables[f"{name}.freqs_{suffix}"] = values.repeat_interleave(2, dim=1)
     return tables
+
+
+def _position_table(config: DenoiserConfig) -> Tensor:
+    return sincos_positions(config.backbone.width, config.token_grid)[None]
 
 
 def _fused(state: State) -> dict[str, Tensor]:

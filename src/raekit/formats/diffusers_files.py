@@ -62,7 +62,9 @@ def read_diffusers(folder: Path, values: dict[str, Any]) -> AutoencoderParts:
         )
     read = {key: value.float() if is_real(value) else value for key, value in read_weights(source).items()}
     decoder, encoder, rest = from_diffusers(read)
-    ours = checked_decoder(decoder, built, f"{source}: does not fit config.json")
+    built, ours = checked_decoder(decoder, built, f"{source}: does not fit config.json")
+    if built.positions == "learned":
+        _log.warning("%s: read with its learned positions; diffusers ignores them and uses the fixed table", source)
     # The statistics may have several shapes. `statistics_from_diffusers` checks them.
     wanted = {key: rest.get(key, torch.empty(1)) for key in ("_latents_mean", "_latents_std")}
     wanted |= dict.fromkeys(("encoder_mean", "encoder_std"), torch.empty(1, 3, 1, 1))
@@ -141,6 +143,11 @@ def write_diffusers(parts: AutoencoderParts, folder: Path) -> None:
     if kind is None:
         raise UserError(
             f"{parts.config.encoder}: diffusers does not support this encoder, only {', '.join(DIFFUSERS_ENCODERS)}"
+        )
+    if decoder.positions == "learned":
+        raise UserError(
+            "diffusers: cannot hold the learned positions of this decoder, because its files contain no positions; "
+            "write v1 or raekit files instead"
         )
     if decoder.grid != encoder.grid or decoder.norm_eps != 1e-12:
         raise UserError("diffusers: supports only decoders with the encoder's token grid and norm_eps = 1e-12")

@@ -11,9 +11,10 @@ from raekit.errors import UserError
 
 State = Mapping[str, Tensor]
 
-# Correct tables differ by rounding: some versions compute them in float32, and some store them in bfloat16. A table
-# for another grid, frequency base or order of axes differs by about 1.
-TABLE_TOLERANCE = 5e-3
+# Fixed tables differ by rounding: some versions compute them in float32, and some store them in half precision.
+# Training changes a table by more after a few steps.
+TABLE_TOLERANCE = 1e-4
+HALF_TOLERANCES = {torch.bfloat16: 5e-3, torch.float16: 1e-3}
 
 
 def unwrap(checkpoint: Any) -> dict[str, Tensor]:
@@ -46,12 +47,29 @@ def without_tables(state: State, tables: State) -> dict[str, Tensor]:
         UserError: a table has another shape or other values.
     """
     for key in tables.keys() & state.keys():
-        given, table = state[key].float(), tables[key]
-        if given.shape != table.shape:
-            raise UserError(f"{key}: is {tuple(given.shape)}, expected {tuple(table.shape)} for the configured grid")
-        if not given.is_meta and not torch.allclose(given, table, rtol=0, atol=TABLE_TOLERANCE):
-            raise UserError(f"{key}: not the fixed sine-cosine table of RAE v1; learned positions are not supported")
+        if not is_table(state, key, tables[key]):
+            raise UserError(f"{key}: not the fixed table of RAE v1, which the configuration requires")
     return {key: value for key, value in state.items() if key not in tables}
+
+
+def is_table(state: State, key: str, table: Tensor) -> bool:
+    """Return whether the tensor `key` of a published state dict is absent, or equals a fixed table up to rounding.
+
+    Of a tensor on the meta device, only the shape is compared.
+
+    Raises:
+        UserError: the tensor has another shape.
+    """
+    if key not in state:
+        return True
+    given = state[key].float()
+    if given.shape != table.shape:
+        raise UserError(f"{key}: is {tuple(given.shape)}, expected {tuple(table.shape)} for the configured grid")
+    if given.is_meta:
+        return True
+    # The values themselves show the precision that the table was stored in, also after a conversion to float32.
+    stored = (atol for dtype, atol in HALF_TOLERANCES.items() if torch.equal(given, given.to(dtype).float()))
+    return torch.allclose(given, table, rtol=0, atol=next(stored, TABLE_TOLERANCE))
 
 
 def rename(key: str, names: Mapping[str, str]) -> str:

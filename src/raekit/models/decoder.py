@@ -1,6 +1,6 @@
 """The ViT decoder from encoder tokens to pixels (RAE v1)."""
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,10 @@ from torch import Tensor, nn
 
 from raekit.config import check_sizes, configclass
 from raekit.errors import UserError
-from raekit.models.layers import ViTBlock, sincos_positions, to_grid, to_tokens, unpatchify
+from raekit.models.layers import ViTBlock, decoder_positions, to_grid, to_tokens, unpatchify
+
+DecoderPositions = Literal["sincos", "learned"]
+"""Positions of a decoder: the fixed sine-cosine table, or a weight that starts from the table."""
 
 
 @configclass
@@ -24,6 +27,8 @@ class DecoderConfig:
         heads: attention heads.
         hidden: hidden width of the MLPs.
         norm_eps: epsilon of the norms.
+        positions: "sincos" is the fixed sine-cosine table, as in the code that trained the released models. "learned"
+            is a weight that starts from this table, as in the published code for GPUs.
     """
 
     token_dim: int
@@ -34,6 +39,7 @@ class DecoderConfig:
     heads: int = 12
     hidden: int = 3072
     norm_eps: float = 1e-12
+    positions: DecoderPositions = "sincos"
 
     def __post_init__(self) -> None:
         check_sizes("decoder", token_dim=self.token_dim, width=self.width, heads=self.heads, hidden=self.hidden)
@@ -42,6 +48,9 @@ class DecoderConfig:
         check_sizes("decoder", limit=1024, depth=self.depth)
         if self.width % self.heads or self.width % 4:
             raise UserError(f"decoder.width: {self.width} must be a multiple of 4 and of decoder.heads = {self.heads}")
+        if self.positions not in get_args(DecoderPositions):
+            kinds = ", ".join(get_args(DecoderPositions))
+            raise UserError(f"decoder.positions: {self.positions!r} is unknown; choose one of {kinds}")
 
 
 class Decoder(nn.Module):
@@ -54,7 +63,11 @@ class Decoder(nn.Module):
         self.config = config
         self.embed = nn.Linear(config.token_dim, config.width)
         self.cls_token = nn.Parameter(torch.zeros(config.width))
-        self.register_buffer("positions", sincos_positions(config.width, config.grid), persistent=False)
+        table = decoder_positions(config.width, config.grid)
+        if config.positions == "learned":
+            self.positions = nn.Parameter(table)
+        else:
+            self.register_buffer("positions", table, persistent=False)
         self.blocks = nn.ModuleList(
             ViTBlock(config.width, config.heads, config.hidden, config.norm_eps) for _ in range(config.depth)
         )
@@ -80,8 +93,7 @@ class Decoder(nn.Module):
         if latents.shape[2:] != self.config.grid:
             grid = (latents.shape[2], latents.shape[3])
             x = to_tokens(F.interpolate(to_grid(x, grid), self.config.grid, mode="bilinear", align_corners=False))
-        cls_token = self.cls_token.to(x.dtype).expand(len(x), 1, -1)  # its position embedding is zero
-        x = torch.cat([cls_token, x + self.positions.to(x.dtype)], dim=1)
+        x = torch.cat([self.cls_token.to(x.dtype).expand(len(x), 1, -1), x], dim=1) + self.positions.to(x.dtype)
         for block in self.blocks:
             x = block(x)
         x = self.norm(x[:, 1:])

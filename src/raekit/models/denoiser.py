@@ -70,8 +70,11 @@ class Denoiser(nn.Module):
         tokens = torch.zeros(context.label_tokens, width) if context and self.label else None
         self.label_tokens = None if tokens is None else nn.Parameter(tokens)
         self.blocks = _blocks(config, config.backbone, adaln=context is None)
-        table = sincos_positions(width, config.token_grid) if config.positions else None
-        self.register_buffer("positions", table, persistent=False)
+        table = None if config.positions == "none" else sincos_positions(width, config.token_grid)
+        if config.positions == "learned" and table is not None:
+            self.positions = nn.Parameter(table)
+        else:
+            self.register_buffer("positions", table, persistent=False)
         unplaced = sum(len(p) for p in (self.time_tokens, self.label_tokens) if p is not None)
         self._register_rotary("rotary", config.backbone, unplaced)
         if config.head:

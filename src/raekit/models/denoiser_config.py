@@ -1,7 +1,9 @@
 """The configuration of a denoiser: sizes and switches."""
 
 from dataclasses import replace
-from typing import Literal
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BeforeValidator
 
 from raekit.config import check_sizes, configclass
 from raekit.errors import UserError
@@ -9,6 +11,13 @@ from raekit.models.layers import (
     MLPKind,
     NormKind,
 )
+
+PositionKind = Literal["none", "sincos", "learned"]
+
+
+def _named(value: Any) -> Any:
+    """Return the name of a boolean: runs from before positions could be learned have a fixed table or none."""
+    return {True: "sincos", False: "none"}[value] if isinstance(value, bool) else value
 
 
 @configclass
@@ -75,7 +84,9 @@ class DenoiserSize:
         mlp_ratio: hidden width of the MLPs divided by the width; "swiglu" takes 2/3 of it.
         norm: "rms" has weights; "layer" is a LayerNorm without weights.
         mlp: "swiglu", or "gelu" for two layers around a tanh-GELU.
-        positions: whether the fixed position table is added to the backbone's tokens.
+        positions: the positions that are added to the backbone's tokens. "sincos" is the fixed sine-cosine table, as in
+            the code that trained the released models. "learned" is a weight that starts from this table, as in the
+            published code for GPUs.
         rotary: whether queries and keys are rotated by their position.
         qk_norm: whether queries and keys are normalised.
         adaln_shift: whether the blocks' modulation has shifts.
@@ -94,7 +105,7 @@ class DenoiserSize:
     mlp_ratio: float = 4.0
     norm: NormKind = "rms"
     mlp: MLPKind = "swiglu"
-    positions: bool = True
+    positions: Annotated[PositionKind, BeforeValidator(_named)] = "sincos"
     rotary: bool = True
     qk_norm: bool = False
     adaln_shift: bool = True
@@ -112,9 +123,12 @@ class DenoiserSize:
                 f"denoiser.base_depth: {self.base_depth} must be at most denoiser.backbone.depth = "
                 f"{self.backbone.depth}; 0 means no base output"
             )
-        if not self.positions and not self.rotary:
+        if self.positions not in get_args(PositionKind):
+            kinds = ", ".join(get_args(PositionKind))
+            raise UserError(f"denoiser.positions: {self.positions!r} is unknown; choose one of {kinds}")
+        if self.positions == "none" and not self.rotary:
             raise UserError(
-                "denoiser.rotary: off, as is denoiser.positions; switch one on, so that tokens have a position"
+                "denoiser.rotary: off, and denoiser.positions is none; switch one on, so that tokens have a position"
             )
 
 

@@ -53,6 +53,11 @@ def sincos_positions(width: int, grid: tuple[int, int]) -> Tensor:
     return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1).float()
 
 
+def decoder_positions(width: int, grid: tuple[int, int]) -> Tensor:
+    """Return a decoder's fixed position embedding (1 + H*W, width), with zeros for the class token in the first row."""
+    return F.pad(sincos_positions(width, grid), (0, 0, 1, 0))
+
+
 def rotary_table(head_dim: int, grid: tuple[int, int], unplaced: int = 0) -> Rotary:
     """Return the table of axial 2-D rotary position embedding (RAE v1).
 

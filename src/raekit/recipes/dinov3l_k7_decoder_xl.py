@@ -5,8 +5,8 @@ Command:        torchrun --nproc-per-node 8 -m raekit -- train dinov3l_k7_decode
 Cost:           16 epochs, 107 GFLOPs per image in the forward pass, plus the encoder and the losses
 Last verified:  never at this scale (no ImageNet, no GPUs); the parts agree with the reference cases.
 
-The training is the same as in dinov2b_decoder_xl, except that the decoder gives pixels. RAE v2 only says that its
-training follows v1.
+The training is the same as in dinov2b_decoder_xl, except that the decoder gives pixels and that its positions are
+learned, as in the code of RAE v2. RAE v2's paper only says that its training follows v1.
 """
 
 from dataclasses import replace
@@ -18,4 +18,5 @@ from raekit.stages.reconstruction import ReconstructionConfig
 
 def config() -> ReconstructionConfig:
     base = dinov2b_decoder_xl.config()
-    return replace(base, encoder="dinov3-l", layers=LAYERS["k7"], output="pixels")
+    decoder = replace(base.decoder, positions="learned")
+    return replace(base, encoder="dinov3-l", layers=LAYERS["k7"], output="pixels", decoder=decoder)

@@ -25,7 +25,7 @@ def config() -> GenerationConfig:
     denoiser = replace(
         base.denoiser,
         backbone=replace(base.denoiser.backbone, depth=base.denoiser.backbone.depth - 1),
-        positions=False,
+        positions="none",
         context=ContextConfig(time_tokens=1, label_tokens=2),
         base_depth=2,
     )

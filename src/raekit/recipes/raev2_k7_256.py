@@ -32,7 +32,7 @@ def config() -> GenerationConfig:
             base.denoiser,
             backbone=TransformerConfig(width=1440, depth=28, heads=20),
             qk_norm=True,
-            positions=False,
+            positions="none",
             context=ContextConfig(),
             base_depth=8,
             prediction="data",

@@ -3,6 +3,8 @@
 from dataclasses import replace
 from typing import Any
 
+from torch import Tensor
+
 from raekit.config import differences, to_dict
 from raekit.errors import UserError
 from raekit.models.autoencoder import Autoencoder, load_autoencoder
@@ -24,8 +26,9 @@ def initialise_decoder(decoder: Decoder, source: str) -> None:
     pretrained = load_autoencoder(source)
     if not isinstance(pretrained, Autoencoder):
         raise UserError(f"init_from: {source} has no decoder to train; name an autoencoder with a decoder")
-    _check_same(source, pretrained.decoder.config, decoder.config)
-    decoder.load_state_dict(pretrained.decoder.state_dict())
+    config, state = _with_positions(pretrained.decoder, decoder.config.positions)
+    _check_same(source, config, decoder.config)
+    decoder.load_state_dict(state)
 
 
 def initialise_denoiser(denoiser: Denoiser, source: str) -> None:
@@ -41,12 +44,20 @@ def initialise_denoiser(denoiser: Denoiser, source: str) -> None:
         UserError: If the two denoisers have different configs. The message lists the fields.
     """
     pretrained = Denoiser.load(source)
-    _check_same(source, _architecture(pretrained.config), _architecture(denoiser.config))
-    state = pretrained.state_dict()
+    config, state = _with_positions(pretrained, denoiser.config.positions)
+    _check_same(source, _architecture(config), _architecture(denoiser.config))
     if not _same_classes(pretrained.config, denoiser.config):
         fresh = {key: value for key, value in denoiser.state_dict().items() if key.startswith("label.")}
         state = {key: value for key, value in state.items() if not key.startswith("label.")} | fresh
     denoiser.load_state_dict(state)
+
+
+def _with_positions(pretrained: Any, wanted: str) -> tuple[Any, dict[str, Tensor]]:
+    """Return the config and the weights of a network. Learned positions, if wanted, start from a fixed table."""
+    config, state = pretrained.config, pretrained.state_dict()
+    if (wanted, config.positions) == ("learned", "sincos"):
+        return replace(config, positions="learned"), state | {"positions": pretrained.positions}
+    return config, state
 
 
 def _check_same(source: str, pretrained: Any, wanted: Any) -> None:

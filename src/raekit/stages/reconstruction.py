@@ -13,7 +13,7 @@ from raekit.errors import UserError
 from raekit.inference.shards import encoder_fingerprint
 from raekit.inference.statistics import measure_latents
 from raekit.models.autoencoder import Autoencoder, AutoencoderConfig, Output
-from raekit.models.decoder import DecoderConfig
+from raekit.models.decoder import DecoderConfig, DecoderPositions
 from raekit.models.encoders import load_encoder
 from raekit.models.layers import watch_logits
 from raekit.models.registry import LayersConfig, Size
@@ -44,6 +44,8 @@ class DecoderSize:
         heads: Number of attention heads.
         hidden: Hidden width of the MLPs.
         patch_size: Side in pixels of the patch that the decoder predicts from each token.
+        positions: Positions of the tokens. sincos: the fixed sine-cosine table. learned: a weight that starts from the
+            table, as in the published code for GPUs.
     """
 
     width: int
@@ -51,6 +53,7 @@ class DecoderSize:
     heads: int
     hidden: int
     patch_size: int
+    positions: DecoderPositions = "sincos"
 
 
 @configclass
@@ -114,6 +117,7 @@ def build(config: ReconstructionConfig, run: Path, world: World) -> Stage:
                 depth=size.depth,
                 heads=size.heads,
                 hidden=size.hidden,
+                positions=size.positions,
             ),
         ),
         encoder,
