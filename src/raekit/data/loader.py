@@ -1,30 +1,29 @@
 """Load batches of images, in an order that depends only on the seed and the number of images seen."""
 
 import logging
-import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from itertools import count
-from typing import Literal, Self, TypeVar
+from typing import Literal, Self
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from raekit.config import Operation, Place, configclass
 from raekit.data.images import UnreadableImage
 from raekit.data.sources import open_source
 from raekit.data.sources.base import Source, Split
 from raekit.data.transforms import center_crop, flip, random_crop
+from raekit.data.workers import load_parts
 from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.randomness import numpy_generator
 
 _log = logging.getLogger(__name__)
-_T = TypeVar("_T")
 
 
 @configclass
@@ -187,20 +186,6 @@ class Loader:
             )
 
 
-def load_parts(reader: Dataset[_T], parts: Iterable[range], workers: int, world: World) -> Iterator[_T]:
-    """Yield `reader[part]` for each of `parts`. `workers` processes read ahead; with 0, this process reads."""
-    loaded = DataLoader(
-        reader,
-        batch_size=None,  # each part is a complete batch
-        sampler=parts,
-        num_workers=workers,
-        pin_memory=world.device.type == "cuda",
-        worker_init_fn=_ignore_signals,
-        generator=torch.Generator(),  # without it, the loader draws from the global generator
-    )
-    yield from loaded
-
-
 def stream_shares(start: int, batch_size: int, world: World) -> Iterator[range]:
     """Yield the positions of this rank's share of each training batch, without end."""
     share = _share(batch_size, world)
@@ -222,12 +207,6 @@ def _share(batch_size: int, world: World) -> int:
     if batch_size < 1 or batch_size % world.size:
         raise UserError(f"batch size {batch_size} must be a positive multiple of {world.size}, the number of processes")
     return batch_size // world.size
-
-
-def _ignore_signals(_: int) -> None:
-    """Ignore signals in a worker. The main process ends its workers, and may need another batch before it stops."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
 
 
 _Read = tuple[Tensor, Tensor, Tensor, dict[str, str]]

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from raekit.data.loader import DataConfig, Rows, augmentation, item_at, load_parts, stream_shares
+from raekit.data.loader import DataConfig, Rows, augmentation, item_at, stream_shares
 from raekit.data.sources import absolute
+from raekit.data.workers import load_parts
 from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.inference.cache import DTYPES, CacheInfo, check_crop, checksum, map_shard, settings_of, unpack

@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from raekit.config import OnPurpose, Steps, configclass
 from raekit.errors import UserError
+from raekit.train.muon import muon_step
 
 
 @configclass
@@ -85,38 +86,37 @@ def adamw(config: OptimConfig, parameters: Iterable[nn.Parameter]) -> optim.Adam
 
 
 class MuonAdamW(optim.Optimizer):
-    """torch's Muon for `matrices` and torch's AdamW for `others`, as one optimizer with two parameter groups.
+    """`Muon` for `matrices` and torch's AdamW for `others`, as one optimizer with two parameter groups.
 
-    A step changes nothing if the tensor `found_inf` is not zero. The fused AdamW checks `found_inf` on the device.
-    Muon has no such check, so that the host reads `found_inf` and waits for the gradients.
+    A step changes nothing if the tensor `found_inf` is not zero. Both check `found_inf` on the device.
     """
 
     found_inf: Tensor | None = None
 
     def __init__(self, config: OptimConfig, matrices: Sequence[nn.Parameter], others: Sequence[nn.Parameter]) -> None:
-        self.muon = optim.Muon(
-            matrices,
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            momentum=config.momentum,
-            adjust_lr_fn="match_rms_adamw",
-        )
         self.adamw = adamw(config, others)
-        super().__init__([*self.muon.param_groups, *self.adamw.param_groups], {})
+        muon = {
+            "params": list(matrices),
+            "lr": config.lr,
+            "weight_decay": config.weight_decay,
+            "momentum": config.momentum,
+        }
+        super().__init__([muon, *self.adamw.param_groups], {})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        found = self.found_inf.full_tensor() if isinstance(self.found_inf, DTensor) else self.found_inf
-        # Loading a checkpoint replaces groups and state, so both optimizers get the present ones before each step.
-        for part, group in zip((self.muon, self.adamw), self.param_groups, strict=True):
-            part.param_groups, part.state = [group], self.state
-        for matrix in self.param_groups[0]["params"]:
-            if matrix.grad is not None and "momentum_buffer" not in self.state[matrix]:
-                self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix.grad)
+        # Loading a checkpoint replaces groups and state, so AdamW gets the present ones before each step.
+        muon, adamw = self.param_groups
+        self.adamw.param_groups, self.adamw.state = [adamw], self.state
         self.adamw.found_inf = self.found_inf  # type: ignore[attr-defined]
         self.adamw.step()
-        if not found:
-            self.muon.step()
+        found = self.found_inf.to_local() if isinstance(self.found_inf, DTensor) else self.found_inf
+        matrices = [p for p in muon["params"] if p.grad is not None]
+        for matrix in matrices:
+            if "momentum_buffer" not in self.state[matrix]:
+                self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix.grad)
+        momenta = [self.state[p]["momentum_buffer"] for p in matrices]
+        muon_step(matrices, momenta, muon["lr"], muon["weight_decay"], muon["momentum"], found)
 
 
 def build_optimizer(config: OptimConfig, module: nn.Module, convolutions: Iterable[nn.Module] = ()) -> optim.Optimizer:
