@@ -408,3 +408,11 @@ def test_a_stamp_includes_linked_folders(tmp_path):
     before = stamp(f"flat:{tmp_path / 'images'}")
     Image.new("RGB", (5, 5)).save(tmp_path / "elsewhere" / "a.png")
     assert stamp(f"flat:{tmp_path / 'images'}") != before
+
+
+def test_a_folder_without_a_scheme_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "plants").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for place in ("plants", str(tmp_path / "plants")):
+        with pytest.raises(UserError, match=f"for this folder, folder:{place} .*or flat:{place}"):
+            open_source(place, "all")

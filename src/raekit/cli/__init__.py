@@ -1,6 +1,5 @@
 """The command line. Only this package parses arguments, prints and exits."""
 
-import logging
 import sys
 from collections.abc import Callable
 
@@ -42,7 +41,6 @@ def main() -> None:
     The exit code is 0 after success, 2 for a wrong command line, 1 for any other error, and 130 after Ctrl-C.
     """
     console.prepare()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it warns at every retry
     try:
         _run(sys.argv[1:])
         sys.stdout.flush()
