@@ -77,7 +77,7 @@ def test_a_damaged_artifact_is_an_error_and_not_left_out(copy, tmp_path):
 
 
 def test_an_artifact_of_another_kind_is_not_loaded(tiny_model):
-    with pytest.raises(UserError, match="holds no denoiser"):
+    with pytest.raises(UserError, match=r"holds no denoiser"):
         Denoiser.load(str(tiny_model / "encoder"))
 
 
@@ -213,3 +213,16 @@ def test_a_full_disk_leaves_the_artifact_that_was_there(tiny_model, full_disk):
     after = weights(Denoiser.load(str(full_disk)))
     assert all(torch.equal(after[key], value) for key, value in before.items())
     assert sorted(path.name for path in full_disk.iterdir()) == ["denoiser", "filler"]
+
+
+def test_a_model_without_the_wanted_part_says_what_it_holds(tiny_model: Path, tmp_path: Path):
+    for kind in ("autoencoder", "encoder"):  # as in a run of stage 1
+        shutil.copytree(tiny_model / kind, tmp_path / "run" / "artifact" / kind)
+    with pytest.raises(
+        artifacts.MissingArtifact,
+        match=r"holds no denoiser .*; it holds an encoder and an autoencoder: give a model or a run of stage 2",
+    ):
+        artifacts.find(str(tmp_path / "run"), "denoiser")
+    shutil.copytree(tiny_model / "denoiser", tmp_path / "other" / "denoiser")
+    with pytest.raises(artifacts.MissingArtifact, match=r"holds no autoencoder .*; it holds a denoiser: give a"):
+        artifacts.find(str(tmp_path / "other"), "autoencoder")

@@ -1,11 +1,13 @@
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from raekit import hub
 from raekit.errors import UserError
 from raekit.hub import find_file, find_folder
 from raekit.weights import check_fit, fingerprint, load_strict, read_weights
@@ -197,3 +199,73 @@ def test_a_file_of_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (folder / "refs").mkdir()
     (folder / "refs" / "main").write_text("0" * 40)
     assert find_file("nobody/nothing", "part/a.pth").read_text() == "here"
+
+
+class Repositories:
+    """A stand-in for the Hub's client: serves folders, and records the arguments of each call."""
+
+    def __init__(self, root: Path, fails: bool = False) -> None:
+        self.root, self.fails, self.asked = root, fails, []
+
+    def __call__(self, name: str, *, local_files_only: bool, **options: Any) -> str:
+        self.asked.append({"local": local_files_only, **options})
+        if self.fails and not local_files_only:
+            raise ImportError("Using SOCKS proxy, but the 'socksio' package is not installed.\nMore")
+        if not (self.root / name).is_dir():
+            raise FileNotFoundError(name)
+        return str(self.root / name)
+
+
+@pytest.fixture
+def repositories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Repositories:
+    found = Repositories(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", found)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", found)
+    monkeypatch.setattr("raekit.hub._has_network", lambda: True)
+    return found
+
+
+def test_only_the_files_of_a_model_are_downloaded(repositories: Repositories):
+    folder = repositories.root / "me" / "model"
+    (folder / "denoiser").mkdir(parents=True)
+    (folder / "denoiser" / "config.json").write_text('{"kind": "denoiser"}')
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    assert find_folder("me/model@v2") == folder
+    assert {call["revision"] for call in repositories.asked} == {"v2"}
+    configs, weights = (call["allow_patterns"] for call in repositories.asked)
+    assert all(Path(pattern).name in ("config.json", "config.yaml") for pattern in configs)
+    assert "denoiser/model.safetensors" in weights
+    assert all(pattern.startswith("denoiser/") for pattern in weights)  # the model at the top is of another kind
+
+
+def test_a_repository_without_a_model_downloads_only_its_config(repositories: Repositories):
+    (repositories.root / "me" / "other").mkdir(parents=True)
+    (repositories.root / "me" / "other" / "config.json").write_text('{"model_type": "llama"}')
+    find_folder("me/other")
+    assert len(repositories.asked) == 1
+
+
+def test_the_cache_is_used_where_the_client_fails(repositories: Repositories):
+    repositories.fails = True
+    with pytest.raises(UserError, match=r"me/model: .* \(ImportError Using SOCKS proxy, .* not installed\.\); run"):
+        find_folder("me/model")
+    (repositories.root / "me" / "model").mkdir(parents=True)
+    assert find_folder("me/model") == repositories.root / "me" / "model"
+    assert find_file("me/model", "a.pth") == repositories.root / "me" / "model"
+
+
+def test_without_a_network_the_client_is_not_asked(repositories: Repositories, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("raekit.hub._has_network", lambda: False)
+    with pytest.raises(UserError, match=r"no such local folder, and the Hub did not deliver it \(no network\); run"):
+        find_folder("me/model")
+    assert all(call["local"] for call in repositories.asked)
+
+
+@pytest.mark.parametrize("endpoint", ["https://no.such.host.invalid", "http://", "https://" + "a" * 70 + ".x"])
+def test_a_host_without_an_address(endpoint: str, monkeypatch: pytest.MonkeyPatch):
+    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+    hub._has_network.cache_clear()
+    assert not hub._has_network()
+    hub._has_network.cache_clear()

@@ -22,6 +22,13 @@ from raekit.hub import find_folder
 from raekit.weights import check_statistics, read_weights
 
 STATISTICS = "statistics.safetensors"
+ARTICLES = {"encoder": "an", "autoencoder": "an", "denoiser": "a"}
+REMEDIES = {
+    "encoder": "give the name of an encoder",
+    "autoencoder": "give a model or a run of stage 1",
+    "denoiser": "give a model or a run of stage 2, which generates images",
+}
+"""What to do where a model lacks an artifact, by its kind."""
 
 
 class MissingArtifact(UserError):
@@ -57,11 +64,19 @@ def find(name: str, kind: str, ema: float | None = None) -> Artifact:
         UserError: there is no such model, or its config is damaged.
     """
     folder = find_folder(name, kind)
-    for path in (folder / "artifact" / kind, folder / kind, folder):
-        if found := _read(path, kind):
-            return found if ema is None else _average(name, found, kind, ema)
-    hint = "; this run has not saved one yet" if (folder / "checkpoints").is_dir() else ""
+    if known := _places(folder, kind):
+        return known[0] if ema is None else _average(name, known[0], kind, ema)
+    others = [other for other in ARTICLES if _places(folder, other)]
+    if others:
+        hint = f"; it holds {' and '.join(f'{ARTICLES[other]} {other}' for other in others)}: {REMEDIES[kind]}"
+    else:
+        hint = "; this run has not saved one yet" if (folder / "checkpoints").is_dir() else ""
     raise MissingArtifact(f"{name}: holds no {kind} (looked for {kind}/config.json of kind {kind!r} in {folder}){hint}")
+
+
+def _places(folder: Path, kind: str) -> list[Artifact]:
+    """Return the artifacts of a kind in a model folder, the preferred one first."""
+    return [found for path in (folder / "artifact" / kind, folder / kind, folder) if (found := _read(path, kind))]
 
 
 def averages(path: Path, kind: str) -> dict[float, Artifact]:
@@ -77,6 +92,7 @@ def _average(name: str, found: Artifact, kind: str, ema: float) -> Artifact:
             f"its averages have decay {', '.join(map(str, known))}" if known else f"{found.path} does not name a decay"
         )
         raise UserError(f"{name}: has no average of decay {ema}; {there}")
+    find_folder(name, known[ema].path.name)  # downloads its weights
     return known[ema]
 
 

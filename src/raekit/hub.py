@@ -1,8 +1,13 @@
 """Find models and files by name: built in, in a local folder, published, or on the Hub."""
 
-from collections.abc import Callable, Collection
+import json
+import socket
+import urllib.request
+from collections.abc import Callable, Collection, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 from raekit.errors import UserError
 
@@ -26,18 +31,15 @@ published: Callable[[], Published] | None = None
 
 
 def find_folder(name: str, kind: str | None = None) -> Path:
-    """Return the folder of a model.
+    """Return the folder of a model. From the Hub, only the files that raekit reads are downloaded.
 
     Args:
-        name: `builtin:NAME`, a published name, a local folder, or OWNER/NAME on the Hub.
-        kind: the artifact that is wanted. A published model may keep its artifacts in several folders.
+        name: `builtin:NAME`, a published name, a local folder, or OWNER/NAME or OWNER/NAME@REVISION on the Hub.
+        kind: the artifact that is wanted, by default all. A published model may keep its artifacts in several folders.
 
     Raises:
         UserError: there is no such model, or the Hub did not deliver it.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
     if name.startswith("builtin:"):
         folder = ASSETS / name.removeprefix("builtin:")
         if not folder.is_dir():
@@ -54,20 +56,44 @@ def find_folder(name: str, kind: str | None = None) -> Path:
         raise UserError(
             f"{name}: no such folder (a model is a local folder, builtin:NAME, OWNER/NAME on the Hub{known})"
         )
+    places = _places(kind)
+    averages = [f"{place[:-1]}-ema-*/" for place in places if place]
+    folder = download(name, [f"{place}config.{form}" for place in (*places, *averages) for form in ("json", "yaml")])
+    # The configs say which weights are needed: a repository may hold large files of other models.
+    wanted = [place for place in places if _is_model(folder / place)]
+    return download(name, [f"{place}{file}" for place in wanted for file in _MODEL_FILES]) if wanted else folder
+
+
+_MODEL_FILES = (
+    "config.*",
+    "model.safetensors",
+    "statistics.safetensors",
+    "diffusion_pytorch_model.safetensors",
+    "model.pt",
+    "stat.pt",
+)
+"""Names of the files that raekit reads in a model's folders: those of raekit, diffusers and RAE v1."""
+
+
+def _places(kind: str | None) -> list[str]:
+    """Return the folders of a repository that may hold the artifact `kind`, and for an autoencoder its encoder."""
+    kinds = {"autoencoder": ["autoencoder", "encoder"], None: ["autoencoder", "encoder", "denoiser"]}.get(kind, [kind])
+    return ["", *(f"{base}{each}/" for base in ("", "artifact/") for each in kinds)]
+
+
+def _is_model(folder: Path) -> bool:
+    """Return whether a folder holds the config of a model that raekit reads."""
     try:
-        return Path(snapshot_download(name))
-    except HFValidationError as error:
-        raise UserError(f"{name}: neither a local folder nor a repository name ({error})") from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(
-            f"{name}: no such local folder, and the Hub did not deliver it ({type(error).__name__}); "
-            f"run `hf download {name}` where there is a network"
-        ) from None
+        values = json.loads((folder / "config.json").read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        values = None
+    named = isinstance(values, dict) and bool(values.keys() & {"kind", "_class_name", "decoder_hidden_size"})
+    return named or (folder / "config.yaml").is_file()
 
 
 def is_repository(name: str) -> bool:
-    """Return whether `name` has the form OWNER/NAME of a repository on the Hub."""
-    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    """Return whether `name` has the form OWNER/NAME or OWNER/NAME@REVISION of a repository on the Hub."""
+    return name.partition("@")[0].count("/") == 1 and not name.startswith((".", "/", "~"))
 
 
 def how_to_fetch(where: str, what: str) -> str:
@@ -83,27 +109,79 @@ def how_to_fetch(where: str, what: str) -> str:
     if where and Path(where).is_dir():
         return f"download it again: `hf download ID --local-dir {where}`, where ID is its repository on the Hub"
     if is_repository(where):
-        return f"run `hf download {where}` where there is a network"
+        return f"run {command(where)} where there is a network"
     raise UserError(f"{what}: {where!r} is neither a folder nor OWNER/NAME on the Hub")
 
 
-def find_file(repository: str, name: str) -> Path:
+def command(repository: str, *files: str) -> str:
+    """Return the command that downloads a repository or some of its files."""
+    name, _, revision = repository.partition("@")
+    return f"`{' '.join(['hf download', name, *files, *(['--revision', revision] if revision else [])])}`"
+
+
+def find_file(repository: str, name: str, remedy: str = "") -> Path:
     """Return the path of a file on the Hub. Download the file if it is not in the cache.
 
     Args:
-        repository: OWNER/NAME on the Hub.
+        repository: OWNER/NAME or OWNER/NAME@REVISION on the Hub.
         name: the path of the file in the repository.
+        remedy: the commands that the error message advises to run. Default: the command that downloads the file.
 
     Raises:
         UserError: the file is not in the cache, and the Hub did not deliver it.
     """
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    fault = f"{repository}: the Hub did not deliver {name}"
+    return _from_hub(hf_hub_download, repository, fault, remedy or command(repository, name), filename=name)
+
+
+def download(repository: str, patterns: Sequence[str]) -> Path:
+    """Return a local folder with the files of a repository that match `patterns`, from the Hub or its cache.
+
+    Args:
+        repository: OWNER/NAME or OWNER/NAME@REVISION on the Hub.
+        patterns: paths of files in the repository, with wildcards.
+
+    Raises:
+        UserError: the repository is not in the cache, and the Hub did not deliver it.
+    """
+    from huggingface_hub import snapshot_download
+
+    fault = f"{repository}: no such local folder, and the Hub did not deliver it"
+    return _from_hub(snapshot_download, repository, fault, command(repository), allow_patterns=list(patterns))
+
+
+def _from_hub(get: Callable[..., str], repository: str, fault: str, remedy: str, **options: Any) -> Path:
+    """Call a download function. If the Hub cannot be reached, return what the cache holds."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import logging
+
+    logging.set_verbosity_error()  # the client warns at every retry
+    name, _, revision = repository.partition("@")
+    options |= {"revision": revision} if revision else {}
+    offline = not _has_network()
     try:
-        return Path(hf_hub_download(repository, name))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(
-            f"{repository}: the Hub did not deliver {name} ({type(error).__name__}); "
-            f"run `hf download {repository} {name}` where there is a network"
-        ) from None
+        return Path(get(name, local_files_only=offline, **options))
+    except HFValidationError as error:
+        raise UserError(f"{repository}: neither a local folder nor a repository name ({error})") from None
+    except Exception as error:  # networks, proxies and endpoints fail in many ways
+        reason = "no network" if offline else " ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+        try:
+            return Path(get(name, local_files_only=True, **options))
+        except Exception:
+            raise UserError(f"{fault} ({reason}); run {remedy} where there is a network") from None
+
+
+@cache
+def _has_network() -> bool:
+    """Return whether the name of the Hub's host can be resolved. If it cannot, the client retries for half a minute."""
+    from huggingface_hub import constants
+
+    if urllib.request.getproxies():  # the proxy resolves names
+        return True
+    try:
+        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, None)
+    except (OSError, ValueError):
+        return False
+    return True

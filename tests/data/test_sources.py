@@ -418,3 +418,11 @@ def test_every_emoji_has_its_name():
     assert captions["symbols/fluent3d-0023-fe0f-20e3.webp"] == "keycap #"
     assert all(captions.values())
     assert len({*captions.values()}) == len({code_points(file) for file in source.files})
+
+
+def test_a_folder_without_a_scheme_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "plants").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for place in ("plants", str(tmp_path / "plants")):
+        with pytest.raises(UserError, match=f"for this folder, folder:{place} .*or flat:{place}"):
+            open_source(place, "all")

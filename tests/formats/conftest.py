@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from raekit.formats import decoder_files as autoencoders
 from raekit.formats import guesses as guesses
@@ -65,16 +66,16 @@ class Hub:
         self.asked: list[str] = []
         self.down = False
 
-    def __call__(self, repository: str, file: str) -> str:
-        self.asked.append(f"{repository}/{file}")
+    def __call__(self, repository: str, filename: str, **options: object) -> str:
+        self.asked.append(f"{repository}/{filename}")
         if self.down:
-            raise releases.LocalEntryNotFoundError("no network")
-        return str(self.root / repository / file)
+            raise LocalEntryNotFoundError("no network")
+        return str(self.root / repository / filename)
 
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     hub = Hub(tmp_path / "hub")
-    monkeypatch.setattr(releases, "hf_hub_download", hub)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", hub)
     monkeypatch.setenv("RAEKIT_CACHE", str(tmp_path / "cache"))
     return hub

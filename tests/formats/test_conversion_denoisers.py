@@ -251,7 +251,7 @@ def small_releases(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("small_releases")
 @pytest.mark.parametrize("name", ["dit-dh-xl-512", "raev2-k7-256"])
-def test_name_of_a_denoiser_gives_the_complete_model(name, hub, tmp_path):
+def test_name_of_a_denoiser_gives_the_complete_model(name, hub, tmp_path, monkeypatch):
     release = DENOISERS[name]
     publish(hub, name)
     publish(hub, release.autoencoder)
@@ -261,6 +261,7 @@ def test_name_of_a_denoiser_gives_the_complete_model(name, hub, tmp_path):
     assert (tmp_path / "cache" / name / "denoiser" / "config.json").is_file()
     assert not (tmp_path / "cache" / name / "autoencoder").exists()  # cached once for all its denoisers
     hub.down = True
+    monkeypatch.setattr(releases, "WeakFileLock", None)  # a complete cache need not be writable
     asked = len(hub.asked)
     assert torch.equal(load(name).denoiser(X, T, Y), model.denoiser(X, T, Y))
     assert len(hub.asked) == asked
@@ -282,7 +283,7 @@ def test_file_that_is_not_the_release_is_described(hub):
     with pytest.raises(UserError, match=r"stage2_model.pt: pos_embed: is .*; this looks like a DiT \(2 x 64\)"):
         load_denoiser()
     hub.down = True
-    with pytest.raises(UserError, match="dit-dh-xl-256: the Hub did not deliver ") as info:
+    with pytest.raises(UserError, match=r"dit-dh-xl-256: .*: the Hub did not deliver ") as info:
         load_denoiser()
     needed = [DENOISERS["dit-dh-xl-256"].files, RELEASES["rae-dinov2-b"].files, [REGISTRY["dinov2-b"].hub_id]]
     assert all(f" {' '.join(files)}`" in str(info.value) for files in needed)

@@ -146,3 +146,16 @@ def test_no_pickle_is_read(vae: Path, tmp_path: Path):
     assert not ran.exists()
     pickle.loads((tmp_path / "diffusion_pytorch_model.bin").read_bytes())
     assert ran.exists()
+
+
+@pytest.mark.parametrize("name", ["pixels@65536", "pixels@" + "9" * 5000, "pixels@4097", "pixels@0"])
+def test_baselines_of_impossible_sizes_are_rejected(name: str):
+    with pytest.raises(UserError, match=r"autoencoder\.image_size: \d+ must be from 1 to 4,096"):
+        load_autoencoder(name)
+
+
+@pytest.mark.parametrize("name", ["foo", "", "pixel", "vea:x"])
+def test_an_unknown_baseline_is_rejected(name: str, tmp_path: Path):
+    (tmp_path / "config.json").write_text(f'{{"kind": "autoencoder", "baseline": "{name}"}}')
+    with pytest.raises(UserError, match=f"autoencoder.baseline: '{name}' is unknown; use pixels or vae:WHERE"):
+        load_autoencoder(str(tmp_path))

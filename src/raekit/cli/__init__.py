@@ -1,6 +1,5 @@
 """The command line. Only this package parses arguments, prints and exits."""
 
-import logging
 import sys
 from collections.abc import Callable
 
@@ -44,7 +43,6 @@ def main() -> None:
     same command resumes, 130 after Ctrl-C in another command, and 1 for any other error.
     """
     console.prepare()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it warns at every retry
     try:
         _run(sys.argv[1:])
         sys.stdout.flush()

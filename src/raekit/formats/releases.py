@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub import constants
 from huggingface_hub.utils import WeakFileLock
 
 from raekit.config import to_dict
@@ -16,6 +15,7 @@ from raekit.formats.denoiser_files import read_denoiser
 from raekit.formats.denoiser_keys import denoiser_config, denoiser_v2_config
 from raekit.formats.native import write_model
 from raekit.formats.parts import Parts
+from raekit.hub import command, find_file
 from raekit.models.denoiser_config import SIZES, DenoiserConfig, wide_head
 from raekit.models.registry import LAYERS, REGISTRY
 
@@ -155,12 +155,17 @@ def cached(name: str, kind: str | None = None) -> Path:
     if isinstance(release, DenoiserRelease) and kind == "autoencoder":
         return cached(release.autoencoder)
     folder = cache_folder() / name
+    made = folder / ("denoiser" if isinstance(release, DenoiserRelease) else "autoencoder")
+    if made.is_dir():  # also in a cache that cannot be written
+        return folder
+    lock = folder.with_name(f"{name}.lock")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        lock.touch()
     except OSError as error:
         raise UserError(f"{folder.parent}: {error.strerror}; set RAEKIT_CACHE to a writable folder") from None
-    with WeakFileLock(folder.with_name(f"{name}.lock")):  # only one of several processes converts
-        if not (folder / ("denoiser" if isinstance(release, DenoiserRelease) else "autoencoder")).is_dir():
+    with WeakFileLock(lock):  # only one of several processes converts
+        if not made.is_dir():
             paths = [_download(name, release, file) for file in release.files]
             if isinstance(release, DenoiserRelease):
                 parts = Parts(denoiser=read_denoiser(paths[0], release.config))
@@ -172,20 +177,17 @@ def cached(name: str, kind: str | None = None) -> Path:
 
 def _download(name: str, release: Release | DenoiserRelease, file: str) -> Path:
     try:
-        return Path(hf_hub_download(release.repository, file))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(
-            f"{name}: the Hub did not deliver {file} of {release.repository} ({type(error).__name__}); run "
-            f"{', '.join(_commands(release))} on a machine with network access"
-        ) from None
+        return find_file(release.repository, file, ", ".join(_commands(release)))
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
 
 
 def _commands(release: Release | DenoiserRelease) -> list[str]:
     """Return the commands that download a release with its encoder, and for a denoiser also its autoencoder."""
-    own = f"`hf download {release.repository} {' '.join(release.files)}`"
+    own = command(release.repository, *release.files)
     if isinstance(release, DenoiserRelease):
         return [own, *_commands(RELEASES[release.autoencoder])]
-    return [own, f"`hf download {REGISTRY[release.fields['encoder']].hub_id}`"]
+    return [own, command(REGISTRY[release.fields["encoder"]].hub_id)]
 
 
 NAMES = (*RELEASES, *DENOISERS)

@@ -10,9 +10,12 @@ from raekit import artifacts
 from raekit.config import check_sizes, configclass
 from raekit.distributed import World
 from raekit.errors import UserError
-from raekit.hub import how_to_fetch
+from raekit.hub import download, how_to_fetch
 from raekit.models.checks import check_images
 from raekit.models.latent_space import LatentSpace
+
+MAX_SIDE = 4096
+"""The largest image of a baseline in pixels. Statistics of pixels take 24 bytes for each pixel."""
 
 
 @configclass
@@ -29,9 +32,12 @@ class BaselineConfig:
     image_size: int = 256
 
     def __post_init__(self) -> None:
-        if self.baseline != "pixels" and not self.baseline.removeprefix("vae:"):
+        kind, _, where = self.baseline.partition(":")
+        if self.baseline != "pixels" and kind != "vae":
+            raise UserError(f"autoencoder.baseline: {self.baseline!r} is unknown; use pixels or vae:WHERE")
+        if kind == "vae" and not where:
             raise UserError("autoencoder vae: no weights are named; write for example vae:stabilityai/sd-vae-ft-ema")
-        check_sizes("autoencoder", image_size=self.image_size)
+        check_sizes("autoencoder", limit=MAX_SIDE, image_size=self.image_size)
 
     @classmethod
     def named(cls, name: str) -> Self | None:
@@ -41,7 +47,8 @@ class BaselineConfig:
             place, size = name, "256"
         if place != "pixels" and not place.startswith("vae:"):
             return None
-        return cls(baseline=place, image_size=int(size))
+        # Python converts at most 4,300 digits.
+        return cls(baseline=place, image_size=int(size) if len(size) < 10 else 10**9)
 
 
 class Baseline(LatentSpace):
@@ -127,8 +134,13 @@ def _read_vae(where: str) -> Any:
     except ImportError:
         raise UserError(f"vae:{where}: diffusers is not installed; pip install 'raekit[vae]'") from None
     advice = how_to_fetch(where, f"vae:{where}")
+    folder = (
+        where if Path(where).is_dir() else download(where, ["config.json", "diffusion_pytorch_model*.safetensors*"])
+    )
     try:
-        loaded: Any = AutoencoderKL.from_pretrained(where, use_safetensors=True, output_loading_info=True)
+        loaded: Any = AutoencoderKL.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
     except Exception as error:  # diffusers raises many types for missing, truncated or foreign files
         reason = f"{type(error).__name__}: {str(error).strip().split(chr(10), 1)[0][:200]}"
         raise UserError(f"vae:{where}: could not be loaded ({reason}); {advice}") from error

@@ -1,15 +1,15 @@
 """Frozen, pretrained encoders, loaded by name and run block by block (RAE v1 and v2)."""
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from torch import Tensor, nn
 
@@ -17,7 +17,7 @@ from raekit import artifacts
 from raekit.config import from_dict, read_json
 from raekit.distributed import World
 from raekit.errors import UserError
-from raekit.hub import find_folder, how_to_fetch
+from raekit.hub import download, find_folder, how_to_fetch
 from raekit.models.checks import check_images
 from raekit.models.registry import (
     FAMILIES,
@@ -183,10 +183,10 @@ def load_encoder(
     """
     family, _, where = name.partition(":")
     if spec := REGISTRY.get(name):
-        model = _read_transformers(name, spec.family, spec.hub_id, dtype)
+        model, _ = _read_transformers(name, spec.family, spec.hub_id, dtype)
     elif family in FAMILIES:
-        model = _read_transformers(name, family, where, dtype)
-        spec = _spec(name, family, where, model.config)
+        model, folder = _read_transformers(name, family, where, dtype)
+        spec = _spec(name, family, where, folder, model.config)
     else:
         try:
             find_folder(name)
@@ -224,15 +224,21 @@ def _quiet() -> Iterator[None]:
 
 
 @_quiet()  # the faults that it would print are checked below
-def _read_transformers(name: str, family: str, where: str, dtype: torch.dtype) -> Any:
-    """Return the `transformers` model in the folder or Hub repository `where`; UserError if it is incomplete."""
+def _read_transformers(name: str, family: str, where: str, dtype: torch.dtype) -> tuple[Any, Path]:
+    """Return the `transformers` model in the folder or Hub repository `where`, and its local folder.
+
+    Raises:
+        UserError: the model is missing, incomplete or of another type.
+    """
     import transformers  # slow to import, and not needed for encoders that raekit pretrained
 
     kind = FAMILIES[family]
     model_class = getattr(transformers, kind.model_class)
     advice = how_to_fetch(where, f"encoder {name}")
+    folder = Path(where) if Path(where).is_dir() else _download(name, where)
     try:
-        values, _ = transformers.PretrainedConfig.get_config_dict(where)
+        path = folder / "config.json"
+        values = json.loads(path.read_text("utf-8")) if path.is_file() else None
         if not isinstance(values, dict) or not values:
             raise OSError("no config.json, or an empty one")
         if (found := values.get("model_type")) not in (family, kind.tower_type):
@@ -240,9 +246,20 @@ def _read_transformers(name: str, family: str, where: str, dtype: torch.dtype) -
         values = values.get("vision_config", values) | kind.config
         if not 0 < values.get("num_hidden_layers", 1) <= MAX_DEPTH:
             raise ValueError(f"num_hidden_layers: {values['num_hidden_layers']} in config.json")
-        config = model_class.config_class.from_dict(values)
+        # Only the fields that describe the architecture: others name code, kernels or a quantization to load.
+        own = {field.name for field in fields(model_class.config_class)} - {
+            field.name for field in fields(transformers.PretrainedConfig)
+        }
+        config = model_class.config_class.from_dict({key: value for key, value in values.items() if key in own})
+        _check_size(model_class, config, kind, folder)
         model, found = model_class.from_pretrained(
-            where, config=config, dtype=dtype, output_loading_info=True, **kind.arguments
+            folder,
+            config=config,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            local_files_only=True,
+            output_loading_info=True,
+            **kind.arguments,
         )
     except UserError:
         raise
@@ -250,7 +267,36 @@ def _read_transformers(name: str, family: str, where: str, dtype: torch.dtype) -
         raise UserError(f"encoder {name}: {where} could not be loaded ({_reason(error)}); {advice}") from error
     if missing := sorted(found["missing_keys"]):  # transformers fills missing weights with random numbers
         raise UserError(f"encoder {name}: {where} lacks {', '.join(missing[:8])}; {advice}")
-    return model
+    return model, folder
+
+
+def _download(name: str, where: str) -> Path:
+    """Download what `transformers` reads of the repository `where`, and return the local folder."""
+    try:
+        folder = download(where, ["config.json", "preprocessor_config.json", "model*.safetensors*"])
+        if not any(folder.glob("model*.safetensors")):
+            folder = download(where, ["pytorch_model*.bin*"])
+    except UserError as error:
+        raise UserError(f"encoder {name}: {error}") from None
+    return folder
+
+
+def _check_size(model_class: Any, config: Any, kind: Family, folder: Path) -> None:
+    """Check that the weights files are large enough for the model of `config`.
+
+    `transformers` allocates a model of any size, and fills the weights that the files lack with random numbers.
+
+    Raises:
+        ValueError: the files are too small.
+    """
+    from transformers.initialization import no_init_weights
+
+    files = [*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")]
+    with torch.device("meta"), no_init_weights():
+        parameters = sum(p.numel() for p in model_class(config, **kind.arguments).parameters())
+    held = sum(file.stat().st_size for file in files)
+    if parameters > held + 2**24:  # a parameter takes at least one byte; small models get the names of what they lack
+        raise ValueError(f"config.json describes {parameters:,} parameters, but the weights files have {held:,} bytes")
 
 
 def _reason(error: Exception) -> str:
@@ -261,16 +307,18 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().split(chr(10), 1)[0][:200]}"
 
 
-def _spec(name: str, family: str, where: str, config: Any) -> EncoderSpec:
+def _spec(name: str, family: str, where: str, folder: Path, config: Any) -> EncoderSpec:
     """Return the facts of config.json and preprocessor_config.json; without the latter, the family's mean and std."""
     patch_size, *others = {*([config.patch_size] if isinstance(config.patch_size, int) else config.patch_size)}
     if others:
         raise UserError(f"encoder {name}: patches of {config.patch_size} pixels; only square patches are supported")
     height, width = (side // patch_size * patch_size for side in sides(config.image_size))
-    path = _preprocessor(where)
-    values = read_json(path) if path else {}
+    path = folder / "preprocessor_config.json"
+    values = read_json(path) if path.is_file() else {}
     if not isinstance(values, dict):
         raise UserError(f"{path}: holds no mean and std; fetch it again, or remove it to use the family's")
+    if values.get("do_normalize") is False:
+        values = {"image_mean": (0.0, 0.0, 0.0), "image_std": (1.0, 1.0, 1.0)}
     mean, std = FAMILIES[family].colours
     facts = {
         "family": family,
@@ -282,14 +330,4 @@ def _spec(name: str, family: str, where: str, config: Any) -> EncoderSpec:
         "mean": values.get("image_mean", mean),
         "std": values.get("image_std", std),
     }
-    return from_dict(EncoderSpec, facts, path or where)
-
-
-def _preprocessor(where: str) -> Path | None:
-    file = "preprocessor_config.json"
-    if Path(where).is_dir():
-        return path if (path := Path(where, file)).is_file() else None
-    try:
-        return Path(hf_hub_download(where, file))
-    except (EntryNotFoundError, LocalEntryNotFoundError):  # neither the repository nor its cached copy has one
-        return None
+    return from_dict(EncoderSpec, facts, path if path.is_file() else where)

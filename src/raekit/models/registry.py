@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from raekit.config import configclass
+from raekit.config import check_sizes, configclass
 from raekit.errors import UserError
 
 Colours = tuple[float, float, float]
@@ -113,6 +113,7 @@ def grid_of(spec: EncoderSpec, name: str, input_size: Size | None) -> tuple[int,
     height, width = sides(size)
     if min(height, width) < 1 or height % spec.patch_size or width % spec.patch_size:
         raise UserError(f"encoder_size: {size} is not a multiple of {name}'s patch size {spec.patch_size}")
+    check_sizes("encoder", tokens=height // spec.patch_size * (width // spec.patch_size))
     return (height // spec.patch_size, width // spec.patch_size)
 
 

@@ -35,6 +35,7 @@ class ViTConfig:
     def __post_init__(self) -> None:
         sizes = {"image_size": self.image_size, "patch_size": self.patch_size, "width": self.width}
         check_sizes("vit", **sizes, heads=self.heads)
+        check_sizes("vit", tokens=max(self.image_size // self.patch_size, 1) ** 2)
         check_sizes("vit", limit=MAX_DEPTH, depth=self.depth)
         if self.width % self.heads or self.width % 4:
             raise UserError(f"vit.width: {self.width} must be a multiple of 4 and of vit.heads = {self.heads}")

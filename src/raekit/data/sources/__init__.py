@@ -44,7 +44,10 @@ def open_source(uri: str, split: Split = "train") -> Source:
     scheme, _, place = uri.partition(":")
     if scheme not in FORMATS or bool(place) != bool(FORMATS[scheme].place):
         known = ", ".join(name + (f":{kind.place}" if kind.place else "") for name, kind in FORMATS.items())
-        raise UserError(f"data source {uri!r} is unknown: use one of {known}")
+        hint = (
+            f"; for this folder, folder:{uri} (a sub-folder for each class) or flat:{uri}" if Path(uri).is_dir() else ""
+        )
+        raise UserError(f"data source {uri!r} is unknown: use one of {known}{hint}")
     path = Path(place).expanduser()
     if FORMATS[scheme].place == "FILE" and not path.is_file():
         raise UserError(f"data source {uri!r}: there is no file {place}")
