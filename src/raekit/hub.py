@@ -1,5 +1,6 @@
 """Find models and files by name: built in, in a local folder, published, or on the Hub."""
 
+import os
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Protocol
@@ -63,6 +64,13 @@ def find_folder(name: str, kind: str | None = None) -> Path:
             f"{name}: no such local folder, and the Hub did not deliver it ({type(error).__name__}); "
             f"run `hf download {name}` where there is a network"
         ) from None
+
+
+def cache_folder() -> Path:
+    """Return the cache of what raekit makes once: `RAEKIT_CACHE`, by default `raekit` in Hugging Face's `HF_HOME`."""
+    from huggingface_hub import constants
+
+    return Path(os.environ.get("RAEKIT_CACHE") or Path(constants.HF_HOME, "raekit")).expanduser()
 
 
 def is_repository(name: str) -> bool:

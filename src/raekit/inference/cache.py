@@ -136,7 +136,7 @@ def cache_latents(
         image_size=data.image_size,
         shard=0,
         shards=len(parts),
-        source=data.source,
+        source=data.address,
         split=data.split,
         items=len(loader),
         classes=loader.classes,

@@ -104,7 +104,7 @@ def _check_fit(info: CacheInfo, folder: Path, config: DataConfig, autoencoder: L
                 f"autoencoder has {wanted}; cache the latents of this autoencoder in another folder"
             )
     for field in ("source", "split", "image_size"):
-        cached, wanted = getattr(info, field), getattr(config, field)
+        cached, wanted = getattr(info, field), getattr(config, "address" if field == "source" else field)
         if cached != wanted:
             raise UserError(
                 f"{folder}: its latents were made with data.{field} {cached}, but the config has {wanted}; make "
