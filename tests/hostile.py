@@ -5,6 +5,7 @@ outcome: WORKS, or a pattern that the message of a UserError must match. To add 
 and add it to GROUPS.
 """
 
+import gzip
 import io
 import json
 import math
@@ -14,6 +15,7 @@ import re
 import resource
 import struct
 import sys
+import tarfile
 import tempfile
 import time
 import zipfile
@@ -33,8 +35,9 @@ from torch import nn
 
 from raekit.artifacts import read_statistics
 from raekit.config import from_dict
-from raekit.data.images import read_image
+from raekit.data.images import UnreadableImage, read_image
 from raekit.data.loader import DataConfig
+from raekit.data.sources import archive_index, open_source
 from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.formats.conversion import read
@@ -678,7 +681,87 @@ def yamls() -> Iterator[Case]:
     yield case("10^29 references", "unknown section a0", laughs + stage(f"{decoder}, noise_tau: *a29"))
 
 
+# Archives of images
+
+
+def archives() -> Iterator[Case]:
+    def case(row: str, expected: str, files: dict[str, bytes], change: Callable[[bytes], bytes] = bytes) -> Case:
+        def use(folder: Path) -> None:
+            with tarfile.open(folder / "a.tar", "w") as archive:
+                for name, content in files.items():
+                    info = tarfile.TarInfo(name)
+                    info.size = len(content)
+                    archive.addfile(info, io.BytesIO(content))
+            (folder / "a.tar").write_bytes(change((folder / "a.tar").read_bytes()))
+            source = open_source(f"tar:{folder / 'a.tar'}", "all")
+            for i in range(len(source)):
+                try:
+                    source[i]
+                except UnreadableImage as error:
+                    raise UserError(str(error)) from None
+
+        return Case(row, use, expected)
+
+    def header(**fields: bytes) -> Callable[[bytes], bytes]:
+        places = {"size": slice(124, 136), "kind": slice(156, 157), "target": slice(157, 257)}
+
+        def change(content: bytes) -> bytes:
+            first = bytearray(content[:512])
+            for name, value in fields.items():
+                place = places[name]
+                first[place] = value.ljust(place.stop - place.start, b"\0")
+            first[148:156] = b" " * 8
+            first[148:156] = b"%06o\0 " % sum(first)
+            return bytes(first) + content[512:]
+
+        return change
+
+    good = {"a.png": saved("PNG"), "a.cls": b"3"}
+    bad = r"^a\.tar: damaged or not an uncompressed tar file \(.+\); decompress it first$"
+    yield case("a labelled tar file as it is", WORKS, good)
+    yield case("half of a tar file", bad, good, lambda content: content[:700])
+    yield case("a tar file without its end", bad, good, lambda content: content[:2048])
+    yield case("a tar file of zeros", bad, good, lambda content: bytes(len(content)))
+    yield case("gzip named .tar", bad, good, gzip.compress)
+    yield case("a member of 8 exabytes", bad, good, header(size=b"\x80" + b"\0" * 3 + b"\x7f" * 8))
+    yield case("a member of negative size", bad, good, header(size=b"\xff" * 12))
+    yield case("a size that is no number", bad, good, header(size=b"9" * 11))
+    yield case("a name of 4 GB", bad, good, header(kind=b"L", size=b"37777777777"))
+    yield case("an extended header of garbage", bad, {"x": b"99999 key=value\n" * 3} | good, header(kind=b"x"))
+    yield case("an extended header of records of no length", bad, {"x": b"0 a=b\n" * 3} | good, header(kind=b"x"))
+    yield case(
+        "a link to /etc/passwd",
+        "a link to a file that is not",
+        {"a.png": b""},
+        header(kind=b"2", target=b"/etc/passwd"),
+    )
+    yield case("a label of 10^9", "labels are from 999999999", good | {"a.cls": b"9" * 9})
+    yield case("a label that is code", "must be the number of a class", good | {"a.cls": b"__import__('os')"})
+    yield case("labels of nested lists", "not valid JSON", {"a.png": saved("PNG"), "dataset.json": b"[" * 100_000})
+    yield case("an image of zeros", "not a known image format", good | {"a.png": bytes(99)})
+    yield case("an image outside of the folder", "no images found", {"../../a.png": saved("PNG")})
+
+    def index(folder: Path) -> None:
+        with tarfile.open(folder / "a.tar", "w") as archive:
+            archive.add(__file__, "a.py")
+        place = folder / "a.png"
+        place.write_bytes(saved("PNG"))
+        with tarfile.open(folder / "a.tar", "a") as archive:
+            archive.add(place, "a.png")
+        archive_index.KEPT_FROM, before = 0, archive_index.KEPT_FROM
+        try:
+            for content in (None, b"", tensor_file({"a": {"dtype": "U8", "shape": [9**9], "data_offsets": [0, 9**9]}})):
+                if content is not None:
+                    next(folder.glob(".raekit-index-*")).write_bytes(content)
+                assert len(open_source(f"tar:{folder / 'a.tar'}", "all")) == 1
+        finally:
+            archive_index.KEPT_FROM = before
+
+    yield Case("indexes of something else", index, WORKS)
+
+
 GROUPS = {
+    "archive": archives,
     "image": images,
     "safetensors": safetensors,
     "pickle": pickles,

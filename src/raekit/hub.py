@@ -1,6 +1,7 @@
 """Find models and files by name: built in, in a local folder, published, or on the Hub."""
 
 import json
+import os
 import socket
 import urllib.request
 from collections.abc import Callable, Collection, Sequence
@@ -89,6 +90,13 @@ def _is_model(folder: Path) -> bool:
         values = None
     named = isinstance(values, dict) and bool(values.keys() & {"kind", "_class_name", "decoder_hidden_size"})
     return named or (folder / "config.yaml").is_file()
+
+
+def cache_folder() -> Path:
+    """Return the cache of what raekit makes once: `RAEKIT_CACHE`, by default `raekit` in Hugging Face's `HF_HOME`."""
+    from huggingface_hub import constants
+
+    return Path(os.environ.get("RAEKIT_CACHE") or Path(constants.HF_HOME, "raekit")).expanduser()
 
 
 def is_repository(name: str) -> bool:

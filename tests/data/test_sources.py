@@ -184,10 +184,115 @@ def test_a_folder_without_classes_is_rejected_with_what_to_use(tmp_path):
 
 
 def test_an_empty_split_is_rejected(tmp_path):
-    write_image(tmp_path / "train/a/0.png", 1)
-    write_image(tmp_path / "val/1.png", 1)  # not in a class folder
-    with pytest.raises(UserError, match="no images in the split 'heldout'"):
-        open_source(f"folder:{tmp_path}", "heldout")
+    write_image(tmp_path / "val/a/0.png", 1)
+    assert len(open_source(f"folder:{tmp_path}", "heldout")) == 1
+    with pytest.raises(UserError, match="no images in the split 'train'"):
+        open_source(f"folder:{tmp_path}")
+
+
+@pytest.mark.parametrize(
+    ("folders", "train", "heldout"),
+    [
+        (("train", "test"), [0], [1]),
+        (("training", "valid"), [0], [1]),
+        (("Train", "Validation"), [0], [1]),
+        (("train", "test", "valid"), [0], [2]),
+        (("train", "dev", "notes"), [0], [1]),
+        (("train", "val", "test", "validation"), [0], [3]),
+    ],
+)
+@pytest.mark.parametrize("scheme", ["folder", "flat"])
+def test_folders_with_usual_names_are_the_splits(tmp_path, scheme, folders, train, heldout):
+    for i, folder in enumerate(folders):
+        write_image(tmp_path / folder / "a" / f"{i}.png", i)
+    assert values(open_source(f"{scheme}:{tmp_path}")) == train
+    assert values(open_source(f"{scheme}:{tmp_path}", "heldout")) == heldout
+    everything = open_source(f"{scheme}:{tmp_path}", "all")
+    assert sorted(values(everything)) == (sorted(train + heldout) if scheme == "folder" else [*range(len(folders))])
+    if scheme == "folder":
+        assert everything.classes == ("a",)
+
+
+def test_a_folder_of_only_training_images_holds_a_tenth_out(tmp_path):
+    for i in range(40):
+        write_image(tmp_path / "train" / "ab"[i % 2] / f"{i:02}.png", i)
+    train, heldout = (open_source(f"folder:{tmp_path}", split) for split in ("train", "heldout"))
+    assert train.classes == ("a", "b")
+    assert sorted(values(train) + values(heldout)) == [*range(40)]
+    assert len(heldout) > 0
+
+
+def test_classes_with_usual_names_are_classes(tmp_path):
+    for i, name in enumerate(("bus", "car", "train")):
+        write_image(tmp_path / name / f"{i}.png", i)
+    assert open_source(f"folder:{tmp_path}", "all").classes == ("bus", "car", "train")
+
+
+def test_the_address_names_other_splits(tmp_path):
+    for i, name in enumerate(("first", "second", "test")):
+        write_image(tmp_path / name / "a" / f"{i}.png", i)
+    uri = f"folder:{tmp_path}?train=second,heldout=test"
+    assert (values(open_source(uri)), values(open_source(uri, "heldout"))) == ([1], [2])
+    assert values(open_source(f"folder:{tmp_path}?train=first,heldout=second", "all")) == [0, 1]
+    with pytest.raises(UserError, match="has no part 'third' to use as a split; its parts are first, second, test"):
+        open_source(f"folder:{tmp_path}?train=third")
+
+
+# ImageNet's own val
+
+
+@pytest.fixture
+def imagenet(tmp_path):
+    """ImageNet as Kaggle distributes it, with three classes and four held-out images in one folder."""
+    data = tmp_path / "imagenet" / "ILSVRC" / "Data" / "CLS-LOC"
+    for i, name in enumerate(("n03", "n01", "n02")):
+        write_image(data / "train" / name / f"{name}_{i}.JPEG", i)
+    for i in range(4):
+        write_image(data / "val" / f"ILSVRC2012_val_0000000{i + 1}.JPEG", 100 + i)
+        write_image(data / "test" / f"ILSVRC2012_test_0000000{i + 1}.JPEG", 200)
+    return data
+
+
+@pytest.mark.parametrize(
+    ("place", "text"),
+    [
+        (
+            "../../../LOC_val_solution.csv",
+            "ImageId,PredictionString\nILSVRC2012_val_00000003,n03 85 1 499 272 \nILSVRC2012_val_00000001,n02 1 2 3 4\n"
+            "ILSVRC2012_val_00000004,n01 1 2 3 4 n01 5 6 7 8\nILSVRC2012_val_00000002,n01 1 2 3 4\n",
+        ),
+        ("imagenet_2012_validation_synset_labels.txt", "n02\nn01\nn03\nn01\n"),
+        ("val.txt", "".join(f"ILSVRC2012_val_0000000{i + 1}.JPEG {c}\n" for i, c in enumerate((1, 0, 2, 0)))),
+        ("val/labels.csv", "".join(f"ILSVRC2012_val_0000000{i + 1}.JPEG,{c}\n" for i, c in enumerate((1, 0, 2, 0)))),
+    ],
+)
+def test_held_out_images_get_their_classes_from_a_list(imagenet, place, text):
+    uri = f"folder:{imagenet}"
+    (imagenet / place).write_text(text)
+    train, heldout, both = (open_source(uri, split) for split in ("train", "heldout", "all"))
+    assert train.classes == heldout.classes == ("n01", "n02", "n03")
+    assert labels(train) == [0, 1, 2]
+    assert labels(heldout) == [1, 0, 2, 0]
+    assert values(heldout) == pytest.approx([100, 101, 102, 103], abs=1)
+    assert labels(both) == [0, 1, 2, 1, 0, 2, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        (None, "", r"4 images without class folders or a label list; .*LOC_val_solution\.csv.*val\.txt"),
+        ("val.txt", "ILSVRC2012_val_00000001.JPEG n01\n", "no class for 3 of 4 images, such as val/.*2.JPEG"),
+        ("val.txt", "n01\nn02\n", "has 2 classes, but .*val has 4 images"),
+        ("val.txt", "490\n361\n171\n822\n", "the class '490' is none of the 3 classes of the training images"),
+        ("val.txt", "\xff\xfe", "cannot be read as text"),
+    ],
+)
+def test_a_missing_or_damaged_label_list_is_an_error(imagenet, name, text, message):
+    if name:
+        (imagenet / name).write_bytes(text.encode("latin1"))
+    assert len(open_source(f"folder:{imagenet}")) == 3  # the training images do not need the list
+    with pytest.raises(UserError, match=message):
+        open_source(f"folder:{imagenet}", "heldout")
 
 
 @pytest.mark.parametrize("scheme", ["folder", "flat", "idx", "hf"])

@@ -470,7 +470,7 @@ def test_damaged_download_is_not_cached(hub, tmp_path):
 
 def test_cache_is_in_the_hugging_face_home(monkeypatch, tmp_path):
     monkeypatch.delenv("RAEKIT_CACHE", raising=False)
-    monkeypatch.setattr(releases.constants, "HF_HOME", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
     assert releases.cache_folder() == tmp_path / "raekit"
     (tmp_path / "file").touch()
     monkeypatch.setenv("RAEKIT_CACHE", str(tmp_path / "file"))

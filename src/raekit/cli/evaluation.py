@@ -46,7 +46,7 @@ def evaluate(
 
     Args:
         model: Model: a published name, builtin:NAME, a model folder, a run, or OWNER/NAME on the Hub. Or saved images:
-            flat:DIR, folder:DIR, npz:FILE, zip:FILE or tar:FILE.
+            flat:DIR, folder:DIR, npz:FILE, zip:FILES or tar:FILES.
         reference: Files to compare with: a .safetensors file of `raekit reference`, ADM's .npz file, or statistics of
             other projects.
         source: Dataset to compare with, instead of the dataset that the model was trained on.
@@ -147,7 +147,7 @@ def reference(
     Example: raekit reference folder:imagenet --split heldout --image-size 256 --out imagenet256.safetensors
 
     Args:
-        source: Real images: emoji, folder:DIR, flat:DIR, idx:DIR, hf:DIR, npz:FILE, zip:FILE or tar:FILE.
+        source: Real images: emoji, folder:DIR, flat:DIR, idx:DIR, hf:DIR, npz:FILE, zip:FILES or tar:FILES.
         out: The .safetensors file to write.
         image_size: Side in pixels that the images are centre-cropped to.
         split: Split of the source.

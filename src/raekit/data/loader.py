@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from raekit.config import Operation, Place, configclass
 from raekit.data.images import UnreadableImage
 from raekit.data.sources import open_source
-from raekit.data.sources.base import Source, Split
+from raekit.data.sources.base import Source, Split, parse_address
 from raekit.data.transforms import center_crop, flip, random_crop
 from raekit.data.workers import load_parts
 from raekit.distributed import World
@@ -33,6 +33,7 @@ class DataConfig:
     Attributes:
         source: the address of the dataset, see `open_source`.
         split: the part of the dataset: `train`, `heldout` or `all`.
+        splits: the names of the parts that are the splits, `train=NAME,heldout=NAME`, if they are not the usual ones.
         image_size: the side of the square images, in pixels.
         crop: how the training stream crops an image to a square.
         flip: whether the training stream mirrors half of the images at random.
@@ -42,6 +43,7 @@ class DataConfig:
 
     source: Operation[Place] = "emoji"  # a run compares the images themselves (`stages.inputs`)
     split: Split = "train"
+    splits: str = ""
     image_size: int
     crop: Literal["center", "random"] = "center"
     flip: bool = False
@@ -55,6 +57,14 @@ class DataConfig:
             raise UserError(f"data.workers must be at least 0, not {self.workers}")
         if not 0 <= self.max_unreadable <= 1:
             raise UserError(f"data.max_unreadable must be between 0 and 1, not {self.max_unreadable}")
+        parse_address(self.address)
+        if self.splits and not parse_address(self.address).splits:
+            raise UserError(f"data.splits: {self.splits!r} must be train=NAME, heldout=NAME, or both with a comma")
+
+    @property
+    def address(self) -> str:
+        """The address of the dataset with the names of its splits."""
+        return f"{self.source}?{self.splits}" if self.splits else self.source
 
     def tolerated(self, items: int) -> int:
         """Return how many of the `items` of a source may be unreadable."""
@@ -112,7 +122,7 @@ class Loader:
 
     def __init__(self, config: DataConfig, seed: int):
         self.config, self.seed = config, seed
-        self.source = open_source(config.source, config.split)
+        self.source = open_source(config.address, config.split)
         self.unreadable: dict[str, str] = {}
         self._tolerated = config.tolerated(len(self))
 

@@ -331,7 +331,7 @@ def measure_reference(
     gaussians = {name: Gaussian.of(part.moments) for name, part in measured.items()}
     features = {name: part.features for name, part in measured.items() if part.keep}
     about = About(
-        source=data.source,
+        source=data.address,
         split=data.split,
         image_size=data.image_size,
         count=next(iter(gaussians.values())).count,

@@ -1,11 +1,9 @@
 """The names of published models. A model is downloaded and converted at its first use, and then cached."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants
 from huggingface_hub.utils import WeakFileLock
 
 from raekit.config import to_dict
@@ -15,7 +13,7 @@ from raekit.formats.denoiser_files import read_denoiser
 from raekit.formats.denoiser_keys import denoiser_config, denoiser_v2_config
 from raekit.formats.native import write_model
 from raekit.formats.parts import Parts
-from raekit.hub import command, find_file
+from raekit.hub import cache_folder, command, find_file
 from raekit.models.denoiser_config import SIZES, DenoiserConfig, wide_head
 from raekit.models.registry import LAYERS, REGISTRY
 
@@ -132,11 +130,6 @@ DENOISERS = {
     ),
 }
 """The published denoisers by name (RAE v1 and v2)."""
-
-
-def cache_folder() -> Path:
-    """Return the cache of converted models: `RAEKIT_CACHE`, by default `raekit` in Hugging Face's `HF_HOME`."""
-    return Path(os.environ.get("RAEKIT_CACHE") or Path(constants.HF_HOME, "raekit")).expanduser()
 
 
 def cached(name: str, kind: str | None = None) -> Path:

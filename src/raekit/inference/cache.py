@@ -137,7 +137,7 @@ def cache_latents(
         image_size=data.image_size,
         shard=0,
         shards=len(parts),
-        source=absolute(data.source),
+        source=absolute(data.address),
         split=data.split,
         items=len(loader),
         classes=loader.classes,

@@ -106,7 +106,7 @@ def _check_fit(info: CacheInfo, folder: Path, config: DataConfig, autoencoder: L
                 f"autoencoder has {wanted}; cache the latents of this autoencoder in another folder"
             )
     for field, wanted in (
-        ("source", absolute(config.source)),
+        ("source", absolute(config.address)),
         ("split", config.split),
         ("image_size", config.image_size),
     ):

@@ -115,8 +115,8 @@ def evaluator(
         if classes:  # fail now, and not at the first score, if the labels cannot be drawn
             draw_labels(config.labels, classes, config.count, config.seed, reference.about.classes)
     else:
-        open_source(data.source, "heldout")  # fail now if there are no images to compare with
-        names = config.features or default_features(data.source)
+        open_source(data.address, "heldout")  # fail now if there are no images to compare with
+        names = config.features or default_features(data.address)
         networks = {key: each for name in names for key, each in load_networks(name, world.device).items()}
 
     def call(step: int) -> dict[str, float]:

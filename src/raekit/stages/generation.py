@@ -153,7 +153,7 @@ def build(config: GenerationConfig, run: Path, world: World) -> Stage:
             class_names=loader.classes if config.conditional else (),
         )
     )
-    model.trained_on = absolute(config.data.source)
+    model.trained_on = absolute(config.data.address)
     if config.init_from and not checkpoints(run / "checkpoints"):  # a resumed run has weights
         initialise_denoiser(model, config.init_from)
 

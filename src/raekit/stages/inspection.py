@@ -9,7 +9,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from raekit import artifacts
-from raekit.config import read_json, to_dict, to_json
+from raekit.config import from_dict, read_json, to_dict, to_json
+from raekit.data.loader import DataConfig
 from raekit.data.sources import open_source
 from raekit.distributed import World
 from raekit.errors import UserError
@@ -114,6 +115,7 @@ def _reached(run: Path, records: list[dict[str, float]], metric: str, target: fl
         best = min(record[metric] for record in records if metric in record)
         return f"{metric} has not reached {target:g}; its lowest is {best:g}"
     config = read_json(run / "config.json")
-    images = len(open_source(config["data"]["source"], config["data"]["split"]))
+    data = from_dict(DataConfig, config["data"], run / "config.json")
+    images = len(open_source(data.address, data.split))
     epochs = steps * config["train"]["batch_size"] / images
     return f"{metric} reached {target:g} after {epochs:.4g} epochs of {images:,} images ({steps:,.0f} steps)"

@@ -156,7 +156,7 @@ def build(config: ReconstructionConfig, run: Path, world: World) -> Stage:
     averaged = Autoencoder(model.config, encoder)
     averaged.decoder = model.decoder  # shared, to save memory; `current` replaces it by the average
     averaged.to(world.device)
-    averaged.trained_on = absolute(config.data.source)
+    averaged.trained_on = absolute(config.data.address)
 
     def prepare(progress: Progress) -> None:
         if config.train.compile:

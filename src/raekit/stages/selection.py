@@ -74,7 +74,7 @@ def scorer(
         world: the processes.
         more: further scores of reconstructions, {name: (images, originals) -> (B,)}.
     """
-    features = config.features or default_features(data.source)[0]
+    features = config.features or default_features(data.address)[0]
     network = EncoderFeatures(load_encoder(features).to(world.device))
     heldout = Loader(replace(data, split="heldout", flip=False, crop="center"), seed=0)
     latents = read_generated(Path(config.latents), latent_shape) if config.latents else None

@@ -6,8 +6,9 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from raekit.data.archives import matching_files
 from raekit.data.images import EXTENSIONS, files_below
-from raekit.data.sources.base import Source, Split
+from raekit.data.sources.base import Address, Source, Split, parse_address
 from raekit.data.sources.emoji import Emoji
 from raekit.data.sources.folders import open_flat, open_folder
 from raekit.data.sources.huggingface import HuggingFace
@@ -20,40 +21,46 @@ from raekit.errors import UserError
 def open_source(uri: str, split: Split = "train") -> Source:
     """Open the dataset at `uri`.
 
-    A dataset without splits holds out a tenth of its images, chosen by a hash of the relative path or the row number.
-    Image files are sorted by path, and hidden files are skipped.
+    Parts with the usual names are the splits: `train` or `training`, and the first of `validation`, `val`, `valid`,
+    `dev`, `test` and `testing`. Append `?train=NAME,heldout=NAME` to the address for other names. A dataset without
+    such parts holds out a tenth of its images, chosen by a hash of the relative path or the row number. Image files
+    are sorted by path, and hidden files are skipped.
 
     Args:
         uri: the address of the dataset:
 
             - `emoji`: the built-in emoji, 64 x 64 pixels, nine classes. A tenth of the code points is held out.
-            - `folder:DIR`: image files in one sub-folder for each class. If DIR/train and DIR/val exist, they are the
-              splits and contain the sub-folders.
+            - `folder:DIR`: image files in one sub-folder for each class, or in DIR/train/CLASS and DIR/val/CLASS.
+              Held-out images without class folders, as in ImageNet's `val`, need a label list (`label_lists`).
             - `flat:DIR`: all image files below DIR, without labels.
+            - `tar:FILES`, `zip:FILES`: the image files in archives: one file, a folder of archives, or a pattern such
+              as `shards/train-{000000..001023}.tar` or `shards/*.tar`. The classes come from WebDataset's `KEY.cls` or
+              `KEY.json` (`label` or `cls`), from `dataset.json` as in EDM2, or from the folders in the archives.
             - `idx:DIR`: the four files of MNIST or Fashion-MNIST, gzipped or not. `t10k` is held out.
             - `hf:DIR`: a Hugging Face dataset saved to disk. The first Image column and the first ClassLabel column
-              are read. The splits of a DatasetDict are `train` and the first of `validation`, `val` and `test`.
+              are read.
             - `npz:FILE`: uint8 images (N, H, W, 3) in `arr_0` and optional labels (N,) in `arr_1`, as ADM writes
               samples. Random access to a compressed file is slow.
-            - `zip:FILE`, `tar:FILE`: all image files in an archive, without labels.
-        split: the part to open: `train`, `heldout` or `all`.
+        split: the part to open: `train`, `heldout` or `all`. `all` has both splits.
 
     Raises:
         UserError: the address is unknown, nothing is there, or the split has no images.
     """
-    scheme, _, place = uri.partition(":")
-    if scheme not in FORMATS or bool(place) != bool(FORMATS[scheme].place):
+    address = parse_address(uri)
+    if not is_address(uri):
         known = ", ".join(name + (f":{kind.place}" if kind.place else "") for name, kind in FORMATS.items())
         hint = (
             f"; for this folder, folder:{uri} (a sub-folder for each class) or flat:{uri}" if Path(uri).is_dir() else ""
         )
         raise UserError(f"data source {uri!r} is unknown: use one of {known}{hint}")
-    path = Path(place).expanduser()
-    if FORMATS[scheme].place == "FILE" and not path.is_file():
-        raise UserError(f"data source {uri!r}: there is no file {place}")
-    if FORMATS[scheme].place == "DIR" and not path.is_dir():
-        raise UserError(f"data source {uri!r}: there is no folder {place}")
-    source = FORMATS[scheme].open(uri, path, split)
+    kind = FORMATS[address.scheme]
+    if address.splits and not kind.parts:
+        raise UserError(f"data source {uri!r}: {address.scheme} has no named parts to use as splits; leave them out")
+    if kind.place == "FILE" and not address.path.is_file():
+        raise UserError(f"data source {uri!r}: there is no file {address.place}")
+    if kind.place == "DIR" and not address.path.is_dir():
+        raise UserError(f"data source {uri!r}: there is no folder {address.place}")
+    source = kind.open(address, split)
     if not len(source):
         raise UserError(f"data source {uri!r} has no images in the split {split!r}; the split 'all' has every image")
     return source
@@ -61,24 +68,30 @@ def open_source(uri: str, split: Split = "train") -> Source:
 
 def is_address(name: str) -> bool:
     """Return whether `name` is the address of a data source, as opposed to the name of a model."""
-    scheme, _, place = name.partition(":")
+    _, scheme, place, _ = parse_address(name)
     return scheme in FORMATS and bool(place) == bool(FORMATS[scheme].place)
 
 
 def absolute(uri: str) -> str:
     """Return the address `uri` with an absolute path, so that it means the same from any working folder."""
-    scheme, colon, place = uri.partition(":")
-    return f"{scheme}:{Path(place).expanduser().absolute()}" if colon else uri
+    address = parse_address(uri)
+    if not address.place:
+        return uri
+    return f"{address.scheme}:{address.path.absolute()}{uri[len(address.scheme) + 1 + len(address.place) :]}"
 
 
 def stamp(uri: str) -> str:
     """Return 16 hexadecimal digits that change with the names, sizes and modification times of the files at `uri`."""
-    place = Path(uri.partition(":")[2]).expanduser()
-    files = files_below(place) if place.is_dir() else [""]
+    place = parse_address(uri).path
+    if place.is_dir():
+        files = [place / file for file in sorted(files_below(place))]
+    else:
+        files = matching_files(place) if ":" in uri else []
     digest = blake2b(digest_size=8)
-    for file in sorted(files) if ":" in uri else ():
-        status = (place / file).stat()
-        digest.update(os.fsencode(file) + repr((status.st_size, status.st_mtime_ns)).encode())
+    for file in files:
+        status = file.stat()
+        name = os.path.relpath(file, place) if place.is_dir() else file.name
+        digest.update(os.fsencode(name) + repr((status.st_size, status.st_mtime_ns)).encode())
     return digest.hexdigest()
 
 
@@ -94,18 +107,21 @@ def listing(uri: str) -> tuple[str, str] | None:
     Returns:
         Two digests of 16 hexadecimal digits; None if nothing is at the address.
     """
-    scheme, _, where = uri.partition(":")
-    place = Path(where).expanduser()
-    if where and not place.exists():
+    address = parse_address(uri)
+    scheme, place, found = address.scheme, address.path, list[Path]()
+    if place.is_dir():
+        found = [place / file for file in files_below(place)]
+        if scheme in ("folder", "flat"):
+            found = [file for file in found if file.name.lower().endswith(EXTENSIONS)]
+    elif address.place and not (found := matching_files(place)):
         return None
-    files = files_below(place) if place.is_dir() else [""]
-    if scheme in ("folder", "flat"):
-        files = [file for file in files if file.lower().endswith(EXTENSIONS)]
-    files = sorted(files) if where else []  # the built-in images have no files of their own
+    found = sorted(found) if address.place else []  # the built-in images have no files of their own
+    # Without the path of the source; the files of a pattern may lie in several folders.
+    known = [str(file.relative_to(place)) if place.is_dir() else file.name for file in found]
     names, sizes = (blake2b(scheme.encode(), digest_size=8) for _ in range(2))
-    names.update(b"\0".join(map(os.fsencode, files)))
-    for file in files[:: max(-(-len(files) // SIZED), 1)]:
-        sizes.update(f" {(place / file).stat().st_size}".encode())
+    names.update(b"\0".join(map(os.fsencode, known)))
+    for file in found[:: max(-(-len(found) // SIZED), 1)]:
+        sizes.update(f" {file.stat().st_size}".encode())
     return names.hexdigest(), sizes.hexdigest()
 
 
@@ -113,22 +129,24 @@ class Format(NamedTuple):
     """A kind of data source.
 
     Attributes:
-        open: opens a source, given its address, the path in the address, and the split.
-        place: the type of path in the address: a folder, a file, or "" for no path.
+        open: opens a source, given its address and the split.
+        place: the type of path in the address: a folder, a file, files (one file, a folder or a pattern), or "".
+        parts: whether the address may name the parts that are the splits.
     """
 
-    open: Callable[[str, Path, Split], Source]
-    place: Literal["", "DIR", "FILE"]
+    open: Callable[[Address, Split], Source]
+    place: Literal["", "DIR", "FILE", "FILES"]
+    parts: bool = False
 
 
 FORMATS = {
     "emoji": Format(Emoji, ""),
-    "folder": Format(open_folder, "DIR"),
-    "flat": Format(open_flat, "DIR"),
+    "folder": Format(open_folder, "DIR", parts=True),
+    "flat": Format(open_flat, "DIR", parts=True),
     "idx": Format(Idx, "DIR"),
     "hf": Format(HuggingFace, "DIR"),
     "npz": Format(NpzImages, "FILE"),
-    "zip": Format(Archived, "FILE"),
-    "tar": Format(Archived, "FILE"),
+    "zip": Format(Archived, "FILES", parts=True),
+    "tar": Format(Archived, "FILES", parts=True),
 }
 """The kinds of sources by the scheme of their address. To add a kind, write a module in this package and add a row."""

@@ -1,14 +1,61 @@
-"""The interface of a data source, and the split of a source that has no splits."""
+"""The interface of a data source, its address, and how a source is divided into splits."""
 
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from hashlib import blake2b
-from typing import Literal, Protocol
+from pathlib import Path
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
 
+from raekit.errors import UserError
+
 Split = Literal["train", "heldout", "all"]
+
+USUAL = {"train": ("train", "training"), "heldout": ("validation", "val", "valid", "dev", "test", "testing")}
+"""The usual names of the parts of a dataset, by the split that each is read as. The first name that is found counts."""
+
+_SPLITS = re.compile(r"\?((?:train|heldout)=.*)$")
+
+
+class Address(NamedTuple):
+    """The address of a dataset, `SCHEME:PLACE` or `SCHEME:PLACE?train=NAME,heldout=NAME`.
+
+    Attributes:
+        uri: the complete address.
+        scheme: the kind of source.
+        place: the folder, file, pattern or repository.
+        splits: the names of the parts that are the splits, if the address names them.
+    """
+
+    uri: str
+    scheme: str
+    place: str
+    splits: dict[str, str]
+
+    @property
+    def path(self) -> Path:
+        """The place as a path."""
+        return Path(self.place).expanduser()
+
+
+def parse_address(uri: str) -> Address:
+    """Return the parts of an address.
+
+    Raises:
+        UserError: the splits are not of the form train=NAME,heldout=NAME.
+    """
+    found = _SPLITS.search(uri)
+    scheme, _, place = (uri[: found.start()] if found else uri).partition(":")
+    splits: dict[str, str] = {}
+    for item in found[1].split(",") if found else ():
+        split, _, name = item.partition("=")
+        if split not in USUAL or not name or split in splits:
+            raise UserError(f"splits {found[1]!r}: must be train=NAME, heldout=NAME, or both with a comma")  # type: ignore[index]
+        splits[split] = name
+    return Address(uri, scheme, place, splits)
 
 
 class Source(Protocol):
@@ -44,6 +91,44 @@ def in_split(keys: Sequence[str], split: Split) -> np.ndarray:
     """Return the indices of the `keys` in `split`. A hash of the key holds out a tenth."""
     if split == "all":
         return np.arange(len(keys))
+    return np.flatnonzero(held_out(keys) == (split == "heldout"))
+
+
+def held_out(keys: Iterable[str]) -> np.ndarray:
+    """Return which of the `keys` are held out, bool (N,): a tenth, chosen by a hash of the key."""
     hashes = (blake2b(os.fsencode(key), digest_size=8).digest() for key in keys)
-    heldout = [int.from_bytes(digest) % 10 == 0 for digest in hashes]
-    return np.flatnonzero(np.array(heldout, bool) == (split == "heldout"))
+    return np.array([int.from_bytes(digest) % 10 == 0 for digest in hashes], bool)
+
+
+def parts_of(names: Iterable[str], wanted: Mapping[str, str], place: object) -> dict[str, str]:
+    """Return the parts of a dataset that are its splits.
+
+    Names count as parts if they are `wanted`, if both a usual training name and a usual held-out name occur, or if
+    all of them are usual names.
+
+    Args:
+        names: the names of the parts, such as folders.
+        wanted: {split: name} if the user named the splits.
+        place: the dataset, for the error message.
+
+    Returns:
+        {"train": name, "heldout": name}, with one entry if there is one part; empty if `names` are not splits.
+
+    Raises:
+        UserError: a wanted part does not exist.
+    """
+    names = sorted(set(names))
+    if missing := [name for name in wanted.values() if name not in names]:
+        raise UserError(f"{place}: has no part {missing[0]!r} to use as a split; its parts are {_few(names)}")
+    if wanted:
+        return dict(wanted)
+    by_usual = {name.lower(): name for name in names}
+    found = {
+        split: by_usual[part] for split, usual in USUAL.items() if (part := next(filter(by_usual.get, usual), None))
+    }
+    known = [name for usual in USUAL.values() for name in usual]
+    return found if len(found) == 2 or all(name in known for name in by_usual) else {}
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") or "none"

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from raekit.data.images import decode
-from raekit.data.sources.base import Split, in_split
+from raekit.data.sources.base import Address, Split, in_split
 
 NAMES = "names.txt"  # a line "CODEPOINTS NAME" for each emoji, the short names of Unicode's CLDR
 
@@ -22,8 +22,8 @@ class Emoji:
         files: the names of the images in the archive, CLASS/DRAWING-CODEPOINTS.webp.
     """
 
-    def __init__(self, uri: str, _: Path, split: Split):
-        self.name = uri
+    def __init__(self, address: Address, split: Split):
+        self.name = address.uri
         files = list(_emoji())
         self.files = [files[i] for i in in_split([code_points(file) for file in files], split)]
         self.classes = tuple(sorted({file.split("/")[0] for file in files}))

@@ -1,25 +1,27 @@
 """`folder:DIR` and `flat:DIR`: image files, in one sub-folder for each class or without classes."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from raekit.data.images import EXTENSIONS, decode, image_files
-from raekit.data.sources.base import Split, in_split
+from raekit.data.sources.base import Address, Split, in_split, parts_of
+from raekit.data.sources.label_lists import find_labels
 from raekit.errors import UserError
 
 
 class Files:
     """Image files in a folder, decoded at each access."""
 
-    def __init__(self, uri: str, folder: Path, paths: list[str], labels: list[int], classes: tuple[str, ...]):
+    def __init__(self, uri: str, folder: Path, paths: Sequence[str], labels: Sequence[int], classes: tuple[str, ...]):
         self.name, self.classes = uri, classes
         self._folder = str(folder)
         # An array and not a list: reference counts would copy the pages of a million strings into every forked worker.
         self._paths = np.array([os.fsencode(path) for path in paths])
-        self.labels = np.array(labels)
+        self.labels = np.array(labels, np.int64)
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -29,32 +31,53 @@ class Files:
         return decode(path, path), int(self.labels[index])
 
 
-def open_flat(uri: str, folder: Path, split: Split) -> Files:
-    """Open all image files below `folder`, without labels."""
+def open_flat(address: Address, split: Split) -> Files:
+    """Open all image files below a folder, without labels. `all` has every image, also of parts that are no split."""
+    folder = address.path
     paths = image_files(folder)
     if not paths:
         raise UserError(f"{folder}: no images found (supported extensions: {', '.join(EXTENSIONS)})")
-    chosen = in_split(paths, split)
-    return Files(uri, folder, [paths[i] for i in chosen], [-1] * len(chosen), ())
+    parts = _parts(address, paths)
+    chosen = paths if split == "all" else _in_part(paths, parts, split)
+    return Files(address.uri, folder, chosen, [-1] * len(chosen), ())
 
 
-def open_folder(uri: str, folder: Path, split: Split) -> Files:
-    """Open `folder`, with one sub-folder for each class. If `train` and `val` exist, they are the splits."""
-    paths = [path for path in image_files(folder) if os.sep in path]
-    train, heldout = f"train{os.sep}", f"val{os.sep}"
-    has_splits = (folder / train).is_dir() and (folder / heldout).is_dir()
-    if has_splits:
-        paths = [path for path in paths if path.startswith((train, heldout)) and path.count(os.sep) > 1]
-        top = {"train": train, "heldout": heldout, "all": ""}[split]
-        chosen = [path for path in paths if path.startswith(top)]
-    else:
-        chosen = [paths[i] for i in in_split(paths, split)]
-    if not paths:
+def open_folder(address: Address, split: Split) -> Files:
+    """Open a folder with one sub-folder for each class, or with parts such as `train` and `val` that contain them.
+
+    Held-out images without class folders, as in ImageNet's own `val`, get their classes from a label list.
+    """
+    folder = address.path
+    paths = image_files(folder)
+    parts = _parts(address, paths)
+    depth = 1 if parts else 0
+    tops = tuple(name + os.sep for name in parts.values())
+    used = [path for path in paths if path.startswith(tops)] if parts else paths
+    classed = [path for path in used if path.count(os.sep) > depth]
+    if not classed:
         raise UserError(
             f"{folder}: no images found in class sub-folders (supported extensions: {', '.join(EXTENSIONS)}); "
             f"for images without classes, use flat:{folder}"
         )
-    depth = 1 if has_splits else 0
-    classes = tuple(sorted({path.split(os.sep)[depth] for path in paths}))
-    label = {name: number for number, name in enumerate(classes)}
-    return Files(uri, folder, chosen, [label[path.split(os.sep)[depth]] for path in chosen], classes)
+    names = {path: path.split(os.sep)[depth] for path in classed}
+    classes = tuple(sorted(set(names.values())))
+    heldout = parts.get("heldout", "") + os.sep
+    if "train" in parts and not any(path.startswith(heldout) for path in classed):
+        listed = [path for path in used if path.startswith(heldout)]
+        if listed and split != "train":
+            names |= find_labels(folder, parts["heldout"], listed, classes)
+            classed = sorted(names)
+    number = {name: i for i, name in enumerate(classes)}
+    chosen = classed if split == "all" else _in_part(classed, parts, split)
+    return Files(address.uri, folder, chosen, [number[names[path]] for path in chosen], classes)
+
+
+def _parts(address: Address, paths: Sequence[str]) -> dict[str, str]:
+    return parts_of((path.split(os.sep)[0] for path in paths if os.sep in path), address.splits, address.path)
+
+
+def _in_part(paths: list[str], parts: dict[str, str], split: Split) -> list[str]:
+    """Return the paths of a split: of its folder, or chosen by a hash if the held-out images have no folder."""
+    if "heldout" in parts:
+        return [path for path in paths if split in parts and path.startswith(parts[split] + os.sep)]
+    return [paths[i] for i in in_split(paths, split)]

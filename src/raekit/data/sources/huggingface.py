@@ -2,20 +2,20 @@
 
 import io
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from raekit.data.images import UnreadableImage, decode
-from raekit.data.sources.base import Split, in_split
+from raekit.data.sources.base import Address, Split, in_split
 from raekit.errors import UserError
 
 
 class HuggingFace:
     """The rows of a `datasets.Dataset`, memory-mapped and decoded at each access."""
 
-    def __init__(self, uri: str, folder: Path, split: Split):
+    def __init__(self, address: Address, split: Split):
+        uri, folder = address.uri, address.path
         try:
             import datasets
         except ImportError:

@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from raekit.data.sources.base import Split
+from raekit.data.sources.base import Address, Split
 from raekit.errors import UserError
 
 
 class Idx:
     """Grey images from IDX files, kept in memory."""
 
-    def __init__(self, uri: str, folder: Path, split: Split):
-        self.name = uri
+    def __init__(self, address: Address, split: Split):
+        self.name, folder = address.uri, address.path
         wanted = {"train": ("train",), "heldout": ("t10k",), "all": ("train", "t10k")}[split]
         parts = {part: _read_idx_pair(folder, part) for part in ("train", "t10k")}
         top = max(int(labels.max(initial=0)) for _, labels in parts.values())

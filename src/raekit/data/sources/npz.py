@@ -1,22 +1,22 @@
 """`npz:FILE`: an array of images, as ADM writes samples."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from raekit.data.archives import MAX_FILE, Npz
 from raekit.data.images import UnreadableImage
-from raekit.data.sources.base import Split, in_split
+from raekit.data.sources.base import Address, Split, in_split
 from raekit.errors import UserError
 
 
 class NpzImages:
     """The rows of an array of images, read at each access."""
 
-    def __init__(self, uri: str, path: Path, split: Split):
-        self.name, self._npz = uri, Npz(path)
+    def __init__(self, address: Address, split: Split):
+        path = address.path
+        self.name, self._npz = address.uri, Npz(path)
         dtype, shape = self._npz.arrays.get("arr_0", (None, ()))
         if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or min(shape) < 1:
             found = ", ".join(f"{name} {kind} {sizes}" for name, (kind, sizes) in self._npz.arrays.items())

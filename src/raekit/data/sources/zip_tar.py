@@ -1,45 +1,48 @@
-"""`zip:FILE` and `tar:FILE`: image files in an archive, without labels."""
+"""`zip:FILES` and `tar:FILES`: image files in archives, with classes if the archives have them."""
 
 import io
-import os
-from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
-from raekit.data.archives import Entry, read_entry, tar_entries, zip_entries
-from raekit.data.images import EXTENSIONS, UnreadableImage, decode
-from raekit.data.sources.base import Split, in_split
+from raekit.data.archives import read_entry
+from raekit.data.images import UnreadableImage, decode
+from raekit.data.sources.archive_index import open_index
+from raekit.data.sources.base import Address, Split
 from raekit.errors import UserError
 
 
 class Archived:
-    """Image files in a zip or tar archive, decoded at each access."""
+    """Image files in zip or tar archives, decoded at each access."""
 
-    def __init__(self, uri: str, path: Path, split: Split):
-        self.name, self.classes, self._path = uri, (), path
-        entries = (zip_entries if uri.startswith("zip:") else tar_entries)(path)
-        names = sorted(name for name in entries if _is_image(name))
-        if not names:
-            raise UserError(f"{path}: no images found (supported extensions: {', '.join(EXTENSIONS)})")
-        chosen = [names[i] for i in in_split(names, split)]
-        self._names = np.array([os.fsencode(name) for name in chosen])
-        self._entries = np.array([entries[name] for name in chosen], np.int64).reshape(len(chosen), -1)
-        self.labels = np.full(len(chosen), -1)
+    def __init__(self, address: Address, split: Split):
+        self.name = address.uri
+        self._index = open_index(address.scheme, address.path, address.splits)
+        self._numbers = self._index.numbers(split)
+        self.classes, self.labels = self._index.classes, self._index.labels[self._numbers]
+        if self.classes and self.labels.min(initial=0) < 0:
+            first = self._index.name(int(self._numbers[self.labels < 0][0]))
+            raise UserError(
+                f"{self.name}: {int((self.labels < 0).sum()):,} images of the split {split!r} have no class, such as "
+                f"{first}; unpack the archive, and open it as folder: with a label list"
+            )
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._numbers)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        name = f"{self._path}/{os.fsdecode(self._names[index])}"
+        content, name = self.file(index)
+        return decode(io.BytesIO(content), name), int(self.labels[index])
+
+    def file(self, index: int) -> tuple[bytes, str]:
+        """Return the content of an image's file and its name.
+
+        Raises:
+            UnreadableImage: the archive is damaged there.
+        """
+        number = int(self._numbers[index])
+        path = self._index.archive(number)
+        name = f"{path}/{self._index.name(number)}"
         try:
-            content = read_entry(self._path, Entry(*self._entries[index].tolist()))
+            return read_entry(path, self._index.entry(number)), name
         except (OSError, ValueError) as error:
             raise UnreadableImage(name, str(error)) from None
-        return decode(io.BytesIO(content), name), -1
-
-
-def _is_image(name: str) -> bool:
-    parts = name.split("/")
-    hidden = any(part.startswith(".") for part in parts if part != ".") or parts[0] == "__MACOSX"
-    return name.lower().endswith(EXTENSIONS) and not hidden
