@@ -12,10 +12,13 @@ from rich.table import Table
 
 from raekit.cli import console
 from raekit.cli.console import Device
+from raekit.cli.launch import launch, without
 from raekit.progress import Display
 
 _RUN = "Folder of the run, for checkpoints, metrics and the trained artifact. An existing run is resumed."
 _DRY_RUN = "Show the config and the cost without training."
+_PROCESSES = "Train in this number of processes on this machine."
+_GPUS = "Train on this number of GPUs of this machine, with a process for each."
 _DEVICE = "Device to train on. None: the GPU if there is one, else the CPU."
 
 
@@ -60,7 +63,7 @@ def train(arguments: list[str]) -> None:
     To add an optional part to a recipe, set one of its options, such as --selection.every 100. To remove an optional
     part, set the part to None, such as --perceptual None.
 
-    To train on 8 GPUs: torchrun --nproc-per-node 8 -m raekit -- train RECIPE
+    To train on 8 GPUs: raekit train RECIPE --gpus 8. On several machines: srun raekit train RECIPE, or torchrun.
     """
     from raekit.recipes import find, names
 
@@ -79,8 +82,15 @@ def train(arguments: list[str]) -> None:
         run: Annotated[Path, tyro.conf.arg(help=_RUN)] = Path("runs") / recipe.name,
         dry_run: Annotated[bool, tyro.conf.arg(help=_DRY_RUN)] = False,
         device: Annotated[Device | None, tyro.conf.arg(help=_DEVICE)] = None,
+        gpus: Annotated[int | None, tyro.conf.arg(help=_GPUS)] = None,
+        processes: Annotated[int | None, tyro.conf.arg(help=_PROCESSES)] = None,
         config: Any = None,
     ) -> None:
+        if count := gpus or processes:
+            launch(
+                count, ["train", *without(arguments, "--gpus", "--processes"), *(["--device", "cuda"] if gpus else [])]
+            )
+            return
         from raekit.distributed import world
         from raekit.stages.inspection import describe_config
         from raekit.stages.run import train as fit

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from raekit.config import differences, read_json, to_dict, to_json
-from raekit.distributed import World
+from raekit.distributed import World, check_shared
 from raekit.errors import UserError
 from raekit.files import whole
 from raekit.progress import Progress, silent
@@ -46,7 +46,7 @@ def train(
         report: Receives the step and the metrics of each log record.
         progress: Receives the progress of the preparation before the first step.
 
-    RUN/artifact holds the present model at the end.
+    RUN/artifact holds the model of the newest checkpoint, and RUN/milestones the models of `train.milestones`.
 
     Raises:
         Stopped: If a signal stopped the training. The state is saved.
@@ -54,15 +54,14 @@ def train(
     """
     with stop_signals(world) as stop:
         check(run, config)
+        check_shared(run, world)
         stage = build(config, run, world)
-        trainer = Trainer(run, config.train, stage.objectives, stage.batches, world, stage.periodics)
+        trainer = Trainer(run, config.train, stage.objectives, stage.batches, world, stage.periodics, stage.export)
         # Claimed only after the build, so that a mistake in the config does not occupy the folder.
         with world.main_first():
             claim(run, config, world)
         stage.prepare(progress)
         trainer.fit(report, stop)
-        stage.export(run / "artifact")
-        world.barrier()  # the first process writes the artifact, and then all may read it
 
 
 def check(run: Path, config: StageConfig) -> None:
