@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.multiprocessing.spawn import spawn
 
+from raekit import liveness
 from raekit.distributed import world
 from raekit.models.autoencoder import Autoencoder, AutoencoderConfig
 from raekit.models.decoder import DecoderConfig
@@ -47,6 +48,7 @@ def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[An
 
 def _rank(rank: int, size: int, port: int, folder: Path, function: Callable[..., Any], args: tuple) -> None:
     torch.set_num_threads(1)
+    liveness.GRACE = liveness.DEAD = 300.0  # a busy machine may stop a process for a while
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

@@ -1,10 +1,12 @@
-"""Kill a training run (SIGKILL) at random moments, resume it each time, and compare it with an uninterrupted run.
+"""Kill work (SIGKILL) at random moments, resume it each time, and compare the results with uninterrupted work.
 
     python tools/kill_resume.py
-    python tools/kill_resume.py --kills 20 --folder /tmp/kills -- emoji_decoder --train.steps 300 --no-train.compile
+    python tools/kill_resume.py --kills 20 --folder /tmp/kills --only encoder generation
 
-The arguments after `--` go to `raekit train`. The script exits with 0 if the last checkpoint (weights, averages,
-moments, step), the artifact and the loss of every step are bit-identical.
+The work is a training of every stage, with selection, evaluation, milestones and checkpoints in the background, a
+cache of latents, and a folder of samples. The script tells in which activity each kill fell, and exits with 0 if all
+results are identical to the bit: checkpoints (weights, averages, moments, step), artifacts, milestones, losses, shards
+and images.
 """
 
 import argparse
@@ -16,21 +18,55 @@ import sys
 import tempfile
 import time
 import warnings
+from collections import Counter
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-DEFAULT = ["emoji_encoder", "--train.steps", "200", "--train.batch-size", "8", "--train.checkpoint-every", "7"]
-START_UP = 0.2
-"""The share of kills while a process starts. The other kills happen while the process trains."""
+SMALL = ["--train.batch-size", "4", "--train.log-every", "1", "--data.source", "{images}"]
+SAVES = ["--train.checkpoint-every", "4", "--train.milestones", "5", "17"]
+ENCODER = [
+    *("--data.image-size", "16", "--encoder.image-size", "16", "--encoder.patch-size", "4"),
+    *("--encoder.depth", "1", "--encoder.width", "32", "--encoder.heads", "2"),
+]
+DECODER = [
+    *("--decoder.depth", "1", "--decoder.width", "32", "--decoder.heads", "2", "--decoder.hidden", "64"),
+    *("--perceptual", "None"),
+]
+GAN = ["--adversarial.discriminator-start", "10", "--adversarial.start", "12"]
+DENOISER = [
+    *["--denoiser.backbone.depth", "1", "--denoiser.backbone.width", "32", "--denoiser.backbone.heads", "2"],
+    *["--denoiser.head.depth", "1", "--denoiser.head.width", "32", "--denoiser.head.heads", "2"],
+]
+WORKS = {
+    "encoder": ["train", "emoji_encoder", "--train.steps", "30", "--score-every", "10", *ENCODER, *SMALL, *SAVES],
+    "background": [
+        *("train", "emoji_encoder", "--train.steps", "30", "--score-every", "10", *ENCODER, *SMALL, *SAVES),
+        *("--train.background-saves", "True"),
+    ],
+    "decoder": [
+        *("train", "emoji_decoder_gan", "--train.steps", "30", *DECODER, *GAN, *SMALL, *SAVES),
+        *("--selection.every", "10", "--selection.features", "builtin:vit-tiny"),
+    ],
+    "denoiser": [
+        *("train", "emoji_dit_dh", "--train.steps", "30", *DENOISER, *SMALL, *SAVES),
+        *("--evaluation.every", "10", "--evaluation.count", "20", "--evaluation.steps", "4"),
+        *("--evaluation.features", "builtin:vit-tiny"),
+    ],
+    "cache": ["latents", "cache", "builtin:emoji", "--source", "{images}", "--out", "{out}", "--batch-size", "4"],
+    "generation": ["generate", "builtin:emoji", "--count", "96", "--steps", "4", "--batch-size", "8", "--out", "{out}"],
+}
+START_UP = 0.1
+"""The share of kills while a process starts. The other kills happen while it works."""
 
 
-def train(run: Path, arguments: list[str]) -> None:
-    """Run `raekit train` in this process, with its output in a file next to the run."""
-    log = os.open(run.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+def work(name: str, out: Path, images: str) -> None:
+    """Run a command of `WORKS` in this process, with its output in a file next to `out`."""
+    log = os.open(out.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(log, stream)
-    sys.argv = ["raekit", "train", *arguments, "--train.log-every", "1", "--run", str(run)]
+    arguments = [argument.format(images=images, out=out) for argument in WORKS[name]]
+    sys.argv = ["raekit", *arguments, *(["--run", str(out)] if arguments[0] == "train" else [])]
     from raekit.cli import main
 
     main()
@@ -45,65 +81,60 @@ def step_of(run: Path) -> int:
 
 
 class Lives:
-    """Starts each training in a new process. The processes are forked from a server that has done the imports."""
+    """Starts each command in a new process. The processes are forked from a server that has done the imports."""
 
-    def __init__(self, arguments: list[str]) -> None:
-        self.arguments = arguments
+    def __init__(self, name: str, images: str) -> None:
+        self.name, self.images = name, images
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["raekit.cli", "raekit.recipes", "raekit.stages.run"])
+        self.context.set_forkserver_preload(["raekit.cli", "raekit.recipes", "raekit.stages.run", "raekit.inference"])
 
-    def start(self, run: Path) -> ForkServerProcess:
-        process = self.context.Process(target=train, args=(run, self.arguments))
+    def start(self, out: Path) -> ForkServerProcess:
+        process = self.context.Process(target=work, args=(self.name, out, self.images))
         process.start()
         return process
 
-    def finish(self, run: Path) -> None:
-        join(self.start(run), run)
+    def finish(self, out: Path) -> float:
+        """Run the command to its end; return the seconds."""
+        began = time.monotonic()
+        process = self.start(out)
+        process.join()
+        if process.exitcode:
+            sys.exit(f"FAIL: exit status {process.exitcode} without a kill; see {out.with_suffix('.log')}")
+        return time.monotonic() - began
 
 
-def join(process: ForkServerProcess, run: Path) -> None:
-    process.join()
-    if process.exitcode:
-        sys.exit(
-            f"FAIL: a training that was not killed gave exit code {process.exitcode}; see {run.with_suffix('.log')}"
-        )
+def activity(out: Path) -> str:
+    """Return what a killed process was doing, from what it left."""
+    left = {path.name for path in out.rglob("*.partial")}
+    for name, doing in (("artifact", "exporting"), ("autoencoder", "exporting"), ("encoder", "exporting")):
+        if f"{name}.partial" in left:
+            return doing
+    if any(name.startswith("step-") for name in left):
+        return "saving"
+    return "writing" if left else "training, evaluating or starting"
 
 
-def timed(lives: Lives, run: Path) -> tuple[int, float, float]:
-    """Train without a kill. Return the number of steps, the seconds until the first step, and the seconds per step."""
-    began = time.monotonic()
-    process = lives.start(run)
-    while not step_of(run) and process.is_alive():
-        time.sleep(0.002)
-    started = time.monotonic()
-    join(process, run)
-    steps = step_of(run)
-    return steps, started - began, (time.monotonic() - started) / steps
+def kill(lives: Lives, out: Path, kills: int, randomly: random.Random, seconds: float) -> tuple[int, Counter[str]]:
+    """Kill the work up to `kills` times, each time after it has run for a random part of the time that it takes.
 
-
-def kill(lives: Lives, run: Path, kills: int, randomly: random.Random, timing: tuple[int, float, float]) -> int:
-    """Kill the run up to `kills` times: near random steps, or while it starts.
-
-    Returns the number of kills, which is lower than `kills` if the run ends early.
+    Returns:
+        The number of kills, which is lower than `kills` if the work ends early, and how many fell in each activity.
     """
-    steps, start_up, step_time = timing
-    for number, target in enumerate(sorted(randomly.uniform(0, 0.9 * steps) for _ in range(kills)), 1):
-        starts = randomly.random() < START_UP
-        delay = randomly.uniform(0, start_up if starts else 2 * step_time)
-        process = lives.start(run)
-        while not starts and step_of(run) < target and process.is_alive():
-            time.sleep(0.002)
-        time.sleep(delay)
+    seen: Counter[str] = Counter()
+    for number in range(kills):
+        # A life is long enough to get past the next checkpoint, or short enough to die while it starts.
+        delay = randomly.uniform(0, START_UP if randomly.random() < START_UP else 0.5) * seconds
+        process = lives.start(out)
+        process.join(delay)
+        if process.exitcode == 0:
+            return number, seen
+        if process.exitcode:
+            sys.exit(f"FAIL: exit status {process.exitcode} before a kill; see {out.with_suffix('.log')}")
         process.kill()
         process.join()
-        if process.exitcode == 0:
-            return number - 1
-        if process.exitcode != -9:
-            sys.exit(f"FAIL: exit code {process.exitcode} before kill {number}; see {run.with_suffix('.log')}")
-        saved = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
-        saving = " while saving" if any(name.endswith(".partial") for name in saved) else ""
-        print(f"kill {number:2}: at step {step_of(run)}{saving}; checkpoints: {', '.join(saved) or 'none'}")
-    return kills
+        seen[activity(out)] += 1
+        print(f"  killed after {delay:5.2f} s, {activity(out)}, at step {step_of(out)}", flush=True)
+    return kills, seen
 
 
 def digest(content: bytes) -> str:
@@ -111,7 +142,7 @@ def digest(content: bytes) -> str:
 
 
 def contents(run: Path) -> dict[str, str]:
-    """Return digests of the run: tensors of the last checkpoint, files of the artifact, logged metrics."""
+    """Return digests of the results: tensors of the last checkpoint, models, shards, images, logged losses."""
     import torch
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
@@ -127,13 +158,15 @@ def contents(run: Path) -> dict[str, str]:
         else:
             found[name] = digest(value.numpy().tobytes()) if isinstance(value, torch.Tensor) else repr(value)
 
-    newest = checkpoints(run / "checkpoints")[-1]
-    with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dcp_to_torch_save(newest, Path(scratch) / "state.pt")
-        add(newest.name, torch.load(Path(scratch) / "state.pt"))
-    for path in filter(Path.is_file, (run / "artifact").rglob("*")):
-        found[str(path.relative_to(run))] = digest(path.read_bytes())
+    if (run / "checkpoints").is_dir():
+        newest = checkpoints(run / "checkpoints")[-1]
+        with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dcp_to_torch_save(newest, Path(scratch) / "state.pt")
+            add(newest.name, torch.load(Path(scratch) / "state.pt"))
+    for path in filter(Path.is_file, run.rglob("*")):
+        if path.suffix in (".safetensors", ".png", ".webp") or path.parent.parent.name in ("artifact", "milestones"):
+            found[str(path.relative_to(run))] = digest(path.read_bytes())
     for record in read_metrics(run):
         if record.pop("images_per_second", None):  # a record of training, not of an evaluation
             add(f"metrics.step {record.pop('step')}", record)
@@ -142,34 +175,38 @@ def contents(run: Path) -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--kills", type=int, default=60, help="in all")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random moments")
-    parser.add_argument("--folder", type=Path, help="empty folder for the runs. Default: a temporary folder")
-    parser.add_argument("train", nargs="*", default=DEFAULT, metavar="ARGUMENT", help="of raekit train, after --")
+    parser.add_argument("--folder", type=Path, help="empty folder for the results. Default: a temporary folder")
+    parser.add_argument("--images", default="emoji", help="data source of the training images")
+    parser.add_argument("--only", nargs="*", default=list(WORKS), choices=list(WORKS), help="kinds of work")
     options = parser.parse_args()
+    total, randomly = 0, random.Random(options.seed)
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.folder or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
             sys.exit(f"{folder}: not empty; give an empty folder")
-        lives, randomly = Lives(options.train), random.Random(options.seed)
-        timing = timed(lives, folder / "alone")
-        print(
-            f"uninterrupted: {timing[0]} steps, first after {timing[1]:.1f} s, then {1000 * timing[2]:.0f} ms per step"
-        )
-        expected, kills, runs = contents(folder / "alone"), 0, 0
-        while kills < options.kills:  # a run that ends before the last kill is followed by another run
-            runs += 1
-            run = folder / f"killed{runs}"
-            kills += kill(lives, run, options.kills - kills, randomly, timing)
-            lives.finish(run)
-            found = contents(run)
-            different = [name for name in expected | found if expected.get(name) != found.get(name)]
-            for name in different[:10]:
-                print(f"differs: {name}")
-            if different:
-                sys.exit(f"FAIL: {len(different)} of {len(expected)} values differ")
-    print(f"OK: {kills} kills, {runs} run(s), and all {len(expected)} values are bit-identical")
+        for number, name in enumerate(options.only):
+            share = options.kills * (number + 1) // len(options.only) - options.kills * number // len(options.only)
+            lives = Lives(name, options.images)
+            seconds = lives.finish(folder / f"{name}-alone")
+            expected, kills, runs, seen = contents(folder / f"{name}-alone"), 0, 0, Counter[str]()
+            print(f"{name}: {seconds:.1f} s without a kill, {len(expected)} values", flush=True)
+            while kills < share:  # work that ends before the last kill is followed by the same work again
+                runs += 1
+                out = folder / f"{name}-{runs}"
+                done, activities = kill(lives, out, share - kills, randomly, seconds)
+                kills, seen = kills + done, seen + activities
+                lives.finish(out)
+                found = contents(out)
+                different = [key for key in expected | found if expected.get(key) != found.get(key)]
+                if different:
+                    sys.exit(f"FAIL: {name}: {len(different)} of {len(expected)} values differ: {different[:10]}")
+            spread = ", ".join(f"{count} {what}" for what, count in seen.items())
+            print(f"{name}: {kills} kills in {runs} run(s) ({spread}); all values are identical", flush=True)
+            total += kills
+    print(f"OK: {total} kills, nothing lost")
 
 
 if __name__ == "__main__":

@@ -1,25 +1,32 @@
 """Work in one or many processes. One process is a world of size 1, so the same code serves both."""
 
 import os
+import time
+import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from raekit import slurm
 from raekit.errors import Stopped, UserError
 from raekit.liveness import Watch
 
 CPU = torch.device("cpu")
 TIMEOUT = timedelta(minutes=30)
 """How long a process may be ahead of another. A process that died is noticed earlier, see `liveness`."""
+SHARING = 10.0
+"""Seconds until a file of one machine must be visible on the others."""
 
 
 @dataclass(frozen=True)
@@ -79,24 +86,73 @@ class World:
         """Wait until every process calls this method."""
         self.any(False)  # unlike a barrier of NCCL, gloo notices at once that a process has ended
 
-    def shard(self, module: nn.Module, blocks: list[nn.Module]) -> None:
+    def shard(self, module: nn.Module, blocks: list[nn.Module], ways: int = 1) -> None:
         """Distribute `module` in place with FSDP2. A world of size 1 does nothing.
 
-        Every process holds all weights in float32, and gradients are averaged over the processes.
+        Weights are float32, and gradients are averaged over the processes.
 
         Args:
             module: the module to distribute.
             blocks: parts of `module` that are wrapped separately, so that communication overlaps with computation.
+            ways: the number of processes that share one copy of the weights, a divisor of `size`. With 1, every process
+                holds all weights.
         """
         if self.size == 1:
             return
         # FSDP2 warns at every restart against changing outputs in place. The library changes no output in place.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-        mesh = init_device_mesh(self.device.type, (self.size, 1), mesh_dim_names=("replicate", "shard"))
+        mesh = _mesh(self.device.type, self.size, ways)
         for block in [*blocks, module]:
             # By default the root keeps its gathered weights after a forward pass without a backward pass. After an
             # evaluation, updates of an EMA copy would then go to these temporary weights.
             fully_shard(block, mesh=mesh, reshard_after_forward=True)
+
+
+@cache
+def _mesh(device: str, size: int, ways: int) -> DeviceMesh:
+    """Return the mesh for `fully_shard`. All modules share one, and with it one communicator for each dimension."""
+    return init_device_mesh(device, (size // ways, ways), mesh_dim_names=("replicate", "shard"))
+
+
+@contextmanager
+def gathered(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Keep the full weights of distributed modules in every process inside this block.
+
+    A forward pass then needs no other process, so that processes may make different numbers of passes.
+    """
+    parts = [part for module in modules for part in module.modules() if isinstance(part, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.reshard()
+            part.set_reshard_after_forward(True, recurse=False)
+
+
+def check_shared(folder: Path, world: World) -> None:
+    """Check that all processes see the same `folder`: the first writes a token that all must read.
+
+    Raises:
+        UserError: `folder` is on a disk of one machine.
+    """
+    if world.size == 1:
+        return
+    name = world.gather(f".token-{uuid.uuid4().hex}")[0]
+    if world.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    world.barrier()
+    deadline = time.monotonic() + SHARING
+    while not (seen := (folder / name).is_file()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    everywhere = not world.any(not seen)
+    if world.is_main:
+        (folder / name).unlink()
+    if not everywhere:
+        raise UserError(f"{folder}: must be on a file system that all machines share; choose another --run")
 
 
 def full_state(module: nn.Module) -> dict[str, Tensor]:
@@ -137,11 +193,13 @@ def prepare_device(device: str | None = None, local_rank: int = 0) -> torch.devi
 
 @contextmanager
 def world(device: str | None = None) -> Iterator[World]:
-    """Join the processes that `torchrun` started. Without `torchrun`, yield a world of size 1.
+    """Join the processes that `torchrun` or `srun` started. Without these, yield a world of size 1.
 
     Args:
         device: "cpu" or "cuda". None selects CUDA if it is available.
     """
+    if "WORLD_SIZE" not in os.environ:
+        os.environ |= slurm.environment(os.environ)
     size = int(os.environ.get("WORLD_SIZE", 1))
     this = prepare_device(device, int(os.environ.get("LOCAL_RANK", 0)))
     if size == 1:
@@ -161,10 +219,16 @@ def world(device: str | None = None) -> Iterator[World]:
         raise
     except UserError:
         raise
-    except Exception:
+    except Exception as error:
         if watch.failed():  # the failure broke the connection to this process
             raise UserError("another process failed; its own message says why") from None
+        if isinstance(error, dist.DistBackendError) or "gloo" in str(error):
+            raise UserError(
+                f"the connection to another process broke ({str(error).splitlines()[0]}), perhaps because the process "
+                "was killed; run the same command again to resume"
+            ) from None
         raise
     finally:
         watch.leave(failed)
+        _mesh.cache_clear()
         dist.destroy_process_group()

@@ -35,7 +35,8 @@ def find_folder(name: str, kind: str | None = None) -> Path:
     """Return the folder of a model. From the Hub, only the files that raekit reads are downloaded.
 
     Args:
-        name: `builtin:NAME`, a published name, a local folder, or OWNER/NAME or OWNER/NAME@REVISION on the Hub.
+        name: `builtin:NAME`, a published name, a local folder, RUN@STEP for a milestone of a training, or OWNER/NAME or
+            OWNER/NAME@REVISION on the Hub.
         kind: the artifact that is wanted, by default all. A published model may keep its artifacts in several folders.
 
     Raises:
@@ -52,6 +53,8 @@ def find_folder(name: str, kind: str | None = None) -> Path:
         return models.cached(name, kind)
     if (path := Path(name)).is_dir():
         return path
+    if milestone := _milestone(name):
+        return milestone
     if not is_repository(name):
         known = "".join(f", {known}" for known in models.NAMES) if models else ""
         raise UserError(
@@ -97,6 +100,24 @@ def cache_folder() -> Path:
     from huggingface_hub import constants
 
     return Path(os.environ.get("RAEKIT_CACHE") or Path(constants.HF_HOME, "raekit")).expanduser()
+
+
+def _milestone(name: str) -> Path | None:
+    """Return the folder of the milestone RUN@STEP; None if `name` has another form.
+
+    Raises:
+        UserError: the run has no such milestone.
+    """
+    run, _, step = name.rpartition("@")
+    if not (step.isdigit() and run and Path(run).is_dir()):
+        return None
+    kept = {
+        int(folder.name.removeprefix("step-")): folder for folder in sorted(Path(run).glob("milestones/step-*[0-9]"))
+    }
+    if int(step) not in kept:
+        has = f"has the steps {', '.join(map(str, kept))}" if kept else "has none"
+        raise UserError(f"{name}: no such milestone; {run} {has} (train.milestones sets the steps to keep)")
+    return kept[int(step)]
 
 
 def is_repository(name: str) -> bool:

@@ -20,7 +20,7 @@ PULSE = 0.5
 """Seconds between two looks at the other processes."""
 DEAD = 60.0
 """Seconds without a sign of life after which a process counts as dead."""
-GRACE = 10.0
+GRACE = 20.0
 """Seconds that a process has to end by itself after another process stopped or failed."""
 
 

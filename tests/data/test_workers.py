@@ -3,8 +3,11 @@
 import os
 import resource
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -94,3 +97,10 @@ def test_without_open_files_the_limit_is_named():
     held = []
     with few_files(25), pytest.raises(UserError, match=r"data\.workers: .*ulimit -n.*lower data\.workers"):
         held.extend(read("never"))  # each batch in shared memory is an open file
+
+
+def test_a_process_that_ends_with_open_workers_does_not_wait_for_them():
+    """As after an error elsewhere, whose traceback keeps the stream."""
+    code = "from tests.data.test_workers import read\nstream = read('never')\nnext(stream)\nraise SystemExit(3)"
+    done = subprocess.run([sys.executable, "-c", code], timeout=60, check=False, cwd=Path(__file__).parents[2])
+    assert done.returncode == 3

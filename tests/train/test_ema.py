@@ -54,3 +54,9 @@ def test_an_averaged_copy_is_for_evaluation_and_shares_nothing():
     with torch.no_grad():
         module.linear.weight.zero_()
     assert torch.equal(average(torch.ones(1, 3)), before)
+
+
+def test_a_decay_warms_up_to_its_value():
+    assert [ema.warmed_up(0.9, n) for n in (0, 1, 10)] == [1 / 10, 2 / 11, 11 / 20]
+    assert ema.warmed_up(0.9, 80) == 0.9
+    assert ema.warmed_up(0.05, 0) == 0.05

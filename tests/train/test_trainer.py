@@ -192,6 +192,69 @@ def test_it_is_adamw_with_clipping_schedule_and_averages(alone):
             torch.testing.assert_close(alone[1][f"net {kind} {name}"], tensor.detach(), rtol=1e-5, atol=1e-6)
 
 
+def test_averages_warm_up_if_asked(tmp_path):
+    """A short run exports what it learnt, and not its first weights."""
+    trained = trainer(tmp_path, config=replace(CONFIG, ema_warmup=True))
+    weights = [trained.objectives[0].module.get_parameter("out.weight").detach().clone()]
+    trained.periodics = [
+        Periodic(every=1, call=lambda step: weights.append(state(trained)["net weights out.weight"]) or {})
+    ]
+    trained.fit()
+    average = weights[0]
+    for n, new in enumerate(weights[1:]):
+        average = average.lerp(new, 1 - min(0.9, (1 + n) / (10 + n)))
+    torch.testing.assert_close(state(trained)["net average 0.9 out.weight"], average)
+
+
+def test_the_artifact_follows_each_checkpoint_and_milestones_are_kept(tmp_path):
+    def export(folder: Path) -> None:
+        newest = checkpoint.checkpoints(tmp_path / "checkpoints")[-1].name
+        written.append((str(folder.relative_to(tmp_path)), newest.removeprefix("step-0000000")))
+        folder.mkdir(parents=True, exist_ok=True)
+
+    written: list[tuple[str, str]] = []
+    config = replace(CONFIG, checkpoint_every=3, milestones=(2, 6))
+    trainer(tmp_path, config=config, export=export).fit()
+    kept = [("milestones/step-00000002", "2"), ("milestones/step-00000006", "6")]
+    assert written == [
+        ("artifact", "2"), kept[0], ("artifact", "3"), ("artifact", "6"), kept[1], ("artifact", "8"),
+    ]  # fmt: skip
+    written.clear()
+    shutil.rmtree(tmp_path / "checkpoints" / "step-00000008")
+    shutil.rmtree(tmp_path / "milestones" / "step-00000006")  # as if the process had died before it wrote this one
+    trainer(tmp_path, config=config, export=export).fit()
+    assert written == [("artifact", "6"), kept[1], ("artifact", "8")]
+
+
+def test_a_stopped_run_publishes_what_it_saved(tmp_path):
+    exported = []
+    assert not finishes(trainer(tmp_path, one=signalled(2), export=exported.append))
+    assert exported == [tmp_path / "artifact"]
+
+
+@pytest.mark.parametrize("stop", [2, 5])
+def test_saves_in_the_background_change_nothing(tmp_path, alone, stop):
+    config = replace(CONFIG, background_saves=True, checkpoint_every=1)
+    assert not finishes(trainer(tmp_path, config=config, one=signalled(stop)))
+    assert checkpoint.checkpoints(tmp_path / "checkpoints")[-1].name == f"step-0000000{stop + 1}"
+    resumed = trainer(tmp_path, config=config)
+    resumed.fit()
+    assert same(state(resumed), alone[1])
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] != []
+    assert not list((tmp_path / "checkpoints").glob("*.partial"))
+
+
+def test_a_failed_save_in_the_background_ends_the_run_at_the_next_step(tmp_path, monkeypatch):
+    def fail(writer: checkpoint.Writer) -> UserError | None:
+        return UserError("step 4: could not be saved") if trained.step == 5 else None
+
+    monkeypatch.setattr(checkpoint.Writer, "failure", fail)
+    trained = trainer(tmp_path)
+    with pytest.raises(UserError, match="step 4: could not be saved"):
+        trained.fit()
+    assert trained.step == 5
+
+
 @pytest.mark.parametrize("micro_batch", [4, 2, 1])
 def test_micro_batches_accumulate(tmp_path, alone, micro_batch):
     parts = trainer(tmp_path, config=replace(CONFIG, micro_batch=micro_batch))
@@ -206,6 +269,11 @@ def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
             trainer(tmp_path, config=config)
     with pytest.raises(UserError, match=r"train\.batch_size: 8 must divide into 3 processes"):
         Trainer(tmp_path, CONFIG, [], partial(rows, ONE), World(size=3))
+
+
+def test_a_world_that_cannot_be_sharded_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"train\.shard: 3 must divide 4, the number of processes"):
+        Trainer(tmp_path, replace(CONFIG, shard=3), [], partial(rows, ONE), World(size=4))
 
 
 def test_a_config_with_a_zero_is_refused():
@@ -589,8 +657,8 @@ def test_a_finished_run_does_nothing_more(tmp_path, alone):
 def test_a_step_is_saved_once(tmp_path, monkeypatch):
     """A signal in a step that is saved anyway must not write the complete checkpoint again."""
     saved = []
-    save = checkpoint.save
-    monkeypatch.setattr(checkpoint, "save", lambda folder, step, *rest: saved.append(step) or save(folder, step, *rest))
+    save = checkpoint.Writer.save
+    monkeypatch.setattr(checkpoint.Writer, "save", lambda *given: saved.append(given[1]) or save(*given))
     config = replace(CONFIG, checkpoint_every=2, keep=1)
     assert not finishes(trainer(tmp_path, config=config, one=signalled(3)))
     assert saved == [2, 4]
@@ -989,3 +1057,74 @@ def test_muon_trains_in_two_processes_as_in_one(tmp_path, two):
 @pytest.mark.parametrize("when", ["step", "accumulation", "loading", "evaluation"])
 def test_a_signal_to_one_process_stops_all(two, when):
     assert [rank["stopped"][when] for rank in two[1]] == [(False, 3, ["step-00000003"])] * 2
+
+
+# Four processes that share the weights in several ways
+
+
+def in_four(world: World, folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    current: list[Trainer] = []
+
+    def evaluate(step: int) -> dict[str, float]:
+        """Make as many forward passes as the number of this process, which the others do not."""
+        x, average = next(rows(ONE, 0)).values, current[-1].objectives[0].averaged
+        with torch.no_grad():
+            scores = [average(x).sum().item() for _ in range(world.rank + 1)]
+        return {"average": scores[0]}
+
+    for ways in (1, 2, 4):
+        for name, optim in (("adamw", OPTIM), ("muon", MUON)):
+            config, run = replace(CONFIG, shard=ways, background_saves=ways == 2), folder / f"{name}{ways}"
+            trained = trainer(run, world, config, objective(optim=optim), periodics=[Periodic(every=4, call=evaluate)])
+            current.append(trained)
+            found[f"{name}{ways}"] = fit(trained), state(trained)
+            parameters = trained.objectives[0].module.parameters()
+            found[f"{name}{ways} held"] = sum(p.to_local().numel() for p in parameters)  # type: ignore[attr-defined]
+    resumed = trainer(folder / "of one", world, replace(CONFIG, shard=4))
+    found["of one"] = resumed.step, fit(resumed), state(resumed)
+    return found
+
+
+@pytest.fixture(scope="module")
+def four(run_ranks, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("four")
+    trainer(folder / "of one", config=replace(CONFIG, steps=4)).fit()
+    return folder, run_ranks(in_four, 4, folder)
+
+
+@pytest.mark.parametrize("ways", [1, 2, 4])
+def test_shared_weights_train_as_whole_ones(four, alone, ways):
+    for rank in four[1]:
+        losses, last = rank[f"adamw{ways}"]
+        assert losses == pytest.approx(alone[0], rel=1e-5)
+        assert_close(last, alone[1])
+    complete = sum(p.numel() for p in Net().parameters())
+    assert sum(rank[f"adamw{ways} held"] for rank in four[1]) == complete * 4 / ways
+    scores = [r["evaluation/average"] for r in read_metrics(four[0] / f"adamw{ways}") if "evaluation/average" in r]
+    average = Net().eval()
+    average.load_state_dict({k.removeprefix("net average 0.9 "): v for k, v in alone[1].items() if "average 0.9" in k})
+    assert scores[-1] == pytest.approx(average(next(rows(ONE, 0)).values).sum().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("ways", [1, 2, 4])
+def test_muon_in_four_processes_trains_as_in_one(tmp_path, four, ways):
+    """Up to bfloat16 rounding, because Muon orthogonalises matrices in bfloat16."""
+    single = trainer(tmp_path, one=objective(optim=MUON))
+    losses = fit(single)
+    for rank in four[1]:
+        assert rank[f"muon{ways}"][0] == pytest.approx(losses, rel=1e-3)
+        for name, tensor in state(single).items():
+            if not name.endswith("calls"):
+                torch.testing.assert_close(rank[f"muon{ways}"][1][name], tensor, rtol=1e-2, atol=1e-3)
+
+
+def test_checkpoints_of_shared_and_whole_weights_are_interchangeable(four, alone):
+    step, losses, last = four[1][0]["of one"]
+    assert step == 4
+    assert losses == pytest.approx(alone[0][4:], rel=1e-5)
+    assert_close(last, alone[1])
+    for ways in (1, 2, 4):
+        alone_again = trainer(four[0] / f"adamw{ways}")
+        assert alone_again.step == 8
+        assert_close(state(alone_again), alone[1])

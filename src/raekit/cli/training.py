@@ -13,6 +13,7 @@ from tyro.conf import Positional
 
 from raekit.cli import console
 from raekit.cli.console import Device
+from raekit.cli.launch import launch, without
 from raekit.errors import UserError
 from raekit.progress import Display
 
@@ -25,6 +26,8 @@ _DRY_RUN = "Show the config and the cost without training."
 _CHANGE = (
     "Allow changes of an existing run that are made on purpose: steps, learning rates, schedules, precision, images."
 )
+_PROCESSES = "Train in this number of processes on this machine."
+_GPUS = "Train on this number of GPUs of this machine, with a process for each."
 _DEVICE = "Device to train on. None: the GPU if there is one, else the CPU."
 
 
@@ -82,7 +85,7 @@ def train(arguments: list[str]) -> None:
     cost without training. To add an optional part to a recipe, set one of its options, such as --evaluation.every 100.
     To remove an optional part, set the part to None, such as --perceptual None.
 
-    To train on 8 GPUs: torchrun --nproc-per-node 8 -m raekit -- train RECIPE
+    To train on 8 GPUs: raekit train RECIPE --gpus 8. On several machines: srun raekit train RECIPE, or torchrun.
     """
     from raekit.recipes import find, names
 
@@ -91,7 +94,7 @@ def train(arguments: list[str]) -> None:
         from raekit.stages.record import read_config
 
         run = Path(rest.pop(0))
-        _train(run.name, f"Resume the run in {run}.", read_config(run), run, rest, resume=True)
+        _train(["--resume", str(run)], run.name, f"Resume the run in {run}.", read_config(run), run, rest)
     elif first.startswith("-"):
         console.out.print(
             "usage: raekit train RECIPE [--run DIR] [--change] [--epochs N] [--dry-run] [--FIELD VALUE ...]\n"
@@ -102,7 +105,7 @@ def train(arguments: list[str]) -> None:
             sys.exit(2)
     else:
         recipe = find(first)
-        _train(recipe.name, recipe.about, recipe.config, Path("runs") / recipe.name, rest)
+        _train([first], recipe.name, recipe.about, recipe.config, Path("runs") / recipe.name, rest)
 
 
 class _Options(NamedTuple):
@@ -111,20 +114,26 @@ class _Options(NamedTuple):
     epochs: float | None
     dry_run: bool
     device: Device | None
+    gpus: int | None
+    processes: int | None
     config: Any
 
 
-def _train(name: str, about: str, default: Any, run: Path, arguments: list[str], resume: bool = False) -> None:
-    """Train the config `default`, changed by the arguments of the command line."""
+def _train(what: list[str], name: str, about: str, default: Any, run: Path, arguments: list[str]) -> None:
+    """Train the config `default`, changed by the arguments that follow `raekit train WHAT` on the command line."""
     from raekit.distributed import world
     from raekit.stages.inspection import describe_config
     from raekit.stages.run import train as fit
     from raekit.stages.scaling import for_steps, steps_of
 
     def parse(default: Any) -> _Options:
-        return _parse(name, about, default, run, arguments, resume)
+        return _parse(name, about, default, run, arguments, resume=what[0] == "--resume")
 
     given = parse(default)
+    if count := given.gpus or given.processes:
+        rest = without(arguments, "--gpus", "--processes")
+        launch(count, ["train", *what, *rest, *(["--device", "cuda"] if given.gpus else [])])
+        return
     if given.epochs is not None:
         if given.config.train.steps != default.train.steps:
             raise UserError("--epochs: sets train.steps; leave out --train.steps")
@@ -156,9 +165,11 @@ def _parse(name: str, about: str, default: Any, run: Path, arguments: list[str],
         epochs: Annotated[float | None, tyro.conf.arg(help=_EPOCHS)] = None,
         dry_run: Annotated[bool, tyro.conf.arg(help=_DRY_RUN)] = False,
         device: Annotated[Device | None, tyro.conf.arg(help=_DEVICE)] = None,
+        gpus: Annotated[int | None, tyro.conf.arg(help=_GPUS)] = None,
+        processes: Annotated[int | None, tyro.conf.arg(help=_PROCESSES)] = None,
         config: Any = config,
     ) -> _Options:
-        return _Options(run, change, epochs, dry_run, device, config)
+        return _Options(run, change, epochs, dry_run, device, gpus, processes, config)
 
     # tyro derives the options and their defaults from the type and the values of the config.
     command.__annotations__["config"] = Annotated[type(config), tyro.conf.arg(name="")]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess as Process
 from multiprocessing.queues import Queue
+from multiprocessing.util import Finalize
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -48,6 +49,8 @@ def load_parts(reader: Dataset[_T], parts: Iterable[range], workers: int, world:
     batches: Any = None
     try:
         batches = _started(loaded)
+        # Python ends its child processes with SIGTERM, which the workers ignore, and waits for them.
+        Finalize(batches, _ended, (batches._workers,), exitpriority=10)
         while (read := _next(batches)) is not None:
             if isinstance(read, _Failure):
                 raise read.error
@@ -123,8 +126,10 @@ def _leave(error: Exception, batch: object) -> NoReturn:
 
 def _ended(workers: list[Process]) -> list[int | None]:
     """End all workers, and return the exit statuses of those that had already ended."""
-    wait([worker.sentinel for worker in workers], timeout=1)
     exits = [worker.exitcode for worker in workers]
+    if not any(exits):  # one may be just ending
+        wait([worker.sentinel for worker in workers], timeout=1)
+        exits = [worker.exitcode for worker in workers]
     for worker in workers:
         worker.kill()  # it may wait for a lock of a dead worker, and ignores SIGTERM
     return exits

@@ -21,7 +21,7 @@ def config() -> ReconstructionConfig:
         decoder=DecoderSize(width=256, depth=5, heads=4, hidden=1024, patch_size=16),
         # Less than the published 0.8, because a token has only 256 channels for 768 pixel values.
         noise=0.3,
-        train=TrainConfig(steps=STEPS, batch_size=64, checkpoint_every=500),
+        train=TrainConfig(steps=STEPS, batch_size=64, checkpoint_every=500, ema_warmup=True),
         optim=OptimConfig(
             lr=1e-3,
             final_lr=2e-5,

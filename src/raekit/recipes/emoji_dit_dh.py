@@ -35,7 +35,7 @@ def config() -> GenerationConfig:
             label_std=0.5,
         ),
         time_law="logit-normal",
-        train=TrainConfig(steps=STEPS, batch_size=32, checkpoint_every=500),
+        train=TrainConfig(steps=STEPS, batch_size=32, checkpoint_every=500, ema_warmup=True),
         optim=OptimConfig(
             lr=1e-3,
             final_lr=2e-5,

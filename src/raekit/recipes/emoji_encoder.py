@@ -31,7 +31,7 @@ def config() -> RepresentationConfig:
         mask_ratio=0.6,
         visible_weight=0.5,
         decoder_width=192,
-        train=TrainConfig(steps=STEPS, batch_size=96, checkpoint_every=500, log_every=50),
+        train=TrainConfig(steps=STEPS, batch_size=96, checkpoint_every=500, log_every=50, ema_warmup=True),
         optim=OptimConfig(
             lr=1e-3,
             final_lr=1e-5,

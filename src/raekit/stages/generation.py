@@ -189,11 +189,15 @@ def build(config: GenerationConfig, run: Path, world: World) -> Stage:
         assert isinstance(objective.averaged, Denoiser)
         return objective.averaged
 
+    exported: set[Path] = set()
+
     def export(folder: Path) -> None:
         for decay, average in (objective.averages or {None: model}).items():
             assert isinstance(average, Denoiser)
             average.save(folder, world, ema=decay, beside=average is not objective.averaged)
-        autoencoder.save(folder, world)
+        if folder not in exported:  # it does not change
+            autoencoder.save(folder, world)
+            exported.add(folder)
 
     def models() -> dict[str, Model]:
         chosen = config.evaluation.ema if config.evaluation else ()

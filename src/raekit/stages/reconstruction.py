@@ -180,8 +180,8 @@ def build(config: ReconstructionConfig, run: Path, world: World) -> Stage:
         return averaged.eval()
 
     def export(folder: Path) -> None:
-        # A selection writes the artifact itself. Without a selected decoder, export the present decoder.
-        if not (config.selection and (run / "selected.json").is_file()):
+        # A selection writes RUN/artifact itself. Without a selected decoder, export the present decoder.
+        if not (folder == run / "artifact" and config.selection and (run / "selected.json").is_file()):
             current().save(folder, world)
 
     return Stage(

@@ -6,7 +6,7 @@ import torch
 
 from raekit.artifacts import STATISTICS
 from raekit.config import Mark, replaced
-from raekit.distributed import World
+from raekit.distributed import World, check_shared
 from raekit.errors import UserError
 from raekit.locks import lock
 from raekit.progress import Progress, silent
@@ -43,7 +43,8 @@ def train(
 
     If `run` holds a stopped run, the training resumes from its newest checkpoint. The type of each field of a config
     says whether the field may differ from the run's (`raekit.config.Mark`). The images and the encoder are compared by
-    their content. A run without a checkpoint is replaced. RUN/artifact holds the present model at the end.
+    their content. A run without a checkpoint is replaced. RUN/artifact holds the model of the newest
+    checkpoint, and RUN/milestones the models of `train.milestones`.
 
     Args:
         config: The config of any stage.
@@ -60,13 +61,14 @@ def train(
     """
     config = replaced(config, Mark.PLACE, absolute)
     with stop_signals(world) as stop, lock(run, world):
+        check_shared(run, world)
         changed = record.config_changes(run, config)
         record.check(run, changed, change)
         stage = build(config, run, world)
         inputs = world.gather(stage.inputs() if world.is_main else None)[0]
         changed += record.input_changes(run, inputs)
         record.check(run, changed, change)
-        trainer = Trainer(run, config.train, stage.objectives, stage.batches, world, stage.periodics)
+        trainer = Trainer(run, config.train, stage.objectives, stage.batches, world, stage.periodics, stage.export)
         if trainer.step > config.train.steps:
             raise UserError(
                 f"train.steps: {config.train.steps}, but the run has trained {trainer.step} steps; give more"
@@ -79,5 +81,3 @@ def train(
             record.write(run, config, inputs, trainer.step, changed, world)
         stage.prepare(progress)
         trainer.fit(report, stop)
-        stage.export(run / "artifact")
-        world.barrier()  # the first process writes the artifact, and then all may read it

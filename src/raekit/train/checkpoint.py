@@ -1,76 +1,252 @@
 """Training checkpoints on disk, in torch's distributed format: the number of processes may change between runs."""
 
+import pickle
+import re
 import shutil
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from raekit.distributed import World
 from raekit.errors import UserError
 
+_SAVE_ERRORS = (CheckpointException, OSError, RuntimeError)
 
-def _name(step: int) -> str:
+
+def name(step: int) -> str:
+    """Return the name of the checkpoint of `step`."""
     return f"step-{step:08d}"
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """Return the complete checkpoints in `folder`, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if path.suffix != ".partial")
+    return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name))
 
 
-def save(folder: Path, step: int, state: dict[str, Any], keep: int, world: World) -> None:
-    """Save `state` as the checkpoint of `step`, and delete all but the newest `keep` checkpoints.
+class Writer:
+    """Writes the checkpoints of a run, and deletes all but the newest.
 
-    The save is atomic: the checkpoint is written under a temporary name and then renamed.
+    A checkpoint is written under a temporary name and then renamed. So a killed process leaves the previous one.
 
-    Raises:
-        UserError: If the checkpoint cannot be written. The earlier checkpoints remain.
+    Args:
+        folder: The folder of the checkpoints.
+        keep: How many to keep.
+        world: The processes. All of them call each method at the same point of the training, except `failure`.
+        background: Write while the training goes on. The state is copied to the host first.
     """
-    final, partial = folder / _name(step), folder / f"{_name(step)}.partial"
-    if world.is_main:
-        for unfinished in folder.glob("step-*.partial"):  # left by a process that was killed while saving
-            shutil.rmtree(unfinished, ignore_errors=True)
-    world.barrier()
-    failure = None
-    try:
-        with _quietly():
-            dcp.save(state, checkpoint_id=partial, no_dist=world.size == 1)
-    except (CheckpointException, OSError, RuntimeError) as error:
-        failure = error
-    if world.any(failure is not None):
-        shutil.rmtree(partial, ignore_errors=True)
-        kept = checkpoints(folder)
+
+    def __init__(self, folder: Path, keep: int, world: World, background: bool = False) -> None:
+        self.folder, self.keep, self.world, self.background = folder, keep, world, background
+        # The background has its own connections: its messages would mix with messages of the training.
+        self._group = dist.new_group(backend="gloo") if background and world.size > 1 else None
+        self._step = 0  # of the latest save
+        self._saving: Future | None = None
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Save `state` as the checkpoint of `step`. An earlier save in the background is completed first.
+
+        Raises:
+            UserError: If this or the earlier checkpoint cannot be written. Those before remain.
+        """
+        self.finish()
+        if self.world.is_main:
+            for unfinished in self.folder.glob("step-*.partial"):  # left by a process that was killed while saving
+                shutil.rmtree(unfinished, ignore_errors=True)
+        self.world.barrier()
+        partial, alone = self._partial(step), self.world.size == 1
+        future: Future = Future()
+        try:
+            with _quietly():
+                if self.background:
+                    saving = dcp.async_save(state, checkpoint_id=partial, process_group=self._group, no_dist=alone)
+                    assert isinstance(saving, Future)
+                    future = saving
+                else:
+                    dcp.save(state, checkpoint_id=partial, no_dist=alone)
+                    future.set_result(None)
+        except _SAVE_ERRORS as error:
+            future.set_exception(error)
+        self._step, self._saving = step, future
+        if not self.background:
+            self.finish()
+
+    def failure(self) -> UserError | None:
+        """Complete the save in the background if it is done; return its error. Processes may call it at any time."""
+        if not self._saving or not self._saving.done():
+            return None
+        if (error := self._saving.exception()) is not None:
+            return self._explained(error)
+        self._publish()  # the first process learns that all have written their parts
+        self._saving = None
+        return None
+
+    def finish(self) -> None:
+        """Wait for the save in the background and complete it.
+
+        Raises:
+            UserError: If the checkpoint could not be written.
+        """
+        if self._saving:
+            self._saving.exception()  # waits
+        error = self.failure()
+        self._saving = None
+        if self.world.any(error is not None):
+            raise error or self._explained(None)
+        self.world.barrier()
+
+    def _partial(self, step: int) -> Path:
+        return self.folder / f"{name(step)}.partial"
+
+    def _publish(self) -> None:
+        if self.world.is_main:
+            final = self.folder / name(self._step)
+            shutil.rmtree(final, ignore_errors=True)
+            self._partial(self._step).rename(final)
+            for old in checkpoints(self.folder)[: -self.keep]:
+                shutil.rmtree(old)
+
+    def _explained(self, error: BaseException | None) -> UserError:
+        shutil.rmtree(self._partial(self._step), ignore_errors=True)
+        kept = checkpoints(self.folder)
         have = f"the newest complete checkpoint is {kept[-1]}" if kept else "there is no earlier checkpoint"
-        raise UserError(
-            f"{final}: could not be saved ({_cause(failure)}); {have}. Free disk space and run the same command again"
+        return UserError(
+            f"{self.folder / name(self._step)}: could not be saved ({_cause(error)}); {have}. Free disk space and run "
+            "the same command again"
         )
-    if world.is_main:
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        for old in checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
-    world.barrier()
+
+
+def newest(folder: Path, world: World) -> Path | None:
+    """Return the newest checkpoint in `folder` as the first process sees it, on every process.
+
+    On a shared file system, processes may see a folder at different times.
+    """
+    found = checkpoints(folder)
+    return world.gather(found[-1] if found else None)[0]
 
 
 def load(path: Path, state: dict[str, Any], world: World) -> None:
     """Load the checkpoint at `path` into `state`, in place.
 
+    Nothing of the checkpoint runs: classes outside of a fixed list are an error.
+
     Raises:
-        UserError: If the checkpoint is damaged or does not fit `state`.
+        UserError: If the checkpoint is unreadable, damaged, too large for the memory, or does not fit `state`.
     """
+    reader = _Reader(path)
     try:
         with _quietly():
-            dcp.load(state, checkpoint_id=path, no_dist=world.size == 1)
+            _check_shapes(path, reader.read_metadata(), state)
+            dcp.load(state, storage_reader=reader, planner=_Planner(), no_dist=world.size == 1)
+    except UserError:
+        raise
     except (CheckpointException, Exception) as error:
+        raise _explained(path, _root(error)) from None
+
+
+class _Unpickler(pickle.Unpickler):
+    """Reads the index of a checkpoint, which is a pickle, but only these names of it."""
+
+    NAMES = frozenset(
+        {
+            ("collections", "OrderedDict"),
+            ("pathlib", "PosixPath"),
+            ("pathlib._local", "PosixPath"),  # Python 3.13
+            ("torch", "Size"),
+            ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+            ("torch.distributed.checkpoint.metadata", "BytesStorageMetadata"),
+            ("torch.distributed.checkpoint.metadata", "ChunkStorageMetadata"),
+            ("torch.distributed.checkpoint.metadata", "Metadata"),
+            ("torch.distributed.checkpoint.metadata", "MetadataIndex"),
+            ("torch.distributed.checkpoint.metadata", "StorageMeta"),
+            ("torch.distributed.checkpoint.metadata", "TensorProperties"),
+            ("torch.distributed.checkpoint.metadata", "TensorStorageMetadata"),
+            ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
+            ("torch.serialization", "_get_layout"),
+        }
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        number_type = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if (module, name) in self.NAMES or number_type:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} does not belong into a checkpoint")
+
+
+class _Reader(dcp.FileSystemReader):
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            metadata = _Unpickler(file).load()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _Planner(DefaultLoadPlanner):
+    def load_bytes(self, read_item: Any, value: Any) -> None:
+        torch.load(value, weights_only=True)  # fails for everything but numbers, texts and containers
+        value.seek(0)
+        super().load_bytes(read_item, value)
+
+
+def _check_shapes(path: Path, metadata: Metadata, state: dict[str, Any]) -> None:
+    """Raise UserError if the tensors of a checkpoint and of this run have different names or shapes."""
+    then = {
+        name: tuple(stored.size)
+        for name, stored in metadata.state_dict_metadata.items()
+        if isinstance(stored, TensorStorageMetadata)
+    }
+    now = dict(_tensors(state))
+    changed = [
+        f"{name}: {then.get(name, 'absent')} -> {now.get(name, 'absent')}"
+        for name in sorted(then | now)
+        if then.get(name) != now.get(name) and name in now  # a checkpoint may hold more
+    ]
+    if changed:
+        more = [f"and {len(changed) - 10} more"] if len(changed) > 10 else []
         raise UserError(
-            f"{path}: damaged or from a different run ({_cause(error)}); "
-            "remove this folder to resume from the previous checkpoint"
-        ) from None
+            f"{path}: saved by a run with other shapes. Shapes in the checkpoint -> shapes now:\n  "
+            + "\n  ".join(changed[:10] + more)
+            + "\nSet the sizes of that run again (RUN/config.json has them), or choose another --run"
+        )
+
+
+def _tensors(state: Any, prefix: str = "") -> Iterator[tuple[str, tuple[int, ...]]]:
+    if isinstance(state, Tensor):
+        yield prefix, tuple(state.shape)
+    elif isinstance(state, dict):
+        for key, value in state.items():
+            yield from _tensors(value, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(state, list | tuple):
+        for i, value in enumerate(state):
+            yield from _tensors(value, f"{prefix}.{i}")
+
+
+def _explained(path: Path, error: BaseException) -> UserError:
+    """Return the error for a checkpoint that cannot be loaded, with the true cause."""
+    cause = _cause(error)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        return UserError(
+            f"{path}: does not fit into the memory ({cause}). The checkpoint is not damaged: free memory, or use more "
+            "processes with train.shard"
+        )
+    if isinstance(error, OSError) and not isinstance(error, FileNotFoundError | EOFError):
+        return UserError(
+            f"{path}: could not be read ({cause}). The checkpoint may be intact: check the disk and its permissions, "
+            "and run the same command again"
+        )
+    return UserError(
+        f"{path}: damaged ({cause}). To resume from the checkpoint before it, move it aside: mv {path} {path}.damaged"
+    )
 
 
 @contextmanager
@@ -81,9 +257,15 @@ def _quietly() -> Iterator[None]:
         yield
 
 
-def _cause(error: BaseException | None) -> str:
-    """Return the innermost cause of a distributed checkpoint's nested exceptions, in one line."""
+def _root(error: BaseException) -> BaseException:
+    """Return the innermost cause of a distributed checkpoint's nested exceptions."""
     if isinstance(error, CheckpointException) and error.failures:
-        return _cause(next(iter(error.failures.values()))[0])
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+        return _root(next(iter(error.failures.values()))[0])
+    return error
+
+
+def _cause(error: BaseException | None) -> str:
+    """Return the innermost cause of an error in one line."""
+    root = _root(error) if error else None
+    lines = [line for line in str(root).splitlines() if line.strip()]
+    return f"{type(root).__name__}: {lines[0][:200]}" if root and lines else type(root).__name__

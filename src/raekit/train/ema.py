@@ -13,6 +13,11 @@ def averaged_copy(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module).requires_grad_(False).eval()
 
 
+def warmed_up(decay: float, updates: int) -> float:
+    """Return the decay of an average after `updates` updates: small at first, so that it forgets the first weights."""
+    return min(decay, (1 + updates) / (10 + updates))
+
+
 @torch.no_grad()
 def update(average: nn.Module, module: nn.Module, decay: float) -> None:
     """Set `average` to decay * average + (1 - decay) * module, in place, and copy the buffers."""

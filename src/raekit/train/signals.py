@@ -1,6 +1,5 @@
 """Stop a training in an orderly way when a signal arrives."""
 
-import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -65,6 +64,7 @@ def stop_signals(world: "World | None" = None) -> Iterator[Stop]:
         yield stop
         return
     watch = world.watch if world else None
+    main = threading.get_ident()
 
     def handle(number: int, frame: object) -> None:
         again, stop.requested = stop.requested, True
@@ -77,7 +77,8 @@ def stop_signals(world: "World | None" = None) -> Iterator[Stop]:
     def interrupt() -> None:
         """Wake the main thread, because another process wants to stop."""
         if not stop.requested:
-            os.kill(os.getpid(), signal.SIGTERM)
+            # To the process, the signal could reach a thread that does not wait for anything.
+            signal.pthread_kill(main, signal.SIGTERM)
 
     previous = {number: signal.signal(number, handle) for number in SIGNALS}
     try:

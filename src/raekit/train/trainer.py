@@ -16,10 +16,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from raekit.config import Interval, OnPurpose, Operation, Steps, configclass
-from raekit.distributed import World, set_gradient_sync
+from raekit.distributed import World, gathered, set_gradient_sync
 from raekit.errors import Stopped, UserError
 from raekit.train import checkpoint, ema
 from raekit.train.compilation import check_compiler
@@ -53,7 +53,14 @@ class TrainConfig:
             measurement costs one forward pass. None turns them off.
         checkpoint_every: Steps between two checkpoints.
         keep: Number of checkpoints to keep.
+        background_saves: Write checkpoints while the training goes on; each needs a copy of the state in host memory.
+            None: on CUDA.
+        milestones: Steps whose weights are kept, in RUN/milestones. RUN@STEP names them wherever a model is named.
+        ema_warmup: Averages start with a small decay, min(decay, (1 + n) / (10 + n)) after n updates, so that a short
+            training does not export its first weights. By default the decay is constant, as published.
         max_skipped: Training fails after this many steps in a row whose gradient is not finite.
+        shard: Number of processes that share one copy of weights, gradients, moments and averages. The copies are
+            replicated over the other processes. 1 needs the most memory and the fewest messages.
         tensorboard: Also log to TensorBoard.
     """
 
@@ -68,15 +75,21 @@ class TrainConfig:
     monitor_every: Operation[int | None] = None
     checkpoint_every: Operation[Interval] = 1000
     keep: Operation[int] = 2
+    background_saves: Operation[bool | None] = None
+    milestones: Operation[tuple[int, ...]] = ()
+    ema_warmup: bool = False
     max_skipped: Operation[int] = 20
+    shard: Operation[int] = 1
     tensorboard: Operation[bool] = False
 
     def __post_init__(self) -> None:
-        counts = ("steps", "batch_size", "micro_batch", "log_every", "checkpoint_every", "keep", "max_skipped")
+        counts = ("steps", "batch_size", "micro_batch", "log_every", "checkpoint_every", "keep", "max_skipped", "shard")
         for name in (*counts, "monitor_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"train.{name}: {value} must be at least 1")
+        if any(step < 1 for step in self.milestones):
+            raise UserError(f"train.milestones: {min(self.milestones)} must be at least 1")
         if self.monitor_every and self.monitor_every % self.log_every:
             raise UserError(
                 f"train.monitor_every: {self.monitor_every} must be a multiple of train.log_every = {self.log_every}"
@@ -95,6 +108,7 @@ class Trainer:
         batches: Takes the number of images seen so far and returns an endless stream of this process's batches.
         world: The processes of this training.
         periodics: Functions to call at intervals, for example evaluations.
+        export: Writes the present weights as a model folder. Called after each checkpoint, and for milestones.
 
     Raises:
         UserError: If the batch does not divide into processes and micro-batches, or if a requirement is not installed.
@@ -108,6 +122,7 @@ class Trainer:
         batches: Callable[[int], Iterator[TrainingBatch]],
         world: World,
         periodics: Sequence[Periodic] = (),
+        export: Callable[[Path], None] = lambda folder: None,
     ) -> None:
         share, rest = divmod(config.batch_size, world.size)
         if rest or share % (config.micro_batch or share):
@@ -115,6 +130,8 @@ class Trainer:
                 f"train.batch_size: {config.batch_size} must divide into {world.size} processes with whole "
                 f"micro-batches of train.micro_batch = {config.micro_batch}"
             )
+        if world.size % config.shard:
+            raise UserError(f"train.shard: {config.shard} must divide {world.size}, the number of processes")
         if config.compile:
             check_compiler("train.compile", world.device)
         if config.tensorboard and not find_spec("tensorboard"):
@@ -123,6 +140,7 @@ class Trainer:
             _log.warning("train.precision: bf16 is slow on this processor, which has no instructions for it")
         self.run, self.config, self.world = run, config, world
         self.objectives, self.batches, self.periodics = list(objectives), batches, periodics
+        self.export = export
         self.micro_batch = config.micro_batch or share
         self.step = 0
         self.saved = -1  # step of the newest checkpoint
@@ -132,8 +150,10 @@ class Trainer:
             self._prepare(objective)
         self.folder = run / "checkpoints"
         self.folder.mkdir(parents=True, exist_ok=True)
-        if saved := checkpoint.checkpoints(self.folder):
-            self._load(saved[-1])
+        background = world.device.type == "cuda" if config.background_saves is None else config.background_saves
+        self.writer = checkpoint.Writer(self.folder, config.keep, world, background)
+        if saved := checkpoint.newest(self.folder, world):
+            self._load(saved)
 
     def _prepare(self, objective: Objective) -> None:
         module = objective.module.to(self.world.device)
@@ -143,7 +163,7 @@ class Trainer:
             blocks = [replica.get_submodule(name) for name in names]
             if self.config.checkpointing and replica is module:
                 checkpoint_blocks(blocks)
-            self.world.shard(replica, blocks)
+            self.world.shard(replica, blocks, self.config.shard)
             if self.config.compile:
                 for block in blocks or [replica]:
                     block.compile()
@@ -163,10 +183,10 @@ class Trainer:
         """
         self.stop = stop or Stop()
         tracker = Tracker(self.run, self.step, self.config.tensorboard) if self.world.is_main else None
-        self.tracker = tracker
         history: defaultdict[str, list[Tensor]] = defaultdict(list)
         try:
-            if self.step:  # the last process may have died between this checkpoint and its evaluation
+            if self.step:  # the last process may have died between this checkpoint and its artifact or evaluation
+                self._publish()
                 self._evaluate(tracker, again=False)
             stream = self.batches(self.step * self.config.batch_size)
             since, began = self.step, time.perf_counter()
@@ -188,11 +208,18 @@ class Trainer:
                         since, began = self.step, time.perf_counter()
                     paused = time.perf_counter()
                     # Save before an evaluation, which a signal may end, so that no step is lost.
-                    if last or self.step % self.config.checkpoint_every == 0 or any(map(self._is_due, self.periodics)):
+                    if self._saves():
                         self.save()
                         with self.stop.allowed():
+                            self._publish()
                             self._evaluate(tracker)
                     began += time.perf_counter() - paused
+        except Stopped:
+            with self.stop.deferred():
+                self.writer.finish()
+            raise
+        else:
+            self.writer.finish()
         finally:
             if tracker:
                 tracker.close()
@@ -202,14 +229,14 @@ class Trainer:
 
         If a process was asked to stop or has no batch, all processes save the state of the last step and raise.
         """
-        batch, failure = None, None
+        batch, failure = None, self.writer.failure()
         try:
             with self.stop.allowed():
                 batch = next(stream).to(self.world.device)
         except (Stopped, Exception) as error:
-            failure = error
+            failure = failure or error
         if self.world.any(failure is not None or self.stop.requested):
-            self.save()
+            self._save_and_publish()
             if self.world.any(isinstance(failure, Exception)):
                 elsewhere = UserError("another process could not load its batch; its own message says why")
                 raise failure if isinstance(failure, Exception) else elsewhere
@@ -229,11 +256,31 @@ class Trainer:
             self.optimizers[objective.name].zero_grad(set_to_none=True)
             for name, value in objective.module.named_buffers():
                 value.copy_(buffers[objective.name][name])
-        self.save()
+        self._save_and_publish()
         raise Stopped
 
     def _is_due(self, periodic: Periodic) -> bool:
         return self.step % periodic.every == 0 or self.step == self.config.steps
+
+    def _saves(self) -> bool:
+        """Return whether a checkpoint is due at this step."""
+        regular = self.step % self.config.checkpoint_every == 0 or self.step == self.config.steps
+        return regular or self.step in self.config.milestones or any(map(self._is_due, self.periodics))
+
+    def _save_and_publish(self) -> None:
+        """Save the state before the training ends early."""
+        if self.step:
+            self.save()
+            self.writer.finish()
+            self._publish()
+
+    def _publish(self) -> None:
+        """Refresh RUN/artifact, so that a running training can be sampled from, and keep a milestone."""
+        self.export(self.run / "artifact")
+        milestone = self.run / "milestones" / checkpoint.name(self.step)
+        if self.step in self.config.milestones and self.world.any(self.world.is_main and not milestone.is_dir()):
+            self.export(milestone)
+        self.world.barrier()  # the first process writes, and then all may read
 
     def _evaluate(self, tracker: Tracker | None, again: bool = True) -> None:
         """Call the periodics that are due and log their values. Without `again`, skip those in metrics.jsonl."""
@@ -243,7 +290,9 @@ class Trainer:
             if not again and self.world.any(tracker is not None and f"{periodic.name}/seconds" in tracker.resumed):
                 continue
             began = time.perf_counter()
-            values = periodic.call(self.step) | {"seconds": time.perf_counter() - began}
+            with gathered(module for o in self.objectives for module in (o.module, *o.averages.values())):
+                values = periodic.call(self.step)
+            values["seconds"] = time.perf_counter() - began
             if tracker:
                 tracker.scalars(self.step, {f"{periodic.name}/{name}": value for name, value in values.items()})
 
@@ -271,6 +320,8 @@ class Trainer:
                 name = f"{objective.name}/{name}"
                 totals[name] = totals.get(name, 0) + value.detach().float() / len(parts)
         norm = nn.utils.get_total_norm(p.grad for p in module.parameters() if p.grad is not None)
+        if isinstance(norm, DTensor):  # summed over the shards
+            norm = norm.redistribute(placements=[Replicate()] * norm.device_mesh.ndim)
         if objective.optim.clip:
             nn.utils.clip_grads_with_norm_(module.parameters(), objective.optim.clip, norm)
         lr = objective.learning_rate(self.step)
@@ -285,7 +336,8 @@ class Trainer:
         for every in self.optimizers.values():
             every.zero_grad(set_to_none=True)
         for decay, average in objective.averages.items():
-            ema.update(average, module, decay)
+            updates = self.step - objective.start
+            ema.update(average, module, ema.warmed_up(decay, updates) if self.config.ema_warmup else decay)
         failed = failed.to_local() if isinstance(failed, DTensor) else failed
         skipped = self.skipped[objective.name]
         skipped[0] += failed
@@ -340,7 +392,7 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint of the current step, unless it exists. The state before the first step needs none."""
         if self.step not in (0, self.saved):
-            checkpoint.save(self.folder, self.step, self._state(), self.config.keep, self.world)
+            self.writer.save(self.step, self._state())
             self.saved = self.step
 
     def _load(self, path: Path) -> None:

@@ -1,0 +1,48 @@
+import pytest
+
+from raekit.errors import UserError
+from raekit.slurm import environment, first_node
+
+TASK = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_JOB_NODELIST": "gpu[03-04,7]"}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("gpu7", "gpu7"),
+        ("gpu7,gpu9", "gpu7"),
+        ("gpu[003-005,9],login1", "gpu003"),
+        ("a-b[1,3]-ib,c", "a-b1-ib"),
+        ("n[07]", "n07"),
+        ("", ""),
+    ],
+)
+def test_the_first_node_of_a_list(nodes, first):
+    assert first_node(nodes) == first
+
+
+def test_a_task_of_srun_is_a_rank():
+    found = environment(TASK)
+    assert found == {
+        "RANK": "5",
+        "WORLD_SIZE": "8",
+        "LOCAL_RANK": "1",
+        "MASTER_ADDR": "gpu03",
+        "MASTER_PORT": "20000",
+    }
+    one, other = (environment(TASK | {"SLURM_JOB_ID": job, "SLURM_STEP_ID": "0"})["MASTER_PORT"] for job in ("7", "8"))
+    assert one != other
+    chosen = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+    assert environment(TASK | chosen).items() >= chosen.items()
+
+
+def test_other_processes_are_no_ranks():
+    assert environment({}) == {}
+    assert environment(TASK | {"SLURM_NTASKS": "1"}) == {}
+    assert environment(TASK | {"SLURM_JOB_ID": "7"}) == {}, "a batch script, outside of srun"
+    assert environment(TASK | {"SLURM_STEP_NUM_TASKS": "1"}) == {}
+
+
+def test_a_task_without_nodes_says_what_to_set():
+    with pytest.raises(UserError, match=r"SLURM: no node list.*set MASTER_ADDR"):
+        environment(TASK | {"SLURM_JOB_NODELIST": ""})
