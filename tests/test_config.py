@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,6 +10,8 @@ from hypothesis import strategies as st
 
 from raekit.config import check_sizes, configclass, differences, from_dict, read_json, to_dict, to_json
 from raekit.errors import UserError
+from raekit.stages.decoder_losses import DecoderLossConfig
+from raekit.train.optim import OptimConfig
 
 
 @configclass
@@ -120,3 +123,25 @@ def test_differences():
 
 def test_differences_of_fields_on_one_side():
     assert list(differences({"a": 1}, {"b": 2})) == ["a: 1 -> null", "b: null -> 2"]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_numbers_must_be_finite(value: float):
+    @configclass
+    class Parent:
+        rate: float = 1.0
+
+    @configclass
+    class Child(Parent):
+        scale: float = 1.0
+
+    for make in (Parent, Child):
+        with pytest.raises(UserError, match=r"rate: .* must be a finite number"):
+            make(rate=value)
+        with pytest.raises(UserError, match=r"file.json: .*rate: "):
+            from_dict(make, {"rate": value}, "file.json")
+    with pytest.raises(UserError, match=r"scale: .* must be a finite number"):
+        Child(scale=value)
+    for config, field in ((OptimConfig, "lr"), (DecoderLossConfig, "noise")):
+        with pytest.raises(UserError, match=f"{field}: .* must be a finite number"):
+            config(**{field: value})

@@ -3,9 +3,9 @@
 import json
 import re
 import shutil
+import warnings
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile, ZipInfo
@@ -13,6 +13,7 @@ from zipfile import BadZipFile, ZipFile, ZipInfo
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from raekit.data.images import FORMATS
 from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.files import whole
@@ -106,13 +107,25 @@ def generate_folder(
 
 
 def _numbered(folder: Path) -> list[tuple[int, Path]]:
-    """Return the numbers and paths of the readable pictures in `folder` that have the name of a sample."""
-    found = []
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if re.fullmatch(r"\d{6,}\.(png|webp)", path.name):
-            with suppress(UnidentifiedImageError), Image.open(path):
-                found.append((int(path.stem), path))
-    return found
+    """Return the numbers and paths of the files in `folder` that have the name of a sample and are not damaged."""
+    named = re.compile(r"\d{6,12}\.(png|webp)")
+    paths = folder.iterdir() if folder.is_dir() else ()
+    return [(int(path.stem), path) for path in paths if named.fullmatch(path.name) and not _is_damaged(path)]
+
+
+def _is_damaged(path: Path) -> bool:
+    """Return whether a file has no content of a picture, so that it may be replaced."""
+    if not path.is_file():  # opening a named pipe would block
+        return False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            Image.open(path, formats=FORMATS).close()
+    except UnidentifiedImageError:
+        return True
+    except Exception:  # a picture that is made to exhaust the memory, or one that cannot be read
+        return False
+    return False
 
 
 def _labels(labels: Sequence[int] | None, total: int) -> list[int] | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from raekit import randomness
-from raekit.config import configclass
+from raekit.config import check_sizes, configclass
 from raekit.data.loader import Batch, DataConfig, Loader
 from raekit.distributed import World, full_state
 from raekit.errors import UserError
@@ -74,6 +74,7 @@ class RepresentationConfig:
         patches = (self.encoder.image_size // self.encoder.patch_size) ** 2
         if not 0 < self.mask_ratio < 1 or round(self.mask_ratio * patches) in (0, patches):
             raise UserError(f"mask_ratio: {self.mask_ratio} must hide some but not all of the {patches} patches")
+        check_sizes("representation", decoder_width=self.decoder_width, decoder_heads=self.decoder_heads)
         if self.decoder_width % self.decoder_heads or self.decoder_width % 4:
             raise UserError(
                 f"decoder_width: {self.decoder_width} must be a multiple of 4 and of decoder_heads = "
