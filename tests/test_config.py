@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +25,8 @@ from raekit.config import (
     to_json,
 )
 from raekit.errors import UserError
+from raekit.stages.decoder_losses import DecoderLossConfig
+from raekit.train.optim import OptimConfig
 
 
 @configclass
@@ -178,3 +181,25 @@ def test_a_change_has_the_part_that_its_field_declares():
 def test_marked_fields_are_replaced_at_any_depth():
     outer = Nested(run=Run(place="a", seed=3))
     assert replaced(outer, Mark.PLACE, str.upper) == Nested(run=Run(place="A", seed=3), name="B")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_numbers_must_be_finite(value: float):
+    @configclass
+    class Parent:
+        rate: float = 1.0
+
+    @configclass
+    class Child(Parent):
+        scale: float = 1.0
+
+    for make in (Parent, Child):
+        with pytest.raises(UserError, match=r"rate: .* must be a finite number"):
+            make(rate=value)
+        with pytest.raises(UserError, match=r"file.json: .*rate: "):
+            from_dict(make, {"rate": value}, "file.json")
+    with pytest.raises(UserError, match=r"scale: .* must be a finite number"):
+        Child(scale=value)
+    for config, field in ((OptimConfig, "lr"), (DecoderLossConfig, "noise")):
+        with pytest.raises(UserError, match=f"{field}: .* must be a finite number"):
+            config(**{field: value})

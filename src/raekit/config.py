@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterator
 from enum import Enum
 from functools import cache
@@ -43,11 +44,24 @@ _PARTS = {Mark.DEFINES, Mark.OPERATION, Mark.ON_PURPOSE}
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def configclass(cls: type[T]) -> type[T]:
-    """Make `cls` a frozen, keyword-only dataclass that rejects unknown fields in JSON.
+    """Make `cls` a frozen, keyword-only dataclass of finite numbers that rejects unknown fields in JSON.
 
     The type of a field says whether the field may change between the starts of a run, see `Mark`.
     """
     cls.__pydantic_config__ = ConfigDict(extra="forbid", arbitrary_types_allowed=False)  # type: ignore[attr-defined]
+    check = cls.__dict__.get("__post_init__")
+
+    def __post_init__(self: Any) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"{field.name}: {value} must be a finite number")
+        if check:
+            check(self)
+        elif parent := getattr(super(cls, self), "__post_init__", None):
+            parent()
+
+    cls.__post_init__ = __post_init__  # type: ignore[attr-defined]
     return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
 
 
@@ -106,7 +120,7 @@ def read_json(path: Path) -> Any:
         UserError: the file is missing, unreadable or not valid JSON.
     """
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except OSError as error:

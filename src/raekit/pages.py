@@ -25,7 +25,7 @@ def write_page(path: Path, template: str, **values: Any) -> None:
     )
     html = environment.get_template(template).render(**values)
     with whole(path) as partial:
-        partial.write_text(html)
+        partial.write_text(html, "utf-8", "backslashreplace")
 
 
 def embed(png: bytes) -> str:

@@ -12,7 +12,13 @@ from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from raekit.errors import UserError
+
 _ORIGIN = "raekit"
+MAX_WEBP = 16_383
+"""The longest side of a WebP picture in pixels."""
+MAX_SHEET = 500_000_000
+"""The largest grid in pixels. It takes 3 bytes for each pixel, and again as many while it is written."""
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -55,6 +61,8 @@ def save_picture(image: Image.Image, path: Path, form: PictureFormat) -> None:
 
 def read_origin(path: Path) -> Any:
     """Return the `origin` that `write_picture` stored in `path`, or None if the file is missing or has no origin."""
+    if not path.is_file():  # opening a named pipe would block
+        return None
     try:
         with Image.open(path, formats=["PNG", "WEBP"]) as image:
             if image.format == "PNG":
@@ -67,13 +75,40 @@ def read_origin(path: Path) -> Any:
 
 def grid(images: Sequence[Image.Image], columns: int | None = None, gap: int = 2) -> Image.Image:
     """Tile images of one size row by row on white. By default, the grid is as square as possible."""
-    columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
-    rows = math.ceil(len(images) / columns)
+    columns, rows = _layout(len(images), columns)
     width, height = images[0].width + gap, images[0].height + gap
     sheet = Image.new("RGB", (columns * width + gap, rows * height + gap), "white")
     for i, image in enumerate(images):
         sheet.paste(image, (gap + i % columns * width, gap + i // columns * height))
     return sheet
+
+
+def check_grid(path: Path, count: int, shape: tuple[int, int], columns: int | None = None, gap: int = 2) -> None:
+    """Check, before any work starts, that `grid` can make a picture of `count` images and `save_picture` can write it.
+
+    Args:
+        path: the file of the picture, for its format and for the error message.
+        count: the number of images.
+        shape: the height and width of an image in pixels.
+        columns: as for `grid`.
+        gap: as for `grid`.
+
+    Raises:
+        UserError: the picture has too many pixels.
+    """
+    columns, rows = _layout(count, columns)
+    height, width = rows * (shape[0] + gap) + gap, columns * (shape[1] + gap) + gap
+    size = f"{path}: {count:,} images make a picture of {width:,} x {height:,} pixels"
+    if width * height > MAX_SHEET:
+        raise UserError(f"{size}, more than {MAX_SHEET:,}; make fewer images, or write them to a folder")
+    if path.suffix.lower() == ".webp" and max(width, height) > MAX_WEBP:
+        raise UserError(f"{size}, but a side of a WebP picture has at most {MAX_WEBP:,}; give a .png file")
+
+
+def _layout(count: int, columns: int | None) -> tuple[int, int]:
+    """Return the columns and rows of a grid."""
+    columns = min(columns or math.ceil(math.sqrt(count)), count)
+    return columns, math.ceil(count / columns)
 
 
 def quantize(images: Tensor) -> Tensor:

@@ -309,3 +309,9 @@ def test_the_built_in_images_load_in_their_own_size():
     batch = next(data.once(8, ONE))
     expected = [np.asarray(data.source[i][0]).transpose(2, 0, 1) for i in range(8)]
     np.testing.assert_array_equal(batch.images.numpy(), np.stack(expected))
+
+
+@pytest.mark.parametrize("items", [0, 1, 10])
+def test_the_tolerated_number_is_never_negative(items):
+    config = DataConfig(source="emoji", image_size=8, max_unreadable=1.0)
+    assert config.tolerated(items) == max(items - 1, 0)

@@ -193,6 +193,19 @@ def test_a_denoiser_is_read_strictly(changes: dict[str, torch.Tensor | None], me
         read(str(path))
 
 
+@pytest.mark.parametrize("name", ["t_embedder.learnable_tokens", "ctx_embedder.learnable_tokens"])
+def test_tokens_that_a_file_lacks_are_named(name, tmp_path):
+    state = {key: value for key, value in weights(SECOND).items() if key != name}
+    with pytest.raises(UserError, match=f"changed.pt: .*missing {name}"):
+        read(str(save(tmp_path / "changed.pt", state)))
+
+
+def test_a_folder_may_have_the_suffix_of_a_file(tmp_path):
+    convert(str(save(tmp_path / "stage2_model.pt", weights(WIDE))), tmp_path / "model.pt")
+    convert(str(tmp_path / "model.pt"), tmp_path / "copy.yaml")
+    assert Denoiser.load(str(tmp_path / "copy.yaml")).config == denoiser_config(WIDE)
+
+
 def test_a_head_as_wide_as_the_backbone_needs_a_yaml(tmp_path):
     values = WIDE | {"hidden_size": [64, 64], "num_heads": [2, 4]}
     path = save(tmp_path / "stage2_model.pt", weights(values))

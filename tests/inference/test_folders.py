@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from raekit.data.archives import Npz
@@ -205,3 +206,37 @@ def test_kills_at_random_moments_change_no_bit(tiny_model, tmp_path, suffix):
         return
     assert contents(out) == contents(alone)
     assert times.items() <= {path.name: path.stat().st_mtime_ns for path in out.glob("*.png")}.items()
+
+
+def bomb(path: Path) -> None:
+    """Write a small PNG file whose text unpacks to 100 MB."""
+    text = PngInfo()
+    text.add_text("raekit", "0" * 10**8, zip=True)
+    Image.new("RGB", (8, 8)).save(path, "PNG", pnginfo=text)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "bomb", "folder", "picture", "gif"])
+def test_what_raekit_did_not_write_is_neither_opened_nor_replaced(model, tmp_path, kind):
+    path = tmp_path / "000001.png"
+    match kind:
+        case "pipe":
+            os.mkfifo(path)
+        case "bomb":
+            bomb(path)
+        case "folder":
+            path.mkdir()
+        case "picture":
+            Image.new("RGB", (8, 8)).save(path, "PNG")
+        case "gif":
+            Image.new("RGB", (8, 8)).save(path, "GIF")
+    before = path.lstat()
+    with pytest.raises(UserError, match=r"holds other pictures, such as 000001\.png, made with another model"):
+        generate_folder(model, tmp_path, [0, 2], total=5, sampling=FEW, batch_size=2, world=ONE)
+    assert path.lstat() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["000001.png"]
+
+
+@pytest.mark.parametrize("options", [{"labels": []}, {"count": 0}, {"labels": [], "count": 0}])
+def test_no_samples_at_all_are_rejected(model, options):
+    with pytest.raises(UserError, match="generate: give either labels, one for each sample, or count"):
+        next(generate(model, **options))

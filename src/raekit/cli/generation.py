@@ -82,8 +82,8 @@ def generate(
     from raekit.inference.generation import generate as stream
     from raekit.inference.sample_folders import generate_folder, generate_npz, parts_of
     from raekit.locks import lock
+    from raekit.pictures import check_grid, save_picture, to_pil
     from raekit.pictures import grid as tile
-    from raekit.pictures import save_picture, to_pil
 
     if count < 1:
         raise UserError(f"--count: {count} must be at least 1")
@@ -109,6 +109,9 @@ def generate(
             loaded.compile(sampling.weak)
         labels = class_ids(loaded, classes) or list(range(len(loaded.classes)))
         total = count * max(len(labels), 1)
+        columns = count if len(labels) > 1 else None
+        if single:
+            check_grid(out, total, loaded.autoencoder.image_shape, columns)
         passes: Counter[str] = Counter()
         shared: dict[str, Any] = {"seed": seed, "sampling": sampling, "batch_size": batch_size}
         if single:
@@ -119,7 +122,7 @@ def generate(
                 passes |= batch.passes
                 progress("generate", len(tiles), total)
             rows = [tiles[row :: len(labels)] for row in range(len(labels))] or [tiles]
-            sheet = tile([image for row in rows for image in row], columns=count if len(labels) > 1 else None)
+            sheet = tile([image for row in rows for image in row], columns=columns)
             with whole(out) as partial:
                 save_picture(sheet, partial, _form(out))
         elif suffix == ".npz":
@@ -162,13 +165,14 @@ def interpolate(
     from raekit.distributed import world
     from raekit.inference.generation import interpolate as between
     from raekit.inference.model import load
-    from raekit.pictures import to_pil
+    from raekit.pictures import check_grid, to_pil
 
     form = _form(out)
     with world(device) as here, Display(console.err) as progress:
         if here.size > 1:
             raise UserError("interpolate: runs in a single process; start it without torchrun")
         loaded = load(model, here.device, ema, options.dtype)
+        check_grid(out, frames, loaded.autoencoder.image_shape, frames)
         images, passes = [], Counter()
         batches = between(
             loaded,
@@ -217,7 +221,7 @@ def trajectory(
     from raekit.distributed import world
     from raekit.inference.generation import trajectory as follow
     from raekit.inference.model import load
-    from raekit.pictures import to_pil
+    from raekit.pictures import check_grid, to_pil
 
     form = _form(out)
     if count < 1:
@@ -229,6 +233,7 @@ def trajectory(
         labels = class_ids(loaded, classes)
         sampling = options.sampling(model, here)
         every = labels * count or None
+        check_grid(out, frames * (len(labels) * count or count), loaded.autoencoder.image_shape, frames)
         times, images = follow(
             loaded, every, count=None if every else count, frames=frames, seed=seed, sampling=sampling
         )

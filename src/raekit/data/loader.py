@@ -68,7 +68,7 @@ class DataConfig:
 
     def tolerated(self, items: int) -> int:
         """Return how many of the `items` of a source may be unreadable."""
-        return min(int(self.max_unreadable * items), items - 1)
+        return max(min(int(self.max_unreadable * items), items - 1), 0)
 
 
 class Rows:

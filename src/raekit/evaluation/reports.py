@@ -58,7 +58,7 @@ def write_report(report: Report, out: Path) -> None:
     """
     picture = out / "samples.png"
     with whole(out / "report.md") as partial:
-        partial.write_text(_markdown(report))
+        partial.write_text(_markdown(report), "utf-8", "backslashreplace")
     write_page(
         out / "report.html",
         "evaluation.html",
@@ -160,7 +160,7 @@ class Comparison:
         if path.suffix == ".md":
             text = "\n".join([_table([["", *self.labels], *self.rows()]), "", *(f"- {n}" for n in self.notes()), ""])
             with whole(path) as partial:
-                partial.write_text(text)
+                partial.write_text(text, "utf-8", "backslashreplace")
         elif path.suffix == ".html":
             write_page(
                 path,

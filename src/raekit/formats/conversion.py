@@ -109,11 +109,12 @@ def read(source: str, options: FileOptions | None = None, *, denoiser: bool = Tr
         UserError: the source cannot be read, or lacks the autoencoder that `denoiser=False` requires.
     """
     path = Path(source)
-    if path.suffix in (".pt", ".pth", ".ckpt", ".bin", ".safetensors"):
+    suffix = "" if path.is_dir() else path.suffix  # a folder may have any name
+    if suffix in (".pt", ".pth", ".ckpt", ".bin", ".safetensors"):
         return _read_file(path, options or FileOptions(), denoiser)
     if options and options.given():
         raise UserError(f"{source}: describes itself; leave out {_flags(options.given())}")
-    if path.suffix in (".yaml", ".yml"):
+    if suffix in (".yaml", ".yml"):
         return read_yaml(path, denoiser)
     if path.is_file():
         raise UserError(

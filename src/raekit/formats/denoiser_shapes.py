@@ -59,9 +59,9 @@ def denoiser_arguments(state: State) -> dict[str, Any]:
     }
     if second:
         tokens = {"num_t_tokens": "t_embedder.learnable_tokens", "num_c_tokens": "ctx_embedder.learnable_tokens"}
-        return (
-            values | {"patch_size": (patch, patch)} | {k: len(state[key]) for k, key in tokens.items() if key in state}
-        )
+        if missing := [key for key in tokens.values() if key not in state]:
+            raise UserError(f"missing {' and '.join(missing)}, so the shapes do not give the number of tokens")
+        return values | {"patch_size": (patch, patch)} | {k: len(state[key]) for k, key in tokens.items()}
     modulation = state.get("blocks.0.adaLN_modulation.1.weight")
     values |= {
         "patch_size": patch,

@@ -92,8 +92,8 @@ def generate(
     """
     sampling = sampling or Sampling()
     world = world or World(device=model.device)
-    if (labels is None) == (count is None):
-        raise UserError("generate: give either labels, one for each sample, or count")
+    if (labels is None) == (count is None) or not (count or labels):
+        raise UserError("generate: give either labels, one for each sample, or count, at least 1")
     _check_labels(model, labels or ())
     total = len(labels) if labels is not None else count or 0
     check_sampling(sampling, model.denoiser, labels is not None)
@@ -128,10 +128,12 @@ def fitting_batch(model: Model, sampling: Sampling, batch_size: BatchSize, world
         return 64
     torch.cuda.reset_peak_memory_stats(world.device)
     held, trial = torch.cuda.memory_allocated(world.device), 4
-    short = replace(sampling, steps=2, solver="euler", guidance=(), weak=None, reuse=1)
+    rules = tuple(replace(rule, start=0.0, end=1.0) for rule in sampling.guidance)  # guidance takes memory, too
+    short = replace(sampling, steps=2, solver="euler", guidance=rules, reuse=1)
+    labels = torch.zeros(trial, dtype=torch.int64, device=world.device) if model.classes else None
     each = math.inf
     with suppress(torch.OutOfMemoryError):
-        latents = sample_latents(model.denoiser, None, torch.arange(trial), 0, short, world.device)
+        latents = sample_latents(model.denoiser, labels, torch.arange(trial), 0, short, world.device)
         _decode(model, latents)
         each = (torch.cuda.max_memory_allocated(world.device) - held) / trial
     torch.cuda.empty_cache()
@@ -260,8 +262,8 @@ def trajectory(
         UserError: if the solver has too few evaluations for `frames`, or a setting is invalid.
     """
     sampling = sampling or Sampling()
-    if (labels is None) == (count is None):
-        raise UserError("trajectory: give either labels, one for each sample, or count")
+    if (labels is None) == (count is None) or not (count or labels):
+        raise UserError("trajectory: give either labels, one for each sample, or count, at least 1")
     check_sampling(sampling, model.denoiser, labels is not None)
     points = evaluated(sampling.solver, time_grid(sampling.steps, model.denoiser.config.shift, sampling.grid))
     most = len({t for t in points if t > 0}) + 1

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import chain, count
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from torch import Tensor, nn
@@ -182,10 +183,14 @@ def _write_scores(results: Reconstructions, out: Path) -> None:
     rows = [{"image": str(p.image), "output": str(p.output), **p.scores} for p in results.pictures]
     with whole(out / "scores.json") as partial:
         partial.write_text(to_json({"means": means, "images": rows, "unreadable": results.unreadable}))
-    with whole(out / "scores.csv") as partial, partial.open("w", newline="") as file:
+    with whole(out / "scores.csv") as partial, _open_csv(partial) as file:
         writer = csv.DictWriter(file, ["image", "output", *means])
         writer.writeheader()
         writer.writerows([*rows, {"image": "mean", **means}] if rows else [])
+
+
+def _open_csv(path: Path) -> TextIO:
+    return path.open("w", encoding="utf-8", errors="surrogateescape", newline="")  # names of files may be no UTF-8
 
 
 def _write_contact_sheet(pictures: Sequence[Reconstruction], out: Path, side: int, fit: Fit) -> None:

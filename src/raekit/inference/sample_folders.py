@@ -107,11 +107,12 @@ def generate_folder(
 
 
 def _numbered(folder: Path) -> list[tuple[int, Path]]:
-    """Return the numbers and paths of the files in `folder` that have the name of a sample and are not empty."""
+    """Return the numbers and paths of the entries of `folder` that have the name of a sample and are no empty files."""
+    named = re.compile(r"\d{6,12}\.(png|webp)")
     return [
         (int(path.stem), path)
         for path in (folder.iterdir() if folder.is_dir() else ())
-        if re.fullmatch(r"\d{6,}\.(png|webp)", path.name) and path.lstat().st_size
+        if named.fullmatch(path.name) and (path.lstat().st_size or not path.is_file())
     ]
 
 

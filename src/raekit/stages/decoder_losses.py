@@ -107,7 +107,7 @@ class DecoderLossConfig:
     adversarial: AdversarialConfig | None = None
 
     def __post_init__(self) -> None:
-        if self.noise < 0:
+        if not self.noise >= 0:
             raise UserError(f"noise: {self.noise} must not be negative")
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raekit import randomness
-from raekit.config import Interval, Operation, configclass
+from raekit.config import Interval, Operation, check_sizes, configclass
 from raekit.data.loader import Batch, DataConfig, Loader
 from raekit.distributed import World, full_state
 from raekit.errors import UserError
@@ -109,6 +109,7 @@ class RepresentationConfig:
                 f"mask_ratio: {self.mask_ratio} hides {hidden} of the {patches} patches; hide some but not all, or set "
                 "teacher.encoder and hide none"
             )
+        check_sizes("representation", decoder_width=self.decoder_width, decoder_heads=self.decoder_heads)
         if self.decoder_width % self.decoder_heads or self.decoder_width % 4:
             raise UserError(
                 f"decoder_width: {self.decoder_width} must be a multiple of 4 and of decoder_heads = "
