@@ -6,7 +6,7 @@
 Each solver starts from the same noise and classes. `error` is ||z - exact|| / ||exact|| over the first 16 latents z.
 The exact samples come from `abm` with 200 steps. Without guidance, the row `heun full 400` shows how closely a
 different method agrees. With --judge the table also has the Frechet distance to the held-out emoji in that network
-(@SIZE: at that input size) with its 95 % interval, and a row for as many training images. Rows that --out already holds
+with its 95 % interval, and a row for as many training images. Rows that --out already holds
 are not computed again, so a run can be stopped and resumed.
 """
 
@@ -23,7 +23,7 @@ from harness import Table, publish, save, saved
 from raekit.data.loader import DataConfig, Loader
 from raekit.distributed import CPU, World
 from raekit.evaluation.assessment import TRAINING
-from raekit.evaluation.features import EncoderFeatures, Images
+from raekit.evaluation.features import Images, ReferenceNetwork, load_networks
 from raekit.evaluation.labels import draw_labels
 from raekit.evaluation.metrics import FrechetDistance
 from raekit.evaluation.references import Reference, measure_reference
@@ -32,16 +32,10 @@ from raekit.flow.guidance import parse_guidance
 from raekit.flow.sampling import Sampling, sample_latents
 from raekit.flow.solvers import Grid, SolverName
 from raekit.inference.model import Model, load
-from raekit.models.encoders import load_encoder
 
 ONE, BATCH = World(), 50
 REFERENCE = Sampling(steps=200, solver="abm")
 Row = Mapping[str, float]
-
-
-def network(name: str) -> EncoderFeatures:
-    name, _, size = name.partition("@")
-    return EncoderFeatures(load_encoder(name, (int(size), int(size)) if size else None).eval())
 
 
 def latents(model: Model, labels: list[int], sampling: Sampling) -> Tensor:
@@ -57,7 +51,7 @@ def decoded(model: Model, z: Tensor) -> Iterable[Images]:
         yield Images(model.autoencoder.decode(z[part]).clamp(0, 1), torch.full_like(part, -1), indices=part)
 
 
-def distances(images: Iterable[Images], networks: list[EncoderFeatures], real: Reference) -> dict[str, float]:
+def distances(images: Iterable[Images], networks: list[ReferenceNetwork], real: Reference) -> dict[str, float]:
     return score_stream(images, [FrechetDistance(n, real.gaussian(n), intervals=True) for n in networks], ONE)
 
 
@@ -81,10 +75,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--evaluations", nargs="+", type=int, default=[5, 8, 10, 15, 20, 25, 50])
     parser.add_argument("--guidance", help="as in cfg:3.0@0.1-1.0")
     parser.add_argument("--count", type=int, default=16, help="samples; intervals need at least 40")
-    parser.add_argument("--judge", action="append", default=[], help="an encoder, or ENCODER@SIZE")
+    parser.add_argument("--judge", action="append", default=[], help="as in `raekit evaluate --features`")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for results.json and results.md")
     arguments = parser.parse_args(argv)
-    model, networks = load(arguments.model), [network(name) for name in arguments.judge]
+    model, networks = load(arguments.model), [n for name in arguments.judge for n in load_networks(name, CPU).values()]
     heldout = DataConfig(source="emoji", split="heldout", image_size=model.autoencoder.image_size)
     rules = parse_guidance(arguments.guidance) if arguments.guidance else ()
     title = ", ".join(["solvers", arguments.model, arguments.guidance or "unguided", f"{arguments.count} samples"])

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -373,9 +374,12 @@ def test_a_recipe_file_may_register_encoders(run, tmp_path, monkeypatch):
 
 
 def test_a_stopped_training_says_how_to_go_on(run, images, tmp_path, monkeypatch):
-    monkeypatch.setattr("raekit.stages.run.train", lambda *arguments: False)
+    def stopped(*arguments: object) -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    monkeypatch.setattr("raekit.stages.run.train", stopped)
     done = run("train", "emoji_encoder", "--run", tmp_path, *tiny(images))
-    assert (done.code, done.out, done.err) == (130, "", "stopped; run the same command again to resume\n")
+    assert (done.code, done.out, done.err) == (75, "", "stopped; run the same command again to resume\n")
 
 
 def test_a_truncated_checkpoint_is_named(run, images, tmp_path):

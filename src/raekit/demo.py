@@ -52,7 +52,7 @@ class Plan:
     sampling_steps: int
 
 
-def run_demo(run: Path, minutes: float, quick: bool, progress: Progress) -> bool:
+def run_demo(run: Path, minutes: float, quick: bool, progress: Progress) -> None:
     """Run the demo in the folder `run`, or resume it.
 
     The demo writes RUN/decoder and RUN/denoiser (runs), RUN/pictures, RUN/evaluation and RUN/report.html.
@@ -63,10 +63,8 @@ def run_demo(run: Path, minutes: float, quick: bool, progress: Progress) -> bool
         quick: train for a few steps only, without measuring the speed of the machine.
         progress: called after each step and batch.
 
-    Returns:
-        False if a signal stopped a training, otherwise True.
-
     Raises:
+        Stopped: a signal stopped a training.
         UserError: `run` was started with other options, or `minutes` is not positive.
     """
     if minutes <= 0:
@@ -79,12 +77,10 @@ def run_demo(run: Path, minutes: float, quick: bool, progress: Progress) -> bool
         plan = _plan(run, minutes, quick, decoder, denoiser, world, progress)
         stages = (("decoder", decoder, plan.decoder_steps), ("denoiser", denoiser, plan.denoiser_steps))
         for name, config, steps in stages:
-            if not _train(name, _for_steps(config, steps), run / name, world, progress):
-                return False
+            _train(name, _for_steps(config, steps), run / name, world, progress)
         model = load(str(run / "denoiser"), world.device)
         _pictures(run, model, plan, decoder, world, progress)
         _report(run, plan, _scores(run, model, plan, world, progress))
-    return True
 
 
 def _recipes(run: Path) -> tuple[ReconstructionConfig, GenerationConfig]:
@@ -171,11 +167,11 @@ def _seconds_per_step(name: str, config: Any, run: Path, world: World, progress:
     return sum(len(part) * sorted(part)[len(part) // 4] for part in parts if part) / len(gaps)
 
 
-def _train(name: str, config: StageConfig, run: Path, world: World, progress: Progress) -> bool:
+def _train(name: str, config: StageConfig, run: Path, world: World, progress: Progress) -> None:
     def report(step: int, values: dict[str, float]) -> None:
         progress(name, step, config.train.steps, f"loss {values[f'{name}/loss']:.4f}", config.train.batch_size)
 
-    return train(config, run, world, report, progress)
+    train(config, run, world, report, progress)
 
 
 def _pictures(run: Path, model: Model, plan: Plan, config: StageConfig, world: World, progress: Progress) -> None:

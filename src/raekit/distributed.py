@@ -14,9 +14,12 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from raekit.errors import UserError
+from raekit.errors import Stopped, UserError
+from raekit.liveness import Watch
 
 CPU = torch.device("cpu")
+TIMEOUT = timedelta(minutes=30)
+"""How long a process may be ahead of another. A process that died is noticed earlier, see `liveness`."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +30,13 @@ class World:
         rank: the number of this process, from 0.
         size: the number of processes.
         device: the device of this process.
+        watch: what the other processes do outside of collectives. None in a world of size 1.
     """
 
     rank: int = 0
     size: int = 1
     device: torch.device = CPU
+    watch: Watch | None = None
 
     @property
     def is_main(self) -> bool:
@@ -54,8 +59,12 @@ class World:
         return values
 
     def any(self, flag: bool) -> bool:
-        """Return on every process whether `flag` is true on at least one process."""
-        return bool(self.sum(torch.tensor(float(flag))).item())
+        """Return on every process whether `flag` is true on at least one process. The device does not wait."""
+        if self.size == 1:
+            return flag
+        flags = torch.tensor(float(flag))  # on the CPU, where gloo sums it
+        dist.all_reduce(flags)
+        return bool(flags)
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
@@ -68,8 +77,7 @@ class World:
 
     def barrier(self) -> None:
         """Wait until every process calls this method."""
-        if self.size > 1:
-            dist.barrier()
+        self.any(False)  # unlike a barrier of NCCL, gloo notices at once that a process has ended
 
     def shard(self, module: nn.Module, blocks: list[nn.Module]) -> None:
         """Distribute `module` in place with FSDP2. A world of size 1 does nothing.
@@ -139,9 +147,24 @@ def world(device: str | None = None) -> Iterator[World]:
     if size == 1:
         yield World(device=this)
         return
-    cuda = this.type == "cuda"
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=30), device_id=this if cuda else None)
+    store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    # One communicator for device tensors, and one for small messages between hosts.
+    backend = "cpu:gloo,cuda:nccl" if this.type == "cuda" else "gloo"
+    device_id = this if this.type == "cuda" else None
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT, device_id=device_id)
+    watch, failed = Watch(store, rank, size), True
     try:
-        yield World(rank=dist.get_rank(), size=size, device=this)
+        yield World(rank=rank, size=size, device=this, watch=watch)
+        failed = False
+    except Stopped:
+        failed = False
+        raise
+    except UserError:
+        raise
+    except Exception:
+        if watch.failed():  # the failure broke the connection to this process
+            raise UserError("another process failed; its own message says why") from None
+        raise
     finally:
+        watch.leave(failed)
         dist.destroy_process_group()

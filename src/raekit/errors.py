@@ -1,4 +1,4 @@
-"""The exception for errors that the user can fix."""
+"""The exceptions that end a command: an error that the user can fix, and a stop that can be resumed."""
 
 
 class UserError(Exception):
@@ -7,3 +7,14 @@ class UserError(Exception):
     The message says what is wrong, where, and what to do. The command line prints the message without a traceback and
     exits with 1.
     """
+
+
+class Stopped(BaseException):
+    """A signal ended the work. The same command resumes it.
+
+    Like KeyboardInterrupt, this is no `Exception`, so that no handler of errors swallows it. The command line exits
+    with `STATUS`.
+    """
+
+    STATUS = 75
+    """The exit status EX_TEMPFAIL of sysexits.h: try again later."""

@@ -240,7 +240,7 @@ def test_workers_outlive_the_signals_that_ask_the_run_to_stop_and_end_with_the_s
     next(stream)
     (worker,) = multiprocessing.active_children()
     assert worker.pid
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         os.kill(worker.pid, number)
     for _ in range(5):
         next(stream)

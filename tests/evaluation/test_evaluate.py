@@ -55,7 +55,7 @@ def trained(plants: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFac
         train=TrainConfig(steps=2, batch_size=4, precision="fp32"),
         optim=OptimConfig(),
     )
-    assert train(config, run, ALONE)
+    train(config, run, ALONE)
     return run
 
 

@@ -194,3 +194,10 @@ def test_vgg16_features_are_means_of_two_layers(monkeypatch):
     small = torch.rand(1, 3, 32, 32)
     resized = nn.functional.interpolate(small, 128, mode="bicubic", antialias=True).clamp(0, 1)
     torch.testing.assert_close(features(small), features(resized))
+
+
+def test_an_encoder_runs_at_a_given_size():
+    [(name, features)] = load_networks("builtin:vit-tiny@32", torch.device("cpu")).items()
+    assert name == "vit_tiny_32"
+    assert features.resize == "bicubic, antialiased, to 32 x 32"
+    assert features(torch.rand(1, 3, 64, 64)).shape == (1, features.width)

@@ -5,7 +5,10 @@ import math
 import os
 import shutil
 import signal
+import threading
+import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,10 +27,11 @@ from torch.utils._pytree import tree_leaves
 
 from raekit import randomness
 from raekit.distributed import World
-from raekit.errors import UserError
+from raekit.errors import Stopped, UserError
 from raekit.train import checkpoint, ema
 from raekit.train.objective import Objective, Periodic
 from raekit.train.optim import OptimConfig, learning_rate
+from raekit.train.signals import SIGNALS, stop_signals
 from raekit.train.tracking import read_metrics
 from raekit.train.trainer import TrainConfig, Trainer
 
@@ -105,8 +109,19 @@ def trainer(
 def fit(trained: Trainer) -> list[float]:
     """Train to the end and return the loss of each step."""
     losses: list[float] = []
-    assert trained.fit(lambda step, values: losses.append(values["net/loss"]))
+    trained.fit(lambda step, values: losses.append(values["net/loss"]))
     return losses
+
+
+def finishes(trained: Trainer, losses: list[float] | None = None) -> bool:
+    """Train until the end or a signal; return whether it was the end."""
+    into = [] if losses is None else losses
+    try:
+        with stop_signals(trained.world) as stop:
+            trained.fit(lambda step, values: into.append(values.get("net/loss", 0)), stop)
+    except Stopped:
+        return False
+    return True
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -239,8 +254,8 @@ def test_an_evaluation_that_was_killed_is_made_up_for(tmp_path, alone):
     with pytest.raises(KeyboardInterrupt):
         trainer(tmp_path, config=config, periodics=[Periodic(every=3, call=call)]).fit()
     again = trainer(tmp_path, config=config, periodics=[Periodic(every=3, call=call)])
-    assert again.fit()
-    assert trainer(tmp_path, config=config, periodics=[Periodic(every=3, call=call)]).fit(), "and not once more"
+    again.fit()
+    trainer(tmp_path, config=config, periodics=[Periodic(every=3, call=call)]).fit()  # and not once more
     assert calls == [3, 6, 6, 8]
     scores = [(r["step"], r["evaluation/score"]) for r in read_metrics(tmp_path) if "evaluation/score" in r]
     assert scores == [(3, 1.5), (6, 3.0), (8, 4.0)]
@@ -448,20 +463,35 @@ def test_metrics_go_to_tensorboard_if_asked(tmp_path, alone):
 # Stopping and resuming
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def signalled(step: int, part: int = 0, number: int = signal.SIGTERM, **options: Any) -> Objective:
+    """Return an objective that sends a signal to this process in micro-batch `part` of the step with index `step`."""
+    one = objective(**options)
+    loss, parts = one.loss, Counter()
+
+    def send(batch: Rows, now: int) -> tuple[Tensor, dict[str, Tensor]]:
+        if (now, parts[now]) == (step, part):
+            os.kill(os.getpid(), number)
+        parts[now] += 1
+        return loss(batch, now)
+
+    one.loss = send
+    return one
+
+
+@pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("micro_batch", [None, 2])
 def test_a_signal_stops_and_the_run_goes_on_exactly(tmp_path, number, micro_batch):
     config = replace(CONFIG, micro_batch=micro_batch)
     straight = trainer(tmp_path / "straight", config=config)
     losses = fit(straight)
 
-    stops = {2: number, 5: number}  # within the first and the second epoch
     run, parts = tmp_path / "stopped", []
-    for last in (2, 5, 8):
-        stop = Periodic(every=1, call=lambda step: os.kill(os.getpid(), stops[step]) or {} if step in stops else {})
+    for last in (2, 5, 8):  # within the first and the second epoch
         before = signal.getsignal(number)
-        trained = trainer(run, config=config, periodics=[stop])
-        assert trained.fit(lambda step, values: parts.append(values["net/loss"])) == (last == 8)
+        # One pass of a step is finished. Of several, the rest is left out, and the step begins again.
+        one = signalled(last, 1, number) if micro_batch else signalled(last - 1, 0, number)
+        trained = trainer(run, config=config, one=one)
+        assert finishes(trained, parts) == (last == 8 and micro_batch is not None)
         assert trained.step == last
         assert checkpoint.checkpoints(run / "checkpoints")[-1].name == f"step-{last:08d}"
         assert signal.getsignal(number) is before
@@ -470,19 +500,82 @@ def test_a_signal_stops_and_the_run_goes_on_exactly(tmp_path, number, micro_batc
     assert [r["step"] for r in read_metrics(run) if "net/loss" in r] == list(range(1, 9))
 
 
-def test_a_signal_in_the_last_step_does_not_make_the_run_unfinished(tmp_path):
-    stop = Periodic(every=8, call=lambda step: os.kill(os.getpid(), signal.SIGTERM) or {})
-    assert trainer(tmp_path, periodics=[stop]).fit()
+def test_a_step_that_changed_a_weight_is_finished(tmp_path, pair_alone):
+    """A signal within the second objective does not undo the step of the first."""
+    first, second = pair()
+    loss = second.loss
+
+    def send(batch: Rows, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss(batch, step)
+
+    second.loss = send
+    trained = Trainer(tmp_path, replace(CONFIG, micro_batch=4), [first, second], partial(rows, ONE), ONE)
+    assert not finishes(trained)
+    assert trained.step == 5
+
+
+def test_a_signal_while_a_batch_is_loaded_is_heard_at_once(tmp_path):
+    def slow(start: int) -> Iterator[Rows]:
+        stream = rows(ONE, start)
+        yield next(stream)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        yield next(stream)
+        raise AssertionError
+
+    trained = Trainer(tmp_path, CONFIG, [objective()], slow, ONE)
+    assert not finishes(trained)
+    assert trained.step == trained.saved == 1
+
+
+def test_a_signal_ends_an_evaluation_after_a_checkpoint_and_the_next_start_repeats_it(tmp_path, alone):
+    calls = []
+
+    def call(step: int) -> dict[str, float]:
+        calls.append((step, trained.saved))
+        if len(calls) in (1, 3):
+            os.kill(os.getpid(), signal.SIGTERM)
+            calls.append("went on")
+        return {}
+
+    for _ in range(3):
+        trained = trainer(tmp_path, periodics=[Periodic(every=3, call=call)])
+        finishes(trained)
+    assert calls == [(3, 3), (3, 3), (6, 6), (6, 6), (8, 8)]
+    assert same(state(trained), alone[1])
+
+
+def test_a_stream_that_fails_ends_the_run_after_a_checkpoint(tmp_path):
+    def broken(start: int) -> Iterator[Rows]:
+        stream = rows(ONE, start)
+        yield next(stream)
+        raise UserError("no more images")
+
+    trained = Trainer(tmp_path, CONFIG, [objective()], broken, ONE)
+    with pytest.raises(UserError, match="no more images"):
+        trained.fit()
+    assert trained.step == trained.saved == 1
+
+
+def test_outside_the_main_thread_a_training_runs_without_signals(tmp_path):
+    result = []
+    thread = threading.Thread(target=lambda: result.append(finishes(trainer(tmp_path))))
+    thread.start()
+    thread.join()
+    assert result == [True]
 
 
 def test_a_second_interrupt_ends_at_once(tmp_path):
-    def call(step: int) -> dict[str, float]:
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
-        return {}
+    def twice(batch: Rows, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError
 
+    one = objective()
+    one.loss = twice
     with pytest.raises(KeyboardInterrupt):
-        trainer(tmp_path, periodics=[Periodic(every=3, call=call)]).fit()
+        finishes(trainer(tmp_path, one=one))
 
 
 def test_a_finished_run_does_nothing_more(tmp_path, alone):
@@ -498,8 +591,8 @@ def test_a_step_is_saved_once(tmp_path, monkeypatch):
     saved = []
     save = checkpoint.save
     monkeypatch.setattr(checkpoint, "save", lambda folder, step, *rest: saved.append(step) or save(folder, step, *rest))
-    stop = Periodic(every=4, call=lambda step: os.kill(os.getpid(), signal.SIGTERM) or {})
-    assert not trainer(tmp_path, config=replace(CONFIG, checkpoint_every=2, keep=1), periodics=[stop]).fit()
+    config = replace(CONFIG, checkpoint_every=2, keep=1)
+    assert not finishes(trainer(tmp_path, config=config, one=signalled(3)))
     assert saved == [2, 4]
 
 
@@ -512,9 +605,8 @@ def test_with_muon_a_run_goes_on_exactly(tmp_path):
     assert "net optimizer 0 momentum_buffer" in state(straight)
     parts = []
     for last in (2, 5, 8):
-        stop = Periodic(every=last, call=lambda step: os.kill(os.getpid(), signal.SIGTERM) or {})
-        trained = trainer(tmp_path / "stopped", one=objective(optim=MUON), periodics=[stop])
-        trained.fit(lambda step, values: parts.append(values["net/loss"]))
+        trained = trainer(tmp_path / "stopped", one=signalled(last - 1, optim=MUON))
+        finishes(trained, parts)
         assert trained.step == last
     assert parts == losses
     assert same(state(trained), state(straight))
@@ -651,8 +743,8 @@ def test_its_schedule_and_its_metrics_count_from_its_start(tmp_path, pair_alone)
 @pytest.mark.parametrize("stop", [1, 3, 4])
 def test_two_objectives_resume_exactly(tmp_path, pair_alone, stop):
     """Also from a checkpoint before the start of the second objective, which the uninterrupted run does not save."""
-    signalled = Periodic(every=stop, call=lambda step: os.kill(os.getpid(), signal.SIGTERM) or {})
-    assert not pair_trainer(tmp_path, periodics=[signalled]).fit()
+    end = Periodic(every=stop, call=lambda step: os.kill(os.getpid(), signal.SIGTERM) or {})
+    assert not finishes(pair_trainer(tmp_path, periodics=[end]))
     trained = pair_trainer(tmp_path)
     assert trained.step == stop
     trained.fit()
@@ -742,7 +834,7 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run(tmp_path):
 def test_the_count_of_skipped_steps_survives_a_restart(tmp_path):
     stop = Periodic(every=4, call=lambda step: os.kill(os.getpid(), signal.SIGTERM) or {})
     bad = {1, 2, 3, 4, 5}
-    trainer(tmp_path, one=poisoned(bad), periodics=[stop]).fit()
+    finishes(trainer(tmp_path, one=poisoned(bad), periodics=[stop]))
     with pytest.raises(UserError, match="for 5 steps in a row up to step 6"):
         trainer(tmp_path, config=replace(CONFIG, max_skipped=5), one=poisoned(bad)).fit()
 
@@ -786,15 +878,31 @@ def in_two(world: World, folder: Path) -> dict[str, Any]:
     muon = trainer(folder / "muon", world, one=poisoned({3}, optim=MUON))
     found["muon"] = fit(muon), state(muon)
 
-    def stop_one(step: int) -> dict[str, float]:
-        if step == 3 and not world.is_main:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return {}
+    # A signal to the second process only: in a step, in an accumulation, while it loads, and in an evaluation.
+    def heard(name: str, one: Objective | None = None, **more: Any) -> tuple[bool, int, list[str]]:
+        run, config = folder / f"stopped {name}", replace(CONFIG, steps=3000, micro_batch=2)
+        stopped = Trainer(run, config, [one or objective()], more.pop("batches", partial(rows, world)), world, **more)
+        return finishes(stopped), stopped.step, [path.name for path in checkpoint.checkpoints(run / "checkpoints")]
 
-    stopped = trainer(
-        folder / "stopped", world, replace(CONFIG, steps=30), periodics=[Periodic(every=1, call=stop_one)]
-    )
-    found["stopped"] = stopped.fit(), stopped.step
+    def loading(start: int) -> Iterator[Rows]:
+        for step, batch in enumerate(rows(world, start)):
+            if step == 3 and not world.is_main:
+                os.kill(os.getpid(), signal.SIGUSR2)
+            yield batch
+
+    def evaluating(step: int) -> dict[str, float]:
+        if not world.is_main:
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+        raise AssertionError
+
+    second = not world.is_main
+    found["stopped"] = {
+        "step": heard("step", signalled(2, 1) if second else None),
+        "accumulation": heard("accumulation", signalled(3, 0) if second else None),
+        "loading": heard("loading", batches=loading),
+        "evaluation": heard("evaluation", periodics=[Periodic(every=3, call=evaluating)]),
+    }
     return found
 
 
@@ -878,6 +986,6 @@ def test_muon_trains_in_two_processes_as_in_one(tmp_path, two):
     assert all(torch.equal(two[1][0]["muon"][1][k], v) for k, v in two[1][1]["muon"][1].items())
 
 
-def test_a_signal_to_one_process_stops_all(two):
-    assert [rank["stopped"] for rank in two[1]] == [(False, 10), (False, 10)]
-    assert [p.name for p in checkpoint.checkpoints(two[0] / "stopped" / "checkpoints")] == ["step-00000010"]
+@pytest.mark.parametrize("when", ["step", "accumulation", "loading", "evaluation"])
+def test_a_signal_to_one_process_stops_all(two, when):
+    assert [rank["stopped"][when] for rank in two[1]] == [(False, 3, ["step-00000003"])] * 2

@@ -13,7 +13,8 @@ from raekit.cli.formats import convert, info
 from raekit.cli.generation import generate, interpolate, trajectory
 from raekit.cli.latents import latents_cache, latents_generate, latents_measure
 from raekit.cli.training import demo, recipes, train
-from raekit.errors import UserError
+from raekit.errors import Stopped, UserError
+from raekit.train.signals import stop_signals
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo,
@@ -39,7 +40,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
 def main() -> None:
     """Run the command in sys.argv.
 
-    The exit code is 0 after success, 2 for a wrong command line, 1 for any other error, and 130 after Ctrl-C.
+    The exit status is 0 after success, 2 for a wrong command line, 75 for a training that a signal stopped and that the
+    same command resumes, 130 after Ctrl-C in another command, and 1 for any other error.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it warns at every retry
@@ -52,6 +54,8 @@ def main() -> None:
         console.fail(str(error))
     except OSError as error:
         console.fail(f"{error.filename or 'input/output'}: {error.strerror or error}")
+    except Stopped:
+        console.stopped()
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
@@ -81,7 +85,8 @@ def _run(arguments: list[str]) -> None:
         return
     rest, command = arguments[len(name.split()) :], COMMANDS[name]
     if command is train:
-        train(rest)
+        with stop_signals():  # also while torch is imported
+            train(rest)
     else:
         command.__doc__ = console.joined(command.__doc__ or "")
         tyro.cli(command, prog=f"raekit {name}", args=rest)

@@ -9,7 +9,7 @@ from typing import Literal, NoReturn
 from rich.console import Console
 from rich.text import Text
 
-from raekit.errors import UserError
+from raekit.errors import Stopped, UserError
 
 
 class _Console(Console):
@@ -45,9 +45,9 @@ def fail(message: str) -> NoReturn:
 
 
 def stopped() -> NoReturn:
-    """Exit with 130 from a command that was interrupted and can be resumed."""
+    """Exit with the status of work that a signal ended and that can be resumed."""
     err.print("stopped; run the same command again to resume")
-    sys.exit(130)
+    sys.exit(Stopped.STATUS)
 
 
 def fail_for(unreadable: Sequence[str], done: int) -> None:

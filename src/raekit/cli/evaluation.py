@@ -52,8 +52,9 @@ def evaluate(
         reference: Files to compare with: a .safetensors file of `raekit reference`, ADM's .npz file, or statistics of
             other projects.
         source: Dataset to compare with, instead of the dataset that the model was trained on.
-        features: Networks to compare in: inception, inception:WEIGHTS, clean_inception, vgg16, vgg16:WEIGHTS, or
-            encoders. Default: the networks of the reference; builtin:vit-tiny for the built-in images.
+        features: Networks to compare in: inception, inception:WEIGHTS, clean_inception, vgg16, vgg16:WEIGHTS,
+            classifier:NAME, or encoders, also as ENCODER@SIZE. Default: the networks of the reference;
+            builtin:vit-tiny for the built-in images.
         count: Number of samples. Default: 50,000 with --reference, otherwise 1,000.
         reconstruct: Score reconstructions of the reference's own images instead of samples.
         lpips: Score reconstructions by LPIPS too, with VGG16's weights from this file; auto finds them in torchvision's
@@ -159,7 +160,8 @@ def reference(
         out: The .safetensors file to write.
         image_size: Side in pixels that the images are centre-cropped to.
         split: Split of the source.
-        features: Networks: inception, inception:WEIGHTS, clean_inception, vgg16, vgg16:WEIGHTS, or encoders.
+        features: Networks: inception, inception:WEIGHTS, clean_inception, vgg16, vgg16:WEIGHTS, classifier:NAME, or
+            encoders, also as ENCODER@SIZE.
         keep: Number of images whose own features are kept, for precision, recall and KID.
         workers: Processes that decode images.
         device: Device. Default: the best there is.

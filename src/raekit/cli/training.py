@@ -44,9 +44,7 @@ def demo(run: Path = Path("runs/demo"), minutes: float = 12, quick: bool = False
     from raekit.demo import run_demo
 
     with Display(console.err) as progress:
-        finished = run_demo(run, minutes, quick, progress)
-    if not finished:
-        console.stopped()
+        run_demo(run, minutes, quick, progress)
     console.out.print(f"report: {run / 'report.html'}")
 
 
@@ -144,9 +142,7 @@ def _train(name: str, about: str, default: Any, run: Path, arguments: list[str],
             def report(step: int, values: dict[str, float]) -> None:
                 progress(name, step, total, _headline(values), batch)
 
-            finished = fit(config, given.run, here, report, progress, given.change)
-        if not finished:
-            console.stopped()
+            fit(config, given.run, here, report, progress, given.change)
         if here.is_main:
             console.out.print(f"artifact: {given.run / 'artifact'}", markup=False)
 

@@ -226,8 +226,8 @@ def _share(batch_size: int, world: World) -> int:
 
 def _ignore_signals(_: int) -> None:
     """Ignore signals in a worker. The main process ends its workers, and may need another batch before it stops."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
 
 
 _Read = tuple[Tensor, Tensor, Tensor, dict[str, str]]

@@ -279,7 +279,8 @@ def load_networks(name: str, device: torch.device) -> dict[str, ReferenceNetwork
             (`load_inception`), `clean_inception` or `clean_inception:PLACE` for clean-fid's resize. Both give two
             networks: FID's and sFID's. `vgg16` or `vgg16:FILE`, with weights as for LPIPS (`load_perceptual`), gives
             one network, and so does `classifier:NAME` for a classifier that raekit trained. Any other name is an
-            encoder as `load_encoder` takes it, and gives one network.
+            encoder as `load_encoder` takes it, or ENCODER@SIZE for images of SIZE pixels instead of the encoder's own
+            size, and gives one network.
         device: where to load the networks.
 
     Returns:
@@ -298,7 +299,11 @@ def load_networks(name: str, device: torch.device) -> dict[str, ReferenceNetwork
     if kind == "classifier":
         classifier = ClassifierFeatures(f"{encoder_name(place)}_classifier", load_classifier(place).to(device))
         return {classifier.pool.name: classifier.pool}
-    encoder = EncoderFeatures(load_encoder(name).to(device))
+    place, _, size = name.rpartition("@")
+    if place and size.isdecimal() and len(size) < 6:
+        encoder = EncoderFeatures(load_encoder(place, int(size)).to(device))
+    else:
+        encoder = EncoderFeatures(load_encoder(name).to(device))
     return {encoder.name: encoder}
 
 

@@ -14,6 +14,7 @@ from raekit.stages import classification, generation, reconstruction, record, re
 from raekit.stages.inputs import absolute
 from raekit.stages.record import StageConfig
 from raekit.stages.stage import Stage
+from raekit.train.signals import stop_signals
 from raekit.train.trainer import Report, Trainer
 
 _BUILDERS = {
@@ -37,7 +38,7 @@ def train(
     report: Report = lambda step, metrics: None,
     progress: Progress = silent,
     change: bool = False,
-) -> bool:
+) -> None:
     """Train `config` in the folder `run`, and write the model to RUN/artifact.
 
     If `run` holds a stopped run, the training resumes from its newest checkpoint. The type of each field of a config
@@ -52,37 +53,31 @@ def train(
         progress: Receives the progress of the preparation before the first step.
         change: Allows changes of fields that are changed on purpose, such as `train.steps`, and of the images.
 
-    Returns:
-        False if a signal stopped the training, and True if the training is complete. RUN/artifact holds the present
-        model in both cases.
+    RUN/artifact holds the present model at the end.
 
     Raises:
+        Stopped: If a signal stopped the training. The state is saved.
         UserError: If another process uses `run`, if `run` belongs to a different training (the message lists the
             differences), or if the disk is full.
     """
     config = replaced(config, Mark.PLACE, absolute)
-    with lock(run, world):
-        return _train(config, run, world, report, progress, change)
-
-
-def _train(config: StageConfig, run: Path, world: World, report: Report, progress: Progress, change: bool) -> bool:
-    changed = record.config_changes(run, config)
-    record.check(run, changed, change)
-    stage = build(config, run, world)
-    inputs = world.gather(stage.inputs() if world.is_main else None)[0]
-    changed += record.input_changes(run, inputs)
-    record.check(run, changed, change)
-    trainer = Trainer(run, config.train, stage.objectives, stage.batches, world, stage.periodics)
-    if trainer.step > config.train.steps:
-        raise UserError(f"train.steps: {config.train.steps}, but the run has trained {trainer.step} steps; give more")
-    # Recorded only now, so that a mistake in the config does not occupy the folder.
-    with world.main_first():
-        if world.is_main and not record.is_begun(run) and not record.is_same(run, config, inputs):
-            for leftover in (STATISTICS, "selected.json"):
-                (run / leftover).unlink(missing_ok=True)
-        record.write(run, config, inputs, trainer.step, changed, world)
-    stage.prepare(progress)
-    finished = trainer.fit(report)
-    stage.export(run / "artifact")
-    world.barrier()  # the first process writes the artifact, and then all may read it
-    return finished
+    with stop_signals(world) as stop, lock(run, world):
+        changed = record.config_changes(run, config)
+        record.check(run, changed, change)
+        stage = build(config, run, world)
+        inputs = world.gather(stage.inputs() if world.is_main else None)[0]
+        changed += record.input_changes(run, inputs)
+        record.check(run, changed, change)
+        trainer = Trainer(run, config.train, stage.objectives, stage.batches, world, stage.periodics)
+        if trainer.step > config.train.steps:
+            raise UserError(f"train.steps: {config.train.steps}, but {run} has trained {trainer.step} steps; give more")
+        # Recorded only now, so that a mistake in the config does not occupy the folder.
+        with world.main_first():
+            if world.is_main and not record.is_begun(run) and not record.is_same(run, config, inputs):
+                for leftover in (STATISTICS, "selected.json"):
+                    (run / leftover).unlink(missing_ok=True)
+            record.write(run, config, inputs, trainer.step, changed, world)
+        stage.prepare(progress)
+        trainer.fit(report, stop)
+        stage.export(run / "artifact")
+        world.barrier()  # the first process writes the artifact, and then all may read it

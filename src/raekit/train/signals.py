@@ -1,35 +1,95 @@
-"""Stop a training run in an orderly way on SIGINT and SIGTERM."""
+"""Stop a training in an orderly way when a signal arrives."""
 
+import os
 import signal
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING
+
+from raekit.errors import Stopped, UserError
+
+if TYPE_CHECKING:  # this module does not wait for torch
+    from raekit.distributed import World
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+"""The signals that stop a training. Schedulers send SIGTERM, or SIGUSR1 or SIGUSR2 as an early warning."""
+
+
+class Stop:
+    """A request to stop. It raises `Stopped` at once, except inside `deferred`.
+
+    Attributes:
+        requested: Whether a signal arrived, or another process was asked to stop.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.immediate = True
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Only note a request inside this block, for example while weights change or a checkpoint is written."""
+        yield from self._set(immediate=False)
+
+    @contextmanager
+    def allowed(self) -> Iterator[None]:
+        """Raise `Stopped` for a request inside this block, or noted before it, although `deferred` surrounds it."""
+        yield from self._set(immediate=True)
+
+    def _set(self, immediate: bool) -> Iterator[None]:
+        before, self.immediate = self.immediate, immediate
+        try:
+            if immediate:
+                self.check()
+            yield
+        finally:
+            self.immediate = before
+
+    def check(self) -> None:
+        """Raise `Stopped` if a stop was requested and is not deferred."""
+        if self.requested and self.immediate:
+            raise Stopped
 
 
 @contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in a list instead of ending the process.
+def stop_signals(world: "World | None" = None) -> Iterator[Stop]:
+    """Turn the signals `SIGNALS` into a request to stop.
 
-    The caller checks the list and stops when it is no longer empty. A SIGINT that follows another signal raises
-    KeyboardInterrupt at once. The previous signal handlers return when the context ends. Outside the main thread,
-    Python does not allow signal handlers, and the list stays empty.
-
-    Yields:
-        The numbers of the signals received so far.
+    A signal to one process of `world` stops all processes. A second SIGINT raises KeyboardInterrupt at once. The
+    previous handlers return when the context ends. Outside the main thread, Python does not allow signal handlers, and
+    nothing requests a stop.
     """
-    received: list[int] = []
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    watch = world.watch if world else None
 
     def handle(number: int, frame: object) -> None:
-        if received and number == signal.SIGINT:
+        again, stop.requested = stop.requested, True
+        if watch:
+            watch.request_stop()
+        if again and number == signal.SIGINT:
             raise KeyboardInterrupt
-        received.append(number)
+        stop.check()
 
+    def interrupt() -> None:
+        """Wake the main thread, because another process wants to stop."""
+        if not stop.requested:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    previous = {number: signal.signal(number, handle) for number in SIGNALS}
     try:
-        previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread
-        yield received
-        return
-    try:
-        yield received
+        with watch.on_stop(interrupt, lambda: stop.immediate) if watch else nullcontext():
+            yield stop
+    except UserError:
+        raise
+    except Exception:
+        # A process that stops leaves the others with a broken connection in whatever they are doing together.
+        if watch and (stop.requested or watch.stop_requested()):
+            raise Stopped from None
+        raise
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -20,14 +20,14 @@ from torch.distributed.tensor import DTensor
 
 from raekit.config import Interval, OnPurpose, Operation, Steps, configclass
 from raekit.distributed import World, set_gradient_sync
-from raekit.errors import UserError
+from raekit.errors import Stopped, UserError
 from raekit.train import checkpoint, ema
 from raekit.train.compilation import check_compiler
 from raekit.train.objective import Metrics, Objective, Periodic, TrainingBatch
 from raekit.train.optim import build_optimizer
 from raekit.train.precision import Precision, autocast, compute_dtype, float32_precision
 from raekit.train.recompute import checkpoint_blocks
-from raekit.train.signals import stop_signals
+from raekit.train.signals import Stop
 from raekit.train.tracking import Tracker
 
 _log = logging.getLogger(__name__)
@@ -151,28 +151,29 @@ class Trainer:
         # To read the state of a new optimizer, torch runs one step. With found_inf = 1 that step changes nothing.
         optimizer.found_inf = torch.ones((), device=self.world.device)  # type: ignore[attr-defined]
 
-    def fit(self, report: Report = lambda step, metrics: None) -> bool:
+    def fit(self, report: Report = lambda step, metrics: None, stop: Stop | None = None) -> None:
         """Train to the last step and save the state.
 
-        Returns:
-            False if a signal stopped the training before the last step. The state is saved then, too.
+        Args:
+            report: Receives the metrics of each log record.
+            stop: Says when to stop. Default: never.
+
+        Raises:
+            Stopped: If `stop` was requested. The state of the last complete step is saved.
         """
+        self.stop = stop or Stop()
         tracker = Tracker(self.run, self.step, self.config.tensorboard) if self.world.is_main else None
         self.tracker = tracker
         history: defaultdict[str, list[Tensor]] = defaultdict(list)
-        since, began = self.step, time.perf_counter()
         try:
-            with stop_signals() as stopped:
-                if self.step:  # the last process may have died between this checkpoint and its evaluation
-                    self._evaluate(tracker, again=False)
-                    began = time.perf_counter()
-                stream = self.batches(self.step * self.config.batch_size)
+            if self.step:  # the last process may have died between this checkpoint and its evaluation
+                self._evaluate(tracker, again=False)
+            stream = self.batches(self.step * self.config.batch_size)
+            since, began = self.step, time.perf_counter()
+            with self.stop.deferred():
                 while self.step < self.config.steps:
-                    batch = next(stream).to(self.world.device)
-                    for objective in self.objectives:
-                        if self.step >= objective.start:
-                            for name, value in self._train(objective, batch).items():
-                                history[name].append(value)
+                    for name, value in self._train_step(stream).items():
+                        history[name].append(value)
                     self.step += 1
                     last = self.step == self.config.steps
                     if self.step % self.config.log_every == 0 or last:
@@ -185,25 +186,59 @@ class Trainer:
                         report(self.step, values)
                         history.clear()
                         since, began = self.step, time.perf_counter()
-                    # Save before the evaluation, so that no step is lost if the process dies during it.
-                    if self.step % self.config.checkpoint_every == 0 or last:
-                        self.save()
                     paused = time.perf_counter()
-                    self._evaluate(tracker)
-                    began += time.perf_counter() - paused
-                    # Several processes ask each other every tenth step only, as each time all wait for the slowest.
-                    if (self.world.size == 1 or self.step % 10 == 0) and self.world.any(bool(stopped)) and not last:
+                    # Save before an evaluation, which a signal may end, so that no step is lost.
+                    if last or self.step % self.config.checkpoint_every == 0 or any(map(self._is_due, self.periodics)):
                         self.save()
-                        return False
-            return True
+                        with self.stop.allowed():
+                            self._evaluate(tracker)
+                    began += time.perf_counter() - paused
         finally:
             if tracker:
                 tracker.close()
 
+    def _train_step(self, stream: Iterator[TrainingBatch]) -> Metrics:
+        """Do one step of all active objectives; return their metrics.
+
+        If a process was asked to stop or has no batch, all processes save the state of the last step and raise.
+        """
+        batch, failure = None, None
+        try:
+            with self.stop.allowed():
+                batch = next(stream).to(self.world.device)
+        except (Stopped, Exception) as error:
+            failure = error
+        if self.world.any(failure is not None or self.stop.requested):
+            self.save()
+            if self.world.any(isinstance(failure, Exception)):
+                elsewhere = UserError("another process could not load its batch; its own message says why")
+                raise failure if isinstance(failure, Exception) else elsewhere
+            raise Stopped
+        assert batch is not None
+        metrics: Metrics = {}
+        for objective in self.objectives:
+            if self.step >= objective.start:
+                metrics |= self._train(objective, batch, may_stop=not metrics)
+        return metrics
+
+    def _stop_within_step(self, buffers: dict[str, dict[str, Tensor]]) -> None:
+        """Between two micro-batches, before any weight has changed: save the last step and stop, if this is wanted."""
+        if not self.world.any(self.stop.requested):
+            return
+        for objective in self.objectives:
+            self.optimizers[objective.name].zero_grad(set_to_none=True)
+            for name, value in objective.module.named_buffers():
+                value.copy_(buffers[objective.name][name])
+        self.save()
+        raise Stopped
+
+    def _is_due(self, periodic: Periodic) -> bool:
+        return self.step % periodic.every == 0 or self.step == self.config.steps
+
     def _evaluate(self, tracker: Tracker | None, again: bool = True) -> None:
         """Call the periodics that are due and log their values. Without `again`, skip those in metrics.jsonl."""
         for periodic in self.periodics:
-            if self.step % periodic.every and self.step != self.config.steps:
+            if not self._is_due(periodic):
                 continue
             if not again and self.world.any(tracker is not None and f"{periodic.name}/seconds" in tracker.resumed):
                 continue
@@ -212,13 +247,21 @@ class Trainer:
             if tracker:
                 tracker.scalars(self.step, {f"{periodic.name}/{name}": value for name, value in values.items()})
 
-    def _train(self, objective: Objective, batch: TrainingBatch) -> Metrics:
-        """Do one optimizer step of `objective` on this process's share of the batch; return its metrics."""
+    def _train(self, objective: Objective, batch: TrainingBatch, may_stop: bool) -> Metrics:
+        """Do one optimizer step of `objective` on this process's share of the batch; return its metrics.
+
+        If `may_stop`, the training may stop between two micro-batches, as if the step had not begun.
+        """
         module, optimizer = objective.module, self.optimizers[objective.name]
         module.train()
         parts = batch.split(self.micro_batch)
+        may_stop &= len(parts) > 1
+        # Forward passes may change buffers.
+        buffers = {o.name: {k: v.clone() for k, v in o.module.named_buffers()} for o in self.objectives if may_stop}
         totals = self._monitor(objective, parts[0])
         for part in parts:
+            if may_stop and part is not parts[0]:
+                self._stop_within_step(buffers)
             set_gradient_sync(module, part is parts[-1])
             with float32_precision(self.config.precision):
                 with autocast(self.config.precision, self.world.device):
@@ -295,8 +338,8 @@ class Trainer:
         return state
 
     def save(self) -> None:
-        """Write a checkpoint of the current step, unless it exists."""
-        if self.step != self.saved:
+        """Write a checkpoint of the current step, unless it exists. The state before the first step needs none."""
+        if self.step not in (0, self.saved):
             checkpoint.save(self.folder, self.step, self._state(), self.config.keep, self.world)
             self.saved = self.step
 

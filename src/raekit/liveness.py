@@ -1,0 +1,149 @@
+"""A thread in every process that learns from the other processes who wants to stop, who failed, and who died.
+
+Collectives cannot tell: a process that waits in one for a dead process waits until a timeout of many minutes.
+"""
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
+
+from raekit.errors import Stopped
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+PULSE = 0.5
+"""Seconds between two looks at the other processes."""
+DEAD = 60.0
+"""Seconds without a sign of life after which a process counts as dead."""
+GRACE = 10.0
+"""Seconds that a process has to end by itself after another process stopped or failed."""
+
+
+class Watch:
+    """Watches the other processes of a world through their common store.
+
+    Each process counts a pulse. The first process watches the pulses of all, and the others watch the first. When a
+    process fails or dies, the others end too, with the exit status 1, at the latest after `GRACE` seconds.
+
+    Args:
+        store: The store of the world. The watch uses a connection of its own.
+        rank: The number of this process.
+        size: The number of processes.
+    """
+
+    def __init__(self, store: "Store", rank: int, size: int) -> None:
+        from torch.distributed import PrefixStore
+
+        self._store, self._rank, self._size = PrefixStore("watch", store.clone()), rank, size
+        self._wanted = False  # this process wants all to stop
+        self._works = 0  # pieces of work so far; a request to stop belongs to one of them
+        self._interrupt: Callable[[], None] | None = None
+        self._may_end: Callable[[], bool] = lambda: True
+        self._left = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._thread.start()
+
+    def request_stop(self) -> None:
+        """Ask all processes to stop. A signal handler may call this method: it takes no lock and does not wait."""
+        self._wanted = True
+
+    def stop_requested(self) -> bool:
+        """Return whether a process asked all to stop."""
+        return self._has(self._stop)
+
+    def failed(self) -> bool:
+        """Return whether another process failed or died."""
+        return self._has("failed")
+
+    @property
+    def _stop(self) -> str:
+        return f"stop/{self._works}"
+
+    def _tell(self, key: str, value: str = "") -> None:
+        with suppress(RuntimeError):  # the process that holds the store has ended
+            self._store.set(key, value)
+
+    def _has(self, key: str) -> bool:
+        try:
+            return self._store.check([key])
+        except RuntimeError:  # the process that holds the store has ended
+            return False
+
+    @contextmanager
+    def on_stop(self, interrupt: Callable[[], None], may_end: Callable[[], bool]) -> Iterator[None]:
+        """Inside this block, a piece of work of all processes, call `interrupt` when a process asks to stop.
+
+        If this process is still running `GRACE` seconds later, for example because it waits for one that has stopped,
+        and `may_end()` is true, it ends with the exit status of a stop.
+        """
+        self._works += 1
+        self._wanted, self._interrupt, self._may_end = False, interrupt, may_end
+        try:
+            yield
+        finally:
+            if self._wanted:
+                self._tell(self._stop)
+            self._interrupt, self._may_end = None, lambda: True
+
+    def leave(self, failed: bool) -> None:
+        """Stop watching, and tell the others that this process ends. The first process waits for the others."""
+        self._left.set()
+        self._thread.join()
+        if failed:
+            self._tell("failed", str(self._rank))
+        try:
+            self._store.add("left", 1)
+            deadline = time.monotonic() + GRACE + 2 * PULSE
+            while self._rank == 0 and self._store.add("left", 0) < self._size and time.monotonic() < deadline:
+                time.sleep(0.01)  # the store may end with this process
+        except RuntimeError:
+            pass  # the store has ended: nobody is left to tell
+
+    def _run(self) -> None:
+        seen: dict[int, tuple[int, float]] = {}
+        stopping: float | None = None
+        watched = range(1, self._size) if self._rank == 0 else (0,)
+        while not self._left.wait(PULSE):
+            now = time.monotonic()
+            try:
+                self._store.add(f"pulse/{self._rank}", 1)
+                if self._wanted:
+                    self._store.set(self._stop, "")
+                stop, failed = self._store.check([self._stop]), self._store.check(["failed"])
+                pulses = {rank: self._store.add(f"pulse/{rank}", 0) for rank in watched}
+            except RuntimeError:  # the process that holds the store has ended
+                self._end("the first process, or the launcher, ended", 1, stopping)
+                return
+            if failed:
+                self._end(f"process {self._store.get('failed').decode()} failed; its own message says why", 1, stopping)
+                return
+            for rank, pulse in pulses.items():
+                if seen.get(rank, (-1, 0.0))[0] != pulse:
+                    seen[rank] = pulse, now
+                elif now - seen[rank][1] > DEAD:
+                    self._store.set("failed", str(rank))
+                    self._end(f"process {rank} gave no sign of life for {DEAD:.0f} seconds", 1, stopping)
+                    return
+            if stop and self._interrupt:
+                stopping = stopping or now
+                self._interrupt()
+                if now - stopping > GRACE and self._may_end():
+                    self._end("", Stopped.STATUS, stopping)
+                    return
+
+    def _end(self, why: str, status: int, stopping: float | None) -> None:
+        """End this process, unless it leaves by itself within `GRACE` seconds."""
+        if why and self._left.wait(GRACE):
+            return
+        if stopping and self._may_end():
+            status = Stopped.STATUS
+        elif why:
+            sys.stderr.write(f"error: {why}; run the same command again to resume\n")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
