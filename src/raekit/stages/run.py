@@ -11,6 +11,7 @@ from raekit.errors import UserError
 from raekit.locks import lock
 from raekit.progress import Progress, silent
 from raekit.stages import classification, generation, reconstruction, record, representation
+from raekit.stages.cost import memory_advice
 from raekit.stages.inputs import absolute
 from raekit.stages.record import StageConfig
 from raekit.stages.stage import Stage
@@ -78,6 +79,13 @@ def train(
                     (run / leftover).unlink(missing_ok=True)
             record.write(run, config, inputs, trainer.step, changed, world)
         stage.prepare(progress)
-        trainer.fit(report, stop)
+        short = False
+        try:
+            trainer.fit(report, stop)
+        except torch.OutOfMemoryError:
+            short = True
+        if short:  # outside the handler, because its traceback keeps the tensors of the step alive
+            torch.cuda.empty_cache()
+            raise UserError(memory_advice(stage, config.train, trainer.micro_batch, world))
         stage.export(run / "artifact")
         world.barrier()  # the first process writes the artifact, and then all may read it
