@@ -40,7 +40,7 @@ def cost_of(objective: Objective, batch: Any, config: TrainConfig, world: World)
     """Measure the cost of an objective in one forward pass on `batch`, as in the last training step.
 
     The activations are those that the backward pass needs. Tensors that do not grow with the batch, such as weights in
-    bfloat16, are left out by the comparison with half of the batch.
+    bfloat16, are left out by the comparison with half of the batch, if there are two images.
     """
     module, step = objective.module.to(world.device), max(config.steps - 1, objective.start)
 
@@ -56,14 +56,15 @@ def cost_of(objective: Objective, batch: Any, config: TrainConfig, world: World)
         return kept.peak, counter.get_total_flops()
 
     module.eval()  # no power iterations of a discriminator
-    (all_bytes, flops), (half_bytes, _) = saved(batch), saved(batch.split(len(batch) // 2)[0])
+    half = len(batch) // 2
+    (all_bytes, flops), (half_bytes, _) = saved(batch), saved(batch.split(half)[0]) if half else (0, 0)
     module.train()
     parameters = sum(parameter.numel() for parameter in module.parameters())
     return Cost(
         parameters=parameters,
         flops=flops / len(batch),
         state=4 * parameters * (4 + len(objective.ema)),
-        image=(all_bytes - half_bytes) / (len(batch) - len(batch) // 2),
+        image=(all_bytes - half_bytes) / (len(batch) - half),
     )
 
 
