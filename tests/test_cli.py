@@ -447,7 +447,10 @@ def test_a_dry_run_tells_the_cost_and_writes_nothing(run, images, tmp_path):
     parameters = 48 * 16 + 16 + block + 16 * 16 + 16 + 16 + 2 * block + 2 * 16 + 16 * 48 + 48
     assert f"encoder: {parameters:,} parameters\n" in cost
     assert re.search(r"^  0\.00 GFLOPs per image in the forward pass", cost, re.MULTILINE)
-    assert re.search(r"memory: about 0\.00 GiB of state and 0\.00 GiB of activations for 4 images", cost)
+    assert re.search(
+        r"memory: about 0\.00 GiB of state and 0\.00 GiB of activations for 4 images at a time, 0\.\d+ GB for each",
+        cost,
+    )
     assert cost.endswith("1,500 steps of 4 images: 6,000 images\n")
     assert not list(tmp_path.iterdir())
 

@@ -133,6 +133,7 @@ def test_published_settings_of_stage_1(name, encoder, size, patch, width, noise,
     assert (config.noise, config.noise_law) == (noise, "uniform")
     assert (config.data.image_size, config.data.crop) == (512 if "512" in name else 256, "random")
     assert (config.train.batch_size, config.train.precision, config.ema) == (512, "tf32", (0.9978,))
+    assert config.train.micro_batch == "auto"
     assert config.adversarial
     assert config.perceptual == PerceptualConfig(weight=1.0, start=0)
     assert config.adversarial.discriminator.backbone == "dino-s8"
@@ -166,6 +167,7 @@ def test_published_settings_of_stage_2(name):
     config = generation(name)
     epoch = 1_281_167 // 1024
     assert (config.train.batch_size, config.optim.lr, config.optim.clip) == (1024, 2e-4, 1.0)
+    assert config.train.micro_batch == "auto"
     assert (config.optim.betas, config.optim.weight_decay, config.class_dropout) == ((0.9, 0.95), 0.0, 0.1)
     assert (config.data.crop, config.data.flip) == ("center", True)
     assert config.ema == ((0.9999,) if name in CONSTANT_RATE else (0.9995,))

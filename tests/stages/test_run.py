@@ -26,6 +26,7 @@ from raekit.errors import Stopped, UserError
 from raekit.inference.model import load
 from raekit.models.denoiser_config import TransformerConfig
 from raekit.models.vit import ViTConfig
+from raekit.stages.cost import cost_of
 from raekit.stages.generation import DenoiserSize, GenerationConfig
 from raekit.stages.reconstruction import DecoderSize, ReconstructionConfig
 from raekit.stages.record import config_changes, read_config, read_history
@@ -34,7 +35,7 @@ from raekit.stages.run import StageConfig, build, train
 from raekit.train import checkpoint
 from raekit.train.optim import OptimConfig
 from raekit.train.tracking import read_metrics
-from raekit.train.trainer import TrainConfig
+from raekit.train.trainer import TrainConfig, Trainer
 
 ONE = World()
 NAMES = ("encoder", "decoder", "denoiser")
@@ -243,7 +244,7 @@ def test_what_is_changed_on_purpose_holds_from_the_recorded_step_on(alone, image
     assert min(rates) == 4
     assert max(rates.values()) <= 1e-5
     assert read_history(tmp_path)[1]["changes"] == {"optim.lr": [1e-3, 1e-5], "optim.final_lr": [1e-4, 1e-6]}
-    with pytest.raises(UserError, match=r"train\.steps: 5, but the run has trained 7 steps"):
+    with pytest.raises(UserError, match=r"train\.steps: 5, but .* has trained 7 steps"):
         train(with_train(lower, steps=5), tmp_path, ONE, change=True)
 
 
@@ -356,6 +357,50 @@ def test_the_config_of_an_old_run_is_read_with_todays_defaults(tmp_path):
 
 def no_progress(what: str, done: int, total: int, text: str = "", unit: int = 1) -> None:
     pytest.fail("the statistics are measured again")
+
+
+def test_the_trial_of_an_automatic_micro_batch_changes_nothing(alone, images, tmp_path, monkeypatch):
+    tried = []
+
+    def fitting(share: int, trial: Callable[[int], None], world: World) -> int:
+        for size in (1, 4):
+            trial(size)
+            tried.append((share, size))
+        return 4
+
+    config = configs(images, alone[0])[1]
+    train(with_train(config, micro_batch=4), tmp_path / "four", ONE)
+    train(with_train(config, micro_batch="auto"), tmp_path / "auto", ONE)  # on a CPU the whole batch
+    assert same(artifact(tmp_path / "auto"), artifact(alone[0] / "decoder"))
+    monkeypatch.setattr("raekit.train.trainer.fitting", fitting)
+    train(with_train(config, micro_batch="auto"), tmp_path / "tried", ONE)
+    assert tried == [(8, 1), (8, 4)]
+    assert same(artifact(tmp_path / "tried"), artifact(tmp_path / "four"))
+
+
+def test_out_of_memory_names_settings_that_fit(alone, images, tmp_path, monkeypatch):
+    """A device on which three images of the denoiser fit by the estimate; with checkpointing, more of them."""
+    config = configs(images, alone[0])[2]
+    stage = build(config, tmp_path, ONE)
+    batch = next(stage.batches(0)).split(2)[0]
+    cost = cost_of(stage.objectives[0], batch, config.train, ONE)
+    backward = Trainer._backward
+
+    def limited(self: Trainer, objective: Any, part: Any, *rest: Any) -> Any:
+        if len(part) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return backward(self, objective, part, *rest)
+
+    monkeypatch.setattr(Trainer, "_backward", limited)
+    monkeypatch.setattr("raekit.stages.cost.capacity", lambda device: cost.state + 3.5 * cost.image)
+    with pytest.raises(UserError) as error:
+        train(config, tmp_path, ONE)
+    message = str(error.value)
+    assert message.startswith("out of memory on cpu with train.micro_batch 8: it needs about 0.00 GiB of state")
+    assert re.search(
+        r"; set train\.micro_batch 2 \(about .*, or set train\.checkpointing and train\.micro_batch \d ", message
+    )
+    train(with_train(config, micro_batch=2), tmp_path, ONE)
 
 
 def test_a_run_killed_while_its_config_was_written_begins_anew(alone, images, tmp_path):

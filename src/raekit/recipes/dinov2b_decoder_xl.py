@@ -42,7 +42,12 @@ def config() -> ReconstructionConfig:
         perceptual=PerceptualConfig(),
         adversarial=AdversarialConfig(discriminator_start=6 * EPOCH, start=8 * EPOCH, optim=optim),
         train=TrainConfig(
-            steps=EPOCHS * EPOCH, batch_size=BATCH, precision="tf32", compile=True, checkpoint_every=EPOCH
+            steps=EPOCHS * EPOCH,
+            batch_size=BATCH,
+            micro_batch="auto",
+            precision="tf32",
+            compile=True,
+            checkpoint_every=EPOCH,
         ),
         optim=optim,
         ema=(0.9978,),

@@ -29,7 +29,12 @@ def config() -> GenerationConfig:
         class_dropout=0.1,
         time_law="uniform",
         train=TrainConfig(
-            steps=EPOCHS * EPOCH, batch_size=BATCH, precision="tf32", compile=True, checkpoint_every=EPOCH
+            steps=EPOCHS * EPOCH,
+            batch_size=BATCH,
+            micro_batch="auto",
+            precision="tf32",
+            compile=True,
+            checkpoint_every=EPOCH,
         ),
         optim=OptimConfig(
             lr=2e-4, final_lr=2e-5, warmup_steps=40 * EPOCH, decay="linear", decay_end=EPOCHS * EPOCH, clip=1.0

@@ -4,10 +4,6 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode
-
 from raekit import artifacts
 from raekit.config import from_dict, read_json, to_dict, to_json
 from raekit.data.loader import DataConfig
@@ -15,9 +11,9 @@ from raekit.data.sources import open_source
 from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.hub import find_folder
+from raekit.stages.cost import cost_of
 from raekit.stages.run import StageConfig, build
 from raekit.train import checkpoint
-from raekit.train.precision import autocast
 from raekit.train.recompute import checkpoint_blocks
 from raekit.train.tracking import read_metrics, steps_to
 from raekit.weights import read_weights
@@ -26,41 +22,24 @@ from raekit.weights import read_weights
 def describe_config(config: StageConfig, run: Path, world: World) -> str:
     """Describe `config` without training: all fields, parameters, FLOPs, memory, steps and images.
 
-    FLOPs and activation memory are measured in a forward pass on two images per process. The backward pass costs about
-    twice the FLOPs of the forward pass.
+    FLOPs and activation memory are measured in a forward pass on two images per process, with all losses of the last
+    step. The backward pass costs about twice the FLOPs of the forward pass.
     """
     few = replace(config.train, batch_size=2 * world.size, micro_batch=None)
     stage = build(replace(config, train=few, data=replace(config.data, workers=0)), run, world)
     lines = [to_json(to_dict(config)).rstrip(), ""]
     batch = next(stage.batches(0)).to(world.device)
-    share = config.train.micro_batch or config.train.batch_size // world.size
+    given = config.train.micro_batch
+    share = given if isinstance(given, int) else config.train.batch_size // world.size
     for objective in stage.objectives:
-        module = objective.module.to(world.device)
         if config.train.checkpointing:
             checkpoint_blocks(objective.blocks)
-        parameters = sum(p.numel() for p in module.parameters())
-        saved: dict[int, int] = {}
-
-        def pack(tensor: torch.Tensor, saved: dict[int, int] = saved) -> torch.Tensor:
-            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        own = {p.untyped_storage().data_ptr() for p in module.parameters()}
-        with (
-            FlopCounterMode(display=False) as counter,
-            saved_tensors_hooks(pack, lambda tensor: tensor),
-            autocast(config.train.precision, world.device),
-        ):
-            objective.loss(batch, objective.start)
-        activations = sum(size for address, size in saved.items() if address not in own) / len(batch)
-        # Weights, gradients, two moments of AdamW and the averages, all in float32.
-        state = 4 * parameters * (4 + len(objective.ema))
+        cost = cost_of(objective, batch, config.train, world)
         lines += [
-            f"{objective.name}: {parameters:,} parameters",
-            f"  {counter.get_total_flops() / len(batch) / 1e9:,.2f} GFLOPs per image in the forward pass, "
-            "including frozen parts",
-            f"  memory: about {state / 2**30:,.2f} GiB of state and {activations * share / 2**30:,.2f} GiB "
-            f"of activations for {share} images at a time",
+            f"{objective.name}: {cost.parameters:,} parameters",
+            f"  {cost.flops / 1e9:,.2f} GFLOPs per image in the forward pass, including frozen parts",
+            f"  memory: about {cost.state / 2**30:,.2f} GiB of state and {cost.image * share / 2**30:,.2f} GiB "
+            f"of activations for {share} images at a time, {cost.image / 1e9:,.3f} GB for each",
         ]
     images = config.train.steps * config.train.batch_size
     lines.append(f"{config.train.steps:,} steps of {config.train.batch_size} images: {images:,} images")

@@ -11,6 +11,7 @@ from raekit.errors import UserError
 from raekit.locks import lock
 from raekit.progress import Progress, silent
 from raekit.stages import classification, generation, reconstruction, record, representation
+from raekit.stages.cost import memory_advice
 from raekit.stages.inputs import absolute
 from raekit.stages.record import StageConfig
 from raekit.stages.stage import Stage
@@ -70,9 +71,7 @@ def train(
         record.check(run, changed, change)
         trainer = Trainer(run, config.train, stage.objectives, stage.batches, world, stage.periodics, stage.export)
         if trainer.step > config.train.steps:
-            raise UserError(
-                f"train.steps: {config.train.steps}, but the run has trained {trainer.step} steps; give more"
-            )
+            raise UserError(f"train.steps: {config.train.steps}, but {run} has trained {trainer.step} steps; give more")
         # Recorded only now, so that a mistake in the config does not occupy the folder.
         with world.main_first():
             if world.is_main and not record.is_begun(run) and not record.is_same(run, config, inputs):
@@ -80,4 +79,11 @@ def train(
                     (run / leftover).unlink(missing_ok=True)
             record.write(run, config, inputs, trainer.step, changed, world)
         stage.prepare(progress)
-        trainer.fit(report, stop)
+        short = False
+        try:
+            trainer.fit(report, stop)
+        except torch.OutOfMemoryError:
+            short = True
+        if short:  # outside the handler, because its traceback keeps the tensors of the step alive
+            torch.cuda.empty_cache()
+            raise UserError(memory_advice(stage, config.train, trainer.micro_batch, world))

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn, optim
@@ -23,6 +23,7 @@ from raekit.distributed import World, gathered, set_gradient_sync
 from raekit.errors import Stopped, UserError
 from raekit.train import checkpoint, ema
 from raekit.train.compilation import check_compiler
+from raekit.train.memory import fitting
 from raekit.train.objective import Metrics, Objective, Periodic, TrainingBatch
 from raekit.train.optim import build_optimizer
 from raekit.train.precision import Precision, autocast, compute_dtype, float32_precision
@@ -43,7 +44,8 @@ class TrainConfig:
         steps: Optimizer steps of the complete training.
         batch_size: Global batch: images per optimizer step, over all processes.
         micro_batch: Images per forward pass on one process. Gradients accumulate over the micro-batches of a step. None
-            means the process's full share of the batch.
+            means the process's full share of the batch; `auto` the largest part of it that fits into the memory of
+            every GPU, found by a trial before the first step.
         precision: Number format of forward and backward passes, see `raekit.train.precision`. Weights stay float32.
         compile: Compile the blocks with torch.compile.
         checkpointing: Keep only the inputs of the blocks for the backward pass, which runs each block again.
@@ -66,7 +68,7 @@ class TrainConfig:
 
     steps: OnPurpose[Steps]
     batch_size: int
-    micro_batch: Operation[int | None] = None
+    micro_batch: Operation[int | Literal["auto"] | None] = None
     precision: OnPurpose[Precision] = "auto"
     compile: Operation[bool] = False
     checkpointing: Operation[bool] = False
@@ -86,7 +88,7 @@ class TrainConfig:
         counts = ("steps", "batch_size", "micro_batch", "log_every", "checkpoint_every", "keep", "max_skipped", "shard")
         for name in (*counts, "monitor_every"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if isinstance(value, int) and value < 1:
                 raise UserError(f"train.{name}: {value} must be at least 1")
         if any(step < 1 for step in self.milestones):
             raise UserError(f"train.milestones: {min(self.milestones)} must be at least 1")
@@ -125,7 +127,8 @@ class Trainer:
         export: Callable[[Path], None] = lambda folder: None,
     ) -> None:
         share, rest = divmod(config.batch_size, world.size)
-        if rest or share % (config.micro_batch or share):
+        self.micro_batch = config.micro_batch if isinstance(config.micro_batch, int) else share
+        if rest or share % self.micro_batch:
             raise UserError(
                 f"train.batch_size: {config.batch_size} must divide into {world.size} processes with whole "
                 f"micro-batches of train.micro_batch = {config.micro_batch}"
@@ -141,7 +144,6 @@ class Trainer:
         self.run, self.config, self.world = run, config, world
         self.objectives, self.batches, self.periodics = list(objectives), batches, periodics
         self.export = export
-        self.micro_batch = config.micro_batch or share
         self.step = 0
         self.saved = -1  # step of the newest checkpoint
         self.skipped = {o.name: torch.zeros(2, device=world.device) for o in self.objectives}  # total, in a row
@@ -188,6 +190,8 @@ class Trainer:
             if self.step:  # the last process may have died between this checkpoint and its artifact or evaluation
                 self._publish()
                 self._evaluate(tracker, again=False)
+            if self.config.micro_batch == "auto":
+                self.micro_batch = fitting(self.micro_batch, self._trial, self.world)
             stream = self.batches(self.step * self.config.batch_size)
             since, began = self.step, time.perf_counter()
             with self.stop.deferred():
@@ -247,6 +251,27 @@ class Trainer:
             if self.step >= objective.start:
                 metrics |= self._train(objective, batch, may_stop=not metrics)
         return metrics
+
+    def _trial(self, size: int) -> None:
+        """Do the work of the last step on `size` images, and change nothing."""
+        self._state()  # allocates the state of new optimizers
+        part, step = next(self.batches(0)).split(size)[0].to(self.world.device), self.config.steps - 1
+        for objective in self.objectives:
+            if step >= objective.start:
+                objective.module.eval()  # no buffer changes
+                set_gradient_sync(objective.module, False)
+                with torch.compiler.set_stance("force_eager"):
+                    self._backward(objective, part, step)
+                for optimizer in self.optimizers.values():
+                    optimizer.zero_grad(set_to_none=True)
+
+    def _backward(self, objective: Objective, part: TrainingBatch, step: int, parts: int = 1) -> Metrics:
+        """Do the forward and backward passes of one of `parts` micro-batches; return the loss and the metrics."""
+        with float32_precision(self.config.precision):
+            with autocast(self.config.precision, self.world.device):
+                loss, metrics = objective.loss(part, step)
+            (loss / parts).backward()
+        return {"loss": loss} | metrics
 
     def _stop_within_step(self, buffers: dict[str, dict[str, Tensor]]) -> None:
         """Between two micro-batches, before any weight has changed: save the last step and stop, if this is wanted."""
@@ -312,11 +337,7 @@ class Trainer:
             if may_stop and part is not parts[0]:
                 self._stop_within_step(buffers)
             set_gradient_sync(module, part is parts[-1])
-            with float32_precision(self.config.precision):
-                with autocast(self.config.precision, self.world.device):
-                    loss, metrics = objective.loss(part, self.step)
-                (loss / len(parts)).backward()
-            for name, value in ({"loss": loss} | metrics).items():
+            for name, value in self._backward(objective, part, self.step, len(parts)).items():
                 name = f"{objective.name}/{name}"
                 totals[name] = totals.get(name, 0) + value.detach().float() / len(parts)
         norm = nn.utils.get_total_norm(p.grad for p in module.parameters() if p.grad is not None)

@@ -1,0 +1,48 @@
+from collections.abc import Callable
+from dataclasses import replace
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from raekit.distributed import World
+from raekit.train.memory import divisors, fitting
+
+GPU = torch.device("cuda")
+
+
+def found(world: World, share: int, room: float) -> tuple[int, list[int]]:
+    """Return what `fitting` finds where a step takes 100 bytes, 10 more for each image, and `room` bytes are there."""
+    tried: list[int] = []
+
+    def peak(trial: Callable[[], None], device: torch.device) -> float:
+        trial()
+        return 100 + 10 * tried[-1]
+
+    with patch("raekit.train.memory.peak", peak), patch("raekit.train.memory.capacity", lambda device: room):
+        return fitting(share, tried.append, world), tried
+
+
+@pytest.mark.parametrize(
+    ("share", "room", "expected"),
+    [(16, 1000, 16), (16, 260, 16), (16, 259, 8), (12, 180, 6), (12, 159, 4), (7, 150, 1), (128, 111, 1), (128, 50, 1)],
+)
+def test_the_largest_part_that_fits_is_found_by_two_small_trials(share, room, expected):
+    assert found(World(device=GPU), share, room) == (expected, [1, 4])
+
+
+def test_on_a_cpu_everything_fits_without_a_trial():
+    assert found(World(), 16, 0) == (16, [])
+    assert found(World(device=GPU), 1, 0) == (1, [])
+
+
+def in_two(world: World) -> int:
+    return found(replace(world, device=GPU), 16, 1000 if world.is_main else 150)[0]
+
+
+def test_all_processes_find_the_same(run_ranks):
+    assert run_ranks(in_two, 2) == [4, 4]
+
+
+def test_divisors():
+    assert divisors(12) == [1, 2, 3, 4, 6, 12]
