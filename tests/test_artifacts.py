@@ -226,3 +226,14 @@ def test_a_model_without_the_wanted_part_says_what_it_holds(tiny_model: Path, tm
     shutil.copytree(tiny_model / "denoiser", tmp_path / "other" / "denoiser")
     with pytest.raises(artifacts.MissingArtifact, match=r"holds no autoencoder .*; it holds a denoiser: give a"):
         artifacts.find(str(tmp_path / "other"), "autoencoder")
+
+
+def test_a_milestone_of_a_run_is_a_model(tiny_model, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_model, run / "milestones" / "step-00000200")
+    shutil.copytree(tiny_model, run / "milestones" / "step-00000300.partial")
+    assert artifacts.find(f"{run}@200", "denoiser").path == run / "milestones" / "step-00000200" / "denoiser"
+    with pytest.raises(UserError, match=r"run@300: no such milestone; .*run has the steps 200 \(train\.milestones"):
+        artifacts.find(f"{run}@300", "denoiser")
+    with pytest.raises(UserError, match=r"@1: no such milestone; .* has none"):
+        artifacts.find(f"{tiny_model}@1", "denoiser")

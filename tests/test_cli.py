@@ -389,7 +389,7 @@ def test_a_truncated_checkpoint_is_named(run, images, tmp_path):
     data = next(newest.glob("*.distcp"))
     data.write_bytes(data.read_bytes()[:500])
     done = run(*command)
-    assert_fails(done, newest, "remove this folder")
+    assert_fails(done, newest, "damaged (", f"mv {newest} {newest}.damaged")
     assert len(done.err.splitlines()) == 1
     assert load_encoder(str(tmp_path)).spec.width == 16
 

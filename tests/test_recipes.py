@@ -248,3 +248,9 @@ def test_an_unknown_recipe_is_named_with_those_that_there_are(name):
         UserError, match=re.escape(f"recipe {name!r}: no such recipe; choose from: dinov2b_512_direct, dinov2b_")
     ):
         recipes.find(name)
+
+
+@EVERY
+def test_only_the_short_recipes_warm_their_averages_up(name):
+    warm = {"emoji_encoder", "emoji_decoder", "emoji_decoder_gan", "emoji_dit_dh", "emoji_raev2"}
+    assert recipes.find(name).config.train.ema_warmup == (name in warm)

@@ -54,7 +54,10 @@ WORKS = {
         *("--evaluation.features", "builtin:vit-tiny"),
     ],
     "cache": ["latents", "cache", "builtin:emoji", "--source", "{images}", "--out", "{out}", "--batch-size", "4"],
-    "generation": ["generate", "builtin:emoji", "--count", "96", "--steps", "4", "--batch-size", "8", "--out", "{out}"],
+    "generation": [
+        *("generate", "builtin:emoji", "--class", "0", "--count", "32", "--steps", "2", "--batch-size", "4"),
+        *("--out", "{out}"),
+    ],
 }
 START_UP = 0.1
 """The share of kills while a process starts. The other kills happen while it works."""

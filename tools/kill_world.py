@@ -25,6 +25,16 @@ from kill_resume import step_of
 DEFAULT = [
     *("emoji_encoder", "--train.steps", "400", "--train.batch-size", "8", "--train.checkpoint-every", "9"),
     *("--encoder.depth", "1", "--encoder.width", "32", "--encoder.heads", "2", "--score-every", "100"),
+    *(
+        "--data.image-size",
+        "16",
+        "--encoder.image-size",
+        "16",
+        "--encoder.patch-size",
+        "4",
+        "--train.precision",
+        "fp32",
+    ),
 ]
 LIMIT = 120.0
 """Seconds in which all processes of a life must have ended."""

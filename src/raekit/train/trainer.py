@@ -223,7 +223,8 @@ class Trainer:
                 self.writer.finish()
             raise
         else:
-            self.writer.finish()
+            with self.stop.deferred():
+                self.writer.finish()
         finally:
             if tracker:
                 tracker.close()
@@ -316,8 +317,8 @@ class Trainer:
                 continue
             began = time.perf_counter()
             with gathered(module for o in self.objectives for module in (o.module, *o.averages.values())):
-                values = periodic.call(self.step)
-            values["seconds"] = time.perf_counter() - began
+                scores = periodic.call(self.step)
+            values = scores | {"seconds": time.perf_counter() - began}
             if tracker:
                 tracker.scalars(self.step, {f"{periodic.name}/{name}": value for name, value in values.items()})
 
