@@ -322,7 +322,7 @@ def test_a_run_without_a_checkpoint_belongs_to_nobody(alone, images, tmp_path):
     def lose(step: int, values: dict[str, float]) -> None:
         raise Lost
 
-    other = from_source(config, "emoji")
+    other = replace(config, data=replace(config.data, flip=False))
     with pytest.raises(Lost):
         train(other, tmp_path, ONE, lose)
     measured = (tmp_path / "statistics.safetensors").read_bytes()
