@@ -39,7 +39,8 @@ class Watch:
     def __init__(self, store: "Store", rank: int, size: int) -> None:
         from torch.distributed import PrefixStore
 
-        self._store, self._rank, self._size = PrefixStore("watch", store.clone()), rank, size
+        connection = store.clone()  # pyright: ignore[reportAttributeAccessIssue]
+        self._store, self._rank, self._size = PrefixStore("watch", connection), rank, size
         self._wanted = False  # this process wants all to stop
         self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._works = 0  # pieces of work so far; a request to stop belongs to one of them
