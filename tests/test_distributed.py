@@ -166,9 +166,12 @@ def test_a_world_is_stopped_killed_and_resumed_with_other_launchers(images, tmp_
     command = ["torch.distributed.run", *meet, "-m", "raekit", "--", *train, "--train.steps", "120", "--run", str(run)]
     machines = [launched(*command) for _ in range(2)]
     wait_for(run, 30, machines[0])
-    os.killpg(machines[1].pid, signal.SIGKILL)  # the launcher; its processes are in their own sessions, and notice
-    machines[1].communicate(timeout=300)
-    machines[0].communicate(timeout=300)
+    workers = Path(f"/proc/{machines[1].pid}/task/{machines[1].pid}/children").read_text().split()
+    assert len(workers) == 2
+    for pid in (machines[1].pid, *map(int, workers)):  # as if the machine had lost its power
+        os.kill(pid, signal.SIGKILL)
+    for machine in machines:
+        machine.communicate(timeout=300)
     assert machines[0].returncode == 1
     assert checkpoint.checkpoints(run / "checkpoints")
 

@@ -63,9 +63,9 @@ class World:
         """Return the ids of the launchers and of their processes that still run."""
         return [pid for launcher in self.launchers for pid in (launcher.pid, *children(launcher.pid)) if runs(pid)]
 
-    def ended(self, seconds: float) -> bool:
-        """Wait for the end of all processes; after `seconds`, kill those that are left and return False."""
-        deadline, known = time.monotonic() + seconds, set(self.processes())
+    def ended(self, known: list[int], seconds: float) -> bool:
+        """Wait for the end of the processes `known`; after `seconds`, kill those that are left and return False."""
+        deadline = time.monotonic() + seconds
         while any(map(runs, known)) and time.monotonic() < deadline:
             time.sleep(0.1)
             [launcher.poll() for launcher in self.launchers]
@@ -105,7 +105,7 @@ def life(run: Path, arguments: list[str], number: signal.Signals, target: int, r
     who = "a launcher" if chosen in {launcher.pid for launcher in world.launchers} else "a process"
     os.kill(chosen, number)
     sent = time.monotonic()
-    in_time = world.ended(LIMIT)
+    in_time = world.ended(everyone, LIMIT)
     saved = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
     complete = [int(name.removeprefix("step-")) for name in saved if not name.endswith(".partial")]
     statuses = ", ".join(str(launcher.returncode) for launcher in world.launchers)
@@ -146,7 +146,7 @@ def main() -> None:
         for number, target in zip(signals, steps, strict=True):
             life(run, options.train, number, target, randomly)
         world = World(run, options.train)
-        world.ended(600)
+        world.ended([launcher.pid for launcher in world.launchers], 3600)
         found = losses(run)
         worst = max(abs(found[step] - loss) / abs(loss) for step, loss in expected.items() if step in found)
         if found.keys() != expected.keys() or worst > 1e-5:

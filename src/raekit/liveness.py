@@ -39,8 +39,10 @@ class Watch:
     def __init__(self, store: "Store", rank: int, size: int) -> None:
         from torch.distributed import PrefixStore
 
-        self._store, self._rank, self._size = PrefixStore("watch", store.clone()), rank, size
+        connection = store.clone()  # pyright: ignore[reportAttributeAccessIssue]
+        self._store, self._rank, self._size = PrefixStore("watch", connection), rank, size
         self._wanted = False  # this process wants all to stop
+        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._works = 0  # pieces of work so far; a request to stop belongs to one of them
         self._interrupt: Callable[[], None] | None = None
         self._may_end: Callable[[], bool] = lambda: True
@@ -112,6 +114,8 @@ class Watch:
             now = time.monotonic()
             try:
                 self._store.add(f"pulse/{self._rank}", 1)
+                if self._launcher not in (None, os.getppid()):  # nobody would restart or stop this process any more
+                    self._wanted = True
                 if self._wanted:
                     self._store.set(self._stop, "")
                 stop, failed = self._store.check([self._stop]), self._store.check(["failed"])

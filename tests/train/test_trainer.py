@@ -601,17 +601,19 @@ def test_a_signal_ends_an_evaluation_after_a_checkpoint_and_the_next_start_repea
     calls = []
 
     def call(step: int) -> dict[str, float]:
-        calls.append((step, trained.saved))
+        calls.append((step, int(checkpoint.checkpoints(tmp_path / "checkpoints")[-1].name.removeprefix("step-"))))
         if len(calls) in (1, 3):
             os.kill(os.getpid(), signal.SIGTERM)
             calls.append("went on")
         return {}
 
+    finished = []
     for _ in range(3):
         trained = trainer(tmp_path, periodics=[Periodic(every=3, call=call)])
-        finishes(trained)
+        finished.append(finishes(trained))
+    assert finished == [False, False, True]
     assert calls == [(3, 3), (3, 3), (6, 6), (6, 6), (8, 8)]
-    assert same(state(trained), alone[1])
+    assert same(state(trainer(tmp_path)), alone[1])
 
 
 def test_a_stream_that_fails_ends_the_run_after_a_checkpoint(tmp_path):

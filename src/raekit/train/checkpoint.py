@@ -49,7 +49,7 @@ class Writer:
     def __init__(self, folder: Path, keep: int, world: World, background: bool = False) -> None:
         self.folder, self.keep, self.world, self.background = folder, keep, world, background
         # The background has its own connections: its messages would mix with messages of the training.
-        self._group = dist.new_group(backend="gloo") if background and world.size > 1 else None
+        self._group: Any = dist.new_group(backend="gloo") if background and world.size > 1 else None
         self._step = 0  # of the latest save
         self._saving: Future | None = None
 
