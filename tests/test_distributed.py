@@ -197,3 +197,21 @@ def test_an_error_of_all_processes_is_one_line_each(tmp_path):
     assert wrong.returncode == 1
     assert {line.split(":")[0] for line in errors.splitlines()} == {"error"}
     assert "nowhere" in errors
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "4"}, "sets 4 processes, but not RANK, MASTER_ADDR, MASTER_PORT; start"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "but not MASTER_ADDR, MASTER_PORT; start"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE: the environment sets 'two'"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK: the environment sets '-1'"),
+    ],
+)
+def test_variables_that_another_job_left_are_named(variables, message, monkeypatch):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message), world("cpu"):
+        pass

@@ -191,6 +191,14 @@ def prepare_device(device: str | None = None, local_rank: int = 0) -> torch.devi
     return this
 
 
+def _number(name: str, default: int) -> int:
+    """Return the whole number in an environment variable that torchrun sets."""
+    value = os.environ.get(name) or str(default)
+    if not value.isdecimal():
+        raise UserError(f"{name}: the environment sets {value!r}, which is no number; unset it, or start with torchrun")
+    return int(value)
+
+
 @contextmanager
 def world(device: str | None = None) -> Iterator[World]:
     """Join the processes that `torchrun` or `srun` started. Without these, yield a world of size 1.
@@ -200,8 +208,14 @@ def world(device: str | None = None) -> Iterator[World]:
     """
     if "WORLD_SIZE" not in os.environ:
         os.environ |= slurm.environment(os.environ)
-    size = int(os.environ.get("WORLD_SIZE", 1))
-    this = prepare_device(device, int(os.environ.get("LOCAL_RANK", 0)))
+    size, local_rank = _number("WORLD_SIZE", 1), _number("LOCAL_RANK", 0)
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if size > 1 and missing:
+        raise UserError(
+            f"WORLD_SIZE: the environment sets {size} processes, but not {', '.join(missing)}; start the processes "
+            "with torchrun, or unset WORLD_SIZE for a single process"
+        )
+    this = prepare_device(device, local_rank)
     if size == 1:
         yield World(device=this)
         return

@@ -2,6 +2,7 @@ import io
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -74,3 +75,23 @@ def test_pillow_warnings_are_ignored():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert decode(file, "a").mode == "RGB"
+
+
+@pytest.mark.parametrize("extension", ["heic", "HEIF", "jxl", "dng"])
+def test_images_of_other_formats_are_skipped_with_one_warning(tmp_path: Path, caplog, extension):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / f"b.{extension}").write_bytes(b"x")
+    (tmp_path / "notes.txt").write_text("no image")
+    for _ in range(2):
+        assert image_files(tmp_path) == ["a.png"]
+    (record,) = caplog.records
+    assert f"{tmp_path}: skips 1 images in formats that are not read, such as b.{extension}; " in record.getMessage()
+
+
+def test_16_bit_grey_of_both_byte_orders(tmp_path: Path):
+    values = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    for mode, order in (("I;16", "<u2"), ("I;16B", ">u2")):
+        Image.frombytes(mode, (8, 8), values.astype(order).tobytes()).save(tmp_path / f"{mode}.tif")
+    little, big = (np.asarray(decode(tmp_path / f"{mode}.tif", mode)) for mode in ("I;16", "I;16B"))
+    assert np.array_equal(little, big)
+    assert np.array_equal(little[..., 0], (values.astype(int) + 128) // 257)

@@ -1,8 +1,10 @@
 """Find image files and decode them safely."""
 
+import logging
 import os
 import warnings
 from collections.abc import Sequence
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 
@@ -10,6 +12,8 @@ from PIL import Image, UnidentifiedImageError
 
 from raekit.data.transforms import FITS, Fit, to_rgb
 from raekit.errors import UserError
+
+_log = logging.getLogger(__name__)
 
 FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP")
 """The formats that are read, whatever the file extension. Other Pillow formats are unsafe: EPS starts Ghostscript."""
@@ -37,6 +41,9 @@ EXTENSIONS = (
     ".webp",
 )
 """The extensions of the files in a folder that count as images."""
+
+OTHER_EXTENSIONS = (".arw", ".cr2", ".cr3", ".dng", ".eps", ".heic", ".heif", ".jxl", ".nef", ".psd", ".raf", ".svg")
+"""The extensions of image files that are not read. A folder that holds some is read without them, with a warning."""
 
 MAX_PIXELS = 89_478_485
 """The largest image, in pixels. Decoding takes up to 16 bytes a pixel. Pillow warns from the same size on."""
@@ -118,7 +125,17 @@ def find_images(paths: Sequence[Path], besides: Path | None = None) -> dict[Path
 
 def image_files(folder: Path) -> list[str]:
     """Return the sorted relative paths of the image files below `folder`, without hidden files and folders."""
-    return sorted(path for path in files_below(folder) if path.lower().endswith(EXTENSIONS))
+    files = files_below(folder)
+    if skipped := sorted(path for path in files if path.lower().endswith(OTHER_EXTENSIONS)):
+        message = "%s: skips %s images in formats that are not read, such as %s; convert them, for example to PNG"
+        warn_once(message, str(folder), str(len(skipped)), skipped[0])
+    return sorted(path for path in files if path.lower().endswith(EXTENSIONS))
+
+
+@cache
+def warn_once(message: str, *values: str) -> None:
+    """Log a warning, once in each process: several loaders may read the same images."""
+    _log.warning(message, *values)
 
 
 def files_below(folder: Path) -> list[str]:

@@ -1,6 +1,5 @@
 """Load batches of images, in an order that depends only on the seed and the number of images seen."""
 
-import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from raekit.config import Operation, Place, configclass
-from raekit.data.images import UnreadableImage
+from raekit.data.images import UnreadableImage, warn_once
 from raekit.data.sources import open_source
 from raekit.data.sources.base import Source, Split, parse_address
 from raekit.data.transforms import center_crop, flip, random_crop
@@ -22,8 +21,6 @@ from raekit.data.workers import load_parts
 from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.randomness import numpy_generator
-
-_log = logging.getLogger(__name__)
 
 
 @configclass
@@ -184,8 +181,7 @@ class Loader:
 
     def _report(self, unreadable: dict[str, str]) -> None:
         for name, reason in unreadable.items():
-            if name not in self.unreadable:
-                _log.warning("unreadable image %s: %s", name, reason)
+            warn_once("unreadable image %s: %s", name, reason)
         self.unreadable |= unreadable
         if len(self.unreadable) > self._tolerated:
             names = ", ".join(list(self.unreadable)[:5])

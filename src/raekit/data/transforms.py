@@ -44,10 +44,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _from_16_bits(image: Image.Image) -> Image.Image:
+    image = image.convert("I")  # also from big-endian pixels, which give no extrema
     low, high = image.getextrema()
     if low < 0 or high > 65535:  # type: ignore[operator]
         raise ValueError("integer pixels beyond 16 bits have no known range")
-    image = image.convert("I")
     grey = image.point(_TO_8_BITS, "L")
     transparent = grey.info.pop("transparency", None)  # a 16-bit level
     if transparent is not None:
