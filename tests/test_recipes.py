@@ -252,5 +252,12 @@ def test_an_unknown_recipe_is_named_with_those_that_there_are(name):
 
 @EVERY
 def test_only_the_short_recipes_warm_their_averages_up(name):
-    warm = {"emoji_encoder", "emoji_decoder", "emoji_decoder_gan", "emoji_dit_dh", "emoji_raev2"}
+    warm = {
+        "emoji_encoder",
+        "emoji_encoder_distilled",
+        "emoji_decoder",
+        "emoji_decoder_gan",
+        "emoji_dit_dh",
+        "emoji_raev2",
+    }
     assert recipes.find(name).config.train.ema_warmup == (name in warm)

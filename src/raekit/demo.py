@@ -1,254 +1,357 @@
-"""The demo: trains a decoder and a denoiser on the built-in images, samples, scores the samples and writes a report."""
+"""The demo: shows the built-in models, trains for a given number of minutes, and writes a report.
+
+On the built-in images, the demo trains a decoder from random weights (stage 1, shown next to the built-in decoder) and
+a denoiser from random weights on the latents of the built-in autoencoder (stage 2). On a folder of your own, both
+trainings start from the built-in models, and the denoiser is trained on the latents of the new decoder's autoencoder.
+"""
 
 import io
 import platform
 import time
-from contextlib import ExitStack
+from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 from raekit import __version__
 from raekit.config import configclass, from_dict, read_json, to_dict, to_json
-from raekit.data.loader import Loader
+from raekit.data.images import EXTENSIONS
+from raekit.data.loader import DataConfig, Loader
 from raekit.distributed import World
 from raekit.distributed import world as enter_world
 from raekit.errors import UserError
 from raekit.evaluation.evaluate import evaluate
+from raekit.evaluation.pairs import METRICS
 from raekit.files import whole
 from raekit.flow.guidance import Guidance
 from raekit.flow.sampling import Sampling
+from raekit.inference.cache import cache_latents
 from raekit.inference.generation import generate
 from raekit.inference.model import Model, load, reconstruct
 from raekit.locks import lock
+from raekit.models.autoencoder import load_autoencoder
+from raekit.models.latent_space import LatentSpace
 from raekit.pages import embed, write_page
 from raekit.pictures import grid, to_pil
 from raekit.progress import Progress
 from raekit.recipes import find
 from raekit.stages.generation import GenerationConfig
 from raekit.stages.reconstruction import ReconstructionConfig
-from raekit.stages.run import StageConfig, train
+from raekit.stages.run import train
 from raekit.stages.scaling import for_steps
+from raekit.train.checkpoint import checkpoints
 from raekit.train.tracking import read_metrics
 
-GUIDANCE = Guidance(scale=3.0, start=0.1)
-CALIBRATION_STEPS = 16
+BUILTIN = "builtin:emoji"
+SAMPLING = Sampling(steps=15, solver="abm", guidance=(Guidance(scale=3.0, start=0.1),))
 PER_CLASS = 8
+DECODER_SHARE = 0.15
+"""The fraction of the minutes that the decoder trains."""
+FIRST_LEG = 8
+"""Steps of a training before its speed is known."""
+SHORTEST_LEG = 6.0
+"""Seconds of training between two plans, at least."""
 
 
 @configclass
-class Plan:
-    """The plan of a demo. It is fixed when the demo starts, so that a restart resumes the same work."""
+class Options:
+    """The options of a demo. A restart must give the same ones."""
 
     minutes: float
     quick: bool
-    decoder_steps: int
-    denoiser_steps: int
-    samples: int
-    sampling_steps: int
+    images: str | None
 
 
-def run_demo(run: Path, minutes: float, quick: bool, progress: Progress) -> None:
-    """Run the demo in the folder `run`, or resume it.
-
-    The demo writes RUN/decoder and RUN/denoiser (runs), RUN/pictures, RUN/evaluation and RUN/report.html.
+class Clock:
+    """The seconds that a demo has run, over all its starts.
 
     Args:
-        run: folder of the demo.
-        minutes: how long the demo takes on this machine, about.
-        quick: train for a few steps only, without measuring the speed of the machine.
-        progress: called after each step and batch.
+        path: The file that keeps the seconds between two starts.
+        now: Returns the present time in seconds.
+    """
+
+    def __init__(self, path: Path, now: Callable[[], float] = time.monotonic) -> None:
+        self._path, self._now, self._start = path, now, now()
+        self._before: float = read_json(path)["seconds"] if path.is_file() else 0.0
+
+    def seconds(self) -> float:
+        """Return the seconds that the demo has run."""
+        return self._before + self._now() - self._start
+
+    def keep(self) -> None:
+        """Write the seconds to the file."""
+        with whole(self._path) as partial:
+            partial.write_text(to_json({"seconds": self.seconds()}))
+
+
+def next_leg(done: int, remaining: float, per_step: float) -> tuple[int, int]:
+    """Plan a training that must end in `remaining` seconds, at its present speed.
+
+    Returns:
+        The number of steps of the complete training, and the step at which to plan again. The two are equal for the
+        last leg. A leg takes a third of the remaining time, so that a machine that slows down is noticed early.
+    """
+    possible = max(int(remaining / per_step), 1)  # one last step, at the end of the schedule
+    leg = max(possible // 3, int(SHORTEST_LEG / per_step), 1)
+    return done + possible, done + min(leg, possible)
+
+
+def run_demo(run: Path, minutes: float, quick: bool, progress: Progress, images: Path | None = None) -> None:
+    """Run the demo in the folder `run`, or resume it.
+
+    The demo writes RUN/report.html, and the folders decoder and denoiser (runs), latents, pictures and evaluation.
+
+    Args:
+        run: Folder of the demo.
+        minutes: How long the demo takes. It plans again while it runs, so that it ends in time on a busy machine too.
+        quick: Train for a few steps only.
+        progress: Called after each step and batch.
+        images: A folder with images, in a sub-folder for each class or without classes. Default: the built-in images.
 
     Raises:
-        Stopped: a signal stopped a training.
-        UserError: `run` was started with other options, or `minutes` is not positive.
+        Stopped: A signal stopped a training.
+        UserError: `run` was started with other options, `minutes` is not positive, or `images` has no images.
     """
-    if minutes <= 0:
+    if not minutes > 0:
         raise UserError(f"--minutes: {minutes} must be positive")
-    decoder, denoiser = _recipes(run)
-    with ExitStack() as held, enter_world() as world:
+    source = source_of(images) if images else "emoji"
+    with enter_world() as world:
         if world.size > 1:
             raise UserError("demo: runs in one process only; start it without torchrun")
-        held.enter_context(lock(run, world))
-        plan = _plan(run, minutes, quick, decoder, denoiser, world, progress)
-        stages = (("decoder", decoder, plan.decoder_steps), ("denoiser", denoiser, plan.denoiser_steps))
-        for name, config, steps in stages:
-            _train(name, _for_steps(config, steps), run / name, world, progress)
-        model = load(str(run / "denoiser"), world.device)
-        _pictures(run, model, plan, decoder, world, progress)
-        _report(run, plan, _scores(run, model, plan, world, progress))
+        with lock(run, world):
+            options = Options(minutes=minutes, quick=quick, images=source if images else None)
+            Demo(run, options, source, world, progress).run_all()
 
 
-def _recipes(run: Path) -> tuple[ReconstructionConfig, GenerationConfig]:
-    decoder, denoiser = find("emoji_decoder_gan").config, find("emoji_dit_dh").config
-    assert isinstance(decoder, ReconstructionConfig)
-    assert isinstance(denoiser, GenerationConfig)
-    assert decoder.adversarial
-    # LPIPS is left out because it would need a download of VGG16. The discriminator starts later than in the recipe:
-    # its steps take twice as long, and in a short training more steps without it give a better decoder.
-    steps = decoder.train.steps
-    adversarial = replace(decoder.adversarial, discriminator_start=12 * steps // 16, start=13 * steps // 16)
-    decoder = replace(decoder, perceptual=None, adversarial=adversarial)
-    return decoder, replace(denoiser, autoencoder=str(run / "decoder"))
+def source_of(folder: Path) -> str:
+    """Return the address of a folder of images: with classes if it has sub-folders, otherwise without.
+
+    Raises:
+        UserError: There is no such folder, or it has neither images nor sub-folders.
+    """
+    if not folder.is_dir():
+        raise UserError(f"--images: {folder} is not a folder")
+    entries = list(folder.iterdir())
+    if any(entry.suffix.lower() in EXTENSIONS for entry in entries):
+        return f"flat:{folder.resolve()}"
+    if not any(entry.is_dir() for entry in entries):
+        raise UserError(f"--images: {folder} has no images ({', '.join(EXTENSIONS)})")
+    return f"folder:{folder.resolve()}"
 
 
-def _for_steps(config: Any, steps: int) -> Any:
-    """Return a recipe shortened to `steps`, with warm-up, averages, checkpoints and log records to match."""
-    warmup = min(config.optim.warmup_steps, steps // 10)
-    config = for_steps(config, steps)
-    return replace(
-        config,
-        train=replace(config.train, checkpoint_every=max(steps // 10, 10), log_every=max(steps // 100, 1)),
-        optim=replace(config.optim, warmup_steps=warmup),
-        ema=tuple(min(decay, 1 - 20 / max(steps, 40)) for decay in config.ema),
-    )
+class Demo:
+    """One demo: its parts run in the order of the methods, and each keeps what it made for a restart."""
 
+    def __init__(self, run: Path, options: Options, source: str, world: World, progress: Progress) -> None:
+        self.run, self.options, self.world, self.progress = run, options, world, progress
+        self.own = options.images is not None
+        path = run / "options.json"
+        if path.is_file() and (before := from_dict(Options, read_json(path), path)) != options:
+            raise UserError(f"{run}: was started with other options ({_spelled(before)}); give these, or another --run")
+        with whole(path) as partial:
+            partial.write_text(to_json(to_dict(options)))
+        self.clock = Clock(run / "clock.json")
+        self.builtin = load(BUILTIN, world.device)
+        self.data = DataConfig(source=source, image_size=self.builtin.image_size)
+        (run / "pictures").mkdir(exist_ok=True)
 
-def _plan(
-    run: Path,
-    minutes: float,
-    quick: bool,
-    decoder: ReconstructionConfig,
-    denoiser: GenerationConfig,
-    world: World,
-    progress: Progress,
-) -> Plan:
-    """Read RUN/plan.json, or write it: the numbers of steps that this machine can do in `minutes`."""
-    path = run / "plan.json"
-    if path.is_file():
-        plan = from_dict(Plan, read_json(path), path)
-        if (plan.minutes, plan.quick) != (minutes, quick):
-            raise UserError(
-                f"{run}: was started with --minutes {plan.minutes:g}{' --quick' if plan.quick else ''}; "
-                "give the same options, or another --run"
-            )
-        return plan
-    if quick:
-        plan = Plan(minutes=minutes, quick=True, decoder_steps=40, denoiser_steps=40, samples=200, sampling_steps=6)
-    else:
-        with TemporaryDirectory() as scratch:
-            first = Path(scratch) / "decoder"
-            trial = _seconds_per_step("time the decoder", decoder, first, world, progress)
-            denoiser = replace(denoiser, autoencoder=str(first))
-            second = _seconds_per_step("time the denoiser", denoiser, Path(scratch) / "denoiser", world, progress)
-        seconds = 60 * minutes
-        plan = Plan(
-            minutes=minutes,
-            quick=False,
-            decoder_steps=max(int(0.2 * seconds / trial), 20),
-            denoiser_steps=max(int(0.55 * seconds / second), 20),
-            samples=256,
-            sampling_steps=25,
+    def run_all(self) -> None:
+        """Run all parts."""
+        began = self.clock.seconds()
+        scores = {} if self.own else self.show_builtin()
+        # The trained model is shown and scored in the same way, so that takes about as long.
+        reserve = self.clock.seconds() - began
+        seconds = 60 * self.options.minutes
+        # After a restart, this part was read from disk.
+        reserve = max(reserve, 0.08 * seconds)
+        decoder, denoiser = recipes(self.run, self.data, self.own)
+        self.train("decoder", decoder, began + reserve + DECODER_SHARE * seconds, 0.0)
+        if not self.own:
+            self.cache(denoiser)
+        self.train("denoiser", denoiser, seconds, reserve)
+        scores |= self.show_trained()
+        self.report(scores)
+
+    def show_builtin(self) -> "Scores":
+        """Make the picture of the built-in model's samples, and score them next to real images."""
+        self.samples("built-in samples", self.builtin)
+        report, _ = self.evaluate("built-in", self.builtin, baselines=True)
+        return {**report.baselines, "samples of the built-in model": report.results}
+
+    def show_trained(self) -> "Scores":
+        """Make the pictures of the trained models, and score them."""
+        model = load(str(self.run / "denoiser"), self.world.device)
+        decoder = load_autoencoder(str(self.run / "decoder")).to(self.world.device)
+        scores: Scores = {}
+        for name, autoencoder in (("built-in", self.builtin.autoencoder), ("trained", decoder)):
+            scores[f"reconstructions, {name} decoder"] = self.reconstructions(name, autoencoder)
+        self.samples("samples", model)
+        if not self.own:
+            report, _ = self.evaluate("trained", model, baselines=False)
+            scores[f"samples, {self.options.minutes:g} minutes of training"] = report.results
+        return scores
+
+    def train(self, name: str, config: Any, until: float, reserve: float) -> None:
+        """Train `config` in RUN/NAME, in legs that are planned one after the other from the measured speed.
+
+        Args:
+            name: "decoder" or "denoiser".
+            config: The config, whose number of steps does not matter.
+            until: The second of the demo at which the training ends.
+            reserve: Seconds before `until` that are kept for what follows. A machine that slows down needs more.
+        """
+        end = self.run / f"{name}.json"
+        if end.is_file():
+            return
+        newest = checkpoints(self.run / name / "checkpoints")
+        done = int(newest[-1].name.rpartition("-")[2]) if newest else 0
+        total, leg = (40, 40) if self.options.quick else (config.train.steps, done + FIRST_LEG)
+        fastest = float("inf")
+        while done < leg:
+            per_step = self.leg(name, config, total, leg)
+            fastest, done = min(fastest, per_step), leg
+            remaining = until - reserve * per_step / fastest - self.clock.seconds()
+            total, leg = (done, done) if self.options.quick or total == leg else next_leg(done, remaining, per_step)
+        with whole(end) as partial:
+            partial.write_text(to_json({"steps": done}))
+
+    def leg(self, name: str, config: Any, total: int, leg: int) -> float:
+        """Train up to step `leg` of `total`, and return the seconds of a step."""
+        stamps = [self.clock.seconds()]
+
+        def report(step: int, values: dict[str, float]) -> None:
+            stamps.append(self.clock.seconds())
+            self.progress(name, step, max(total, step), f"loss {values[f'{name}/loss']:.4f}", config.train.batch_size)
+
+        planned = for_steps(config, max(total, leg))
+        warmup = min(config.optim.warmup_steps, max(total // 10, 1))
+        planned = replace(
+            planned,
+            optim=replace(planned.optim, warmup_steps=warmup),
+            train=replace(planned.train, steps=leg, checkpoint_every=10**9, log_every=1),
         )
-    with whole(path) as partial:
-        partial.write_text(to_json(to_dict(plan)))
-    return plan
+        train(planned, self.run / name, self.world, report, self.progress, change=True)
+        self.clock.keep()
+        # The first step of a leg also loads the model.
+        steps = stamps[1:] if len(stamps) > 2 else stamps
+        return (steps[-1] - steps[0]) / max(len(steps) - 1, 1)
 
+    def cache(self, config: GenerationConfig) -> None:
+        """Encode the training images once."""
+        assert config.latents
+        cache_latents(
+            self.builtin.autoencoder,
+            BUILTIN,
+            self.data,
+            Path(config.latents),
+            dtype="fp32",
+            world=self.world,
+            progress=self.progress,
+        )
 
-def _seconds_per_step(name: str, config: Any, run: Path, world: World, progress: Progress) -> float:
-    """Train for a few steps, and return the mean time of a step."""
-    times: list[float] = []
-
-    def report(step: int, values: dict[str, float]) -> None:
-        times.append(time.perf_counter())
-        progress(name, step, CALIBRATION_STEPS, unit=config.train.batch_size)
-
-    trial = _for_steps(config, CALIBRATION_STEPS)
-    train(replace(trial, train=replace(trial.train, checkpoint_every=10**9)), run, world, report)
-    gaps = [b - a for a, b in pairwise(times)]
-    adversarial = getattr(trial, "adversarial", None)
-    late = adversarial.discriminator_start if adversarial else CALIBRATION_STEPS
-    parts = gaps[: late - 1], gaps[late - 1 :]  # the discriminator trains in the second part
-    # A quartile leaves out slow first steps, and steps during which the machine was busy.
-    return sum(len(part) * sorted(part)[len(part) // 4] for part in parts if part) / len(gaps)
-
-
-def _train(name: str, config: StageConfig, run: Path, world: World, progress: Progress) -> None:
-    def report(step: int, values: dict[str, float]) -> None:
-        progress(name, step, config.train.steps, f"loss {values[f'{name}/loss']:.4f}", config.train.batch_size)
-
-    train(config, run, world, report, progress)
-
-
-def _pictures(run: Path, model: Model, plan: Plan, config: StageConfig, world: World, progress: Progress) -> None:
-    """Save a picture of reconstructions next to their originals, and pictures of samples without and with guidance."""
-    folder = run / "pictures"
-    folder.mkdir(exist_ok=True)
-    held_out = Loader(replace(config.data, split="heldout"), seed=0)
-    batch = next(iter(held_out.stream(0, 2 * PER_CLASS, World()))).to(world.device)
-    pairs = zip(batch.pixels(), reconstruct(model.autoencoder, batch.pixels()), strict=True)
-    _save(grid([to_pil(image) for pair in pairs for image in pair], columns=PER_CLASS), folder / "reconstructions.png")
-    labels = [label for label in range(len(model.classes)) for _ in range(PER_CLASS)]
-    for name, guidance in (("samples", ()), ("guided", (GUIDANCE,))):
-        if (folder / f"{name}.png").is_file():
-            continue
+    def samples(self, name: str, model: Model) -> None:
+        """Save RUN/pictures/NAME.png, with a row of samples for each class."""
+        path = self.run / "pictures" / f"{name}.png"
+        if path.is_file():
+            return
+        labels = [label for label in range(len(model.classes)) for _ in range(PER_CLASS)] or None
+        sampling = self.sampling(model)
         images = []
-        sampling = Sampling(steps=plan.sampling_steps, guidance=guidance)
-        for samples in generate(model, labels, seed=1, sampling=sampling, batch_size=24, world=world):
-            images += [to_pil(image) for image in samples.images]
-            progress(f"{name} picture", len(images), len(labels))
-        _save(grid(images, columns=PER_CLASS), folder / f"{name}.png")
+        count = None if labels else 3 * PER_CLASS
+        stream = generate(model, labels, count=count, seed=1, sampling=sampling, batch_size=24, world=self.world)
+        for batch in stream:
+            images += [to_pil(image) for image in batch.images]
+            self.progress(f"{name}, picture", len(images), len(labels or range(3 * PER_CLASS)))
+        with whole(path) as partial:
+            grid(images, columns=PER_CLASS).save(partial, format="PNG")
 
+    def sampling(self, model: Model) -> Sampling:
+        """Return how to sample from `model`."""
+        sampling = replace(SAMPLING, steps=4) if self.options.quick else SAMPLING
+        return sampling if model.classes else replace(sampling, guidance=())
 
-def _save(picture: Any, path: Path) -> None:
-    with whole(path) as partial:
-        picture.save(partial, format="PNG")
+    def evaluate(self, name: str, model: Model, baselines: bool) -> Any:
+        """Score samples of `model`, and the baselines."""
+        return evaluate(
+            model,
+            count=72 if self.options.quick else 144,
+            sampling=self.sampling(model),
+            baselines=baselines,
+            out=self.run / "evaluation" / name,
+            world=self.world,
+            progress=self.progress,
+        )
+
+    def reconstructions(self, name: str, autoencoder: LatentSpace) -> dict[str, float]:
+        """Save a picture of held-out images, each left of its reconstruction, and return the scores of both."""
+        loader = Loader(replace(self.data, split="heldout"), seed=0)
+        batch = next(iter(loader.once(min(2 * PER_CLASS, len(loader)), World()))).to(self.world.device)
+        images = reconstruct(autoencoder, batch.pixels())
+        pairs = [to_pil(image) for pair in zip(batch.pixels(), images, strict=True) for image in pair]
+        with whole(self.run / "pictures" / f"reconstructions, {name}.png") as partial:
+            grid(pairs, columns=PER_CLASS).save(partial, format="PNG")
+        return {metric: float(score(images, batch.pixels()).mean()) for metric, score in METRICS.items()}
+
+    def report(self, scores: "Scores") -> None:
+        """Write RUN/report.html, a page that needs no other file."""
+        run, model = self.run, load(str(self.run / "denoiser"))
+        records = {name: read_metrics(run / name) for name in ("decoder", "denoiser")}
+        write_page(
+            run / "report.html",
+            "report.html",
+            version=__version__,
+            options=to_dict(self.options),
+            classes=model.classes,
+            builtin_classes=self.builtin.classes,
+            scores=scores,
+            metrics=list(dict.fromkeys(metric for row in scores.values() for metric in row)),
+            pictures={path.stem: embed(path.read_bytes()) for path in sorted((run / "pictures").glob("*.png"))},
+            curves={name: embed(_curve(name, rows)) for name, rows in records.items()},
+            timings={name: _seconds(rows, run / name) for name, rows in records.items()},
+            steps={name: read_json(run / f"{name}.json")["steps"] for name in records},
+            minutes=self.clock.seconds() / 60,
+            parameters={
+                "encoder": _count(model.autoencoder.encoder),
+                "decoder": _count(model.autoencoder.decoder),
+                "denoiser": _count(model.denoiser),
+            },
+            machine=f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+            + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
+            settings={name: to_json(read_json(run / name / "config.json")) for name in records},
+            samples=144,
+            evaluations=SAMPLING.steps,
+        )
 
 
 Scores = dict[str, dict[str, float]]
 """{images: {metric: value}}."""
 
 
-def _scores(run: Path, model: Model, plan: Plan, world: World, progress: Progress) -> Scores:
-    """Evaluate unguided and guided samples, and the baselines."""
-    plain = Sampling(steps=plan.sampling_steps)
-    guided = replace(plain, guidance=(GUIDANCE,))
-    folder = run / "evaluation"
-    first, second = (
-        evaluate(
-            model,
-            count=plan.samples,
-            sampling=sampling,
-            baselines=True,  # of guided samples too: the nearest training images are searched among them
-            out=folder / place,
-            world=world,
-            progress=progress,
-        )[0]
-        for place, sampling in (("samples", plain), ("guided", guided))
-    )
-    name = f"samples, CFG {GUIDANCE.scale:g} in {GUIDANCE.start:g}-{GUIDANCE.end:g}"
-    return {**first.baselines, "samples": first.results, name: second.results}
+def recipes(run: Path, data: DataConfig, own: bool) -> tuple[ReconstructionConfig, GenerationConfig]:
+    """Return the configs of the decoder and of the denoiser, for the built-in images or a folder of your own."""
+    decoder, denoiser = find("emoji_decoder").config, find("emoji_dit_dh").config
+    assert isinstance(decoder, ReconstructionConfig)
+    assert isinstance(denoiser, GenerationConfig)
+    decoder = replace(decoder, data=data, ema=(0.99,))
+    if own:
+        classes = len(Loader(data, seed=0).classes)
+        return replace(decoder, init_from=BUILTIN), replace(
+            denoiser,
+            data=data,
+            autoencoder=str(run / "decoder"),
+            init_from=BUILTIN,
+            conditional=classes > 1,
+            optim=replace(denoiser.optim, lr=denoiser.optim.lr / 3),
+            ema=(0.99,),
+        )
+    return decoder, replace(denoiser, data=data, autoencoder=BUILTIN, latents=str(run / "latents"), ema=(0.99,))
 
 
-def _report(run: Path, plan: Plan, scores: Scores) -> None:
-    """Write RUN/report.html, a page that needs no other file."""
-    model = load(str(run / "denoiser"))
-    records = {name: read_metrics(run / name) for name in ("decoder", "denoiser")}
-    write_page(
-        run / "report.html",
-        "report.html",
-        version=__version__,
-        plan=to_dict(plan),
-        classes=model.classes,
-        scores=scores,
-        metrics=list(dict.fromkeys(metric for row in scores.values() for metric in row)),
-        pictures={path.stem: embed(path.read_bytes()) for path in sorted((run / "pictures").glob("*.png"))},
-        curves={name: embed(_curve(name, rows)) for name, rows in records.items()},
-        timings={name: _seconds(rows, run / name) for name, rows in records.items()},
-        parameters={
-            "encoder": _count(model.autoencoder.encoder),
-            "decoder": _count(model.autoencoder.decoder),
-            "denoiser": _count(model.denoiser),
-        },
-        machine=f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-        + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
-        settings={name: to_json(read_json(run / name / "config.json")) for name in records},
-        per_class=PER_CLASS,
-    )
+def _spelled(options: Options) -> str:
+    own = f" --images {options.images.partition(':')[2]}" if options.images else ""
+    return f"--minutes {options.minutes:g}{' --quick' if options.quick else ''}{own}"
 
 
 def _count(module: torch.nn.Module) -> int:
@@ -267,13 +370,18 @@ def _seconds(records: list[dict[str, float]], run: Path) -> float:
 
 
 def _curve(name: str, records: list[dict[str, float]]) -> bytes:
-    """Return a plot of the loss as a PNG."""
+    """Return a plot of the loss, averaged over a fiftieth of the steps, as a PNG."""
     from matplotlib.figure import Figure  # imported here because the import is slow
 
     points = [(r["step"], r[f"{name}/loss"]) for r in records if f"{name}/loss" in r]
+    window = max(len(points) // 50, 1)
+    means = [
+        tuple(sum(column) / len(part) for column in zip(*part, strict=True))
+        for part in (points[i : i + window] for i in range(0, len(points), window))
+    ]
     figure = Figure(figsize=(5, 2.6), dpi=160, layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="L1" if name == "decoder" else "velocity MSE", title=name)
-    axes.plot(*zip(*points, strict=True), linewidth=1.2)
+    axes.plot(*zip(*means, strict=True), linewidth=1.2)
     axes.grid(alpha=0.3)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")

@@ -52,7 +52,7 @@ def evaluate(
         source: Dataset to compare with, instead of the dataset that the model was trained on.
         features: Networks to compare in: inception, inception:WEIGHTS, clean_inception, vgg16, vgg16:WEIGHTS,
             classifier:NAME, or encoders, also as ENCODER@SIZE. Default: the networks of the reference;
-            builtin:vit-tiny for the built-in images.
+            classifier:builtin:emoji for the built-in images.
         count: Number of samples. Default: 50,000 with --reference, otherwise 1,000.
         reconstruct: Score reconstructions of the reference's own images instead of samples.
         lpips: Score reconstructions by LPIPS too, with VGG16's weights from this file; auto finds them in torchvision's

@@ -31,22 +31,25 @@ _GPUS = "Train on this number of GPUs of this machine, with a process for each."
 _DEVICE = "Device to train on. None: the GPU if there is one, else the CPU."
 
 
-def demo(run: Path = Path("runs/demo"), minutes: float = 12, quick: bool = False) -> None:
-    """Train a decoder and a denoiser on built-in images, generate and score samples, and write RUN/report.html.
+def demo(run: Path = Path("runs/demo"), minutes: float = 12, images: Path | None = None, quick: bool = False) -> None:
+    """Show the built-in models, train a decoder and a denoiser for some minutes, and write RUN/report.html.
 
     Example: raekit demo --minutes 12
 
-    Ctrl-C stops the demo. The same command resumes it.
+    The demo measures the speed of this machine while it trains, and ends in time. Ctrl-C stops it. The same command
+    resumes it.
 
     Args:
         run: Output folder for all results.
-        minutes: Time for training and scoring on this machine, in minutes.
+        minutes: Time for the complete demo on this machine, in minutes.
+        images: Folder with images of your own, in a sub-folder for each class or without classes. The demo fine-tunes
+            the built-in models on them. None: the built-in images.
         quick: Finish in under two minutes, with poor image quality.
     """
     from raekit.demo import run_demo
 
     with Display(console.err) as progress:
-        run_demo(run, minutes, quick, progress)
+        run_demo(run, minutes, quick, progress, images)
     console.out.print(f"report: {run / 'report.html'}")
 
 

@@ -314,7 +314,7 @@ def default_features(source: str) -> tuple[str, ...]:
         UserError: `source` is not the built-in images.
     """
     if source == "emoji":
-        return ("builtin:vit-tiny",)
+        return ("classifier:builtin:emoji",)
     raise UserError(
         f"features: images of {source} have no default network; name the networks to compare them in, such as "
         "inception or dinov2-b"

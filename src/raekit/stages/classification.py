@@ -1,5 +1,6 @@
 """Training of a small classifier, which judges generated images (`--features`)."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -85,12 +86,12 @@ def build(config: ClassificationConfig, run: Path, world: World) -> Stage:
     def accuracy(step: int) -> dict[str, float]:
         network = objective.averaged.eval()
         counts = torch.zeros(2, dtype=torch.float64, device=world.device)
-        heldout = Loader(DataConfig(source=config.data.source, split="heldout", image_size=config.data.image_size), 0)
+        heldout = Loader(replace(config.data, split="heldout", crop="center", flip=False), 0)
         for batch in heldout.once(BATCH, world):
             batch = batch.to(world.device)
             counts[0] += (network(batch.pixels()).argmax(1) == batch.labels).sum()
             counts[1] += len(batch)
-        world.sum(counts)
+        counts = world.sum(counts)
         return {"heldout_accuracy": (counts[0] / counts[1]).item()}
 
     def export(folder: Path) -> None:

@@ -50,8 +50,8 @@ class TeacherConfig:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.weight < float("inf"):
-            raise UserError(f"teacher.weight: {self.weight} must be a positive number; leave out teacher for none")
+        if not self.weight > 0:
+            raise UserError(f"teacher.weight: {self.weight} must be positive; leave out teacher for none")
 
 
 @configclass

@@ -12,13 +12,12 @@ from raekit.config import Defines, Interval, Place, configclass, read_json, to_j
 from raekit.data.loader import DataConfig, Loader
 from raekit.distributed import World
 from raekit.errors import UserError
-from raekit.evaluation.features import EncoderFeatures, Images, PairScore, default_features
+from raekit.evaluation.features import Images, PairScore, default_features, load_networks
 from raekit.evaluation.metrics import FrechetDistance
 from raekit.evaluation.pairs import PairMean, psnr, ssim
 from raekit.evaluation.streaming import BATCH, images_of, reference_moments, score_stream
 from raekit.files import whole
 from raekit.inference.model import reconstruct
-from raekit.models.encoders import load_encoder
 from raekit.models.latent_space import LatentSpace
 from raekit.moments import Moments
 from raekit.weights import is_real, read_weights
@@ -32,7 +31,8 @@ class SelectionConfig:
         every: steps between scores.
         latents: a file that `raekit latents generate` wrote. The score is the distance between these latents,
             decoded, and the held-out images. Default: the distance of reconstructions.
-        features: the encoder in whose features distances are measured. There is a default only for the built-in images.
+        features: the network in whose features distances are measured, as in `raekit evaluate`. There is a default only
+            for the built-in images.
     """
 
     every: Interval
@@ -75,7 +75,7 @@ def scorer(
         more: further scores of reconstructions, {name: (images, originals) -> (B,)}.
     """
     features = config.features or default_features(data.address)[0]
-    network = EncoderFeatures(load_encoder(features).to(world.device))
+    network = next(iter(load_networks(features, world.device).values()))
     heldout = Loader(replace(data, split="heldout", flip=False, crop="center"), seed=0)
     latents = read_generated(Path(config.latents), latent_shape) if config.latents else None
     pairs = {"psnr": psnr, "ssim": ssim, **(more or {})}
