@@ -189,7 +189,7 @@ def test_training_without_a_recipe_shows_the_usage(run):
 
 
 def test_an_unknown_recipe_lists_those_that_there_are(run):
-    assert_fails(run("train", "emoji"), "recipe 'emoji': no such recipe; choose from: ", "emoji_decoder")
+    assert_fails(run("train", "nothing"), "recipe 'nothing': no such recipe; choose from: ", "emoji_decoder")
 
 
 def test_torchrun_passes_the_documented_command_on(run):

@@ -1,5 +1,7 @@
 """The exception for errors that the user can fix."""
 
+from collections.abc import Iterable
+
 
 class UserError(Exception):
     """Bad input or a failing environment.
@@ -7,3 +9,12 @@ class UserError(Exception):
     The message says what is wrong, where, and what to do. The command line prints the message without a traceback and
     exits with 1.
     """
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return "did you mean A or B?" for the known names that resemble `name`; "" if none does."""
+    from difflib import get_close_matches  # only after a mistake
+
+    folded = {each.casefold(): each for each in known}
+    close = get_close_matches(name.casefold(), folded, n=3)
+    return f"did you mean {' or '.join(folded[each] for each in close)}?" if close else ""

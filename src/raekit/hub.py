@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Protocol
 
-from raekit.errors import UserError
+from raekit.errors import UserError, did_you_mean
 
 # huggingface_hub is imported where it is used: `import raekit` imports this module and has to be fast.
 
@@ -29,7 +29,8 @@ def find_folder(name: str, kind: str | None = None) -> Path:
     """Return the folder of a model.
 
     Args:
-        name: `builtin:NAME`, a published name, a local folder, or OWNER/NAME on the Hub.
+        name: `builtin:NAME`, a published name, a local folder, or OWNER/NAME on the Hub. OWNER/NAME@REVISION is a
+            branch, tag or commit.
         kind: the artifact that is wanted. A published model may keep its artifacts in several folders.
 
     Raises:
@@ -41,28 +42,35 @@ def find_folder(name: str, kind: str | None = None) -> Path:
     if name.startswith("builtin:"):
         folder = ASSETS / name.removeprefix("builtin:")
         if not folder.is_dir():
-            known = ", ".join(f"builtin:{p.name}" for p in sorted(ASSETS.iterdir()) if any(p.glob("*/config.json")))
-            raise UserError(f"{name}: no such built-in model; choose one of {known}")
+            raise UserError(f"{name}: no such built-in model; choose one of {', '.join(builtin_names())}")
         return folder
     models = published() if published else None
     if models and name in models.NAMES:
         return models.cached(name, kind)
     if (path := Path(name)).is_dir():
         return path
-    if not is_repository(name):
+    repository, _, revision = name.partition("@")
+    if not is_repository(repository):
+        if hint := did_you_mean(name, models.NAMES if models else ()):
+            raise UserError(f"{name}: no such folder or model; {hint}")
         known = "".join(f", {known}" for known in models.NAMES) if models else ""
         raise UserError(
             f"{name}: no such folder (a model is a local folder, builtin:NAME, OWNER/NAME on the Hub{known})"
         )
     try:
-        return Path(snapshot_download(name))
+        return Path(snapshot_download(repository, revision=revision or None))
     except HFValidationError as error:
         raise UserError(f"{name}: neither a local folder nor a repository name ({error})") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             f"{name}: no such local folder, and the Hub did not deliver it ({type(error).__name__}); "
-            f"run `hf download {name}` where there is a network"
+            f"run `hf download {repository}{revision and ' --revision ' + revision}` where there is a network"
         ) from None
+
+
+def builtin_names() -> list[str]:
+    """Return the names of the built-in models."""
+    return [f"builtin:{path.name}" for path in sorted(ASSETS.iterdir()) if any(path.glob("*/config.json"))]
 
 
 def is_repository(name: str) -> bool:

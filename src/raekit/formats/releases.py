@@ -1,11 +1,11 @@
 """The names of published models. A model is downloaded and converted at its first use, and then cached."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants, hf_hub_download
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from huggingface_hub.utils import WeakFileLock
 
@@ -16,9 +16,12 @@ from raekit.formats.denoiser_files import read_denoiser
 from raekit.formats.denoiser_keys import denoiser_config, denoiser_v2_config
 from raekit.formats.native import write_model
 from raekit.formats.parts import Parts
+from raekit.hub import ASSETS
 from raekit.models.denoiser_config import SIZES, DenoiserConfig, wide_head
 from raekit.models.registry import LAYERS, REGISTRY
 
+_IMAGENET = tuple((ASSETS / "imagenet-classes.txt").read_text().splitlines())
+"""The names of ImageNet's 1,000 classes in the order of their ids. The published files contain no names."""
 V1, V2 = "nyu-visionx/RAE-collections", "nyu-visionx/RAEv2-models"
 
 
@@ -101,10 +104,11 @@ def _dit_dh(folder: str, size: str, side: int, autoencoder: str) -> DenoiserRele
     backbone, head = SIZES[size], wide_head()
     arguments = {"hidden_size": (backbone.width, head.width), "depth": (backbone.depth, head.depth)}
     arguments |= {"num_heads": (backbone.heads, head.heads)}
+    config = denoiser_config({"input_size": side, "in_channels": 768, **arguments})
     return DenoiserRelease(
         repository=V1,
         denoiser=f"DiTs/Dinov2/wReg_base/{folder}/stage2_model.pt",
-        config=denoiser_config({"input_size": side, "in_channels": 768, **arguments}),
+        config=replace(config, class_names=_IMAGENET),
         autoencoder=autoencoder,
     )
 
@@ -119,14 +123,17 @@ DENOISERS = {
     "raev2-k7-256": DenoiserRelease(
         repository=V2,
         denoiser="stage2/imagenet/dinov3l-k7/checkpoint.pt",
-        config=denoiser_v2_config(
-            {
-                "input_size": 16,
-                "in_channels": 1024,
-                "hidden_size": (1440, 2048),
-                "depth": (28, 2),
-                "num_heads": (20, 16),
-            }
+        config=replace(
+            denoiser_v2_config(
+                {
+                    "input_size": 16,
+                    "in_channels": 1024,
+                    "hidden_size": (1440, 2048),
+                    "depth": (28, 2),
+                    "num_heads": (20, 16),
+                }
+            ),
+            class_names=_IMAGENET,
         ),
         autoencoder="raev2-dinov3-l-k7",
     ),
@@ -137,6 +144,17 @@ DENOISERS = {
 def cache_folder() -> Path:
     """Return the cache of converted models: `RAEKIT_CACHE`, by default `raekit` in Hugging Face's `HF_HOME`."""
     return Path(os.environ.get("RAEKIT_CACHE") or Path(constants.HF_HOME, "raekit")).expanduser()
+
+
+def in_cache(name: str) -> bool:
+    """Return whether the files of a published model are in the cache, so that loading it needs no network."""
+    release = RELEASES[name] if name in RELEASES else DENOISERS[name]
+    if isinstance(release, DenoiserRelease) and not in_cache(release.autoencoder):
+        return False
+    kind = "denoiser" if isinstance(release, DenoiserRelease) else "autoencoder"
+    return (cache_folder() / name / kind).is_dir() or all(
+        isinstance(try_to_load_from_cache(release.repository, file), str) for file in release.files
+    )
 
 
 def cached(name: str, kind: str | None = None) -> Path:

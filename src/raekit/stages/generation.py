@@ -35,6 +35,7 @@ class GenerationConfig:
     """Config of stage 2.
 
     Attributes:
+        stage: name of the stage in config.json.
         data: the training images.
         autoencoder: builtin:NAME, a model folder, a run of stage 1, or OWNER/NAME on the Hub. The encoder computes in
             `train.precision`.
