@@ -8,32 +8,36 @@ import tyro
 
 from raekit.cli import console
 from raekit.cli.autoencoding import encode, reconstruct
+from raekit.cli.completion import completion
+from raekit.cli.data import data_show
 from raekit.cli.evaluation import compare, evaluate, probe, reference
-from raekit.cli.formats import convert, info
+from raekit.cli.formats import convert, info, models, push
 from raekit.cli.generation import generate, interpolate, trajectory
 from raekit.cli.latents import latents_cache, latents_generate, latents_measure
 from raekit.cli.training import demo, recipes, train
-from raekit.errors import UserError
+from raekit.errors import UserError, did_you_mean
 
-COMMANDS: dict[str, Callable[..., None]] = {
-    "demo": demo,
-    "generate": generate,
-    "interpolate": interpolate,
-    "trajectory": trajectory,
-    "reconstruct": reconstruct,
-    "encode": encode,
-    "probe": probe,
-    "recipes": recipes,
-    "train": train,
-    "latents measure": latents_measure,
-    "latents cache": latents_cache,
-    "latents generate": latents_generate,
-    "evaluate": evaluate,
-    "compare": compare,
-    "reference": reference,
-    "convert": convert,
-    "info": info,
+GROUPS: dict[str, dict[str, Callable[..., None]]] = {
+    "start here": {"demo": demo, "models": models, "recipes": recipes},
+    "use a model": {
+        "generate": generate,
+        "interpolate": interpolate,
+        "trajectory": trajectory,
+        "reconstruct": reconstruct,
+        "encode": encode,
+    },
+    "train": {
+        "train": train,
+        "data show": data_show,
+        "latents measure": latents_measure,
+        "latents cache": latents_cache,
+        "latents generate": latents_generate,
+    },
+    "evaluate": {"evaluate": evaluate, "compare": compare, "reference": reference, "probe": probe},
+    "share": {"info": info, "convert": convert, "push": push},
+    "this program": {"completion": completion},
 }
+COMMANDS: dict[str, Callable[..., None]] = {name: each for group in GROUPS.values() for name, each in group.items()}
 
 
 def main() -> None:
@@ -75,7 +79,7 @@ def _run(arguments: list[str]) -> None:
         return
     name = next((n for n in COMMANDS if arguments[: len(n.split())] == n.split()), None)
     if name is None:
-        _usage(wrong=bool(arguments) and arguments not in (["--help"], ["-h"]), given=arguments)
+        _usage(arguments)
         return
     rest, command = arguments[len(name.split()) :], COMMANDS[name]
     if command is train:
@@ -85,14 +89,24 @@ def _run(arguments: list[str]) -> None:
         tyro.cli(command, prog=f"raekit {name}", args=rest)
 
 
-def _usage(wrong: bool, given: list[str]) -> None:
-    """Print all commands; after a wrong command, name it and exit with 2."""
+def _usage(given: list[str]) -> None:
+    """Print all commands, or those of a family such as `latents`; after a wrong command, name it and exit with 2."""
+    families = {name.split()[0] for name in COMMANDS if " " in name}
+    *family, last = given or ["--help"]
+    wrong = last not in ("--help", "-h") or len(family) > 1 or not families.issuperset(family)
     to = console.err if wrong else console.out
     if wrong:
-        to.print(f"error: {' '.join(given[:2])!r} is not a command", markup=False)
-    to.print("usage: raekit COMMAND ...   (help: raekit COMMAND --help; version: raekit --version)\n", markup=False)
+        asked = " ".join(given[:2] if given[0] in families else given[:1])
+        hint = did_you_mean(asked, COMMANDS)
+        to.print(f"error: {asked!r} is not a command{hint and '; ' + hint}", markup=False)
+    to.print("usage: raekit COMMAND ...   (help: raekit COMMAND --help; version: raekit --version)", markup=False)
     width = max(map(len, COMMANDS))
-    for name, command in COMMANDS.items():
-        to.print(f"  {name:{width}}  {console.about(command).splitlines()[0]}", markup=False)
+    prefix = f"{given[0]} " if given and given[0] in families else ""
+    for title, group in GROUPS.items():
+        shown = {name: command for name, command in group.items() if name.startswith(prefix)}
+        if shown:
+            to.print(f"\n{title}", markup=False)
+        for name, command in shown.items():
+            to.print(f"  {name:{width}}  {console.about(command).splitlines()[0]}", markup=False)
     if wrong:
         sys.exit(2)

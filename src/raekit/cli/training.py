@@ -41,16 +41,21 @@ def demo(run: Path = Path("runs/demo"), minutes: float = 12, quick: bool = False
 
 
 def recipes() -> None:
-    """List the training recipes.
+    """List the training recipes by purpose, with what they cost.
 
     Example: raekit recipes
-    """
-    from raekit.recipes import find, names
 
-    table = Table("recipe", "summary", box=None)
-    for name in names():
-        table.add_row(name, find(name).summary)
-    console.out.print(table)
+    `raekit train RECIPE --dry-run` measures parameters, FLOPs and memory. `--data.source` takes your own images.
+    """
+    from raekit.recipes import Purpose, find, names
+
+    every = [find(name) for name in names()]
+    for purpose in Purpose:
+        table = Table("recipe", "what", "cost", title=f"\n{purpose}", title_justify="left", box=None)
+        for recipe in every:
+            if recipe.purpose == purpose:
+                table.add_row(recipe.name, recipe.summary, recipe.cost)
+        console.out.print(table)
 
 
 def train(arguments: list[str]) -> None:
