@@ -7,6 +7,7 @@ from collections.abc import Callable
 import tyro
 
 from raekit.cli import console
+from raekit.cli.app import app
 from raekit.cli.autoencoding import encode, reconstruct
 from raekit.cli.completion import completion
 from raekit.cli.data import data_show
@@ -25,6 +26,7 @@ GROUPS: dict[str, dict[str, Callable[..., None]]] = {
         "trajectory": trajectory,
         "reconstruct": reconstruct,
         "encode": encode,
+        "app": app,
     },
     "train": {
         "train": train,
