@@ -22,6 +22,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     """Serve a stand-in of the Hub, which this process takes for the Hub."""
     with serve() as stand_in:
         files = f"{stand_in.address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr("raekit.hub._has_network", lambda: True)
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", stand_in.address)
         monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", files)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
@@ -39,7 +40,9 @@ def pipe(tiny_model) -> Pipeline:
 
 
 @pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of huggingface_hub
-def test_a_published_model_is_loaded_by_its_name(hub, pipe):
+@pytest.mark.parametrize("largest", [artifacts.SHARD, 40_000])
+def test_a_published_model_is_loaded_by_its_name(hub, pipe, monkeypatch, largest):
+    monkeypatch.setattr(artifacts, "SHARD", largest)
     address = pipe.push_to_hub("someone/toy", private=True)
     assert address == f"{hub.address}/someone/toy"
     assert hub.private == {"someone/toy"}
@@ -111,6 +114,8 @@ def test_a_rejected_upload_is_one_clear_error(hub, pipe, tmp_path):
         push(tmp_path, "someone/toy")
     with pytest.raises(UserError, match="toy: not the name of a repository; give OWNER/NAME"):
         pipe.push_to_hub("toy")
+    with pytest.raises(UserError, match="someone/toy@main: not the name of a repository; give OWNER/NAME"):
+        pipe.push_to_hub("someone/toy@main")
 
 
 def test_large_weights_are_stored_in_shards(pipe, tmp_path, monkeypatch):
