@@ -1,15 +1,19 @@
-# The two commands of the README, `make demo` and `make test`, on a machine with nothing prepared.
+# The commands of the README, `make demo` and `make test`, on a machine with nothing prepared.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-browser lint clean
 
 demo: .venv/base
 	$(BIN)/raekit demo
 
 test: .venv/test
 	$(BIN)/python -m pytest
+
+# Needs Chromium (on Debian: apt-get install chromium), or installs its own.
+test-browser: .venv-app/ready
+	.venv-app/bin/python -m pytest -m browser
 
 lint: .venv/test
 	$(BIN)/ruff check .
@@ -27,5 +31,13 @@ lint: .venv/test
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $@
 
+# Gradio does not accept Pillow 13 yet, so the page has an environment of its own.
+.venv-app/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-app
+	grep -v '^pillow==' constraints.txt > .venv-app/constraints.txt
+	.venv-app/bin/python -m pip install --quiet --constraint .venv-app/constraints.txt --editable '.[app,browser]' pytest pytest-timeout
+	command -v chromium || .venv-app/bin/python -m playwright install chromium
+	touch $@
+
 clean:
-	rm -rf .venv build dist
+	rm -rf .venv .venv-app build dist

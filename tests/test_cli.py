@@ -137,8 +137,67 @@ def test_an_unknown_command_is_named(run, wrong):
     assert done.out == ""
 
 
+def test_commands_are_listed_in_groups(run):
+    done = run("--help")
+    titles = re.findall(r"^(\w.*)$", done.out, re.MULTILINE)[1:]
+    assert titles == list(cli.GROUPS)
+    for family in ("latents", "data"):
+        done = run(family, "--help")
+        assert done.code == 0
+        members = re.findall(r"^  (\w+)", done.out, re.MULTILINE)
+        assert {*members} == {family}
+        assert len(members) == sum(name.startswith(f"{family} ") for name in cli.COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [(["gennerate"], "generate"), (["latents", "mesure"], "latents measure"), (["recipe"], "recipes")],
+)
+def test_a_mistyped_command_has_a_suggestion(run, wrong, meant):
+    assert_fails(run(*wrong), f"'{' '.join(wrong)}' is not a command; did you mean {meant}", code=2)
+
+
+@pytest.mark.parametrize(
+    ("words", "index", "wanted"),
+    [
+        (["raekit", "gen"], 1, ["generate"]),
+        (["raekit", "generate", "--cl"], 2, ["--class"]),
+        (["raekit", "generate", "--guid"], 2, ["--guidance"]),
+        (["raekit", "latents", "c"], 2, ["cache"]),
+        (["raekit", "latents", "cache", "--fl"], 3, ["--flip"]),
+        (["raekit", "train", "emoji_e"], 2, ["emoji_encoder"]),
+    ],
+)
+def test_a_shell_completes_commands_and_options(run, tmp_path, words, index, wanted):
+    script = run("completion", "bash").out
+    line = f'{script}\nCOMP_WORDS=({" ".join(words)}); COMP_CWORD={index}; _raekit; printf "%s\\n" "${{COMPREPLY[@]}}"'
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == wanted
+
+
+def test_completions_of_other_shells_name_every_command(run):
+    for shell in ("zsh", "fish"):
+        script = run("completion", shell).out
+        assert all(name.split()[-1] in script for name in cli.COMMANDS)
+
+
+def test_a_dataset_is_looked_at(run, images, tmp_path):
+    done = run("data", "show", corrupt(images, tmp_path / "images", 3), "--out", tmp_path / "montage.png")
+    assert done.code == 0, done.err
+    assert ": 39 images, 3 classes\n" in done.out
+    assert re.search(r"^ ?blue +13 *$", done.out, re.MULTILINE)
+    assert re.search(r"^ ?width +16 +18 +20 *$", done.out, re.MULTILINE)
+    assert "3 of 39 images cannot be read" in done.out
+    assert "00.png: not a known image format" in done.out
+    assert pixels(tmp_path / "montage.png").shape == (6 * 98 + 2, 6 * 98 + 2, 3)
+    few = run("data", "show", images, "--count", 4, "--split", "heldout").out
+    assert "9 images, 3 classes" in few
+    assert "0 of 4 images cannot be read" in few
+    assert_fails(run("data", "show", images, "--count", 0), "--count: 0 must be at least 1")
+
+
 def test_a_missing_or_mistyped_option_is_named(run, tiny_model):
-    assert_fails(run("generate", tiny_model), "--out", code=2)
+    assert_fails(run("interpolate", tiny_model), "--out", code=2)
     assert_fails(run("generate", tiny_model, "--out", "x.png", "--cuont", 3), "--cuont", code=2)
 
 
@@ -150,9 +209,20 @@ def test_an_interrupt_is_130(run, monkeypatch):
     assert run("info", "x").code == 130
 
 
-def test_recipes_are_listed_with_their_summaries(run):
+def test_recipes_are_listed_by_purpose_with_their_summaries_and_costs(run):
     done = run("recipes")
     assert done.code == 0
+    order = (
+        "Start here",
+        "emoji_dit_dh",
+        "Stage 1 on ImageNet: a",
+        "mae_decoder",
+        "Stage 2 on ImageNet: a",
+        "pixel_dit",
+    )
+    places = [done.out.index(words) for words in order]
+    assert places == sorted(places)
+    assert "8 minutes on 2 CPU cores" in done.out
     for name in ("emoji_encoder", "emoji_decoder", "emoji_dit_dh"):
         assert re.search(rf"{name} +[A-Z].*emoji", done.out)
 
@@ -205,15 +275,28 @@ def test_training_without_a_recipe_shows_the_usage(run):
 
 
 def test_an_unknown_recipe_lists_those_that_there_are(run):
-    assert_fails(run("train", "emoji"), "recipe 'emoji': no such recipe; choose from: ", "emoji_decoder")
+    assert_fails(run("train", "nothing"), "recipe 'nothing': no such recipe; choose from: ", "emoji_decoder")
+    assert_fails(run("train", "emoji_dit"), "recipe 'emoji_dit': no such recipe; did you mean emoji_dit_dh")
 
 
-def test_torchrun_passes_the_documented_command_on(run):
-    documented = next(line for line in run("train", "--help").out.splitlines() if "torchrun" in line)
-    words = documented.partition("torchrun ")[2].split()
-    options = parse_args([*words, "--run", "runs/x", "--train.steps", "5"])
+def test_torchrun_passes_the_documented_command_on():
+    guide = (Path(__file__).parents[1] / "docs" / "training.md").read_text("utf-8")
+    documented = re.search(r"`torchrun (.* -- train RECIPE)`", guide)
+    assert documented
+    options = parse_args([*documented[1].split(), "--run", "runs/x", "--train.steps", "5"])
     assert (options.training_script, options.module, options.nproc_per_node) == ("raekit", True, "8")
     assert options.training_script_args == ["train", "RECIPE", "--run", "runs/x", "--train.steps", "5"]
+
+
+@pytest.mark.parametrize("recipe", ["emoji_encoder", "emoji_decoder_gan", "emoji_dit_dh", "emoji_raev2"])
+def test_every_option_of_a_recipe_is_explained(run, recipe, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")  # so that no panel stands next to another
+    lines = [line.strip(" │") for line in run("train", recipe, "--help").out.splitlines()]
+    options = [i for i, line in enumerate(lines) if line.startswith("--")]
+    assert len(options) > 30
+    for i in options:
+        explained = re.split(r"  +", lines[i], maxsplit=1)[1:] or [lines[i + 1]]
+        assert not re.match(r"\((default|required|optional)", explained[0]), lines[i]
 
 
 def test_a_recipes_help_lists_what_can_be_overridden(run):
@@ -250,7 +333,7 @@ def test_a_wrong_override_is_named_and_nothing_runs(run, images, tmp_path, overr
         ({"encoder.heads": 3}, ["width: 16", "heads = 3"]),
         ({"decoder-width": 18}, ["decoder_width: 18"]),
         ({"optim.lr": -1}, ["optim.lr: -1.0 must not be negative"]),
-        ({"optim.eps": "nan"}, ["optim.eps: nan"]),
+        ({"optim.eps": "nan"}, ["eps: nan must be a finite number"]),
         ({"optim.betas": "0.9 1.0"}, ["optim.betas: (0.9, 1.0)"]),
         ({"ema": 1.5}, ["ema: 1.5 must be at least 0 and below 1"]),
         ({"optim.decay-end": 0}, ["optim.decay_end: 0", "optim.warmup_steps"]),
@@ -603,6 +686,49 @@ def test_ranges_of_classes_and_webp(run, tiny_model, tmp_path):
     assert_fails(run("generate", tiny_model, "--format", "webp", "--out", tmp_path / "x.png"), "--format: no effect on")
 
 
+def test_without_out_a_grid_is_written_to_the_working_folder(run, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = ["generate", "--class", "blue", "red", tiny_model, "--count", 2, "--steps", 2, "--seed", 3]
+    for name in (f"{tiny_model.name}-blue-red-seed3.png", f"{tiny_model.name}-blue-red-seed3-2.png"):
+        done = run(*command)
+        assert done.code == 0, done.err
+        assert done.out.startswith(f"4 images: {name} (")
+        assert pixels(tmp_path / name).shape == (2 * 18 + 2, 2 * 18 + 2, 3)
+
+
+def test_a_grid_of_many_classes_has_random_classes(run, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr("raekit.cli.generation.MANY_CLASSES", 2)
+    done = run("generate", tiny_model, "--steps", 2, "--out", tmp_path / "grid.png")
+    assert done.code == 0, done.err
+    assert done.out.startswith("16 images: ")
+    assert pixels(tmp_path / "grid.png").shape == (4 * 18 + 2, 4 * 18 + 2, 3)
+    assert run("generate", tiny_model, "--steps", 2, "--count", 1, "--out", tmp_path / "folder").out.startswith(
+        "3 images"
+    )
+
+
+def test_models_and_encoders_are_listed(run):
+    done = run("models")
+    assert done.code == 0
+    assert re.search(
+        r"^ ?builtin:emoji +images +64 +12 M +9 +builtin:vit-tiny +apache-2\.0 +yes", done.out, re.MULTILINE
+    )
+    assert "rae-mae-b" in done.out
+    assert "rae-mae-b" not in run("models", "512").out
+    assert re.search(r"clip-b +768 +256x256 +16 +256 +mit", run("models", "clip", "--encoders").out)
+    assert_fails(run("models", "nothing"), "nothing: occurs in no name")
+
+
+def test_a_dry_run_of_a_push_shows_what_would_be_sent(run, tiny_model, tmp_path):
+    done = run("push", tiny_model, "someone/toy", "--dtype", "bf16", "--dry-run")
+    assert done.code == 0, done.err
+    size = re.search(r"^ +([\d,]+) bytes  denoiser/model\.safetensors$", done.out, re.MULTILINE)
+    assert size
+    assert int(size[1].replace(",", "")) < (tiny_model / "denoiser" / "model.safetensors").stat().st_size
+    assert 'raekit.Pipeline.from_pretrained("someone/toy")' in done.out
+    assert_fails(run("push", tiny_model, "toy", "--dry-run"), "toy: not the name of a repository")
+
+
 def test_an_archive_is_generated(run, tiny_model, tmp_path):
     command = ["generate", tiny_model, "--count", 2, "--steps", 2, "--precision", "bf16", "--batch-size", "auto"]
     done = run(*command, "--out", tmp_path / "new" / "samples.npz")
@@ -669,7 +795,7 @@ def test_a_published_yaml_is_generated_from(run, tiny_model, tmp_path, monkeypat
     ):  # also if the value is the default
         assert_fails(run(*command, option, default), f"--published: a.yaml sets {option}; leave out")
     assert_fails(run(*command, tiny_model), "give either a model or --published FILE.yaml")
-    assert_fails(run("generate", "--out", tmp_path / "x.png"), "give either a model or --published FILE.yaml")
+    assert_fails(run("generate", "--out", tmp_path / "x.png"), "no model is given; name it first")
 
 
 def test_two_processes_complete_a_folder(tiny_model, tmp_path, monkeypatch):

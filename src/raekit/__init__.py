@@ -17,9 +17,11 @@ if TYPE_CHECKING:
     from raekit.flow.guidance import Guidance
     from raekit.flow.sampling import Sampling
     from raekit.formats.conversion import convert
+    from raekit.inference.catalogue import list_encoders, list_models
     from raekit.inference.generation import generate, images_to_noise, noise_to_images
     from raekit.inference.latents import read_latents
     from raekit.inference.model import Model, load, reconstruct
+    from raekit.inference.pipeline import Pipeline
     from raekit.models.autoencoder import Autoencoder
     from raekit.models.denoiser import Denoiser
 
@@ -28,6 +30,7 @@ __all__ = [
     "Denoiser",
     "Guidance",
     "Model",
+    "Pipeline",
     "Sampling",
     "UserError",
     "__version__",
@@ -35,6 +38,8 @@ __all__ = [
     "evaluate",
     "generate",
     "images_to_noise",
+    "list_encoders",
+    "list_models",
     "load",
     "noise_to_images",
     "read_latents",
@@ -47,12 +52,15 @@ _HOMES = {
     "Denoiser": "raekit.models.denoiser",
     "Guidance": "raekit.flow.guidance",
     "Model": "raekit.inference.model",
+    "Pipeline": "raekit.inference.pipeline",
     "Sampling": "raekit.flow.sampling",
     "UserError": "raekit.errors",
     "convert": "raekit.formats.conversion",
     "evaluate": "raekit.evaluation.evaluate",
     "generate": "raekit.inference.generation",
     "images_to_noise": "raekit.inference.generation",
+    "list_encoders": "raekit.inference.catalogue",
+    "list_models": "raekit.inference.catalogue",
     "load": "raekit.inference.model",
     "noise_to_images": "raekit.inference.generation",
     "read_latents": "raekit.inference.latents",

@@ -1,4 +1,4 @@
-"""Shareable models: folders with `config.json` and `model.safetensors`.
+"""Shareable models: folders with `config.json` and `model.safetensors`, which is split into shards above five GB.
 
 A model folder holds up to three artifacts: `encoder/` (only an encoder that raekit pretrained), `autoencoder/` (decoder
 and latent statistics; the encoder by name) and `denoiser/`. Further averages of a denoiser's weights are in
@@ -22,6 +22,8 @@ from raekit.hub import find_folder
 from raekit.weights import check_statistics, read_weights
 
 STATISTICS = "statistics.safetensors"
+SHARD = 5 * 10**9
+"""The largest file of weights in bytes. The Hub recommends files below five GB."""
 ARTICLES = {"encoder": "an", "autoencoder": "an", "denoiser": "a"}
 REMEDIES = {
     "encoder": "give the name of an encoder",
@@ -107,7 +109,13 @@ def _read(path: Path, kind: str) -> Artifact | None:
 
 def read(path: Path) -> dict[str, Tensor]:
     """Return the weights of the artifact at `path` in float32, whatever type they are stored in."""
-    return {key: value.float() for key, value in read_weights(path / "model.safetensors").items()}
+    return {key: value.float() for key, value in read_stored(path).items()}
+
+
+def read_stored(path: Path) -> dict[str, Tensor]:
+    """Return the weights of the artifact at `path` in the types that they are stored in."""
+    shards = sorted(path.glob("model-*.safetensors")) or [path / "model.safetensors"]
+    return {key: value for shard in shards for key, value in read_weights(shard).items()}
 
 
 def write(
@@ -144,12 +152,24 @@ def write(
     with whole(folder, folder=True) as partial:
         partial.mkdir()
         (partial / "config.json").write_text(to_json({"kind": kind, **about, **to_dict(config)}))
-        save_file(
+        _write_stored(
             {k: v.to(dtype if dtype and v.is_floating_point() else v.dtype).contiguous() for k, v in state.items()},
-            partial / "model.safetensors",
+            partial,
         )
         if statistics:
             write_statistics(partial / STATISTICS, **statistics)
+
+
+def _write_stored(state: dict[str, Tensor], folder: Path) -> None:
+    """Write weights to one file, or to several with an index if they are larger than `SHARD`."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    split = split_torch_state_dict_into_shards(state, max_shard_size=SHARD)
+    for name, keys in split.filename_to_tensors.items():
+        save_file({key: state[key] for key in keys}, folder / name)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(to_json(index))
 
 
 def write_statistics(path: Path, var: Tensor, mean: Tensor | None = None) -> None:

@@ -1,5 +1,7 @@
 """The exceptions that end a command: an error that the user can fix, and a stop that can be resumed."""
 
+from collections.abc import Iterable
+
 
 class UserError(Exception):
     """Bad input or a failing environment.
@@ -18,3 +20,12 @@ class Stopped(BaseException):
 
     STATUS = 75
     """The exit status EX_TEMPFAIL of sysexits.h: try again later."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return "did you mean A or B?" for the known names that resemble `name`; "" if none does."""
+    from difflib import get_close_matches  # only after a mistake
+
+    folded = {each.casefold(): each for each in known}
+    close = get_close_matches(name.casefold(), folded, n=3)
+    return f"did you mean {' or '.join(folded[each] for each in close)}?" if close else ""

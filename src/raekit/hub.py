@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from raekit.errors import UserError
+from raekit.errors import UserError, did_you_mean
 
 # huggingface_hub is imported where it is used: `import raekit` imports this module and has to be fast.
 
@@ -45,8 +45,7 @@ def find_folder(name: str, kind: str | None = None) -> Path:
     if name.startswith("builtin:"):
         folder = ASSETS / name.removeprefix("builtin:")
         if not folder.is_dir():
-            known = ", ".join(f"builtin:{p.name}" for p in sorted(ASSETS.iterdir()) if any(p.glob("*/config.json")))
-            raise UserError(f"{name}: no such built-in model; choose one of {known}")
+            raise UserError(f"{name}: no such built-in model; choose one of {', '.join(builtin_names())}")
         return folder
     models = published() if published else None
     if models and name in models.NAMES:
@@ -56,6 +55,8 @@ def find_folder(name: str, kind: str | None = None) -> Path:
     if milestone := _milestone(name):
         return milestone
     if not is_repository(name):
+        if hint := did_you_mean(name, models.NAMES if models else ()):
+            raise UserError(f"{name}: no such folder or model; {hint}")
         known = "".join(f", {known}" for known in models.NAMES) if models else ""
         raise UserError(
             f"{name}: no such folder (a model is a local folder, builtin:NAME, OWNER/NAME on the Hub{known})"
@@ -71,6 +72,8 @@ def find_folder(name: str, kind: str | None = None) -> Path:
 _MODEL_FILES = (
     "config.*",
     "model.safetensors",
+    "model-*.safetensors",
+    "model.safetensors.index.json",
     "statistics.safetensors",
     "diffusion_pytorch_model.safetensors",
     "model.pt",
@@ -118,6 +121,11 @@ def _milestone(name: str) -> Path | None:
         has = f"has the steps {', '.join(map(str, kept))}" if kept else "has none"
         raise UserError(f"{name}: no such milestone; {run} {has} (train.milestones sets the steps to keep)")
     return kept[int(step)]
+
+
+def builtin_names() -> list[str]:
+    """Return the names of the built-in models."""
+    return [f"builtin:{path.name}" for path in sorted(ASSETS.iterdir()) if any(path.glob("*/config.json"))]
 
 
 def is_repository(name: str) -> bool:

@@ -54,11 +54,16 @@ def _acquire(folder: Path, owner: dict[str, Any]) -> str | None:
         folder.mkdir(parents=True, exist_ok=True)
         while True:
             try:
-                with path.open("x") as file:
-                    json.dump(owner, file)
-                return None
+                path.touch(exist_ok=False)
             except FileExistsError:
                 other = _read(path)
+            else:
+                try:
+                    path.write_text(json.dumps(owner))
+                except OSError:  # a full disk
+                    path.unlink()
+                    raise
+                return None
             if not path.exists():  # just given back
                 continue
             if not _is_dead(other):

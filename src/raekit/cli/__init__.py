@@ -6,34 +6,40 @@ from collections.abc import Callable
 import tyro
 
 from raekit.cli import console
+from raekit.cli.app import app
 from raekit.cli.autoencoding import encode, reconstruct
+from raekit.cli.completion import completion
+from raekit.cli.data import data_show
 from raekit.cli.evaluation import compare, evaluate, probe, reference
-from raekit.cli.formats import convert, info
+from raekit.cli.formats import convert, info, models, push
 from raekit.cli.generation import generate, interpolate, trajectory
 from raekit.cli.latents import latents_cache, latents_generate, latents_measure
 from raekit.cli.training import demo, recipes, train
-from raekit.errors import Stopped, UserError
+from raekit.errors import Stopped, UserError, did_you_mean
 from raekit.train.signals import stop_signals
 
-COMMANDS: dict[str, Callable[..., None]] = {
-    "demo": demo,
-    "generate": generate,
-    "interpolate": interpolate,
-    "trajectory": trajectory,
-    "reconstruct": reconstruct,
-    "encode": encode,
-    "probe": probe,
-    "recipes": recipes,
-    "train": train,
-    "latents measure": latents_measure,
-    "latents cache": latents_cache,
-    "latents generate": latents_generate,
-    "evaluate": evaluate,
-    "compare": compare,
-    "reference": reference,
-    "convert": convert,
-    "info": info,
+GROUPS: dict[str, dict[str, Callable[..., None]]] = {
+    "start here": {"demo": demo, "models": models, "recipes": recipes},
+    "use a model": {
+        "generate": generate,
+        "interpolate": interpolate,
+        "trajectory": trajectory,
+        "reconstruct": reconstruct,
+        "encode": encode,
+        "app": app,
+    },
+    "train": {
+        "train": train,
+        "data show": data_show,
+        "latents measure": latents_measure,
+        "latents cache": latents_cache,
+        "latents generate": latents_generate,
+    },
+    "evaluate": {"evaluate": evaluate, "compare": compare, "reference": reference, "probe": probe},
+    "share": {"info": info, "convert": convert, "push": push},
+    "this program": {"completion": completion},
 }
+COMMANDS: dict[str, Callable[..., None]] = {name: each for group in GROUPS.values() for name, each in group.items()}
 
 
 def main() -> None:
@@ -77,9 +83,7 @@ def _run(arguments: list[str]) -> None:
         return
     name = next((n for n in COMMANDS if arguments[: len(n.split())] == n.split()), None)
     if name is None:
-        words = [word for word in arguments if word not in ("--help", "-h")]
-        group = {n: command for n, command in COMMANDS.items() if n.split()[: len(words)] == words}
-        _usage(group or COMMANDS, wrong=bool(arguments) and (not group or words == arguments), given=arguments)
+        _usage(arguments)
         return
     rest, command = arguments[len(name.split()) :], COMMANDS[name]
     if command is train:
@@ -90,14 +94,24 @@ def _run(arguments: list[str]) -> None:
         tyro.cli(command, prog=f"raekit {name}", args=rest)
 
 
-def _usage(commands: dict[str, Callable[..., None]], wrong: bool, given: list[str]) -> None:
-    """Print `commands`; after a wrong command, name it and exit with 2."""
+def _usage(given: list[str]) -> None:
+    """Print all commands, or those of a family such as `latents`; after a wrong command, name it and exit with 2."""
+    families = {name.split()[0] for name in COMMANDS if " " in name}
+    *family, last = given or ["--help"]
+    wrong = last not in ("--help", "-h") or len(family) > 1 or not families.issuperset(family)
     to = console.err if wrong else console.out
     if wrong:
-        to.print(f"error: {' '.join(given[:2])!r} is not a command")
-    to.print("usage: raekit COMMAND ...   (help: raekit COMMAND --help; version: raekit --version)\n")
-    width = max(map(len, commands))
-    for name, command in commands.items():
-        to.print(f"  {name:{width}}  {console.about(command).splitlines()[0]}")
+        asked = " ".join(given[:2] if given[0] in families else given[:1])
+        hint = did_you_mean(asked, COMMANDS)
+        to.print(f"error: {' '.join(given[:2])!r} is not a command{hint and '; ' + hint}")
+    to.print("usage: raekit COMMAND ...   (help: raekit COMMAND --help; version: raekit --version)")
+    width = max(map(len, COMMANDS))
+    prefix = f"{given[0]} " if given and given[0] in families else ""
+    for title, group in GROUPS.items():
+        shown = {name: command for name, command in group.items() if name.startswith(prefix)}
+        if shown:
+            to.print(f"\n{title}")
+        for name, command in shown.items():
+            to.print(f"  {name:{width}}  {console.about(command).splitlines()[0]}")
     if wrong:
         sys.exit(2)

@@ -1,5 +1,6 @@
 """Commands that encode and reconstruct images."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -98,7 +99,8 @@ def encode(
 
     if not paths:
         raise UserError("encode: give at least one image file or folder")
-    with world(device) as here, lock(out, here), Display(console.err) as progress:
+    single = out.suffix.lower() == ".safetensors"
+    with world(device) as here, nullcontext() if single else lock(out, here), Display(console.err) as progress:
         if here.size > 1:
             raise UserError("encode: runs in a single process; start it without torchrun")
         autoencoder = load_autoencoder(model, dtype_of(precision)).to(here.device)

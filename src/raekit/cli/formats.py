@@ -1,11 +1,16 @@
-"""The commands `raekit convert` and `raekit info`."""
+"""Commands about models: convert, describe and list them."""
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+from rich.table import Table
 from tyro.conf import Positional
 
 from raekit.cli import console
+from raekit.errors import UserError
+
+if TYPE_CHECKING:
+    from raekit.evaluation.reports import Report
 
 
 def convert(
@@ -89,3 +94,93 @@ def info(name: Positional[str], reach: tuple[str, float] | None = None) -> None:
     from raekit.stages.inspection import describe_folder
 
     console.out.print(describe_folder(name, reach))
+
+
+def push(
+    model: Positional[str],
+    repository: Positional[str],
+    private: bool = False,
+    dtype: Literal["fp32", "bf16"] | None = None,
+    reports: tuple[Path, ...] = (),
+    ema: float | None = None,
+    dry_run: bool = False,
+) -> None:
+    """Publish a model on the Hub, with a model card and a grid of samples.
+
+    Example: raekit push runs/emoji_dit_dh OWNER/NAME --dtype bf16 --dry-run
+
+    Log in first: hf auth login. Anyone loads the model by its name: raekit generate OWNER/NAME
+
+    Args:
+        model: a run, a model folder, builtin:NAME, or another model by name.
+        repository: the repository OWNER/NAME. It is created if it does not exist.
+        private: make a new repository private.
+        dtype: type to store the weights in. None: the type that they have.
+        reports: folders of `raekit evaluate`, whose scores go to the model card.
+        ema: decay of the weight average to publish. None: the first.
+        dry_run: show the files and the model card, and upload nothing.
+    """
+    from raekit.cli.sampling import dtype_of
+    from raekit.evaluation.reports import read_report
+    from raekit.hub import find_folder
+    from raekit.inference import publish
+    from raekit.inference.pipeline import Pipeline
+
+    scores = [
+        publish.Score(name, report.results[name], _compared_with(report))
+        for report in map(read_report, reports)
+        for name in report.metrics
+    ]
+    pipeline = Pipeline.from_pretrained(model, ema=ema)
+    run = find_folder(model)
+    run = run if (run / "checkpoints").is_dir() else None
+    stored = dtype_of(dtype) if dtype else None
+    with publish.prepared(pipeline, repository, run=run, scores=scores, dtype=stored) as folder:
+        if not dry_run:
+            console.out.print(f"published: {publish.push(folder, repository, private=private)}")
+            return
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        for path in files:
+            console.out.print(f"{path.stat().st_size:>13,} bytes  {path.relative_to(folder)}")
+        console.out.print(f"\n{(folder / 'README.md').read_text('utf-8')}")
+
+
+def _compared_with(report: "Report") -> str:
+    """Return the name of the real images of a report, without a local path."""
+    return ", ".join(Path(str(name)).name for name in report.names["reference"])
+
+
+def models(pattern: Positional[str] = "", encoders: bool = False) -> None:
+    """List the models that can be loaded by name.
+
+    Example: raekit models 512
+
+    Parameters are those of the trained parts, without the frozen encoder. A model that is not in the cache is
+    downloaded from the Hub at its first use.
+
+    Args:
+        pattern: a part of the names to list. All models if not given.
+        encoders: list the registered encoders instead.
+    """
+    from raekit.inference.catalogue import list_encoders, list_models
+
+    if encoders:
+        table = Table("encoder", "width", "input", "patch", "tokens", "licence", "in cache", "weights", box=None)
+        for each in list_encoders(pattern):
+            size = "x".join(map(str, each.input_size))
+            numbers = (str(each.width), size, str(each.patch_size), str(each.tokens))
+            table.add_row(each.name, *numbers, each.licence, _yes(each.cached), each.hub_id)
+    else:
+        head = ("model", "makes", "pixels", "parameters", "classes", "encoder", "encoder's licence", "in cache")
+        table = Table(*head, box=None)
+        for each in list_models(pattern):
+            makes = "images" if "denoiser" in each.parts else "reconstructions"
+            numbers = (str(each.image_size), f"{each.parameters / 1e6:,.0f} M", str(each.classes or ""))
+            table.add_row(each.name, makes, *numbers, each.encoder, each.licence, _yes(each.cached))
+    if not table.row_count:
+        raise UserError(f"{pattern}: occurs in no name; leave it out to list all")
+    console.out.print(table)
+
+
+def _yes(flag: bool) -> str:
+    return "yes" if flag else "no"

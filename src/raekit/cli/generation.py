@@ -1,8 +1,10 @@
 """Commands that generate images."""
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
+from itertools import count as count_from
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
 Classes = Annotated[tuple[str, ...], tyro.conf.arg(name="class")]
 PICTURES = (".png", ".webp")
+MANY_CLASSES = 16
+"""A grid without --class has a row for each class up to this number of classes, and random classes above it."""
 OTHER_FILES = (
     ".jpg",
     ".jpeg",
@@ -44,7 +48,7 @@ OTHER_FILES = (
 def generate(
     model: Positional[str | None] = None,
     *,
-    out: Path,
+    out: Path | None = None,
     classes: Classes = (),
     count: int = 16,
     seed: int = 0,
@@ -66,8 +70,9 @@ def generate(
         model: Model to sample from: published name, builtin:NAME, model folder, run folder, or OWNER/NAME on the Hub.
         out: A .png or .webp file for one grid, an .npz file in ADM's format, or a folder for one picture per sample. An
             existing file is replaced. In a folder, a file under the name of a sample that raekit did not write is an
-            error.
-        classes: Classes to generate: names, ids, or ranges of ids such as 0-9. All classes if not given.
+            error. None: a grid in the working folder, named after the model, the classes and the seed.
+        classes: Classes to generate: names, parts of names, ids, or ranges of ids such as 0-9. If not given, all
+            classes; in a grid of a model with more than 16 classes, a random class for each sample.
         count: Number of samples for each class. In a folder, a larger number keeps the samples and adds more.
         seed: Seed of the noise. Sample i depends only on the seed, i and its class; the classes take turns.
         ema: Decay of the weight average to use, one of the recipe's `ema` values. None: the first of them.
@@ -80,6 +85,7 @@ def generate(
     from raekit.distributed import world
     from raekit.files import whole
     from raekit.inference.generation import generate as stream
+    from raekit.inference.generation import random_labels
     from raekit.inference.sample_folders import generate_folder, generate_npz, parts_of
     from raekit.locks import lock
     from raekit.pictures import check_grid, save_picture, to_pil
@@ -87,6 +93,10 @@ def generate(
 
     if count < 1:
         raise UserError(f"--count: {count} must be at least 1")
+    model, classes = _model_and_classes(model, classes, published)
+    out = out or _free(
+        f"{Path(published or model or '').stem.split(':')[-1]}{''.join(f'-{c}' for c in classes)}-seed{seed}"
+    )
     suffix = out.suffix.lower()
     single = suffix in PICTURES
     if suffix in OTHER_FILES:
@@ -108,20 +118,23 @@ def generate(
         if compile:
             loaded.compile(sampling.weak)
         labels = class_ids(loaded, classes) or list(range(len(loaded.classes)))
-        total = count * max(len(labels), 1)
-        columns = count if len(labels) > 1 else None
+        mixed = single and not classes and len(labels) > MANY_CLASSES
+        total = count if mixed else count * max(len(labels), 1)
+        several = len(labels) > 1 and not mixed
+        columns = count if several else None
         if single:
             check_grid(out, total, loaded.autoencoder.image_shape, columns)
         passes: Counter[str] = Counter()
         shared: dict[str, Any] = {"seed": seed, "sampling": sampling, "batch_size": batch_size}
         if single:
             tiles = []
-            every = labels * count or None  # the classes take turns, as in a folder
+            # The classes take turns, as in a folder.
+            every = (random_labels(loaded, seed, count) if mixed else labels * count) or None
             for batch in stream(loaded, every, count=None if every else count, **shared):
                 tiles += map(to_pil, batch.images)
                 passes |= batch.passes
                 progress("generate", len(tiles), total)
-            rows = [tiles[row :: len(labels)] for row in range(len(labels))] or [tiles]
+            rows = [tiles[row :: len(labels)] for row in range(len(labels))] if several else [tiles]
             sheet = tile([image for row in rows for image in row], columns=columns)
             with whole(out) as partial:
                 save_picture(sheet, partial, _form(out))
@@ -136,7 +149,8 @@ def generate(
 
 
 def interpolate(
-    model: Positional[str],
+    model: Positional[str | None] = None,
+    *,
     out: Path,
     seeds: tuple[int, ...] = (0,),
     classes: Classes = (),
@@ -168,6 +182,8 @@ def interpolate(
     from raekit.pictures import check_grid, to_pil
 
     form = _form(out)
+    model, classes = _model_and_classes(model, classes)
+    assert model is not None
     with world(device) as here, Display(console.err) as progress:
         if here.size > 1:
             raise UserError("interpolate: runs in a single process; start it without torchrun")
@@ -191,7 +207,8 @@ def interpolate(
 
 
 def trajectory(
-    model: Positional[str],
+    model: Positional[str | None] = None,
+    *,
     out: Path,
     classes: Classes = (),
     count: int = 1,
@@ -224,6 +241,8 @@ def trajectory(
     from raekit.pictures import check_grid, to_pil
 
     form = _form(out)
+    model, classes = _model_and_classes(model, classes)
+    assert model is not None
     if count < 1:
         raise UserError(f"--count: {count} must be at least 1")
     with world(device) as here:
@@ -248,6 +267,31 @@ def class_ids(model: "Model", classes: Iterable[str]) -> list[int]:
     return [label for name in classes for label in model.class_ids(name)]
 
 
+def _model_and_classes(
+    model: str | None, classes: tuple[str, ...], published: Path | None = None
+) -> tuple[str | None, tuple[str, ...]]:
+    """Return the model and the classes of a command line.
+
+    In `--class A B MODEL` the parser takes the model for a class, so without a model the last of several is the model.
+
+    Raises:
+        UserError: there is no model.
+    """
+    if model is not None and published is not None:
+        raise UserError("generate: give either a model or --published FILE.yaml")
+    if model is None and published is None:
+        if len(classes) < 2:
+            raise UserError("no model is given; name it first, as in: raekit generate builtin:emoji")
+        return classes[-1], classes[:-1]
+    return model, classes
+
+
+def _free(stem: str) -> Path:
+    """Return the path of a new PNG file in the working folder."""
+    stem = re.sub(r"[^\w.-]+", "_", stem)
+    return next(path for i in count_from(1) if not (path := Path(f"{stem}{f'-{i}' if i > 1 else ''}.png")).exists())
+
+
 def _load(
     model: str | None, ema: float | None, published: Path | None, options: SamplingOptions, world: "World"
 ) -> "tuple[Model, Sampling]":
@@ -255,8 +299,6 @@ def _load(
 
     from raekit.inference.model import load, load_published
 
-    if (model is None) == (published is None):
-        raise UserError("generate: give either a model or --published FILE.yaml")
     if published is None:
         assert model is not None
         return load(model, world.device, ema, options.dtype), options.sampling(model, world)

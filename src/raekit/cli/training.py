@@ -54,24 +54,28 @@ def demo(run: Path = Path("runs/demo"), minutes: float = 12, images: Path | None
 
 
 def recipes(recipe: Positional[str | None] = None) -> None:
-    """List the training recipes, or print one as a file to start from.
+    """List the training recipes by purpose, with what they cost, or print one as a file to start from.
 
     Example: raekit recipes emoji_decoder > my_recipe.py
 
     `raekit train my_recipe.py` trains the recipe in a file. Such a file may also register encoders.
+    `raekit train RECIPE --dry-run` measures parameters, FLOPs and memory. `--data.source` takes your own images.
 
     Args:
         recipe: Recipe to print. None: list all recipes.
     """
-    from raekit.recipes import find, names
+    from raekit.recipes import Purpose, find, names
 
     if recipe is not None:
         console.out.print(find(recipe).path.read_text(encoding="utf-8"), end="")
         return
-    table = Table("recipe", "summary", box=None)
-    for name in names():
-        table.add_row(name, find(name).summary)
-    console.out.print(table)
+    every = [find(name) for name in names()]
+    for purpose in Purpose:
+        table = Table("recipe", "what", "cost", title=f"\n{purpose}", title_justify="left", box=None)
+        for each in every:
+            if each.purpose == purpose:
+                table.add_row(each.name, each.summary, each.cost)
+        console.out.print(table)
 
 
 def train(arguments: list[str]) -> None:

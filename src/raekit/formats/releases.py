@@ -1,9 +1,10 @@
 """The names of published models. A model is downloaded and converted at its first use, and then cached."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.utils import WeakFileLock
 
 from raekit.config import to_dict
@@ -13,10 +14,12 @@ from raekit.formats.denoiser_files import read_denoiser
 from raekit.formats.denoiser_keys import denoiser_config, denoiser_v2_config
 from raekit.formats.native import write_model
 from raekit.formats.parts import Parts
-from raekit.hub import cache_folder, command, find_file
+from raekit.hub import ASSETS, cache_folder, command, find_file
 from raekit.models.denoiser_config import SIZES, DenoiserConfig, wide_head
 from raekit.models.registry import LAYERS, REGISTRY
 
+_IMAGENET = tuple((ASSETS / "imagenet-classes.txt").read_text("utf-8").splitlines())
+"""The names of ImageNet's 1,000 classes in the order of their ids. The published files contain no names."""
 V1, V2 = "nyu-visionx/RAE-collections", "nyu-visionx/RAEv2-models"
 
 
@@ -99,10 +102,11 @@ def _dit_dh(folder: str, size: str, side: int, autoencoder: str) -> DenoiserRele
     backbone, head = SIZES[size], wide_head()
     arguments = {"hidden_size": (backbone.width, head.width), "depth": (backbone.depth, head.depth)}
     arguments |= {"num_heads": (backbone.heads, head.heads)}
+    config = denoiser_config({"input_size": side, "in_channels": 768, **arguments})
     return DenoiserRelease(
         repository=V1,
         denoiser=f"DiTs/Dinov2/wReg_base/{folder}/stage2_model.pt",
-        config=denoiser_config({"input_size": side, "in_channels": 768, **arguments}),
+        config=replace(config, class_names=_IMAGENET),
         autoencoder=autoencoder,
     )
 
@@ -117,19 +121,33 @@ DENOISERS = {
     "raev2-k7-256": DenoiserRelease(
         repository=V2,
         denoiser="stage2/imagenet/dinov3l-k7/checkpoint.pt",
-        config=denoiser_v2_config(
-            {
-                "input_size": 16,
-                "in_channels": 1024,
-                "hidden_size": (1440, 2048),
-                "depth": (28, 2),
-                "num_heads": (20, 16),
-            }
+        config=replace(
+            denoiser_v2_config(
+                {
+                    "input_size": 16,
+                    "in_channels": 1024,
+                    "hidden_size": (1440, 2048),
+                    "depth": (28, 2),
+                    "num_heads": (20, 16),
+                }
+            ),
+            class_names=_IMAGENET,
         ),
         autoencoder="raev2-dinov3-l-k7",
     ),
 }
 """The published denoisers by name (RAE v1 and v2)."""
+
+
+def in_cache(name: str) -> bool:
+    """Return whether the files of a published model are in the cache, so that loading it needs no network."""
+    release = RELEASES[name] if name in RELEASES else DENOISERS[name]
+    if isinstance(release, DenoiserRelease) and not in_cache(release.autoencoder):
+        return False
+    kind = "denoiser" if isinstance(release, DenoiserRelease) else "autoencoder"
+    return (cache_folder() / name / kind).is_dir() or all(
+        isinstance(try_to_load_from_cache(release.repository, file), str) for file in release.files
+    )
 
 
 def cached(name: str, kind: str | None = None) -> Path:

@@ -11,11 +11,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from raekit import randomness
 from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.flow.path import to_data
 from raekit.flow.sampling import (
     Sampling,
+    Watch,
     check_sampling,
     denoise,
     latents_to_noise,
@@ -25,6 +27,7 @@ from raekit.flow.sampling import (
 )
 from raekit.flow.solvers import evaluated, time_grid
 from raekit.inference.model import Model
+from raekit.models.denoiser import Denoiser
 
 _log = logging.getLogger(__name__)
 
@@ -54,6 +57,9 @@ class Samples:
         return Samples(self.images[:count], self.labels[:count], self.indices[:count], self.passes)
 
 
+Seed = int | Sequence[int]
+"""A seed for all samples, whose noise then also depends on the number of the sample. Or a seed for each sample: then a
+sample depends on its own seed only, and is sample 0 of that seed."""
 BatchSize = int | Literal["auto"]
 """Number of images in a batch; "auto" takes as many as the memory of the GPU holds, and 64 on the CPU."""
 
@@ -63,11 +69,12 @@ def generate(
     labels: Sequence[int] | None = None,
     *,
     count: int | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
     sampling: Sampling | None = None,
     batch_size: BatchSize = "auto",
     world: World | None = None,
     indices: Sequence[int] | None = None,
+    watch: Watch | None = None,
 ) -> Iterator[Samples]:
     """Generate images and yield them batch by batch.
 
@@ -80,12 +87,13 @@ def generate(
         model: the model to sample from.
         labels: a class id for each sample. None generates `count` samples without a class.
         count: the number of samples, if `labels` is None.
-        seed: the seed of the noise.
+        seed: the seed of the noise, or a seed for each sample.
         sampling: the solver, steps and guidance. Default: `Sampling()`.
         batch_size: the number of images in a batch.
         world: this process and its device. Default: a single process on the device of the model.
         indices: the numbers of the samples to generate, such as the missing samples of an interrupted run.
             Default: all samples.
+        watch: called at each evaluation of the solver with the latents, the guided velocity and the time.
 
     Raises:
         UserError: if a label is not a class of the model, or a setting is invalid.
@@ -96,6 +104,7 @@ def generate(
         raise UserError("generate: give either labels, one for each sample, or count, at least 1")
     _check_labels(model, labels or ())
     total = len(labels) if labels is not None else count or 0
+    _check_seeds(seed, total)
     check_sampling(sampling, model.denoiser, labels is not None)
     size = fitting_batch(model, sampling, batch_size, world)
     numbers = range(total) if indices is None else indices
@@ -104,7 +113,8 @@ def generate(
         batch = torch.tensor(part)
         chosen = None if labels is None else torch.tensor([labels[i] for i in part], device=world.device)
         passes: Counter[str] = Counter()
-        latents = sample_latents(model.denoiser, chosen, batch, seed, sampling, world.device, passes)
+        noise = _noise(model.denoiser, seed, part, world.device)
+        latents = denoise(model.denoiser, noise, chosen, sampling, passes, watch)
         images = _decode(model, latents)
         return Samples(images, torch.full_like(batch, -1) if chosen is None else chosen, batch, passes)
 
@@ -184,6 +194,7 @@ def interpolate(
     frames: int = 8,
     sampling: Sampling | None = None,
     batch_size: BatchSize = "auto",
+    watch: Watch | None = None,
 ) -> Iterator[Samples]:
     """Generate images between two samples and yield them batch by batch.
 
@@ -197,6 +208,7 @@ def interpolate(
         frames: the number of images, at least 2, including the first and the last.
         sampling: the solver, steps and guidance. Default: `Sampling()`.
         batch_size: the number of images in a batch.
+        watch: called at each evaluation of the solver, as in `generate`.
 
     Raises:
         UserError: if both ends are the same, or a setting is invalid.
@@ -224,7 +236,7 @@ def interpolate(
             weights[:, labels[1]] += along
             weights = weights.to(device)
         passes: Counter[str] = Counter()
-        images = _decode(model, denoise(denoiser, noise, weights, sampling, passes))
+        images = _decode(model, denoise(denoiser, noise, weights, sampling, passes, watch))
         return Samples(images, torch.full((len(part),), -1), torch.tensor(part), passes)
 
     size = fitting_batch(model, sampling, batch_size, World(device=device))
@@ -238,8 +250,9 @@ def trajectory(
     *,
     count: int | None = None,
     frames: int = 8,
-    seed: int = 0,
+    seed: Seed = 0,
     sampling: Sampling | None = None,
+    watch: Watch | None = None,
 ) -> tuple[list[float], Tensor]:
     """Return times and images that show how samples form, from noise to the finished sample.
 
@@ -251,8 +264,9 @@ def trajectory(
         labels: a class id for each sample. None generates `count` samples without a class.
         count: the number of samples, if `labels` is None.
         frames: the number of images for each sample, at least 2, including the finished sample.
-        seed: the seed of the noise.
+        seed: the seed of the noise, or a seed for each sample.
         sampling: the solver, steps and guidance. Default: `Sampling()`.
+        watch: called at each evaluation of the solver, as in `generate`.
 
     Returns:
         The times in descending order, with 0 as the last, and the images (frames, B, 3, S, S) in [0, 1]. The images
@@ -270,14 +284,18 @@ def trajectory(
     if not 2 <= frames <= most:
         raise UserError(f"frames: {frames} must be from 2 to {most} (the solver's evaluations plus the sample)")
     _check_labels(model, labels or ())
-    indices = torch.arange(len(labels) if labels is not None else count or 0)
+    total = len(labels) if labels is not None else count or 0
+    _check_seeds(seed, total)
     chosen = None if labels is None else torch.tensor(labels, device=model.device)
     seen: dict[float, Tensor] = {}
 
-    def watch(x: Tensor, v: Tensor, t: float) -> None:
+    def keep(x: Tensor, v: Tensor, t: float) -> None:
         seen[t] = to_data(x, v, torch.full((len(x),), t, device=x.device)).cpu()
+        if watch is not None:
+            watch(x, v, t)
 
-    final = sample_latents(model.denoiser, chosen, indices, seed, sampling, model.device, watch=watch)
+    noise = _noise(model.denoiser, seed, range(total), model.device)
+    final = denoise(model.denoiser, noise, chosen, sampling, watch=keep)
     times = sorted((t for t in seen if t > 0), reverse=True)
     if frames > len(times) + 1:  # dopri5: the number of its evaluations is known only after the run
         raise UserError(f"frames: {frames} must be at most {len(times) + 1} (the solver's evaluations plus the sample)")
@@ -333,6 +351,28 @@ def noise_to_images(
     if sampling.solver == "euler-maruyama":
         raise UserError("solver euler-maruyama: adds its own noise at every step; use another solver")
     return _decode(model, denoise(model.denoiser, lambda stream: noise.to(model.device), chosen, sampling))
+
+
+def random_labels(model: Model, seed: Seed, count: int) -> list[int]:
+    """Return a random class id for each of `count` samples, a function of the seed and the number of the sample."""
+    places = [(seed, i) for i in range(count)] if isinstance(seed, int) else [(each, 0) for each in seed]
+    return [int(randomness.uniform(s, "class", [i]).item() * len(model.classes)) for s, i in places]
+
+
+def _noise(denoiser: Denoiser, seed: Seed, indices: Sequence[int], device: torch.device) -> Callable[[str], Tensor]:
+    """Return the noise (B, C, h, w) of the samples `indices`, as a function of the stream."""
+
+    def noise(stream: str) -> Tensor:
+        if isinstance(seed, int):
+            return sample_noise(denoiser, seed, stream, indices).to(device)
+        return torch.cat([sample_noise(denoiser, seed[i], stream, [0]) for i in indices]).to(device)
+
+    return noise
+
+
+def _check_seeds(seed: Seed, total: int) -> None:
+    if not isinstance(seed, int) and len(seed) != total:
+        raise UserError(f"seed: {len(seed)} seeds for {total} samples; give one seed, or one for each sample")
 
 
 def _chosen(model: Model, labels: Sequence[int] | None, count: int) -> Tensor | None:

@@ -1,5 +1,6 @@
 """Loading complete models: an autoencoder and a denoiser of its latents."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -7,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from raekit.errors import UserError
+from raekit.errors import UserError, did_you_mean
 from raekit.flow.sampling import Sampling
 from raekit.formats.yaml_files import read_published
 from raekit.models.autoencoder import load_autoencoder
@@ -73,10 +74,12 @@ class Model:
         return config.class_names or tuple(map(str, range(config.num_classes)))
 
     def class_id(self, name: str) -> int:
-        """Return the id of a class that is given by name or number.
+        """Return the id of a class that is given by name, by a part of a name, or by number.
+
+        Upper and lower case are the same. A part must occur in one name only.
 
         Raises:
-            UserError: if there is no such class. The message lists the classes.
+            UserError: if there is no such class, or a part occurs in several names. The message lists classes.
         """
         if name in self.classes:
             return self.classes.index(name)
@@ -84,7 +87,16 @@ class Model:
             return int(name)
         if not self.classes:
             raise UserError(f"class {name!r}: this model is unconditional and has no classes; leave the class out")
-        raise UserError(f"class {name!r}: no such class; the classes are {', '.join(self.classes)}")
+        folded, part = [each.casefold() for each in self.classes], name.casefold()
+        if part in folded:
+            return folded.index(part)
+        found = [i for i, each in enumerate(folded) if part and part in each and not part.isdecimal()]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise UserError(f"class {name!r}: stands for {_some([self.classes[i] for i in found])}; give a longer part")
+        hint = did_you_mean(name, self.classes) or f"the classes are {_some(self.classes)}"
+        raise UserError(f"class {name!r}: no such class; {hint}")
 
     def class_ids(self, name: str) -> list[int]:
         """Return the ids of a name, a number or a range of numbers.
@@ -101,6 +113,12 @@ class Model:
         if end < start:
             raise UserError(f"class {name!r}: the range runs backwards; give {last}-{first}")
         return list(range(start, end + 1))
+
+
+def _some(names: Sequence[str]) -> str:
+    """Return the names as text, at most twenty of them."""
+    more = f" and {len(names) - 20:,} more" if len(names) > 20 else ""
+    return ", ".join(names[:20]) + more
 
 
 def load(

@@ -22,7 +22,13 @@ def _named(value: Any) -> Any:
 
 @configclass
 class TransformerConfig:
-    """Sizes of a stack of DiT blocks."""
+    """Sizes of a stack of DiT blocks.
+
+    Attributes:
+        width: channels of a token, a multiple of four times `heads`.
+        depth: number of blocks.
+        heads: number of attention heads.
+    """
 
     width: int
     depth: int

@@ -132,6 +132,7 @@ class Family:
         tower_type: Model type of the image tower of a model with an image and a text tower.
         config: Overrides for fields of the model's config.
         arguments: Extra arguments of the model's class.
+        licence: Licence of the registered weights, as published with them. "" if the family has no registered weights.
     """
 
     model_class: str
@@ -144,6 +145,7 @@ class Family:
     tower_type: str = ""
     config: dict[str, Any] = field(default_factory=dict)
     arguments: dict[str, Any] = field(default_factory=dict)
+    licence: str = ""
 
 
 def _order(model: Any, pixels: Tensor) -> Tensor:
@@ -154,16 +156,22 @@ def _order(model: Any, pixels: Tensor) -> Tensor:
 
 FAMILIES = {
     "dinov2": Family(
-        model_class="Dinov2Model", blocks="encoder.layer", norm="layernorm", embed=lambda m, x: m.embeddings(x)
+        model_class="Dinov2Model",
+        licence="apache-2.0",
+        blocks="encoder.layer",
+        norm="layernorm",
+        embed=lambda m, x: m.embeddings(x),
     ),
     "dinov2_with_registers": Family(
         model_class="Dinov2WithRegistersModel",
+        licence="apache-2.0",
         blocks="encoder.layer",
         norm="layernorm",
         embed=lambda m, x: m.embeddings(x),
     ),
     "dinov3_vit": Family(
         model_class="DINOv3ViTModel",
+        licence="dinov3-license",
         blocks="model.layer",
         norm="norm",
         embed=lambda m, x: m.embeddings(x),
@@ -171,6 +179,7 @@ FAMILIES = {
     ),
     "siglip": Family(
         model_class="SiglipVisionModel",
+        licence="apache-2.0",
         blocks="encoder.layers",
         norm="post_layernorm",
         embed=lambda m, x: m.embeddings(x, interpolate_pos_encoding=True),
@@ -183,6 +192,7 @@ FAMILIES = {
     # Mask ratio 0 keeps every patch, and increasing noise keeps the patches in order.
     "vit_mae": Family(
         model_class="ViTMAEModel",
+        licence="apache-2.0",
         blocks="layers",
         norm="layernorm",
         embed=lambda m, x: m.embeddings(x, noise=_order(m, x), interpolate_pos_encoding=True)[0],
@@ -190,6 +200,7 @@ FAMILIES = {
     ),
     "clip": Family(
         model_class="CLIPVisionModel",
+        licence="mit",
         blocks="encoder.layers",
         norm="post_layernorm",
         embed=lambda m, x: m.pre_layrnorm(m.embeddings(x, interpolate_pos_encoding=True)),

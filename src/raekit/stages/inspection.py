@@ -16,7 +16,6 @@ from raekit.stages.run import StageConfig, build
 from raekit.train import checkpoint
 from raekit.train.recompute import checkpoint_blocks
 from raekit.train.tracking import read_metrics, steps_to
-from raekit.weights import read_weights
 
 
 def describe_config(config: StageConfig, run: Path, world: World) -> str:
@@ -74,7 +73,7 @@ def describe_folder(name: str, reach: tuple[str, float] | None = None) -> str:
             path, values, _, trained_on = artifacts.find(name, kind)
         except artifacts.MissingArtifact:
             continue
-        state = read_weights(path / "model.safetensors")
+        state = artifacts.read_stored(path)
         types = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}))
         count = sum(tensor.numel() for tensor in state.values())
         lines.append(f"  {kind}: {len(state)} tensors, {count:,} numbers, {types}")

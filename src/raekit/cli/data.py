@@ -1,0 +1,75 @@
+"""Commands about datasets."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from rich.table import Table
+from tyro.conf import Positional
+
+from raekit.cli import console
+from raekit.errors import UserError
+from raekit.files import check_file
+from raekit.progress import Display
+
+if TYPE_CHECKING:
+    from raekit.data.overview import Overview
+
+MOST = 20
+"""The most rows of a table."""
+
+
+def data_show(
+    source: Positional[str],
+    split: Literal["train", "heldout", "all"] = "all",
+    count: int = 1000,
+    out: Path | None = None,
+) -> None:
+    """Look at a dataset before training: classes, sizes, unreadable images, and a montage.
+
+    Example: raekit data show folder:images --out montage.png
+
+    Args:
+        source: Images: emoji, folder:DIR, flat:DIR, idx:DIR, hf:DIR, npz:FILE, zip:FILE or tar:FILE.
+        split: Split of the data source.
+        count: Number of images to decode, evenly spread over the dataset.
+        out: Output file (.png) for a montage of up to 64 images. None: no montage.
+    """
+    from raekit.data.overview import look_at
+    from raekit.files import whole
+
+    if count < 1:
+        raise UserError(f"--count: {count} must be at least 1")
+    if out:
+        check_file(out, ".png")
+    with Display(console.err) as progress:
+        found = look_at(source, split, count, progress)
+    unlabelled = f", {found.unlabelled:,} without a class" if found.classes and found.unlabelled else ""
+    console.out.print(f"{source}: {found.images:,} images, {len(found.classes)} classes{unlabelled}")
+    _print_classes(found)
+    if len(found.sizes):
+        table = Table(f"of {found.looked_at:,} images", "smallest", "median", "largest", box=None)
+        sides = {"width": found.sizes[:, 0], "height": found.sizes[:, 1], "short side": found.sizes.min(1)}
+        for name, values in sides.items():
+            ordered = sorted(values.tolist())
+            table.add_row(name, *(f"{each:,}" for each in (ordered[0], ordered[len(ordered) // 2], ordered[-1])))
+        console.out.print(table)
+    console.out.print(f"{len(found.unreadable)} of {found.looked_at:,} images cannot be read")
+    for name, reason in [*found.unreadable.items()][:MOST]:
+        console.out.print(f"  {name}: {reason}")
+    if out and found.montage:
+        with whole(out) as partial:
+            found.montage.save(partial, format="PNG")
+        console.out.print(f"montage: {out}")
+
+
+def _print_classes(found: "Overview") -> None:
+    """Print the number of images of each class; of many classes, the smallest and the largest."""
+    rows = sorted(found.classes.items(), key=lambda row: -row[1])
+    cut = len(rows) > MOST
+    if cut:
+        rows = rows[: MOST // 2] + rows[-MOST // 2 :]
+    table = Table("class" + (" (largest and smallest)" if cut else ""), "images", box=None)
+    for name, number in rows:
+        table.add_row(name, f"{number:,}")
+    if rows:
+        console.out.print(table)

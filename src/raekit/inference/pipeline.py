@@ -1,0 +1,530 @@
+"""One object for all that a trained model does: generate, interpolate, vary, reconstruct, encode and decode."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+from io import BytesIO
+from pathlib import Path
+from typing import Any, Literal, Self, overload
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from raekit.artifacts import MissingArtifact
+from raekit.data.images import read_image
+from raekit.data.transforms import center_crop, to_rgb
+from raekit.distributed import World
+from raekit.errors import UserError
+from raekit.files import check_file, check_folder, whole
+from raekit.flow.guidance import Guidance, parse_guidance
+from raekit.flow.path import to_data
+from raekit.flow.sampling import Sampling, Watch, check_sampling, denoise, sample_noise, slerp
+from raekit.flow.solvers import SolverName, time_grid
+from raekit.inference.generation import (
+    BatchSize,
+    Seed,
+    fitting_batch,
+    generate,
+    images_to_noise,
+    interpolate,
+    random_labels,
+    trajectory,
+)
+from raekit.inference.model import Model, reconstruct
+from raekit.models.autoencoder import load_autoencoder
+from raekit.models.denoiser import Denoiser
+from raekit.models.latent_space import LatentSpace
+from raekit.pages import embed
+from raekit.pictures import from_pil, grid, to_pil
+
+Output = Literal["pil", "pt", "np"]
+Input = Image.Image | str | Path | Tensor | Sequence[Image.Image | str | Path]
+"""Images: PIL images, files, or a tensor (B, 3, H, W) in [0, 1]."""
+Callback = Callable[[int, int, Callable[[], list[Image.Image]]], object]
+"""A function that is called at each step of the solver with (step, total, preview). `preview()` returns the images of
+the present batch as the model predicts them at this step. An exception of the function stops the work."""
+SHOWN = 64
+"""The most images that a notebook shows of one result."""
+
+
+@dataclass(frozen=True, repr=False)
+class Pictures(Sequence[Any]):
+    """Images, and what they were made from. A sequence of the images.
+
+    Attributes:
+        images: PIL images; or float32 in [0, 1], as a tensor (N, 3, H, W) or an array (N, H, W, 3).
+        labels: the class of each image, None without a class.
+        seeds: the seed of each image, None for an image that was not made from a seed.
+        columns: the width of the grid. None makes the grid as square as possible.
+    """
+
+    images: Any
+    labels: tuple[str | None, ...]
+    seeds: tuple[int | None, ...]
+    columns: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @overload
+    def __getitem__(self, index: int) -> Any: ...
+    @overload
+    def __getitem__(self, index: slice) -> Any: ...
+    def __getitem__(self, index: int | slice) -> Any:
+        return self.images[index]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.images)
+
+    def __repr__(self) -> str:
+        classes = ", ".join(sorted({label for label in self.labels if label is not None}))
+        return f"{len(self)} images" + (f" of {classes}" if classes else "")
+
+    def pil(self) -> list[Image.Image]:
+        """Return the images as PIL images, whatever `output` was."""
+        if isinstance(self.images, list):
+            return self.images
+        tensors = self.images if isinstance(self.images, Tensor) else torch.from_numpy(self.images).permute(0, 3, 1, 2)
+        return [to_pil(image) for image in tensors]
+
+    def grid(self) -> Image.Image:
+        """Return one image with all images side by side."""
+        return grid(self.pil(), self.columns)
+
+    def save(self, path: str | Path) -> None:
+        """Write the grid to a .png or .webp file, or every image to a folder."""
+        path = Path(path)
+        if path.suffix.lower() in (".png", ".webp"):
+            check_file(path)
+            with whole(path) as partial:
+                self.grid().save(partial, format=path.suffix[1:].upper(), lossless=True)
+            return
+        check_folder(path)
+        for number, image in enumerate(self.pil()):
+            with whole(path / f"{number:06d}.png") as partial:
+                image.save(partial, format="PNG")
+
+    def _repr_html_(self) -> str:
+        """Return the images with their classes and seeds, for notebooks."""
+        cells = []
+        for image, label, seed in zip(self.pil()[:SHOWN], self.labels, self.seeds, strict=False):
+            file = BytesIO()
+            image.save(file, format="PNG")
+            facts = [*([label] if label is not None else []), *([f"seed {seed}"] if seed is not None else [])]
+            cells.append(
+                f'<figure style="margin:0"><img src="{embed(file.getvalue())}" style="width:100%">'
+                f'<figcaption style="font-size:smaller">{escape(", ".join(facts))}</figcaption></figure>'
+            )
+        across = min(self.columns or math.ceil(math.sqrt(len(cells))), 12) or 1
+        more = f"<p>and {len(self) - SHOWN} more</p>" if len(self) > SHOWN else ""
+        style = f"display:grid;grid-template-columns:repeat({across},minmax(0,160px));gap:4px"
+        return f'<div style="{style}">{"".join(cells)}</div>{more}'
+
+
+class Pipeline:
+    """A trained model, ready to use.
+
+        pipe = raekit.Pipeline.from_pretrained("builtin:emoji")
+        pipe(classes=["flags"] * 4, guidance=3.0)
+
+    Image i of a call has its own seed, `seed` + i, and depends only on this seed, its class and the settings (with
+    dopri5 also on its batch, within the tolerance). `raekit.generate` is the layer below, which streams batches and
+    runs in several processes.
+
+    Args:
+        autoencoder: the autoencoder.
+        denoiser: the denoiser. Without a denoiser, only `reconstruct`, `encode` and `decode` work.
+        name: the name that the model was loaded by.
+    """
+
+    def __init__(self, autoencoder: LatentSpace, denoiser: Denoiser | None = None, name: str | None = None) -> None:
+        self.autoencoder, self.denoiser, self.name = autoencoder, denoiser, name
+        self._model = Model(autoencoder, denoiser) if denoiser else None
+        self._ema: float | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        revision: str | None = None,
+        ema: float | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Self:
+        """Load a model.
+
+        Args:
+            name: `builtin:NAME`, a published name (`raekit.list_models`), a model folder, a run, or OWNER/NAME on the
+                Hub.
+            revision: a branch, tag or commit of the repository on the Hub. Default: its main branch.
+            ema: the decay of the weight average of the denoiser. Default: the first average.
+            dtype: float32 or bfloat16, as in `raekit.load`.
+
+        Raises:
+            UserError: there is no such model, or a file is missing or damaged.
+        """
+        full = f"{name}@{revision}" if revision else str(name)
+        autoencoder = load_autoencoder(full, dtype)
+        try:
+            denoiser = Denoiser.load(full, ema, dtype)
+        except MissingArtifact:
+            if ema is not None:
+                raise
+            denoiser = None
+        made = cls(autoencoder, denoiser, full)
+        made._ema = ema
+        return made
+
+    @property
+    def model(self) -> Model:
+        """The autoencoder and the denoiser. UserError if there is no denoiser."""
+        if self._model is None:
+            raise UserError(f"{self.name}: has no denoiser, so it cannot generate; load a model that has one")
+        return self._model
+
+    @property
+    def device(self) -> torch.device:
+        return self.autoencoder.var.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that the weights are held in."""
+        return next(self.autoencoder.decoder.parameters(), self.autoencoder.var).dtype
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes in the order of their ids; empty without classes."""
+        return self._model.classes if self._model else ()
+
+    def to(self, place: str | torch.device | torch.dtype) -> Self:
+        """Move the model to a device, or load its weights again in another type. Returns the pipeline itself.
+
+        Raises:
+            UserError: the type is neither float32 nor bfloat16, or the model was not loaded by name.
+        """
+        if isinstance(place, torch.dtype):
+            if place == self.dtype:
+                return self
+            if self.name is None:
+                raise UserError("to: this model is only in memory; save it, and load it with dtype=")
+            # Loading again is exact: weights that are once rounded to bfloat16 stay rounded.
+            device, again = self.device, type(self).from_pretrained(self.name, ema=self._ema, dtype=place)
+            self.autoencoder, self.denoiser, self._model = again.autoencoder, again.denoiser, again._model
+            return self.to(device)
+        for part in (self.autoencoder, self.denoiser):
+            if part is not None:
+                part.to(place)
+        return self
+
+    def __repr__(self) -> str:
+        parts = [self.autoencoder.decoder, *([self.denoiser] if self.denoiser else [])]
+        numbers = sum(p.numel() for part in parts for p in part.parameters())
+        size = " x ".join(map(str, self.autoencoder.image_shape))
+        kind = str(self.dtype).removeprefix("torch.")
+        classes = f", {len(self.classes)} classes" if self.classes else ""
+        return f"Pipeline({self.name}: {size} pixels{classes}, {numbers / 1e6:.1f} M parameters, {kind}, {self.device})"
+
+    def __call__(
+        self,
+        classes: str | Sequence[str] | None = None,
+        *,
+        labels: Sequence[int] | None = None,
+        count: int = 1,
+        seed: Seed = 0,
+        guidance: "float | str | Guidance | Sequence[Guidance] | None" = None,
+        steps: int = 50,
+        solver: SolverName = "euler",
+        output: Output = "pil",
+        callback: Callback | None = None,
+        batch_size: BatchSize = "auto",
+        **sampling: Any,
+    ) -> Pictures:
+        """Generate images.
+
+        Args:
+            classes: class names, parts of names, or ids as text. Default: random classes, which depend on the seeds.
+            labels: class ids, instead of `classes`.
+            count: the number of images: of each class that is given, otherwise in total.
+            seed: the seed of the first image; the others follow. Or a seed for each image.
+            guidance: the scale of classifier-free guidance; a text such as `cfg:2.0@0.1-0.9`; or `Guidance`. None and 1
+                mean no guidance.
+            steps: the solver's steps.
+            solver: the solver, see `Sampling`.
+            output: PIL images, a tensor (N, 3, H, W) or an array (N, H, W, 3), in [0, 1].
+            callback: called at each step with (step, total, preview), see `Callback`.
+            batch_size: the number of images in a batch.
+            **sampling: further fields of `Sampling`: grid, reuse, weak, atol, rtol.
+
+        Raises:
+            UserError: there is no such class, or a setting is invalid.
+        """
+        ids, seeds = self._samples(classes, labels, count, seed)
+        settings = Sampling(steps=steps, solver=solver, guidance=_rules(guidance), **sampling)
+        size = fitting_batch(self.model, settings, batch_size, World(device=self.device))
+        watch = self._watch(settings, callback, math.ceil(len(seeds) / size))
+        batches = generate(
+            self.model,
+            ids,
+            count=None if ids else len(seeds),
+            seed=seeds,
+            sampling=settings,
+            batch_size=size,
+            watch=watch,
+        )
+        return self._pictures([batch.images for batch in batches], output, ids, seeds)
+
+    def interpolate(
+        self,
+        seeds: tuple[int, int],
+        classes: str | tuple[str, str] | None = None,
+        *,
+        frames: int = 8,
+        guidance: "float | str | Guidance | Sequence[Guidance] | None" = None,
+        steps: int = 50,
+        solver: SolverName = "euler",
+        output: Output = "pil",
+        callback: Callback | None = None,
+        **sampling: Any,
+    ) -> Pictures:
+        """Generate a row of images from one image to another, see `raekit.inference.generation.interpolate`.
+
+        Args:
+            seeds: the seeds of the first and the last image, which the pipeline makes from the same seeds and classes.
+            classes: the classes of both, or one class for both. Default: no class.
+            frames: the number of images, with the first and the last.
+            guidance: see `__call__`; so are the other arguments.
+        """
+        ends = (classes, classes) if isinstance(classes, str) else classes
+        ids = (self.model.class_id(ends[0]), self.model.class_id(ends[1])) if ends else None
+        settings = Sampling(steps=steps, solver=solver, guidance=_rules(guidance), **sampling)
+        size = fitting_batch(self.model, settings, "auto", World(device=self.device))
+        watch = self._watch(settings, callback, math.ceil(frames / size))
+        batches = interpolate(
+            self.model, seeds=seeds, labels=ids, frames=frames, sampling=settings, batch_size=size, watch=watch
+        )
+        images = [batch.images for batch in batches]
+        made = self._pictures(images, output, None, [None] * frames, columns=frames)
+        middle = [None] * (frames - 2)
+        names = (self.classes[ids[0]], *middle, self.classes[ids[1]]) if ids else made.labels
+        return Pictures(made.images, names, (seeds[0], *middle, seeds[1]), frames)
+
+    def trajectory(
+        self,
+        classes: str | Sequence[str] | None = None,
+        *,
+        labels: Sequence[int] | None = None,
+        count: int = 1,
+        seed: Seed = 0,
+        frames: int = 8,
+        guidance: "float | str | Guidance | Sequence[Guidance] | None" = None,
+        steps: int = 50,
+        solver: SolverName = "euler",
+        output: Output = "pil",
+        callback: Callback | None = None,
+        **sampling: Any,
+    ) -> Pictures:
+        """Return how images form, from noise to the finished image: `frames` images in a row for each sample.
+
+        The last image of a row is what the pipeline returns for the same seed, class and settings. The arguments are
+        those of `__call__`, and `frames`, the number of images in a row.
+        """
+        ids, seeds = self._samples(classes, labels, count, seed)
+        settings = Sampling(steps=steps, solver=solver, guidance=_rules(guidance), **sampling)
+        number = None if ids else len(seeds)
+        watch = self._watch(settings, callback, 1)
+        _, images = trajectory(self.model, ids, count=number, frames=frames, seed=seeds, sampling=settings, watch=watch)
+        each = None if ids is None else [label for label in ids for _ in range(frames)]
+        rows = [images.transpose(0, 1).flatten(0, 1)]
+        return self._pictures(rows, output, each, [s for s in seeds for _ in range(frames)], columns=frames)
+
+    @torch.no_grad()
+    def variations(
+        self,
+        image: Image.Image | str | Path | Tensor,
+        strength: float = 0.3,
+        classes: str | None = None,
+        *,
+        count: int = 4,
+        seed: Seed = 0,
+        guidance: "float | str | Guidance | Sequence[Guidance] | None" = None,
+        steps: int = 50,
+        solver: SolverName = "euler",
+        output: Output = "pil",
+        callback: Callback | None = None,
+        **sampling: Any,
+    ) -> Pictures:
+        """Return images that resemble a given image.
+
+        The flow takes the image back to its noise, without guidance. The noise is moved along the great circle towards
+        other noise, and the flow makes an image of it again.
+
+        Args:
+            image: the image.
+            strength: how far to move: 0 gives the image itself, up to the solver's error, 1 an independent sample.
+            classes: the class of the image and its variations. Default: no class.
+            count: the number of variations.
+            seed: the seed of the first variation's other noise; the others follow. Or a seed for each.
+            guidance: see `__call__`; so are the other arguments.
+        """
+        if not 0 <= strength <= 1:
+            raise UserError(f"strength: {strength} must be from 0 to 1")
+        seeds = _seeds(seed, count)
+        model, settings = self.model, Sampling(steps=steps, solver=solver, guidance=_rules(guidance), **sampling)
+        ids = None if classes is None else [model.class_id(classes)] * len(seeds)
+        check_sampling(settings, model.denoiser, ids is not None)
+        plain = Sampling(steps=steps, solver="euler" if solver == "euler-maruyama" else solver)
+        start = images_to_noise(model, self.tensor(image)[:1], ids and ids[:1], plain)[0]
+        way = torch.tensor([strength])
+
+        def noise(stream: str) -> Tensor:
+            other = [sample_noise(model.denoiser, each, stream, [0])[0] for each in seeds]
+            if stream != "sample":
+                return torch.stack(other).to(self.device)
+            return torch.cat([slerp(start.cpu(), each, way) for each in other]).to(self.device)
+
+        chosen = None if ids is None else torch.tensor(ids, device=self.device)
+        watch = self._watch(settings, callback, 1)
+        images = self.autoencoder.decode(denoise(model.denoiser, noise, chosen, settings, watch=watch))
+        return self._pictures([images], output, ids, seeds)
+
+    def reconstruct(self, images: Input, *, output: Output = "pil") -> Pictures:
+        """Encode and decode images. An image that is not square is cropped to its central square."""
+        return self._plain(reconstruct(self.autoencoder, self.tensor(images)), output)
+
+    def encode(self, images: Input) -> Tensor:
+        """Return the whitened latents (B, C, h, w) of images."""
+        return self.autoencoder.encode(self.tensor(images))
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, *, output: Output = "pil") -> Pictures:
+        """Return the images of whitened latents (B, C, h, w)."""
+        return self._plain(self.autoencoder.decode(latents.to(self.device)), output)
+
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
+        """Write the model to a folder, for `from_pretrained`.
+
+        Args:
+            folder: the model folder.
+            dtype: the type to store the weights in. Default: the type that they have.
+        """
+        self.autoencoder.save(Path(folder), dtype=dtype)
+        if self.denoiser:
+            self.denoiser.save(Path(folder), dtype=dtype, ema=self._ema)
+
+    def push_to_hub(self, repository: str, *, private: bool = False, dtype: torch.dtype | None = None) -> str:
+        """Publish the model with a model card on the Hub, and return its address. `raekit push` adds facts and scores.
+
+        Args:
+            repository: OWNER/NAME. The repository is created if it does not exist.
+            private: whether a new repository is private.
+            dtype: the type to store the weights in. Default: the type that they have.
+        """
+        from raekit.inference.publish import prepared, push  # `publish` uses pipelines
+
+        with prepared(self, repository, dtype=dtype) as folder:
+            return push(folder, repository, private=private)
+
+    def _samples(
+        self, classes: str | Sequence[str] | None, labels: Sequence[int] | None, count: int, seed: Seed
+    ) -> tuple[list[int] | None, list[int]]:
+        """Return the class id (None without classes) and the seed of each image."""
+        if classes is not None and labels is not None:
+            raise UserError("labels: no effect with classes; give only one of the two")
+        if count < 1:
+            raise UserError(f"count: {count} must be at least 1")
+        if classes is not None:
+            names = [classes] if isinstance(classes, str) else classes
+            labels = [self.model.class_id(name) for name in names]
+        if labels is not None:
+            ids = [label for label in labels for _ in range(count)]
+            return ids, _seeds(seed, len(ids))
+        seeds = _seeds(seed, count)
+        return (random_labels(self.model, seeds, len(seeds)) if self.model.classes else None), seeds
+
+    def _watch(self, sampling: Sampling, callback: Callback | None, batches: int) -> Watch | None:
+        """Return the observer of the solver that calls `callback` once for each step."""
+        if callback is None:
+            return None
+        times = time_grid(sampling.steps, self.model.denoiser.config.shift, sampling.grid)[:-1]
+        before, last, total = -len(times), 0, len(times) * batches
+
+        def watch(x: Tensor, v: Tensor, t: float) -> None:
+            nonlocal before, last
+            if t >= times[0]:  # each batch starts here, and comes here only once
+                before, last = before + len(times), 0
+            step = max(sum(t <= each for each in times), 1)
+
+            def preview() -> list[Image.Image]:
+                data = to_data(x, v, torch.full((len(x),), t, device=x.device))
+                return [to_pil(image) for image in self.autoencoder.decode(data)]
+
+            if step > last:
+                last = step
+                callback(min(before + step, total), total, preview)
+
+        return watch
+
+    def tensor(self, images: Input) -> Tensor:
+        """Return images as a tensor (B, 3, H, W) in [0, 1] on the device of the model.
+
+        PIL images and files are cropped to their central square, and scaled to the size of the model's images.
+        """
+        if isinstance(images, Tensor):
+            return images.to(self.device)
+        several = [images] if isinstance(images, Image.Image | str | Path) else list(images)
+        if not several:
+            raise UserError("images: none are given; give at least one")
+        size = self.autoencoder.image_size
+        squares = [
+            center_crop(to_rgb(each), size) if isinstance(each, Image.Image) else read_image(Path(each), size)
+            for each in several
+        ]
+        return torch.stack([from_pil(square) for square in squares]).to(self.device)
+
+    def _plain(self, images: Tensor, output: Output) -> Pictures:
+        return self._pictures([images], output, None, [None] * len(images))
+
+    def _pictures(
+        self,
+        batches: Sequence[Tensor],
+        output: Output,
+        ids: Sequence[int] | None,
+        seeds: Sequence[int | None],
+        columns: int | None = None,
+    ) -> Pictures:
+        tensors, made = torch.cat([batch.cpu() for batch in batches]), None
+        match output:
+            case "pil":
+                made = [to_pil(image) for image in tensors]
+            case "pt":
+                made = tensors
+            case "np":
+                made = tensors.permute(0, 2, 3, 1).numpy()
+            case _:
+                raise UserError(f"output: {output!r} is none of pil, pt, np")
+        labels = [None] * len(tensors) if ids is None else [self.classes[label] for label in ids]
+        return Pictures(made, tuple(labels), tuple(seeds), columns)
+
+
+def _seeds(seed: Seed, count: int) -> list[int]:
+    """Return a seed for each of `count` images."""
+    seeds = list(range(seed, seed + count)) if isinstance(seed, int) else list(seed)
+    if len(seeds) != count:
+        raise UserError(f"seed: {len(seeds)} seeds for {count} images; give one seed, or one for each image")
+    return seeds
+
+
+def _rules(guidance: float | str | Guidance | Sequence[Guidance] | None) -> tuple[Guidance, ...]:
+    """Return guidance, given in any form, as rules."""
+    match guidance:
+        case None:
+            return ()
+        case str():
+            return parse_guidance(guidance)
+        case Guidance():
+            return (guidance,)
+        case int() | float():
+            return () if guidance == 1 else (Guidance(scale=float(guidance)),)
+    return tuple(guidance)

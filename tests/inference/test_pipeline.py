@@ -1,0 +1,251 @@
+import re
+import shutil
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from raekit import hub
+from raekit.data.images import read_image
+from raekit.errors import UserError
+from raekit.flow.guidance import Guidance
+from raekit.flow.sampling import Sampling
+from raekit.inference.catalogue import list_encoders, list_models
+from raekit.inference.generation import generate, random_labels
+from raekit.inference.model import Model, reconstruct
+from raekit.inference.pipeline import Pipeline
+from raekit.models.denoiser import Denoiser
+from raekit.models.denoiser_config import DenoiserConfig, TransformerConfig
+from raekit.pictures import to_pil
+
+FEW: dict[str, Any] = {"steps": 3}
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_model) -> Pipeline:
+    return Pipeline.from_pretrained(tiny_model)
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    return torch.allclose(a, b, atol=1e-5)
+
+
+def test_images_come_with_their_classes_and_seeds(pipe):
+    made = pipe(classes=["red", "blue"], count=2, seed=5, **FEW)
+    assert made.labels == ("red", "red", "blue", "blue")
+    assert made.seeds == (5, 6, 7, 8)
+    assert [image.size for image in made] == [(16, 16)] * 4
+    assert repr(made) == "4 images of blue, red"
+    assert made.grid().size == (2 * 18 + 2, 2 * 18 + 2)
+
+
+def test_an_image_depends_on_its_own_seed_and_class(pipe):
+    many = pipe(labels=[2, 0, 1], seed=[4, 9, 6], output="pt", batch_size=2, **FEW).images
+    assert same(pipe(classes="green", seed=6, output="pt", **FEW).images[0], many[2])
+    plain = generate(pipe.model, [0], seed=9, sampling=Sampling(steps=3))
+    assert same(next(plain).images[0], many[1])
+    assert not same(many[0], many[1])
+
+
+def test_outputs_hold_the_same_images(pipe):
+    pt, array, pil = (pipe(count=2, output=output, **FEW) for output in ("pt", "np", "pil"))
+    assert pt.images.shape == (2, 3, 16, 16)
+    assert np.array_equal(array.images, pt.images.permute(0, 2, 3, 1).numpy())
+    for other in (pt, array):
+        assert [image.tobytes() for image in other.pil()] == [image.tobytes() for image in pil]
+    with pytest.raises(UserError, match="output: 'jpeg' is none of pil, pt, np"):
+        pipe(output="jpeg", **FEW)
+
+
+def test_classes_are_random_functions_of_the_seeds_by_default(pipe):
+    labels = pipe(count=6, seed=2, **FEW).labels
+    assert len({*labels}) > 1
+    assert pipe(count=1, seed=4, **FEW).labels[0] == labels[2]
+    drawn = random_labels(pipe.model, 0, 300)
+    assert {drawn.count(label) > 60 for label in range(3)} == {True}
+
+
+@pytest.mark.parametrize("guidance", [2.0, 2, "cfg:2.0", Guidance(scale=2.0), [Guidance(scale=2.0)]])
+def test_guidance_in_any_form(pipe, guidance):
+    wanted = next(generate(pipe.model, [1], sampling=Sampling(steps=3, guidance=(Guidance(scale=2.0),)))).images
+    assert same(pipe(classes="green", guidance=guidance, output="pt", **FEW).images, wanted)
+    assert not same(pipe(classes="green", guidance=1, output="pt", **FEW).images, wanted)
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "abm", "dopri5"])
+def test_a_callback_hears_of_every_step_and_sees_the_images(pipe, solver):
+    calls, shown = [], []
+
+    def callback(step, total, preview):
+        calls.append((step, total))
+        shown.append(preview())
+
+    made = pipe(labels=[0, 1, 2], batch_size=2, solver=solver, steps=4, callback=callback)
+    assert calls == [(step, 8) for step in range(1, 9)] or solver == "dopri5"
+    assert calls == sorted({*calls})
+    assert [len(images) for images in shown[:: len(shown) - 1]] == [2, 1]
+    near = np.abs(np.asarray(shown[-1][0], float) - np.asarray(made[2], float)).mean()
+    far = np.abs(np.asarray(shown[0][0], float) - np.asarray(made[2], float)).mean()
+    assert near < far
+
+
+def test_an_exception_of_the_callback_stops_the_work(pipe):
+    def callback(step, total, preview):
+        if step == 2:
+            raise TimeoutError
+
+    with pytest.raises(TimeoutError):
+        pipe(callback=callback, **FEW)
+
+
+def test_ends_of_interpolations_and_trajectories_are_the_pipelines_images(pipe):
+    first, last = (pipe(classes=c, seed=s, output="pt", **FEW).images[0] for c, s in (("red", 3), ("blue", 8)))
+    row = pipe.interpolate((3, 8), ("red", "blue"), frames=4, output="pt", **FEW)
+    assert same(row.images[0], first)
+    assert same(row.images[-1], last)
+    assert row.labels == ("red", None, None, "blue")
+    way = pipe.trajectory(labels=[2, 0], seed=[3, 8], frames=3, output="pt", **FEW)
+    assert same(way.images[2], first)
+    assert same(way.images[5], last)
+    assert way.seeds == (3, 3, 3, 8, 8, 8)
+    assert way.grid().size == (3 * 18 + 2, 2 * 18 + 2)
+
+
+def test_variations_leave_the_image_by_their_strength(pipe):
+    image = pipe(classes="red", seed=1, output="pt", steps=20)
+    settings = {"classes": "red", "steps": 20, "solver": "heun", "output": "pt", "count": 2}
+    kept, near, far = (pipe.variations(image.images, s, **settings).images for s in (0.0, 0.2, 1.0))
+    assert same(kept[0], kept[1])
+    errors = [(each - kept).abs().mean().item() for each in (near, far)]
+    assert 0 < errors[0] < errors[1]
+    assert same(far[0], pipe(classes="red", seed=0, steps=20, solver="heun", output="pt").images[0])
+    with pytest.raises(UserError, match=r"strength: 1\.5 must be from 0 to 1"):
+        pipe.variations(image.images, 1.5)
+
+
+def test_images_of_any_kind_are_encoded_and_reconstructed(pipe, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    image.save(tmp_path / "image.png")
+    tensor = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
+    wanted = reconstruct(pipe.autoencoder, tensor)
+    for given in (image, [image], str(tmp_path / "image.png"), [tmp_path / "image.png"], tensor):
+        assert same(pipe.reconstruct(given, output="pt").images, wanted)
+    assert same(pipe.decode(pipe.encode(image), output="pt").images, wanted)
+    assert pipe.reconstruct([image, Image.new("L", (40, 30))])[1].size == (16, 16)
+    with pytest.raises(UserError, match=r"no\.png: no such file"):
+        pipe.encode(tmp_path / "no.png")
+    with pytest.raises(UserError, match="images: none are given"):
+        pipe.encode([])
+
+
+def test_results_are_shown_in_notebooks_and_written(pipe, tmp_path):
+    made = pipe(classes="red", count=2, **FEW)
+    page = made._repr_html_()
+    assert page.count("data:image/png;base64,") == 2
+    assert "red, seed 1" in page
+    made.save(tmp_path / "grid.webp")
+    made.save(tmp_path / "folder")
+    assert np.array_equal(np.asarray(read_image(tmp_path / "folder" / "000001.png", 16)), np.asarray(made[1]))
+    with Image.open(tmp_path / "grid.webp") as grid:
+        assert grid.size == made.grid().size
+
+
+def test_a_pipeline_is_saved_loaded_and_moved(pipe, tiny_model, tmp_path):
+    pipe.save_pretrained(tmp_path / "model")
+    again = Pipeline.from_pretrained(str(tmp_path / "model"))
+    assert again(labels=[1], **FEW)[0].tobytes() == pipe(labels=[1], **FEW)[0].tobytes()
+    assert again.to("cpu") is again
+    exact = again.autoencoder.decoder.out.weight.clone()
+    assert again.to(torch.bfloat16).dtype == torch.bfloat16
+    assert re.fullmatch(
+        r"Pipeline\(.*model: 16 x 16 pixels, 3 classes, 0\.0 M parameters, bfloat16, cpu\)", repr(again)
+    )
+    assert torch.equal(again.to(torch.float32).autoencoder.decoder.out.weight, exact)
+    with pytest.raises(UserError, match="only in memory"):
+        Pipeline(pipe.autoencoder, pipe.denoiser).to(torch.bfloat16)
+
+
+def test_an_autoencoder_without_a_denoiser_only_reconstructs(pipe, tiny_model, tmp_path):
+    shutil.copytree(tiny_model, tmp_path / "model")
+    shutil.rmtree(tmp_path / "model" / "denoiser")
+    alone = Pipeline.from_pretrained(tmp_path / "model")
+    image = Image.new("RGB", (16, 16), "red")
+    assert same(alone.encode(image), pipe.encode(image))
+    assert "classes" not in repr(alone)
+    with pytest.raises(UserError, match="model: has no denoiser, so it cannot generate"):
+        alone(**FEW)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"classes": ["purple"]}, "class 'purple': no such class"),
+        ({"labels": [3]}, "labels: 3 is not among"),
+        ({"classes": "red", "labels": [0]}, "labels: no effect with classes"),
+        ({"count": 0}, "count: 0 must be at least 1"),
+        ({"seed": [1, 2]}, "seed: 2 seeds for 1 images"),
+        ({"guidance": "cfg"}, "guidance: 'cfg' is not of the form"),
+        ({"solver": "rk4"}, "solver: 'rk4' is none of"),
+    ],
+)
+def test_wrong_settings_are_one_clear_error(pipe, options, words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        pipe(**options)
+
+
+def named(model: Model, names: tuple[str, ...]) -> Model:
+    part = TransformerConfig(width=16, depth=1, heads=2)
+    sizes = {"channels": 16, "grid": (4, 4), "backbone": part, "num_classes": len(names), "class_names": names}
+    return Model(model.autoencoder, Denoiser(DenoiserConfig(**sizes)))
+
+
+def test_a_class_is_found_by_a_part_of_its_name_that_occurs_once(pipe):
+    model = named(
+        pipe.model, ("golden retriever", "flat-coated retriever", "lion", "sea lion", "tabby", *"abcdefghijklmnop")
+    )
+    assert [model.class_id(name) for name in ("golden", "Golden Retriever", "lion", "SEA", "tab")] == [0, 0, 2, 3, 4]
+    with pytest.raises(
+        UserError, match="'retriever': stands for golden retriever, flat-coated retriever; give a longer"
+    ):
+        model.class_id("retriever")
+    with pytest.raises(UserError, match="'goldn retreiver': no such class; did you mean golden retriever"):
+        model.class_id("goldn retreiver")
+    with pytest.raises(UserError, match=r"no such class; the classes are golden retriever, .*, o and 1 more$"):
+        model.class_id("123456")
+
+
+def test_published_models_are_listed_with_their_facts(monkeypatch, tmp_path):
+    monkeypatch.setenv("RAEKIT_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    found = {each.name: each for each in list_models()}
+    assert {"builtin:emoji", "rae-dinov2-b", "dit-dh-xl-256"} <= found.keys()
+    assert "builtin:vit-tiny" not in found
+    emoji, published = found["builtin:emoji"], found["dit-dh-xl-512"]
+    assert (emoji.image_size, emoji.classes, emoji.cached) == (64, 9, True)
+    assert (published.image_size, published.classes, published.encoder) == (512, 1000, "dinov2-b")
+    assert (published.licence, published.cached) == ("apache-2.0", False)
+    assert published.parameters - found["rae-dinov2-b-512"].parameters == pytest.approx(838.7e6 - 0.9e6, rel=2e-3)
+    assert [each.name for each in list_models("siglip")] == ["rae-siglip2-b"]
+    (tmp_path / "rae-siglip2-b" / "autoencoder").mkdir(parents=True)
+    assert hub.published
+    assert hub.published().in_cache("rae-siglip2-b")  # type: ignore[attr-defined]
+    dinov3 = next(each for each in list_encoders("dinov3-l"))
+    assert (dinov3.width, dinov3.tokens, dinov3.licence) == (1024, 256, "dinov3-license")
+
+
+def test_the_classes_of_imagenet_have_names():
+    from raekit.formats.releases import DENOISERS
+
+    names = DENOISERS["dit-dh-xl-256"].config.class_names
+    assert len({*names}) == 1000
+    assert (names[0], names[207], names[999]) == ("tench", "golden retriever", "toilet tissue")
+
+
+def test_a_seed_for_each_sample_must_be_given_for_each(pipe):
+    with pytest.raises(UserError, match="seed: 2 seeds for 3 samples"):
+        next(generate(pipe.model, [0, 1, 2], seed=[1, 2]))
+    assert to_pil(next(generate(pipe.model, [0], seed=[7], sampling=Sampling(steps=2))).images[0]).size == (16, 16)
