@@ -200,6 +200,7 @@ def test_numbers_must_be_finite(value: float):
             from_dict(make, {"rate": value}, "file.json")
     with pytest.raises(UserError, match=r"scale: .* must be a finite number"):
         Child(scale=value)
-    for config, field in ((OptimConfig, "lr"), (DecoderLossConfig, "noise")):
+    configs: Any = ((OptimConfig, "lr"), (DecoderLossConfig, "noise"))
+    for config, field in configs:
         with pytest.raises(UserError, match=f"{field}: .* must be a finite number"):
             config(**{field: value})

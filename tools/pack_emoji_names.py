@@ -10,6 +10,7 @@ from pathlib import Path
 
 from emoji import EMOJI_DATA  # pyright: ignore[reportMissingImports]
 
+from raekit.data.sources.base import parse_address
 from raekit.data.sources.emoji import NAMES, Emoji, code_points
 
 ASSETS = Path(__file__).parents[1] / "src/raekit/assets/emoji/data"
@@ -19,6 +20,6 @@ if __name__ == "__main__":
     for characters, about in EMOJI_DATA.items():
         points = "-".join(f"{ord(character):04x}" for character in characters if character != "\ufe0f")
         names.setdefault(points, about["en"].strip(":").replace("_", " "))
-    wanted = sorted({code_points(file) for file in Emoji("emoji", Path(), "all").files})
+    wanted = sorted({code_points(file) for file in Emoji(parse_address("emoji"), "all").files})
     lines = (f"{points} {names[points]}\n" for points in wanted)
     (ASSETS / NAMES).write_text("".join(lines), encoding="utf-8")

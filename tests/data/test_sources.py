@@ -516,7 +516,8 @@ def test_a_stamp_includes_linked_folders(tmp_path):
 
 
 def test_every_emoji_has_its_name():
-    source = Emoji("emoji", Path(), "all")
+    source = open_source("emoji", "all")
+    assert isinstance(source, Emoji)
     captions = dict(zip(source.files, source.captions, strict=True))
     assert captions["smileys-emotion/noto-1f63b.webp"] == "smiling cat with heart-eyes"
     assert captions["flags/noto-1f1e9-1f1ef.webp"] == "Djibouti"

@@ -135,9 +135,9 @@ def test_parse_names_the_text_and_the_form(text: str):
         ("cfg:2@0.5-1.5", "interval 0.5-1.5"),
         ("auto:1", "scale of 1 has no effect"),
         ("cfg:2+internal:1.0", "scale of 1 has no effect"),
-        ("cfg:nan", "scale of nan"),
-        ("cfg:inf", "scale of inf"),
-        ("cfg:2@nan-1", "interval nan-1"),
+        ("cfg:nan", "scale: nan must be a finite number"),
+        ("cfg:inf", "scale: inf must be a finite number"),
+        ("cfg:2@nan-1", "start: nan must be a finite number"),
     ],
 )
 def test_impossible_guidance_is_named(text: str, message: str):

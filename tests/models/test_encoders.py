@@ -702,7 +702,8 @@ def test_own_encoder_is_loaded_from_its_folder(tmp_path: Path):
 
 
 def test_too_many_tokens_are_rejected():
-    for sizes in ({"image_size": 65536, "patch_size": 16}, {"image_size": 1024, "patch_size": 1}):
+    several: Any = ({"image_size": 65536, "patch_size": 16}, {"image_size": 1024, "patch_size": 1})
+    for sizes in several:
         with pytest.raises(UserError, match=r"vit\.tokens: [\d]+ must be from 1 to 65,536"):
             ViTConfig(**sizes, width=16, depth=1, heads=2)
     with pytest.raises(UserError, match=r"encoder\.tokens: \d+ must be from 1 to 65,536"):

@@ -34,6 +34,9 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name))
 
 
+_ALONE = "torch.distributed is disabled"  # the begin of a warning that torch gives to a single process
+
+
 class Writer:
     """Writes the checkpoints of a run, and deletes all but the newest.
 
@@ -50,6 +53,8 @@ class Writer:
         self.folder, self.keep, self.world, self.background = folder, keep, world, background
         # The background has its own connections: its messages would mix with messages of the training.
         self._group: Any = dist.new_group(backend="gloo") if background and world.size > 1 else None
+        if background and world.size == 1:  # the thread that writes warns outside of `_quietly`
+            warnings.filterwarnings("ignore", message=_ALONE)
         self._step = 0  # of the latest save
         self._saving: Future | None = None
 
@@ -253,7 +258,7 @@ def _explained(path: Path, error: BaseException) -> UserError:
 def _quietly() -> Iterator[None]:
     """Hide torch's warning that the process group is disabled, which is intended for a single process."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        warnings.filterwarnings("ignore", message=_ALONE)
         yield
 
 

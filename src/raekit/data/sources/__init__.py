@@ -117,7 +117,10 @@ def listing(uri: str) -> tuple[str, str] | None:
         return None
     found = sorted(found) if address.place else []  # the built-in images have no files of their own
     # Without the path of the source; the files of a pattern may lie in several folders.
-    known = [str(file.relative_to(place)) if place.is_dir() else file.name for file in found]
+    if place.is_dir():
+        known = [str(file.relative_to(place)) for file in found]
+    else:
+        known = [file.name for file in found] if found != [place] else [""]
     names, sizes = (blake2b(scheme.encode(), digest_size=8) for _ in range(2))
     names.update(b"\0".join(map(os.fsencode, known)))
     for file in found[:: max(-(-len(found) // SIZED), 1)]:
