@@ -165,7 +165,7 @@ def test_a_mistyped_command_has_a_suggestion(run, wrong, meant):
         (["raekit", "generate", "--guid"], 2, ["--guidance"]),
         (["raekit", "latents", "c"], 2, ["cache"]),
         (["raekit", "latents", "cache", "--fl"], 3, ["--flip"]),
-        (["raekit", "train", "emoji_e"], 2, ["emoji_encoder"]),
+        (["raekit", "train", "emoji_r"], 2, ["emoji_raev2"]),
     ],
 )
 def test_a_shell_completes_commands_and_options(run, tmp_path, words, index, wanted):

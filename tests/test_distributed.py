@@ -159,7 +159,8 @@ def test_a_world_is_stopped_killed_and_resumed_with_other_launchers(images, tmp_
     train = [*TRAIN, "--data.source", images]
     alone, run = tmp_path / "alone", tmp_path / "run"
     single = launched("raekit", *train, "--train.steps", "120", "--run", str(alone))
-    assert single.wait(300) == 0
+    _, errors = single.communicate(timeout=300)
+    assert single.returncode == 0, errors
 
     meet = ["--nnodes", "2", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
     meet += ["--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "test"]

@@ -7,6 +7,7 @@ trainings start from the built-in models, and the denoiser is trained on the lat
 
 import io
 import platform
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,6 +25,7 @@ from raekit.distributed import world as enter_world
 from raekit.errors import UserError
 from raekit.evaluation.evaluate import evaluate
 from raekit.evaluation.pairs import METRICS
+from raekit.evaluation.reports import read_report
 from raekit.files import whole
 from raekit.flow.guidance import Guidance
 from raekit.flow.sampling import Sampling
@@ -274,12 +276,16 @@ class Demo:
 
     def evaluate(self, name: str, model: Model, baselines: bool) -> Any:
         """Score samples of `model`, and the baselines."""
+        out = self.run / "evaluation" / name
+        if (out / "report.json").is_file():
+            return read_report(out), out
+        shutil.rmtree(out, ignore_errors=True)  # of a killed demo; the held-out images are measured again
         return evaluate(
             model,
             count=72 if self.options.quick else 144,
             sampling=self.sampling(model),
             baselines=baselines,
-            out=self.run / "evaluation" / name,
+            out=out,
             world=self.world,
             progress=self.progress,
         )
