@@ -151,7 +151,7 @@ def main() -> None:
         worst = max(abs(found[step] - loss) / abs(loss) for step, loss in expected.items() if step in found)
         if found.keys() != expected.keys() or worst > 1e-5:
             sys.exit(f"FAIL: {len(found)} of {len(expected)} losses, which differ by up to {worst:.1e}")
-    print(f"OK: {len(signals)} signals, {len(expected)} steps, losses as of one process to {worst:.1e}")
+    print(f"OK: {len(signals)} signals, {len(expected)} steps, losses differ from one process by {worst:.1e}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ from raekit.evaluation.pairs import psnr, ssim
 from raekit.files import whole
 from raekit.flow.solvers import SolverName
 from raekit.hub import is_repository
-from raekit.inference.pipeline import Callback, Pictures, Pipeline
+from raekit.inference.gallery import Pictures
+from raekit.inference.pipeline import Callback, Pipeline
 
 RANDOM, NONE = "random", "none"
 PREVIEW_SECONDS = 0.7
@@ -128,9 +129,7 @@ class _Page:
                 settings = self.settings()
                 start, stop = self.buttons("Generate")
             with gr.Column(scale=2):
-                images = gr.Gallery(
-                    label="Images", columns=4, height="auto", object_fit="contain", format="png", elem_id="generated"
-                )
+                images = _gallery("Images", "generated")
                 status = gr.Markdown()
 
         def work(kind: str | None, seed: int, count: int, scale: float, steps: int, solver: SolverName) -> Iterator:
@@ -154,14 +153,7 @@ class _Page:
                 settings = self.settings()
                 start, stop = self.buttons("Interpolate")
             with gr.Column(scale=2):
-                images = gr.Gallery(
-                    label="From first to last",
-                    columns=4,
-                    height="auto",
-                    object_fit="contain",
-                    format="png",
-                    elem_id="row",
-                )
+                images = _gallery("From first to last", "row")
                 status = gr.Markdown()
 
         def work(a: str | None, b: str | None, s: int, e: int, n: int, *settings: Any) -> Iterator:
@@ -236,14 +228,7 @@ class _Page:
                 settings = self.settings()
                 start, stop = self.buttons("Vary")
             with gr.Column(scale=2):
-                images = gr.Gallery(
-                    label="Variations",
-                    columns=4,
-                    height="auto",
-                    object_fit="contain",
-                    format="png",
-                    elem_id="variations",
-                )
+                images = _gallery("Variations", "variations")
                 status = gr.Markdown()
 
         def work(path: str | None, strength: float, kind: str | None, count: int, *settings: Any) -> Iterator:
@@ -290,6 +275,10 @@ class _Page:
         """Run `work` with the start button, and end it with the stop button."""
         running = start.click(work, inputs, outputs, show_progress="minimal", api_visibility="private")
         stop.click(None, cancels=[running])
+
+
+def _gallery(label: str, name: str) -> gr.Gallery:
+    return gr.Gallery(label=label, columns=4, height="auto", object_fit="contain", format="png", elem_id=name)
 
 
 def _stream(work: Callable[[Callback], Pictures]) -> Iterator[tuple[Gallery, str]]:

@@ -155,7 +155,7 @@ def test_nothing_of_an_index_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save(tmp_path, 1, state(1), 1)
     (tmp_path / "step-00000001" / ".metadata").write_bytes(pickle.dumps(Code()))
-    with pytest.raises(UserError, match=r"damaged \(UnpicklingError: posix\.mkdir does not belong into a checkpoint\)"):
+    with pytest.raises(UserError, match=r"damaged \(UnpicklingError: posix\.mkdir is not allowed in a checkpoint\)"):
         loaded(tmp_path / "step-00000001")
     assert not Path("harm").exists()
 
@@ -184,7 +184,7 @@ def test_a_save_in_the_background_holds_the_state_of_its_step(tmp_path, monkeypa
     save(tmp_path, 1, state(1), 2)
     go, writer, values = slowly(monkeypatch), checkpoint.Writer(tmp_path, 2, ONE, background=True), state(2)
     writer.save(2, values)
-    values["net"]["weight"].zero_()  # the training goes on
+    values["net"]["weight"].zero_()  # the training continues
     values["trainer"]["skipped"].fill_(9)
     assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["step-00000001"], "what a kill would leave"
     assert writer.failure() is None

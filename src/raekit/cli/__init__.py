@@ -95,7 +95,10 @@ def _run(arguments: list[str]) -> None:
 
 
 def _usage(given: list[str]) -> None:
-    """Print all commands, or those of a family such as `latents`; after a wrong command, name it and exit with 2."""
+    """Print all commands, or only the commands of a family such as `latents`.
+
+    A wrong command is named in an error message, and the exit status is 2.
+    """
     families = {name.split()[0] for name in COMMANDS if " " in name}
     *family, last = given or ["--help"]
     wrong = last not in ("--help", "-h") or len(family) > 1 or not families.issuperset(family)

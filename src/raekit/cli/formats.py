@@ -155,8 +155,8 @@ def models(pattern: Positional[str] = "", encoders: bool = False) -> None:
 
     Example: raekit models 512
 
-    Parameters are those of the trained parts, without the frozen encoder. A model that is not in the cache is
-    downloaded from the Hub at its first use.
+    The number of parameters counts the decoder and the denoiser, without the frozen encoder. A model that is not in the
+    cache is downloaded from the Hub at its first use.
 
     Args:
         pattern: a part of the names to list. All models if not given.

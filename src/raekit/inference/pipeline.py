@@ -1,12 +1,9 @@
 """One object for all that a trained model does: generate, interpolate, vary, reconstruct, encode and decode."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from html import escape
-from io import BytesIO
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, overload
+from typing import Any, Literal, Self
 
 import torch
 from PIL import Image
@@ -17,11 +14,11 @@ from raekit.data.images import read_image
 from raekit.data.transforms import center_crop, to_rgb
 from raekit.distributed import World
 from raekit.errors import UserError
-from raekit.files import check_file, check_folder, whole
 from raekit.flow.guidance import Guidance, parse_guidance
 from raekit.flow.path import to_data
 from raekit.flow.sampling import Sampling, Watch, check_sampling, denoise, sample_noise, slerp
 from raekit.flow.solvers import SolverName, time_grid
+from raekit.inference.gallery import Pictures
 from raekit.inference.generation import (
     BatchSize,
     Seed,
@@ -36,8 +33,7 @@ from raekit.inference.model import Model, reconstruct
 from raekit.models.autoencoder import load_autoencoder
 from raekit.models.denoiser import Denoiser
 from raekit.models.latent_space import LatentSpace
-from raekit.pages import embed
-from raekit.pictures import from_pil, grid, to_pil
+from raekit.pictures import from_pil, to_pil
 
 Output = Literal["pil", "pt", "np"]
 Input = Image.Image | str | Path | Tensor | Sequence[Image.Image | str | Path]
@@ -45,82 +41,6 @@ Input = Image.Image | str | Path | Tensor | Sequence[Image.Image | str | Path]
 Callback = Callable[[int, int, Callable[[], list[Image.Image]]], object]
 """A function that is called at each step of the solver with (step, total, preview). `preview()` returns the images of
 the present batch as the model predicts them at this step. An exception of the function stops the work."""
-SHOWN = 64
-"""The most images that a notebook shows of one result."""
-
-
-@dataclass(frozen=True, repr=False)
-class Pictures(Sequence[Any]):
-    """Images, and what they were made from. A sequence of the images.
-
-    Attributes:
-        images: PIL images; or float32 in [0, 1], as a tensor (N, 3, H, W) or an array (N, H, W, 3).
-        labels: the class of each image, None without a class.
-        seeds: the seed of each image, None for an image that was not made from a seed.
-        columns: the width of the grid. None makes the grid as square as possible.
-    """
-
-    images: Any
-    labels: tuple[str | None, ...]
-    seeds: tuple[int | None, ...]
-    columns: int | None = None
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    @overload
-    def __getitem__(self, index: int) -> Any: ...
-    @overload
-    def __getitem__(self, index: slice) -> Any: ...
-    def __getitem__(self, index: int | slice) -> Any:
-        return self.images[index]
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.images)
-
-    def __repr__(self) -> str:
-        classes = ", ".join(sorted({label for label in self.labels if label is not None}))
-        return f"{len(self)} images" + (f" of {classes}" if classes else "")
-
-    def pil(self) -> list[Image.Image]:
-        """Return the images as PIL images, whatever `output` was."""
-        if isinstance(self.images, list):
-            return self.images
-        tensors = self.images if isinstance(self.images, Tensor) else torch.from_numpy(self.images).permute(0, 3, 1, 2)
-        return [to_pil(image) for image in tensors]
-
-    def grid(self) -> Image.Image:
-        """Return one image with all images side by side."""
-        return grid(self.pil(), self.columns)
-
-    def save(self, path: str | Path) -> None:
-        """Write the grid to a .png or .webp file, or every image to a folder."""
-        path = Path(path)
-        if path.suffix.lower() in (".png", ".webp"):
-            check_file(path)
-            with whole(path) as partial:
-                self.grid().save(partial, format=path.suffix[1:].upper(), lossless=True)
-            return
-        check_folder(path)
-        for number, image in enumerate(self.pil()):
-            with whole(path / f"{number:06d}.png") as partial:
-                image.save(partial, format="PNG")
-
-    def _repr_html_(self) -> str:
-        """Return the images with their classes and seeds, for notebooks."""
-        cells = []
-        for image, label, seed in zip(self.pil()[:SHOWN], self.labels, self.seeds, strict=False):
-            file = BytesIO()
-            image.save(file, format="PNG")
-            facts = [*([label] if label is not None else []), *([f"seed {seed}"] if seed is not None else [])]
-            cells.append(
-                f'<figure style="margin:0"><img src="{embed(file.getvalue())}" style="width:100%">'
-                f'<figcaption style="font-size:smaller">{escape(", ".join(facts))}</figcaption></figure>'
-            )
-        across = min(self.columns or math.ceil(math.sqrt(len(cells))), 12) or 1
-        more = f"<p>and {len(self) - SHOWN} more</p>" if len(self) > SHOWN else ""
-        style = f"display:grid;grid-template-columns:repeat({across},minmax(0,160px));gap:4px"
-        return f'<div style="{style}">{"".join(cells)}</div>{more}'
 
 
 class Pipeline:
@@ -327,8 +247,8 @@ class Pipeline:
     ) -> Pictures:
         """Return how images form, from noise to the finished image: `frames` images in a row for each sample.
 
-        The last image of a row is what the pipeline returns for the same seed, class and settings. The arguments are
-        those of `__call__`, and `frames`, the number of images in a row.
+        The last image of a row is what the pipeline returns for the same seed, class and settings. `frames` is the
+        number of images in a row. `__call__` describes the other arguments.
         """
         ids, seeds = self._samples(classes, labels, count, seed)
         settings = Sampling(steps=steps, solver=solver, guidance=_rules(guidance), **sampling)

@@ -34,7 +34,7 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name))
 
 
-_ALONE = "torch.distributed is disabled"  # the begin of a warning that torch gives to a single process
+_ALONE = "torch.distributed is disabled"  # how torch's warning to a single process begins
 
 
 class Writer:
@@ -46,7 +46,7 @@ class Writer:
         folder: The folder of the checkpoints.
         keep: How many to keep.
         world: The processes. All of them call each method at the same point of the training, except `failure`.
-        background: Write while the training goes on. The state is copied to the host first.
+        background: Write while the training continues. The state is copied to the host first.
     """
 
     def __init__(self, folder: Path, keep: int, world: World, background: bool = False) -> None:
@@ -185,7 +185,7 @@ class _Unpickler(pickle.Unpickler):
         number_type = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if (module, name) in self.NAMES or number_type:
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} does not belong into a checkpoint")
+        raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a checkpoint")
 
 
 class _Reader(dcp.FileSystemReader):

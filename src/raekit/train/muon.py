@@ -81,7 +81,7 @@ def _orthogonalise_all(matrices: Sequence[nn.Parameter], updates: list[Tensor]) 
         sent[: done.numel()] = done.flatten()
         received = [torch.empty_like(sent) for _ in range(size)]
         dist.all_gather(received, sent)
-        for i, update, values in zip(chosen, full, received, strict=False):
+        for i, update, values in zip(chosen, full, received[: len(chosen)], strict=True):
             results[i] = _part_of(matrices[i], values[: update.numel()].view_as(update))
     return results
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
-from raekit.errors import Stopped, UserError
+from raekit.errors import Stopped
 
 if TYPE_CHECKING:  # this module does not wait for torch
     from raekit.distributed import World
@@ -84,10 +84,9 @@ def stop_signals(world: "World | None" = None) -> Iterator[Stop]:
     try:
         with watch.on_stop(interrupt, lambda: stop.immediate) if watch else nullcontext():
             yield stop
-    except UserError:
-        raise
-    except Exception:
-        # A process that stops leaves the others with a broken connection in whatever they are doing together.
+    except RuntimeError:
+        # A process that stops breaks the connection of the others, and torch raises RuntimeError. Other errors, such as
+        # a full disk, must not look like a stop after which the state is saved.
         if watch and (stop.requested or watch.stop_requested()):
             raise Stopped from None
         raise

@@ -55,7 +55,7 @@ class TrainConfig:
             measurement costs one forward pass. None turns them off.
         checkpoint_every: Steps between two checkpoints.
         keep: Number of checkpoints to keep.
-        background_saves: Write checkpoints while the training goes on; each needs a copy of the state in host memory.
+        background_saves: Write checkpoints while the training continues, from a copy of the state in host memory.
             None: on CUDA.
         milestones: Steps whose weights are kept, in RUN/milestones. RUN@STEP names them wherever a model is named.
         ema_warmup: Averages start with a small decay, min(decay, (1 + n) / (10 + n)) after n updates, so that a short
