@@ -28,6 +28,7 @@ from raekit.config import to_dict
 from raekit.data.images import read_image
 from raekit.data.loader import DataConfig, Loader
 from raekit.distributed import World
+from raekit.distributed.locks import lock
 from raekit.evaluation.pairs import psnr, ssim
 from raekit.evaluation.references import read_reference
 from raekit.evaluation.reports import read_report
@@ -36,7 +37,6 @@ from raekit.inference.generation import generate
 from raekit.inference.model import load
 from raekit.inference.sample_folders import generate_folder, parts_of
 from raekit.inference.shards import statistics_fingerprint
-from raekit.locks import lock
 from raekit.models import registry
 from raekit.models.autoencoder import Autoencoder
 from raekit.models.encoders import load_encoder

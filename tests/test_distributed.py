@@ -36,7 +36,9 @@ def test_cudnn_attention_is_off_on_a_gpu(monkeypatch: pytest.MonkeyPatch):
 
 
 def start(code: str, **environment: str) -> "subprocess.Popen[str]":
-    prelude = "import os, sys, time\nfrom raekit import liveness\nliveness.DEAD, liveness.GRACE = 5.0, 0.5\n"
+    prelude = (
+        "import os, sys, time\nfrom raekit.distributed import liveness\nliveness.DEAD, liveness.GRACE = 5.0, 0.5\n"
+    )
     command = [sys.executable, "-c", f"{prelude}from raekit.distributed import world\n{code}"]
     return subprocess.Popen(command, env={**os.environ, **environment}, stderr=subprocess.PIPE, text=True)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from raekit.distributed import World
+from raekit.distributed.locks import NAME, lock
 from raekit.errors import UserError
-from raekit.locks import NAME, lock
 
 ONE = World()
 
@@ -44,7 +44,7 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from raekit.distributed import World
-from raekit.locks import lock
+from raekit.distributed.locks import lock
 with lock(Path(sys.argv[1]), World()):
     print("held", flush=True)
     time.sleep(600)

@@ -1,7 +1,7 @@
 import pytest
 
+from raekit.distributed.slurm import environment, first_node
 from raekit.errors import UserError
-from raekit.slurm import environment, first_node
 
 TASK = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_JOB_NODELIST": "gpu[03-04,7]"}
 

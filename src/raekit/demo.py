@@ -22,8 +22,10 @@ from raekit.data.images import EXTENSIONS
 from raekit.data.loader import DataConfig, Loader
 from raekit.distributed import World
 from raekit.distributed import world as enter_world
+from raekit.distributed.locks import lock
 from raekit.errors import UserError
 from raekit.evaluation.evaluate import evaluate
+from raekit.evaluation.pages import write_page
 from raekit.evaluation.pairs import METRICS
 from raekit.evaluation.reports import read_report
 from raekit.files import whole
@@ -32,11 +34,9 @@ from raekit.flow.sampling import Sampling
 from raekit.inference.cache import cache_latents
 from raekit.inference.generation import generate
 from raekit.inference.model import Model, load, reconstruct
-from raekit.locks import lock
 from raekit.models.autoencoder import load_autoencoder
 from raekit.models.latent_space import LatentSpace
-from raekit.pages import embed, write_page
-from raekit.pictures import grid, to_pil
+from raekit.pictures import embed, grid, to_pil
 from raekit.progress import Progress
 from raekit.recipes import find
 from raekit.stages.generation import GenerationConfig

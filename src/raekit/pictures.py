@@ -1,5 +1,6 @@
 """Convert between image tensors and PIL images, and write image files."""
 
+import base64
 import json
 import math
 from collections.abc import Sequence
@@ -114,3 +115,8 @@ def _layout(count: int, columns: int | None) -> tuple[int, int]:
 def quantize(images: Tensor) -> Tensor:
     """Clamp float images to [0, 1] and round them to the 256 levels of an 8-bit file."""
     return images.clamp(0, 1).mul(255).round().div(255)
+
+
+def embed(png: bytes) -> str:
+    """Return a PNG image as a data URL."""
+    return "data:image/png;base64," + base64.b64encode(png).decode()

@@ -37,7 +37,7 @@ def app(
     """
     if find_spec("gradio") is None:
         raise UserError("app: Gradio is not installed; pip install 'raekit[app]'")
-    from raekit.app import launch, write_space
+    from raekit.cli.browser import launch, write_space
     from raekit.cli.sampling import dtype_of
     from raekit.distributed import prepare_device
     from raekit.inference.pipeline import Pipeline

@@ -44,9 +44,9 @@ def reconstruct(
         device: Device to compute on. None: the GPU if there is one, else the CPU.
     """
     from raekit.distributed import world
+    from raekit.distributed.locks import lock
     from raekit.evaluation.pairs import reconstruction_metrics
     from raekit.inference.reconstruction_folders import reconstruct_folder
-    from raekit.locks import lock
     from raekit.models.autoencoder import load_autoencoder
 
     if not paths:
@@ -93,8 +93,8 @@ def encode(
         device: Device to compute on. None: the GPU if there is one, else the CPU.
     """
     from raekit.distributed import world
+    from raekit.distributed.locks import lock
     from raekit.inference.latents import encode_files
-    from raekit.locks import lock
     from raekit.models.autoencoder import load_autoencoder
 
     if not paths:

@@ -83,11 +83,11 @@ def generate(
         device: Device to compute on. None: the GPU if there is one, else the CPU.
     """
     from raekit.distributed import world
+    from raekit.distributed.locks import lock
     from raekit.files import whole
     from raekit.inference.generation import generate as stream
     from raekit.inference.generation import random_labels
     from raekit.inference.sample_folders import generate_folder, generate_npz, parts_of
-    from raekit.locks import lock
     from raekit.pictures import check_grid, save_picture, to_pil
     from raekit.pictures import grid as tile
 

@@ -108,8 +108,8 @@ def latents_cache(
     """
     from raekit.data.loader import DataConfig
     from raekit.distributed import world
+    from raekit.distributed.locks import lock
     from raekit.inference.cache import cache_latents, relative_error
-    from raekit.locks import lock
     from raekit.models.autoencoder import load_autoencoder
     from raekit.train.precision import compute_dtype
 

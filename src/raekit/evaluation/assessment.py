@@ -14,6 +14,7 @@ from raekit import __version__
 from raekit.config import differences, read_json, to_dict, to_json
 from raekit.data.sources import stamp
 from raekit.distributed import World
+from raekit.distributed.locks import lock
 from raekit.errors import UserError
 from raekit.evaluation.against import Against
 from raekit.evaluation.chunks import Features, collect, collected, discard, images_digest
@@ -25,7 +26,6 @@ from raekit.evaluation.reports import LITERATURE, Report, read_report, write_rep
 from raekit.evaluation.streaming import score_stream
 from raekit.evaluation.streams import RealImages, Reconstructions, StoredImages, Stream
 from raekit.files import whole
-from raekit.locks import lock
 from raekit.progress import Progress, silent
 from raekit.weights import fingerprint
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from raekit.config import configclass, from_dict, read_json, to_dict, to_json
 from raekit.errors import UserError
+from raekit.evaluation.pages import write_page
 from raekit.files import whole
-from raekit.pages import embed, write_page
+from raekit.pictures import embed
 
 LITERATURE = 50_000
 """The number of images behind published scores."""

@@ -13,8 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from raekit.files import check_file, check_folder, whole
-from raekit.pages import embed
-from raekit.pictures import grid, to_pil
+from raekit.pictures import embed, grid, to_pil
 
 SHOWN = 64
 """The most images that a notebook shows of one result."""

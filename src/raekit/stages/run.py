@@ -7,8 +7,8 @@ import torch
 from raekit.artifacts import STATISTICS
 from raekit.config import Mark, replaced
 from raekit.distributed import World, check_shared
+from raekit.distributed.locks import lock
 from raekit.errors import UserError
-from raekit.locks import lock
 from raekit.progress import Progress, silent
 from raekit.stages import classification, generation, reconstruction, record, representation
 from raekit.stages.cost import memory_advice

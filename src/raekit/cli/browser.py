@@ -104,7 +104,7 @@ def write_space(model: str, repository: str, folder: Path) -> None:
     }
     header = "".join(f"{name}: {to_json(value).strip()}\n" for name, value in about.items())
     code = (
-        "from raekit import Pipeline\nfrom raekit.app import build\n\n"
+        "from raekit import Pipeline\nfrom raekit.cli.browser import build\n\n"
         f"build(Pipeline.from_pretrained({model!r})).launch()\n"
     )
     with whole(folder, folder=True) as partial:

@@ -1,6 +1,5 @@
 """Write HTML pages that need no other file."""
 
-import base64
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,3 @@ def write_page(path: Path, template: str, **values: Any) -> None:
     html = environment.get_template(template).render(**values)
     with whole(path) as partial:
         partial.write_text(html, "utf-8", "backslashreplace")
-
-
-def embed(png: bytes) -> str:
-    """Return a PNG image as a data URL."""
-    return "data:image/png;base64," + base64.b64encode(png).decode()

@@ -18,9 +18,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from raekit import slurm
+from raekit.distributed import slurm
+from raekit.distributed.liveness import Watch
 from raekit.errors import Stopped, UserError
-from raekit.liveness import Watch
 
 CPU = torch.device("cpu")
 TIMEOUT = timedelta(minutes=30)
