@@ -23,6 +23,7 @@ from raekit.data.loader import DataConfig, Loader
 from raekit.distributed import World
 from raekit.distributed import world as enter_world
 from raekit.distributed.locks import lock
+from raekit.distributed.threads import fit_threads
 from raekit.errors import UserError
 from raekit.evaluation.evaluate import evaluate
 from raekit.evaluation.pages import write_page
@@ -162,6 +163,7 @@ class Demo:
     def run_all(self) -> None:
         """Run all parts."""
         seconds = 60 * self.options.minutes
+        fit_threads()
         began = self.clock.seconds()
         self.samples("built-in samples", self.builtin)
         # At the end, three times as many images are made and scored. After a restart, the picture exists already.
@@ -182,6 +184,7 @@ class Demo:
 
     def show_trained(self) -> "Scores":
         """Make the pictures of the trained models, and score them."""
+        fit_threads()
         model = load(str(self.run / "denoiser"), self.world.device)
         decoder = load_autoencoder(str(self.run / "decoder")).to(self.world.device)
         scores: Scores = {}
@@ -219,6 +222,7 @@ class Demo:
 
     def leg(self, name: str, config: Any, total: int, leg: int) -> float:
         """Train up to step `leg` of `total`, and return the seconds of a step."""
+        fit_threads()
         stamps = [self.clock.seconds()]
 
         def report(step: int, values: dict[str, float]) -> None:

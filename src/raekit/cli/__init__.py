@@ -107,9 +107,10 @@ def _usage(given: list[str]) -> None:
         asked = " ".join(given[:2] if given[0] in families else given[:1])
         hint = did_you_mean(asked, COMMANDS)
         to.print(f"error: {' '.join(given[:2])!r} is not a command{hint and '; ' + hint}")
-    to.print("usage: raekit COMMAND ...   (help: raekit COMMAND --help; version: raekit --version)")
-    width = max(map(len, COMMANDS))
     prefix = f"{given[0]} " if given and given[0] in families else ""
+    version = "" if prefix else "; version: raekit --version"
+    to.print(f"usage: raekit {prefix}COMMAND ...   (help: raekit {prefix}COMMAND --help{version})")
+    width = max(map(len, COMMANDS))
     for title, group in GROUPS.items():
         shown = {name: command for name, command in group.items() if name.startswith(prefix)}
         if shown:
