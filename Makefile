@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-browser lint clean
+.PHONY: demo test test-browser docs lint clean
 
 demo: .venv/base
 	$(BIN)/raekit demo
@@ -14,6 +14,10 @@ test: .venv/test
 # Needs Chromium (on Debian: apt-get install chromium), or installs its own.
 test-browser: .venv-app/ready
 	.venv-app/bin/python -m pytest -m browser
+
+# The site, in build/site. A warning is an error.
+docs: .venv-docs/ready
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --quiet --strict
 
 lint: .venv/test
 	$(BIN)/ruff check .
@@ -39,5 +43,11 @@ lint: .venv/test
 	command -v chromium || .venv-app/bin/python -m playwright install chromium
 	touch $@
 
+# The API reference is read from the source without importing it, so this environment needs no torch.
+.venv-docs/ready: docs/requirements.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --requirement docs/requirements.txt
+	touch $@
+
 clean:
-	rm -rf .venv .venv-app build dist
+	rm -rf .venv .venv-app .venv-docs build dist

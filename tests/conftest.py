@@ -24,6 +24,7 @@ from raekit.models.denoiser_config import DenoiserConfig, TransformerConfig
 from raekit.models.encoders import Encoder, load_encoder
 from raekit.models.perceptual import LPIPS
 from raekit.models.vit import ViT, ViTConfig
+from tests.hub import Hub, serve
 
 
 @pytest.fixture(scope="session")
@@ -115,6 +116,15 @@ def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def weaker(tiny_model: Path, tmp_path: Path) -> Path:
+    """Write another denoiser for the autoencoder of `tiny_model`."""
+    denoiser = Denoiser.load(str(tiny_model))
+    torch.nn.init.normal_(denoiser.final.out.weight, std=0.1)
+    denoiser.save(tmp_path / "weaker")
+    return tmp_path / "weaker"
+
+
+@pytest.fixture
 def vgg(tmp_path) -> str:
     """Write random weights for LPIPS and return the path of the file."""
     torch.manual_seed(0)
@@ -134,6 +144,20 @@ def full_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("a small tmpfs cannot be mounted here")
     yield folder
     subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    """Serve a stand-in of the Hub, which this process takes for the Hub."""
+    with serve() as stand_in:
+        files = f"{stand_in.address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr("raekit.hub._has_network", lambda: True)
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", stand_in.address)
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", files)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        yield stand_in
 
 
 @pytest.fixture

@@ -846,14 +846,6 @@ def test_a_weaker_model_guides_and_the_passes_are_told(run, tiny_model, weaker, 
     assert_fails(run(*command, tmp_path / "no.png", "--weak", weaker), "weak: no effect without guidance auto")
 
 
-@pytest.fixture
-def weaker(tiny_model, tmp_path) -> Path:
-    denoiser = load(str(tiny_model)).denoiser
-    torch.nn.init.normal_(denoiser.final.out.weight, std=0.1)
-    denoiser.save(tmp_path / "weaker")
-    return tmp_path / "weaker"
-
-
 @pytest.mark.parametrize(
     ("options", "words"),
     [

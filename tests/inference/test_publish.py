@@ -1,8 +1,5 @@
 """Publishing to the stand-in of the Hub, and loading from it by name."""
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -14,21 +11,6 @@ from raekit.config import to_json
 from raekit.errors import UserError
 from raekit.inference.pipeline import Pipeline
 from raekit.inference.publish import Score, model_card, prepared, push
-from tests.hub import Hub, serve
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    """Serve a stand-in of the Hub, which this process takes for the Hub."""
-    with serve() as stand_in:
-        files = f"{stand_in.address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        monkeypatch.setattr("raekit.hub._has_network", lambda: True)
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", stand_in.address)
-        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", files)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
-        monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        yield stand_in
 
 
 @pytest.fixture(scope="module")
