@@ -25,8 +25,12 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from safetensors import safe_open
@@ -760,8 +764,55 @@ def archives() -> Iterator[Case]:
     yield Case("indexes of something else", index, WORKS)
 
 
+def tables() -> Iterator[Case]:
+    """Datasets in the formats of Hugging Face's `datasets`."""
+
+    def case(row: str, expected: str, make: Callable[[Path], object]) -> Case:
+        def use(folder: Path) -> None:
+            datasets.disable_progress_bars()
+            make(folder)
+            with patch("datasets.config.HF_DATASETS_CACHE", folder / "cache"):
+                source = open_source(f"hf:{folder}", "all")
+                for i in range(len(source)):
+                    try:
+                        source[i]
+                    except UnreadableImage as error:
+                        raise UserError(str(error)) from None
+
+        return Case(row, use, expected)
+
+    def parquet(change: Callable[[bytes], bytes] = lambda content: content, **columns: list[Any]) -> Any:
+        def make(folder: Path) -> None:
+            pq.write_table(pa.table({"image": [saved("PNG")], "label": [3]} | columns), folder / "train.parquet")
+            (folder / "train.parquet").write_bytes(change((folder / "train.parquet").read_bytes()))
+
+        return make
+
+    def saved_to_disk(**state: object) -> Callable[[Path], None]:
+        def make(folder: Path) -> None:
+            datasets.Dataset.from_dict({"image": [saved("PNG")]}).save_to_disk(folder)
+            values = json.loads((folder / "state.json").read_text())
+            (folder / "state.json").write_text(json.dumps(values | state))
+
+        return make
+
+    bad = "nor a folder of parquet files"
+    yield case("a parquet file as it is", WORKS, parquet())
+    yield case("half of a parquet file", bad, parquet(lambda content: content[: len(content) // 2]))
+    yield case(
+        "a parquet file with a footer of 4 GB", bad, parquet(lambda content: content[:-8] + b"\xff" * 4 + b"PAR1")
+    )
+    yield case("parquet: an image of zeros", "row 0: not a known image format", parquet(image=[bytes(99)]))
+    yield case("parquet: a label of 10^9", r"labels reach 1,000,000,000", parquet(label=[10**9]))
+    yield case("parquet: lists instead of images", "has no image column", parquet(image=[[1, 2]]))
+    yield case("a saved dataset as it is", WORKS, saved_to_disk())
+    yield case("a saved dataset without its file", bad, saved_to_disk(_data_files=[{"filename": "x"}]))
+    yield case("a saved dataset of another file", bad, saved_to_disk(_data_files=[{"filename": "state.json"}]))
+
+
 GROUPS = {
     "archive": archives,
+    "dataset": tables,
     "image": images,
     "safetensors": safetensors,
     "pickle": pickles,

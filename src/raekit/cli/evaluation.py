@@ -147,7 +147,7 @@ def reference(
     Example: raekit reference folder:imagenet --split heldout --image-size 256 --out imagenet256.safetensors
 
     Args:
-        source: Real images: emoji, folder:DIR, flat:DIR, idx:DIR, hf:DIR, npz:FILE, zip:FILES or tar:FILES.
+        source: Real images: emoji, folder:DIR, hf:OWNER/NAME, tar:FILES and others (docs/data.md).
         out: The .safetensors file to write.
         image_size: Side in pixels that the images are centre-cropped to.
         split: Split of the source.
@@ -192,7 +192,7 @@ def probe(
 
     Args:
         name: A registered encoder, builtin:NAME, a model folder, a run, or OWNER/NAME on the Hub.
-        source: Labelled images: emoji, folder:DIR, idx:DIR or hf:DIR.
+        source: Labelled images: emoji, folder:DIR, hf:OWNER/NAME, tar:FILES and others (docs/data.md).
         tokens: What the probe sees: the mean of an image's tokens, or all tokens.
         image_size: Side in pixels that the images are centre-cropped to. Default: the model's own.
         penalty: L2 penalty of the regression. Default: the best one on a tenth of the training images.
