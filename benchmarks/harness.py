@@ -101,11 +101,16 @@ class Runs:
 
 
 def interleaved(
-    variants: Mapping[str, Callable[[], object]], repeats: int, device: torch.device, rate: MatmulRate
+    variants: Mapping[str, Callable[[], object]],
+    repeats: int,
+    device: torch.device,
+    rate: MatmulRate,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Runs]:
     """Time each variant `repeats` times after a warm-up, in turns, so that a busy machine slows all alike.
 
-    The machine's own rate is measured around each run.
+    The machine's own rate is measured around each run. `time.process_time` as the clock counts the time of all threads
+    of this process on the processor, without waiting.
     """
     runs = {name: Runs() for name in variants}
     for turn in range(repeats + 1):
@@ -113,11 +118,11 @@ def interleaved(
             before = rate.measure() if turn else 0.0
             synchronise(device)
             held = reset_peak_memory(device)
-            began = time.perf_counter()
+            began = clock()
             run()
             synchronise(device)
             if turn:
-                runs[name].seconds.append(time.perf_counter() - began)
+                runs[name].seconds.append(clock() - began)
                 runs[name].peak = max(runs[name].peak, peak_memory(device) - held)
                 rate.around.setdefault(name, []).append((before + rate.measure()) / 2)
     return runs

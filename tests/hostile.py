@@ -25,8 +25,12 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from safetensors import safe_open
@@ -681,6 +685,58 @@ def yamls() -> Iterator[Case]:
     yield case("10^29 references", "unknown section a0", laughs + stage(f"{decoder}, noise_tau: *a29"))
 
 
+# Pipelines of diffusers
+
+
+def pipelines() -> Iterator[Case]:
+    parts = {
+        "vae": ["diffusers", "AutoencoderRAE"],
+        "transformer": ["diffusers", "RAEDiT2DModel"],
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    }
+    sizes = {"sample_size": 2, "in_channels": 8, "num_classes": 2}
+    sizes |= {"hidden_size": [8, 8], "depth": [1, 1], "num_heads": [2, 2]}
+    good: dict[str, Any] = {
+        "model_index.json": {"_class_name": "RAEDiTPipeline", "id2label": None, **parts},
+        "transformer/config.json": {"_class_name": "RAEDiT2DModel", **sizes},
+        "scheduler/scheduler_config.json": {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 1.0},
+        "transformer/diffusion_pytorch_model.safetensors": {},
+    }
+
+    def case(row: str, expected: str, file: str, content: object) -> Case:
+        def use(folder: Path) -> None:
+            for name, values in (good | {file: content}).items():
+                (folder / name).parent.mkdir(exist_ok=True)
+                text = json.dumps(values).encode() if not isinstance(values, bytes) else values
+                (folder / name).write_bytes(text)
+            if not isinstance(content, bytes) or not file.endswith(".safetensors"):
+                save_file({"a": torch.zeros(1)}, folder / "transformer" / "diffusion_pytorch_model.safetensors")
+            read(str(folder))
+
+        return Case(row, use, expected)
+
+    def changed(row: str, expected: str, file: str, **values: object) -> Case:
+        return case(row, expected, file, good[file] | values)
+
+    index, config, scheduler, weights = good
+    yield case("an index of nested lists", "not valid JSON", index, b"[" * 100_000)
+    yield case("an index of a list", "holds no class of diffusers", index, [])
+    yield changed("a pipeline with its own code", "only diffusers' RAEDiTPipeline", index, _class_name=["code", "Mine"])
+    yield changed("a part with its own code", "only diffusers' RAEDiT2DModel", index, transformer=["code", "Mine"])
+    yield changed("names of other classes", "a name for each of the 2 classes", index, id2label={"0": "a", "7": "b"})
+    yield changed("names that are lists", "the names must be text", index, id2label={"0": [], "1": "b"})
+    yield changed("a width of 10^9", "must be", config, hidden_size=[10**9, 10**9])
+    yield changed("a width that fills the memory", "does not fit", config, hidden_size=[2**16, 2**16], num_heads=[8, 8])
+    yield changed("sizes of text", "config\\.json: .*sample_size|input_size", config, sample_size="large")
+    yield changed("a shift of NaN", "shift", scheduler, shift=float("nan"))
+    yield changed("a negative shift", "shift: -1.0 must be positive", scheduler, shift=-1)
+    yield case("weights of something else", "does not fit", weights, save({"a": torch.zeros(3)}))
+    yield case("weights of zeros", "safetensors", weights, bytes(99))
+    yield case(
+        "weights of whole numbers", "does not fit", weights, save({"blocks.0.attn.to_q.weight": torch.ones(2).int()})
+    )
+
+
 # Archives of images
 
 
@@ -760,14 +816,62 @@ def archives() -> Iterator[Case]:
     yield Case("indexes of something else", index, WORKS)
 
 
+def tables() -> Iterator[Case]:
+    """Datasets in the formats of Hugging Face's `datasets`."""
+
+    def case(row: str, expected: str, make: Callable[[Path], object]) -> Case:
+        def use(folder: Path) -> None:
+            datasets.disable_progress_bars()
+            make(folder)
+            with patch("datasets.config.HF_DATASETS_CACHE", folder / "cache"):
+                source = open_source(f"hf:{folder}", "all")
+                for i in range(len(source)):
+                    try:
+                        source[i]
+                    except UnreadableImage as error:
+                        raise UserError(str(error)) from None
+
+        return Case(row, use, expected)
+
+    def parquet(change: Callable[[bytes], bytes] = lambda content: content, **columns: list[Any]) -> Any:
+        def make(folder: Path) -> None:
+            pq.write_table(pa.table({"image": [saved("PNG")], "label": [3]} | columns), folder / "train.parquet")
+            (folder / "train.parquet").write_bytes(change((folder / "train.parquet").read_bytes()))
+
+        return make
+
+    def saved_to_disk(**state: object) -> Callable[[Path], None]:
+        def make(folder: Path) -> None:
+            datasets.Dataset.from_dict({"image": [saved("PNG")]}).save_to_disk(folder)
+            values = json.loads((folder / "state.json").read_text())
+            (folder / "state.json").write_text(json.dumps(values | state))
+
+        return make
+
+    bad = "nor a folder of parquet files"
+    yield case("a parquet file as it is", WORKS, parquet())
+    yield case("half of a parquet file", bad, parquet(lambda content: content[: len(content) // 2]))
+    yield case(
+        "a parquet file with a footer of 4 GB", bad, parquet(lambda content: content[:-8] + b"\xff" * 4 + b"PAR1")
+    )
+    yield case("parquet: an image of zeros", "row 0: not a known image format", parquet(image=[bytes(99)]))
+    yield case("parquet: a label of 10^9", r"labels reach 1,000,000,000", parquet(label=[10**9]))
+    yield case("parquet: lists instead of images", "has no image column", parquet(image=[[1, 2]]))
+    yield case("a saved dataset as it is", WORKS, saved_to_disk())
+    yield case("a saved dataset without its file", bad, saved_to_disk(_data_files=[{"filename": "x"}]))
+    yield case("a saved dataset of another file", bad, saved_to_disk(_data_files=[{"filename": "state.json"}]))
+
+
 GROUPS = {
     "archive": archives,
+    "dataset": tables,
     "image": images,
     "safetensors": safetensors,
     "pickle": pickles,
     "numbers": numbers,
     "configuration": configs,
     "YAML": yamls,
+    "pipeline": pipelines,
 }
 
 

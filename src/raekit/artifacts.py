@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from raekit import hub
 from raekit.config import read_json, to_dict, to_json
 from raekit.distributed import World
 from raekit.errors import UserError
@@ -66,7 +67,10 @@ def find(name: str, kind: str, ema: float | None = None) -> Artifact:
         UserError: there is no such model, or its config is damaged.
     """
     folder = find_folder(name, kind)
-    if known := _places(folder, kind):
+    known = _places(folder, kind)
+    if not known and hub.published and (made := hub.published().converted(folder)):
+        known = _places(made, kind)
+    if known:
         return known[0] if ema is None else _average(name, known[0], kind, ema)
     others = [other for other in ARTICLES if _places(folder, other)]
     if others:

@@ -26,6 +26,10 @@ class Published(Protocol):
         """Return the folder of the model `name`, made now if it is not in the cache."""
         ...
 
+    def converted(self, folder: Path) -> Path | None:
+        """Return the raekit model that is made of a folder of diffusers; None if it is not such a folder."""
+        ...
+
 
 published: Callable[[], Published] | None = None
 """Return the published models. `import raekit` sets it, because they are defined in a higher layer."""
@@ -63,7 +67,8 @@ def find_folder(name: str, kind: str | None = None) -> Path:
         )
     places = _places(kind)
     averages = [f"{place[:-1]}-ema-*/" for place in places if place]
-    folder = download(name, [f"{place}config.{form}" for place in (*places, *averages) for form in ("json", "yaml")])
+    configs = [f"{place}config.{form}" for place in (*places, *averages) for form in ("json", "yaml")]
+    folder = download(name, [*configs, "model_index.json", "scheduler/scheduler_config.json"])
     # The configs say which weights are needed: a repository may hold large files of other models.
     wanted = [place for place in places if _is_model(folder / place)]
     return download(name, [f"{place}{file}" for place in wanted for file in _MODEL_FILES]) if wanted else folder
@@ -83,18 +88,22 @@ _MODEL_FILES = (
 
 
 def _places(kind: str | None) -> list[str]:
-    """Return the folders of a repository that may hold the artifact `kind`, and for an autoencoder its encoder."""
+    """Return the folders of a repository that may hold the artifact `kind`, and for an autoencoder its encoder.
+
+    The folders of a pipeline of diffusers are always among them, because a pipeline is converted as a whole.
+    """
     kinds = {"autoencoder": ["autoencoder", "encoder"], None: ["autoencoder", "encoder", "denoiser"]}.get(kind, [kind])
-    return ["", *(f"{base}{each}/" for base in ("", "artifact/") for each in kinds)]
+    return ["", *(f"{base}{each}/" for base in ("", "artifact/") for each in kinds), "vae/", "transformer/"]
 
 
 def _is_model(folder: Path) -> bool:
-    """Return whether a folder holds the config of a model that raekit reads."""
+    """Return whether a folder holds the config of a model that raekit reads, perhaps as a part of a pipeline."""
     try:
         values = json.loads((folder / "config.json").read_text("utf-8"))
     except (OSError, ValueError, RecursionError):
         values = None
-    named = isinstance(values, dict) and bool(values.keys() & {"kind", "_class_name", "decoder_hidden_size"})
+    known = isinstance(values, dict) and values.get("_class_name") in ("AutoencoderRAE", "RAEDiT2DModel")
+    named = isinstance(values, dict) and (known or bool(values.keys() & {"kind", "decoder_hidden_size"}))
     return named or (folder / "config.yaml").is_file()
 
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from raekit.data import images
-from raekit.data.images import EXTENSIONS, UnreadableImage, decode, find_images, image_files
+from raekit.data.images import EXTENSIONS, UnreadableImage, decode, find_images, image_files, reduced
 from raekit.errors import UserError
 
 
@@ -95,3 +95,20 @@ def test_16_bit_grey_of_both_byte_orders(tmp_path: Path):
     little, big = (np.asarray(decode(tmp_path / f"{mode}.tif", mode)) for mode in ("I;16", "I;16B"))
     assert np.array_equal(little, big)
     assert np.array_equal(little[..., 0], (values.astype(int) + 128) // 257)
+
+
+@pytest.mark.parametrize(
+    ("short_side", "size"), [(0, (401, 300)), (151, (401, 300)), (150, (201, 150)), (30, (51, 38))]
+)
+def test_jpegs_are_decoded_at_a_reduced_size_no_smaller_than_asked(tmp_path, short_side, size):
+    rows, columns = np.mgrid[:300, :401]
+    pixels = np.stack([rows * 255 // 300, columns * 255 // 401, (rows + columns) * 255 // 701], -1).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.jpg", quality=95)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    with reduced(short_side):
+        image = decode(tmp_path / "a.jpg", "a")
+        assert decode(tmp_path / "a.png", "a").size == (401, 300)
+    assert image.size == size
+    expected = Image.fromarray(pixels).resize(size, Image.Resampling.BOX)
+    assert np.abs(np.asarray(image).astype(int) - np.asarray(expected)).mean() < 3
+    assert decode(tmp_path / "a.jpg", "a").size == (401, 300)

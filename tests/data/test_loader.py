@@ -9,11 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from raekit.config import from_dict, to_dict
-from raekit.data.loader import Batch, DataConfig, Loader
-from raekit.data.transforms import center_crop, flip
+from raekit.data.images import reduced
+from raekit.data.loader import Batch, DataConfig, Loader, augmentation, item_at
+from raekit.data.transforms import center_crop, center_window, random_window
 from raekit.distributed import World
 from raekit.errors import UserError
 
@@ -37,7 +38,7 @@ def folder(tmp_path_factory):
 
 
 def loader(folder, seed=0, **options):
-    settings = {"split": "all", "image_size": 8, "crop": "random", "flip": True} | options
+    settings = {"split": "all", "image_size": 8, "crop": "random", "flip": True, "resize": "exact"} | options
     return Loader(DataConfig(source=f"folder:{folder}", **settings), seed)
 
 
@@ -128,7 +129,7 @@ def test_flip_mirrors_about_half_of_the_images(folder):
     data = loader(folder, crop="center")
     plain = [data.source[i][0] for i in range(N)]
     upright = {center_crop(image, 8).tobytes() for image in plain}
-    mirrored = {flip(center_crop(image, 8)).tobytes() for image in plain}
+    mirrored = {ImageOps.mirror(center_crop(image, 8)).tobytes() for image in plain}
     batch = next(data.stream(0, 20 * N, ONE))
     images = [image.permute(1, 2, 0).numpy().tobytes() for image in batch.images]
     assert set(images) == upright | mirrored
@@ -146,6 +147,30 @@ def test_the_global_generator_is_left_alone(folder):
     state = torch.get_rng_state()
     take(loader(folder), 1)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("how", ["exact", "fast"])
+def test_the_training_stream_scales_fast_or_exactly_and_a_single_pass_exactly(folder, how):
+    data = loader(folder, image_size=7, resize=how, crop="center", flip=False)
+    exact = {i: np.asarray(center_crop(data.source[i][0], 7)).transpose(2, 0, 1) for i in range(N)}
+    (batch,) = data.once(N, ONE)
+    assert all(np.array_equal(image, exact[i]) for i, image in enumerate(batch.images.numpy()))
+    batch = next(data.stream(0, N, ONE))
+    for position, image in zip(batch.positions.tolist(), batch.images.numpy(), strict=True):
+        window = center_window(data.source[item_at(0, position, N)][0], 7)
+        assert np.array_equal(image, window.fast() if how == "fast" else exact[item_at(0, position, N)])
+
+
+@pytest.mark.parametrize(("crop", "needed", "width"), [("center", 16, 20), ("random", 24, 40)])
+def test_the_fast_training_stream_reads_large_jpegs_at_a_reduced_size(tmp_path, crop, needed, width):
+    Image.effect_noise((160, 128), 50).convert("RGB").save(tmp_path / "a.jpg", quality=95)
+    data = Loader(DataConfig(source=f"flat:{tmp_path}", split="all", image_size=16, crop=crop, resize="fast"), 0)
+    with reduced(needed):
+        small = data.source[0][0]
+    assert small.width == width
+    generator = augmentation(data.config, 0, 0)[1]
+    window = center_window(small, 16) if crop == "center" else random_window(small, 16, generator)
+    assert np.array_equal(next(data.stream(0, 1, ONE)).images[0].numpy(), window.fast())
 
 
 # One pass

@@ -53,7 +53,7 @@ def autoencoder(tiny_model) -> Autoencoder:
 
 
 def test_a_cache_holds_the_latents_of_both_orientations(cache, data, autoencoder):
-    (batch,) = Loader(data, 0).once(30, ONE)
+    (batch,) = Loader(data, 0).read([range(30)], ONE, data.resize)
     shards = [load_file(path) for path in sorted(cache.iterdir())]
     assert [len(shard["labels"]) for shard in shards] == [7, 7, 7, 7, 2]
     found = {name: torch.cat([shard[name] for shard in shards]) for name in shards[0]}

@@ -9,7 +9,7 @@ from raekit.cli import console
 from raekit.cli.app import app
 from raekit.cli.autoencoding import encode, reconstruct
 from raekit.cli.completion import completion
-from raekit.cli.data import data_show
+from raekit.cli.data import data_pack, data_show
 from raekit.cli.evaluation import compare, evaluate, probe, reference
 from raekit.cli.formats import convert, info, models, push
 from raekit.cli.generation import generate, interpolate, trajectory
@@ -31,6 +31,7 @@ GROUPS: dict[str, dict[str, Callable[..., None]]] = {
     "train": {
         "train": train,
         "data show": data_show,
+        "data pack": data_pack,
         "latents measure": latents_measure,
         "latents cache": latents_cache,
         "latents generate": latents_generate,

@@ -8,7 +8,7 @@ from tyro.conf import Positional
 
 from raekit.cli import console
 from raekit.errors import UserError
-from raekit.files import check_file
+from raekit.files import check_file, check_folder
 from raekit.progress import Display
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def data_show(
     Example: raekit data show folder:images --out montage.png
 
     Args:
-        source: Images: emoji, folder:DIR, flat:DIR, idx:DIR, hf:DIR, npz:FILE, zip:FILE or tar:FILE.
+        source: Images: emoji, folder:DIR, hf:OWNER/NAME, tar:FILES and others (docs/data.md).
         split: Split of the data source.
         count: Number of images to decode, evenly spread over the dataset.
         out: Output file (.png) for a montage of up to 64 images. None: no montage.
@@ -73,3 +73,58 @@ def _print_classes(found: "Overview") -> None:
         table.add_row(name, f"{number:,}")
     if rows:
         console.out.print(table)
+
+
+def data_pack(
+    source: Positional[str],
+    size: int,
+    out: Path,
+    format: Literal["jpeg", "png"] = "jpeg",
+    quality: int = 95,
+    shard_size: int = 1000,
+    max_unreadable: float = 0.01,
+    workers: int = 0,
+) -> None:
+    """Pack a dataset into tar shards of images that are scaled once.
+
+    Example: raekit data pack folder:imagenet --size 256 --out imagenet256 --workers 8
+
+    Then train with --data.source tar:imagenet256. Each epoch decodes smaller images. Complete shards are kept, so the
+    same command resumes after an interruption. Under torchrun the processes divide the shards among them. Check copies
+    of the folder with `sha256sum -c SHA256SUMS`.
+
+    Args:
+        source: Images: folder:DIR, hf:OWNER/NAME, tar:FILES and others (docs/data.md).
+        size: Short side in pixels that larger images are scaled to, with the filters of ADM's crop. Smaller images keep
+            their size.
+        out: Output folder, new or of the same command.
+        format: Format of the images: JPEG without chroma subsampling, or PNG without loss.
+        quality: Quality of JPEGs, from 1 to 100.
+        shard_size: Number of images in a shard.
+        max_unreadable: Fraction of the images that may be unreadable. They are left out.
+        workers: Number of processes that decode and encode. 0: the main process.
+    """
+    from raekit.data.packing import pack
+    from raekit.distributed import world
+
+    check_folder(out)
+    with world("cpu") as here, Display(console.err, quiet=not here.is_main) as progress:
+        done = pack(
+            source,
+            size,
+            out,
+            format=format,
+            quality=quality,
+            shard_size=shard_size,
+            max_unreadable=max_unreadable,
+            workers=workers,
+            world=here,
+            progress=progress,
+        )
+    if here.is_main:
+        counts = ", ".join(f"{count:,} images in the split {split}" for split, count in done.images.items())
+        megabytes = sum(path.stat().st_size for path in out.glob("*.tar")) / 2**20
+        left_out = f"; {len(done.unreadable)} unreadable images were left out" if done.unreadable else ""
+        console.out.print(
+            f"{out}: {counts}; {done.shards} shards, {megabytes:,.1f} MiB{left_out}. Read it as tar:{out}", markup=False
+        )

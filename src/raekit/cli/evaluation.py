@@ -20,6 +20,7 @@ def evaluate(
     count: int | None = None,
     reconstruct: bool = False,
     lpips: str | None = None,
+    interpolate: bool = False,
     baselines: bool = False,
     relative_to: tuple[Path, ...] = (),
     seed: int = 0,
@@ -49,7 +50,8 @@ def evaluate(
             flat:DIR, folder:DIR, npz:FILE, zip:FILES or tar:FILES.
         reference: Files to compare with: a .safetensors file of `raekit reference`, ADM's .npz file, or statistics of
             other projects.
-        source: Dataset to compare with, instead of the dataset that the model was trained on.
+        source: Dataset to compare with, instead of the dataset that the model was trained on. With --interpolate and
+            --reference: the dataset whose training images are searched.
         features: Networks to compare in: inception, inception:WEIGHTS, clean_inception, vgg16, vgg16:WEIGHTS,
             classifier:NAME, or encoders, also as ENCODER@SIZE. Default: the networks of the reference;
             classifier:builtin:emoji for the built-in images.
@@ -57,10 +59,12 @@ def evaluate(
         reconstruct: Score reconstructions of the reference's own images instead of samples.
         lpips: Score reconstructions by LPIPS too, with VGG16's weights from this file; auto finds them in torchvision's
             cache or on the Hub.
+        interpolate: Score the autoencoder without a denoiser, by images halfway between held-out images and similar
+            training images in its latents (iFID).
         baselines: Also score training images, held-out images, their reconstructions and decoded noise, and compare all
             images with their nearest training images.
         relative_to: References of other real images. Also report each distance divided by the distance of these images.
-        seed: Seed of the samples.
+        seed: Seed of the samples, or of --interpolate's draws.
         labels: Classes of the samples: each class equally often; drawn uniformly; or in the proportions of the
             reference's images. Default: balanced with --reference, otherwise reference.
         ema: Decay of the weight average to use, one of the recipe's `ema` values. Default: the first.
@@ -90,6 +94,7 @@ def evaluate(
             ema=ema,
             reconstruct=reconstruct,
             lpips=lpips,
+            interpolate=interpolate,
             baselines=baselines,
             relative_to=relative_to,
             intervals=intervals,
@@ -147,7 +152,7 @@ def reference(
     Example: raekit reference folder:imagenet --split heldout --image-size 256 --out imagenet256.safetensors
 
     Args:
-        source: Real images: emoji, folder:DIR, flat:DIR, idx:DIR, hf:DIR, npz:FILE, zip:FILES or tar:FILES.
+        source: Real images: emoji, folder:DIR, hf:OWNER/NAME, tar:FILES and others (docs/data.md).
         out: The .safetensors file to write.
         image_size: Side in pixels that the images are centre-cropped to.
         split: Split of the source.
@@ -192,7 +197,7 @@ def probe(
 
     Args:
         name: A registered encoder, builtin:NAME, a model folder, a run, or OWNER/NAME on the Hub.
-        source: Labelled images: emoji, folder:DIR, idx:DIR or hf:DIR.
+        source: Labelled images: emoji, folder:DIR, hf:OWNER/NAME, tar:FILES and others (docs/data.md).
         tokens: What the probe sees: the mean of an image's tokens, or all tokens.
         image_size: Side in pixels that the images are centre-cropped to. Default: the model's own.
         penalty: L2 penalty of the regression. Default: the best one on a tenth of the training images.

@@ -38,8 +38,8 @@ def convert(
     Args:
         source: a published name, a YAML, a file of weights, a diffusers folder, a raekit model, OWNER/NAME.
         dest: the folder to write, new or empty.
-        to: the format to write: raekit, v1 (the official files) or diffusers (an AutoencoderRAE). v1 and diffusers
-            contain only the autoencoder.
+        to: the format to write: raekit, v1 (the official files, only the autoencoder) or diffusers (a pipeline if the
+            source has a denoiser, and an AutoencoderRAE otherwise).
         encoder: for a decoder file, its encoder: a registered name, builtin:NAME, a folder, or FAMILY:WHERE for a
             transformers checkpoint.
         encoder_size: for a decoder file, the size to which the encoder resizes images, in pixels: the side of a

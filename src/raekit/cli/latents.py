@@ -35,7 +35,7 @@ def latents_measure(
     Args:
         encoder: Encoder: a registered name, builtin:NAME, a folder, or FAMILY:WHERE for a transformers checkpoint.
         out: Output file (.safetensors) for `mean` and `var`, each of shape (C, H, W).
-        source: Images: emoji, folder:DIR, flat:DIR, idx:DIR, hf:DIR, npz:FILE, zip:FILES or tar:FILES.
+        source: Images: emoji, folder:DIR, hf:OWNER/NAME, tar:FILES and others (docs/data.md).
         split: Split of the data source.
         image_size: Side in pixels to which images are centre-cropped. None: the input size of the encoder.
         encoder_size: Side in pixels to which the encoder resizes its input, or height and width. None: its own.
@@ -95,7 +95,7 @@ def latents_cache(
     Args:
         model: Autoencoder to use: published name, builtin:NAME, model folder, run folder, or OWNER/NAME on the Hub.
         out: Output folder for the shards.
-        source: Images: emoji, folder:DIR, flat:DIR, idx:DIR, hf:DIR, npz:FILE, zip:FILES or tar:FILES.
+        source: Images: emoji, folder:DIR, hf:OWNER/NAME, tar:FILES and others (docs/data.md).
         split: Split of the data source.
         flip: Also cache the latents of each mirrored image. Required to train with data.flip.
         dtype: Format in which to store the latents. int8 has one scale for each token.

@@ -26,7 +26,7 @@ class SolverOptions:
             next evaluation; dopri5: adaptive steps, so that a sample varies with its batch within the tolerance;
             euler-maruyama: the SDE. None: euler.
         grid: Time grid. full: all the way to the data; published: as the official sampler, which stops one step
-            before the data. None: full.
+            before the data; diffusers: as its RAEDiTPipeline, with a long last step. None: full.
         atol: Absolute tolerance of dopri5. None: 1e-6.
         rtol: Relative tolerance of dopri5. None: 1e-3.
         reuse: How long to reuse the output of the backbone. A whole number k: run the backbone at every k-th step and
@@ -37,7 +37,7 @@ class SolverOptions:
 
     steps: int | None = None
     solver: Literal["euler", "heun", "ab2", "abm", "dopri5", "euler-maruyama"] | None = None
-    grid: Literal["full", "published"] | None = None
+    grid: Literal["full", "published", "diffusers"] | None = None
     atol: float | None = None
     rtol: float | None = None
     reuse: int | float | None = None

@@ -13,14 +13,16 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from raekit.config import Operation, Place, configclass
-from raekit.data.images import UnreadableImage, warn_once
+from raekit.data.images import UnreadableImage, reduced, warn_once
 from raekit.data.sources import open_source
 from raekit.data.sources.base import Source, Split, parse_address
-from raekit.data.transforms import center_crop, flip, random_crop
+from raekit.data.transforms import center_window, random_window, random_window_side
 from raekit.data.workers import load_parts
 from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.randomness import numpy_generator
+
+Resize = Literal["fast", "exact"]
 
 
 @configclass
@@ -34,6 +36,8 @@ class DataConfig:
         image_size: the side of the square images, in pixels.
         crop: how the training stream crops an image to a square.
         flip: whether the training stream mirrors half of the images at random.
+        resize: how the training stream scales images. `exact` has the pixels of ADM's crop. `fast` has them within
+            one level, and decodes large JPEGs at a reduced size, within a few levels. Single passes are always exact.
         workers: the number of processes that decode images. With 0, this process decodes them.
         max_unreadable: the fraction of the images, from 0 to 1, that may be unreadable. Loading fails above it.
     """
@@ -44,6 +48,7 @@ class DataConfig:
     image_size: int
     crop: Literal["center", "random"] = "center"
     flip: bool = False
+    resize: Resize = "fast"
     workers: Operation[int] = 0
     max_unreadable: Operation[float] = 0.01
 
@@ -166,13 +171,14 @@ class Loader:
         batches = self.read((range(first, min(first + batch_size, len(self))) for first in firsts), world)
         return (batch for batch in batches if len(batch))
 
-    def read(self, parts: Iterable[range], world: World) -> Iterator[Batch]:
+    def read(self, parts: Iterable[range], world: World, resize: Resize = "exact") -> Iterator[Batch]:
         """Yield one centre-cropped batch for each range of source indices in `parts`, without unreadable images.
 
         Raises:
             UserError: too many images are unreadable.
         """
-        return self._batches(_Reader(self.source, self.config, seed=None, attempts=1), parts, world)
+        config = replace(self.config, crop="center", flip=False, resize=resize)
+        return self._batches(_Reader(self.source, config, seed=None, attempts=1), parts, world)
 
     def _batches(self, reader: "_Reader", parts: Iterable[range], world: World) -> Iterator[Batch]:
         for images, labels, read, unreadable in load_parts(reader, parts, self.config.workers, world):
@@ -230,39 +236,41 @@ class _Reader(Dataset[_Read]):
 
     def __getitem__(self, positions: range) -> _Read:
         size = self.config.image_size
-        images, labels, read = np.empty((len(positions), size, size, 3), np.uint8), [], []
+        images, labels, read = np.empty((len(positions), 3, size, size), np.uint8), [], []
         unreadable: dict[str, str] = {}
         for position in positions:
             item = self._item(position, unreadable)
             if item is not None:
                 image, label = item
-                images[len(read)] = np.asarray(self._square(image, position))
+                images[len(read)] = self._square(image, position)
                 labels.append(label)
                 read.append(position)
-        pixels = torch.from_numpy(images[: len(read)]).permute(0, 3, 1, 2).contiguous()
+        pixels = torch.from_numpy(images[: len(read)])
         numbers = torch.tensor(labels, dtype=torch.int64), torch.tensor(read, dtype=torch.int64)
         return pixels, *numbers, unreadable
 
     def _item(self, position: int, unreadable: dict[str, str]) -> tuple[Image.Image, int] | None:
-        items = len(self.source)
+        items, config = len(self.source), self.config
         first = position if self.seed is None else item_at(self.seed, position, items)
+        short_side = random_window_side(config.image_size) if config.crop == "random" else config.image_size
         for index in range(first, first + self.attempts):
             try:
-                return self.source[index % items]
+                with reduced(short_side if config.resize == "fast" else 0):
+                    return self.source[index % items]
             except UnreadableImage as error:
                 unreadable[error.path] = error.reason
         return None
 
-    def _square(self, image: Image.Image, position: int) -> Image.Image:
-        config = self.config
-        if self.seed is None or (config.crop == "center" and not config.flip):
-            return center_crop(image, config.image_size)
-        mirrored, generator = augmentation(config, self.seed, position)
-        if config.crop == "random":
-            image = random_crop(image, config.image_size, generator)
-        else:
-            image = center_crop(image, config.image_size)
-        return flip(image) if mirrored else image
+    def _square(self, image: Image.Image, position: int) -> np.ndarray:
+        """Return the pixels of an image as uint8 (3, S, S)."""
+        config, mirrored, window = self.config, False, None
+        if self.seed is not None and (config.flip or config.crop == "random"):
+            mirrored, generator = augmentation(config, self.seed, position)
+            if config.crop == "random":
+                window = random_window(image, config.image_size, generator)
+        window = window or center_window(image, config.image_size)
+        pixels = window.fast() if config.resize == "fast" else np.asarray(window.exact()).transpose(2, 0, 1)
+        return pixels[..., ::-1] if mirrored else pixels
 
 
 @lru_cache(maxsize=4)

@@ -1,9 +1,12 @@
-"""Turn the pixels of any image file into square RGB images (PIL in, PIL out)."""
+"""Turn the pixels of any image file into square RGB images."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import Image
 
 _UPRIGHT = {  # EXIF orientation -> the transpose that undoes it
@@ -39,7 +42,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
+    if image.mode != "RGB":  # converting would copy
+        image = image.convert("RGB")
     return image if upright is None else image.transpose(upright)
 
 
@@ -55,14 +59,81 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
     return grey
 
 
-def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """Scale the short side of `image` to `size` and return the central `size` x `size` square, as ADM does.
+@dataclass(frozen=True)
+class Window:
+    """A square part of an image that is still to be scaled.
+
+    Attributes:
+        image: the RGB image.
+        sides: the width and height to scale the complete image to.
+        corner: the left and top side of the square in the scaled image.
+        size: the side of the square.
+    """
+
+    image: Image.Image
+    sides: tuple[int, int]
+    corner: tuple[int, int]
+    size: int
+
+    def exact(self) -> Image.Image:
+        """Scale the image with Pillow's bicubic filter, as ADM does, and return the square."""
+        left, top = self.corner
+        scaled = self.image.resize(self.sides, Image.Resampling.BICUBIC)
+        return scaled.crop((left, top, left + self.size, top + self.size))
+
+    def fast(self) -> np.ndarray:
+        """Return the pixels of `exact` as uint8 (3, S, S), in less time.
+
+        The filter is the same. Values differ by at most 1, and by more only where the filter overshoots black or white.
+        Pillow can scale only the part that is kept. If that is more than half of the image, torch is faster, although
+        it scales the complete image.
+        """
+        (width, height), (left, top), size = self.sides, self.corner, self.size
+        if 2 * size * size <= width * height:
+            x, y = self.image.width / width, self.image.height / height
+            box = (left * x, top * y, (left + size) * x, (top + size) * y)
+            square = self.image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+            return np.asarray(square).transpose(2, 0, 1)
+        pixels = torch.from_numpy(np.array(self.image)).permute(2, 0, 1)[None]
+        scaled = F.interpolate(pixels, (height, width), mode="bicubic", antialias=True)[0]
+        return scaled[:, top : top + size, left : left + size].numpy()
+
+
+def center_window(image: Image.Image, size: int) -> Window:
+    """Return the central square of `image` after its short side is scaled to `size`, as ADM does.
 
     A box filter halves the image while its short side is at least twice `size`. A bicubic filter then scales it to
     the rounded final size (guided-diffusion, `image_datasets.py`).
     """
-    image = _scale(_shorten(image), size, min)
-    return _crop(image, (image.width - size) // 2, (image.height - size) // 2, size)
+    image, (width, height) = _halved(_shorten(image), size, min)
+    return Window(image, (width, height), ((width - size) // 2, (height - size) // 2), size)
+
+
+def random_window(image: Image.Image, size: int, generator: np.random.Generator) -> Window:
+    """Return a square at a uniformly random place of `image` after its short side is scaled to 1.5 `size`.
+
+    The filter is bicubic. The long side is rounded down, as in torchvision's `Resize`.
+    """
+    image = _shorten(image)
+    short, target = min(image.size), random_window_side(size)
+    width, height = image.width * target // short, image.height * target // short
+    left, top = generator.integers(0, (width - size, height - size), endpoint=True).tolist()
+    return Window(image, (width, height), (left, top), size)
+
+
+def random_window_side(size: int) -> int:
+    """Return the short side to which `random_window` scales an image."""
+    return int(1.5 * size)
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """Return the square of `center_window` with the exact pixels of ADM."""
+    return center_window(image, size).exact()
+
+
+def shrink(image: Image.Image, size: int) -> Image.Image:
+    """Scale the short side of a larger image to `size`, with the filters of `center_crop`. Strips are cut."""
+    return _scale(_shorten(image), size, min) if min(image.size) > size else image
 
 
 def pad(image: Image.Image, size: int) -> Image.Image:
@@ -82,34 +153,23 @@ FITS: dict[Fit, Callable[[Image.Image, int], Image.Image]] = {"crop": center_cro
 """The ways to make a square from an image of any shape."""
 
 
-def random_crop(image: Image.Image, size: int, generator: np.random.Generator) -> Image.Image:
-    """Scale the short side of `image` to 1.5 `size` and return a `size` x `size` square at a uniformly random place.
-
-    The filter is bicubic. The long side is rounded down, as in torchvision's `Resize`.
-    """
-    image = _shorten(image)
-    short, target = min(image.size), int(1.5 * size)
-    image = image.resize((image.width * target // short, image.height * target // short), Image.Resampling.BICUBIC)
-    left, top = generator.integers(0, (image.width - size, image.height - size), endpoint=True).tolist()
-    return _crop(image, left, top, size)
+Side = Callable[[tuple[int, int]], int]
+"""Chooses the short (min) or the long (max) side of an image."""
 
 
-def flip(image: Image.Image) -> Image.Image:
-    """Return `image` mirrored left to right."""
-    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+def _scale(image: Image.Image, size: int, side: Side) -> Image.Image:
+    """Scale a side of `image` to `size`."""
+    image, sides = _halved(image, size, side)
+    return image.resize(sides, Image.Resampling.BICUBIC)
 
 
-def _crop(image: Image.Image, left: int, top: int, size: int) -> Image.Image:
-    return image.crop((left, top, left + size, top + size))
-
-
-def _scale(image: Image.Image, size: int, side: Callable[[tuple[int, int]], int]) -> Image.Image:
-    """Scale the short (`side=min`) or long (`side=max`) side of `image` to `size`."""
+def _halved(image: Image.Image, size: int, side: Side) -> tuple[Image.Image, tuple[int, int]]:
+    """Halve `image` by a box filter while the side is at least twice `size`. Return it and the sides to scale it to."""
     while side(image.size) >= 2 * size:
         image = image.resize((max(image.width // 2, 1), max(image.height // 2, 1)), Image.Resampling.BOX)
     scale = size / side(image.size)
-    sides = (max(round(length * scale), 1) for length in image.size)
-    return image.resize(tuple(sides), Image.Resampling.BICUBIC)  # type: ignore[arg-type]
+    width, height = (max(round(length * scale), 1) for length in image.size)
+    return image, (width, height)
 
 
 def _shorten(image: Image.Image) -> Image.Image:

@@ -131,10 +131,10 @@ class Against:
                 measured = measure_reference(data, lacking, world, keep=2**24, progress=progress)
                 self.references[number] = replace(each, features={**each.features, **measured.features})
 
-    def reconstruction_accumulators(self) -> list[Accumulator]:
-        """Return the Frechet distances of reconstructions, one for each network, named `rfid` or `rfd_NETWORK`."""
+    def distances(self, prefix: str) -> list[Accumulator]:
+        """Return the Frechet distances, one for each network, with a letter in front of their names (`rfid`)."""
         return [
-            FrechetDistance(network, reference.gaussian(network), f"r{frechet_name(network)}")
+            FrechetDistance(network, reference.gaussian(network), f"{prefix}{frechet_name(network)}")
             for reference, network in self.pairs()
         ]
 

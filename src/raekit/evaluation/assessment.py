@@ -19,6 +19,7 @@ from raekit.errors import UserError
 from raekit.evaluation.against import Against
 from raekit.evaluation.chunks import Features, collect, collected, discard, images_digest
 from raekit.evaluation.features import PairScore, weights_of
+from raekit.evaluation.interpolations import Interpolations
 from raekit.evaluation.intervals import LEAST
 from raekit.evaluation.metrics import Accumulator, FrechetDistance, NearestNeighbours
 from raekit.evaluation.pairs import PairMean
@@ -50,8 +51,8 @@ def assess(
 ) -> tuple[Report, Path]:
     """Compare images with references, and write a report. All processes call it and share the work.
 
-    Reconstructions are compared with references of their originals. A call that was stopped resumes after the last
-    stored chunk of images; a call that has finished reads its report.
+    Reconstructions and interpolations are compared with references of their originals. A call that was stopped resumes
+    after the last stored chunk of images; a call that has finished reads its report.
 
     Args:
         stream: the images.
@@ -73,9 +74,9 @@ def assess(
     """
     world, baselines = world or World(), baselines or {}
     against.check_size(stream.image_size)
-    if isinstance(stream, Reconstructions):
+    if isinstance(stream, Reconstructions | Interpolations):
         if intervals:
-            raise UserError("intervals: not available for reconstructions, whose reference holds the same images")
+            raise UserError("intervals: not available for images whose originals are the reference; leave it out")
         for each in against.references:
             each.check_originals(stream.source, stream.split)
     if intervals and stream.count < LEAST:
@@ -95,14 +96,16 @@ def assess(
         for name, row in baselines.items():
             folder = _row_folder(out, name)
             collect(row, _features(row, against), folder, folder.with_suffix(".png"), world, progress, name)
-        if not isinstance(stream, Reconstructions):
+        if not isinstance(stream, Reconstructions | Interpolations):
             against.complete(world, progress)
         if world.is_main:
             # One process does this: for any number of processes the sums have the same numbers in the same order.
             bank = _bank(against, baselines, out, world.device)
             rows = _score_baselines(against, bank, baselines, out, world.device)
             if isinstance(stream, Reconstructions):
-                accumulators = [*against.reconstruction_accumulators(), *map(PairMean, stream.scores.values())]
+                accumulators = [*against.distances("r"), *map(PairMean, stream.scores.values())]
+            elif isinstance(stream, Interpolations):
+                accumulators = against.distances("i")
             else:
                 accumulators = [*against.accumulators(stream.count, intervals), *_neighbours(against, bank, intervals)]
             results = _score(stream, against, accumulators, out / "features", world.device, progress)

@@ -15,6 +15,7 @@ from raekit.errors import UserError
 from raekit.evaluation.against import Against, find_networks
 from raekit.evaluation.assessment import TRAINING, assess
 from raekit.evaluation.features import default_features, load_networks
+from raekit.evaluation.interpolations import Interpolations
 from raekit.evaluation.labels import Labels
 from raekit.evaluation.pairs import METRICS, reconstruction_metrics
 from raekit.evaluation.references import Reference, measure_reference, read_reference
@@ -45,6 +46,7 @@ def evaluate(
     ema: float | None = None,
     reconstruct: bool = False,
     lpips: str | None = None,
+    interpolate: bool = False,
     baselines: bool = False,
     relative_to: Places = (),
     intervals: bool = False,
@@ -65,17 +67,21 @@ def evaluate(
     Args:
         model: a model, as a name that `raekit.load` takes or loaded; or the address of saved images, such as flat:DIR.
         reference: files that `read_reference` reads.
-        source: address of the dataset to compare with, instead of the dataset that the model was trained on.
+        source: address of the dataset to compare with, instead of the dataset that the model was trained on. With
+            `interpolate` and a reference file: the dataset whose training images are searched, if it is not the
+            dataset of the reference.
         features: the networks to compare in (`load_networks`). Default: the networks of the reference. Without a
             reference there is a default only for the built-in images.
         count: number of samples. Default: 50,000 with a reference file, otherwise 1,000.
-        seed: seed of the samples.
+        seed: seed of the samples, or of the draws of `interpolate`.
         labels: how the classes of the samples are drawn. Default: "balanced" with a reference file, otherwise
             "reference", in the proportions of the held-out images.
         sampling: how to sample. Default: 50 Euler steps without guidance.
         ema: the decay of the weight average to use, one of the trained averages. Default: the first.
         reconstruct: score reconstructions of the reference's own images (rFID, PSNR, SSIM) instead of samples.
         lpips: score reconstructions by LPIPS too, with VGG16 from this file, or "auto" to find VGG16.
+        interpolate: score the autoencoder by images halfway between held-out images and similar training images in
+            its latents (iFID), instead of samples.
         baselines: also score training images, held-out images, their reconstructions and decoded noise, and compare
             all images with their nearest training images.
         relative_to: references of other real images. The report also has each distance divided by the distance of these
@@ -101,9 +107,10 @@ def evaluate(
     _check_arguments(
         saved=saved,
         reconstruct=reconstruct,
+        interpolate=interpolate,
         sampled={
             "count": count is not None,
-            "seed": seed != 0,
+            "seed": seed != 0 and not interpolate,
             "labels": labels is not None,
             "sampling": sampling is not None,
             "ema": ema is not None,
@@ -111,12 +118,13 @@ def evaluate(
         },
         lpips=lpips,
         others=others,
-        source=source if references and not baselines else None,
+        source=source if references and not (baselines or interpolate) else None,
     )
     if count is not None and count < 1:
         raise UserError(f"count: {count} must be at least 1")
     world = world or World(device=prepare_device())
-    loaded = _load(model, reconstruct, ema, dtype, world) if not saved else None
+    own = reconstruct or interpolate  # the autoencoder is scored, without a denoiser
+    loaded = _load(model, own, ema, dtype, world) if not saved else None
     dataset = source or (loaded.trained_on if loaded else None)
     name = model if isinstance(model, str) else "a model in memory"
     if not references or baselines:
@@ -141,6 +149,18 @@ def evaluate(
     stream: Stream
     if saved:
         stream = StoredImages(name, batch_size, workers)
+    elif isinstance(loaded, LatentSpace) and interpolate:
+        place, split = _originals(read[0])
+        stream = Interpolations(
+            loaded,
+            place,
+            split,
+            training=source or place,
+            seed=seed,
+            batch_size=batch_size,
+            workers=workers,
+            progress=progress,
+        )
     elif isinstance(loaded, LatentSpace):
         stream = _reconstructions(loaded, read[0], lpips, batch_size, workers, world)
     else:
@@ -165,7 +185,7 @@ def evaluate(
     compared = Against(read, networks, world.device, [read_reference(path) for path in others])
     names = {
         "model": name,
-        "ema": _ema(model, ema) if isinstance(model, str) and not (saved or reconstruct) else ema,
+        "ema": _ema(model, ema) if isinstance(model, str) and not (saved or own) else ema,
         "reference": [*map(str, references)] or [f"{dataset} (held out)"],
         "relative_to": [*map(str, others)],
         **(names or {}),
@@ -191,6 +211,7 @@ def _check_arguments(
     *,
     saved: bool,
     reconstruct: bool,
+    interpolate: bool,
     sampled: dict[str, bool],
     lpips: str | None,
     others: Sequence[Path],
@@ -198,22 +219,24 @@ def _check_arguments(
 ) -> None:
     """UserError for an argument without effect."""
     given = [name for name, was in sampled.items() if was]
-    if saved and (wrong := [*given, *["reconstruct"] * reconstruct]):
+    if reconstruct and interpolate:
+        raise UserError("interpolate: cannot be combined with reconstruct; evaluate twice")
+    if saved and (wrong := [*given, *["reconstruct"] * reconstruct, *["interpolate"] * interpolate]):
         raise UserError(f"{wrong[0]}: has no effect on saved images, which are scored as they are; leave it out")
-    if reconstruct and (wrong := [*given, *["relative_to"] * bool(others)]):
-        raise UserError(f"{wrong[0]}: has no effect with reconstruct; leave it out")
+    if (reconstruct or interpolate) and (wrong := [*given, *["relative_to"] * bool(others)]):
+        raise UserError(
+            f"{wrong[0]}: has no effect with {'reconstruct' if reconstruct else 'interpolate'}; leave it out"
+        )
     if lpips is not None and not reconstruct:
         raise UserError("lpips: has no effect without reconstruct; leave it out")
     if source is not None:
         raise UserError("source: has no effect with reference, unless baselines are scored; leave one of them out")
 
 
-def _load(
-    model: str | Model, reconstruct: bool, ema: float | None, dtype: torch.dtype, world: World
-) -> Model | LatentSpace:
+def _load(model: str | Model, own: bool, ema: float | None, dtype: torch.dtype, world: World) -> Model | LatentSpace:
     if isinstance(model, Model):
-        return model.autoencoder if reconstruct else model
-    if reconstruct:
+        return model.autoencoder if own else model
+    if own:
         return load_autoencoder(model, dtype).to(world.device)
     return load(model, world.device, ema, dtype)
 
@@ -270,8 +293,8 @@ def _originals(reference: Reference) -> tuple[str, Split]:
     source, split = reference.about.source, reference.about.split
     if source is None or split is None:
         raise UserError(
-            f"{reference.place}: does not say which images it was measured on, and reconstructions are compared with "
-            "their own originals; make a reference with `raekit reference`"
+            f"{reference.place}: does not say which images it was measured on, and reconstructions and "
+            "interpolations are compared with their own originals; make a reference with `raekit reference`"
         )
     return source, split
 

@@ -115,12 +115,12 @@ class Reference:
             )
 
     def check_originals(self, source: str, split: Split) -> None:
-        """Raise UserError unless the reference was measured on the images that are reconstructed."""
+        """Raise UserError unless the reference was measured on the images that are reconstructed or interpolated."""
         found = (self.about.source, self.about.split)
         if found == (None, None):
             found, reason = "images that it does not name", "a reference for generated images gives a different score"
         else:
-            found, reason = f"{found[0]} ({found[1]})", "reconstructions are compared with their own originals"
+            found, reason = f"{found[0]} ({found[1]})", "these images are compared with their own originals"
         if (self.about.source, self.about.split) != (source, split):
             raise UserError(
                 f"{self.place}: was measured on {found}, and the originals are {source} ({split}): {reason}; "

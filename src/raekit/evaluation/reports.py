@@ -17,7 +17,7 @@ LITERATURE = 50_000
 """The number of images behind published scores."""
 
 _DISTANCES = ("fid", "sfid", "clean_fid", "fd_")
-_LOWER = (*_DISTANCES, *(f"r{name}" for name in _DISTANCES), "fdr", "kid", "lpips")
+_LOWER = (*_DISTANCES, *(f"{kind}{name}" for kind in "ri" for name in _DISTANCES), "fdr", "kid", "lpips")
 _HIGHER = ("inception_score", "precision", "recall", "psnr", "ssim", "knn_accuracy", "class_accuracy")
 _PARTS = ("low", "high", "bias", "std")
 

@@ -45,7 +45,8 @@ class Sampling:
     Attributes:
         steps: solver steps. A `published` grid has one step fewer.
         solver: a solver of `flow.solvers`. dopri5 chooses its own steps.
-        grid: `full` ends at time 0; `published` is the grid of the official sampler (RAE v1).
+        grid: `full` ends at time 0; `published` is the grid of the official sampler (RAE v1); `diffusers` is the grid
+            of diffusers' RAEDiTPipeline.
         guidance: the rules, at most one of each method. A single rule, or a text such as `cfg:2.0@0.1-0.9`
             (`parse_guidance`), becomes a tuple.
         weak: the weaker denoiser of `auto` guidance.

@@ -15,7 +15,7 @@ from raekit.errors import UserError
 from raekit.flow.guidance import Velocity
 from raekit.flow.path import TIME_CAP, shift
 
-Grid = Literal["full", "published"]
+Grid = Literal["full", "published", "diffusers"]
 SolverName = Literal["euler", "heun", "dopri5", "ab2", "abm", "euler-maruyama"]
 
 
@@ -26,15 +26,21 @@ def time_grid(steps: int, alpha: float, grid: Grid = "full") -> list[float]:
         steps: at least 1, or 2 with `published`.
         alpha: the shift factor of training (`flow.path.shift_factor`).
         grid: `full` has steps + 1 times and ends at 0. `published` has the official sampler's `steps` times, so one
-            solver step fewer, and ends at shift(0.001), short of the data (RAE v1).
+            solver step fewer, and ends at shift(0.001), short of the data (RAE v1). `diffusers` has the steps + 1
+            times of diffusers' RAEDiTPipeline: its scheduler shifts even times, which end at shift(0.001), a second
+            time, and adds 0. So the last step is long: from 0.0458 for 50 steps and alpha 6.93.
 
     Raises:
         UserError: there are too few steps.
     """
-    if steps < (1 if grid == "full" else 2):
+    if steps < (2 if grid == "published" else 1):
         raise UserError(f"steps: {steps} is too few for a {grid} grid")
-    times = torch.linspace(1, 0, steps + 1) if grid == "full" else 1 - torch.linspace(0, TIME_CAP, steps)
-    return shift(times, alpha).tolist()
+    if grid == "published":
+        return shift(1 - torch.linspace(0, TIME_CAP, steps), alpha).tolist()
+    if grid == "diffusers":
+        last = shift(torch.tensor(1 - TIME_CAP), alpha).item()
+        return [*shift(torch.linspace(1, last, steps), alpha).tolist(), 0.0]
+    return shift(torch.linspace(1, 0, steps + 1), alpha).tolist()
 
 
 def evaluated(solver: SolverName, times: Sequence[float]) -> Sequence[float]:

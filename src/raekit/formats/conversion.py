@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +16,7 @@ from raekit.formats.decoder_files import read_decoder, write_v1
 from raekit.formats.decoder_keys import decoder_part, decoder_sizes
 from raekit.formats.denoiser_files import read_denoiser
 from raekit.formats.diffusers_files import read_diffusers, write_diffusers
+from raekit.formats.diffusers_pipeline import INDEX, read_pipeline, write_pipeline
 from raekit.formats.native import read_model, write_model
 from raekit.formats.parts import AutoencoderParts, Parts, about
 from raekit.formats.states import unwrap
@@ -74,7 +74,8 @@ def convert(source: str, folder: Path, to: Format = "raekit", options: FileOptio
         source: a published name, a decoder, denoiser or training checkpoint file, a published YAML, a diffusers
             folder, a v1 folder that raekit wrote, a raekit model folder or run, or OWNER/NAME on the Hub.
         folder: the folder to write. It must be new or empty.
-        to: the format to write. "v1" and "diffusers" contain only the autoencoder.
+        to: the format to write. "v1" contains only the autoencoder. "diffusers" is a pipeline if the source has a
+            denoiser, and an AutoencoderRAE otherwise.
         options: facts that the file does not contain. Only for decoder, denoiser and training checkpoint files.
 
     Returns:
@@ -85,16 +86,15 @@ def convert(source: str, folder: Path, to: Format = "raekit", options: FileOptio
     """
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise UserError(f"{folder}: already exists and is not empty; give a new folder")
-    parts = read(source, options, denoiser=to == "raekit")
+    parts = read(source, options, denoiser=to != "v1")
     if to == "raekit":
         write_model(parts, folder)
+    elif to == "diffusers" and parts.denoiser:
+        write_pipeline(parts, folder)
     else:
         assert parts.autoencoder
-        WRITERS[to](parts.autoencoder, folder)
+        (write_v1 if to == "v1" else write_diffusers)(parts.autoencoder, folder)
     return parts
-
-
-WRITERS: dict[Format, Callable[[AutoencoderParts, Path], None]] = {"v1": write_v1, "diffusers": write_diffusers}
 
 
 def read(source: str, options: FileOptions | None = None, *, denoiser: bool = True) -> Parts:
@@ -125,6 +125,8 @@ def read(source: str, options: FileOptions | None = None, *, denoiser: bool = Tr
     folder = find_folder(source)
     if (folder / "config.yaml").is_file():
         return read_yaml(folder / "config.yaml", denoiser)
+    if (folder / INDEX).is_file():
+        return read_pipeline(folder, denoiser)
     config = folder / "config.json"
     if config.is_file() and isinstance(values := read_json(config), dict) and "_class_name" in values:
         return Parts(read_diffusers(folder, values))
@@ -150,8 +152,8 @@ def _read_file(path: Path, options: FileOptions, denoiser: bool) -> Parts:
     _reject(path, "a denoiser", options.given() - _DENOISER_OPTIONS)
     if not denoiser:
         raise UserError(
-            f"{path}: holds a denoiser, where an autoencoder is needed; v1 and diffusers hold only autoencoders, "
-            "so convert a denoiser with --to raekit"
+            f"{path}: holds a denoiser, where an autoencoder is needed; --to v1 writes only autoencoders, so convert a "
+            "denoiser with --to raekit"
         )
     config = read_denoiser_config(options.denoiser_config) if options.denoiser_config else None
     read_one = read_denoiser(path, config, weights=weights, prediction=options.prediction)

@@ -75,6 +75,45 @@ def denoiser_config(values: Mapping[str, Any]) -> DenoiserConfig:
     )
 
 
+def published_denoiser(config: DenoiserConfig) -> PublishedDenoiser:
+    """Return the arguments of the published v1 network of this configuration.
+
+    Raises:
+        UserError: RAE v1 has no such network.
+    """
+    head = config.head
+    unsupported = {
+        "a denoiser of RAE v2 (context, base output or predicted data)": config.context is not None
+        or config.base_depth > 0
+        or config.prediction != "velocity",
+        "a denoiser without classes": config.num_classes == 0,
+        f"latents of {config.grid}, which are not square": config.grid[0] != config.grid[1],
+    }
+    if faults := [what for what, present in unsupported.items() if present]:
+        raise UserError(f"cannot hold {faults[0]}")
+
+    def both(name: str) -> int | tuple[int, int]:
+        own = getattr(config.backbone, name)
+        return (own, getattr(head, name)) if head else own
+
+    return PublishedDenoiser(
+        input_size=config.grid[0],
+        in_channels=config.channels,
+        hidden_size=both("width"),
+        depth=both("depth"),
+        num_heads=both("heads"),
+        patch_size=config.patch_size,
+        mlp_ratio=config.mlp_ratio,
+        num_classes=config.num_classes,
+        use_qknorm=config.qk_norm,
+        use_swiglu=config.mlp == "swiglu",
+        use_rope=config.rotary,
+        use_rmsnorm=config.norm == "rms",
+        use_pos_embed=config.positions != "none",
+        wo_shift=not config.adaln_shift,
+    )
+
+
 @configclass
 class PublishedDenoiserV2:
     """The arguments of the RAE v2 denoiser (RAE v2). Pairs are (backbone, head).
@@ -224,6 +263,37 @@ def denoiser_state(state: State, config: DenoiserConfig) -> dict[str, Tensor]:
     return ours
 
 
+def published_denoiser_state(state: State, config: DenoiserConfig) -> dict[str, Tensor]:
+    """Convert a raekit state dict to that of the published DiT or DiT^DH, with its fixed tables.
+
+    This is the inverse of `denoiser_state` for networks that `published_denoiser` accepts.
+    """
+    names = _inverse(_DENOISER | (_DIT_DH if config.head else _DIT))
+    theirs = _denoiser_tables(config)
+    for key, value in state.items():
+        match = re.fullmatch(r"(head_)?blocks\.(\d+)\.(.+)", key)
+        if not match:
+            name = rename(key, names)
+            if name.endswith("_embedder.proj.weight"):
+                value = value.unflatten(1, (config.patch_size, config.patch_size, -1)).permute(0, 3, 1, 2)
+            theirs[name] = value[None] if name == "pos_embed" else value
+            continue
+        part, index, name = config.backbone, int(match[2]), match[3]
+        if match[1] and config.head:
+            part, index = config.head, index + config.backbone.depth
+        if name.startswith("attention.qkv."):
+            value = torch.cat([*(_pairs(x, part) for x in value.chunk(3)[:2]), value.chunk(3)[2]])
+        elif name.startswith(("attention.q_norm.", "attention.k_norm.")):
+            value = _pairs(value, part)
+        theirs[f"blocks.{index}.{rename(name, _inverse(_DENOISER_BLOCK))}"] = value
+    return theirs
+
+
+def _inverse(names: Mapping[str, str]) -> dict[str, str]:
+    """Return {ours: theirs}. Of several published names, the first one counts: the name of v1."""
+    return {ours: theirs for theirs, ours in reversed(names.items())}
+
+
 def _denoiser_tables(config: DenoiserConfig) -> dict[str, Tensor]:
     """Return the fixed position and rotary tables, with their published names and layout."""
     tables = {"pos_embed": _position_table(config)} if config.positions == "sincos" else {}
@@ -268,6 +338,11 @@ def _halves(rows: Tensor, part: TransformerConfig) -> Tensor:
     """
     pairs = part.width // part.heads // 2
     return rows if len(rows) % (2 * pairs) else rows.unflatten(0, (-1, pairs, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def _pairs(rows: Tensor, part: TransformerConfig) -> Tensor:
+    """Reorder each head's rows from halves to interleaved rotary pairs, the inverse of `_halves`."""
+    return rows.unflatten(0, (-1, 2, part.width // part.heads // 2)).transpose(1, 2).flatten(0, 2)
 
 
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:

@@ -1,17 +1,22 @@
 """The names of published models. A model is downloaded and converted at its first use, and then cached."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.utils import WeakFileLock
 
-from raekit.config import to_dict
+from raekit.config import read_json, to_dict
 from raekit.errors import UserError
 from raekit.formats.decoder_files import read_decoder
 from raekit.formats.denoiser_files import read_denoiser
 from raekit.formats.denoiser_keys import denoiser_config, denoiser_v2_config
+from raekit.formats.diffusers_files import read_diffusers
+from raekit.formats.diffusers_pipeline import INDEX, read_pipeline
 from raekit.formats.native import write_model
 from raekit.formats.parts import Parts
 from raekit.hub import ASSETS, cache_folder, command, find_file
@@ -165,8 +170,49 @@ def cached(name: str, kind: str | None = None) -> Path:
     release = RELEASES[name] if name in RELEASES else DENOISERS[name]
     if isinstance(release, DenoiserRelease) and kind == "autoencoder":
         return cached(release.autoencoder)
+
+    def parts() -> Parts:
+        paths = [_download(name, release, file) for file in release.files]
+        if isinstance(release, DenoiserRelease):
+            return Parts(denoiser=read_denoiser(paths[0], release.config))
+        return Parts(read_decoder(release.fields, paths[0], paths[1] if release.statistics else None))
+
+    return _kept(name, "denoiser" if isinstance(release, DenoiserRelease) else "autoencoder", parts)
+
+
+def converted(folder: Path) -> Path | None:
+    """Return a raekit model made of a folder of diffusers: a RAEDiTPipeline or an AutoencoderRAE.
+
+    The result is in the cache, under a name that depends on the path, sizes and times of the files.
+
+    Args:
+        folder: any folder.
+
+    Returns:
+        The folder of the model; None if `folder` does not have such a layout.
+
+    Raises:
+        UserError: the folder cannot be read, or the cache is not writable.
+    """
+    if (folder / INDEX).is_file():
+        read, kind = partial(read_pipeline, folder), "denoiser"
+    elif isinstance(values := _config(folder), dict) and "_class_name" in values:
+        read, kind = (lambda: Parts(read_diffusers(folder, values))), "autoencoder"
+    else:
+        return None
+    files = sorted(path for place in ("", "vae", "transformer", "scheduler") for path in (folder / place).glob("*.*"))
+    states = [(str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return _kept(f"diffusers-{blake2b(repr(states).encode(), digest_size=8).hexdigest()}", kind, read)
+
+
+def _config(folder: Path) -> Any:
+    return read_json(folder / "config.json") if (folder / "config.json").is_file() else None
+
+
+def _kept(name: str, kind: str, read: Callable[[], Parts]) -> Path:
+    """Return the folder of a model in the cache. If it has no artifact `kind` yet, write what `read` returns."""
     folder = cache_folder() / name
-    made = folder / ("denoiser" if isinstance(release, DenoiserRelease) else "autoencoder")
+    made = folder / kind
     if made.is_dir():  # also in a cache that cannot be written
         return folder
     lock = folder.with_name(f"{name}.lock")
@@ -177,12 +223,7 @@ def cached(name: str, kind: str | None = None) -> Path:
         raise UserError(f"{folder.parent}: {error.strerror}; set RAEKIT_CACHE to a writable folder") from None
     with WeakFileLock(lock):  # only one of several processes converts
         if not made.is_dir():
-            paths = [_download(name, release, file) for file in release.files]
-            if isinstance(release, DenoiserRelease):
-                parts = Parts(denoiser=read_denoiser(paths[0], release.config))
-            else:
-                parts = Parts(read_decoder(release.fields, paths[0], paths[1] if release.statistics else None))
-            write_model(parts, folder)
+            write_model(read(), folder)
     return folder
 
 

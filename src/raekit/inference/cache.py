@@ -12,7 +12,7 @@ from torch import Tensor
 
 from raekit import __version__
 from raekit.config import configclass, differences, to_dict
-from raekit.data.loader import Batch, DataConfig, Loader
+from raekit.data.loader import Batch, DataConfig, Loader, Resize
 from raekit.data.sources import absolute
 from raekit.data.sources.base import Split
 from raekit.distributed import World
@@ -42,6 +42,7 @@ class CacheInfo(ShardInfo):
         split: the split of the data source.
         items: the number of images in the split.
         classes: the class names of the data source.
+        resize: how the images were scaled, as in `DataConfig`.
         flipped: whether the shard also holds the latents of each mirrored image.
         precision: the precision in which the encoder computed the latents.
         dtype: the format in which the latents are stored.
@@ -55,6 +56,7 @@ class CacheInfo(ShardInfo):
     split: Split
     items: int
     classes: tuple[str, ...]
+    resize: Resize
     flipped: bool
     precision: Literal["fp32", "bf16"]
     dtype: Storage
@@ -141,6 +143,7 @@ def cache_latents(
         split=data.split,
         items=len(loader),
         classes=loader.classes,
+        resize=data.resize,
         flipped=data.flip,
         precision="bf16" if autoencoder.encoder_dtype == torch.bfloat16 else "fp32",
         dtype=dtype,
@@ -151,7 +154,8 @@ def cache_latents(
     looked = [k for k in range(world.rank, len(parts), world.size) if not _is_there(places[k], about, verify)]
     missing = sorted(k for found in world.gather(looked) for k in found)
     mine = missing[world.rank :: world.size]
-    batches = loader.read((chunk for k in mine for chunk in _chunks(parts[k], batch_size)), world)
+    chunks = (chunk for k in mine for chunk in _chunks(parts[k], batch_size))
+    batches = loader.read(chunks, world, data.resize)  # the pixels of the training stream
     done = len(loader) - sum(len(parts[k]) for k in missing)
     for k in mine:
         rows: list[_Encoded] = []

@@ -109,6 +109,7 @@ def _check_fit(info: CacheInfo, folder: Path, config: DataConfig, autoencoder: L
         ("source", absolute(config.address)),
         ("split", config.split),
         ("image_size", config.image_size),
+        ("resize", config.resize),
     ):
         cached = getattr(info, field)
         if cached != wanted:

@@ -37,8 +37,9 @@ def open_source(uri: str, split: Split = "train") -> Source:
               as `shards/train-{000000..001023}.tar` or `shards/*.tar`. The classes come from WebDataset's `KEY.cls` or
               `KEY.json` (`label` or `cls`), from `dataset.json` as in EDM2, or from the folders in the archives.
             - `idx:DIR`: the four files of MNIST or Fashion-MNIST, gzipped or not. `t10k` is held out.
-            - `hf:DIR`: a Hugging Face dataset saved to disk. The first Image column and the first ClassLabel column
-              are read.
+            - `hf:OWNER/NAME[:CONFIG][@REVISION]`, `hf:DIR`: a Hugging Face dataset on the Hub, saved to disk, or in a
+              folder of parquet files. The images are in the first Image column, or in a column of structs, bytes or
+              paths; the labels in the first ClassLabel column, or in a column `label` of numbers or names.
             - `npz:FILE`: uint8 images (N, H, W, 3) in `arr_0` and optional labels (N,) in `arr_1`, as ADM writes
               samples. Random access to a compressed file is slow.
         split: the part to open: `train`, `heldout` or `all`. `all` has both splits.
@@ -75,7 +76,7 @@ def is_address(name: str) -> bool:
 def absolute(uri: str) -> str:
     """Return the address `uri` with an absolute path, so that it means the same from any working folder."""
     address = parse_address(uri)
-    if not address.place:
+    if not address.place or (FORMATS[address.scheme].place == "DIR or OWNER/NAME" and not address.path.exists()):
         return uri
     return f"{address.scheme}:{address.path.absolute()}{uri[len(address.scheme) + 1 + len(address.place) :]}"
 
@@ -133,12 +134,13 @@ class Format(NamedTuple):
 
     Attributes:
         open: opens a source, given its address and the split.
-        place: the type of path in the address: a folder, a file, files (one file, a folder or a pattern), or "".
+        place: the type of path in the address: a folder, a file, files (one file, a folder or a pattern), a folder or a
+            repository, or "".
         parts: whether the address may name the parts that are the splits.
     """
 
     open: Callable[[Address, Split], Source]
-    place: Literal["", "DIR", "FILE", "FILES"]
+    place: Literal["", "DIR", "FILE", "FILES", "DIR or OWNER/NAME"]
     parts: bool = False
 
 
@@ -147,7 +149,7 @@ FORMATS = {
     "folder": Format(open_folder, "DIR", parts=True),
     "flat": Format(open_flat, "DIR", parts=True),
     "idx": Format(Idx, "DIR"),
-    "hf": Format(HuggingFace, "DIR"),
+    "hf": Format(HuggingFace, "DIR or OWNER/NAME", parts=True),
     "npz": Format(NpzImages, "FILE"),
     "zip": Format(Archived, "FILES", parts=True),
     "tar": Format(Archived, "FILES", parts=True),

@@ -11,8 +11,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from fnmatch import fnmatch
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +23,7 @@ from safetensors.numpy import save_file
 
 from raekit.data.archives import Entry, Listing, list_tar, list_zip, matching_files, read_from
 from raekit.data.images import EXTENSIONS
-from raekit.data.sources.base import USUAL, Split, held_out, parts_of
+from raekit.data.sources.base import Split, held_out, part_of_file, parts_of
 from raekit.errors import UserError
 from raekit.files import whole
 from raekit.hub import cache_folder
@@ -35,6 +34,8 @@ KEPT_FROM = 64 * 2**20
 """The size of the archives, in bytes, from which the index is kept in a file. Smaller ones are read in a moment."""
 
 MAX_CLASSES = 2**20
+CLASSES = "classes.txt"
+"""A file next to the archives with the names of numbered classes, a line for each."""
 _SPLITS = {"train": 0, "heldout": 1}
 _UNUSED = 2
 _FORMAT = "raekit archive index 1"
@@ -72,7 +73,7 @@ class ArchiveIndex:
 
     def __reduce__(self) -> tuple:
         if self.kept:  # the file and not the arrays, which would be copied for each process
-            return _read, (self.kept, self.root)
+            return _reopened, (self.kept, self.root, self.classes)
         return ArchiveIndex, tuple(vars(self).values())
 
     def numbers(self, split: Split) -> np.ndarray:
@@ -98,7 +99,7 @@ class ArchiveIndex:
 
 
 def open_index(scheme: str, place: Path, splits: Mapping[str, str]) -> ArchiveIndex:
-    """Return the index of a dataset. A large dataset is indexed once; several processes wait for the first one.
+    """Return the index of a dataset in archives.
 
     Args:
         scheme: "zip" or "tar".
@@ -109,6 +110,29 @@ def open_index(scheme: str, place: Path, splits: Mapping[str, str]) -> ArchiveIn
         UserError: an archive is missing or damaged, or its images or labels cannot be read.
     """
     root, paths = _archives(scheme, place)
+    return _with_names(_index(scheme, root, paths, splits))
+
+
+def _with_names(index: ArchiveIndex) -> ArchiveIndex:
+    """Replace the numbers of the classes by the names in `CLASSES`, if there is such a file."""
+    path = index.root / CLASSES
+    numbered = index.classes == tuple(map(str, range(len(index.classes))))
+    if not index.classes or not numbered or not path.is_file():
+        return index
+    try:
+        names = tuple(path.read_text("utf-8").splitlines())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as text ({error})") from None
+    if len(names) < len(index.classes) or len(set(names)) < len(names) or "" in names:
+        raise UserError(
+            f"{path}: must have a line with a different name for each of the {len(index.classes):,} classes, and has "
+            f"{len(names):,} lines; complete or remove the file"
+        )
+    return replace(index, classes=names)
+
+
+def _index(scheme: str, root: Path, paths: Sequence[Path], splits: Mapping[str, str]) -> ArchiveIndex:
+    """Return the index of these archives. A large dataset is indexed once; other processes wait for the first."""
     stats = [path.stat() for path in paths]
     files = [(os.path.relpath(path, root), s.st_size, s.st_mtime_ns) for path, s in zip(paths, stats, strict=True)]
     if sum(size for _, size, _ in files) < KEPT_FROM:
@@ -165,6 +189,10 @@ def _write(index: ArchiveIndex, path: Path) -> None:
     described = {"format": _FORMAT, "files": json.dumps(index.files), "classes": json.dumps(index.classes)}
     with whole(path) as partial:
         save_file({name: getattr(index, name) for name in _ARRAYS}, partial, described)
+
+
+def _reopened(path: Path, root: Path, classes: tuple[str, ...]) -> ArchiveIndex:
+    return replace(_read(path, root), classes=classes)
 
 
 _ARRAYS = {
@@ -270,24 +298,12 @@ def _parts(
     Several archives are parts by their folders or names; the images of one archive by their top folders.
     """
     if len(files) > 1:
-        of_file = [_part_of_file(name, wanted) for name, _, _ in files]
+        of_file = [part_of_file(name, wanted) for name, _, _ in files]
         if parts := parts_of(of_file, wanted, root):
             return parts, [of_file[shard] for shard in shards], 0
     tops = [folder[0] if folder else "" for folder in folders]
     parts = parts_of(tops, wanted, root / files[0][0])
     return parts, tops if parts else [""] * len(tops), 1 if parts else 0
-
-
-def _part_of_file(name: str, wanted: Mapping[str, str]) -> str:
-    """Return the wanted pattern that `name` matches, its top folder, or the usual name of a split in it."""
-    top, slash, _ = name.partition("/")
-    for pattern in wanted.values():
-        if fnmatch(name, pattern) or top == pattern:
-            return pattern
-    if slash:
-        return top
-    usual = {part for names in USUAL.values() for part in names}
-    return next((word for word in re.findall("[a-z]+", top.lower()) if word in usual), "")
 
 
 def _scan(path: Path, list_one: Any) -> _Scanned:

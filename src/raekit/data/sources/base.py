@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatch
 from hashlib import blake2b
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
@@ -128,6 +129,25 @@ def parts_of(names: Iterable[str], wanted: Mapping[str, str], place: object) -> 
     }
     known = [name for usual in USUAL.values() for name in usual]
     return found if len(found) == 2 or all(name in known for name in by_usual) else {}
+
+
+def part_of_file(name: str, wanted: Mapping[str, str]) -> str:
+    """Return the part of a dataset that a file of many images belongs to.
+
+    Args:
+        name: the path of the file, relative to the dataset.
+        wanted: {split: name} if the user named the splits; a name may be a pattern.
+
+    Returns:
+        The wanted name that matches, the usual name of a split in the path, the top folder, or "".
+    """
+    *folders, file = name.split("/")
+    for pattern in wanted.values():
+        if fnmatch(name, pattern) or pattern in folders:
+            return pattern
+    usual = {part for names in USUAL.values() for part in names}
+    words = [*(folder.lower() for folder in folders), *re.findall("[a-z]+", file.lower())]
+    return next((word for word in words if word in usual), folders[0] if folders else "")
 
 
 def _few(names: Sequence[str]) -> str:

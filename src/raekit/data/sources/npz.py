@@ -27,8 +27,14 @@ class NpzImages:
         labels = np.full(shape[0], -1)
         self.classes: tuple[str, ...] = ()
         kind, length = self._npz.arrays.get("arr_1", (None, ()))
-        if kind is not None and kind.kind in "iu" and length == shape[:1]:
-            labels = self._npz.read("arr_1").astype(np.int64)
+        if kind is not None and math.prod(length) != shape[0]:
+            raise UserError(
+                f"{path}: arr_1 has shape {length}, and must have one label for each of {shape[0]:,} images"
+            )
+        if kind is not None:
+            if kind.kind not in "iu":
+                raise UserError(f"{path}: arr_1 has type {kind}, and must have the numbers of classes (integers)")
+            labels = self._npz.read("arr_1").astype(np.int64).reshape(-1)
             if not 0 <= labels.min() <= labels.max() < 2**20:
                 raise UserError(f"{path}: the labels in arr_1 must be from 0 to {2**20 - 1:,}")
             self.classes = tuple(map(str, range(int(labels.max()) + 1)))
