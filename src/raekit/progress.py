@@ -1,5 +1,6 @@
 """Show the progress of long work: live bars on a terminal, elsewhere a line at most every ten seconds."""
 
+import math
 import time
 from collections.abc import Callable
 from typing import Protocol, Self
@@ -34,6 +35,12 @@ class Progress(Protocol):
 
 def silent(what: str, done: int, total: int, text: str = "", unit: int = 1) -> None:
     """A `Progress` that shows nothing."""
+
+
+def hours(seconds: float) -> str:
+    """Return a duration as h:mm, rounded up to minutes."""
+    minutes = math.ceil(seconds / 60)
+    return f"{minutes // 60}:{minutes % 60:02d}"
 
 
 def counted(progress: Progress, what: str, total: int, processes: int) -> Callable[[int], None]:
@@ -94,5 +101,5 @@ class Display:
             self.bars.update(self.tasks[what], completed=done, total=total, rate=rate, text=text)
         elif now - self.printed > 10 or done == total:
             self.printed = now
-            left = f", {(total - done) / speed:.0f} s left" if speed and done < total else ""
+            left = f", {hours((total - done) / speed)} left" if speed and done < total else ""
             self.console.print(f"{what}: {done}/{total}  {rate}{left}  {text}".rstrip(), markup=False)

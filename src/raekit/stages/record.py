@@ -24,6 +24,7 @@ from raekit.stages.inputs import Images, Inputs
 from raekit.stages.reconstruction import ReconstructionConfig
 from raekit.stages.representation import RepresentationConfig
 from raekit.train.checkpoint import checkpoints
+from raekit.train.throughput import peak_of
 
 StageConfig = ClassificationConfig | RepresentationConfig | ReconstructionConfig | GenerationConfig
 _STAGES = {
@@ -128,14 +129,17 @@ def write(run: Path, config: StageConfig, inputs: Inputs, step: int, found: Sequ
     """Record a start of the run at `step` with these changes. The record of a run that has not begun is replaced."""
     if not world.is_main:
         return
+    peak = peak_of(world.device, config.train.precision)
     record: dict[str, Any] = {
         "step": step,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "raekit": __version__,
         "torch": torch.__version__,
         "host": node(),
-        "device": str(world.device.type),
+        "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
         "processes": world.size,
+        "peak_tflops": peak.flops / 1e12,
+        "peak_stated": peak.stated,
     }
     history = read_history(run) if is_begun(run) else []
     if history:
