@@ -96,7 +96,7 @@ def test_tensorboard_gets_values_pictures_and_the_config(tmp_path):
 
 def test_weights_and_biases_gets_values_pictures_and_the_config(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
-    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportMissingImports]
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     name = tracked(tmp_path, "wandb")
@@ -122,7 +122,7 @@ def test_weights_and_biases_gets_values_pictures_and_the_config(tmp_path, monkey
 def test_trackio_gets_values_pictures_and_the_config(tmp_path, monkeypatch):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when trackio is imported
     pytest.importorskip("trackio")
-    from trackio.sqlite_storage import SQLiteStorage
+    from trackio.sqlite_storage import SQLiteStorage  # pyright: ignore[reportMissingImports]
 
     name = tracked(tmp_path, "trackio")
     assert SQLiteStorage.get_runs("raekit") == [name]

@@ -165,7 +165,7 @@ class WeightsAndBiases:
     """Sends a run to Weights & Biases, or writes it to RUN/wandb if WANDB_MODE is offline."""
 
     def __init__(self, run: Path, step: int, name: str) -> None:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
 
         self._wandb = wandb
         self._run = wandb.init(
@@ -194,7 +194,7 @@ class Trackio:
     """Writes a run to trackio's local database; TRACKIO_SPACE_ID names a Space of the Hub to use instead."""
 
     def __init__(self, run: Path, step: int, name: str) -> None:
-        import trackio
+        import trackio  # pyright: ignore[reportMissingImports]
 
         self._trackio = trackio
         with redirect_stdout(StringIO()):
