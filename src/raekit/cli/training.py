@@ -15,6 +15,7 @@ from raekit.cli import console
 from raekit.cli.console import Device
 from raekit.cli.launch import launch, without
 from raekit.errors import UserError
+from raekit.files import check_file
 from raekit.progress import Display
 
 _RUN = "Folder of the run, for checkpoints, metrics and the trained artifact. An existing run is resumed."
@@ -113,6 +114,25 @@ def train(arguments: list[str]) -> None:
     else:
         recipe = find(first)
         _train([first], recipe.name, recipe.about, recipe.config, Path("runs") / recipe.name, rest)
+
+
+def report(run: Positional[Path], out: Path | None = None) -> None:
+    """Write a page about a run: curves, pictures over the steps, scores, speed, events and settings.
+
+    Example: raekit report runs/denoiser
+
+    The run may be of any stage, and may train, have stopped or have finished. The page is one HTML file that needs no
+    other file. Run the command again to refresh the page.
+
+    Args:
+        run: Folder of the run.
+        out: HTML file. Default: RUN/report.html.
+    """
+    from raekit.stages.report import write_report
+
+    if out:
+        check_file(out, ".html")
+    console.out.print(f"report: {write_report(run, out)}")
 
 
 class _Options(NamedTuple):

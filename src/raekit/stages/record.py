@@ -42,13 +42,23 @@ def read_config(run: Path) -> StageConfig:
     Raises:
         UserError: `run` is not a run, or its config does not fit this version of raekit.
     """
+    values = read_values(run)
+    return from_dict(_STAGES[values["stage"]], values, run / "config.json")
+
+
+def read_values(run: Path) -> dict[str, Any]:
+    """Return the config of a run as JSON values, also if a field does not fit this version of raekit.
+
+    Raises:
+        UserError: `run` is not a run.
+    """
     path = run / "config.json"
     if not path.is_file():
         raise UserError(f"{run}: not a run, because it has no config.json; start one with raekit train RECIPE --run")
     values = read_json(path)
     if not isinstance(values, dict) or values.get("stage") not in _STAGES:
         raise UserError(f"{path}: not the config of a training; choose another --run")
-    return from_dict(_STAGES[values["stage"]], values, path)
+    return values
 
 
 def read_history(run: Path) -> list[dict[str, Any]]:
