@@ -15,6 +15,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.progress import Progress as Bars
+from rich.table import Column
 
 
 class Progress(Protocol):
@@ -67,15 +68,17 @@ class Display:
         self.began: dict[str, tuple[float, int]] = {}
         self.printed = 0.0
         self.bars = Bars(
-            TextColumn("{task.description:22}", markup=False),
-            BarColumn(),
+            TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=12),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
+            TextColumn("{task.fields[rate]}", table_column=Column(no_wrap=True)),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[text]}", markup=False),
+            # The text gets what is left of the line, and its end is cut.
+            TextColumn("{task.fields[text]}", markup=False, table_column=Column(ratio=1, no_wrap=True)),
             console=console,
+            expand=True,
         )
 
     def __enter__(self) -> Self:

@@ -258,14 +258,11 @@ def _unset(kind: Any) -> Any:
 def _headline(values: dict[str, float]) -> str:
     """Return the values of a log record that matter most, as text."""
     losses = [f"{name} {value:.4f}" for name, value in values.items() if name.endswith("/loss")]
-    if "mfu" in values:
-        share = f"{values['mfu']:.0%} MFU"
-    else:
-        share = f"{values['matmul_share']:.0%} of the measured matmul rate"
+    share = f"{values['mfu']:.0%} MFU" if "mfu" in values else f"{values['matmul_share']:.0%} of matmul"
     facts = [
         f"{values['step_seconds']:.3g} s/step",
-        f"{values['data_wait']:.0%} wait for data",
-        f"{values['tflops']:.3g} TFLOP/s, {share}",
+        f"data {values['data_wait']:.0%}",
+        f"{values['tflops']:.3g} TFLOP/s ({share})",
         f"{values['peak_memory_gib']:.2g} GiB",
     ]
     return "  ".join([*losses, ", ".join(facts)])

@@ -1,5 +1,6 @@
 """A page about one run, at any moment: curves, pictures, scores, speed, events and settings."""
 
+import json
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -106,7 +107,9 @@ def _facts(records: Records, history: Sequence[dict[str, Any]]) -> list[tuple[st
     """Return the newest values: a name, the value, and a remark."""
     last = _last(records)
     losses = {name: value for name, value in last.items() if name.endswith("/loss")}
-    facts = [(f"{name.removesuffix('/loss')} loss", f"{value:.4g}", "") for name, value in losses.items()]
+    facts = [
+        (name.replace("/", " ").replace("heldout", "held-out"), f"{value:.4g}", "") for name, value in losses.items()
+    ]
     peak = history[-1] if history and "peak_tflops" in history[-1] else None
     of = ""
     if peak:
@@ -235,7 +238,9 @@ def _events(records: Records, history: Sequence[dict[str, Any]]) -> list[tuple[i
         versions = ", ".join(f"{name} {value}" for name, value in facts.items() if before.get(name) != value)
         what = "resumed" if before else "started"
         lines = [f"{what} on {where}{versions and ' with ' + versions}"]
-        lines += [f"{field}: {old} → {new}" for field, (old, new) in start.get("changes", {}).items()]
+        lines += [
+            f"{field}: {json.dumps(old)} → {json.dumps(new)}" for field, (old, new) in start.get("changes", {}).items()
+        ]
         events.append((start["step"], start["time"].replace("T", " ")[:16], "\n".join(lines)))
         before = start
     skipped: dict[str, float] = {}
