@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
 from PIL.Image import Image
@@ -23,6 +24,8 @@ from raekit.pictures import grid, to_pil
 from raekit.train.objective import Periodic
 from raekit.train.precision import Precision, autocast, float32_precision
 
+_EAGER = partial(torch.compiler.set_stance, "force_eager")
+"""A context in which nothing is compiled: for a few images of another batch size it is not worth the time."""
 _PAIRS = 4
 """Pairs of an original and its reconstruction in a row of a picture."""
 
@@ -115,7 +118,7 @@ def samples(
     def call(step: int) -> dict[str, Image]:
         if not world.is_main:
             return {}
-        with autocast(precision, world.device):
+        with _EAGER(), autocast(precision, world.device):
             stream = generate(
                 model(), labels, count=count, seed=config.seed, sampling=config.sampling, batch_size=BATCH
             )
@@ -144,7 +147,8 @@ def reconstructions(
         if not originals:
             originals.extend(batch.pixels() for batch in loader.read([indices], World()))
         images = originals[0].to(world.device)
-        pairs = zip(images, reconstruct(model(), images), strict=True)
+        with _EAGER():
+            pairs = zip(images, reconstruct(model(), images), strict=True)
         return {"samples": grid([to_pil(image) for pair in pairs for image in pair], columns=2 * _PAIRS)}
 
     return Periodic(name="samples", every=config.every, call=call)
@@ -174,7 +178,7 @@ def heldout_loss(
         totals = torch.zeros(len(losses) + 1, dtype=torch.float64)
         for batch in loader.read((mine[first : first + BATCH] for first in range(0, len(mine), BATCH)), world):
             batch = batch.to(world.device)
-            with float32_precision(precision), autocast(precision, world.device):
+            with _EAGER(), float32_precision(precision), autocast(precision, world.device):
                 means = [loss(batch, step).item() for loss in losses.values()]
             totals += len(batch) * torch.tensor([*means, 1.0], dtype=torch.float64)
         *sums, images = world.sum(totals).tolist()

@@ -135,7 +135,8 @@ class RunFiles:
 
 def pictures_of(run: Path) -> list[tuple[int, Path]]:
     """Return the pictures in RUN/samples with their steps, in order."""
-    return sorted((int(path.stem.rpartition("-")[2]), path) for path in (run / "samples").glob("step-*.png"))
+    named = ((path.stem.removeprefix("step-"), path) for path in (run / "samples").glob("step-*.png"))
+    return sorted((int(number), path) for number, path in named if number.isdecimal())
 
 
 class TensorBoard:
