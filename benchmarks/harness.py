@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from machine import MatmulRate, describe, peak, peak_memory, reset_peak_memory, summary, synchronise
+from machine import MatmulRate, describe, peak_memory, reset_peak_memory, summary, synchronise
 from raekit.flow.path import shift_factor
 from raekit.models.denoiser import Denoiser
 from raekit.models.denoiser_config import SIZES as BACKBONES
@@ -19,6 +19,7 @@ from raekit.models.denoiser_config import DenoiserConfig, TransformerConfig, wid
 from raekit.recipes import raev2_k7_256
 from raekit.stages.generation import flow_matching_loss
 from raekit.train.precision import Precision, autocast
+from raekit.train.throughput import stated_peak
 
 SIZES = ("S", "B", "L", "XL", "RAEv2", "tiny")
 """The denoisers of `denoiser`."""
@@ -208,7 +209,7 @@ def report(
         flops: The multiplications and additions of a run. If given, the table has the share of the machine's matmul
             rate, and on a known GPU the share of the data sheet's rate (MFU).
     """
-    limit = peak(rate.precision, device)
+    limit = stated_peak(rate.precision, device)
     columns = ["", "ms", "range", "images/s", "MiB", "speed-up"]
     notes = [str(rate)]
     if flops:

@@ -13,25 +13,6 @@ import torch
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "sve", "bf16")
 """The processor flags that decide how fast matrix products are. The last two are Arm's."""
 
-PEAKS = {
-    "B200": {"bf16": 2250, "tf32": 1125, "fp32": 75},
-    "H200": {"bf16": 989.5, "tf32": 494.7, "fp32": 67},
-    "H100 NVL": {"bf16": 835.5, "tf32": 417.8, "fp32": 60},
-    "H100 PCIe": {"bf16": 756, "tf32": 378, "fp32": 51},
-    "H100": {"bf16": 989.5, "tf32": 494.7, "fp32": 67},
-    "A100": {"bf16": 312, "tf32": 156, "fp32": 19.5},
-    "L40S": {"bf16": 362, "tf32": 183, "fp32": 91.6},
-    "RTX 4090": {"bf16": 165.2, "tf32": 82.6, "fp32": 82.6},
-}
-"""Peak TFLOP/s of dense products according to the data sheets, by a part of the device's name, more specific first."""
-
-
-def peak(precision: str, device: torch.device) -> float | None:
-    """Return the FLOP/s of the device's data sheet, or None for a CPU and for GPUs that PEAKS does not list."""
-    name = torch.cuda.get_device_name() if device.type == "cuda" else ""
-    known = next((values for part, values in PEAKS.items() if part in name), {})
-    return 1e12 * known[precision] if precision in known else None
-
 
 def describe(device: torch.device) -> dict[str, str | int | float]:
     """Return what a reader needs to compare figures: processor, instruction set, GPU, driver, torch and threads."""

@@ -263,6 +263,9 @@ def test_a_recipe_trains_and_its_run_can_be_looked_at(run, images, tmp_path):
     assert "run: checkpoints step-00000002, step-00000003" in info.out
     assert "encoder: " in info.out
     assert '"width": 16' in info.out
+    report = run("report", tmp_path / "run")
+    assert report.out == f"report: {tmp_path / 'run' / 'report.html'}\n"
+    assert "encoder loss" in (tmp_path / "run" / "report.html").read_text()
     # The same command has nothing to do.
     assert run("train", "emoji_encoder", "--run", tmp_path / "run", *tiny(images)).code == 0
 

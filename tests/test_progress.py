@@ -3,7 +3,7 @@ import io
 import pytest
 from rich.console import Console
 
-from raekit.progress import Display
+from raekit.progress import Display, hours
 
 
 @pytest.fixture
@@ -20,9 +20,16 @@ def test_without_a_terminal_a_line_appears_at_most_every_ten_seconds(clock):
             clock[0] = done / 4
             display("work", done, 100, "loss 1", unit=8)
     assert file.getvalue().splitlines() == [
-        "work: 50/100  32.0 images/s, 12 s left  loss 1",
+        "work: 50/100  32.0 images/s, 0:01 left  loss 1",
         "work: 100/100  32.0 images/s  loss 1",
     ]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0:00"), (1, "0:01"), (3540, "0:59"), (3541, "1:00"), (9e4, "25:00")]
+)
+def test_a_duration_is_shown_in_hours_and_minutes(seconds, text):
+    assert hours(seconds) == text
 
 
 def test_quiet_shows_nothing(clock):

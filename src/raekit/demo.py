@@ -342,7 +342,9 @@ def recipes(run: Path, data: DataConfig, own: bool) -> tuple[ReconstructionConfi
     decoder, denoiser = find("emoji_decoder").config, find("emoji_dit_dh").config
     assert isinstance(decoder, ReconstructionConfig)
     assert isinstance(denoiser, GenerationConfig)
-    decoder = replace(decoder, data=data, ema=(0.99,))
+    # The demo makes its own pictures, and its time is planned.
+    decoder = replace(decoder, data=data, ema=(0.99,), samples=None, heldout=None)
+    denoiser = replace(denoiser, samples=None, heldout=None)
     if own:
         classes = len(Loader(data, seed=0).classes)
         return replace(decoder, init_from=BUILTIN), replace(

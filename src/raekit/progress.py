@@ -1,5 +1,6 @@
 """Show the progress of long work: live bars on a terminal, elsewhere a line at most every ten seconds."""
 
+import math
 import time
 from collections.abc import Callable
 from typing import Protocol, Self
@@ -14,6 +15,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.progress import Progress as Bars
+from rich.table import Column
 
 
 class Progress(Protocol):
@@ -34,6 +36,12 @@ class Progress(Protocol):
 
 def silent(what: str, done: int, total: int, text: str = "", unit: int = 1) -> None:
     """A `Progress` that shows nothing."""
+
+
+def hours(seconds: float) -> str:
+    """Return a duration as h:mm, rounded up to minutes."""
+    minutes = math.ceil(seconds / 60)
+    return f"{minutes // 60}:{minutes % 60:02d}"
 
 
 def counted(progress: Progress, what: str, total: int, processes: int) -> Callable[[int], None]:
@@ -60,15 +68,17 @@ class Display:
         self.began: dict[str, tuple[float, int]] = {}
         self.printed = 0.0
         self.bars = Bars(
-            TextColumn("{task.description:22}", markup=False),
-            BarColumn(),
+            TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=12),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
+            TextColumn("{task.fields[rate]}", table_column=Column(no_wrap=True)),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[text]}", markup=False),
+            # The text gets what is left of the line, and its end is cut.
+            TextColumn("{task.fields[text]}", markup=False, table_column=Column(ratio=1, no_wrap=True)),
             console=console,
+            expand=True,
         )
 
     def __enter__(self) -> Self:
@@ -94,5 +104,5 @@ class Display:
             self.bars.update(self.tasks[what], completed=done, total=total, rate=rate, text=text)
         elif now - self.printed > 10 or done == total:
             self.printed = now
-            left = f", {(total - done) / speed:.0f} s left" if speed and done < total else ""
+            left = f", {hours((total - done) / speed)} left" if speed and done < total else ""
             self.console.print(f"{what}: {done}/{total}  {rate}{left}  {text}".rstrip(), markup=False)

@@ -8,9 +8,10 @@ import torch
 
 import machine
 from harness import Runs, Table, denoiser, interleaved, named, publish, ratio, report, training_step
-from machine import MatmulRate, describe, peak, summary
+from machine import MatmulRate, describe, summary
 from raekit.distributed import CPU
 from raekit.train.optim import OptimConfig, adamw
+from raekit.train.throughput import stated_peak
 from scaling import slope
 
 
@@ -47,8 +48,8 @@ def test_the_matrices_grow_until_a_product_takes_long_enough(monkeypatch: pytest
 )
 def test_the_peak_of_a_device(name: str, flops: float | None, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
-    assert peak("bf16", torch.device("cuda")) == flops
-    assert peak("bf16", CPU) is None
+    assert stated_peak("bf16", torch.device("cuda")) == flops
+    assert stated_peak("bf16", CPU) is None
 
 
 def test_the_processor_is_read_from_the_system(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
@@ -98,7 +99,7 @@ def test_a_report_holds_machine_rate_share_and_files(tmp_path: Path, capsys: pyt
 
 
 def test_a_known_gpu_gets_its_mfu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("harness.peak", lambda precision, device: 1e12)
+    monkeypatch.setattr("harness.stated_peak", lambda precision, device: 1e12)
     rate = MatmulRate(torch.float32, CPU)
     rate.around = {"ours": [1e12]}
     report("steps", {"ours": Runs([2.0])}, 1, CPU, tmp_path, rate=rate, flops=5e11)

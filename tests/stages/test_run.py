@@ -30,6 +30,7 @@ from raekit.stages.cost import cost_of
 from raekit.stages.generation import DenoiserSize, GenerationConfig
 from raekit.stages.reconstruction import DecoderSize, ReconstructionConfig
 from raekit.stages.record import config_changes, read_config, read_history
+from raekit.stages.report import write_report
 from raekit.stages.representation import RepresentationConfig
 from raekit.stages.run import StageConfig, build, train
 from raekit.train import checkpoint
@@ -108,6 +109,12 @@ def test_three_stages_lead_from_images_to_a_model(alone):
     # The third run's artifact contains the encoder of the first run.
     encoder = artifact(runs / "encoder")
     assert all(torch.equal(artifact(runs / "denoiser")[key], value) for key, value in encoder.items())
+
+
+def test_a_run_of_every_stage_has_a_report(alone, tmp_path):
+    for name in NAMES:
+        page = write_report(alone[0] / name, tmp_path / f"{name}.html").read_text()
+        assert all(words in page for words in (f"{name} loss", "step 7 of 7", "finished", "30 in 3 classes"))
 
 
 def test_the_same_config_gives_the_same_run(alone, images, tmp_path):
@@ -345,6 +352,7 @@ OLD_CONFIG = Path(__file__).parent / "configs" / "2026-11-26.json"
 def test_the_config_of_an_old_run_is_read_with_todays_defaults(tmp_path):
     (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
     values = json.loads(OLD_CONFIG.read_text())
+    del values["train"]["tensorboard"]  # a field that is gone; `track` replaces it
     (tmp_path / "config.json").write_text(json.dumps(values))
     config = read_config(tmp_path)
     assert to_dict(config).items() >= {key: values[key] for key in ("stage", "encoder", "noise", "output")}.items()

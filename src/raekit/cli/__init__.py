@@ -14,7 +14,7 @@ from raekit.cli.evaluation import compare, evaluate, probe, reference
 from raekit.cli.formats import convert, info, models, push
 from raekit.cli.generation import generate, interpolate, trajectory
 from raekit.cli.latents import latents_cache, latents_generate, latents_measure
-from raekit.cli.training import demo, recipes, train
+from raekit.cli.training import demo, recipes, report, train
 from raekit.errors import Stopped, UserError, did_you_mean
 from raekit.train.signals import stop_signals
 
@@ -30,6 +30,7 @@ GROUPS: dict[str, dict[str, Callable[..., None]]] = {
     },
     "train": {
         "train": train,
+        "report": report,
         "data show": data_show,
         "data pack": data_pack,
         "latents measure": latents_measure,

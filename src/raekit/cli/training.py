@@ -15,6 +15,7 @@ from raekit.cli import console
 from raekit.cli.console import Device
 from raekit.cli.launch import launch, without
 from raekit.errors import UserError
+from raekit.files import check_file
 from raekit.progress import Display
 
 _RUN = "Folder of the run, for checkpoints, metrics and the trained artifact. An existing run is resumed."
@@ -113,6 +114,25 @@ def train(arguments: list[str]) -> None:
     else:
         recipe = find(first)
         _train([first], recipe.name, recipe.about, recipe.config, Path("runs") / recipe.name, rest)
+
+
+def report(run: Positional[Path], out: Path | None = None) -> None:
+    """Write a page about a run: curves, pictures over the steps, scores, speed, events and settings.
+
+    Example: raekit report runs/denoiser
+
+    The run may be of any stage, and may train, have stopped or have finished. The page is one HTML file that needs no
+    other file. Run the command again to refresh the page.
+
+    Args:
+        run: Folder of the run.
+        out: HTML file. Default: RUN/report.html.
+    """
+    from raekit.stages.report import write_report
+
+    if out:
+        check_file(out, ".html")
+    console.out.print(f"report: {write_report(run, out)}")
 
 
 class _Options(NamedTuple):
@@ -236,5 +256,13 @@ def _unset(kind: Any) -> Any:
 
 
 def _headline(values: dict[str, float]) -> str:
-    """Return the losses among the metrics of a step as text."""
-    return "  ".join(f"{name} {value:.4f}" for name, value in values.items() if name.endswith("/loss"))
+    """Return the values of a log record that matter most, as text."""
+    losses = [f"{name} {value:.4f}" for name, value in values.items() if name.endswith("/loss")]
+    share = f"{values['mfu']:.0%} MFU" if "mfu" in values else f"{values['matmul_share']:.0%} of matmul"
+    facts = [
+        f"{values['step_seconds']:.3g} s/step",
+        f"data {values['data_wait']:.0%}",
+        f"{values['tflops']:.3g} TFLOP/s ({share})",
+        f"{values['peak_memory_gib']:.2g} GiB",
+    ]
+    return "  ".join([*losses, ", ".join(facts)])

@@ -46,6 +46,12 @@ def lock(folder: Path, world: World) -> Iterator[None]:
                     folder.rmdir()
 
 
+def holder(folder: Path) -> dict[str, Any] | None:
+    """Return the `host`, `pid` and `since` of the job that holds `folder`; None if no living job holds it."""
+    owner = _read(folder / NAME)
+    return None if not owner or _is_dead(owner) else owner
+
+
 def _acquire(folder: Path, owner: dict[str, Any]) -> str | None:
     """Create the lock file, and return why this is not possible."""
     path = folder / NAME

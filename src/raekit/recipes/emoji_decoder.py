@@ -8,6 +8,7 @@ Last verified:  2026-11-22. Held-out images: PSNR 22.3 dB, SSIM 0.78, fd_vit_tin
 
 from raekit.data.loader import DataConfig
 from raekit.stages.reconstruction import DecoderSize, ReconstructionConfig
+from raekit.stages.watch import HeldoutConfig, PicturesConfig
 from raekit.train.optim import OptimConfig
 from raekit.train.trainer import TrainConfig
 
@@ -31,4 +32,6 @@ def config() -> ReconstructionConfig:
             decay_end=STEPS,
         ),
         ema=(0.995,),
+        samples=PicturesConfig(every=500),
+        heldout=HeldoutConfig(every=500),
     )

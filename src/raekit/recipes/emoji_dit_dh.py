@@ -15,6 +15,7 @@ present spread.
 from raekit.data.loader import DataConfig
 from raekit.models.denoiser_config import TransformerConfig
 from raekit.stages.generation import DenoiserSize, GenerationConfig
+from raekit.stages.watch import HeldoutConfig, SamplesConfig
 from raekit.train.optim import OptimConfig
 from raekit.train.trainer import TrainConfig
 
@@ -45,4 +46,6 @@ def config() -> GenerationConfig:
             decay_end=STEPS,
         ),
         ema=(0.999,),
+        samples=SamplesConfig(every=1000, count=36),
+        heldout=HeldoutConfig(every=500),
     )

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.tensor import DTensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from raekit.distributed import World
 from raekit.stages.stage import Stage
@@ -16,6 +15,7 @@ from raekit.train.memory import capacity, divisors
 from raekit.train.objective import Objective
 from raekit.train.precision import autocast
 from raekit.train.recompute import checkpoint_blocks
+from raekit.train.throughput import flop_counter
 from raekit.train.trainer import TrainConfig
 
 
@@ -48,7 +48,7 @@ def cost_of(objective: Objective, batch: Any, config: TrainConfig, world: World)
         kept = _Kept(module)
         with (
             torch.compiler.set_stance("force_eager"),
-            FlopCounterMode(display=False) as counter,
+            flop_counter() as counter,
             saved_tensors_hooks(kept.pack, lambda held: held.tensor),
             autocast(config.precision, world.device),
         ):

@@ -14,6 +14,7 @@ from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.models.augment import AugmentConfig, augment
 from raekit.models.autoencoder import Autoencoder
+from raekit.models.decoder import Decoder
 from raekit.models.discriminator import (
     Discriminator,
     DiscriminatorConfig,
@@ -240,6 +241,11 @@ class Losses:
         ]
         fake, real = network(torch.cat(pair)).chunk(2)
         return discriminator_loss(real, fake, adversarial.loss), {"real": real.mean(), "fake": fake.mean()}
+
+    def reconstruction(self, decoder: Decoder, batch: Encoded, step: int) -> Tensor:
+        """Return L1 + LPIPS of any decoder on noisy tokens, without the adversarial term."""
+        latents = noisy(batch.latents, self.config, self.seed, batch.positions)
+        return self._reconstruction(self.model.to_pixels(decoder(latents)), batch.images, step)[0]
 
     def _reconstruction(self, images: Tensor, targets: Tensor, step: int) -> tuple[Tensor, Metrics]:
         l1 = (images - targets).abs().mean()

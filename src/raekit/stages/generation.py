@@ -25,6 +25,7 @@ from raekit.stages.evaluation import EvaluationConfig, evaluator
 from raekit.stages.initial import initialise_denoiser
 from raekit.stages.inputs import Inputs, describe_images, labels_digest
 from raekit.stages.stage import Stage
+from raekit.stages.watch import HeldoutConfig, SamplesConfig, heldout_loss, samples
 from raekit.train.checkpoint import checkpoints
 from raekit.train.objective import Metrics, Objective, Periodic
 from raekit.train.optim import OptimConfig
@@ -52,6 +53,8 @@ class GenerationConfig:
         optim: optimizer and learning rate schedule.
         ema: decays of the weight averages. The first decay gives the average that is used by default.
         evaluation: scores samples during training.
+        samples: makes pictures of samples during training.
+        heldout: measures the loss on held-out images during training.
     """
 
     stage: Literal["generation"] = "generation"
@@ -68,6 +71,8 @@ class GenerationConfig:
     optim: OptimConfig
     ema: tuple[float, ...] = (0.9995,)
     evaluation: Operation[EvaluationConfig | None] = None
+    samples: Operation[SamplesConfig | None] = None
+    heldout: Operation[HeldoutConfig | None] = None
 
     def __post_init__(self) -> None:
         if self.evaluation and (others := set(self.evaluation.ema) - set(self.ema)):
@@ -130,7 +135,7 @@ def build(config: GenerationConfig, run: Path, world: World) -> Stage:
         loader = LatentLoader(Path(config.latents), config.data, seed, autoencoder)
     else:
         loader = Loader(config.data, seed)
-    if config.evaluation or not config.latents:
+    if config.evaluation or config.samples or config.heldout or not config.latents:
         autoencoder.to(world.device)
     if autoencoder.image_size != config.data.image_size:
         raise UserError(
@@ -157,18 +162,19 @@ def build(config: GenerationConfig, run: Path, world: World) -> Stage:
     if config.init_from and not checkpoints(run / "checkpoints"):  # a resumed run has weights
         initialise_denoiser(model, config.init_from)
 
-    def loss(batch: Batch | LatentBatch, step: int) -> tuple[Tensor, Metrics]:
+    def error(network: Denoiser, batch: Batch | LatentBatch, dropout: float) -> tuple[Tensor, Metrics]:
         latents = batch.latents if isinstance(batch, LatentBatch) else autoencoder.encode(batch.pixels())
         labels = None
         if config.conditional:
-            dropped = (
-                randomness.uniform(seed, "class dropout", batch.positions, (), world.device) < config.class_dropout
-            )
+            dropped = randomness.uniform(seed, "class dropout", batch.positions, (), world.device) < dropout
             assert model.label
             labels = model.label.without(batch.labels, dropped)
         return flow_matching_loss(
-            model, latents, labels, batch.positions, seed=seed, time_law=config.time_law, alpha=alpha
+            network, latents, labels, batch.positions, seed=seed, time_law=config.time_law, alpha=alpha
         )
+
+    def loss(batch: Batch | LatentBatch, step: int) -> tuple[Tensor, Metrics]:
+        return error(model, batch, config.class_dropout)
 
     objective = Objective(
         name="denoiser",
@@ -206,6 +212,19 @@ def build(config: GenerationConfig, run: Path, world: World) -> Stage:
             name: Model(autoencoder, average) for name, average in averages.items() if isinstance(average, Denoiser)
         }
 
+    periodics = []
+    if config.heldout:
+        losses = {"loss": lambda batch, step: error(model.eval(), batch, 0.0)[0]}
+        if config.ema:
+            losses["ema_loss"] = lambda batch, step: error(averaged(), batch, 0.0)[0]
+        periodics.append(heldout_loss(config.heldout, config.data, losses, config.train.precision, world))
+    if config.samples:
+        periodics.append(
+            samples(config.samples, model, lambda: Model(autoencoder, averaged().eval()), config.train.precision, world)
+        )
+    if chosen := config.evaluation:
+        periodics.append(Periodic(every=chosen.every, call=evaluator(chosen, config.data, model, models, world)))
+
     def inputs() -> Inputs:
         return Inputs(
             data=describe_images(config.data, loader),
@@ -220,9 +239,5 @@ def build(config: GenerationConfig, run: Path, world: World) -> Stage:
         batches=lambda start: loader.stream(start, config.train.batch_size, world),
         prepare=prepare,
         export=export,
-        periodics=[
-            Periodic(every=chosen.every, call=evaluator(chosen, config.data, model, models, world))
-            for chosen in (config.evaluation,)
-            if chosen
-        ],
+        periodics=periodics,
     )

@@ -1,19 +1,22 @@
 """Stage 1: a decoder for the tokens of a frozen encoder, and its discriminator (RAE v1)."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from torch import Tensor
+
 from raekit.artifacts import STATISTICS, read_statistics, write_statistics
 from raekit.config import Operation, Place, configclass
-from raekit.data.loader import DataConfig, Loader
+from raekit.data.loader import Batch, DataConfig, Loader
 from raekit.data.sources import absolute
 from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.inference.shards import encoder_fingerprint
 from raekit.inference.statistics import measure_latents
 from raekit.models.autoencoder import Autoencoder, AutoencoderConfig, Output
-from raekit.models.decoder import DecoderConfig, DecoderPositions
+from raekit.models.decoder import Decoder, DecoderConfig, DecoderPositions
 from raekit.models.encoders import load_encoder
 from raekit.models.layers import watch_logits
 from raekit.models.registry import LayersConfig, Size
@@ -27,6 +30,7 @@ from raekit.stages.initial import initialise_decoder
 from raekit.stages.inputs import Inputs, describe_images
 from raekit.stages.selection import SelectionConfig, selector
 from raekit.stages.stage import Stage
+from raekit.stages.watch import HeldoutConfig, PicturesConfig, heldout_loss, reconstructions
 from raekit.train.checkpoint import checkpoints
 from raekit.train.objective import Objective, Periodic
 from raekit.train.optim import OptimConfig
@@ -75,6 +79,8 @@ class ReconstructionConfig(DecoderLossConfig):
         init_from: Name of an autoencoder whose decoder is fine-tuned; both decoders must have the same sizes. None
             starts from random weights.
         selection: Keeps the decoder that is best for generation. None exports the last decoder.
+        samples: Makes pictures of held-out images and their reconstructions during training.
+        heldout: Measures the reconstruction loss on held-out images during training, without the adversarial term.
         train: Settings of the training loop.
         optim: Optimizer and learning rate schedule of the decoder.
         ema: Decays of the averages of the decoder's weights. The artifact holds the average of the first decay.
@@ -89,6 +95,8 @@ class ReconstructionConfig(DecoderLossConfig):
     decoder: DecoderSize
     init_from: Place | None = None
     selection: Operation[SelectionConfig | None] = None
+    samples: Operation[PicturesConfig | None] = None
+    heldout: Operation[HeldoutConfig | None] = None
     train: TrainConfig
     optim: OptimConfig
     ema: tuple[float, ...] = (0.9978,)
@@ -184,6 +192,22 @@ def build(config: ReconstructionConfig, run: Path, world: World) -> Stage:
         if not (folder == run / "artifact" and config.selection and (run / "selected.json").is_file()):
             current().save(folder, world)
 
+    def heldout(decoder: Callable[[], Decoder]) -> Callable[[Batch, int], Tensor]:
+        return lambda batch, step: losses.reconstruction(decoder(), Encoded(batch, model.tokens), step)
+
+    periodics = []
+    if config.heldout:
+        parts = {"loss": heldout(model.decoder.eval)}
+        if config.ema:
+            parts["ema_loss"] = heldout(lambda: current().decoder)
+        periodics.append(heldout_loss(config.heldout, config.data, parts, config.train.precision, world))
+    if config.samples:
+        periodics.append(reconstructions(config.samples, config.data, current, world))
+    if chosen := config.selection:
+        periodics.append(
+            Periodic(every=chosen.every, call=selector(chosen, config.data, model.latent_shape, run, current, world))
+        )
+
     return Stage(
         objectives=objectives,
         inputs=lambda: Inputs(data=describe_images(config.data, loader), encoder=encoder_fingerprint(model)),
@@ -192,9 +216,5 @@ def build(config: ReconstructionConfig, run: Path, world: World) -> Stage:
         ),
         prepare=prepare,
         export=export,
-        periodics=[
-            Periodic(every=chosen.every, call=selector(chosen, config.data, model.latent_shape, run, current, world))
-            for chosen in (config.selection,)
-            if chosen
-        ],
+        periodics=periodics,
     )

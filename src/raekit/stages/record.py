@@ -24,6 +24,7 @@ from raekit.stages.inputs import Images, Inputs
 from raekit.stages.reconstruction import ReconstructionConfig
 from raekit.stages.representation import RepresentationConfig
 from raekit.train.checkpoint import checkpoints
+from raekit.train.throughput import peak_of
 
 StageConfig = ClassificationConfig | RepresentationConfig | ReconstructionConfig | GenerationConfig
 _STAGES = {
@@ -41,13 +42,23 @@ def read_config(run: Path) -> StageConfig:
     Raises:
         UserError: `run` is not a run, or its config does not fit this version of raekit.
     """
+    values = read_values(run)
+    return from_dict(_STAGES[values["stage"]], values, run / "config.json")
+
+
+def read_values(run: Path) -> dict[str, Any]:
+    """Return the config of a run as JSON values, also if a field does not fit this version of raekit.
+
+    Raises:
+        UserError: `run` is not a run.
+    """
     path = run / "config.json"
     if not path.is_file():
         raise UserError(f"{run}: not a run, because it has no config.json; start one with raekit train RECIPE --run")
     values = read_json(path)
     if not isinstance(values, dict) or values.get("stage") not in _STAGES:
         raise UserError(f"{path}: not the config of a training; choose another --run")
-    return from_dict(_STAGES[values["stage"]], values, path)
+    return values
 
 
 def read_history(run: Path) -> list[dict[str, Any]]:
@@ -128,14 +139,17 @@ def write(run: Path, config: StageConfig, inputs: Inputs, step: int, found: Sequ
     """Record a start of the run at `step` with these changes. The record of a run that has not begun is replaced."""
     if not world.is_main:
         return
+    peak = peak_of(world.device, config.train.precision)
     record: dict[str, Any] = {
         "step": step,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "raekit": __version__,
         "torch": torch.__version__,
         "host": node(),
-        "device": str(world.device.type),
+        "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
         "processes": world.size,
+        "peak_tflops": peak.flops / 1e12,
+        "peak_stated": peak.stated,
     }
     history = read_history(run) if is_begun(run) else []
     if history:

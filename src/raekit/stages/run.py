@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from raekit.artifacts import STATISTICS
-from raekit.config import Mark, replaced
+from raekit.config import Mark, replaced, to_dict
 from raekit.distributed import World, check_shared
 from raekit.distributed.locks import lock
 from raekit.errors import UserError
@@ -69,7 +69,16 @@ def train(
         inputs = world.gather(stage.inputs() if world.is_main else None)[0]
         changed += record.input_changes(run, inputs)
         record.check(run, changed, change)
-        trainer = Trainer(run, config.train, stage.objectives, stage.batches, world, stage.periodics, stage.export)
+        trainer = Trainer(
+            run,
+            config.train,
+            stage.objectives,
+            stage.batches,
+            world,
+            stage.periodics,
+            stage.export,
+            about=to_dict(config),
+        )
         if trainer.step > config.train.steps:
             raise UserError(f"train.steps: {config.train.steps}, but {run} has trained {trainer.step} steps; give more")
         # Recorded only now, so that a mistake in the config does not occupy the folder.

@@ -1,11 +1,12 @@
 """The interface between a stage and the trainer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, Self
 
 import torch
+from PIL.Image import Image
 from torch import Tensor, nn
 
 from raekit.errors import UserError
@@ -85,9 +86,9 @@ class Periodic:
     Attributes:
         name: Prefix of the logged metrics.
         every: Number of steps between two calls. The call also runs after the last step.
-        call: `call(step)` returns scalars to log. The trainer also logs the time that the call takes.
+        call: `call(step)` returns values and pictures to log. The trainer also logs the time that the call takes.
     """
 
     name: str = "evaluation"
     every: int
-    call: Callable[[int], dict[str, float]]
+    call: Callable[[int], Mapping[str, float | Image]]

@@ -3,12 +3,13 @@
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from importlib.util import find_spec
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from PIL.Image import Image
 from torch import Tensor, nn, optim
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
@@ -27,9 +28,10 @@ from raekit.train.memory import fitting
 from raekit.train.objective import Metrics, Objective, Periodic, TrainingBatch
 from raekit.train.optim import build_optimizer
 from raekit.train.precision import Precision, autocast, compute_dtype, float32_precision
-from raekit.train.recompute import checkpoint_blocks
+from raekit.train.recompute import checkpoint_blocks, without_recomputation
 from raekit.train.signals import Stop
-from raekit.train.tracking import Tracker
+from raekit.train.throughput import Speed, flop_counter, peak_of
+from raekit.train.tracking import TrackerName, Tracking, check_trackers
 
 _log = logging.getLogger(__name__)
 Report = Callable[[int, dict[str, float]], None]
@@ -63,7 +65,7 @@ class TrainConfig:
         max_skipped: Training fails after this many steps in a row whose gradient is not finite.
         shard: Number of processes that share one copy of weights, gradients, moments and averages. The copies are
             replicated over the other processes. 1 needs the most memory and the fewest messages.
-        tensorboard: Also log to TensorBoard.
+        track: Trackers that also get the values and pictures: TensorBoard, Weights & Biases, trackio.
     """
 
     steps: OnPurpose[Steps]
@@ -82,7 +84,7 @@ class TrainConfig:
     ema_warmup: bool = False
     max_skipped: Operation[int] = 20
     shard: Operation[int] = 1
-    tensorboard: Operation[bool] = False
+    track: Operation[tuple[TrackerName, ...]] = ()
 
     def __post_init__(self) -> None:
         counts = ("steps", "batch_size", "micro_batch", "log_every", "checkpoint_every", "keep", "max_skipped", "shard")
@@ -111,6 +113,7 @@ class Trainer:
         world: The processes of this training.
         periodics: Functions to call at intervals, for example evaluations.
         export: Writes the present weights as a model folder. Called after each checkpoint, and for milestones.
+        about: The config of the run, for its trackers.
 
     Raises:
         UserError: If the batch does not divide into processes and micro-batches, or if a requirement is not installed.
@@ -125,6 +128,7 @@ class Trainer:
         world: World,
         periodics: Sequence[Periodic] = (),
         export: Callable[[Path], None] = lambda folder: None,
+        about: Mapping[str, Any] | None = None,
     ) -> None:
         share, rest = divmod(config.batch_size, world.size)
         self.micro_batch = config.micro_batch if isinstance(config.micro_batch, int) else share
@@ -137,16 +141,16 @@ class Trainer:
             raise UserError(f"train.shard: {config.shard} must divide {world.size}, the number of processes")
         if config.compile:
             check_compiler("train.compile", world.device)
-        if config.tensorboard and not find_spec("tensorboard"):
-            raise UserError("train.tensorboard: TensorBoard is not installed; pip install 'raekit[track]'")
+        check_trackers(config.track)
         if config.precision == "bf16" and compute_dtype("auto", world.device) == torch.float32:
             _log.warning("train.precision: bf16 is slow on this processor, which has no instructions for it")
         self.run, self.config, self.world = run, config, world
         self.objectives, self.batches, self.periodics = list(objectives), batches, periodics
-        self.export = export
+        self.export, self.about = export, about
         self.step = 0
         self.saved = -1  # step of the newest checkpoint
         self.skipped = {o.name: torch.zeros(2, device=world.device) for o in self.objectives}  # total, in a row
+        self.flops: dict[frozenset[str], float] = {}  # of one image, by the names of a step's metrics
         self.optimizers: dict[str, optim.Optimizer] = {}
         for objective in self.objectives:
             self._prepare(objective)
@@ -184,7 +188,7 @@ class Trainer:
             Stopped: If `stop` was requested. The state of the last complete step is saved.
         """
         self.stop = stop or Stop()
-        tracker = Tracker(self.run, self.step, self.config.tensorboard) if self.world.is_main else None
+        tracker = Tracking(self.run, self.step, self.config.track, self.about) if self.world.is_main else None
         history: defaultdict[str, list[Tensor]] = defaultdict(list)
         try:
             if self.step:  # the last process may have died between this checkpoint and its artifact or evaluation
@@ -193,31 +197,28 @@ class Trainer:
             if self.config.micro_batch == "auto":
                 self.micro_batch = fitting(self.micro_batch, self._trial, self.world)
             stream = self.batches(self.step * self.config.batch_size)
-            since, began = self.step, time.perf_counter()
+            peak = peak_of(self.world.device, self.config.precision)
+            speed = Speed(self.step, self.config.batch_size, self.world, peak)
             with self.stop.deferred():
                 while self.step < self.config.steps:
-                    for name, value in self._train_step(stream).items():
+                    for name, value in self._train_step(stream, speed).items():
                         history[name].append(value)
                     self.step += 1
                     last = self.step == self.config.steps
                     if self.step % self.config.log_every == 0 or last:
                         values = self._summary(history)
-                        values["images_per_second"] = (
-                            (self.step - since) * self.config.batch_size / (time.perf_counter() - began)
-                        )
+                        values |= speed.record(self.step, self.config.steps)
                         if tracker:
                             tracker.scalars(self.step, values)
                         report(self.step, values)
                         history.clear()
-                        since, began = self.step, time.perf_counter()
-                    paused = time.perf_counter()
                     # Save before an evaluation, which a signal may end, so that no step is lost.
                     if self._saves():
-                        self.save()
-                        with self.stop.allowed():
-                            self._publish()
-                            self._evaluate(tracker)
-                    began += time.perf_counter() - paused
+                        with speed.paused():
+                            self.save()
+                            with self.stop.allowed():
+                                self._publish()
+                                self._evaluate(tracker)
         except Stopped:
             with self.stop.deferred():
                 self.writer.finish()
@@ -229,14 +230,14 @@ class Trainer:
             if tracker:
                 tracker.close()
 
-    def _train_step(self, stream: Iterator[TrainingBatch]) -> Metrics:
-        """Do one step of all active objectives; return their metrics.
+    def _train_step(self, stream: Iterator[TrainingBatch], speed: Speed) -> Metrics:
+        """Do one step of all active objectives; return their metrics, and tell `speed` what the step took.
 
         If a process was asked to stop or has no batch, all processes save the state of the last step and raise.
         """
         batch, failure = None, self.writer.failure()
         try:
-            with self.stop.allowed():
+            with self.stop.allowed(), speed.waiting():
                 batch = next(stream).to(self.world.device)
         except (Stopped, Exception) as error:
             failure = failure or error
@@ -251,20 +252,42 @@ class Trainer:
         for objective in self.objectives:
             if self.step >= objective.start:
                 metrics |= self._train(objective, batch, may_stop=not metrics)
+        work = frozenset(metrics)  # a loss that starts later has a metric of its own
+        if work not in self.flops:
+            with speed.paused():
+                self.flops[work] = self._count_flops(batch)
+        speed.add(self.config.batch_size * self.flops[work])
         return metrics
+
+    def _count_flops(self, batch: TrainingBatch) -> float:
+        """Return the FLOPs of one image in the present step, forward and backward, without recomputed activations."""
+        with ExitStack() as stack:
+            for objective in self.objectives:
+                stack.enter_context(without_recomputation(objective.blocks))
+            counter = stack.enter_context(flop_counter())
+            self._passes(batch.split(1)[0], self.step)
+        return counter.get_total_flops()
 
     def _trial(self, size: int) -> None:
         """Do the work of the last step on `size` images, and change nothing."""
         self._state()  # allocates the state of new optimizers
-        part, step = next(self.batches(0)).split(size)[0].to(self.world.device), self.config.steps - 1
+        self._passes(next(self.batches(0)).split(size)[0].to(self.world.device), self.config.steps - 1)
+
+    def _passes(self, part: TrainingBatch, step: int) -> None:
+        """Do the forward and backward passes of a step on `part`, and change nothing."""
+        modes = [objective.module.training for objective in self.objectives]
+        for objective in self.objectives:
+            objective.module.eval()  # no buffer changes
         for objective in self.objectives:
             if step >= objective.start:
-                objective.module.eval()  # no buffer changes
-                set_gradient_sync(objective.module, False)
+                # A distributed module would keep a gradient that is not synchronised until the next step.
+                set_gradient_sync(objective.module, True)
                 with torch.compiler.set_stance("force_eager"):
                     self._backward(objective, part, step)
                 for optimizer in self.optimizers.values():
                     optimizer.zero_grad(set_to_none=True)
+        for objective, mode in zip(self.objectives, modes, strict=True):
+            objective.module.train(mode)
 
     def _backward(self, objective: Objective, part: TrainingBatch, step: int, parts: int = 1) -> Metrics:
         """Do the forward and backward passes of one of `parts` micro-batches; return the loss and the metrics."""
@@ -308,19 +331,28 @@ class Trainer:
             self.export(milestone)
         self.world.barrier()  # the first process writes, and then all may read
 
-    def _evaluate(self, tracker: Tracker | None, again: bool = True) -> None:
+    def _evaluate(self, tracker: Tracking | None, again: bool = True) -> None:
         """Call the periodics that are due and log their values. Without `again`, skip those in metrics.jsonl."""
         for periodic in self.periodics:
             if not self._is_due(periodic):
                 continue
-            if not again and self.world.any(tracker is not None and f"{periodic.name}/seconds" in tracker.resumed):
+            if not again and self.world.any(
+                tracker is not None and f"{periodic.name}/seconds" in tracker.files.resumed
+            ):
                 continue
             began = time.perf_counter()
             with gathered(module for o in self.objectives for module in (o.module, *o.averages.values())):
-                scores = periodic.call(self.step)
-            values = scores | {"seconds": time.perf_counter() - began}
+                results = periodic.call(self.step)
+            values = dict(results) | {"seconds": time.perf_counter() - began}
+            pictures = {name: value for name, value in values.items() if isinstance(value, Image)}
+            scalars = {f"{periodic.name}/{k}": v for k, v in values.items() if not isinstance(v, Image)}
             if tracker:
-                tracker.scalars(self.step, {f"{periodic.name}/{name}": value for name, value in values.items()})
+                with self.stop.deferred():
+                    # The pictures first: the values say that this evaluation is done.
+                    if pictures:
+                        tracker.images(self.step, pictures)
+                    tracker.scalars(self.step, scalars)
+                self.stop.check()
 
     def _train(self, objective: Objective, batch: TrainingBatch, may_stop: bool) -> Metrics:
         """Do one optimizer step of `objective` on this process's share of the batch; return its metrics.
