@@ -304,6 +304,7 @@ def test_all_metrics_that_a_reference_allows(inception, images, tiny_model, tmp_
         f"precision_{name}",
         f"recall_{name}",
     }
+    assert any("the last split has 60: the score" in note for note in report.notes)
     assert report.results["precision_low"] <= report.results["precision"] < report.results["precision_high"]
     assert report.results["fid_low"] < report.results["fid"] < report.results["fid_high"]
     assert report.settings["networks"].keys() == {"inception", "inception_spatial", "inception_logits", name}

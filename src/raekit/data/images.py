@@ -63,7 +63,7 @@ class UnreadableImage(Exception):
 
 
 def decode(file: str | Path | BytesIO, name: str) -> Image.Image:
-    """Return the image in `file` as upright 8-bit RGB (see `to_rgb`).
+    """Return the image in `file` as upright 8-bit RGB (see `to_rgb`). Its `info` has its name.
 
     Args:
         file: a path or the content of a file.
@@ -80,7 +80,9 @@ def decode(file: str | Path | BytesIO, name: str) -> Image.Image:
             with Image.open(file, formats=FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise UnreadableImage(name, _too_large(f"{image.width} x {image.height} pixels"))
-                return to_rgb(image)
+                rgb = to_rgb(image)
+                rgb.info["name"] = name
+                return rgb
     except UnreadableImage:
         raise
     except UnidentifiedImageError:

@@ -162,7 +162,7 @@ class Against:
                 if min(count, len(features)) >= _KID_SIZE:
                     others.append(KernelDistance(network, features.to(self.device), size=_KID_SIZE))
         if "inception_logits" in self.networks:
-            others.append(InceptionScore(self.networks["inception_logits"]))
+            others.append(InceptionScore(self.networks["inception_logits"], count=count))
         others += [ClassAccuracy(logits, logits.name.removesuffix("_logits"), intervals) for logits in self.judges]
         if ratios:
             gaussians = [other.gaussian(distance.network) for distance, other in ratios]

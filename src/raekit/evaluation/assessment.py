@@ -20,7 +20,7 @@ from raekit.evaluation.against import Against
 from raekit.evaluation.chunks import Features, collect, collected, discard, images_digest
 from raekit.evaluation.features import PairScore, weights_of
 from raekit.evaluation.intervals import LEAST
-from raekit.evaluation.metrics import Accumulator, FrechetDistance, NearestNeighbours
+from raekit.evaluation.metrics import SPLIT, Accumulator, FrechetDistance, NearestNeighbours
 from raekit.evaluation.pairs import PairMean
 from raekit.evaluation.reports import LITERATURE, Report, read_report, write_report
 from raekit.evaluation.streaming import score_stream
@@ -260,6 +260,11 @@ def _notes(stream: Stream, against: Against) -> list[str]:
     for name, network in against.networks.items():
         if count <= network.width and name != "inception_logits":
             notes.append(f"{count:,} images in the {network.width:,} dimensions of {name}: the distance says little.")
+    if "inception_logits" in against.networks and (rest := count % SPLIT):
+        notes.append(
+            f"The Inception Score is the mean over splits of {SPLIT:,} images, and the last split has {rest:,}: the score "
+            f"of fewer images is lower. Scores of the literature have {LITERATURE // SPLIT} complete splits."
+        )
     for each in (*against.references, *against.relative_to):
         if each.about.image_size is None:
             notes.append(f"{each.place} does not say the resolution of its images; {stream.image_size} is assumed.")

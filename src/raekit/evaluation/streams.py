@@ -4,13 +4,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from raekit import randomness
 from raekit.data.images import UnreadableImage
 from raekit.data.loader import DataConfig, Loader
 from raekit.data.sources import open_source
-from raekit.data.sources.base import Split
+from raekit.data.sources.base import Source, Split
 from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.evaluation.features import Images, PairScore
@@ -51,13 +52,13 @@ class StoredImages:
     """Saved images, such as samples.
 
     Args:
-        source: the address of a data source. All its images are taken as they are. The first image has to be square;
-            images of another size are centre-cropped to its size.
+        source: the address of a data source. All its images are taken as they are, and must be squares of one size.
         batch_size: images at once.
         workers: processes that decode images.
 
     Raises:
-        UserError: the first image is unreadable or not square. An unreadable later image is an error when it is read.
+        UserError: the first image is unreadable or not square. A later image that is unreadable or has another size is
+            an error when it is read.
     """
 
     def __init__(self, source: str, batch_size: int = BATCH, workers: int = 0):
@@ -68,6 +69,7 @@ class StoredImages:
         if width != height:
             raise UserError(f"data source {source!r}: its images are {width} x {height}; crop them to squares first")
         self.images = RealImages(source, "all", width, batch_size, workers)
+        self.images.loader.source = _OneSize(self.images.loader.source, width)
         self.count, self.image_size, self.source = self.images.count, width, source
 
     def batches(self, chunks: Sequence[range], world: World) -> Iterator[Images]:
@@ -75,6 +77,26 @@ class StoredImages:
 
     def settings(self) -> dict[str, Any]:
         return {"batch_size": self.images.batch_size}
+
+
+class _OneSize:
+    """A data source whose images must be squares of `size` pixels."""
+
+    def __init__(self, source: Source, size: int):
+        self.source, self.size = source, size
+        self.name, self.classes, self.labels = source.name, source.classes, source.labels
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        image, label = self.source[index]
+        if image.size != (self.size, self.size):
+            raise UserError(
+                f"data source {self.name!r}: {image.info.get('name', f'image {index}')} is {image.width} x "
+                f"{image.height}, and the first image is {self.size} x {self.size}; evaluate images of one size"
+            )
+        return image, label
 
 
 class RealImages:
