@@ -484,6 +484,7 @@ def test_a_weak_model_as_good_as_the_model_changes_nothing(model):
         ("cfg:2", {"weak": "other"}, "weak: no effect without guidance auto:SCALE"),
         ("auto:2", {"weak": "same"}, "weak: it is the guided model itself"),
         ("auto:2", {"weak": "smaller"}, r"weak: it is for latents \(16, 2, 2\) and 3 classes"),
+        ("auto:2.0", {"weak": "renamed"}, "weak: the names of its classes are not those of the model's classes"),
         ("cfg:2@0.01-0.02", {}, r"cfg would have no effect, .* 0\.01-0\.02"),
         ("cfg:2@0.0-0.001", {"solver": "euler"}, "cfg would have no effect"),
         ("cfg:2@0.0-0.001", {"solver": "heun"}, None),
@@ -504,7 +505,8 @@ def test_a_weak_model_as_good_as_the_model_changes_nothing(model):
 def test_settings_without_effect_are_refused(model, text, options, message):
     part = TransformerConfig(width=16, depth=1, heads=2)
     smaller = Denoiser(DenoiserConfig(channels=16, grid=(2, 2), backbone=part, num_classes=3))
-    models = {"other": copy.deepcopy(model.denoiser), "same": model.denoiser, "smaller": smaller}
+    renamed = Denoiser(replace(model.denoiser.config, class_names=("a", "b", "c")))
+    models = {"other": copy.deepcopy(model.denoiser), "same": model.denoiser, "smaller": smaller, "renamed": renamed}
     options = {"steps": 4} | options
     if "weak" in options:
         options["weak"] = models[options["weak"]]

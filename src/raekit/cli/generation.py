@@ -171,7 +171,8 @@ def interpolate(
         model: Model to sample from: published name, builtin:NAME, model folder, run folder, or OWNER/NAME on the Hub.
         out: Output file, .png or .webp.
         seeds: Seeds of the first and the last image, or one seed for both. An image at an end is sample 0 of its seed.
-        classes: Classes (names or numbers) of the first and the last image, or one class for both. No class if not given.
+        classes: Classes (names or numbers) of the first and the last image, or one class for both. If not given, no
+            class.
         frames: Number of images, including the first and the last.
         ema: Decay of the weight average to use, one of the recipe's `ema` values. None: the first of them.
         batch_size: Number of images to generate at once. auto: as many as fit into the GPU's memory, or 64 on the CPU.
@@ -229,7 +230,8 @@ def trajectory(
     Args:
         model: Model to sample from: published name, builtin:NAME, model folder, run folder, or OWNER/NAME on the Hub.
         out: Output file, .png or .webp.
-        classes: Classes to generate: names, numbers, or ranges of numbers such as 0-9. Samples without a class if not given.
+        classes: Classes to generate: names, numbers, or ranges of numbers such as 0-9. If not given, samples without a
+            class.
         count: Number of samples for each class. `raekit generate` makes the same samples.
         frames: Number of images in a row.
         seed: Seed of the noise.

@@ -35,6 +35,11 @@ class Stream(Protocol):
     @property
     def image_size(self) -> int: ...
     @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes; empty if they have none."""
+        ...
+
+    @property
     def source(self) -> str | None:
         """The address that the images are read from; None if a model makes them from noise."""
         ...
@@ -71,6 +76,7 @@ class StoredImages:
         self.images = RealImages(source, "all", width, batch_size, workers)
         self.images.loader.source = _OneSize(self.images.loader.source, width)
         self.count, self.image_size, self.source = self.images.count, width, source
+        self.classes = self.images.classes
 
     def batches(self, chunks: Sequence[range], world: World) -> Iterator[Images]:
         return self.images.batches(chunks, world)
@@ -106,6 +112,7 @@ class RealImages:
         data = DataConfig(source=source, split=split, image_size=image_size, workers=workers, max_unreadable=0)
         self.loader, self.batch_size = Loader(data, seed=0), chunk_batch(batch_size)
         self.count, self.image_size, self.source = len(self.loader), image_size, source
+        self.classes = self.loader.classes
         self.split: Split = split
 
     def batches(self, chunks: Sequence[range], world: World) -> Iterator[Images]:
@@ -148,6 +155,7 @@ class Samples:
             raise UserError(f"count: {count} must be at least 1")
         classes = model.denoiser.config.num_classes
         self.model, self.count, self.sampling = model, count, sampling
+        self.classes = model.denoiser.config.class_names
         self.seed, self.kind, self.batch_size = seed, labels if classes else None, chunk_batch(batch_size)
         self.labels = draw_labels(labels, classes, count, seed, of_reference) if classes else None
         check_sampling(sampling, model.denoiser, self.labels is not None)
@@ -221,7 +229,7 @@ class Reconstructions:
         self.originals = RealImages(source, split, autoencoder.image_size, batch_size, workers)
         self.scores = {name: PairScore(name, score) for name, score in scores.items()}
         self.count, self.image_size = self.originals.count, autoencoder.image_size
-        self.source = source
+        self.source, self.classes = source, self.originals.classes
         self.split: Split = split
 
     def batches(self, chunks: Sequence[range], world: World) -> Iterator[Images]:
@@ -240,7 +248,7 @@ class Reconstructions:
 class DecodedNoise:
     """Standard normal noise, decoded as if it were latents: what a denoiser that has learned nothing gives."""
 
-    source = None
+    source, classes = None, ()
 
     def __init__(self, autoencoder: LatentSpace, count: int, seed: int = 0, batch_size: int = BATCH):
         self.autoencoder, self.count, self.seed = autoencoder, count, seed
