@@ -117,12 +117,17 @@ def find_images(paths: Sequence[Path], besides: Path | None = None) -> dict[Path
             continue
         files = {path / name: name for name in image_files(path)}
         if besides is not None:
-            place = besides.resolve()
-            files = {file: name for file, name in files.items() if not file.resolve().is_relative_to(place)}
+            place = real_path(besides)
+            files = {file: name for file, name in files.items() if not real_path(file).is_relative_to(place)}
         if not files:
             raise UserError(f"{path}: no images found (supported extensions: {', '.join(EXTENSIONS)})")
         found |= files
     return found
+
+
+def real_path(path: Path) -> Path:
+    """Return the path without links. Unlike `Path.resolve`, this allows a link to itself."""
+    return Path(os.path.realpath(path))
 
 
 def image_files(folder: Path) -> list[str]:

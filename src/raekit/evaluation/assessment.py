@@ -30,6 +30,8 @@ from raekit.files import whole
 from raekit.progress import Progress, silent
 from raekit.weights import fingerprint
 
+REPORTS = "reports"
+"""The folder of reports without a folder of their own."""
 _CLAIM = "evaluation.json"
 _BASELINES = "baselines"
 TRAINING = "training images"
@@ -85,7 +87,7 @@ def assess(
     environment = _environment(world)
     claim = {"settings": settings, "environment": environment, "images": _stamps(stream, against, baselines)}
     digest = fingerprint({}, json.dumps(settings, sort_keys=True))
-    out = out or Path("reports", fingerprint({}, json.dumps(claim, sort_keys=True)))
+    out = out or Path(REPORTS, fingerprint({}, json.dumps(claim, sort_keys=True)))
     if (out / "report.json").is_file():
         _claim(out, claim, world)
         return read_report(out), out

@@ -13,7 +13,7 @@ from raekit.data.sources.base import Split
 from raekit.distributed import World, prepare_device
 from raekit.errors import UserError
 from raekit.evaluation.against import Against, find_networks
-from raekit.evaluation.assessment import TRAINING, assess
+from raekit.evaluation.assessment import REPORTS, TRAINING, assess
 from raekit.evaluation.features import default_features, load_networks
 from raekit.evaluation.labels import Labels, few
 from raekit.evaluation.pairs import METRICS, reconstruction_metrics
@@ -21,6 +21,7 @@ from raekit.evaluation.references import Reference, measure_reference, read_refe
 from raekit.evaluation.reports import LITERATURE, Report
 from raekit.evaluation.streaming import BATCH
 from raekit.evaluation.streams import DecodedNoise, RealImages, Reconstructions, Samples, StoredImages, Stream
+from raekit.files import check_folder
 from raekit.flow.sampling import Sampling
 from raekit.inference.model import Model, load
 from raekit.models.autoencoder import load_autoencoder
@@ -115,6 +116,8 @@ def evaluate(
     )
     if count is not None and count < 1:
         raise UserError(f"count: {count} must be at least 1")
+    place = Path(out) if out else None
+    check_folder(place or Path(REPORTS))
     world = world or World(device=prepare_device())
     loaded = _load(model, reconstruct, ema, dtype, world) if not saved else None
     dataset = source or (loaded.trained_on if loaded else None)
@@ -176,7 +179,7 @@ def evaluate(
         stream,
         compared,
         names,
-        Path(out) if out else None,
+        place,
         baselines=rows,
         notes=notes,
         intervals=intervals,
