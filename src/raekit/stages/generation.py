@@ -1,5 +1,6 @@
 """Stage 2: train a denoiser by flow matching on whitened latents (RAE v1)."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -130,8 +131,8 @@ def build(config: GenerationConfig, run: Path, world: World) -> Stage:
         loader = LatentLoader(Path(config.latents), config.data, seed, autoencoder)
     else:
         loader = Loader(config.data, seed)
-    if config.evaluation or not config.latents:
-        autoencoder.to(world.device)
+    if not config.latents:
+        autoencoder.encoder_to(world.device)
     if autoencoder.image_size != config.data.image_size:
         raise UserError(
             f"data.image_size: {config.data.image_size}, but {config.autoencoder} needs {autoencoder.image_size}"
@@ -206,6 +207,20 @@ def build(config: GenerationConfig, run: Path, world: World) -> Stage:
             name: Model(autoencoder, average) for name, average in averages.items() if isinstance(average, Denoiser)
         }
 
+    def scored(score: Callable[[int], dict[str, float]]) -> Callable[[int], dict[str, float]]:
+        """Return `score` with the decoder, whose memory training does not have to spare, on the device for its time."""
+
+        def call(step: int) -> dict[str, float]:
+            autoencoder.to(world.device)
+            try:
+                return score(step)
+            finally:
+                autoencoder.decoder.to("cpu")
+                if config.latents:
+                    autoencoder.encoder_to("cpu")
+
+        return call
+
     def inputs() -> Inputs:
         return Inputs(
             data=describe_images(config.data, loader),
@@ -221,7 +236,7 @@ def build(config: GenerationConfig, run: Path, world: World) -> Stage:
         prepare=prepare,
         export=export,
         periodics=[
-            Periodic(every=chosen.every, call=evaluator(chosen, config.data, model, models, world))
+            Periodic(every=chosen.every, call=scored(evaluator(chosen, config.data, model, models, world)))
             for chosen in (config.evaluation,)
             if chosen
         ],
