@@ -1077,6 +1077,28 @@ def test_one_unreadable_file_does_not_keep_the_others_from_being_written(run, ti
         assert len(json.loads((out / "scores.json").read_text())["unreadable"]) == 2
 
 
+def test_odd_names_are_written_and_a_bad_one_is_one_line_at_the_end(run, tiny_model, tmp_path):
+    folder = tmp_path / "in"
+    for name in (os.fsdecode(b"Mu\xf1oz.png"), "p" * 251 + ".png", "ok.png"):
+        picture(folder / name, 0)
+    (folder / "loop.png").symlink_to("loop.png")
+    picture(tmp_path / "short.png", 0).rename(folder / ("q" * 251 + ".J2K"))
+    picture(folder / ("q" * 251 + ".png"), 0)  # the reconstruction of the other cannot have this name, nor a longer one
+    out = tmp_path / "out"
+    done = run("reconstruct", tiny_model, folder, "--out", out)
+    assert_fails(done, "2 of 6 images could not be read or written", "loop.png", "its output", "File name too long")
+    assert {os.fsencode(path.name) for path in out.glob("*.png")} == {
+        b"Mu\xf1oz.png",
+        b"p" * 251 + b".png",
+        b"q" * 251 + b".png",
+        b"ok.png",
+        b"contact-sheet.png",
+    }
+    done = run("encode", tiny_model, folder, "--out", tmp_path / "latents", "--shard-size", 1)
+    assert_fails(done, "1 of 6 images could not be read or written", "loop.png")
+    assert [len(shard.latents) for shard in raekit.read_latents(tmp_path / "latents")].count(0) == 1
+
+
 def test_nothing_readable_is_an_error_without_a_table(run, tiny_model, tmp_path):
     done = run("reconstruct", tiny_model, tmp_path / "no.png", "--out", tmp_path / "out")
     assert_fails(done, "1 of 1 images could not be read")

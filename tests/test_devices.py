@@ -13,9 +13,11 @@ from raekit.flow.guidance import parse_guidance
 from raekit.flow.sampling import Sampling
 from raekit.inference.generation import generate, images_to_noise, interpolate, noise_to_images
 from raekit.inference.model import load
+from raekit.models.autoencoder import load_autoencoder
 from raekit.models.denoiser_config import TransformerConfig
 from raekit.models.discriminator import DiscriminatorConfig
 from raekit.models.vit import ViTConfig
+from raekit.stages import generation
 from raekit.stages.decoder_losses import AdversarialConfig, PerceptualConfig
 from raekit.stages.generation import DenoiserSize, GenerationConfig
 from raekit.stages.reconstruction import DecoderSize, ReconstructionConfig
@@ -143,6 +145,22 @@ def test_training(config, tmp_path, name):
     with virtual_gpu():
         made = losses(tmp_path / "gpu", GPU)
     assert made == [pytest.approx(record, rel=1e-4, abs=1e-5) for record in expected]
+
+
+def test_the_decoder_stays_on_the_host_where_only_the_encoder_is_needed(config, tmp_path, monkeypatch):
+    loaded = []
+
+    def load_and_keep(*arguments):
+        loaded.append(load_autoencoder(*arguments))
+        return loaded[-1]
+
+    monkeypatch.setattr(generation, "load_autoencoder", load_and_keep)
+    with virtual_gpu():
+        train(config("denoiser"), tmp_path, World(device=GPU))
+        (autoencoder,) = loaded
+        places = {name: tensor.device for name, tensor in autoencoder.state_dict().items()}
+        assert {place for name, place in places.items() if name.startswith("decoder.")} == {torch.device("cpu")}
+        assert {place for name, place in places.items() if not name.startswith("decoder.")} == {GPU}
 
 
 @pytest.mark.parametrize("name", ["encoder", "decoder", "denoiser"])

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 from raekit.errors import UserError
-from raekit.files import whole
+from raekit.files import check_file, check_folder, whole
 
 
 def names(folder: Path) -> list[str]:
@@ -123,3 +123,37 @@ def test_a_full_disk_gives_one_message_that_names_the_file(full_disk):
         save_file({"x": torch.rand(2**21)}, partial)
     assert path.read_text() == "good"
     assert names(full_disk) == ["file.txt"]
+
+
+def test_an_output_that_cannot_be_written_is_found_before_the_work(tmp_path):
+    for check in check_file, check_folder:
+        check(tmp_path / "new" / "deep" / "x.png")
+        assert names(tmp_path) == []
+        for path in Path("/proc/raekit/x.png"), tmp_path / ("x" * 300), tmp_path / ("x" * 300) / "y":
+            with pytest.raises(UserError, match=r"cannot be written \(.+\); give another path"):
+                check(path)
+
+
+def test_names_may_have_all_255_bytes(tmp_path):
+    path = tmp_path / ("\u00f1" * 126 + "x.p")
+    with whole(path) as partial:
+        partial.write_text("good")
+    assert (path.read_text(), names(tmp_path)) == ("good", [path.name])
+
+
+def test_an_error_of_another_file_is_not_an_error_of_the_output(tmp_path):
+    with pytest.raises(FileNotFoundError, match="input"), whole(tmp_path / "out" / "x") as partial:
+        partial.write_text((tmp_path / "input").read_text())
+    with pytest.raises(TimeoutError), whole(tmp_path / "x"):
+        raise TimeoutError("the network")
+    assert names(tmp_path / "out") == []
+
+
+def test_an_empty_folder_is_filled_in_place(tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with whole(Path("."), folder=True) as partial:
+        partial.mkdir()
+        (partial / "x").touch()
+    assert os.listdir() == ["x"]
+    assert names(tmp_path) == ["empty"]

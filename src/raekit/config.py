@@ -167,12 +167,15 @@ def changes(old: Any, new: Any, part: Mark = Mark.DEFINES, path: str = "") -> It
 
 
 def replaced(config: T, mark: Mark, change: Callable[[Any], Any]) -> T:
-    """Return `config` with `change(value)` in every field with `mark`, at any depth. A value of None stays."""
+    """Return `config` with `change(value)` in every field with `mark`, at any depth. A value of None stays.
+
+    In a tuple each value changes.
+    """
     values = {}
     for name, marks in _marks(type(config)).items():
         value = getattr(config, name)
         if mark in marks and value is not None:
-            values[name] = change(value)
+            values[name] = tuple(map(change, value)) if isinstance(value, tuple) else change(value)
         elif dataclasses.is_dataclass(value):
             values[name] = replaced(value, mark, change)
     return dataclasses.replace(config, **values)  # type: ignore[type-var]
@@ -186,10 +189,10 @@ def _marks(cls: type) -> dict[str, set[Mark]]:
 
 
 def _marks_of(hint: Any) -> set[Mark]:
-    """Return the marks in a type, also inside of Annotated and of a union."""
+    """Return the marks in a type, also inside of Annotated, of a union and of a tuple."""
     if isinstance(hint, Mark):
         return {hint}
-    inner = get_args(hint) if get_origin(hint) in (Annotated, Union, UnionType) else ()
+    inner = get_args(hint) if get_origin(hint) in (Annotated, Union, UnionType, tuple) else ()
     return set[Mark]().union(*map(_marks_of, inner))
 
 

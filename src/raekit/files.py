@@ -1,42 +1,73 @@
 """Write files and folders completely or not at all."""
 
+import errno
+import os
 import shutil
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from hashlib import blake2b
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from raekit.errors import UserError
 
+_LONGEST = 255 - len(".partial")
+"""The longest name, in bytes, that common file systems allow with the ending of a temporary folder."""
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+"""The errors of a write to an open file, which do not name the file."""
+
 
 def check_file(path: Path, suffix: str | None = None) -> None:
-    """Check, before any work starts, that a file can be written to `path`.
+    """Check, before any work starts, that a file can be written to `path`. Tries to write to its folder.
 
     Raises:
-        UserError: `path` does not end in `suffix`, is a folder, or is below a file.
+        UserError: `path` does not end in `suffix`, is a folder, is below a file, or cannot be written.
     """
     if suffix and path.suffix.lower() != suffix:
         raise UserError(f"{path}: the output file must end in {suffix}")
-    if path.is_dir():
+    _check_is_file(path)
+    _try(path)
+
+
+def check_folder(path: Path) -> None:
+    """Check, before any work starts, that a folder can be written to `path`. Tries to write to it.
+
+    Raises:
+        UserError: `path` is a file, is below a file, or cannot be written.
+    """
+    _check_is_folder(path)
+    _try(path)
+
+
+def _check_is_file(path: Path) -> None:
+    if os.path.isdir(path):  # `Path.is_dir` raises an error for too long a name
         raise UserError(f"{path}: is a folder; give the path of a file")
     _check_parents(path)
 
 
-def check_folder(path: Path) -> None:
-    """Check, before any work starts, that a folder can be written to `path`.
-
-    Raises:
-        UserError: `path` is a file or is below a file.
-    """
-    if path.exists() and not path.is_dir():
+def _check_is_folder(path: Path) -> None:
+    if os.path.exists(path) and not os.path.isdir(path):
         raise UserError(f"{path}: is a file; give the path of a folder")
     _check_parents(path)
 
 
 def _check_parents(path: Path) -> None:
-    if above := next((folder for folder in path.parents if folder.exists() and not folder.is_dir()), None):
+    if above := next((each for each in path.parents if os.path.exists(each) and not os.path.isdir(each)), None):
         raise UserError(f"{path}: cannot be written because {above} is a file")
+
+
+def _try(path: Path) -> None:
+    """Write a temporary file to the nearest folder that exists."""
+    place = next(each for each in (path.absolute(), *path.absolute().parents) if os.path.isdir(each))
+    try:
+        with suppress(FileNotFoundError):
+            path.lstat()  # fails for too long a name
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); give another path") from None
 
 
 @contextmanager
@@ -52,10 +83,12 @@ def whole(path: Path, folder: bool = False) -> Iterator[Path]:
 
     Raises:
         UserError: the result cannot be written, or `path` is a folder instead of a file or a file instead of a folder.
+        OSError: something else failed, such as reading another file.
     """
-    (check_folder if folder else check_file)(path)
+    (_check_is_folder if folder else _check_is_file)(path)
+    given, path = path, Path(os.path.abspath(path))  # "." and ".." have no name
     # A separate folder, because a killed writer may leave temporary files with other names.
-    work = path.with_name(path.name + ".partial")
+    work = path.with_name(_short(path.name) + ".partial")
     old = work / "old" / path.name
     try:
         if old.is_dir() and not path.exists():  # the last process was killed between the two moves below
@@ -68,15 +101,36 @@ def whole(path: Path, folder: bool = False) -> Iterator[Path]:
         for written in (work / path.name, *(work / path.name).rglob("*")):
             if written.is_file():
                 written.chmod(mode)
-        if path.is_dir():  # a folder cannot be replaced in one step
+        if path.is_dir() and not any(path.iterdir()):  # it stays the same folder, perhaps the working folder of a shell
+            for written in (work / path.name).iterdir():
+                written.replace(path / written.name)
+        elif path.is_dir():  # a folder cannot be replaced in one step
             old.parent.mkdir()
             path.replace(old)
-        (work / path.name).replace(path)
+            (work / path.name).replace(path)
+        else:
+            (work / path.name).replace(path)
         _remove(work)
     except (OSError, SafetensorError) as error:
         _remove(work)
+        if isinstance(error, OSError) and not _is_about(error, path, work):
+            raise
         reason = error.strerror if isinstance(error, OSError) else None
-        raise UserError(f"{path}: could not be written ({reason or error})") from None
+        raise UserError(f"{given}: could not be written ({reason or error})") from None
+
+
+def _short(name: str) -> str:
+    """Return a file name to which an ending can be added."""
+    octets = os.fsencode(name)
+    return name if len(octets) <= _LONGEST else blake2b(octets, digest_size=8).hexdigest()
+
+
+def _is_about(error: OSError, *places: Path) -> bool:
+    """Return whether an error comes from writing one of the files or folders `places`, or below one of them."""
+    if error.filename is None:
+        return error.errno in _NO_SPACE
+    name = Path(os.path.abspath(os.fsdecode(error.filename)))
+    return any(name.is_relative_to(place) or place.is_relative_to(name) for place in places)
 
 
 def _remove(path: Path) -> None:

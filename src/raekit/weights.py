@@ -93,6 +93,11 @@ def fingerprint(tensors: Mapping[str, Tensor | None], *values: object) -> str:
     return digest.hexdigest()
 
 
+def rounded(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights in bfloat16, so that a network has the same `fingerprint` in float32 and in bfloat16."""
+    return {key: value.bfloat16() if value.is_floating_point() else value for key, value in state.items()}
+
+
 def check_fit(make: Callable[[], nn.Module], state: Mapping[str, Tensor], source: object) -> None:
     """Check that `state` fits the module that `make` returns, without allocating memory for the module.
 

@@ -1,5 +1,6 @@
 """Complete evaluations, from images to a report: stopped and resumed, on one and several processes."""
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from raekit.config import read_json
@@ -21,7 +23,7 @@ from raekit.evaluation.assessment import assess
 from raekit.evaluation.features import Images, InceptionFeatures, PairScore, load_networks
 from raekit.evaluation.metrics import FrechetDistance
 from raekit.evaluation.pairs import PairMean, psnr, ssim
-from raekit.evaluation.references import About, Reference, measure_reference
+from raekit.evaluation.references import About, Reference, measure_reference, read_reference
 from raekit.evaluation.reports import Report, read_report
 from raekit.evaluation.streaming import score_stream
 from raekit.evaluation.streams import Reconstructions, Samples, StoredImages
@@ -304,10 +306,23 @@ def test_all_metrics_that_a_reference_allows(inception, images, tiny_model, tmp_
         f"precision_{name}",
         f"recall_{name}",
     }
+    assert any("the last split has 60: the score" in note for note in report.notes)
     assert report.results["precision_low"] <= report.results["precision"] < report.results["precision_high"]
     assert report.results["fid_low"] < report.results["fid"] < report.results["fid_high"]
     assert report.settings["networks"].keys() == {"inception", "inception_spatial", "inception_logits", name}
     assert report.settings["relative_to"][0]["hash"] == heldout.about.hash
+
+
+def test_a_network_of_other_weights_under_the_same_name_is_rejected(images, tiny_model, tmp_path):
+    shutil.copytree(tiny_model, tmp_path / tiny_model.name)
+    file = tmp_path / tiny_model.name / "encoder" / "model.safetensors"
+    save_file({key: value + 1 for key, value in load_file(file).items()}, file)
+    known = measured(images, [str(tiny_model)])
+    known.write(tmp_path / "reference.safetensors")
+    for reference in known, read_reference(tmp_path / "reference.safetensors"):
+        against([reference], [str(tiny_model)])
+        with pytest.raises(UserError, match="was measured with other weights"):
+            against([reference], [str(tmp_path / tiny_model.name)])
 
 
 def test_kid_comes_with_enough_images(inception, images):

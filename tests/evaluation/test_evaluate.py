@@ -149,6 +149,21 @@ def test_a_model_in_memory_and_saved_images_are_evaluated_too(trained, plants, t
     (name,) = load_networks(str(tiny_model), ALONE.device)
     assert saved.results[f"fd_{name}"] == pytest.approx(saved.baselines["training images"][f"fd_{name}"], rel=1e-6)
     assert saved.results[f"nearest_distance_{name}"] == pytest.approx(0, abs=1e-6)
+    others = tmp_path / "others"  # the same images under other names of classes: a label means another class
+    for path in (plants / "val").iterdir():
+        shutil.copytree(path, others / f"x{path.name}")
+    scores = [
+        evaluate(
+            address,
+            source=f"folder:{plants}",
+            features=features,
+            baselines=True,
+            out=tmp_path / address[-5:],
+            world=ALONE,
+        )[0].results
+        for address in (f"folder:{plants / 'val'}", f"folder:{others}")
+    ]
+    assert scores[0].keys() - scores[1].keys() == {f"knn_accuracy_{name}"}
 
 
 def test_the_dataset_is_recorded_and_survives_loading_and_saving(trained, plants, tmp_path):
@@ -182,6 +197,15 @@ def test_a_comparison_with_unexpected_images_is_an_error(trained, plants, images
     refused(
         r"its classes \(blue, green, red\) are not the classes of .* \(plant-0, .* and 4 more\)",
         lambda: evaluate(str(trained), source=images, features=features, out=tmp_path / "x", **QUICK),
+    )
+    file = tmp_path / "reference.safetensors"
+    data = DataConfig(source=images, image_size=16)
+    measure_reference(data, load_networks(str(tiny_model), ALONE.device), ALONE).write(file)
+    refused(
+        r"its classes \(blue, green, red\) are not the classes of the model \(plant-0, .* and 4 more\)",
+        lambda: evaluate(
+            str(trained), reference=file, labels="reference", features=features, out=tmp_path / "x", **QUICK
+        ),
     )
     refused("saved images need real images", lambda: evaluate(f"flat:{plants}", out=tmp_path / "x", world=ALONE))
     moved = tmp_path / "moved"

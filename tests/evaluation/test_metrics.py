@@ -128,6 +128,19 @@ def test_the_inception_score_is_the_mean_over_splits_in_order():
     assert metric.result()["inception_score"] == pytest.approx(inception_score(network(images)), rel=1e-12)
 
 
+def test_with_their_number_the_inception_score_does_not_depend_on_the_order_of_the_classes():
+    classes = torch.arange(400) % 4
+    scores = []
+    for labels in classes, classes.sort().values:
+        metric = InceptionScore(Logits(), split_size=100, count=400)
+        given = numbered(torch.zeros(400, 3, 1, 1), torch.arange(400))
+        given._features[metric.network] = 8 * torch.eye(6)[labels]
+        metric.update(given)
+        scores.append(metric.result()["inception_score"])
+    assert scores[1] == pytest.approx(scores[0], rel=0.02)
+    assert scores[0] > 3
+
+
 def test_the_inception_score_of_certain_and_of_equal_predictions():
     certain = torch.eye(6)[torch.arange(12) % 6] * 1000
     for logits, expected in (certain, 6), (torch.zeros(12, 6), 1):

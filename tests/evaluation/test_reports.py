@@ -46,7 +46,12 @@ def test_a_report_is_written_for_machines_and_people(tmp_path):
     text = (folder / "report.md").read_text()
     assert "| fid ↓ | 2.5 | 2.25 to 2.75 | bias +0.5 |" in text
     assert "| sampling.guidance | cfg:2.0 |" in text
-    assert "| model | a \\| b <script> |" in text
+    assert "| model | a \\| b \\<script\\> |" in text
+    assert text.startswith("# a \\| b \\<script\\>\n")
+    odd = replace(made, names={"model": "x](y)\n# [`z`] *b* fd_a_b", "reference": []}, notes=("<b> \n- x",))
+    text = (written(tmp_path / "odd", odd) / "report.md").read_text()
+    assert text.startswith(r"# x\](y) # \[\`z\`\] \*b\* fd_a_b" + "\n")
+    assert "\n- \\<b\\> - x\n" in text
     page = (folder / "report.html").read_text()
     assert "<script>" not in page
     assert "&lt;script&gt;" in page

@@ -157,6 +157,11 @@ def test_saved_images_that_would_be_changed_or_left_out_are_rejected(tmp_path):
     with pytest.raises(UserError, match=r"unreadable image .*a\.png"):
         StoredImages(f"flat:{tmp_path}")
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    Image.new("RGB", (16, 16)).save(tmp_path / "c.png")
+    for source in f"flat:{tmp_path}", "zip:" + shutil.make_archive(str(tmp_path / "x"), "zip", tmp_path):
+        with pytest.raises(UserError, match=r"c\.png is 16 x 16, and the first image is 8 x 8"):
+            list(StoredImages(source).batches([range(2)], ALONE))
+    (tmp_path / "c.png").unlink()
     (tmp_path / "b.png").write_bytes(b"")
     with pytest.raises(UserError, match=r"1 of 2 images are unreadable.*b\.png"):
         list(StoredImages(f"flat:{tmp_path}").batches([range(2)], ALONE))

@@ -484,6 +484,7 @@ def test_a_weak_model_as_good_as_the_model_changes_nothing(model):
         ("cfg:2", {"weak": "other"}, "weak: no effect without guidance auto:SCALE"),
         ("auto:2", {"weak": "same"}, "weak: it is the guided model itself"),
         ("auto:2", {"weak": "smaller"}, r"weak: it is for latents \(16, 2, 2\) and 3 classes"),
+        ("auto:2.0", {"weak": "renamed"}, "weak: the names of its classes are not those of the model's classes"),
         ("cfg:2@0.01-0.02", {}, r"cfg would have no effect, .* 0\.01-0\.02"),
         ("cfg:2@0.0-0.001", {"solver": "euler"}, "cfg would have no effect"),
         ("cfg:2@0.0-0.001", {"solver": "heun"}, None),
@@ -504,7 +505,8 @@ def test_a_weak_model_as_good_as_the_model_changes_nothing(model):
 def test_settings_without_effect_are_refused(model, text, options, message):
     part = TransformerConfig(width=16, depth=1, heads=2)
     smaller = Denoiser(DenoiserConfig(channels=16, grid=(2, 2), backbone=part, num_classes=3))
-    models = {"other": copy.deepcopy(model.denoiser), "same": model.denoiser, "smaller": smaller}
+    renamed = Denoiser(replace(model.denoiser.config, class_names=("a", "b", "c")))
+    models = {"other": copy.deepcopy(model.denoiser), "same": model.denoiser, "smaller": smaller, "renamed": renamed}
     options = {"steps": 4} | options
     if "weak" in options:
         options["weak"] = models[options["weak"]]
@@ -643,6 +645,28 @@ def test_classes_by_name_or_number(model, unconditional):
             twelve.class_ids(name)
     dashed = replace(nameless.config, class_names=tuple(f"{i}-{i}" for i in range(12)))
     assert Model(model.autoencoder, Denoiser(dashed)).class_ids("3-3") == [3]  # a name takes precedence over a range
+
+
+def test_numbers_are_class_names_where_classes_are_named_by_numbers(model):
+    part = TransformerConfig(width=16, depth=1, heads=2)
+
+    def of(*names: str) -> Model:
+        config = DenoiserConfig(
+            channels=16, grid=(4, 4), backbone=part, num_classes=len(names), class_names=tuple(sorted(names))
+        )
+        return Model(model.autoencoder, Denoiser(config))
+
+    twelve = of(*map(str, range(12)))  # in the order 0, 1, 10, 11, 2, ...
+    assert [twelve.classes[i] for i in twelve.class_ids("0-9")] == [*"0123456789"]
+    assert [twelve.classes[i] for i in twelve.class_ids("2-10")] == [*"23456789", "10"]
+    assert twelve.classes[twelve.class_id("10")] == "10"
+    years = of("2010", "2012", "2024", "other")
+    assert [years.classes[i] for i in years.class_ids("2010-2024")] == ["2010", "2012", "2024"]
+    padded = of(*(f"{number:03}" for number in range(1, 13)))
+    assert [padded.classes[i] for i in padded.class_ids("9-11")] == ["009", "010", "011"]
+    for number in ("0", "0-2010", "9" * 5000):  # not an id
+        with pytest.raises(UserError, match="no such class"):
+            years.class_ids(number)
 
 
 # Statistics of latents

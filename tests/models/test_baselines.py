@@ -4,6 +4,7 @@ import pickle
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,10 +103,25 @@ def test_a_folder_names_the_weights(vae: Path, tmp_path: Path):
     model.save(tmp_path)
     again = load_autoencoder(str(tmp_path))
     assert isinstance(again, Baseline)
-    assert again.config == model.config
+    assert again.config == replace(model.config, weights=model.weights)
     images = torch.rand(1, 3, 16, 16)
     assert torch.equal(again.encode(images), model.encode(images))
     assert not any(parameter.requires_grad for parameter in again.parameters())
+    load_autoencoder(str(tmp_path), torch.bfloat16)
+
+
+def test_a_vae_of_other_weights_under_the_same_path_is_rejected(
+    vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    shutil.copytree(vae, tmp_path / "models" / "vae")
+    monkeypatch.chdir(tmp_path)
+    load_autoencoder("vae:models/vae@16").save(tmp_path / "model")
+    monkeypatch.chdir(tmp_path / "models")
+    assert load_autoencoder(str(tmp_path / "model")).config.baseline == f"vae:{tmp_path}/models/vae"
+    state = load_file(tmp_path / "models" / "vae" / WEIGHTS)
+    save_file({key: value + 1 for key, value in state.items()}, tmp_path / "models" / "vae" / WEIGHTS)
+    with pytest.raises(UserError, match="its weights are not the weights that the model was made with"):
+        load_autoencoder(str(tmp_path / "model"))
 
 
 def test_errors(vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

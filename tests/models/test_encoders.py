@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +15,11 @@ from torch.nn.functional import interpolate
 
 from raekit.config import from_dict, to_dict, to_json
 from raekit.errors import UserError
+from raekit.models.autoencoder import Autoencoder, AutoencoderConfig
+from raekit.models.decoder import DecoderConfig
 from raekit.models.encoders import Encoder, load_encoder
 from raekit.models.layers import patchify
-from raekit.models.registry import FAMILIES, LAYERS, REGISTRY, LayersConfig, grid_of, register
+from raekit.models.registry import FAMILIES, LAYERS, REGISTRY, LayersConfig, absolute, grid_of, register
 from raekit.models.vit import ViT, ViTConfig
 
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
@@ -713,3 +716,52 @@ def test_too_many_tokens_are_rejected():
 def test_impossible_width_is_named():
     with pytest.raises(UserError, match=r"vit\.width: 18 must be a multiple of 4 and of vit\.heads = 3"):
         ViTConfig(image_size=16, patch_size=4, width=18, depth=1, heads=3)
+
+
+def test_names_of_things_on_disk_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("decoder", "runs/decoder", "emoji", "dinov2-b", "rae-dinov2-b"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name, expected in (
+        ("decoder", f"{tmp_path}/decoder"),
+        ("runs/decoder", f"{tmp_path}/runs/decoder"),
+        ("~/decoder", f"{tmp_path}/decoder"),
+        ("folder:decoder", f"folder:{tmp_path}/decoder"),
+        ("vae:runs/decoder@64", f"vae:{tmp_path}/runs/decoder@64"),
+        ("dinov2:runs/decoder", f"dinov2:{tmp_path}/runs/decoder"),
+        # Built-in, registered and published names come before folders, and other names are not on this disk.
+        *(
+            (name, name)
+            for name in ("builtin:emoji", "dinov2-b", "rae-dinov2-b", "OWNER/NAME", "pixels@64", "flat:gone")
+        ),
+    ):
+        assert absolute(name) == expected
+
+
+def test_a_model_names_its_encoder_by_an_absolute_path_and_knows_its_weights(
+    checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    shutil.copytree(checkpoint("dinov2"), tmp_path / "models" / "vit")
+    monkeypatch.chdir(tmp_path)
+    encoder = load_encoder("dinov2:models/vit")
+    sizes = {"patch_size": 4, "width": 8, "depth": 1, "heads": 2, "hidden": 8}
+    decoder = DecoderConfig(token_dim=encoder.width, grid=encoder.grid, **sizes)
+    Autoencoder(AutoencoderConfig(encoder=encoder.name, decoder=decoder), encoder).save(tmp_path / "model")
+
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    model = Autoencoder.load(str(tmp_path / "model"))
+    assert model.config.encoder == f"dinov2:{tmp_path}/models/vit"
+    model.save(tmp_path / "again")  # also in another precision
+    Autoencoder.load(str(tmp_path / "again"), torch.bfloat16)
+
+    file = tmp_path / "models" / "vit" / "model.safetensors"
+    state = load_file(file)
+    key = max(state, key=lambda key: state[key].numel())
+    save_file(state | {key: state[key] + 1}, file, {"format": "pt"})
+    with pytest.raises(UserError, match=r"made with another encoder: the weights of dinov2:.*models/vit are not those"):
+        Autoencoder.load(str(tmp_path / "model"))
+    shutil.rmtree(tmp_path / "models")
+    with pytest.raises(UserError, match="neither a folder nor OWNER/NAME on the Hub"):
+        Autoencoder.load(str(tmp_path / "model"))

@@ -29,6 +29,9 @@ def test_every_number_of_steps_is_scaled_and_nothing_else():
     assert double.selection == SelectionConfig(every=200)
     assert for_steps(double, steps) == config
     assert for_steps(config, 3).train.checkpoint_every == 1
+    kept = replace(config, train=replace(config.train, milestones=(1, 100)))
+    assert for_steps(kept, 2 * steps).train.milestones == (2, 200)
+    assert for_steps(kept, 3).train.milestones[0] == 1
 
 
 def test_a_schedule_that_is_longer_than_the_training_keeps_its_shape():

@@ -90,8 +90,11 @@ def stopped() -> NoReturn:
 
 
 def fail_for(unreadable: Sequence[str], done: int) -> None:
-    """Raise a UserError that names the unreadable images, if there are any."""
+    """Raise a UserError that names the images that could not be read or written, if there are any."""
     if unreadable:
-        lines = [f"{len(unreadable)} of {len(unreadable) + done} images could not be read:", *unreadable[:20]]
+        lines = [
+            f"{len(unreadable)} of {len(unreadable) + done} images could not be read or written:",
+            *unreadable[:20],
+        ]
         more = [f"and {len(unreadable) - 20} more"] if len(unreadable) > 20 else []
         raise UserError("\n  ".join(lines + more))

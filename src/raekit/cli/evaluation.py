@@ -8,7 +8,7 @@ from tyro.conf import Positional
 from raekit.cli import console
 from raekit.cli.console import Device
 from raekit.cli.sampling import Options, SamplingOptions
-from raekit.files import check_file, check_folder
+from raekit.files import check_file
 from raekit.progress import Display
 
 
@@ -79,8 +79,6 @@ def evaluate(
     from raekit.evaluation.evaluate import evaluate as run
     from raekit.evaluation.reports import baseline_rows, score_rows
 
-    if out:
-        check_folder(out)
     with world(device) as here, Display(console.err, quiet=not here.is_main) as progress:
         report, folder = run(
             model,
@@ -126,8 +124,10 @@ def compare(reports: Positional[tuple[Path, ...]], out: Path | None = None) -> N
         reports: Folders of reports, or their report.json files.
         out: File to write the comparison to: .png, .md or .html.
     """
-    from raekit.evaluation.reports import Comparison
+    from raekit.evaluation.reports import Comparison, check_comparison
 
+    if out:
+        check_comparison(out)
     comparison = Comparison(reports)
     console.print_table(["", *comparison.labels], comparison.rows())
     for note in comparison.notes():

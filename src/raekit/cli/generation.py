@@ -71,8 +71,9 @@ def generate(
         out: A .png or .webp file for one grid, an .npz file in ADM's format, or a folder for one picture per sample. An
             existing file is replaced. In a folder, a file under the name of a sample that raekit did not write is an
             error. None: a grid in the working folder, named after the model, the classes and the seed.
-        classes: Classes to generate: names, parts of names, ids, or ranges of ids such as 0-9. If not given, all
-            classes; in a grid of a model with more than 16 classes, a random class for each sample.
+        classes: Classes to generate: names, parts of names, numbers, or ranges of numbers such as 0-9. Numbers are
+            names if any class is named by a number, otherwise ids. If not given, all classes; in a grid of a model with
+            more than 16 classes, a random class for each sample.
         count: Number of samples for each class. In a folder, a larger number keeps the samples and adds more.
         seed: Seed of the noise. Sample i depends only on the seed, i and its class; the classes take turns.
         ema: Decay of the weight average to use, one of the recipe's `ema` values. None: the first of them.
@@ -170,7 +171,8 @@ def interpolate(
         model: Model to sample from: published name, builtin:NAME, model folder, run folder, or OWNER/NAME on the Hub.
         out: Output file, .png or .webp.
         seeds: Seeds of the first and the last image, or one seed for both. An image at an end is sample 0 of its seed.
-        classes: Classes (names or ids) of the first and the last image, or one class for both. No class if not given.
+        classes: Classes (names or numbers) of the first and the last image, or one class for both. If not given, no
+            class.
         frames: Number of images, including the first and the last.
         ema: Decay of the weight average to use, one of the recipe's `ema` values. None: the first of them.
         batch_size: Number of images to generate at once. auto: as many as fit into the GPU's memory, or 64 on the CPU.
@@ -228,7 +230,8 @@ def trajectory(
     Args:
         model: Model to sample from: published name, builtin:NAME, model folder, run folder, or OWNER/NAME on the Hub.
         out: Output file, .png or .webp.
-        classes: Classes to generate: names, ids, or ranges of ids such as 0-9. Samples without a class if not given.
+        classes: Classes to generate: names, numbers, or ranges of numbers such as 0-9. If not given, samples without a
+            class.
         count: Number of samples for each class. `raekit generate` makes the same samples.
         frames: Number of images in a row.
         seed: Seed of the noise.

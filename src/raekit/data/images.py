@@ -82,7 +82,7 @@ class UnreadableImage(Exception):
 
 
 def decode(file: str | Path | BytesIO, name: str) -> Image.Image:
-    """Return the image in `file` as upright 8-bit RGB (see `to_rgb`).
+    """Return the image in `file` as upright 8-bit RGB (see `to_rgb`). Its `info` has its name.
 
     Args:
         file: a path or the content of a file.
@@ -101,7 +101,9 @@ def decode(file: str | Path | BytesIO, name: str) -> Image.Image:
                     raise UnreadableImage(name, _too_large(f"{image.width} x {image.height} pixels"))
                 if short_side := _short_side.get():
                     image.draft(None, (short_side, short_side))  # does nothing if the image is not a JPEG
-                return to_rgb(image)
+                rgb = to_rgb(image)
+                rgb.info["name"] = name
+                return rgb
     except UnreadableImage:
         raise
     except UnidentifiedImageError:
@@ -136,12 +138,17 @@ def find_images(paths: Sequence[Path], besides: Path | None = None) -> dict[Path
             continue
         files = {path / name: name for name in image_files(path)}
         if besides is not None:
-            place = besides.resolve()
-            files = {file: name for file, name in files.items() if not file.resolve().is_relative_to(place)}
+            place = real_path(besides)
+            files = {file: name for file, name in files.items() if not real_path(file).is_relative_to(place)}
         if not files:
             raise UserError(f"{path}: no images found (supported extensions: {', '.join(EXTENSIONS)})")
         found |= files
     return found
+
+
+def real_path(path: Path) -> Path:
+    """Return the path without links. Unlike `Path.resolve`, this allows a link to itself."""
+    return Path(os.path.realpath(path))
 
 
 def image_files(folder: Path) -> list[str]:

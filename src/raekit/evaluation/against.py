@@ -16,7 +16,9 @@ from raekit.evaluation.features import (
     VGGFeatures,
     encoder_name,
     load_networks,
+    weights_of,
 )
+from raekit.evaluation.labels import same_classes
 from raekit.evaluation.manifold import KernelDistance, Manifold, PrecisionRecall
 from raekit.evaluation.metrics import (
     Accumulator,
@@ -95,17 +97,22 @@ class Against:
                             f"{each.place}: its images were resized for {name} by {resize}, and these would be by "
                             f"{network.resize}; make the reference again (raekit reference)"
                         )
+                    if (weights := each.about.weights.get(name)) and weights != weights_of(network):
+                        raise UserError(
+                            f"{each.place}: was measured with other weights of {name}; name the original network "
+                            "(features), or make the reference again (raekit reference)"
+                        )
             for each in group:
                 if not each.gaussians.keys() & self.networks.keys():
                     raise UserError(f"{each.place}: has statistics of none of {', '.join(self.networks)}")
         inception = next((self.networks[n] for n in ("inception", "inception_spatial") if n in self.networks), None)
         if isinstance(inception, Part) and isinstance(inception.whole, InceptionFeatures):
             self.networks[inception.whole.logits.name] = inception.whole.logits  # its score needs no reference
-        self.judges: list[Part] = []  # the logits of classifiers, whose accuracy needs no reference either
+        self.judges: list[ClassifierFeatures] = []  # their accuracy needs no reference either
         for network in list(self.networks.values()):
             if isinstance(network, Part) and isinstance(network.whole, ClassifierFeatures):
-                self.judges.append(network.whole.logits)
-        self.networks |= {logits.name: logits for logits in self.judges}
+                self.judges.append(network.whole)
+        self.networks |= {judge.logits.name: judge.logits for judge in self.judges}
 
     def pairs(self) -> Iterator[tuple[Reference, ReferenceNetwork]]:
         """Yield each network of a reference with that reference."""
@@ -138,8 +145,12 @@ class Against:
             for reference, network in self.pairs()
         ]
 
-    def accumulators(self, count: int, intervals: bool = False) -> list[Accumulator]:
-        """Return the metrics that `count` images allow.
+    def judges_of(self, classes: Sequence[str]) -> list[ClassifierFeatures]:
+        """Return the classifiers of the classes `classes`."""
+        return [judge for judge in self.judges if same_classes(classes, judge.network.config.class_names)]
+
+    def accumulators(self, count: int, intervals: bool = False, classes: Sequence[str] = ()) -> list[Accumulator]:
+        """Return the metrics that `count` images with labels of `classes` allow.
 
         Frechet distances, and ratios where `relative_to` has the network; the Inception Score; precision, recall and
         KID where the reference has the features of enough single images.
@@ -162,8 +173,8 @@ class Against:
                 if min(count, len(features)) >= _KID_SIZE:
                     others.append(KernelDistance(network, features.to(self.device), size=_KID_SIZE))
         if "inception_logits" in self.networks:
-            others.append(InceptionScore(self.networks["inception_logits"]))
-        others += [ClassAccuracy(logits, logits.name.removesuffix("_logits"), intervals) for logits in self.judges]
+            others.append(InceptionScore(self.networks["inception_logits"], count=count))
+        others += [ClassAccuracy(each.logits, each.pool.name, intervals) for each in self.judges_of(classes)]
         if ratios:
             gaussians = [other.gaussian(distance.network) for distance, other in ratios]
             others.insert(0, FrechetRatio([distance for distance, _ in ratios], gaussians))

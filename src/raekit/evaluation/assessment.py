@@ -21,7 +21,8 @@ from raekit.evaluation.chunks import Features, collect, collected, discard, imag
 from raekit.evaluation.features import PairScore, weights_of
 from raekit.evaluation.interpolations import Interpolations
 from raekit.evaluation.intervals import LEAST
-from raekit.evaluation.metrics import Accumulator, FrechetDistance, NearestNeighbours
+from raekit.evaluation.labels import same_classes
+from raekit.evaluation.metrics import SPLIT, Accumulator, FrechetDistance, NearestNeighbours
 from raekit.evaluation.pairs import PairMean
 from raekit.evaluation.reports import LITERATURE, Report, read_report, write_report
 from raekit.evaluation.streaming import score_stream
@@ -30,6 +31,8 @@ from raekit.files import whole
 from raekit.progress import Progress, silent
 from raekit.weights import fingerprint
 
+REPORTS = "reports"
+"""The folder of reports without a folder of their own."""
 _CLAIM = "evaluation.json"
 _BASELINES = "baselines"
 TRAINING = "training images"
@@ -85,7 +88,7 @@ def assess(
     environment = _environment(world)
     claim = {"settings": settings, "environment": environment, "images": _stamps(stream, against, baselines)}
     digest = fingerprint({}, json.dumps(settings, sort_keys=True))
-    out = out or Path("reports", fingerprint({}, json.dumps(claim, sort_keys=True)))
+    out = out or Path(REPORTS, fingerprint({}, json.dumps(claim, sort_keys=True)))
     if (out / "report.json").is_file():
         _claim(out, claim, world)
         return read_report(out), out
@@ -107,7 +110,9 @@ def assess(
             elif isinstance(stream, Interpolations):
                 accumulators = against.distances("i")
             else:
-                accumulators = [*against.accumulators(stream.count, intervals), *_neighbours(against, bank, intervals)]
+                allowed = against.accumulators(stream.count, intervals, stream.classes)
+                labelled = not bank or same_classes(stream.classes, baselines[TRAINING].classes)
+                accumulators = [*allowed, *_neighbours(against, bank, intervals, labelled)]
             results = _score(stream, against, accumulators, out / "features", world.device, progress)
             report = Report(
                 names=names,
@@ -166,11 +171,14 @@ def _bank(against: Against, baselines: Mapping[str, Stream], out: Path, device: 
     return {name: (torch.cat([batch.features(n) for batch in batches]), labels) for name, n in networks.items()}
 
 
-def _neighbours(against: Against, bank: Bank, intervals: bool = False) -> list[Accumulator]:
-    return [
-        NearestNeighbours(against.networks[name], features, labels, min(_NEIGHBOURS, len(features)), intervals)
-        for name, (features, labels) in bank.items()
-    ]
+def _neighbours(against: Against, bank: Bank, intervals: bool = False, labelled: bool = True) -> list[Accumulator]:
+    found: list[Accumulator] = []
+    for name, (features, labels) in bank.items():
+        known = labels if labelled else torch.full_like(labels, -1)
+        found.append(
+            NearestNeighbours(against.networks[name], features, known, min(_NEIGHBOURS, len(features)), intervals)
+        )
+    return found
 
 
 def _score_baselines(
@@ -198,8 +206,8 @@ def _score_baselines(
 
 def _settings(stream: Stream, against: Against, baselines: Mapping[str, Stream], intervals: bool) -> dict[str, Any]:
     def about(references: Sequence[Any]) -> list[dict[str, Any]]:
-        known = [to_dict(each.about) for each in references]
-        return [{key: value for key, value in each.items() if key not in ("resize", "classes")} for each in known]
+        known, implied = [to_dict(each.about) for each in references], ("resize", "weights", "classes", "class_names")
+        return [{key: value for key, value in each.items() if key not in implied} for each in known]
 
     rows = {name: {"source": row.source, "count": row.count, **row.settings()} for name, row in baselines.items()}
     return {
@@ -263,9 +271,18 @@ def _notes(stream: Stream, against: Against) -> list[str]:
     for name, network in against.networks.items():
         if count <= network.width and name != "inception_logits":
             notes.append(f"{count:,} images in the {network.width:,} dimensions of {name}: the distance says little.")
+    if "inception_logits" in against.networks and (rest := count % SPLIT):
+        notes.append(
+            f"The Inception Score is the mean over splits of {SPLIT:,} images, and the last split has {rest:,}: the "
+            f"score of fewer images is lower. Scores of the literature have {LITERATURE // SPLIT} complete splits."
+        )
     for each in (*against.references, *against.relative_to):
         if each.about.image_size is None:
             notes.append(f"{each.place} does not say the resolution of its images; {stream.image_size} is assumed.")
+    if judges := [each.pool.name for each in against.judges if each not in against.judges_of(stream.classes)]:
+        notes.append(
+            f"The classes of these images are not those of {', '.join(judges)}, so there is no class accuracy."
+        )
     if isinstance(stream, StoredImages):
         notes.append("Saved images: the report cannot say how they were made.")
     return notes

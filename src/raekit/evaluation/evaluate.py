@@ -13,15 +13,16 @@ from raekit.data.sources.base import Split
 from raekit.distributed import World, prepare_device
 from raekit.errors import UserError
 from raekit.evaluation.against import Against, find_networks
-from raekit.evaluation.assessment import TRAINING, assess
+from raekit.evaluation.assessment import REPORTS, TRAINING, assess
 from raekit.evaluation.features import default_features, load_networks
 from raekit.evaluation.interpolations import Interpolations
-from raekit.evaluation.labels import Labels
+from raekit.evaluation.labels import Labels, few
 from raekit.evaluation.pairs import METRICS, reconstruction_metrics
 from raekit.evaluation.references import Reference, measure_reference, read_reference
 from raekit.evaluation.reports import LITERATURE, Report
 from raekit.evaluation.streaming import BATCH
 from raekit.evaluation.streams import DecodedNoise, RealImages, Reconstructions, Samples, StoredImages, Stream
+from raekit.files import check_folder
 from raekit.flow.sampling import Sampling
 from raekit.inference.model import Model, load
 from raekit.models.autoencoder import load_autoencoder
@@ -122,6 +123,8 @@ def evaluate(
     )
     if count is not None and count < 1:
         raise UserError(f"count: {count} must be at least 1")
+    place = Path(out) if out else None
+    check_folder(place or Path(REPORTS))
     world = world or World(device=prepare_device())
     own = reconstruct or interpolate  # the autoencoder is scored, without a denoiser
     loaded = _load(model, own, ema, dtype, world) if not saved else None
@@ -167,7 +170,9 @@ def evaluate(
         assert loaded
         if compile:
             loaded.compile(sampling.weak if sampling else None)
-        of_reference = read[0].about.classes
+        of_reference, class_names = read[0].about.classes, loaded.denoiser.config.class_names
+        if labels == "reference":
+            read[0].check_classes(class_names)
         known = of_reference is not None and len(of_reference) == loaded.denoiser.config.num_classes
         stream = Samples(
             loaded,
@@ -194,7 +199,7 @@ def evaluate(
         stream,
         compared,
         names,
-        Path(out) if out else None,
+        place,
         baselines=rows,
         notes=notes,
         intervals=intervals,
@@ -269,14 +274,10 @@ def _check_dataset(name: str, dataset: str | None, given: bool, loaded: Model | 
     ours = loaded.denoiser.config.class_names if isinstance(loaded, Model) else ()
     if ours and classes and ours != classes:
         raise UserError(
-            f"{dataset}: its classes ({_few(classes)}) are not the classes of {name} ({_few(ours)}); give the dataset "
+            f"{dataset}: its classes ({few(classes)}) are not the classes of {name} ({few(ours)}); give the dataset "
             "that the model was trained on"
         )
     return dataset
-
-
-def _few(classes: Sequence[str]) -> str:
-    return ", ".join(classes[:5]) + (f" and {len(classes) - 5} more" if len(classes) > 5 else "")
 
 
 def _reconstructions(

@@ -13,6 +13,20 @@ Labels = Literal["balanced", "random", "reference"]
 independently; "reference" has the classes in the proportions of the reference."""
 
 
+def few(names: Sequence[str]) -> str:
+    """Return at most five of the names, for messages."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def same_classes(ours: Sequence[str], theirs: Sequence[str]) -> bool:
+    """Return whether a label means the same in two lists of class names.
+
+    A list without names, or with the ids as names, fits every list.
+    """
+    nameless = any(list(names) == [str(label) for label in range(len(names))] for names in (ours, theirs))
+    return nameless or list(ours) == list(theirs)
+
+
 def draw_labels(kind: Labels, classes: int, count: int, seed: int, of_reference: Sequence[int] | None) -> list[int]:
     """Return `count` labels from 0 to `classes` - 1. Their order is a function of the seed.
 

@@ -14,8 +14,12 @@ from raekit.evaluation.features import FeatureNetwork, Images, check_width, name
 from raekit.evaluation.frechet import Gaussian, frechet_distance
 from raekit.evaluation.intervals import GROUPS, LEAST, jackknife, wilson_interval
 from raekit.moments import Moments
+from raekit.randomness import numpy_generator
 
 log = logging.getLogger(__name__)
+
+SPLIT = 5000
+"""Images in a split of the Inception Score."""
 
 _BLOCK = 65_536  # rows of the bank that are compared at once, which limits the memory of a search
 
@@ -139,12 +143,15 @@ class InceptionScore:
 
     Args:
         logits: Inception's logits without the bias.
-        split_size: images in a split, in the order of the stream. The default gives ten splits for 50,000 images, as in
-            the literature.
+        split_size: images in a split. The default gives ten splits for 50,000 images, as in the literature. The last
+            split may be shorter.
+        count: number of images. They are divided into splits in an order that is drawn from a fixed seed, because the
+            score of images in the order of their classes is too low. Default: the order of the stream.
     """
 
-    def __init__(self, logits: FeatureNetwork, split_size: int = 5000):
+    def __init__(self, logits: FeatureNetwork, split_size: int = SPLIT, count: int | None = None):
         self.network, self.split_size = logits, split_size
+        self.order = None if count is None else torch.from_numpy(numpy_generator(0, "splits", 0).permutation(count))
         self.done, self.numbered = 0, True
         # For each split: the number of images, the sum of p and the sum of p log p.
         self.splits: dict[int, tuple[int, Tensor, Tensor]] = {}
@@ -154,7 +161,7 @@ class InceptionScore:
         indices = torch.arange(self.done, self.done + len(batch)) if batch.indices is None else batch.indices.cpu()
         self.numbered &= batch.indices is not None
         self.done += len(batch)
-        of_split = indices // self.split_size
+        of_split = (indices if self.order is None else self.order[indices]) // self.split_size
         for split in of_split.unique().tolist():
             rows = log_p[of_split == split]
             p = rows.exp()

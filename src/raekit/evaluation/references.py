@@ -1,7 +1,7 @@
 """References: statistics and features of real images, in raekit's own files and the files of other projects."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,8 +17,9 @@ from raekit.data.loader import DataConfig, Loader
 from raekit.data.sources.base import Split
 from raekit.distributed import World
 from raekit.errors import UserError
-from raekit.evaluation.features import FeatureNetwork, Images, ReferenceNetwork
+from raekit.evaluation.features import FeatureNetwork, Images, ReferenceNetwork, weights_of
 from raekit.evaluation.frechet import Gaussian
+from raekit.evaluation.labels import few, same_classes
 from raekit.evaluation.manifold import Kept
 from raekit.evaluation.streaming import BATCH, images_of, score_stream
 from raekit.files import whole
@@ -52,7 +53,9 @@ class About:
         image_size: side in pixels that the images were centre-cropped to.
         count: number of images.
         resize: {network: how it resized the images}.
+        weights: {network: 16 hexadecimal digits that identify its weights}.
         classes: number of images of each class; None for images without classes.
+        class_names: names of the classes; None if they are not known.
         hash: 16 hexadecimal digits that identify the numbers of the reference.
     """
 
@@ -61,7 +64,9 @@ class About:
     image_size: int | None = None
     count: int | None = None
     resize: dict[str, str] = field(default_factory=dict)
+    weights: dict[str, str] = field(default_factory=dict)
     classes: tuple[int, ...] | None = None
+    class_names: tuple[str, ...] | None = None
     hash: str = ""
 
 
@@ -112,6 +117,18 @@ class Reference:
             raise UserError(
                 f"{self.place}: was measured on images of {self.about.image_size} pixels, and these images have "
                 f"{image_size}; distances between resolutions mean nothing, so use a reference of {image_size} pixels"
+            )
+
+    def has_classes(self, names: Sequence[str]) -> bool:
+        """Return whether the classes of the reference are, as far as it is known, the classes `names`."""
+        return same_classes(names, self.about.class_names or ())
+
+    def check_classes(self, names: Sequence[str]) -> None:
+        """Raise UserError if labels in the proportions of the reference mean nothing for a model of classes `names`."""
+        if not self.has_classes(names):
+            raise UserError(
+                f"{self.place}: its classes ({few(self.about.class_names or ())}) are not the classes of the model "
+                f"({few(names)}); use balanced labels, or a reference of the model's own classes"
             )
 
     def check_originals(self, source: str, split: Split) -> None:
@@ -336,6 +353,8 @@ def measure_reference(
         image_size=data.image_size,
         count=next(iter(gaussians.values())).count,
         resize={name: network.resize for name, network in networks.items()},
+        weights={name: weights_of(network) for name, network in networks.items()},
         classes=_class_counts(loader),
+        class_names=loader.classes or None,
     )
     return _reference(f"{data.source} ({data.split})", about, gaussians, features)

@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from raekit.config import configclass, from_dict, read_json, to_dict, to_json
 from raekit.errors import UserError
 from raekit.evaluation.pages import write_page
-from raekit.files import whole
+from raekit.files import check_file, whole
 from raekit.pictures import embed
 
 LITERATURE = 50_000
@@ -112,6 +113,13 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def check_comparison(path: Path) -> None:
+    """Raise UserError unless a comparison can be written to `path`."""
+    if path.suffix not in (".png", ".md", ".html"):
+        raise UserError(f"--out: {path} must end in .png, .md or .html")
+    check_file(path)
+
+
 class Comparison:
     """Reports side by side.
 
@@ -158,8 +166,10 @@ class Comparison:
 
     def write(self, path: Path) -> None:
         """Write the comparison to a `.md`, `.html` or `.png` file; UserError for any other suffix."""
+        check_comparison(path)
         if path.suffix == ".md":
-            text = "\n".join([_table([["", *self.labels], *self.rows()]), "", *(f"- {n}" for n in self.notes()), ""])
+            notes = [f"- {_escaped(note)}" for note in self.notes()]
+            text = "\n".join([_table([["", *self.labels], *self.rows()]), "", *notes, ""])
             with whole(path) as partial:
                 partial.write_text(text, "utf-8", "backslashreplace")
         elif path.suffix == ".html":
@@ -171,12 +181,10 @@ class Comparison:
                 notes=self.notes(),
                 picture=embed(self.picture()),
             )
-        elif path.suffix == ".png":
+        else:
             png = self.picture()
             with whole(path) as partial:
                 partial.write_bytes(png)
-        else:
-            raise UserError(f"--out: {path} must end in .png, .md or .html")
 
     def picture(self) -> bytes:
         """Return a PNG: the first images of each report, and a panel of bars, with intervals, for each metric."""
@@ -267,13 +275,19 @@ def _markdown(report: Report) -> str:
     settings = [["setting", "value"], ["hash", report.hash], ["images", report.images]]
     for part in report.names, report.settings, report.environment:
         settings += [[key, _plain(value)] for key, value in flat(part).items()]
-    notes = [f"- {note}" for note in report.notes]
+    notes = [f"- {_escaped(note)}" for note in report.notes]
     baselines = [_table(baseline_rows(report)), ""] if report.baselines else []
-    parts = [f"# {report.names['model']}", "", _table(scores), "", *baselines, *notes, "", _table(settings), ""]
+    title = f"# {_escaped(str(report.names['model']))}"
+    parts = [title, "", _table(scores), "", *baselines, *notes, "", _table(settings), ""]
     return "\n".join(parts)
+
+
+def _escaped(text: str) -> str:
+    """Return text that Markdown shows as it is, in one line: names of files and classes may hold any character."""
+    return re.sub(r"[\\`*|\[\]<>&~]|(?<!\w)_|_(?!\w)", r"\\\g<0>", " ".join(text.split()))
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
     """Return a Markdown table, whose head is the first row."""
-    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    lines = ["| " + " | ".join(map(_escaped, row)) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])

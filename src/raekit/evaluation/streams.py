@@ -4,13 +4,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from raekit import randomness
 from raekit.data.images import UnreadableImage
 from raekit.data.loader import DataConfig, Loader
 from raekit.data.sources import open_source
-from raekit.data.sources.base import Split
+from raekit.data.sources.base import Source, Split
 from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.evaluation.features import Images, PairScore
@@ -34,6 +35,11 @@ class Stream(Protocol):
     @property
     def image_size(self) -> int: ...
     @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes; empty if they have none."""
+        ...
+
+    @property
     def source(self) -> str | None:
         """The address that the images are read from; None if a model makes them from noise."""
         ...
@@ -51,13 +57,13 @@ class StoredImages:
     """Saved images, such as samples.
 
     Args:
-        source: the address of a data source. All its images are taken as they are. The first image has to be square;
-            images of another size are centre-cropped to its size.
+        source: the address of a data source. All its images are taken as they are, and must be squares of one size.
         batch_size: images at once.
         workers: processes that decode images.
 
     Raises:
-        UserError: the first image is unreadable or not square. An unreadable later image is an error when it is read.
+        UserError: the first image is unreadable or not square. A later image that is unreadable or has another size is
+            an error when it is read.
     """
 
     def __init__(self, source: str, batch_size: int = BATCH, workers: int = 0):
@@ -68,13 +74,35 @@ class StoredImages:
         if width != height:
             raise UserError(f"data source {source!r}: its images are {width} x {height}; crop them to squares first")
         self.images = RealImages(source, "all", width, batch_size, workers)
+        self.images.loader.source = _OneSize(self.images.loader.source, width)
         self.count, self.image_size, self.source = self.images.count, width, source
+        self.classes = self.images.classes
 
     def batches(self, chunks: Sequence[range], world: World) -> Iterator[Images]:
         return self.images.batches(chunks, world)
 
     def settings(self) -> dict[str, Any]:
         return {"batch_size": self.images.batch_size}
+
+
+class _OneSize:
+    """A data source whose images must be squares of `size` pixels."""
+
+    def __init__(self, source: Source, size: int):
+        self.source, self.size = source, size
+        self.name, self.classes, self.labels = source.name, source.classes, source.labels
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        image, label = self.source[index]
+        if image.size != (self.size, self.size):
+            raise UserError(
+                f"data source {self.name!r}: {image.info.get('name', f'image {index}')} is {image.width} x "
+                f"{image.height}, and the first image is {self.size} x {self.size}; evaluate images of one size"
+            )
+        return image, label
 
 
 class RealImages:
@@ -84,6 +112,7 @@ class RealImages:
         data = DataConfig(source=source, split=split, image_size=image_size, workers=workers, max_unreadable=0)
         self.loader, self.batch_size = Loader(data, seed=0), chunk_batch(batch_size)
         self.count, self.image_size, self.source = len(self.loader), image_size, source
+        self.classes = self.loader.classes
         self.split: Split = split
 
     def batches(self, chunks: Sequence[range], world: World) -> Iterator[Images]:
@@ -126,6 +155,7 @@ class Samples:
             raise UserError(f"count: {count} must be at least 1")
         classes = model.denoiser.config.num_classes
         self.model, self.count, self.sampling = model, count, sampling
+        self.classes = model.denoiser.config.class_names
         self.seed, self.kind, self.batch_size = seed, labels if classes else None, chunk_batch(batch_size)
         self.labels = draw_labels(labels, classes, count, seed, of_reference) if classes else None
         check_sampling(sampling, model.denoiser, self.labels is not None)
@@ -199,7 +229,7 @@ class Reconstructions:
         self.originals = RealImages(source, split, autoencoder.image_size, batch_size, workers)
         self.scores = {name: PairScore(name, score) for name, score in scores.items()}
         self.count, self.image_size = self.originals.count, autoencoder.image_size
-        self.source = source
+        self.source, self.classes = source, self.originals.classes
         self.split: Split = split
 
     def batches(self, chunks: Sequence[range], world: World) -> Iterator[Images]:
@@ -218,7 +248,7 @@ class Reconstructions:
 class DecodedNoise:
     """Standard normal noise, decoded as if it were latents: what a denoiser that has learned nothing gives."""
 
-    source = None
+    source, classes = None, ()
 
     def __init__(self, autoencoder: LatentSpace, count: int, seed: int = 0, batch_size: int = BATCH):
         self.autoencoder, self.count, self.seed = autoencoder, count, seed

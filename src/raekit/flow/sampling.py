@@ -220,6 +220,10 @@ def check_sampling(sampling: Sampling, denoiser: Denoiser, labelled: bool, rever
             f"weak: it is for latents {weak.config.latent_shape} and {weak.config.num_classes} classes, the model for "
             f"{config.latent_shape} and {config.num_classes}; give a weaker model of the same latents and classes"
         )
+    elif weak.config.class_names and config.class_names and weak.config.class_names != config.class_names:
+        raise UserError(
+            "weak: the names of its classes are not those of the model's classes; give a model of the same classes"
+        )
     times = time_grid(sampling.steps, config.shift, sampling.grid)
     if sampling.solver in MULTISTEP:
         times = with_interval_ends(times, sampling.guidance)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from raekit.config import read_json, to_dict
 from raekit.errors import UserError
+from raekit.files import check_folder
 from raekit.flow.path import Prediction
 from raekit.formats import releases
 from raekit.formats.decoder_files import read_decoder, write_v1
@@ -86,6 +87,7 @@ def convert(source: str, folder: Path, to: Format = "raekit", options: FileOptio
     """
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise UserError(f"{folder}: already exists and is not empty; give a new folder")
+    check_folder(folder)
     parts = read(source, options, denoiser=to != "v1")
     if to == "raekit":
         write_model(parts, folder)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from raekit import __version__
 from raekit.config import configclass
-from raekit.data.images import find_images, read_image
+from raekit.data.images import find_images, read_image, real_path
 from raekit.data.transforms import Fit
 from raekit.errors import UserError
 from raekit.files import check_file
@@ -110,6 +110,7 @@ def encode_files(
     encoder = encoder_fingerprint(autoencoder)
     statistics = statistics_fingerprint(autoencoder)
     unreadable: list[str] = []
+    empty: dict[Path, LatentsInfo] = {}
     done = encoded = 0
     for number, (part, place) in enumerate(zip(parts, places, strict=True)):
         inputs = _digest(part, encoder, statistics, autoencoder.image_size, fit)
@@ -144,13 +145,16 @@ def encode_files(
                 shards=len(parts),
                 images=tuple(map(str, read)),
             )
-            if not images or len(unreadable) == len(images):
-                break  # nothing to write, because no image could be read
-            whole_shard = torch.cat(latents) if latents else torch.empty(0, *autoencoder.latent_shape)
-            write_shard(place, info, {"latents": whole_shard})
+            if latents:
+                write_shard(place, info, {"latents": torch.cat(latents)})
+            else:
+                empty[place] = info
             encoded += len(read)
         done += len(part)
         progress("encode", done, len(images))
+    for place, info in empty.items():  # no other shard counts without them
+        if encoded:
+            write_shard(place, info, {"latents": torch.empty(0, *autoencoder.latent_shape)})
     return encoded, unreadable
 
 
@@ -180,5 +184,5 @@ def _digest(images: Sequence[Path], *settings: object) -> str:
     digest = blake2b(repr(settings).encode(), digest_size=8)
     for image in images:
         status = image.stat() if image.is_file() else None
-        digest.update(os.fsencode(image.resolve()) + repr(status and (status.st_size, status.st_mtime_ns)).encode())
+        digest.update(os.fsencode(real_path(image)) + repr(status and (status.st_size, status.st_mtime_ns)).encode())
     return digest.hexdigest()

@@ -76,15 +76,18 @@ class Model:
     def class_id(self, name: str) -> int:
         """Return the id of a class that is given by name, by a part of a name, or by number.
 
-        Upper and lower case are the same. A part must occur in one name only.
+        Upper and lower case are the same. A part must occur in one name only. If any class is named by a number, a
+        number stands for the class of this name, and otherwise for the class of this id.
 
         Raises:
             UserError: if there is no such class, or a part occurs in several names. The message lists classes.
         """
         if name in self.classes:
             return self.classes.index(name)
-        if name.isdecimal() and int(name) < len(self.classes):
-            return int(name)
+        if _is_number(name):
+            for number, label in self._numbered():
+                if number == int(name):
+                    return label
         if not self.classes:
             raise UserError(f"class {name!r}: this model is unconditional and has no classes; leave the class out")
         folded, part = [each.casefold() for each in self.classes], name.casefold()
@@ -101,18 +104,29 @@ class Model:
     def class_ids(self, name: str) -> list[int]:
         """Return the ids of a name, a number or a range of numbers.
 
-        The range 0-9 includes both ends. A name takes precedence over a range.
+        The range 0-9 includes both ends, and numbers mean the same as in `class_id`: if any class is named by a number,
+        the range has the classes whose names are these numbers. A name takes precedence over a range.
 
         Raises:
             UserError: if there is no such class, or the range runs backwards.
         """
         first, dash, last = name.partition("-")
-        if name in self.classes or not (dash and first.isdecimal() and last.isdecimal()):
+        if name in self.classes or not (dash and _is_number(first) and _is_number(last)):
             return [self.class_id(name)]
-        start, end = self.class_id(first), self.class_id(last)
-        if end < start:
+        for end in first, last:
+            self.class_id(end)
+        if int(last) < int(first):
             raise UserError(f"class {name!r}: the range runs backwards; give {last}-{first}")
-        return list(range(start, end + 1))
+        return [label for number, label in self._numbered() if int(first) <= number <= int(last)]
+
+    def _numbered(self) -> list[tuple[int, int]]:
+        """Return the numbers of classes and their ids: the numbers that are names, or the ids if there are none."""
+        named = sorted((int(name), label) for label, name in enumerate(self.classes) if _is_number(name))
+        return named or [(label, label) for label in range(len(self.classes))]
+
+
+def _is_number(name: str) -> bool:
+    return name.isdecimal() and len(name) < 100  # Python converts at most 4,300 digits
 
 
 def _some(names: Sequence[str]) -> str:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from raekit.config import to_dict, to_json
-from raekit.data.images import find_images, read_image
+from raekit.data.images import find_images, read_image, real_path
 from raekit.data.transforms import Fit, center_crop
 from raekit.errors import UserError
-from raekit.files import check_folder, whole
+from raekit.files import check_file, check_folder, whole
 from raekit.inference.model import reconstruct
 from raekit.models.latent_space import LatentSpace
 from raekit.pictures import from_pil, grid, quantize, read_origin, to_pil, write_picture
@@ -48,7 +48,7 @@ class Reconstructions:
 
     Attributes:
         pictures: the reconstructed images.
-        unreadable: an error message for each image that could not be read.
+        unreadable: an error message for each image that could not be read, or whose output cannot be written.
     """
 
     pictures: list[Reconstruction]
@@ -105,7 +105,7 @@ def reconstruct_folder(
         raise UserError(f"batch_size: {batch_size} must be at least 1")
     check_folder(out)
     names = find_images(paths, besides=out)
-    if any(image.parent.resolve() == out.resolve() for image in names):
+    if any(real_path(image.parent) == real_path(out) for image in names):
         raise UserError(f"{out}: holds originals; give another folder for the reconstructions")
     weights = dict(autoencoder.state_dict())
     for name, metric in metrics.items():
@@ -140,25 +140,30 @@ def reconstruct_folder(
 
 
 def _plan(names: Mapping[Path, str], out: Path, settings: str) -> tuple[list[_Task], list[str]]:
-    """Return a task for each image that exists, and an error message for each image that does not."""
-    tasks, absent = [], []
+    """Return a task for each image, and an error message for each image that is missing or cannot have an output."""
+    tasks, failed = [], []
     taken = {CONTACT_SHEET}
     for image, name in names.items():
         try:
             status = image.stat()
         except OSError as error:
-            absent.append(f"{image}: {'no such file' if isinstance(error, FileNotFoundError) else error.strerror}")
+            failed.append(f"{image}: {'no such file' if isinstance(error, FileNotFoundError) else error.strerror}")
             continue
-        source = blake2b(os.fsencode(image.resolve()), digest_size=8).hexdigest()
+        source = blake2b(os.fsencode(real_path(image)), digest_size=8).hexdigest()
         origin = {"source": source, "bytes": status.st_size, "modified": status.st_mtime_ns, "settings": settings}
         stem = os.path.splitext(name)[0]
         numbered = (f"{stem}-{number}.png" for number in count(2))
         name = next(
             n for n in chain([f"{stem}.png"], numbered) if n.casefold() not in taken and _is_free(out / n, source)
         )
+        try:
+            check_file(out / name)
+        except UserError as error:
+            failed.append(f"{image}: its output {error}")
+            continue
         taken.add(name.casefold())  # some file systems ignore the case
         tasks.append(_Task(image, out / name, origin))
-    return tasks, absent
+    return tasks, failed
 
 
 def _is_free(output: Path, source: str) -> bool:

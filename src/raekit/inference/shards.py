@@ -12,7 +12,7 @@ from raekit.config import configclass, from_dict, to_dict
 from raekit.errors import UserError
 from raekit.files import check_folder, whole
 from raekit.models.latent_space import LatentSpace
-from raekit.weights import fingerprint
+from raekit.weights import fingerprint, rounded
 
 METADATA_KEY = "raekit"
 REMEDIES = {
@@ -64,9 +64,7 @@ def encoder_fingerprint(autoencoder: LatentSpace) -> str:
     The fingerprint covers the weights, the size and the colour normalisation of the input, and the layers that the
     latents are made from. An encoder has the same fingerprint in float32 and in bfloat16.
     """
-    state = autoencoder.encoder.state_dict()
-    weights = {key: w.bfloat16() if w.is_floating_point() else w for key, w in state.items()}
-    return fingerprint(weights, *autoencoder.encoder_facts)
+    return fingerprint(rounded(autoencoder.encoder.state_dict()), *autoencoder.encoder_facts)
 
 
 def shard_paths(folder: Path, shards: int) -> list[Path]:

@@ -1,6 +1,8 @@
 """The representation autoencoder: frozen encoder, whitening, trained decoder (RAE v1)."""
 
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, Self
 
@@ -10,15 +12,16 @@ from torch import Tensor
 from raekit import artifacts
 from raekit.config import configclass, from_dict, to_dict
 from raekit.distributed import World
+from raekit.errors import UserError
 from raekit.models.baselines import Baseline, BaselineConfig
 from raekit.models.decoder import Decoder, DecoderConfig
 from raekit.models.encoders import Encoder, load_encoder
 from raekit.models.latent_space import LatentSpace
 from raekit.models.layers import to_grid
 from raekit.models.precision import set_dtype
-from raekit.models.registry import LayersConfig, Size
+from raekit.models.registry import REGISTRY, LayersConfig, Size, absolute
 from raekit.models.vit import ViT
-from raekit.weights import check_fit, load_strict
+from raekit.weights import check_fit, fingerprint, load_strict, rounded
 
 Output = Literal["encoder-colours", "pixels"]
 
@@ -29,6 +32,8 @@ class AutoencoderConfig:
 
     Attributes:
         encoder: a name that `load_encoder` takes.
+        encoder_weights: a fingerprint of the encoder's weights. Loading fails for other weights. None: the encoder is
+            registered, its weights are stored with the autoencoder, or nothing is known.
         encoder_size: the size that the encoder resizes images to. Default: the encoder's own.
         layers: the encoder blocks whose outputs make the latents.
         decoder: the sizes of the decoder.
@@ -37,6 +42,7 @@ class AutoencoderConfig:
     """
 
     encoder: str
+    encoder_weights: str | None = None
     encoder_size: Size | None = None
     layers: LayersConfig = LayersConfig()
     decoder: DecoderConfig
@@ -80,6 +86,11 @@ class Autoencoder(LatentSpace):
         encoder = load_encoder(source, config.encoder_size, config.layers, encoder_dtype or dtype)
         statistics = artifacts.read_statistics(path / artifacts.STATISTICS, (encoder.spec.width, *encoder.grid))
         model = cls.build(config, encoder, state, statistics, path, dtype)
+        if config.encoder_weights and config.encoder_weights != model.encoder_weights:
+            raise UserError(
+                f"{path}: was made with another encoder: the weights of {source} are not those that it was made with; "
+                "put the original weights back, or name them as `encoder` in its config.json"
+            )
         model.trained_on = found.trained_on
         return model
 
@@ -105,23 +116,35 @@ class Autoencoder(LatentSpace):
         return model.requires_grad_(False).eval()
 
     def save(self, folder: Path, world: World | None = None, dtype: torch.dtype | None = None) -> None:
-        """Write FOLDER/autoencoder, for `load`; also FOLDER/encoder, if the encoder comes from a local folder."""
+        """Write FOLDER/autoencoder, for `load`; also FOLDER/encoder, if raekit trained the encoder."""
         world = world or World()
+        complete = isinstance(self.encoder.model, ViT) and Path(self.encoder.name).is_dir()
+        known = complete or self.encoder.name in REGISTRY
+        config = replace(
+            self.config,
+            encoder=absolute(self.config.encoder),
+            encoder_weights=None if known else self.encoder_weights,
+        )
         statistics = {"var": self.var} | ({} if self.mean is None else {"mean": self.mean})
         target = folder / "autoencoder"
         artifacts.write(
             target,
             "autoencoder",
-            self.config,
+            config,
             self.decoder,
             world,
             dtype=dtype,
             trained_on=self.trained_on,
             statistics=statistics,
         )
-        if isinstance(self.encoder.model, ViT) and Path(self.encoder.name).is_dir():
+        if complete:
             exact = self.encoder.dtype == torch.float32  # loading in bf16 rounded the weights
             (self.encoder if exact else load_encoder(self.encoder.name)).save(folder, world, dtype)
+
+    @cached_property
+    def encoder_weights(self) -> str:
+        """A fingerprint of the encoder's weights, the same in float32 and in bfloat16."""
+        return fingerprint(rounded(self.encoder.state_dict()))
 
     @property
     def image_shape(self) -> tuple[int, int]:

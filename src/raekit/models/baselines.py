@@ -1,5 +1,7 @@
 """The latent spaces that the paper compares with RAE: a VAE's latents and raw pixels (tables 10 and 11)."""
 
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,6 +15,8 @@ from raekit.errors import UserError
 from raekit.hub import download, how_to_fetch
 from raekit.models.checks import check_images
 from raekit.models.latent_space import LatentSpace
+from raekit.models.registry import absolute
+from raekit.weights import fingerprint, rounded
 
 MAX_SIDE = 4096
 """The largest image of a baseline in pixels. Statistics of pixels take 24 bytes for each pixel."""
@@ -26,10 +30,12 @@ class BaselineConfig:
         baseline: "pixels", or "vae:WHERE". WHERE is the folder or the Hub repository OWNER/NAME of a diffusers
             AutoencoderKL.
         image_size: Side of the square images in pixels.
+        weights: A fingerprint of the VAE's weights. Loading fails for other weights. None: not known.
     """
 
     baseline: str
     image_size: int = 256
+    weights: str | None = None
 
     def __post_init__(self) -> None:
         kind, _, where = self.baseline.partition(":")
@@ -96,11 +102,23 @@ class Baseline(LatentSpace):
             UserError: If weights are missing or damaged, or if diffusers is not installed.
         """
         vae = None if config.baseline == "pixels" else _read_vae(config.baseline.removeprefix("vae:"))
-        return cls(config, vae, dtype, encoder_dtype)
+        model = cls(config, vae, dtype, encoder_dtype)
+        if config.weights and config.weights != model.weights:
+            raise UserError(
+                f"{config.baseline}: its weights are not the weights that the model was made with; put the original "
+                "weights back, or name them as `baseline` in autoencoder/config.json of the model"
+            )
+        return model
 
     def save(self, folder: Path, world: World | None = None, dtype: torch.dtype | None = None) -> None:
         """Write FOLDER/autoencoder. The artifact names the weights and does not contain them."""
-        artifacts.write(folder / "autoencoder", "autoencoder", self.config, nn.Module(), world or World(), dtype=dtype)
+        config = replace(self.config, baseline=absolute(self.config.baseline), weights=self.weights)
+        artifacts.write(folder / "autoencoder", "autoencoder", config, nn.Module(), world or World(), dtype=dtype)
+
+    @cached_property
+    def weights(self) -> str | None:
+        """A fingerprint of the VAE's weights, the same in float32 and in bfloat16; None for pixels."""
+        return None if self.config.baseline == "pixels" else fingerprint(rounded(self.state_dict()))
 
     @property
     def image_shape(self) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +82,12 @@ class LatentSpace(nn.Module, ABC):
         """Set the latent statistics, each (C, H, W). With a mean of None nothing is subtracted."""
         self.mean = None if mean is None else mean.to(self.var)
         self.var = var.to(self.var)
+
+    def encoder_to(self, device: torch.device | str) -> Self:
+        """Move all that `encode` needs to `device`. The decoder stays where it is."""
+        self.encoder.to(device)
+        self.mean, self.var = None if self.mean is None else self.mean.to(device), self.var.to(device)
+        return self
 
     def whiten(self, latents: Tensor) -> Tensor:
         """Return latents (B, C, h, w) with zero mean and unit variance over the training images."""

@@ -4,13 +4,16 @@ A new model of a known family needs one `register(...)` line, or no code at all:
 checkpoint of a family. A new family needs one `Family` entry.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from raekit import hub
 from raekit.config import check_sizes, configclass
 from raekit.errors import UserError
 
@@ -253,3 +256,16 @@ def _register_all() -> None:
 
 
 _register_all()
+
+
+def absolute(name: str) -> str:
+    """Return the name of a model, a dataset or a file with an absolute path, if it names something on disk.
+
+    The absolute name means the same from any working folder. Names that are looked up elsewhere first stay as they are.
+    """
+    known = hub.published().NAMES if hub.published else ()
+    prefix, place, size = re.fullmatch(r"(?:(\w+):)?(.*?)(@\d+)?", name, re.DOTALL).groups("")  # type: ignore[union-attr]
+    path = Path(place).expanduser()
+    if prefix == "builtin" or name in REGISTRY or name in known or not place or not path.exists():
+        return name
+    return f"{prefix}:{path.absolute()}{size}" if prefix else f"{path.absolute()}{size}"

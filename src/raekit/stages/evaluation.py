@@ -51,7 +51,7 @@ class EvaluationConfig:
     count: int = 5000
     ema: tuple[float, ...] = ()
     reference: Place | None = None
-    features: tuple[str, ...] = ()
+    features: tuple[Place, ...] = ()
     labels: Labels = "balanced"
     seed: int = 0
     steps: int = 50
@@ -113,6 +113,8 @@ def evaluator(
         networks = find_networks([reference], config.features, world.device)
         compared.append(Against([reference], networks, world.device))
         if classes:  # fail now, and not at the first score, if the labels cannot be drawn
+            if config.labels == "reference":
+                reference.check_classes(denoiser.config.class_names)
             draw_labels(config.labels, classes, config.count, config.seed, reference.about.classes)
     else:
         open_source(data.address, "heldout")  # fail now if there are no images to compare with
@@ -135,7 +137,7 @@ def evaluator(
                 of_reference=compared[0].references[0].about.classes,
                 batch_size=config.batch_size,
             )
-            metrics = compared[0].accumulators(config.count, config.intervals)
+            metrics = compared[0].accumulators(config.count, config.intervals, stream.classes)
             scores = score_stream(_autocast(stream.share(world), config.precision, world), metrics, world)
             values |= {prefix + name: value for name, value in scores.items()}
         return values

@@ -1,9 +1,12 @@
 """Stage 2: train a denoiser by flow matching on whitened latents (RAE v1)."""
 
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from PIL.Image import Image
 from torch import Tensor
 
 from raekit import randomness
@@ -135,8 +138,8 @@ def build(config: GenerationConfig, run: Path, world: World) -> Stage:
         loader = LatentLoader(Path(config.latents), config.data, seed, autoencoder)
     else:
         loader = Loader(config.data, seed)
-    if config.evaluation or config.samples or config.heldout or not config.latents:
-        autoencoder.to(world.device)
+    if not config.latents:
+        autoencoder.encoder_to(world.device)
     if autoencoder.image_size != config.data.image_size:
         raise UserError(
             f"data.image_size: {config.data.image_size}, but {config.autoencoder} needs {autoencoder.image_size}"
@@ -225,6 +228,20 @@ def build(config: GenerationConfig, run: Path, world: World) -> Stage:
     if chosen := config.evaluation:
         periodics.append(Periodic(every=chosen.every, call=evaluator(chosen, config.data, model, models, world)))
 
+    def lent(call: Callable[[int], Mapping[str, float | Image]]) -> Callable[[int], Mapping[str, float | Image]]:
+        """Return `call` with the complete autoencoder on the device for its time. Training does not need all of it."""
+
+        def lending(step: int) -> Mapping[str, float | Image]:
+            autoencoder.to(world.device)
+            try:
+                return call(step)
+            finally:
+                autoencoder.decoder.to("cpu")
+                if config.latents:
+                    autoencoder.encoder_to("cpu")
+
+        return lending
+
     def inputs() -> Inputs:
         return Inputs(
             data=describe_images(config.data, loader),
@@ -239,5 +256,5 @@ def build(config: GenerationConfig, run: Path, world: World) -> Stage:
         batches=lambda start: loader.stream(start, config.train.batch_size, world),
         prepare=prepare,
         export=export,
-        periodics=periodics,
+        periodics=[replace(periodic, call=lent(periodic.call)) for periodic in periodics],
     )

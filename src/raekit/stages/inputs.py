@@ -1,19 +1,15 @@
 """What a training reads: the images and the encoder, identified by their content instead of their names."""
 
 import os
-import re
 from collections.abc import Sequence
 from hashlib import blake2b
-from pathlib import Path
 
 import numpy as np
 
-from raekit import hub
 from raekit.config import OnPurpose, configclass
 from raekit.data.loader import DataConfig, Loader
 from raekit.data.sources import listing
 from raekit.inference.cached_loader import LatentLoader
-from raekit.models.registry import REGISTRY
 
 
 @configclass
@@ -64,16 +60,3 @@ def describe_images(config: DataConfig, loader: Loader | LatentLoader) -> Images
 def labels_digest(classes: Sequence[str]) -> str:
     """Return 16 hexadecimal digits that identify the class names and their order."""
     return blake2b(os.fsencode("\0".join(classes)), digest_size=8).hexdigest()
-
-
-def absolute(name: str) -> str:
-    """Return the name of a model, a dataset or a file with an absolute path, if it names something on disk.
-
-    So the name means the same from any working folder. Names that are looked up elsewhere first stay as they are.
-    """
-    known = hub.published().NAMES if hub.published else ()
-    prefix, place, size = re.fullmatch(r"(?:(\w+):)?(.*?)(@\d+)?", name, re.DOTALL).groups("")  # type: ignore[union-attr]
-    path = Path(place).expanduser()
-    if prefix == "builtin" or name in REGISTRY or name in known or not place or not path.exists():
-        return name
-    return f"{prefix}:{path.absolute()}{size}" if prefix else f"{path.absolute()}{size}"

@@ -9,10 +9,10 @@ from raekit.config import Mark, replaced, to_dict
 from raekit.distributed import World, check_shared
 from raekit.distributed.locks import lock
 from raekit.errors import UserError
+from raekit.models.registry import absolute
 from raekit.progress import Progress, silent
 from raekit.stages import classification, generation, reconstruction, record, representation
 from raekit.stages.cost import memory_advice
-from raekit.stages.inputs import absolute
 from raekit.stages.record import StageConfig
 from raekit.stages.stage import Stage
 from raekit.train.signals import stop_signals

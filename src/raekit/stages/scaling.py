@@ -16,8 +16,9 @@ Config = TypeVar("Config", bound=StageConfig)
 def for_steps(config: Config, steps: int) -> Config:
     """Return `config` with `steps` training steps.
 
-    Every other number of steps changes by the same factor, rounded down: warm-up and decay, starts of the losses, and
-    the intervals of checkpoints and evaluations. The interval of log records and the averages of the weights stay.
+    Every other number of steps changes by the same factor, rounded down: warm-up and decay, starts of the losses, the
+    intervals of checkpoints and evaluations, and the milestones. The interval of log records and the averages of the
+    weights stay.
     """
     before = config.train.steps
     config = replaced(config, Mark.STEPS, lambda number: number * steps // before)

@@ -80,7 +80,7 @@ class TrainConfig:
     checkpoint_every: Operation[Interval] = 1000
     keep: Operation[int] = 2
     background_saves: Operation[bool | None] = None
-    milestones: Operation[tuple[int, ...]] = ()
+    milestones: Operation[tuple[Interval, ...]] = ()
     ema_warmup: bool = False
     max_skipped: Operation[int] = 20
     shard: Operation[int] = 1
