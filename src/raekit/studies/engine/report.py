@@ -70,7 +70,9 @@ def _page(name: str, about: str, record: dict[str, Any], claims: Sequence[Claim]
         f" (commit {record['commit'] or 'unknown'}), {machine['processor']}, torch {machine['torch']}. "
         "`study.json` has all settings and numbers.",
         "",
-        *about.strip().splitlines()[1:],
+        "```",
+        *about.strip().splitlines()[2:],
+        "```",
     ]
     return "\n".join(lines) + "\n"
 
