@@ -31,7 +31,7 @@ from raekit.progress import Progress
 from raekit.recipes import configured
 from raekit.studies.engine.plan import Claim, Result, Run, Settings, Values, Verdict, at_least, estimate, within
 
-WIDTHS = {48: (8, 12, 16, 20, 24, 28, 36, 48, 64), 108: (16, 32, 48, 64, 80, 88, 96, 108, 128)}
+WIDTHS = {48: (8, 12, 16, 20, 24, 28, 36, 48, 64), 108: (8, 16, 24, 32, 40, 48, 64, 80, 108, 128)}
 """Widths by token dimension."""
 DEPTH = 2
 NARROW = (48, 24)
