@@ -209,6 +209,13 @@ def test_an_interrupt_is_130(run, monkeypatch):
     assert run("info", "x").code == 130
 
 
+def test_studies_are_listed_with_their_claims_and_costs(run):
+    done = run("study")
+    assert done.code == 0
+    assert re.search(r"width .* transformer narrower than a token .* minutes on one core", done.out)
+    assert_fails(run("study", "widht"), "did you mean width?")
+
+
 def test_recipes_are_listed_by_purpose_with_their_summaries_and_costs(run):
     done = run("recipes")
     assert done.code == 0

@@ -14,7 +14,7 @@ from raekit.cli.evaluation import compare, evaluate, probe, reference
 from raekit.cli.formats import convert, info, models, push
 from raekit.cli.generation import generate, interpolate, trajectory
 from raekit.cli.latents import latents_cache, latents_generate, latents_measure
-from raekit.cli.training import demo, recipes, report, train
+from raekit.cli.training import demo, recipes, report, study, train
 from raekit.errors import Stopped, UserError, did_you_mean
 from raekit.train.signals import stop_signals
 
@@ -37,7 +37,7 @@ GROUPS: dict[str, dict[str, Callable[..., None]]] = {
         "latents cache": latents_cache,
         "latents generate": latents_generate,
     },
-    "evaluate": {"evaluate": evaluate, "compare": compare, "reference": reference, "probe": probe},
+    "evaluate": {"evaluate": evaluate, "compare": compare, "reference": reference, "probe": probe, "study": study},
     "share": {"info": info, "convert": convert, "push": push},
     "this program": {"completion": completion},
 }

@@ -79,6 +79,46 @@ def recipes(recipe: Positional[str | None] = None) -> None:
         console.out.print(table)
 
 
+def study(
+    name: Positional[str | None] = None,
+    out: Path | None = None,
+    quick: bool = False,
+    only: str | None = None,
+    device: Device | None = None,
+) -> None:
+    """Check a claim of the paper by experiments, or list the studies.
+
+    Example: raekit study width --out studies/width
+
+    A study trains small models, measures them, and writes study.md, study.json and a figure for each claim to OUT. Each
+    claim gets a verdict: shown here, not shown here, or undecided. The same command resumes an interrupted study.
+
+    Args:
+        name: Study to run. None: list all studies.
+        out: Folder of the study. None: studies/NAME.
+        quick: Run a short trial of the machinery. Its numbers say nothing about the claims.
+        only: Do part K of N of the runs, written K/N, such as 3/8. Several machines can do the parts in one shared OUT.
+            The last part that ends writes the report.
+        device: Device to train on. None: the GPU if there is one, else the CPU.
+    """
+    from raekit.studies import find, names, run_study
+
+    if name is None:
+        console.print_table(
+            ("study", "claim", "cost"), [(each.name, each.summary, each.cost) for each in map(find, names())]
+        )
+        return
+    out = out or Path("studies") / name
+    with Display(console.err) as progress:
+        claims = run_study(name, out, quick=quick, only=only, device=device, progress=progress)
+    if isinstance(claims, int):
+        console.out.print(f"{out}: {claims} runs are left; the part that finishes the last run writes the report")
+        return
+    for claim in claims:
+        console.out.print(f"{claim.text}: {claim.verdict}\n  {claim.found}")
+    console.out.print(f"report: {out / 'study.md'}")
+
+
 def train(arguments: list[str]) -> None:
     """Train a recipe, or resume a run.
 

@@ -110,6 +110,23 @@ def _from_file(path: Path) -> Recipe:
     return Recipe(path.stem, module.__doc__ or str(path), config, path)
 
 
+def configured(recipe: str | StageConfig, **overrides: Any) -> StageConfig:
+    """Return the config of a recipe with other values for some of its fields. See `train` for the arguments."""
+    config = find(recipe).config if isinstance(recipe, str) else recipe
+    values = to_dict(config)
+    for name, value in overrides.items():
+        *parts, field = name.split("__")
+        inner = values
+        for part in parts:
+            if inner.get(part) is None:  # an optional part that the recipe lacks, or a mistake that from_dict reports
+                inner[part] = {}
+            inner = inner[part]
+            if not isinstance(inner, dict):
+                raise UserError(f"train: {name} is not a field, because {part} has none")
+        inner[field] = value
+    return from_dict(type(config), values, "train")
+
+
 def train(
     recipe: str | StageConfig,
     run: str | Path,
@@ -141,19 +158,7 @@ def train(
         UserError: there is no such recipe or field, a value is invalid, or `run` belongs to another config.
         Stopped: a signal stopped the training. The same call resumes it.
     """
-    config = find(recipe).config if isinstance(recipe, str) else recipe
-    values = to_dict(config)
-    for name, value in overrides.items():
-        *parts, field = name.split("__")
-        inner = values
-        for part in parts:
-            if inner.get(part) is None:  # an optional part that the recipe lacks, or a mistake that from_dict reports
-                inner[part] = {}
-            inner = inner[part]
-            if not isinstance(inner, dict):
-                raise UserError(f"train: {name} is not a field, because {part} has none")
-        inner[field] = value
-    config = from_dict(type(config), values, "train")
+    config = configured(recipe, **overrides)
     with world(device) as here:
         stages.train(config, Path(run), here, report, progress, change)
     return Path(run) / "artifact"

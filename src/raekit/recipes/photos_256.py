@@ -8,8 +8,8 @@ Memory:         15.6 GiB of state, 1.03 GB an image (0.06 GB with train.checkpoi
 Last verified:  never at this scale (no GPU); a test trains it with small sizes.
 
 It keeps the pretrained encoder and decoder (rae-dinov2-b), and starts from the denoiser that was trained on ImageNet
-(dit-dh-xl-256). The classes are the sub-folders of the photos. The learning rate is half of the published one, and constant
-for the first half of the training.
+(dit-dh-xl-256). The classes are the sub-folders of the photos. The learning rate is half of the published one, and
+constant for the first half of the training.
 """
 
 from raekit.data.loader import DataConfig

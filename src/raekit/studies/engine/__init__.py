@@ -1,0 +1,1 @@
+"""What all studies share: plans, execution, intervals and reports."""

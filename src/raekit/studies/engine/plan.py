@@ -1,0 +1,143 @@
+"""The parts of a study: planned runs, their results, and claims with a verdict."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from raekit.progress import Progress
+from raekit.recipes import StageConfig
+
+Settings = Mapping[str, int | float | str]
+Values = dict[str, Any]
+"""JSON values that were measured on a trained model."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A planned training.
+
+    Attributes:
+        name: The folder of the run, below the folder of the runs.
+        settings: What distinguishes the run from the others, with its seed.
+        config: The config of the training.
+    """
+
+    name: str
+    settings: Settings
+    config: StageConfig
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run.
+
+    Attributes:
+        settings: The settings of the run.
+        values: The values that were measured on the trained model.
+    """
+
+    settings: Settings
+    values: Values
+
+
+class Verdict(StrEnum):
+    """What a study says about a claim."""
+
+    SHOWN = "shown here"
+    NOT_SHOWN = "not shown here"
+    UNDECIDED = "undecided"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim of the paper, and what the runs say about it.
+
+    Attributes:
+        name: Name of the files of the figure.
+        text: The claim in one sentence.
+        paper: The number of the paper, and where it stands.
+        found: The number that was measured here, with the interval that decides.
+        verdict: The verdict.
+        draw: Draws the figure, given an empty matplotlib figure.
+        caption: What the figure shows.
+    """
+
+    name: str
+    text: str
+    paper: str
+    found: str
+    verdict: Verdict
+    draw: Callable[[Any], None]
+    caption: str
+
+
+class Study(Protocol):
+    """The functions of the module of a study."""
+
+    __doc__: str | None
+
+    def prepare(self, folder: Path, progress: Progress) -> None:
+        """Make the images and cached latents that all runs share, in `folder`. Finished parts are kept."""
+        ...
+
+    def plan(self, folder: Path, quick: bool) -> list[Run]:
+        """Return the runs, which read the images and the latents in `folder`."""
+        ...
+
+    def measure(self, artifact: Path, settings: Settings, folder: Path) -> Values:
+        """Measure the trained model in `artifact`. The same model gives the same values."""
+        ...
+
+    def judge(self, results: Sequence[Result], folder: Path) -> list[Claim]:
+        """Return the claims with their verdicts, given the results of all runs."""
+        ...
+
+
+class Estimate(NamedTuple):
+    """A mean over seeds with its 95 % interval.
+
+    Attributes:
+        mean: The mean.
+        low: The lower bound; minus infinity for a single seed.
+        high: The upper bound; infinity for a single seed.
+    """
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3g} [{self.low:.3g}, {self.high:.3g}]"
+
+
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""97.5 % quantiles of Student's t with 1 to 9 degrees of freedom."""
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Return the mean of one to ten values from different seeds, with Student's 95 % interval."""
+    count = len(values)
+    mean = sum(values) / count
+    if count == 1:
+        return Estimate(mean, -math.inf, math.inf)
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1))
+    half = _T[count - 2] * deviation / math.sqrt(count)
+    return Estimate(mean, mean - half, mean + half)
+
+
+def within(value: Estimate, low: float, high: float) -> Verdict:
+    """Return whether a value lies between two bounds: undecided if its interval contains one of them."""
+    if low <= value.low and value.high <= high:
+        return Verdict.SHOWN
+    return Verdict.NOT_SHOWN if value.high < low or value.low > high else Verdict.UNDECIDED
+
+
+def at_least(needed: int, verdicts: Sequence[Verdict]) -> Verdict:
+    """Return whether at least `needed` of some statements are shown."""
+    shown, undecided = verdicts.count(Verdict.SHOWN), verdicts.count(Verdict.UNDECIDED)
+    if shown >= needed:
+        return Verdict.SHOWN
+    return Verdict.UNDECIDED if shown + undecided >= needed else Verdict.NOT_SHOWN
