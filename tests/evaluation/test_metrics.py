@@ -5,6 +5,7 @@ from itertools import product
 import pytest
 import torch
 from torch import Tensor
+from torchmetrics.functional.image import structural_similarity_index_measure
 
 from raekit.distributed import World
 from raekit.errors import UserError
@@ -175,10 +176,17 @@ def test_ssim_of_known_images():
     # For two constant images only the comparison of their means remains.
     a, b, c = 0.2, 0.6, 0.01**2
     assert ssim(flat, flat * 3).tolist() == pytest.approx([(2 * a * b + c) / (a * a + b * b + c)], abs=2e-4)
-    torch.testing.assert_close(ssim(originals, originals), torch.ones(3))
+    torch.testing.assert_close(ssim(originals, originals), torch.ones(3, dtype=torch.float64))
     noisy = (originals + 0.2 * torch.randn(originals.shape, generator=generator)).clamp(0, 1)
     assert (ssim(noisy, originals) < 0.9).all()
-    assert torch.equal(ssim(noisy[:1], originals[:1]), ssim(noisy, originals)[:1])
+    torch.testing.assert_close(ssim(noisy[:1], originals[:1]), ssim(noisy, originals)[:1])
+
+
+def test_ssim_agrees_with_torchmetrics():
+    generator = torch.Generator().manual_seed(0)
+    images, originals = torch.rand(2, 2, 3, 24, 16, generator=generator, dtype=torch.float64)
+    expected = structural_similarity_index_measure(images, originals, data_range=1.0, reduction="none")
+    torch.testing.assert_close(ssim(images, originals), expected)
 
 
 def test_nearest_neighbours_vote_and_distance():

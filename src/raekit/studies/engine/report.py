@@ -11,7 +11,6 @@ import torch
 
 from raekit import __version__
 from raekit.config import read_json, to_dict, to_json
-from raekit.errors import UserError
 from raekit.files import whole
 from raekit.studies.engine.plan import Claim, Run
 
@@ -78,16 +77,10 @@ def _page(name: str, about: str, record: dict[str, Any], claims: Sequence[Claim]
 
 
 def _save(claim: Claim, out: Path) -> None:
-    """Draw a figure, and save it as PNG and SVG.
+    """Draw a figure, and save it as PNG and SVG."""
+    import matplotlib  # slow to import
+    from matplotlib.figure import Figure
 
-    Raises:
-        UserError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("study: matplotlib is not installed; pip install 'raekit[study]'") from None
     with matplotlib.rc_context({"svg.hashsalt": "raekit", "font.size": 9, "axes.grid": True, "grid.alpha": 0.3}):
         figure = Figure(figsize=_SIZE, dpi=200, layout="constrained")
         claim.draw(figure)
