@@ -13,6 +13,7 @@ from raekit import randomness
 from raekit.config import from_dict, to_dict
 from raekit.data import sources
 from raekit.data.loader import Batch, DataConfig, Loader
+from raekit.data.sources import FORMATS
 from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.flow import path
@@ -295,7 +296,8 @@ def test_cached_latents_give_the_loss_curve_of_the_images(config, tmp_path, monk
     cache_latents(autoencoder, config.autoencoder, config.data, tmp_path / "cache", dtype=dtype, world=ONE)
     on_the_fly = curve(config, tmp_path / "images")
     # From here on training uses neither the images nor the encoder.
-    monkeypatch.setattr(sources, "FORMATS", {})
+    unread = {name: kind._replace(open=lambda *_: pytest.fail("a source was opened")) for name, kind in FORMATS.items()}
+    monkeypatch.setattr(sources, "FORMATS", unread)
     monkeypatch.setattr(Encoder, "forward", lambda self, images: pytest.fail("the encoder ran"))
     cached = curve(replace(config, latents=str(tmp_path / "cache")), tmp_path / "cached")
     assert cached == pytest.approx(on_the_fly, rel=tolerance)
