@@ -150,8 +150,8 @@ def test_training(config, tmp_path, name):
 def test_the_decoder_stays_on_the_host_where_only_the_encoder_is_needed(config, tmp_path, monkeypatch):
     loaded = []
 
-    def load_and_keep(*arguments):
-        loaded.append(load_autoencoder(*arguments))
+    def load_and_keep(*arguments, **options):
+        loaded.append(load_autoencoder(*arguments, **options))
         return loaded[-1]
 
     monkeypatch.setattr(generation, "load_autoencoder", load_and_keep)

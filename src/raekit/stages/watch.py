@@ -1,4 +1,4 @@
-"""What one sees of a model while it trains: pictures, and its loss on held-out images."""
+"""Pictures of a model while it trains, and its loss on held-out images."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace

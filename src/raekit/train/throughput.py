@@ -136,7 +136,7 @@ class Speed:
         self._flops += flops
 
     def record(self, step: int, total: int) -> dict[str, float]:
-        """Return the values to log after `step` of `total` steps, and start the next. Every process must call it.
+        """Return the values to log after `step` of `total` steps. Every process must call this method.
 
         `tflops` and the share of the peak are means over the processes. The share is called `mfu` if the data sheet
         states the peak, and `matmul_share` if the peak was measured. `data_wait` and `peak_memory_gib` are the largest
