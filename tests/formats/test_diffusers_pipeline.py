@@ -41,7 +41,7 @@ def encoder(encoder_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def random_denoiser(**changes: Any) -> Denoiser:
     torch.manual_seed(0)
-    parts = {
+    parts: dict[str, Any] = {
         "backbone": TransformerConfig(width=48, depth=2, heads=2),
         "head": TransformerConfig(width=64, depth=1, heads=4),
     }
