@@ -46,7 +46,8 @@ def random_denoiser(**changes: Any) -> Denoiser:
         "head": TransformerConfig(width=64, depth=1, heads=4),
     }
     shape: dict[str, Any] = {"channels": 64, "grid": (16, 16), "num_classes": 4, "class_names": NAMES}
-    model = Denoiser(DenoiserConfig(**parts | shape | {"shift": shift_factor((64, 16, 16))} | changes))
+    shape["shift"] = shift_factor((64, 16, 16))
+    model = Denoiser(DenoiserConfig(**parts | shape | changes))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.2)

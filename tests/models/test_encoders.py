@@ -760,7 +760,7 @@ def test_a_model_names_its_encoder_by_an_absolute_path_and_knows_its_weights(
     shutil.copytree(checkpoint("dinov2"), tmp_path / "models" / "vit")
     monkeypatch.chdir(tmp_path)
     encoder = load_encoder("dinov2:models/vit")
-    sizes = {"patch_size": 4, "width": 8, "depth": 1, "heads": 2, "hidden": 8}
+    sizes: dict[str, Any] = {"patch_size": 4, "width": 8, "depth": 1, "heads": 2, "hidden": 8}
     decoder = DecoderConfig(token_dim=encoder.width, grid=encoder.grid, **sizes)
     Autoencoder(AutoencoderConfig(encoder=encoder.name, decoder=decoder), encoder).save(tmp_path / "model")
 

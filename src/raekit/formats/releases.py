@@ -192,7 +192,7 @@ def cached(name: str, kind: str | None = None) -> Path:
         paths = {file: _download(name, release, file) for file in release.files}
         if isinstance(release, DenoiserRelease):
             return Parts(denoiser=read_denoiser(paths[release.denoiser], release.config))
-        statistics, config = (file and paths[file] for file in (release.statistics, release.config))
+        statistics, config = (paths[file] if file else None for file in (release.statistics, release.config))
         return Parts(read_decoder(release.fields, paths[release.decoder], statistics, config=config))
 
     return _kept(name, "denoiser" if isinstance(release, DenoiserRelease) else "autoencoder", parts)
