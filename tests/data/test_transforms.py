@@ -58,7 +58,7 @@ def test_fast_pixels_are_within_a_level_of_the_exact_ones(size, crop):
     exact, fast = np.asarray(window.exact()).astype(int).transpose(2, 0, 1), window.fast()
     assert fast.shape == exact.shape == (3, 32, 32)
     assert np.abs(fast - exact).max() <= 1
-    assert np.mean(fast != exact) < 0.5
+    assert np.mean(fast != exact) < (0.5 if window.image.size != window.sides else 1e-9)
 
 
 def test_an_rgb_image_is_not_copied():

@@ -28,7 +28,7 @@ class Rows:
 class Noise:
     """A stream of noise images."""
 
-    count, image_size, source = 23, 2, None
+    count, image_size, source, classes = 23, 2, None, ()
 
     def __init__(self, size: int):
         self.size = size

@@ -24,6 +24,7 @@ from raekit.formats.parts import AutoencoderParts
 from raekit.formats.releases import RELEASES, Release
 from raekit.models.autoencoder import Autoencoder
 from raekit.models.decoder import Decoder, DecoderConfig
+from raekit.models.layers import to_grid
 from raekit.models.registry import LAYERS, REGISTRY
 from raekit.weights import load_strict
 from tests.formats.conftest import SIZES, Hub, save
@@ -406,6 +407,8 @@ def publish(hub: Hub, release: Release) -> None:
     """Put small files on the Hub, for a token grid of the release's size."""
     side = release.fields.get("encoder_size", 28) // 14
     save(hub.root / release.repository / release.decoder, state_dict(decoder_shapes(token_dim=64, tokens=side**2)))
+    if release.config:
+        (hub.root / release.repository / release.config).write_text("{}")
     if release.statistics:
         save(hub.root / release.repository / release.statistics, {"mean": None, "var": torch.ones(64, side, side)})
 
@@ -436,6 +439,27 @@ def test_release_that_produces_pixels(hub, monkeypatch):
     model = Autoencoder.load("rae-mae-b")
     decoded = torch.rand(1, 3, 8, 8)
     assert torch.equal(model.to_pixels(decoded), decoded)
+
+
+def test_decoders_of_general_images(hub):
+    release = RELEASES["scale-rae-webssl-300m"]
+    publish(hub, release)
+    with pytest.raises(UserError, match=r"config.json: .*decoder_hidden_size, .* missing"):
+        Autoencoder.load("scale-rae-webssl-300m")
+    config = published_decoder_config(DecoderConfig(token_dim=64, grid=(2, 2), patch_size=4, **SIZES))
+    (hub.root / release.repository / "config.json").write_text(to_json(config))
+    model = Autoencoder.load("scale-rae-webssl-300m")
+    assert hub.asked[-2:] == [f"nyu-visionx/webssl300m_decoder/{file}" for file in ("model.pt", "config.json")]
+    assert (model.config.encoder, model.mean) == ("webssl-300m", None)
+    images = torch.rand(1, 3, 28, 28)
+    assert torch.allclose(model.encode(images), to_grid(model.encoder(images), (2, 2)), atol=1e-6)  # not whitened
+
+
+def test_a_repository_that_needs_its_own_code_is_rejected(tmp_path):
+    (tmp_path / "config.json").write_text(to_json({"auto_map": {"AutoModel": "modeling.Mine"}}))
+    for load in (lambda: convert(str(tmp_path), tmp_path / "out"), lambda: Autoencoder.load(str(tmp_path))):
+        with pytest.raises(UserError, match=r"names code of its repository .*or choose a published model"):
+            load()
 
 
 def test_published_name_as_a_source(hub, tmp_path):

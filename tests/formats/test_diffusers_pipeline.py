@@ -41,12 +41,13 @@ def encoder(encoder_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def random_denoiser(**changes: Any) -> Denoiser:
     torch.manual_seed(0)
-    parts = {
+    parts: dict[str, Any] = {
         "backbone": TransformerConfig(width=48, depth=2, heads=2),
         "head": TransformerConfig(width=64, depth=1, heads=4),
     }
     shape: dict[str, Any] = {"channels": 64, "grid": (16, 16), "num_classes": 4, "class_names": NAMES}
-    model = Denoiser(DenoiserConfig(**parts | shape | {"shift": shift_factor((64, 16, 16))} | changes))
+    shape["shift"] = shift_factor((64, 16, 16))
+    model = Denoiser(DenoiserConfig(**parts | shape | changes))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.2)

@@ -229,7 +229,7 @@ def test_published_models_are_listed_with_their_facts(monkeypatch, tmp_path):
     assert (published.image_size, published.classes, published.encoder) == (512, 1000, "dinov2-b")
     assert (published.licence, published.cached) == ("apache-2.0", False)
     assert published.parameters - found["rae-dinov2-b-512"].parameters == pytest.approx(838.7e6 - 0.9e6, rel=2e-3)
-    assert [each.name for each in list_models("siglip")] == ["rae-siglip2-b"]
+    assert [each.name for each in list_models("siglip")] == ["rae-siglip2-b", "scale-rae-siglip2-so400m"]
     (tmp_path / "rae-siglip2-b" / "autoencoder").mkdir(parents=True)
     assert hub.published
     assert hub.published().in_cache("rae-siglip2-b")  # type: ignore[attr-defined]

@@ -25,6 +25,8 @@ from raekit.models.vit import ViT, ViTConfig
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 HALF = ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5])
 CLIP = ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])
+COLOURS = {"siglip": HALF, "clip": CLIP, "tipsv2": ([0.0] * 3, [1.0] * 3)}
+PREFIXES = {"siglip": 0, "ijepa": 0, "tipsv2": 2, "dinov2_with_registers": 5, "dinov3_vit": 5}
 NAMES = pytest.mark.parametrize("name", sorted(REGISTRY))
 BY_FAMILY = pytest.mark.parametrize("family", sorted(FAMILIES))
 CONFIG = ViTConfig(image_size=16, patch_size=4, width=16, depth=3, heads=2, mean=(0.1, 0.2, 0.3), std=(1.0, 0.5, 2.0))
@@ -65,6 +67,13 @@ def tiny_model(family: str, patch_size: int) -> nn.Module:
         case "clip":
             config = transformers.CLIPConfig(text_config=text, vision_config={**sizes, **mlp})
             model = transformers.CLIPModel(config)
+        case "tipsv2":
+            config = transformers.Tipsv2Config(
+                text_config=text | {"hidden_size": WIDTH}, vision_config={**sizes, "mlp_ratio": 2}
+            )
+            model = transformers.Tipsv2Model(config)
+        case "ijepa":
+            model = transformers.IJepaModel(transformers.IJepaConfig(**sizes, **mlp))
         case "vit":
             model = transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, **mlp))
         case _:
@@ -107,20 +116,23 @@ def hidden_states(encoder: Encoder, images: Tensor) -> tuple[list[Tensor], float
     import transformers
 
     spec = encoder.spec
-    colours = {"siglip": HALF, "clip": CLIP}.get(spec.family, IMAGENET)
+    colours = COLOURS.get(spec.family, IMAGENET)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in colours)
-    whole = {"siglip": "SiglipModel", "vit_mae": "ViTMAEForPreTraining", "clip": "CLIPModel"}
+    whole = {"siglip": "SiglipModel", "vit_mae": "ViTMAEForPreTraining", "clip": "CLIPModel", "tipsv2": "Tipsv2Model"}
     model = getattr(transformers, whole.get(spec.family, FAMILIES[spec.family].model_class))
     model = model.from_pretrained(spec.hub_id, dtype=torch.float32).eval()
-    if tower := {"siglip": "vision_model", "clip": "vision_model", "vit_mae": "vit"}.get(spec.family):
+    towers = {"siglip": "vision_model", "clip": "vision_model", "vit_mae": "vit", "tipsv2": "vision_model"}
+    if tower := towers.get(spec.family):
         model = getattr(model, tower)
-    options: dict[str, Any] = {} if spec.family.startswith("dino") else {"interpolate_pos_encoding": True}
+    options: dict[str, Any] = {"interpolate_pos_encoding": True}
+    if spec.family.startswith(("dino", "tips")):
+        options = {}
     if spec.family == "vit_mae":
         model.config.mask_ratio = 0.0
         options["noise"] = torch.linspace(0, 1, encoder.grid[0] * encoder.grid[1]).repeat(len(images), 1)
     with torch.no_grad():
         states = model((images - mean) / std, output_hidden_states=True, **options).hidden_states
-    prefix = {"siglip": 0, "dinov2_with_registers": 5, "dinov3_vit": 5}.get(spec.family, 1)
+    prefix = PREFIXES.get(spec.family, 1)
     return [state[:, prefix:] for state in states[1:]], model.config.layer_norm_eps
 
 
@@ -150,6 +162,8 @@ PUBLISHED = {
     "siglip2-b": ("siglip", 768, 16, 0, "google/siglip2-base-patch16-256"),
     "siglip2-l": ("siglip", 1024, 16, 0, "google/siglip2-large-patch16-256"),
     "siglip2-so400m": ("siglip", 1152, 16, 0, "google/siglip2-so400m-patch16-256"),
+    "siglip2-so400m-p14": ("siglip", 1152, 14, 0, "google/siglip2-so400m-patch14-224"),
+    "webssl-300m": ("dinov2", 1024, 14, 1, "facebook/webssl-dino300m-full2b-224"),
     "mae-b": ("vit_mae", 768, 16, 1, "facebook/vit-mae-base"),
     "mae-l": ("vit_mae", 1024, 16, 1, "facebook/vit-mae-large"),
     "mae-h": ("vit_mae", 1280, 14, 1, "facebook/vit-mae-huge"),
@@ -165,7 +179,7 @@ def test_published_encoders(name: str):
     assert (spec.family, spec.width, spec.patch_size, spec.prefix_tokens) == (family, width, patch, prefix)
     assert spec.hub_id == hub_id
     assert spec.image_size == 16 * patch
-    assert (list(spec.mean), list(spec.std)) == {"siglip": HALF, "clip": CLIP}.get(family, IMAGENET)
+    assert (list(spec.mean), list(spec.std)) == COLOURS.get(family, IMAGENET)
 
 
 def test_the_published_encoders_are_registered():
@@ -389,8 +403,8 @@ def test_a_folder_tells_what_it_is(family: str, checkpoint: Callable[..., Path],
     name = f"{family}:{checkpoint(family, 16)}"
     spec = load_encoder(name).spec
     assert (spec.family, spec.width, spec.patch_size, spec.image_size) == (family, WIDTH, 16, 48)
-    assert spec.prefix_tokens == {"siglip": 0, "dinov2_with_registers": 5, "dinov3_vit": 5}.get(family, 1)
-    assert (list(spec.mean), list(spec.std)) == {"siglip": HALF, "clip": CLIP}.get(family, IMAGENET)
+    assert spec.prefix_tokens == PREFIXES.get(family, 1)
+    assert (list(spec.mean), list(spec.std)) == COLOURS.get(family, IMAGENET)
     colours = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "do_resize": True}
     folder = variant(checkpoint(family, 16), tmp_path / "own", colours)
     encoder = load_encoder(f"{family}:{folder}")
@@ -398,7 +412,8 @@ def test_a_folder_tells_what_it_is(family: str, checkpoint: Callable[..., Path],
     images = torch.rand(1, 3, 48, 48)
     shifted = (images - torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)) / torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1)
     plain = load_encoder(name)
-    assert torch.allclose(encoder(images), plain(shifted * plain.std + plain.mean), atol=1e-4)
+    ours, theirs = (e.features(x, (-1,))[0] for e, x in ((encoder, images), (plain, shifted * plain.std + plain.mean)))
+    assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_a_size_that_the_patch_does_not_divide_is_rounded_down(checkpoint: Callable[..., Path], tmp_path: Path):
@@ -745,7 +760,7 @@ def test_a_model_names_its_encoder_by_an_absolute_path_and_knows_its_weights(
     shutil.copytree(checkpoint("dinov2"), tmp_path / "models" / "vit")
     monkeypatch.chdir(tmp_path)
     encoder = load_encoder("dinov2:models/vit")
-    sizes = {"patch_size": 4, "width": 8, "depth": 1, "heads": 2, "hidden": 8}
+    sizes: dict[str, Any] = {"patch_size": 4, "width": 8, "depth": 1, "heads": 2, "hidden": 8}
     decoder = DecoderConfig(token_dim=encoder.width, grid=encoder.grid, **sizes)
     Autoencoder(AutoencoderConfig(encoder=encoder.name, decoder=decoder), encoder).save(tmp_path / "model")
 

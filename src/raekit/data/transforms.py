@@ -88,6 +88,8 @@ class Window:
         Pillow can scale only the part that is kept. If that is more than half of the image, torch is faster, although
         it scales the complete image.
         """
+        if self.image.size == self.sides:  # nothing to scale
+            return np.asarray(self.exact()).transpose(2, 0, 1)
         (width, height), (left, top), size = self.sides, self.corner, self.size
         if 2 * size * size <= width * height:
             x, y = self.image.width / width, self.image.height / height

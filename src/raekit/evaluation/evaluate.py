@@ -153,12 +153,12 @@ def evaluate(
     if saved:
         stream = StoredImages(name, batch_size, workers)
     elif isinstance(loaded, LatentSpace) and interpolate:
-        place, split = _originals(read[0])
+        originals, split = _originals(read[0])
         stream = Interpolations(
             loaded,
-            place,
+            originals,
             split,
-            training=source or place,
+            training=source or originals,
             seed=seed,
             batch_size=batch_size,
             workers=workers,

@@ -19,7 +19,7 @@ from raekit.formats.denoiser_files import read_denoiser
 from raekit.formats.diffusers_files import read_diffusers, write_diffusers
 from raekit.formats.diffusers_pipeline import INDEX, read_pipeline, write_pipeline
 from raekit.formats.native import read_model, write_model
-from raekit.formats.parts import AutoencoderParts, Parts, about
+from raekit.formats.parts import AutoencoderParts, Parts, about, reject_code
 from raekit.formats.states import unwrap
 from raekit.formats.yaml_files import read_denoiser_config, read_yaml
 from raekit.hub import find_folder
@@ -130,7 +130,9 @@ def read(source: str, options: FileOptions | None = None, *, denoiser: bool = Tr
     if (folder / INDEX).is_file():
         return read_pipeline(folder, denoiser)
     config = folder / "config.json"
-    if config.is_file() and isinstance(values := read_json(config), dict) and "_class_name" in values:
+    values = read_json(config) if config.is_file() else None
+    reject_code(config, values)
+    if isinstance(values, dict) and "_class_name" in values:
         return Parts(read_diffusers(folder, values))
     if (folder / "model.pt").is_file() and not (folder / "autoencoder").is_dir():
         raise UserError(

@@ -291,7 +291,7 @@ def published_denoiser_state(state: State, config: DenoiserConfig) -> dict[str, 
 
 def _inverse(names: Mapping[str, str]) -> dict[str, str]:
     """Return {ours: theirs}. Of several published names, the first one counts: the name of v1."""
-    return {ours: theirs for theirs, ours in reversed(names.items())}
+    return {ours: theirs for theirs, ours in reversed([*names.items()])}
 
 
 def _denoiser_tables(config: DenoiserConfig) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,6 +93,16 @@ def only_last_block(parts: AutoencoderParts, form: str) -> None:
     if parts.config.layers != LayersConfig():
         raise UserError(
             f"{parts.config.encoder}, {parts.config.layers}: {form} supports only latents of the encoder's last block"
+        )
+
+
+def reject_code(path: Path, values: Any) -> None:
+    """Raise a UserError if a `config.json` names code of its repository."""
+    if isinstance(values, dict) and "auto_map" in values:
+        raise UserError(
+            f"{path}: names code of its repository (auto_map), and raekit runs no such code; convert its weights file "
+            "if that has the names of RAE v1 or v2 (raekit convert FILE OUT --encoder ENCODER), or choose a "
+            "published model (raekit models)"
         )
 
 

@@ -18,7 +18,7 @@ from raekit.formats.denoiser_keys import denoiser_config, denoiser_v2_config
 from raekit.formats.diffusers_files import read_diffusers
 from raekit.formats.diffusers_pipeline import INDEX, read_pipeline
 from raekit.formats.native import write_model
-from raekit.formats.parts import Parts
+from raekit.formats.parts import Parts, reject_code
 from raekit.hub import ASSETS, cache_folder, command, find_file
 from raekit.models.denoiser_config import SIZES, DenoiserConfig, wide_head
 from raekit.models.registry import LAYERS, REGISTRY
@@ -37,16 +37,18 @@ class Release:
         decoder: the path of the decoder's file in the repository.
         statistics: the path of the statistics file. None if there is none: latents are then not whitened.
         fields: the AutoencoderConfig fields, except `decoder`.
+        config: the path of the decoder's `config.json`. None: the published decoder of this width.
     """
 
     repository: str
     decoder: str
     statistics: str | None
     fields: dict[str, Any]
+    config: str | None = None
 
     @property
     def files(self) -> list[str]:
-        return [self.decoder, *([self.statistics] if self.statistics else [])]
+        return [file for file in (self.decoder, self.statistics, self.config) if file]
 
 
 def _v1(decoder: str, statistics: str | None, **fields: Any) -> Release:
@@ -68,6 +70,16 @@ def _v2(domain: str, layers: str) -> Release:
     )
 
 
+def _scale_rae(repository: str, encoder: str) -> Release:
+    return Release(
+        repository=f"nyu-visionx/{repository}",
+        decoder="model.pt",
+        statistics=None,
+        fields={"encoder": encoder},
+        config="config.json",
+    )
+
+
 RELEASES = {
     "rae-dinov2-s": _v1("dinov2/wReg_small/ViTXL_n08", None, encoder="dinov2-s"),
     "rae-dinov2-b": _v1("dinov2/wReg_base/ViTXL_n08", "dinov2/wReg_base/imagenet1k", encoder="dinov2-b"),
@@ -78,8 +90,13 @@ RELEASES = {
     "rae-mae-b": _v1("mae/base_p16/ViTXL_n08", "mae/base_p16/ImageNet1k", encoder="mae-b"),
     **{f"raev2-dinov3-l-{k}": _v2("imagenet", k) for k in ("k1", "k7", "k23")},
     **{f"raev2-dinov3-l-{k}-general": _v2("general", k) for k in ("k1", "k7", "k23")},
+    "scale-rae-siglip2-so400m": _scale_rae("siglip2_decoder", "siglip2-so400m-p14"),
+    "scale-rae-webssl-300m": _scale_rae("webssl300m_decoder", "webssl-300m"),
 }
-"""The published autoencoders by name (RAE v1 and v2). No statistics are published for DINOv2-S."""
+"""The published autoencoders by name (RAE v1 and v2, Scale-RAE).
+
+No statistics are published for DINOv2-S and for Scale-RAE's decoders of general images.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,10 +189,11 @@ def cached(name: str, kind: str | None = None) -> Path:
         return cached(release.autoencoder)
 
     def parts() -> Parts:
-        paths = [_download(name, release, file) for file in release.files]
+        paths = {file: _download(name, release, file) for file in release.files}
         if isinstance(release, DenoiserRelease):
-            return Parts(denoiser=read_denoiser(paths[0], release.config))
-        return Parts(read_decoder(release.fields, paths[0], paths[1] if release.statistics else None))
+            return Parts(denoiser=read_denoiser(paths[release.denoiser], release.config))
+        statistics, config = (paths[file] if file else None for file in (release.statistics, release.config))
+        return Parts(read_decoder(release.fields, paths[release.decoder], statistics, config=config))
 
     return _kept(name, "denoiser" if isinstance(release, DenoiserRelease) else "autoencoder", parts)
 
@@ -192,21 +210,20 @@ def converted(folder: Path) -> Path | None:
         The folder of the model; None if `folder` does not have such a layout.
 
     Raises:
-        UserError: the folder cannot be read, or the cache is not writable.
+        UserError: the folder cannot be read or needs code of its repository, or the cache is not writable.
     """
+    config = folder / "config.json"
+    values = read_json(config) if config.is_file() else None
+    reject_code(config, values)
     if (folder / INDEX).is_file():
         read, kind = partial(read_pipeline, folder), "denoiser"
-    elif isinstance(values := _config(folder), dict) and "_class_name" in values:
+    elif isinstance(values, dict) and "_class_name" in values:
         read, kind = (lambda: Parts(read_diffusers(folder, values))), "autoencoder"
     else:
         return None
     files = sorted(path for place in ("", "vae", "transformer", "scheduler") for path in (folder / place).glob("*.*"))
     states = [(str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return _kept(f"diffusers-{blake2b(repr(states).encode(), digest_size=8).hexdigest()}", kind, read)
-
-
-def _config(folder: Path) -> Any:
-    return read_json(folder / "config.json") if (folder / "config.json").is_file() else None
 
 
 def _kept(name: str, kind: str, read: Callable[[], Parts]) -> Path:

@@ -17,7 +17,7 @@ from raekit.models.autoencoder import AutoencoderConfig
 from raekit.models.decoder import Decoder, DecoderConfig
 from raekit.models.denoiser import Denoiser
 from raekit.models.denoiser_config import DenoiserConfig
-from raekit.models.registry import FAMILIES, REGISTRY, grid_of, sides
+from raekit.models.registry import REGISTRY, grid_of, sides
 
 BUILT_IN_LICENCE = "apache-2.0"
 PATCH = 16
@@ -171,7 +171,7 @@ def _parameters(build: Callable[[], nn.Module]) -> int:
 
 
 def _licence(encoder: str) -> str:
-    return FAMILIES[REGISTRY[encoder].family].licence
+    return REGISTRY[encoder].licence
 
 
 def _encoder_cached(encoder: str) -> bool:

@@ -17,7 +17,7 @@ from raekit.errors import UserError
 from raekit.hub import ASSETS, is_repository
 from raekit.inference.catalogue import BUILT_IN_LICENCE
 from raekit.inference.pipeline import Pipeline
-from raekit.models.registry import FAMILIES, REGISTRY
+from raekit.models.registry import REGISTRY
 from raekit.models.vit import ViT
 
 GRID = "samples.png"
@@ -154,7 +154,7 @@ def _encoder(pipeline: Pipeline) -> tuple[str, str]:
     """Return the name and the licence of the encoder; "" if the licence is not known."""
     name = getattr(pipeline.autoencoder.config, "encoder", None) or pipeline.autoencoder.config.baseline
     if name in REGISTRY:
-        return name, FAMILIES[REGISTRY[name].family].licence
+        return name, REGISTRY[name].licence
     if name.startswith("builtin:"):
         return name, BUILT_IN_LICENCE
     own = isinstance(getattr(pipeline.autoencoder.encoder, "model", None), ViT)

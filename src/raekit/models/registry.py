@@ -80,6 +80,7 @@ class EncoderSpec:
         mean: Mean colour that is subtracted from images in [0, 1].
         std: Standard deviation of the colours, by which images are divided.
         hub_id: Hub repository or folder of the weights; empty for the library's own ViT.
+        licence: Licence of the weights, as published with them; empty if it is not known.
     """
 
     family: str
@@ -90,6 +91,7 @@ class EncoderSpec:
     mean: Colours
     std: Colours
     hub_id: str = ""
+    licence: str = ""
 
     def __post_init__(self) -> None:
         if min(self.std) <= 0:
@@ -135,7 +137,7 @@ class Family:
         tower_type: Model type of the image tower of a model with an image and a text tower.
         config: Overrides for fields of the model's config.
         arguments: Extra arguments of the model's class.
-        licence: Licence of the registered weights, as published with them. "" if the family has no registered weights.
+        licence: Licence of most registered weights, as published with them; empty if there are none.
     """
 
     model_class: str
@@ -201,6 +203,24 @@ FAMILIES = {
         embed=lambda m, x: m.embeddings(x, noise=_order(m, x), interpolate_pos_encoding=True)[0],
         config={"mask_ratio": 0.0},
     ),
+    # Images are not normalised. The register is a second class token.
+    "tipsv2": Family(
+        model_class="Tipsv2VisionModel",
+        blocks="encoder.layer",
+        norm="layernorm",
+        embed=lambda m, x: m.embeddings(x),
+        colours=((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+        tower_type="tipsv2_vision_model",
+    ),
+    "ijepa": Family(
+        model_class="IJepaModel",
+        blocks="layers",
+        norm="layernorm",
+        embed=lambda m, x: m.embeddings(x, interpolate_pos_encoding=True),
+        context=lambda m, x: {"attention_mask": None},
+        prefix_tokens=0,
+        arguments={"add_pooling_layer": False},
+    ),
     "clip": Family(
         model_class="CLIPVisionModel",
         licence="mit",
@@ -223,7 +243,9 @@ FAMILIES = {
 
 
 def _register_all() -> None:
-    def add(name: str, family: str, hub_id: str, width: int, patch_size: int, registers: int = 0) -> None:
+    def add(
+        name: str, family: str, hub_id: str, width: int, patch_size: int, registers: int = 0, licence: str = ""
+    ) -> None:
         kind = FAMILIES[family]
         spec = EncoderSpec(
             family=family,
@@ -234,6 +256,7 @@ def _register_all() -> None:
             prefix_tokens=kind.prefix_tokens + registers,
             mean=kind.colours[0],
             std=kind.colours[1],
+            licence=licence or kind.licence,
         )
         register(name, spec)
 
@@ -249,6 +272,8 @@ def _register_all() -> None:
         add(f"siglip2-{size[0]}", "siglip", f"google/siglip2-{size}-patch16-256", width, 16)
     add("siglip-so400m", "siglip", "google/siglip-so400m-patch14-224", 1152, 14)
     add("siglip2-so400m", "siglip", "google/siglip2-so400m-patch16-256", 1152, 16)
+    add("siglip2-so400m-p14", "siglip", "google/siglip2-so400m-patch14-224", 1152, 14)
+    add("webssl-300m", "dinov2", "facebook/webssl-dino300m-full2b-224", 1024, 14, licence="cc-by-nc-4.0")
     for size, width, patch_size in (("base", 768, 16), ("large", 1024, 16), ("huge", 1280, 14)):
         add(f"mae-{size[0]}", "vit_mae", f"facebook/vit-mae-{size}", width, patch_size)
     for size, width, patch_size in (("base", 768, 16), ("large", 1024, 14)):
