@@ -1,6 +1,6 @@
 """Stage 2 on your own photos at 256 pixels: fine-tune the published DiT^DH-XL on one GPU.
 
-Reproduces:     no figures exist yet
+Reproduces:     nothing yet
 Command:        raekit latents cache rae-dinov2-b --source folder:photos --flip --out latents
                 raekit train photos_256 --data.source folder:photos --latents latents
 Cost:           20,000 steps of 128, 2.5e18 FLOPs: about 2 hours on an H100, 12 on an RTX 4090 (estimated, at 35 %)
