@@ -541,7 +541,8 @@ def test_a_dry_run_tells_the_cost_and_writes_nothing(run, images, tmp_path):
     assert f"encoder: {parameters:,} parameters\n" in cost
     assert re.search(r"^  0\.00 GFLOPs per image in the forward pass", cost, re.MULTILINE)
     assert re.search(
-        r"memory: about 0\.00 GiB of state and 0\.00 GiB of activations for 4 images at a time, 0\.\d+ GB for each",
+        r"memory: about 0\.00 GiB of state, 0\.00 GiB of frozen networks and copies of weights, and 0\.00 GiB of "
+        r"activations for 4 images at a time, 0\.\d+ GB for each",
         cost,
     )
     assert cost.endswith("1,500 steps of 4 images: 6,000 images\n")

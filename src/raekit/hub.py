@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from raekit.errors import UserError, did_you_mean
+from raekit.files import expanded
 
 # huggingface_hub is imported where it is used: `import raekit` imports this module and has to be fast.
 
@@ -35,7 +36,7 @@ published: Callable[[], Published] | None = None
 """Return the published models. `import raekit` sets it, because they are defined in a higher layer."""
 
 
-def find_folder(name: str, kind: str | None = None) -> Path:
+def find_folder(name: str | Path, kind: str | None = None) -> Path:
     """Return the folder of a model. From the Hub, only the files that raekit reads are downloaded.
 
     Args:
@@ -46,6 +47,7 @@ def find_folder(name: str, kind: str | None = None) -> Path:
     Raises:
         UserError: there is no such model, or the Hub did not deliver it.
     """
+    name = str(name)
     if name.startswith("builtin:"):
         folder = ASSETS / name.removeprefix("builtin:")
         if not folder.is_dir():
@@ -111,7 +113,7 @@ def cache_folder() -> Path:
     """Return the cache of what raekit makes once: `RAEKIT_CACHE`, by default `raekit` in Hugging Face's `HF_HOME`."""
     from huggingface_hub import constants
 
-    return Path(os.environ.get("RAEKIT_CACHE") or Path(constants.HF_HOME, "raekit")).expanduser()
+    return expanded(os.environ.get("RAEKIT_CACHE") or Path(constants.HF_HOME, "raekit"))
 
 
 def _milestone(name: str) -> Path | None:

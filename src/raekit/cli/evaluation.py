@@ -237,4 +237,4 @@ def probe(
     if out:
         rows = {row: asdict(result) for row, result in results.items()}
         with whole(out) as partial:
-            partial.write_text(to_json({"model": name, "source": source, "tokens": tokens, "results": rows}))
+            partial.write_text(to_json({"model": name, "source": source, "tokens": tokens, "results": rows}), "utf-8")

@@ -257,7 +257,7 @@ def _claim(out: Path, claim: dict[str, Any], world: World) -> None:
             )
     elif world.is_main:
         with whole(path) as partial:
-            partial.write_text(to_json(claim))
+            partial.write_text(to_json(claim), "utf-8")
 
 
 def _notes(stream: Stream, against: Against) -> list[str]:

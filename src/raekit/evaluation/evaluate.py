@@ -35,7 +35,7 @@ COUNT = 1000
 
 
 def evaluate(
-    model: str | Model,
+    model: str | Path | Model,
     *,
     reference: Places = (),
     source: str | None = None,
@@ -103,6 +103,7 @@ def evaluate(
     Raises:
         UserError: an argument has no effect, the images must not be compared, or a file is missing or damaged.
     """
+    model = str(model) if isinstance(model, Path) else model
     references, others = _places(reference), _places(relative_to)
     saved = isinstance(model, str) and is_address(model)
     _check_arguments(
