@@ -8,7 +8,7 @@ import torch
 
 from raekit import artifacts
 from raekit.data.loader import DataConfig
-from raekit.data.sources import is_address, open_source
+from raekit.data.sources import FORMATS, is_address, open_source
 from raekit.data.sources.base import Split
 from raekit.distributed import World, prepare_device
 from raekit.errors import UserError
@@ -104,6 +104,8 @@ def evaluate(
         UserError: an argument has no effect, the images must not be compared, or a file is missing or damaged.
     """
     model = str(model) if isinstance(model, Path) else model
+    if isinstance(model, str) and (scheme := Path(model).suffix[1:]) in FORMATS and Path(model).is_file():
+        raise UserError(f"{model}: give saved images by their address, {scheme}:{model}")
     references, others = _places(reference), _places(relative_to)
     saved = isinstance(model, str) and is_address(model)
     _check_arguments(
