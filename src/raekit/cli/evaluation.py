@@ -228,9 +228,16 @@ def probe(
     if not here.is_main:
         return
     console.print_table(
-        ["", "held-out accuracy", "95 % interval", "training accuracy", "penalty"],
+        ["", "held-out accuracy", "95 % interval", "training accuracy", "penalty", "fits"],
         [
-            [row, f"{r.accuracy:.1%}", f"{r.low:.1%} to {r.high:.1%}", f"{r.training:.1%}", f"{r.penalty:g}"]
+            [
+                row,
+                f"{r.accuracy:.1%}",
+                f"{r.low:.1%} to {r.high:.1%}",
+                f"{r.training:.1%}",
+                f"{r.penalty:g}",
+                f"{r.seconds:.1f} s",
+            ]
             for row, r in results.items()
         ],
     )
