@@ -8,8 +8,8 @@ from huggingface_hub import constants
 from safetensors.torch import save_file
 
 from raekit.errors import UserError
-from raekit.files import check_file, check_folder, expanded, whole
-from raekit.hub import cache_folder
+from raekit.files import check_file, check_folder, whole
+from raekit.hub import cache_folder, expanded
 
 
 def names(folder: Path) -> list[str]:

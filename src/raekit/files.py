@@ -70,21 +70,6 @@ def _try(path: Path) -> None:
         raise UserError(f"{path}: cannot be written ({error.strerror}); give another path") from None
 
 
-def expanded(path: str | Path) -> Path:
-    """Return `path` with the home folder in place of ~.
-
-    Raises:
-        UserError: the path begins with ~, and no home folder is known.
-    """
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        raise UserError(
-            f"{path}: no home folder is known, because HOME is not set and the user has no entry in the system; set "
-            "HOME, or HF_HOME for the cache of models, to a folder"
-        ) from None
-
-
 @contextmanager
 def whole(path: Path, folder: bool = False) -> Iterator[Path]:
     """Yield a temporary path to write to, and move the result to `path` at the end.

@@ -11,7 +11,6 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from raekit.errors import UserError, did_you_mean
-from raekit.files import expanded
 
 # huggingface_hub is imported where it is used: `import raekit` imports this module and has to be fast.
 
@@ -107,6 +106,21 @@ def _is_model(folder: Path) -> bool:
     known = isinstance(values, dict) and values.get("_class_name") in ("AutoencoderRAE", "RAEDiT2DModel")
     named = isinstance(values, dict) and (known or bool(values.keys() & {"kind", "decoder_hidden_size"}))
     return named or (folder / "config.yaml").is_file()
+
+
+def expanded(path: str | Path) -> Path:
+    """Return `path` with the home folder in place of ~.
+
+    Raises:
+        UserError: the path begins with ~, and no home folder is known.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(
+            f"{path}: no home folder is known, because HOME is not set and the user has no entry in the system; set "
+            "HOME, or HF_HOME for the cache of models, to a folder"
+        ) from None
 
 
 def cache_folder() -> Path:

@@ -70,6 +70,7 @@ class Interpolations:
         self.originals = RealImages(source, split, size, batch_size, workers)
         self.training = RealImages(training, "train", size, batch_size, workers)
         self.count, self.image_size, self.source = self.originals.count, size, source
+        self.classes = self.originals.classes
         self.split: Split = split
 
     def batches(self, chunks: Sequence[range], world: World) -> Iterator[Images]:

@@ -15,7 +15,6 @@ from torch import Tensor
 from raekit import hub
 from raekit.config import check_sizes, configclass
 from raekit.errors import UserError
-from raekit.files import expanded
 
 Colours = tuple[float, float, float]
 Size = int | tuple[int, int]
@@ -265,7 +264,7 @@ def absolute(name: str) -> str:
     """
     known = hub.published().NAMES if hub.published else ()
     prefix, place, size = re.fullmatch(r"(?:(\w+):)?(.*?)(@\d+)?", name, re.DOTALL).groups("")  # type: ignore[union-attr]
-    path = expanded(place)
+    path = hub.expanded(place)
     if prefix == "builtin" or name in REGISTRY or name in known or not place or not path.exists():
         return name
     return f"{prefix}:{path.absolute()}{size}" if prefix else f"{path.absolute()}{size}"

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from raekit.errors import UserError
-from raekit.files import expanded
+from raekit.hub import expanded
 
 Split = Literal["train", "heldout", "all"]
 
