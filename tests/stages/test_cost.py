@@ -33,7 +33,7 @@ def allocated(action: Callable[[], None]) -> int:
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
     now = largest = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
+        now += event.nbytes()  # type: ignore[attr-defined]
         largest = max(largest, now)
     return largest
 

@@ -126,8 +126,8 @@ def evaluate(
     )
     if count is not None and count < 1:
         raise UserError(f"count: {count} must be at least 1")
-    place = Path(out) if out else None
-    check_folder(place or Path(REPORTS))
+    report_folder = Path(out) if out else None
+    check_folder(report_folder or Path(REPORTS))
     world = world or World(device=prepare_device())
     own = reconstruct or interpolate  # the autoencoder is scored, without a denoiser
     loaded = _load(model, own, ema, dtype, world) if not saved else None
@@ -202,7 +202,7 @@ def evaluate(
         stream,
         compared,
         names,
-        place,
+        report_folder,
         baselines=rows,
         notes=notes,
         intervals=intervals,
