@@ -541,7 +541,8 @@ def test_a_dry_run_tells_the_cost_and_writes_nothing(run, images, tmp_path):
     assert f"encoder: {parameters:,} parameters\n" in cost
     assert re.search(r"^  0\.00 GFLOPs per image in the forward pass", cost, re.MULTILINE)
     assert re.search(
-        r"memory: about 0\.00 GiB of state and 0\.00 GiB of activations for 4 images at a time, 0\.\d+ GB for each",
+        r"memory: about 0\.00 GiB of state, 0\.00 GiB of frozen networks and copies of weights, and 0\.00 GiB of "
+        r"activations for 4 images at a time, 0\.\d+ GB for each",
         cost,
     )
     assert cost.endswith("1,500 steps of 4 images: 6,000 images\n")
@@ -1357,7 +1358,7 @@ def test_samples_and_saved_images_are_compared_with_a_reference(run, images, tin
     assert re.search(rf"r{name} ↓ ", done.out)
     assert read_report(tmp_path / "rebuilt").metrics == [f"r{name}", "psnr", "ssim"]
     assert_fails(run(*rebuilt, "--steps", 3), "sampling: has no effect with reconstruct")
-    assert_fails(run(*rebuilt, "--intervals"), "intervals: not available for reconstructions")
+    assert_fails(run(*rebuilt, "--intervals"), "intervals: not available for images whose originals are the reference")
     assert_fails(run(*rebuilt, "--lpips", tmp_path / "no.safetensors"), "no.safetensors: no such file")
     theirs = tmp_path / "theirs.npz"
     np.savez(theirs, mu=np.zeros(2048), sigma=np.eye(2048))

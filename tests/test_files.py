@@ -1,12 +1,15 @@
 import os
+import pwd
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import save_file
 
 from raekit.errors import UserError
 from raekit.files import check_file, check_folder, whole
+from raekit.hub import cache_folder, expanded
 
 
 def names(folder: Path) -> list[str]:
@@ -157,3 +160,20 @@ def test_an_empty_folder_is_filled_in_place(tmp_path, monkeypatch):
         (partial / "x").touch()
     assert os.listdir() == ["x"]
     assert names(tmp_path) == ["empty"]
+
+
+def test_without_a_home_folder_the_message_says_what_to_set(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert expanded("~/x") == tmp_path / "x"
+
+    def unknown(uid: int) -> None:
+        raise KeyError(uid)
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    assert expanded("x") == Path("x")
+    monkeypatch.delenv("RAEKIT_CACHE", raising=False)
+    monkeypatch.setattr(constants, "HF_HOME", "~/.cache/huggingface")
+    for action in (lambda: expanded("~/x"), cache_folder):
+        with pytest.raises(UserError, match=r"~/.*: no home folder is known, .* set HOME"):
+            action()

@@ -3,6 +3,7 @@
 import pkgutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -63,3 +64,17 @@ def test_published_names_are_known_as_soon_as_the_package_is_imported():
 
 def test_the_package_itself_imports_in_milliseconds():
     assert not loaded_after("import raekit") & {"torch", "numpy", "huggingface_hub", "safetensors", "pydantic"}
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_public_functions_take_paths_and_strings(kind, images, tiny_model, tmp_path):
+    place = kind(tiny_model)
+    model = raekit.load(place)
+    for part in raekit.Autoencoder.load(place), raekit.Denoiser.load(place), raekit.Pipeline.from_pretrained(place):
+        (part.save_pretrained if isinstance(part, raekit.Pipeline) else part.save)(kind(tmp_path / "copy"))
+    raekit.convert(kind(tmp_path / "copy"), kind(tmp_path / "converted"))
+    assert raekit.load(kind(tmp_path / "converted")).denoiser.config == model.denoiser.config
+    report, _ = raekit.evaluate(
+        place, source=images, features=[str(tiny_model)], count=3, sampling=raekit.Sampling(steps=1), out=kind(tmp_path)
+    )
+    assert report.names["model"] == str(tiny_model)

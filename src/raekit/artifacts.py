@@ -54,7 +54,7 @@ class Artifact(NamedTuple):
     trained_on: str | None
 
 
-def find(name: str, kind: str, ema: float | None = None) -> Artifact:
+def find(name: str | Path, kind: str, ema: float | None = None) -> Artifact:
     """Find the artifact of a model.
 
     Args:
@@ -91,7 +91,7 @@ def averages(path: Path, kind: str) -> dict[float, Artifact]:
     return {found.ema: found for found in known if found and found.ema is not None}
 
 
-def _average(name: str, found: Artifact, kind: str, ema: float) -> Artifact:
+def _average(name: str | Path, found: Artifact, kind: str, ema: float) -> Artifact:
     known = averages(found.path, kind)
     if ema not in known:
         there = (
@@ -155,7 +155,7 @@ def write(
     about = {name: value for name, value in (("ema", ema), ("trained_on", trained_on)) if value is not None}
     with whole(folder, folder=True) as partial:
         partial.mkdir()
-        (partial / "config.json").write_text(to_json({"kind": kind, **about, **to_dict(config)}))
+        (partial / "config.json").write_text(to_json({"kind": kind, **about, **to_dict(config)}), "utf-8")
         _write_stored(
             {k: v.to(dtype if dtype and v.is_floating_point() else v.dtype).contiguous() for k, v in state.items()},
             partial,
@@ -173,7 +173,7 @@ def _write_stored(state: dict[str, Tensor], folder: Path) -> None:
         save_file({key: state[key] for key in keys}, folder / name)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / "model.safetensors.index.json").write_text(to_json(index))
+        (folder / "model.safetensors.index.json").write_text(to_json(index), "utf-8")
 
 
 def write_statistics(path: Path, var: Tensor, mean: Tensor | None = None) -> None:

@@ -86,7 +86,7 @@ class Clock:
     def keep(self) -> None:
         """Write the seconds to the file."""
         with whole(self._path) as partial:
-            partial.write_text(to_json({"seconds": self.seconds()}))
+            partial.write_text(to_json({"seconds": self.seconds()}), "utf-8")
 
 
 def next_leg(done: int, remaining: float, per_step: float) -> tuple[int, int]:
@@ -154,7 +154,7 @@ class Demo:
         if path.is_file() and (before := from_dict(Options, read_json(path), path)) != options:
             raise UserError(f"{run}: was started with other options ({_spelled(before)}); give these, or another --run")
         with whole(path) as partial:
-            partial.write_text(to_json(to_dict(options)))
+            partial.write_text(to_json(to_dict(options)), "utf-8")
         self.clock = Clock(run / "clock.json")
         self.builtin = load(BUILTIN, world.device)
         self.data = DataConfig(source=source, image_size=self.builtin.image_size)
@@ -218,7 +218,7 @@ class Demo:
             remaining = until - reserve * per_step / fastest - self.clock.seconds()
             total, leg = (done, done) if self.options.quick or total == leg else next_leg(done, remaining, per_step)
         with whole(end) as partial:
-            partial.write_text(to_json({"steps": done}))
+            partial.write_text(to_json({"steps": done}), "utf-8")
 
     def leg(self, name: str, config: Any, total: int, leg: int) -> float:
         """Train up to step `leg` of `total`, and return the seconds of a step."""

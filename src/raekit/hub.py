@@ -35,7 +35,7 @@ published: Callable[[], Published] | None = None
 """Return the published models. `import raekit` sets it, because they are defined in a higher layer."""
 
 
-def find_folder(name: str, kind: str | None = None) -> Path:
+def find_folder(name: str | Path, kind: str | None = None) -> Path:
     """Return the folder of a model. From the Hub, only the files that raekit reads are downloaded.
 
     Args:
@@ -46,6 +46,7 @@ def find_folder(name: str, kind: str | None = None) -> Path:
     Raises:
         UserError: there is no such model, or the Hub did not deliver it.
     """
+    name = str(name)
     if name.startswith("builtin:"):
         folder = ASSETS / name.removeprefix("builtin:")
         if not folder.is_dir():
@@ -107,11 +108,26 @@ def _is_model(folder: Path) -> bool:
     return named or (folder / "config.yaml").is_file()
 
 
+def expanded(path: str | Path) -> Path:
+    """Return `path` with the home folder in place of ~.
+
+    Raises:
+        UserError: the path begins with ~, and no home folder is known.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(
+            f"{path}: no home folder is known, because HOME is not set and the user has no entry in the system; set "
+            "HOME, or HF_HOME for the cache of models, to a folder"
+        ) from None
+
+
 def cache_folder() -> Path:
     """Return the cache of what raekit makes once: `RAEKIT_CACHE`, by default `raekit` in Hugging Face's `HF_HOME`."""
     from huggingface_hub import constants
 
-    return Path(os.environ.get("RAEKIT_CACHE") or Path(constants.HF_HOME, "raekit")).expanduser()
+    return expanded(os.environ.get("RAEKIT_CACHE") or Path(constants.HF_HOME, "raekit"))
 
 
 def _milestone(name: str) -> Path | None:

@@ -207,6 +207,12 @@ def test_a_comparison_with_unexpected_images_is_an_error(trained, plants, images
             str(trained), reference=file, labels="reference", features=features, out=tmp_path / "x", **QUICK
         ),
     )
+    for name in "saved.npz", "saved.zip":
+        (tmp_path / name).touch()
+        refused(
+            f"give saved images by their address, {name[-3:]}:.*{name}",
+            lambda name=name: evaluate(tmp_path / name, source=images, out=tmp_path / "x", world=ALONE),
+        )
     refused("saved images need real images", lambda: evaluate(f"flat:{plants}", out=tmp_path / "x", world=ALONE))
     moved = tmp_path / "moved"
     shutil.copytree(plants, moved / "plants")
@@ -232,6 +238,15 @@ def test_a_comparison_with_unexpected_images_is_an_error(trained, plants, images
 )
 def test_arguments_without_effect_are_errors(tiny_model, tmp_path, options, message):
     refused(message, lambda: evaluate(str(tiny_model), out=tmp_path, world=ALONE, **options))
+
+
+@pytest.mark.parametrize("name", ["features/mine.txt", "samples.png", "report.json"])
+def test_files_of_something_else_are_not_replaced(trained, tiny_model, tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    options: dict[str, Any] = {"features": [str(tiny_model)], "count": 3, **QUICK}
+    refused("holds .* of something else than an evaluation", lambda: evaluate(str(trained), out=tmp_path, **options))
+    assert (tmp_path / name).read_text() == "mine"
 
 
 def test_large_batches_are_cut_and_do_not_change_the_settings(trained, tiny_model, tmp_path):

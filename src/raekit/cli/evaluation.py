@@ -228,13 +228,20 @@ def probe(
     if not here.is_main:
         return
     console.print_table(
-        ["", "held-out accuracy", "95 % interval", "training accuracy", "penalty"],
+        ["", "held-out accuracy", "95 % interval", "training accuracy", "penalty", "fits"],
         [
-            [row, f"{r.accuracy:.1%}", f"{r.low:.1%} to {r.high:.1%}", f"{r.training:.1%}", f"{r.penalty:g}"]
+            [
+                row,
+                f"{r.accuracy:.1%}",
+                f"{r.low:.1%} to {r.high:.1%}",
+                f"{r.training:.1%}",
+                f"{r.penalty:g}",
+                f"{r.seconds:.1f} s",
+            ]
             for row, r in results.items()
         ],
     )
     if out:
         rows = {row: asdict(result) for row, result in results.items()}
         with whole(out) as partial:
-            partial.write_text(to_json({"model": name, "source": source, "tokens": tokens, "results": rows}))
+            partial.write_text(to_json({"model": name, "source": source, "tokens": tokens, "results": rows}), "utf-8")

@@ -143,7 +143,7 @@ def check_shared(folder: Path, world: World) -> None:
     name = world.gather(f".token-{uuid.uuid4().hex}")[0]
     if world.is_main:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(name)
+        (folder / name).write_text(name, "utf-8")
     world.barrier()
     deadline = time.monotonic() + SHARING
     while not (seen := (folder / name).is_file()) and time.monotonic() < deadline:

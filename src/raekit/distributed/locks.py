@@ -65,7 +65,7 @@ def _acquire(folder: Path, owner: dict[str, Any]) -> str | None:
                 other = _read(path)
             else:
                 try:
-                    path.write_text(json.dumps(owner))
+                    path.write_text(json.dumps(owner), "utf-8")
                 except OSError:  # a full disk
                     path.unlink()
                     raise
@@ -99,7 +99,7 @@ def _owner() -> dict[str, Any]:
 def _read(path: Path) -> dict[str, Any]:
     """Return the owner of a lock; {} if the file has just been created or removed, or is damaged."""
     try:
-        owner = json.loads(path.read_text())
+        owner = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
         return {}
     return owner if isinstance(owner, dict) and owner.keys() == _owner().keys() else {}
@@ -118,7 +118,7 @@ def _started(pid: int) -> str | None:
     The number of a dead process may belong to a new process, which started at another time.
     """
     try:
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        state, *fields = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()
         return None if state in "ZX" else fields[18]
     except OSError:
         if Path("/proc/self/stat").exists():

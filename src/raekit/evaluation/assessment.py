@@ -1,6 +1,7 @@
 """An evaluation, from streams of images to a report. The same call resumes an evaluation that was stopped."""
 
 import json
+import os
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -35,6 +36,8 @@ REPORTS = "reports"
 """The folder of reports without a folder of their own."""
 _CLAIM = "evaluation.json"
 _BASELINES = "baselines"
+_WRITTEN = ("features", _BASELINES, "samples.png", "report.json", "report.md", "report.html")
+"""What an evaluation writes to its folder, apart from the claim."""
 TRAINING = "training images"
 """The name of the baseline whose images are searched for the nearest neighbours of all others."""
 _NEIGHBOURS = 10
@@ -255,9 +258,11 @@ def _claim(out: Path, claim: dict[str, Any], world: World) -> None:
             raise UserError(
                 f"{out}: holds another evaluation:\n  " + "\n  ".join(changed) + "\nChoose another --out, or undo these"
             )
+    elif foreign := [name for name in _WRITTEN if os.path.lexists(out / name)]:
+        raise UserError(f"{out}: holds {foreign[0]} of something else than an evaluation; choose another --out")
     elif world.is_main:
         with whole(path) as partial:
-            partial.write_text(to_json(claim))
+            partial.write_text(to_json(claim), "utf-8")
 
 
 def _notes(stream: Stream, against: Against) -> list[str]:

@@ -8,7 +8,7 @@ import torch
 
 from raekit import artifacts
 from raekit.data.loader import DataConfig
-from raekit.data.sources import is_address, open_source
+from raekit.data.sources import FORMATS, is_address, open_source
 from raekit.data.sources.base import Split
 from raekit.distributed import World, prepare_device
 from raekit.errors import UserError
@@ -35,7 +35,7 @@ COUNT = 1000
 
 
 def evaluate(
-    model: str | Model,
+    model: str | Path | Model,
     *,
     reference: Places = (),
     source: str | None = None,
@@ -103,6 +103,9 @@ def evaluate(
     Raises:
         UserError: an argument has no effect, the images must not be compared, or a file is missing or damaged.
     """
+    model = str(model) if isinstance(model, Path) else model
+    if isinstance(model, str) and (scheme := Path(model).suffix[1:]) in FORMATS and Path(model).is_file():
+        raise UserError(f"{model}: give saved images by their address, {scheme}:{model}")
     references, others = _places(reference), _places(relative_to)
     saved = isinstance(model, str) and is_address(model)
     _check_arguments(
@@ -123,8 +126,8 @@ def evaluate(
     )
     if count is not None and count < 1:
         raise UserError(f"count: {count} must be at least 1")
-    place = Path(out) if out else None
-    check_folder(place or Path(REPORTS))
+    report_folder = Path(out) if out else None
+    check_folder(report_folder or Path(REPORTS))
     world = world or World(device=prepare_device())
     own = reconstruct or interpolate  # the autoencoder is scored, without a denoiser
     loaded = _load(model, own, ema, dtype, world) if not saved else None
@@ -199,7 +202,7 @@ def evaluate(
         stream,
         compared,
         names,
-        place,
+        report_folder,
         baselines=rows,
         notes=notes,
         intervals=intervals,

@@ -144,14 +144,14 @@ class Reference:
                 f"run raekit reference {source} --split {split}"
             )
 
-    def write(self, path: Path) -> None:
+    def write(self, path: str | Path) -> None:
         """Write the reference as a .safetensors file. UserError if the file cannot be written."""
         header = _Header(about=self.about, counts={name: one.count for name, one in self.gaussians.items()})
-        with whole(path) as partial:
+        with whole(Path(path)) as partial:
             save_file(_tensors(self.gaussians, self.features), partial, {_METADATA: json.dumps(to_dict(header))})
 
 
-def read_reference(path: Path, network: str | None = None) -> Reference:
+def read_reference(path: str | Path, network: str | None = None) -> Reference:
     """Read a reference from a file of raekit or another project. Reading never runs code from the file.
 
     - `.safetensors`: a file of `raekit reference`, checked against its hash.
@@ -167,6 +167,7 @@ def read_reference(path: Path, network: str | None = None) -> Reference:
     Raises:
         UserError: the file is missing or damaged, or its statistics are not finite, not symmetric or of a wrong shape.
     """
+    path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     if path.suffix == ".safetensors":

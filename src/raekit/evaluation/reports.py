@@ -77,7 +77,7 @@ def write_report(report: Report, out: Path) -> None:
         },
     )
     with whole(out / "report.json") as partial:
-        partial.write_text(to_json(to_dict(report)))
+        partial.write_text(to_json(to_dict(report)), "utf-8")
 
 
 def score_rows(report: Report) -> list[list[str]]:

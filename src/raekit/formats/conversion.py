@@ -68,7 +68,7 @@ class FileOptions:
 _DENOISER_OPTIONS = {"denoiser_config", "prediction", "autoencoder"}
 
 
-def convert(source: str, folder: Path, to: Format = "raekit", options: FileOptions | None = None) -> Parts:
+def convert(source: str | Path, folder: str | Path, to: Format = "raekit", options: FileOptions | None = None) -> Parts:
     """Convert a model and write it to a folder.
 
     Args:
@@ -85,6 +85,7 @@ def convert(source: str, folder: Path, to: Format = "raekit", options: FileOptio
     Raises:
         UserError: the source cannot be read, the folder is not empty, or the format cannot represent the model.
     """
+    source, folder = str(source), Path(folder)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise UserError(f"{folder}: already exists and is not empty; give a new folder")
     check_folder(folder)

@@ -135,7 +135,7 @@ def write_v1(parts: AutoencoderParts, folder: Path) -> None:
         partial.mkdir()
         torch.save(to_published_decoder(parts, spec), partial / "model.pt")
         torch.save({"mean": parts.mean, "var": parts.var}, partial / "stat.pt")
-        (partial / "config.json").write_text(to_json(published_decoder_config(parts.config.decoder)))
+        (partial / "config.json").write_text(to_json(published_decoder_config(parts.config.decoder)), "utf-8")
         if cls := next((cls for cls, family in ENCODER_CLASSES.items() if family == spec.family), None):
             import yaml
 
@@ -153,7 +153,7 @@ def write_v1(parts: AutoencoderParts, folder: Path) -> None:
                 "normalization_stat_path": "stat.pt",
             }
             values = {"stage_1": {"target": "stage1.RAE", "params": params}}
-            (partial / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+            (partial / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False), "utf-8")
 
 
 def to_published_decoder(parts: AutoencoderParts, spec: EncoderSpec) -> dict[str, Tensor]:

@@ -182,7 +182,7 @@ def write_diffusers(parts: AutoencoderParts, folder: Path) -> None:
     header = {"_class_name": "AutoencoderRAE", "_diffusers_version": DIFFUSERS_VERSION}
     with whole(folder, folder=True) as partial:
         partial.mkdir()
-        (partial / "config.json").write_text(to_json(header | to_dict(config)))
+        (partial / "config.json").write_text(to_json(header | to_dict(config)), "utf-8")
         save_file({key: value.contiguous() for key, value in state.items()}, partial / DIFFUSERS_WEIGHTS)
 
 

@@ -364,8 +364,8 @@ def _noise(denoiser: Denoiser, seed: Seed, indices: Sequence[int], device: torch
 
     def noise(stream: str) -> Tensor:
         if isinstance(seed, int):
-            return sample_noise(denoiser, seed, stream, indices).to(device)
-        return torch.cat([sample_noise(denoiser, seed[i], stream, [0]) for i in indices]).to(device)
+            return sample_noise(denoiser, seed, stream, indices, device)
+        return torch.cat([sample_noise(denoiser, seed[i], stream, [0], device) for i in indices])
 
     return noise
 

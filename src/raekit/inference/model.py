@@ -136,7 +136,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def load(
-    name: str,
+    name: str | Path,
     device: torch.device | str = "cpu",
     ema: float | None = None,
     dtype: torch.dtype = torch.float32,
@@ -154,7 +154,7 @@ def load(
 
 
 def load_published(
-    path: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[Model, Sampling]:
     """Load the model and the sampling settings of a published sampling config.
 
@@ -169,7 +169,7 @@ def load_published(
     Raises:
         UserError: if the file lacks a part of the model.
     """
-    parts, sampling = read_published(path)
+    parts, sampling = read_published(Path(path))
     assert parts.autoencoder
     assert parts.denoiser
     weak = sampling.weak.set_dtype(dtype).to(device) if sampling.weak else None

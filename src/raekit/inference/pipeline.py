@@ -16,7 +16,7 @@ from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.flow.guidance import Guidance, parse_guidance
 from raekit.flow.path import to_data
-from raekit.flow.sampling import Sampling, Watch, check_sampling, denoise, sample_noise, slerp
+from raekit.flow.sampling import START, Sampling, Watch, check_sampling, denoise, sample_noise, slerp
 from raekit.flow.solvers import SolverName, time_grid
 from raekit.inference.gallery import Pictures
 from raekit.inference.generation import (
@@ -299,10 +299,10 @@ class Pipeline:
         way = torch.tensor([strength])
 
         def noise(stream: str) -> Tensor:
-            other = [sample_noise(model.denoiser, each, stream, [0])[0] for each in seeds]
-            if stream != "sample":
-                return torch.stack(other).to(self.device)
-            return torch.cat([slerp(start.cpu(), each, way) for each in other]).to(self.device)
+            other = [sample_noise(model.denoiser, each, stream, [0], self.device)[0] for each in seeds]
+            if stream != START:
+                return torch.stack(other)
+            return torch.cat([slerp(start.cpu(), each.cpu(), way) for each in other]).to(self.device)
 
         chosen = None if ids is None else torch.tensor(ids, device=self.device)
         watch = self._watch(settings, callback, 1)

@@ -67,7 +67,7 @@ def prepared(
         folder = Path(place)
         pipeline.save_pretrained(folder, dtype=dtype)
         for path in folder.glob("*/config.json"):
-            path.write_text(to_json(_without_paths(read_json(path))))
+            path.write_text(to_json(_without_paths(read_json(path))), "utf-8")
         if pipeline.denoiser:
             pipeline(count=16).save(folder / GRID)
         model_card(pipeline, repository, run=run, scores=scores).save(folder / "README.md")

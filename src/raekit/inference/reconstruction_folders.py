@@ -187,7 +187,7 @@ def _write_scores(results: Reconstructions, out: Path) -> None:
     means = results.means()
     rows = [{"image": str(p.image), "output": str(p.output), **p.scores} for p in results.pictures]
     with whole(out / "scores.json") as partial:
-        partial.write_text(to_json({"means": means, "images": rows, "unreadable": results.unreadable}))
+        partial.write_text(to_json({"means": means, "images": rows, "unreadable": results.unreadable}), "utf-8")
     with whole(out / "scores.csv") as partial, _open_csv(partial) as file:
         writer = csv.DictWriter(file, ["image", "output", *means])
         writer.writeheader()

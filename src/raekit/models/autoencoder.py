@@ -64,7 +64,9 @@ class Autoencoder(LatentSpace):
         self.decoder = Decoder(config.decoder)
 
     @classmethod
-    def load(cls, name: str, dtype: torch.dtype = torch.float32, encoder_dtype: torch.dtype | None = None) -> Self:
+    def load(
+        cls, name: str | Path, dtype: torch.dtype = torch.float32, encoder_dtype: torch.dtype | None = None
+    ) -> Self:
         """Load an autoencoder.
 
         Args:
@@ -115,7 +117,7 @@ class Autoencoder(LatentSpace):
         model.set_statistics(*statistics)
         return model.requires_grad_(False).eval()
 
-    def save(self, folder: Path, world: World | None = None, dtype: torch.dtype | None = None) -> None:
+    def save(self, folder: str | Path, world: World | None = None, dtype: torch.dtype | None = None) -> None:
         """Write FOLDER/autoencoder, for `load`; also FOLDER/encoder, if raekit trained the encoder."""
         world = world or World()
         complete = isinstance(self.encoder.model, ViT) and Path(self.encoder.name).is_dir()
@@ -126,6 +128,7 @@ class Autoencoder(LatentSpace):
             encoder_weights=None if known else self.encoder_weights,
         )
         statistics = {"var": self.var} | ({} if self.mean is None else {"mean": self.mean})
+        folder = Path(folder)
         target = folder / "autoencoder"
         artifacts.write(
             target,
@@ -173,7 +176,7 @@ class Autoencoder(LatentSpace):
 
 
 def load_autoencoder(
-    name: str, dtype: torch.dtype = torch.float32, encoder_dtype: torch.dtype | None = None
+    name: str | Path, dtype: torch.dtype = torch.float32, encoder_dtype: torch.dtype | None = None
 ) -> LatentSpace:
     """Load an autoencoder or a baseline.
 
@@ -186,7 +189,7 @@ def load_autoencoder(
     Raises:
         UserError: if a file is missing or damaged.
     """
-    if config := BaselineConfig.named(name):
+    if config := BaselineConfig.named(str(name)):
         return Baseline.load(config, dtype, encoder_dtype)
     found = artifacts.find(name, "autoencoder")
     if "baseline" in found.config:

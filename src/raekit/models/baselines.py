@@ -110,10 +110,10 @@ class Baseline(LatentSpace):
             )
         return model
 
-    def save(self, folder: Path, world: World | None = None, dtype: torch.dtype | None = None) -> None:
+    def save(self, folder: str | Path, world: World | None = None, dtype: torch.dtype | None = None) -> None:
         """Write FOLDER/autoencoder. The artifact names the weights and does not contain them."""
         config = replace(self.config, baseline=absolute(self.config.baseline), weights=self.weights)
-        artifacts.write(folder / "autoencoder", "autoencoder", config, nn.Module(), world or World(), dtype=dtype)
+        artifacts.write(Path(folder) / "autoencoder", "autoencoder", config, nn.Module(), world or World(), dtype=dtype)
 
     @cached_property
     def weights(self) -> str | None:

@@ -88,7 +88,7 @@ class Denoiser(nn.Module):
         _initialise(self)
 
     @classmethod
-    def load(cls, name: str, ema: float | None = None, dtype: torch.dtype = torch.float32) -> Self:
+    def load(cls, name: str | Path, ema: float | None = None, dtype: torch.dtype = torch.float32) -> Self:
         """Load a denoiser.
 
         Args:
@@ -142,7 +142,7 @@ class Denoiser(nn.Module):
 
     def save(
         self,
-        folder: Path,
+        folder: str | Path,
         world: World | None = None,
         dtype: torch.dtype | None = None,
         *,
@@ -158,7 +158,7 @@ class Denoiser(nn.Module):
             ema: the decay, if the weights are an average.
             beside: write FOLDER/denoiser-ema-DECAY, next to another average in FOLDER/denoiser.
         """
-        target = folder / (f"denoiser-ema-{ema}" if beside else "denoiser")
+        target = Path(folder) / (f"denoiser-ema-{ema}" if beside else "denoiser")
         artifacts.write(
             target, "denoiser", self.config, self, world or World(), dtype=dtype, ema=ema, trained_on=self.trained_on
         )

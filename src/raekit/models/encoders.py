@@ -76,10 +76,12 @@ class Encoder(nn.Module):
         self.register_buffer("std", torch.tensor(spec.std).view(3, 1, 1), persistent=False)
         super().train(False)
 
-    def save(self, folder: Path, world: World | None = None, dtype: torch.dtype | None = None) -> None:
+    def save(self, folder: str | Path, world: World | None = None, dtype: torch.dtype | None = None) -> None:
         """Write FOLDER/encoder, for `load_encoder`. Only encoders that raekit pretrained can be saved."""
         assert isinstance(self.model, ViT), "public encoders are shared by name"
-        artifacts.write(folder / "encoder", "encoder", self.model.config, self.model, world or World(), dtype=dtype)
+        artifacts.write(
+            Path(folder) / "encoder", "encoder", self.model.config, self.model, world or World(), dtype=dtype
+        )
 
     @property
     def width(self) -> int:
@@ -163,7 +165,7 @@ class Encoder(nn.Module):
 
 
 def load_encoder(
-    name: str,
+    name: str | Path,
     input_size: Size | None = None,
     layers: LayersConfig | None = None,
     dtype: torch.dtype = torch.float32,
@@ -181,6 +183,7 @@ def load_encoder(
     Raises:
         UserError: if there is no such encoder, or its weights are missing or damaged.
     """
+    name = str(name)
     family, _, where = name.partition(":")
     if spec := REGISTRY.get(name):
         model, _ = _read_transformers(name, spec.family, spec.hub_id, dtype)

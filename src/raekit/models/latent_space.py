@@ -46,7 +46,7 @@ class LatentSpace(nn.Module, ABC):
         """Return the images (B, 3, *image_shape), not clamped to [0, 1], of latents (B, C, h, w), not whitened."""
 
     @abstractmethod
-    def save(self, folder: Path, world: World | None = None, dtype: torch.dtype | None = None) -> None:
+    def save(self, folder: str | Path, world: World | None = None, dtype: torch.dtype | None = None) -> None:
         """Write FOLDER/autoencoder, for `load_autoencoder`. All processes call this, the first one writes."""
 
     @abstractmethod

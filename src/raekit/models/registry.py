@@ -7,7 +7,6 @@ checkpoint of a family. A new family needs one `Family` entry.
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -290,7 +289,7 @@ def absolute(name: str) -> str:
     """
     known = hub.published().NAMES if hub.published else ()
     prefix, place, size = re.fullmatch(r"(?:(\w+):)?(.*?)(@\d+)?", name, re.DOTALL).groups("")  # type: ignore[union-attr]
-    path = Path(place).expanduser()
+    path = hub.expanded(place)
     if prefix == "builtin" or name in REGISTRY or name in known or not place or not path.exists():
         return name
     return f"{prefix}:{path.absolute()}{size}" if prefix else f"{path.absolute()}{size}"

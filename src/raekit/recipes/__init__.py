@@ -110,9 +110,9 @@ def _from_file(path: Path) -> Recipe:
     return Recipe(path.stem, module.__doc__ or str(path), config, path)
 
 
-def configured(recipe: str | StageConfig, **overrides: Any) -> StageConfig:
+def configured(recipe: str | Path | StageConfig, **overrides: Any) -> StageConfig:
     """Return the config of a recipe with other values for some of its fields. See `train` for the arguments."""
-    config = find(recipe).config if isinstance(recipe, str) else recipe
+    config = find(str(recipe)).config if isinstance(recipe, str | Path) else recipe
     values = to_dict(config)
     for name, value in overrides.items():
         *parts, field = name.split("__")
@@ -128,7 +128,7 @@ def configured(recipe: str | StageConfig, **overrides: Any) -> StageConfig:
 
 
 def train(
-    recipe: str | StageConfig,
+    recipe: str | Path | StageConfig,
     run: str | Path,
     *,
     device: str | None = None,

@@ -1,13 +1,14 @@
 """What a training step costs: parameters, FLOPs and memory, and what to do when the memory does not suffice."""
 
-from collections import Counter
+import weakref
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from raekit.distributed import World
 from raekit.stages.stage import Stage
@@ -27,80 +28,93 @@ class Cost:
         parameters: Number of trained parameters.
         flops: FLOPs of the loss of one image, including frozen parts. The backward pass costs about twice as many.
         state: Bytes of weights, gradients, two moments of AdamW and the averages, all in float32.
+        fixed: Bytes of what else does not grow with the batch: the weights of frozen networks, such as the encoder,
+            LPIPS and the discriminator's backbone, and autocast's copies of weights.
         image: Bytes of the activations of one image.
     """
 
     parameters: int
     flops: float
     state: int
+    fixed: int
     image: float
 
 
 def cost_of(objective: Objective, batch: Any, config: TrainConfig, world: World) -> Cost:
-    """Measure the cost of an objective in one forward pass on `batch`, as in the last training step.
+    """Measure the cost of an objective in a forward and a backward pass on `batch`, as in the last training step.
 
-    The activations are those that the backward pass needs. Tensors that do not grow with the batch, such as weights in
-    bfloat16, are left out by the comparison with half of the batch, if there are two images.
+    A second pass on half of the batch says how much of the memory grows with the number of images.
+
+    Args:
+        objective: The objective.
+        batch: At least two images.
+        config: The settings of the training.
+        world: The processes and their device.
     """
     module, step = objective.module.to(world.device), max(config.steps - 1, objective.start)
+    gradients = [parameter.grad for parameter in module.parameters()]
+    for parameter, gradient in zip(module.parameters(), gradients, strict=True):
+        if gradient is None:  # part of the state
+            parameter.grad = torch.zeros_like(parameter)
 
-    def saved(part: Any) -> tuple[int, float]:
-        kept = _Kept(module)
-        with (
-            torch.compiler.set_stance("force_eager"),
-            flop_counter() as counter,
-            saved_tensors_hooks(kept.pack, lambda held: held.tensor),
-            autocast(config.precision, world.device),
-        ):
-            objective.loss(part, step)
-        return kept.peak, counter.get_total_flops()
+    def measured(part: Any) -> tuple[int, float]:
+        with torch.compiler.set_stance("force_eager"), _Memory(module) as memory:
+            with flop_counter() as counter, autocast(config.precision, world.device):
+                loss, _ = objective.loss(part, step)
+            loss.backward()
+        return memory.peak, counter.get_total_flops()
 
     module.eval()  # no power iterations of a discriminator
     half = len(batch) // 2
-    (all_bytes, flops), (half_bytes, _) = saved(batch), saved(batch.split(half)[0]) if half else (0, 0)
+    (all_bytes, flops), (half_bytes, _) = measured(batch), measured(batch.split(half)[0])
     module.train()
+    for parameter, gradient in zip(module.parameters(), gradients, strict=True):
+        parameter.grad = gradient
     parameters = sum(parameter.numel() for parameter in module.parameters())
+    image = (all_bytes - half_bytes) / (len(batch) - half)
     return Cost(
         parameters=parameters,
         flops=flops / len(batch),
         state=4 * parameters * (4 + len(objective.ema)),
-        image=(all_bytes - half_bytes) / (len(batch) - half),
+        fixed=max(round(all_bytes - image * len(batch)), 0),
+        image=image,
     )
 
 
-class _Kept:
-    """Counts the bytes that autograd keeps for backward passes, without the parameters of `module`.
+class _Memory(TorchDispatchMode):
+    """Counts the bytes of all tensors that operations read and write, except trained parameters and their gradients.
 
     Attributes:
-        peak: The largest number of bytes so far. A loss may run a backward pass itself, which frees tensors.
+        peak: The largest number of bytes at one time so far.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self.holders: Counter[int] = Counter(_storage(p)._cdata for p in module.parameters())
+        super().__init__()
+        self.held = {_storage(p.grad)._cdata: 0 for p in module.parameters() if p.grad is not None}
         self.bytes = self.peak = 0
 
-    def pack(self, tensor: torch.Tensor) -> "_Held":
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in tree_leaves((args, kwargs)):
+            self._count(tensor)
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            self._count(tensor)
+        return made
+
+    def _count(self, tensor: Any) -> None:
+        if not isinstance(tensor, torch.Tensor):
+            return
         storage = _storage(tensor)
-        self.change(storage, 1)
+        if storage._cdata in self.held:
+            return
+        trained = isinstance(tensor, nn.Parameter) and tensor.requires_grad  # perhaps of another objective
+        self.held[storage._cdata] = size = 0 if trained else storage.nbytes()
+        self.bytes += size
         self.peak = max(self.peak, self.bytes)
-        return _Held(self, tensor)
+        weakref.finalize(storage, self._free, storage._cdata)
 
-    def change(self, storage: torch.UntypedStorage, by: int) -> None:
-        """Note that one holder of a storage has come (1) or gone (-1)."""
-        before = self.holders[storage._cdata]
-        self.holders[storage._cdata] += by
-        if not before or before + by == 0:
-            self.bytes += by * storage.nbytes()
-
-
-class _Held:
-    """A tensor that autograd keeps."""
-
-    def __init__(self, kept: _Kept, tensor: torch.Tensor) -> None:
-        self.kept, self.tensor = kept, tensor
-
-    def __del__(self) -> None:
-        self.kept.change(_storage(self.tensor), -1)
+    def _free(self, key: int) -> None:
+        self.bytes -= self.held.pop(key)
 
 
 def _storage(tensor: torch.Tensor) -> torch.UntypedStorage:
@@ -132,15 +146,16 @@ def memory_advice(stage: Stage, config: TrainConfig, size: int, world: World) ->
             lines.append(f"set {setting}train.micro_batch {fits[-1]} (about {_gib(base + fits[-1] * each)})")
     remedy = ", or ".join(lines) or "use a larger GPU, more processes or a smaller model"
     return (
-        f"{message}: it needs about {_gib(state)} of state and {_gib(image)} for each image, "
+        f"{message}: it needs about {_gib(state)} of state and frozen networks, and {_gib(image)} for each image, "
         f"{_gib(state + size * image)} in all, and {_gib(room)} can be used; {remedy}"
     )
 
 
 def _total(stage: Stage, batch: Any, config: TrainConfig, world: World) -> tuple[int, float]:
-    """Return the bytes of the state of all objectives, and the bytes of an image of the largest."""
+    """Return the bytes that do not grow with the batch, and the bytes of an image in the objective that needs most."""
     costs = [cost_of(objective, batch, config, world) for objective in stage.objectives]
-    return sum(cost.state for cost in costs), max(cost.image for cost in costs)
+    fixed = max(cost.fixed for cost in costs)  # objectives share frozen networks
+    return sum(cost.state for cost in costs) + fixed, max(cost.image for cost in costs)
 
 
 def _gib(size: float) -> str:

@@ -138,7 +138,6 @@ def build(config: GenerationConfig, run: Path, world: World) -> Stage:
         loader = LatentLoader(Path(config.latents), config.data, seed, autoencoder)
     else:
         loader = Loader(config.data, seed)
-    if not config.latents:
         autoencoder.encoder_to(world.device)
     if autoencoder.image_size != config.data.image_size:
         raise UserError(

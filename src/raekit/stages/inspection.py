@@ -21,8 +21,8 @@ from raekit.train.tracking import read_metrics, steps_to
 def describe_config(config: StageConfig, run: Path, world: World) -> str:
     """Describe `config` without training: all fields, parameters, FLOPs, memory, steps and images.
 
-    FLOPs and activation memory are measured in a forward pass on two images per process, with all losses of the last
-    step. The backward pass costs about twice the FLOPs of the forward pass.
+    FLOPs and memory are measured in a training step on two images per process, with all losses of the last step. The
+    backward pass costs about twice the FLOPs of the forward pass.
     """
     few = replace(config.train, batch_size=2 * world.size, micro_batch=None)
     stage = build(replace(config, train=few, data=replace(config.data, workers=0)), run, world)
@@ -37,8 +37,9 @@ def describe_config(config: StageConfig, run: Path, world: World) -> str:
         lines += [
             f"{objective.name}: {cost.parameters:,} parameters",
             f"  {cost.flops / 1e9:,.2f} GFLOPs per image in the forward pass, including frozen parts",
-            f"  memory: about {cost.state / 2**30:,.2f} GiB of state and {cost.image * share / 2**30:,.2f} GiB "
-            f"of activations for {share} images at a time, {cost.image / 1e9:,.3f} GB for each",
+            f"  memory: about {cost.state / 2**30:,.2f} GiB of state, {cost.fixed / 2**30:,.2f} GiB of frozen networks "
+            f"and copies of weights, and {cost.image * share / 2**30:,.2f} GiB of activations for {share} images at a "
+            f"time, {cost.image / 1e9:,.3f} GB for each",
         ]
     images = config.train.steps * config.train.batch_size
     lines.append(f"{config.train.steps:,} steps of {config.train.batch_size} images: {images:,} images")

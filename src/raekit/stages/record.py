@@ -64,7 +64,7 @@ def read_values(run: Path) -> dict[str, Any]:
 def read_history(run: Path) -> list[dict[str, Any]]:
     """Return the records of RUN/history.jsonl, one for each start."""
     path = run / "history.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.is_file() else []
 
 
 def is_begun(run: Path) -> bool:
@@ -158,7 +158,7 @@ def write(run: Path, config: StageConfig, inputs: Inputs, step: int, found: Sequ
         record |= {"config": to_dict(config), "inputs": to_dict(inputs)}
     # The history first: if the process is killed between the files, the next start finds the same changes again.
     with whole(run / "history.jsonl") as partial:
-        partial.write_text("".join(json.dumps(line) + "\n" for line in [*history, record]))
+        partial.write_text("".join(json.dumps(line) + "\n" for line in [*history, record]), "utf-8")
     for name, values in (("inputs", inputs), ("config", config)):
         with whole(run / f"{name}.json") as partial:
-            partial.write_text(to_json(to_dict(values)))
+            partial.write_text(to_json(to_dict(values)), "utf-8")

@@ -135,7 +135,7 @@ def selector(
             model.save(run / "artifact", world)
             if world.is_main:
                 with whole(path) as partial:
-                    partial.write_text(to_json({"step": step, "score": chosen}))
+                    partial.write_text(to_json({"step": step, "score": chosen}), "utf-8")
             world.barrier()  # the next reader of RUN/artifact finds all of it
         return values
 

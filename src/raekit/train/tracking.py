@@ -30,7 +30,7 @@ def read_metrics(run: Path) -> list[dict[str, float]]:
     """Read the records of a run's metrics.jsonl, each with its `step`; an incomplete last line is skipped."""
     path = run / "metrics.jsonl"
     records = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
+    for line in path.read_text("utf-8").splitlines() if path.is_file() else ():
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:
@@ -96,7 +96,7 @@ class RunFiles:
         kept = [record for record in read_metrics(run) if record["step"] <= step]
         self.resumed = {name for record in kept if record["step"] == step for name in record}
         with whole(run / "metrics.jsonl") as partial:
-            partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            partial.write_text("".join(json.dumps(record) + "\n" for record in kept), "utf-8")
         for number, path in pictures_of(run):
             if number > step:
                 path.unlink()
@@ -112,7 +112,7 @@ class RunFiles:
         """
         path = self.run / "metrics.jsonl"
         try:
-            with path.open("a") as file:
+            with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
         except OSError as error:
             raise UserError(

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from raekit.errors import UserError
+from raekit.hub import expanded
 
 Split = Literal["train", "heldout", "all"]
 
@@ -39,7 +40,7 @@ class Address(NamedTuple):
     @property
     def path(self) -> Path:
         """The place as a path."""
-        return Path(self.place).expanduser()
+        return expanded(self.place)
 
 
 def parse_address(uri: str) -> Address:

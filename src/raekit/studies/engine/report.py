@@ -92,7 +92,7 @@ def _save(claim: Claim, out: Path) -> None:
 
 def _machine() -> dict[str, Any]:
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
+    lines = info.read_text("utf-8").splitlines() if info.is_file() else []
     named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return {
         "processor": next(named, platform.machine()),
