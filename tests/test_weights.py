@@ -225,6 +225,9 @@ def repositories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Repositorie
     return found
 
 
+CONFIGS = ("config.json", "config.yaml", "model_index.json", "scheduler_config.json")
+
+
 def test_only_the_files_of_a_model_are_downloaded(repositories: Repositories):
     folder = repositories.root / "me" / "model"
     (folder / "denoiser").mkdir(parents=True)
@@ -233,7 +236,7 @@ def test_only_the_files_of_a_model_are_downloaded(repositories: Repositories):
     assert find_folder("me/model@v2") == folder
     assert {call["revision"] for call in repositories.asked} == {"v2"}
     configs, weights = (call["allow_patterns"] for call in repositories.asked)
-    assert all(Path(pattern).name in ("config.json", "config.yaml") for pattern in configs)
+    assert all(Path(pattern).name in CONFIGS for pattern in configs)
     assert "denoiser/model.safetensors" in weights
     assert all(pattern.startswith("denoiser/") for pattern in weights)  # the model at the top is of another kind
 

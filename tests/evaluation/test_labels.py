@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from raekit.errors import UserError
-from raekit.evaluation.labels import draw_labels
+from raekit.evaluation.labels import draw_labels, same_classes
 
 
 def counts(labels: list[int], classes: int) -> list[int]:
@@ -41,3 +41,14 @@ def test_labels_of_the_reference_have_its_proportions():
 def test_a_reference_of_other_classes_is_rejected(given, message):
     with pytest.raises(UserError, match=message):
         draw_labels("reference", 3, 10, 0, given)
+
+
+def test_names_of_classes_are_compared_where_they_say_something():
+    assert same_classes(["a", "b"], ["a", "b"])
+    assert not same_classes(["a", "b"], ["b", "a"])
+    assert same_classes([], ["a", "b"])
+    assert same_classes(["0", "1"], ["a", "b"])
+    # ImageNet's folders have the ids of WordNet, and its labels count the sorted ids.
+    assert same_classes(["n01440764", "n01443537"], ["tench", "goldfish"])
+    assert not same_classes(["n01440764", "n01443537"], ["n01443537", "n01440764"])
+    assert not same_classes(["n01440764"], ["tench", "goldfish"])
