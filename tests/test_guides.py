@@ -148,7 +148,7 @@ OPTIONAL = ("evaluation.", "selection.", "samples.")
 """Parts that a recipe may lack, so that their fields are not in any recipe's config."""
 ELSEWHERE = re.compile(
     r"--(nnodes|nproc-per-node|rdzv-\w+|signals-to-handle|ntasks-per-node|gpus-per-node|cpus-per-task|nodes|time|signal|"
-    r"requeue|open-mode|repo-type|tiny|batch|precisions|decoder|size|version|pictures?|out)$"
+    r"requeue|open-mode|repo-type|tiny|batch|precisions|decoder|size|version|pictures?|repeats|index|out)$"
 )
 """Options of torchrun, SLURM, hf and the benchmarks."""
 
@@ -169,6 +169,6 @@ def test_the_documentation_names_only_options_that_exist():
 def test_every_page_is_in_the_navigation():
     navigation = (ROOT / "mkdocs.yml").read_text("utf-8")
     pages = {
-        str(page.relative_to(ROOT / "docs")) for page in ROOT.glob("docs/**/*") if page.suffix in (".md", ".ipynb")
+        str(page.relative_to(ROOT / "docs")) for kind in ("md", "ipynb") for page in ROOT.glob(f"docs/**/*.{kind}")
     }
     assert {page for page in pages if f": {page}\n" not in navigation} == set()
