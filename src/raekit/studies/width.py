@@ -25,10 +25,10 @@ from raekit.data.sources import open_source
 from raekit.distributed import World
 from raekit.files import whole
 from raekit.flow import path
-from raekit.inference.cache import cache_latents
 from raekit.models.autoencoder import load_autoencoder
 from raekit.progress import Progress
 from raekit.recipes import configured
+from raekit.studies.engine.execution import cache
 from raekit.studies.engine.plan import Claim, Result, Run, Settings, Values, Verdict, at_least, estimate, within
 
 WIDTHS = {48: (8, 12, 16, 20, 24, 28, 36, 48, 64), 108: (8, 16, 24, 32, 40, 48, 64, 80, 108, 128)}
@@ -63,8 +63,7 @@ def prepare(folder: Path, progress: Progress) -> None:
             open_source("emoji")[IMAGE][0].save(partial, format="PNG")
     for dimension in WIDTHS:
         config = _config(dimension, width=8, depth=1, seed=0, folder=folder, steps=1)
-        autoencoder = load_autoencoder(config.autoencoder)
-        cache_latents(autoencoder, config.autoencoder, config.data, Path(config.latents), dtype="fp32", world=World())
+        cache(config, progress)
 
 
 def plan(folder: Path, quick: bool) -> list[Run]:
