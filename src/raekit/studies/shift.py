@@ -233,8 +233,8 @@ def _growth(distances: Distances) -> Claim:
         f"{EXPONENT - TOLERANCE:g} and {EXPONENT + TOLERANCE:g}",
         verdict=within(exponent, EXPONENT - TOLERANCE, EXPONENT + TOLERANCE),
         draw=draw,
-        caption="Distance of generated images against the shift, for the same content in few and in many values. Dashed: "
-        "the best shift (geometric mean over seeds), with its 95 % interval; dotted: the formula.",
+        caption="Distance of generated images against the shift, for the same content in few and in many values. "
+        "Dashed: the best shift (geometric mean over seeds), with its 95 % interval; dotted: the formula.",
     )
 
 
