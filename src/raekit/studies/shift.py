@@ -21,8 +21,7 @@ import numpy as np
 import raekit
 from raekit.files import whole
 from raekit.progress import Progress
-from raekit.recipes import configured
-from raekit.studies.engine.execution import cache
+from raekit.recipes import cache, configured
 from raekit.studies.engine.plan import Claim, Estimate, Result, Run, Settings, Values, estimate, within
 
 SIDES = (8, 32)

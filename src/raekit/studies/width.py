@@ -20,15 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import raekit
-from raekit.data.loader import DataConfig, Loader
 from raekit.data.sources import open_source
-from raekit.distributed import World
 from raekit.files import whole
 from raekit.flow import path
-from raekit.models.autoencoder import load_autoencoder
 from raekit.progress import Progress
-from raekit.recipes import configured
-from raekit.studies.engine.execution import cache
+from raekit.recipes import cache, configured
 from raekit.studies.engine.plan import Claim, Result, Run, Settings, Values, Verdict, at_least, estimate, within
 
 WIDTHS = {48: (8, 12, 16, 20, 24, 28, 36, 48, 64), 108: (8, 16, 24, 32, 40, 48, 64, 80, 108, 128)}
@@ -115,13 +111,10 @@ def _config(dimension: int, width: int, depth: int, seed: int, folder: Path, ste
 
 def measure(artifact: Path, settings: Settings, folder: Path) -> Values:
     """Return the loss of the trained denoiser on fresh noise, and its standard error."""
-    model = raekit.load(str(artifact))
-    seed = int(settings["seed"])
-    config = _config(int(settings["dimension"]), 8, 1, seed, folder, steps=1)
-    images = next(iter(Loader(config.data, seed=0).once(1, World()))).pixels()
-    latents = model.autoencoder.encode(images).expand(DRAWS, -1, -1, -1)
-    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(10_000 + seed))
+    model = raekit.Pipeline.from_pretrained(artifact)
     assert model.denoiser
+    latents = model.encode(folder / "image" / "emoji.png").expand(DRAWS, -1, -1, -1)
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(10_000 + int(settings["seed"])))
     u = (torch.arange(DRAWS) + 0.5) / DRAWS  # evenly spread
     t = path.sample_times(u, "uniform", model.denoiser.config.shift)
     with torch.no_grad():
@@ -155,10 +148,10 @@ def bounds(variances: Tensor, widths: Sequence[int]) -> list[float]:
 
 def token_variances() -> Tensor:
     """Return the eigenvalues of the covariance of the tokens of the built-in emoji, whitened by their position."""
-    autoencoder = load_autoencoder("builtin:emoji")
-    loader = Loader(DataConfig(source="emoji", image_size=autoencoder.image_size), seed=0)
-    batches = loader.read((range(first, first + 64) for first in range(0, IMAGES, 64)), World())
-    tokens = torch.cat([autoencoder.encode(batch.pixels()).flatten(2).mT for batch in batches]).flatten(0, 1).double()
+    model, source = raekit.Pipeline.from_pretrained("builtin:emoji"), open_source("emoji")
+    parts = (range(first, first + 64) for first in range(0, IMAGES, 64))
+    latents = torch.cat([model.encode([source[index][0] for index in part]) for part in parts])
+    tokens = latents.flatten(2).mT.flatten(0, 1).double()
     return torch.linalg.eigvalsh(torch.cov(tokens.T)).clamp_min(0)
 
 

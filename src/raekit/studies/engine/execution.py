@@ -6,24 +6,11 @@ from hashlib import blake2b
 from pathlib import Path
 
 from raekit.config import Mark, read_json, replaced, to_dict, to_json
-from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.files import whole
-from raekit.inference.cache import cache_latents
-from raekit.models.autoencoder import load_autoencoder
 from raekit.progress import Progress
-from raekit.recipes import StageConfig, train
-from raekit.stages.generation import GenerationConfig
+from raekit.recipes import train
 from raekit.studies.engine.plan import Result, Run, Study, Values
-
-
-def cache(config: StageConfig, progress: Progress) -> None:
-    """Cache the latents that the training `config` reads, in float32. A complete cache is kept."""
-    assert isinstance(config, GenerationConfig)
-    assert config.latents
-    autoencoder = load_autoencoder(config.autoencoder)
-    folder = Path(config.latents)
-    cache_latents(autoencoder, config.autoencoder, config.data, folder, dtype="fp32", world=World(), progress=progress)
 
 
 def share(only: str, runs: Sequence[Run]) -> Sequence[Run]:
