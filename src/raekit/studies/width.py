@@ -200,13 +200,15 @@ def _floor(losses: Losses) -> Claim:
             xlabel="width d over token dimension n", ylabel="loss on one image (mean squared error)"
         )
         axes.plot([0, 1, 1.35], [1, 0, 0], color="black", linewidth=1, label="bound max(n - d, 0) / n")
+        low, high = 1 - TOLERANCE, 1 + TOLERANCE
+        axes.fill_between([0, 1], [low, 0], [high, 0], color="grey", alpha=0.2, label=f"bound ± {100 * TOLERANCE:g} %")
         for (n, row), marker in zip(sweep.items(), "os", strict=False):
             means = [estimate(values) for values in row.values()]
             errors = [[e.mean - e.low for e in means], [e.high - e.mean for e in means]]
             x = [d / n for d in row]
             label = f"trained DiT, n = {n} ({len(next(iter(row.values())))} seeds, 95 % interval)"
             axes.errorbar(x, [e.mean for e in means], yerr=errors, fmt=marker, markersize=4, capsize=2, label=label)
-        axes.set_ylim(-0.02, 1.05)
+        axes.set_ylim(-0.02, 1.12)
         axes.legend()
 
     return Claim(
@@ -232,7 +234,7 @@ def _learned(losses: Losses) -> Claim:
         )
         for (n, row), marker in zip(sweep.items(), "os", strict=False):
             for seed in range(len(next(iter(row.values())))):
-                label = f"n = {n}, one point a seed" if seed == 0 else None
+                label = f"n = {n}, a point for each seed" if seed == 0 else None
                 color = f"C{list(sweep).index(n)}"
                 axes.plot([d / n for d in row], [v[seed] for v in row.values()], marker, color=color, label=label)
         axes.axhline(
