@@ -41,7 +41,12 @@ def test_the_best_shift_is_the_vertex_of_a_parabola():
 
 @pytest.mark.parametrize(
     ("factor", "spread", "verdict"),
-    [(4, 0.02, Verdict.SHOWN), (2, 0.02, Verdict.NOT_SHOWN), (4, 0.4, Verdict.UNDECIDED)],
+    [
+        (4, 0.02, Verdict.SHOWN),
+        (10, 0.02, Verdict.NOT_SHOWN),
+        (4, 0.4, Verdict.UNDECIDED),
+        (100, 0.02, Verdict.UNDECIDED),  # the best shift lies beyond the largest that was tried
+    ],
 )
 def test_the_verdict_follows_from_the_best_shifts(tmp_path: Path, factor, spread, verdict):
     results = []
