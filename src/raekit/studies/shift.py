@@ -206,7 +206,7 @@ def _growth(distances: Distances) -> Claim:
 
     def draw(figure: Any) -> None:
         axes = figure.add_subplot(
-            xlabel="shift of the schedule", ylabel="distance to the true distribution", xscale="log", yscale="log"
+            xlabel="shift of the schedule", ylabel="distance to the true distribution", xscale="log"
         )
         for (side, row), color in zip(distances.items(), ("C0", "C1"), strict=True):
             for values in zip(*row.values(), strict=True):
@@ -221,7 +221,8 @@ def _growth(distances: Distances) -> Claim:
         ticks = [0.25, 0.5, 1, 2, 4, 8, 16, 32]
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
-        axes.legend()
+        axes.set_ylim(bottom=0)
+        axes.legend(loc="lower right")
 
     ends = [f"m = {_dimension(side):,}" for side, row in distances.items() if {min(row), max(row)} & {*best[side]}]
 
