@@ -150,6 +150,8 @@ def _config(side: int, base: int, seed: int, folder: Path, steps: int) -> Any:
         optim__warmup_steps=min(50, steps - 1),
         optim__decay_end=steps,
         ema=[],
+        heldout=None,
+        samples=None,
     )
 
 

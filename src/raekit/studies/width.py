@@ -106,6 +106,8 @@ def _config(dimension: int, width: int, depth: int, seed: int, folder: Path, ste
         optim__warmup_steps=min(50, steps - 1),
         optim__decay_end=steps,
         ema=[],
+        heldout=None,
+        samples=None,
     )
 
 
