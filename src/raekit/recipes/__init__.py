@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from raekit.config import from_dict, to_dict
-from raekit.distributed import world
+from raekit.distributed import World, world
 from raekit.errors import UserError, did_you_mean
+from raekit.inference.cache import cache_latents
+from raekit.models.autoencoder import load_autoencoder
 from raekit.progress import Progress, silent
 from raekit.stages import run as stages
+from raekit.stages.generation import GenerationConfig
 from raekit.stages.run import StageConfig
 from raekit.train.trainer import Report
 
@@ -125,6 +128,18 @@ def configured(recipe: str | Path | StageConfig, **overrides: Any) -> StageConfi
                 raise UserError(f"train: {name} is not a field, because {part} has none")
         inner[field] = value
     return from_dict(type(config), values, "train")
+
+
+def cache(config: GenerationConfig, progress: Progress = silent) -> None:
+    """Cache the latents that a training of stage 2 reads, in float32. A complete cache is kept.
+
+    Args:
+        config: the config of the training, with `latents`.
+        progress: receives the progress.
+    """
+    assert config.latents
+    name, folder = config.autoencoder, Path(config.latents)
+    cache_latents(load_autoencoder(name), name, config.data, folder, dtype="fp32", world=World(), progress=progress)
 
 
 def train(

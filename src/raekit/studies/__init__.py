@@ -8,6 +8,8 @@ import pkgutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from raekit.distributed import World
+from raekit.distributed.locks import lock
 from raekit.errors import UserError, did_you_mean
 from raekit.files import check_folder
 from raekit.progress import Progress, silent
@@ -97,6 +99,7 @@ def run_study(
         execution.finish(found.study, run, out, device, progress, f"run {number} of {len(mine)}, {run.name}")
     if left := sum(not execution.is_finished(run, out) for run in runs):
         return left
-    claims = found.study.judge([execution.result(run, out) for run in runs], out)
-    write_report(name, found.about, quick, runs, claims, out)
+    with lock(out, World()):  # two parts may end at the same moment
+        claims = found.study.judge([execution.result(run, out) for run in runs], out)
+        write_report(name, found.about, quick, runs, claims, out)
     return claims

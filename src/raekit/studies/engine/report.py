@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from raekit import __version__
-from raekit.config import read_json, to_dict, to_json
+from raekit.config import Mark, read_json, replaced, to_dict, to_json
 from raekit.files import whole
 from raekit.studies.engine.plan import Claim, Run
 
@@ -30,7 +30,8 @@ def write_report(name: str, about: str, quick: bool, runs: Sequence[Run], claims
                 "name": run.name,
                 "settings": dict(run.settings),
                 "values": read_json(place / "result.json")["values"],
-                "config": to_dict(run.config),
+                # Without the folder of the study, so that the record is the same wherever the study ran.
+                "config": to_dict(replaced(run.config, Mark.PLACE, lambda name: name.replace(f"{out}{os.sep}", ""))),
             }
         )
     record = {

@@ -1,0 +1,60 @@
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from raekit.studies import shift
+from raekit.studies.engine.plan import Result, Verdict
+
+BEST = 0.7
+
+
+@pytest.mark.parametrize("side", shift.BASES)
+def test_images_hold_their_numbers_and_true_images_are_near_the_true_distribution(side):
+    numbers = shift.draw_numbers(512, seed=3)
+    pixels = shift.images(numbers, side) / 255
+    assert 0 < pixels.min() < pixels.max() < 1  # nothing is clipped
+    basis = shift.waves(side)
+    assert basis @ basis.T == pytest.approx(np.eye(shift.WAVES), abs=1e-12)
+    far, rest = shift.distance(pixels, side)
+    assert far < 0.05
+    assert rest < 1e-3  # rounding to 8 bits
+
+
+def test_the_distance_sees_wrong_numbers_and_noise():
+    numbers = shift.draw_numbers(512, seed=3)
+    assert shift.distance(shift.images(numbers * 0.5, 8) / 255, 8)[0] == pytest.approx(0.25, abs=0.05)
+    noise = np.random.default_rng(0).standard_normal((512, 8, 8, 3))
+    # Noise of variance 0.01 in all dimensions but the six waves', relative to the images' variance.
+    wanted = 0.01 * (192 - shift.WAVES) / (192 * shift.DEVIATION**2)
+    assert shift.distance(shift.images(numbers, 8) / 255 + 0.05 * noise, 8)[1] == pytest.approx(wanted, rel=0.05)
+
+
+def test_the_best_shift_is_the_vertex_of_a_parabola():
+    shifts = [0.5, 1, 2, 4, 8]
+    assert shift.best_shift(shifts, [(math.log(s / 2.5)) ** 2 + 1 for s in shifts]) == pytest.approx(2.5, rel=0.1)
+    exact = [math.exp(math.log(s / 2.5) ** 2) for s in shifts]
+    assert shift.best_shift(shifts, exact) == pytest.approx(2.5)
+    assert shift.best_shift(shifts, [1, 2, 3, 4, 5]) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("factor", "spread", "verdict"),
+    [
+        (4, 0.02, Verdict.SHOWN),
+        (10, 0.02, Verdict.NOT_SHOWN),
+        (4, 0.4, Verdict.UNDECIDED),
+        (100, 0.02, Verdict.UNDECIDED),  # the best shift lies beyond the largest that was tried
+    ],
+)
+def test_the_verdict_follows_from_the_best_shifts(tmp_path: Path, factor, spread, verdict):
+    results = []
+    for side, best in ((8, BEST), (32, BEST * factor)):
+        for seed in shift.SEEDS:
+            mine = best * math.exp(spread * (seed - 1) * (1 if side == 8 else -1))
+            for base in shift.BASES[side]:
+                alpha = math.sqrt(3 * side * side / base)
+                value = math.exp(math.log(alpha / mine) ** 2)
+                results.append(Result({"side": side, "shift": alpha, "seed": seed}, {"distance": value}))
+    assert shift.judge(results, tmp_path)[0].verdict == verdict
