@@ -47,7 +47,7 @@ def demo(run: Path = Path("runs/demo"), minutes: float = 12, images: Path | None
             the built-in models on them. None: the built-in images.
         quick: Finish in under two minutes, with poor image quality.
     """
-    from raekit.demo import run_demo
+    from raekit.experiments.demo import run_demo
 
     with Display(console.err) as progress:
         run_demo(run, minutes, quick, progress, images)
@@ -101,7 +101,7 @@ def study(
             The last part that ends writes the report.
         device: Device to train on. None: the GPU if there is one, else the CPU.
     """
-    from raekit.studies import find, names, run_study
+    from raekit.experiments.studies import find, names, run_study
 
     if name is None:
         console.print_table(

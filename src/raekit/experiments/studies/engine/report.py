@@ -11,8 +11,8 @@ import torch
 
 from raekit import __version__
 from raekit.config import Mark, read_json, replaced, to_dict, to_json
+from raekit.experiments.studies.engine.plan import Claim, Run
 from raekit.files import whole
-from raekit.studies.engine.plan import Claim, Run
 
 _SIZE = (6.4, 3.8)
 """Width and height of a figure in inches."""

@@ -4,8 +4,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from raekit.studies import shift
-from raekit.studies.engine.plan import Result, Verdict
+from raekit.experiments.studies import shift
+from raekit.experiments.studies.engine.plan import Result, Verdict
 
 BEST = 0.7
 

@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from raekit import studies
 from raekit.config import read_json
 from raekit.errors import UserError
+from raekit.experiments import studies
+from raekit.experiments.studies import run_study, width
+from raekit.experiments.studies.engine import execution
+from raekit.experiments.studies.engine.plan import Estimate, Verdict, at_least, estimate, within
 from raekit.progress import silent
-from raekit.studies import run_study, width
-from raekit.studies.engine import execution
-from raekit.studies.engine.plan import Estimate, Verdict, at_least, estimate, within
 
 EVERY = pytest.mark.parametrize("name", studies.names())
 

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from raekit import demo
 from raekit.config import read_json
 from raekit.data.loader import DataConfig
-from raekit.demo import FIRST_LEG, PER_CLASS, Clock, Demo, next_leg, recipes, run_demo, source_of
 from raekit.errors import Stopped, UserError
 from raekit.evaluation.reports import read_report
+from raekit.experiments import demo
+from raekit.experiments.demo import FIRST_LEG, PER_CLASS, Clock, Demo, next_leg, recipes, run_demo, source_of
 from raekit.train.tracking import read_metrics
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from raekit.distributed import World
 from raekit.distributed.locks import lock
 from raekit.errors import UserError, did_you_mean
+from raekit.experiments.studies.engine import execution
+from raekit.experiments.studies.engine.plan import Claim, Study
+from raekit.experiments.studies.engine.report import write_report
 from raekit.files import check_folder
 from raekit.progress import Progress, silent
-from raekit.studies.engine import execution
-from raekit.studies.engine.plan import Claim, Study
-from raekit.studies.engine.report import write_report
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,21 @@ from torch import Tensor
 
 import raekit
 from raekit.data.sources import open_source
+from raekit.experiments.studies.engine.plan import (
+    Claim,
+    Result,
+    Run,
+    Settings,
+    Values,
+    Verdict,
+    at_least,
+    estimate,
+    within,
+)
 from raekit.files import whole
 from raekit.flow import path
 from raekit.progress import Progress
 from raekit.recipes import cache, configured
-from raekit.studies.engine.plan import Claim, Result, Run, Settings, Values, Verdict, at_least, estimate, within
 
 WIDTHS = {48: (8, 12, 16, 20, 24, 28, 36, 48, 64), 108: (8, 16, 24, 32, 40, 48, 64, 80, 108, 128)}
 """Widths by token dimension."""

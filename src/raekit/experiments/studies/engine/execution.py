@@ -7,10 +7,10 @@ from pathlib import Path
 
 from raekit.config import Mark, read_json, replaced, to_dict, to_json
 from raekit.errors import UserError
+from raekit.experiments.studies.engine.plan import Result, Run, Study, Values
 from raekit.files import whole
 from raekit.progress import Progress
 from raekit.recipes import train
-from raekit.studies.engine.plan import Result, Run, Study, Values
 
 
 def share(only: str, runs: Sequence[Run]) -> Sequence[Run]:

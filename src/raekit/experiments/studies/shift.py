@@ -19,10 +19,20 @@ from typing import Any
 import numpy as np
 
 import raekit
+from raekit.experiments.studies.engine.plan import (
+    Claim,
+    Estimate,
+    Result,
+    Run,
+    Settings,
+    Values,
+    Verdict,
+    estimate,
+    within,
+)
 from raekit.files import whole
 from raekit.progress import Progress
 from raekit.recipes import cache, configured
-from raekit.studies.engine.plan import Claim, Estimate, Result, Run, Settings, Values, Verdict, estimate, within
 
 SIDES = (8, 32)
 """Sides of the images in pixels."""

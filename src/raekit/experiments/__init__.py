@@ -1,0 +1,1 @@
+"""Experiments made of trainings: the demo, and studies of the paper's claims."""
