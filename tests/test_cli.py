@@ -229,7 +229,7 @@ def test_recipes_are_listed_by_purpose_with_their_summaries_and_costs(run):
     )
     places = [done.out.index(words) for words in order]
     assert places == sorted(places)
-    assert "8 minutes on 2 CPU cores" in done.out
+    assert "27 minutes on one busy CPU core" in done.out
     for name in ("emoji_encoder", "emoji_decoder", "emoji_dit_dh"):
         assert re.search(rf"{name} +[A-Z].*emoji", done.out)
 
@@ -1430,8 +1430,8 @@ def test_a_denoiser_trains_from_cached_latents(run, images, tiny_model, tmp_path
     assert done.code == 0, done.err
     assert load(str(tmp_path / "run")).classes == ("blue", "green", "red")
     drawn = ["generate", tmp_path / "run", "--count", 1, "--steps", 1, "--out", tmp_path / "grid.png"]
-    assert run(*drawn, "--ema", 0.999).code == 0
-    assert_fails(run(*drawn, "--ema", 0.5), tmp_path / "run", "no average of decay 0.5; its averages have decay 0.999")
+    assert run(*drawn, "--ema", 0.998).code == 0
+    assert_fails(run(*drawn, "--ema", 0.5), tmp_path / "run", "no average of decay 0.5; its averages have decay 0.998")
     other = ["--data.split", "all", "--run", tmp_path / "other"]
     assert_fails(
         run("train", "emoji_dit_dh", *options, *other), out, "made with data.split train, but the config has all"

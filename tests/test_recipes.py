@@ -225,15 +225,15 @@ def test_the_two_recipes_of_emoji_cost_the_same():
     assert (ours.train, ours.data, ours.ema) == (theirs.train, theirs.data, theirs.ema)
     costs = []
     for config in (ours, theirs):
-        model = Denoiser(DenoiserConfig(**vars(config.denoiser), channels=256, grid=(4, 4), num_classes=9))
+        model = Denoiser(DenoiserConfig(**vars(config.denoiser), channels=192, grid=(8, 8), num_classes=9))
         with FlopCounterMode(display=False) as counter:
-            inputs = (torch.zeros(1, 256, 4, 4), torch.ones(1), torch.zeros(1, dtype=torch.long))
+            inputs = (torch.zeros(1, 192, 8, 8), torch.ones(1), torch.zeros(1, dtype=torch.long))
             if config.denoiser.base_depth:
                 model(*inputs, with_base=True)
             else:
                 model(*inputs)
         costs.append(counter.get_total_flops())
-    assert costs[0] == pytest.approx(costs[1], rel=0.02)
+    assert costs[0] == pytest.approx(costs[1], rel=0.05)
 
 
 def test_a_variant_is_a_replacement():

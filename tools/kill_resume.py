@@ -171,8 +171,8 @@ def contents(run: Path) -> dict[str, str]:
         if path.suffix in (".safetensors", ".png", ".webp") or path.parent.parent.name in ("artifact", "milestones"):
             found[str(path.relative_to(run))] = digest(path.read_bytes())
     for record in read_metrics(run):
-        if record.pop("images_per_second", None):  # a record of training, not of an evaluation
-            add(f"metrics.step {record.pop('step')}", record)
+        if "images_per_second" in record:  # a record of training, not of an evaluation; times and speeds have no slash
+            add(f"metrics.step {record['step']}", {name: value for name, value in record.items() if "/" in name})
     return found
 
 

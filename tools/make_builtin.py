@@ -1,6 +1,6 @@
 """Copy the artifacts of finished runs into the package as its built-in models, in float16.
 
-python tools/make_builtin.py encoder runs/emoji_encoder
+python tools/make_builtin.py encoder runs/emoji_encoder_distilled
 python tools/make_builtin.py autoencoder runs/emoji_decoder
 python tools/make_builtin.py denoiser runs/emoji_dit_dh
 python tools/make_builtin.py classifier runs/emoji_classifier

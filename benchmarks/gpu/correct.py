@@ -31,10 +31,12 @@ from raekit.flow.sampling import Sampling, denoise, sample_latents, sample_noise
 from raekit.formats.conversion import FileOptions, convert, read
 from raekit.inference.cache import Storage, cache_latents
 from raekit.inference.cached_loader import LatentLoader
-from raekit.models.autoencoder import load_autoencoder
+from raekit.models.autoencoder import Autoencoder, load_autoencoder
 from raekit.models.denoiser import Denoiser
+from raekit.models.encoders import load_encoder
 from raekit.models.inception import Inception
 from raekit.models.perceptual import LPIPS
+from raekit.models.registry import LayersConfig
 from raekit.progress import silent
 from raekit.recipes import emoji_decoder_gan, emoji_dit_dh, emoji_encoder
 from raekit.stages.decoder_losses import PerceptualConfig
@@ -219,14 +221,20 @@ def use(setting: Setting) -> bool:
     images = batch.pixels()[:2]
     expected = network(images)
     checks.compare("evaluation: Inception's features", network.to(device)(images.to(device)), expected, EXACT)
+    # RAE v1 knows only latents of the last block.
+    builtin = Autoencoder.load("builtin:emoji")
+    original = Autoencoder(replace(builtin.config, layers=LayersConfig()), load_encoder("builtin:vit-tiny"))
+    original.decoder.load_state_dict(builtin.decoder.state_dict())
+    original.set_statistics(builtin.mean, builtin.var)
+    original.save(setting.scratch / "last block")
     written = setting.scratch / "v1"
-    convert("builtin:emoji", written, "v1")
+    convert(str(setting.scratch / "last block"), written, "v1")
     options = FileOptions(
         encoder="builtin:vit-tiny", statistics=written / "stat.pt", decoder_config=written / "config.json"
     )
     converted = read(str(written / "model.pt"), options, denoiser=False).autoencoder
     assert converted
-    model, original = converted.build().to(device), load_autoencoder("builtin:emoji")
+    model = converted.build().to(device)
     latents = original.encode(batch.pixels())
     with torch.no_grad():
         made, expected = model.decode(latents.to(device)), original.decode(latents)

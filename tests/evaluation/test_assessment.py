@@ -275,7 +275,7 @@ def test_reconstructions_are_compared_with_their_originals(inception, images, ti
 
 def test_reconstructions_are_not_compared_with_other_images(images, tiny_model, tmp_path):
     for reference, reason in (
-        (measured(images, [str(tiny_model)], "train"), "reconstructions are compared with their own originals"),
+        (measured(images, [str(tiny_model)], "train"), "these images are compared with their own originals"),
         (replace(measured(images, [str(tiny_model)]), about=About()), "a reference for generated images"),
     ):
         with pytest.raises(UserError, match=reason):

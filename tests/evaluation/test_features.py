@@ -173,7 +173,7 @@ def test_networks_by_name(monkeypatch):
     assert list(load_networks("clean_inception:a/b.pth", device)) == ["clean_inception", "clean_inception_spatial"]
     assert sources == [(None, "tf1"), ("a/b.pth", "clean")]
     networks = load_networks("builtin:vit-tiny", torch.device("cpu"))
-    assert {name: network.width for name, network in networks.items()} == {"vit_tiny": 256}
+    assert {name: network.width for name, network in networks.items()} == {"vit_tiny": 192}
 
 
 def test_vgg16_features_are_means_of_two_layers(monkeypatch):

@@ -303,7 +303,7 @@ def test_a_file_of_dino_is_a_backbone(tmp_path: Path):
 
 def test_the_builtin_encoder_is_a_backbone():
     model = Discriminator(DiscriminatorConfig(blocks=(0, 1, 2, 3)), load_backbone("builtin:vit-tiny"))
-    assert model(torch.rand(2, 3, 64, 64)).shape == (2, 5 * 16)
+    assert model(torch.rand(2, 3, 64, 64)).shape == (2, 5 * 64)
 
 
 def test_the_published_backbone_is_looked_for_on_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

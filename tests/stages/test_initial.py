@@ -116,7 +116,7 @@ def test_other_classes_start_anew(config, tiny_model, tmp_path):
         (
             "decoder",
             "builtin:emoji",
-            r"init_from: the architecture of builtin:emoji differs from this config's:\n  token_dim: 256 -> 16",
+            r"init_from: the architecture of builtin:emoji differs from this config's:\n  token_dim: 192 -> 16",
         ),
         (
             "denoiser",

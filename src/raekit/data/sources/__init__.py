@@ -83,11 +83,14 @@ def absolute(uri: str) -> str:
 
 def stamp(uri: str) -> str:
     """Return 16 hexadecimal digits that change with the names, sizes and modification times of the files at `uri`."""
-    place = parse_address(uri).path
-    if place.is_dir():
+    address = parse_address(uri)
+    place = address.path
+    if not address.place:  # the built-in images have no files of their own
+        files = []
+    elif place.is_dir():
         files = [place / file for file in sorted(files_below(place))]
     else:
-        files = matching_files(place) if ":" in uri else []
+        files = matching_files(place)
     digest = blake2b(digest_size=8)
     for file in files:
         status = file.stat()
@@ -110,13 +113,14 @@ def listing(uri: str) -> tuple[str, str] | None:
     """
     address = parse_address(uri)
     scheme, place, found = address.scheme, address.path, list[Path]()
-    if place.is_dir():
-        found = [place / file for file in files_below(place)]
+    if not address.place:  # the built-in images have no files of their own
+        found = []
+    elif place.is_dir():
+        found = sorted(place / file for file in files_below(place))
         if scheme in ("folder", "flat"):
             found = [file for file in found if file.name.lower().endswith(EXTENSIONS)]
-    elif address.place and not (found := matching_files(place)):
+    elif not (found := sorted(matching_files(place))):
         return None
-    found = sorted(found) if address.place else []  # the built-in images have no files of their own
     # Without the path of the source; the files of a pattern may lie in several folders.
     if place.is_dir():
         known = [str(file.relative_to(place)) for file in found]
