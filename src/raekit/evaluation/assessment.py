@@ -285,9 +285,7 @@ def _notes(stream: Stream, against: Against) -> list[str]:
         if each.about.image_size is None:
             notes.append(f"{each.place} does not say the resolution of its images; {stream.image_size} is assumed.")
     if judges := [each.pool.name for each in against.judges if each not in against.judges_of(stream.classes)]:
-        notes.append(
-            f"The classes of these images are not those of {', '.join(judges)}, so there is no class accuracy."
-        )
+        notes.append(f"{', '.join(judges)} knows other classes than these images have, so there is no class accuracy.")
     if isinstance(stream, StoredImages):
         notes.append("Saved images: the report cannot say how they were made.")
     return notes

@@ -230,9 +230,7 @@ def check_sampling(sampling: Sampling, denoiser: Denoiser, labelled: bool, rever
             f"{config.latent_shape} and {config.num_classes}; give a weaker model of the same latents and classes"
         )
     elif weak.config.class_names and config.class_names and weak.config.class_names != config.class_names:
-        raise UserError(
-            "weak: the names of its classes are not those of the model's classes; give a model of the same classes"
-        )
+        raise UserError("weak: its classes have other names than the model's classes; give a model of the same classes")
     times = time_grid(sampling.steps, config.shift, sampling.grid)
     if sampling.solver in MULTISTEP:
         times = with_interval_ends(times, sampling.guidance)

@@ -264,7 +264,7 @@ def denoiser_state(state: State, config: DenoiserConfig) -> dict[str, Tensor]:
 
 
 def published_denoiser_state(state: State, config: DenoiserConfig) -> dict[str, Tensor]:
-    """Convert a raekit state dict to that of the published DiT or DiT^DH, with its fixed tables.
+    """Convert a raekit state dict to a published state dict of DiT or DiT^DH, with its fixed tables.
 
     This is the inverse of `denoiser_state` for networks that `published_denoiser` accepts.
     """

@@ -188,7 +188,7 @@ def from_diffusers_transformer(state: State, config: DenoiserConfig) -> dict[str
 
 
 def to_diffusers_transformer(v1: State, config: DenoiserConfig) -> dict[str, Tensor]:
-    """Convert the state dict of a published v1 denoiser to that of a RAEDiT2DModel."""
+    """Convert the state dict of a published v1 denoiser to the state dict of a RAEDiT2DModel."""
     names = _GATED if config.mlp == "swiglu" else _PLAIN
     state = {}
     for key, value in v1.items():

@@ -9,8 +9,8 @@ Last verified:  2026-11-27. Held-out images at step 1,759, which is built in: PS
                 built-in decoder of 4 x 4 tokens had 22.3 dB and 0.78.
 
 FILE has the weights of VGG16. LPIPS starts late, because at this size its VGG16 takes more time than all other parts
-together. The latents are the mean of the encoder's first and last block. A linear map of these tokens predicts the
-pixels of their patches with 25.4 dB, that of the last block with 24.2 dB, and the class accuracy is nearly the same.
+together. The latents are the mean of the encoder's first and last block. A linear map predicts the pixels of a patch
+from such a token with 25.4 dB, and from a token of the last block with 24.2 dB. The class accuracy is nearly the same.
 """
 
 from raekit.data.loader import DataConfig

@@ -30,9 +30,10 @@ from raekit.experiments.studies.engine.plan import (
     estimate,
     within,
 )
+from raekit.experiments.studies.engine.training import small_dit
 from raekit.files import whole
 from raekit.progress import Progress
-from raekit.recipes import cache, configured
+from raekit.recipes import cache
 
 SIDES = (8, 32)
 """Sides of the images in pixels."""
@@ -137,31 +138,16 @@ def _shift(side: int, base: int) -> float:
 
 def _config(side: int, base: int, seed: int, folder: Path, steps: int) -> Any:
     """Return the config of a training on the images of one size."""
-    return configured(
-        "emoji_dit_dh",
+    return small_dit(
+        side,
+        folder / "latents" / str(side),
+        steps,
+        seed,
         data__source=f"npz:{folder / 'images' / f'{side}.npz'}",
-        data__split="all",
-        data__image_size=side,
-        autoencoder=f"pixels@{side}",
-        latents=str(folder / "latents" / str(side)),
-        conditional=False,
-        time_law="uniform",
         shift_base=base,
         denoiser__backbone={"width": 48, "depth": 2, "heads": 2},
-        denoiser__head=None,
         denoiser__patch_size=side // 2,
         denoiser__prediction="data",
-        denoiser__allow_narrow=True,
-        train__steps=steps,
-        train__precision="fp32",
-        train__seed=seed,
-        optim__lr=1e-2,
-        optim__final_lr=1e-4,
-        optim__warmup_steps=min(50, steps - 1),
-        optim__decay_end=steps,
-        ema=[],
-        heldout=None,
-        samples=None,
     )
 
 
