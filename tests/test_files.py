@@ -8,7 +8,7 @@ from huggingface_hub import constants
 from safetensors.torch import save_file
 
 from raekit.errors import UserError
-from raekit.files import check_file, check_folder, whole
+from raekit.files import check_file, check_folder, sweep, whole
 from raekit.hub import cache_folder, expanded
 
 
@@ -51,6 +51,21 @@ def test_leftovers_of_a_killed_process_are_removed(tmp_path):
         (partial / "good").touch()
     assert names(path) == ["good"]
     assert names(tmp_path) == ["folder"]
+
+
+def test_leftovers_beside_finished_files_are_swept_but_no_only_copy(tmp_path):
+    (tmp_path / "image.png").write_text("finished")
+    (tmp_path / "image.png.partial").mkdir()  # killed just after the file was moved to its place
+    torn = tmp_path / "never.png.partial" / "never.png"
+    torn.parent.mkdir()
+    torn.touch()
+    old = tmp_path / "model.partial" / "old" / "model"  # killed between the two moves of a folder
+    old.mkdir(parents=True)
+    (tmp_path / "notes.partial").write_text("a file of the user")
+    sweep(tmp_path)
+    sweep(tmp_path / "nowhere")
+    assert names(tmp_path) == ["image.png", "model.partial", "notes.partial"]
+    assert old.is_dir()
 
 
 def test_a_folder_is_not_replaced_by_a_file_nor_a_file_by_a_folder(tmp_path):

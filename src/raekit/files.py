@@ -119,6 +119,20 @@ def whole(path: Path, folder: bool = False) -> Iterator[Path]:
         raise UserError(f"{given}: could not be written ({reason or error})") from None
 
 
+def sweep(folder: Path) -> None:
+    """Remove what killed writers left in `folder`: temporary folders of files that are complete, or were never written.
+
+    `whole` removes only the temporary folder of the path that it writes. Call this function before filling a folder
+    that keeps its finished files, while no other process writes to it.
+
+    Args:
+        folder: the folder, which need not exist. Its subfolders are not searched.
+    """
+    for left in folder.glob("*.partial"):
+        if left.is_dir() and not (left / "old").exists():  # `old` may hold the only copy; `whole` moves it back
+            _remove(left)
+
+
 def _short(name: str) -> str:
     """Return a file name to which an ending can be added."""
     octets = os.fsencode(name)

@@ -21,7 +21,7 @@ from raekit.data.transforms import shrink
 from raekit.data.workers import load_parts
 from raekit.distributed import World
 from raekit.errors import UserError
-from raekit.files import whole
+from raekit.files import sweep, whole
 from raekit.progress import Progress, silent
 
 _log = logging.getLogger(__name__)
@@ -125,6 +125,7 @@ def pack(
     )
     if world.is_main:
         _check_folder(out, settings)
+        sweep(out)
         if classes := sources["train"].classes:
             with whole(out / CLASSES) as partial:
                 partial.write_text("".join(f"{name}\n" for name in classes), "utf-8")

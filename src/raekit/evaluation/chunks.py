@@ -18,7 +18,7 @@ from raekit.errors import UserError
 from raekit.evaluation import streams
 from raekit.evaluation.features import FeatureNetwork, Images, PairScore
 from raekit.evaluation.streams import Stream
-from raekit.files import whole
+from raekit.files import sweep, whole
 from raekit.pictures import grid, to_pil
 from raekit.progress import Progress, silent
 from raekit.weights import read_weights
@@ -50,6 +50,8 @@ def collect(
         what: what the progress calls the work.
     """
     chunks = [c for c in _chunks(stream.count) if not _place(folder, c).is_file()]
+    if world.is_main:
+        sweep(folder)
     world.barrier()  # before anyone writes, everyone has looked
     mine = chunks[world.rank :: world.size]
     batches = stream.batches(mine, world)

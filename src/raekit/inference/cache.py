@@ -17,6 +17,7 @@ from raekit.data.sources import absolute
 from raekit.data.sources.base import Split
 from raekit.distributed import World
 from raekit.errors import UserError
+from raekit.files import sweep
 from raekit.inference.shards import (
     ShardInfo,
     encoder_fingerprint,
@@ -152,6 +153,8 @@ def cache_latents(
         rms=0.0,
     )
     looked = [k for k in range(world.rank, len(parts), world.size) if not _is_there(places[k], about, verify)]
+    if world.is_main:
+        sweep(out)
     missing = sorted(k for found in world.gather(looked) for k in found)
     mine = missing[world.rank :: world.size]
     chunks = (chunk for k in mine for chunk in _chunks(parts[k], batch_size))

@@ -15,7 +15,7 @@ from raekit.config import configclass
 from raekit.data.images import find_images, read_image, real_path
 from raekit.data.transforms import Fit
 from raekit.errors import UserError
-from raekit.files import check_file
+from raekit.files import check_file, sweep
 from raekit.inference.shards import (
     REMEDIES,
     ShardInfo,
@@ -107,6 +107,8 @@ def encode_files(
         )
     parts = [images[first : first + shard_size] for first in range(0, len(images), shard_size)]
     places = [out] if single else shard_paths(out, len(parts))
+    if not single:
+        sweep(out)
     encoder = encoder_fingerprint(autoencoder)
     statistics = statistics_fingerprint(autoencoder)
     unreadable: list[str] = []

@@ -16,7 +16,7 @@ from raekit.config import to_dict, to_json
 from raekit.data.images import find_images, read_image, real_path
 from raekit.data.transforms import Fit, center_crop
 from raekit.errors import UserError
-from raekit.files import check_file, check_folder, whole
+from raekit.files import check_file, check_folder, sweep, whole
 from raekit.inference.model import reconstruct
 from raekit.models.latent_space import LatentSpace
 from raekit.pictures import from_pil, grid, quantize, read_origin, to_pil, write_picture
@@ -113,6 +113,8 @@ def reconstruct_folder(
             weights |= {f"{name}.{key}": value for key, value in metric.state_dict().items()}
     settings = fingerprint(weights, to_dict(autoencoder.config), fit, sorted(metrics))
     tasks, unreadable = _plan(names, out, settings)
+    for folder in {out, *(task.output.parent for task in tasks)}:
+        sweep(folder)
     scores = {task.output: found for task in tasks if (found := _scores_of(task, metrics)) is not None}
     missing = [task for task in tasks if task.output not in scores]
     device = autoencoder.var.device

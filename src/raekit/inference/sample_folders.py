@@ -14,7 +14,7 @@ from PIL import Image
 
 from raekit.distributed import World
 from raekit.errors import UserError
-from raekit.files import whole
+from raekit.files import sweep, whole
 from raekit.flow.sampling import Sampling, check_sampling
 from raekit.inference.generation import BatchSize, fitting_batch, generate
 from raekit.inference.model import Model
@@ -81,6 +81,8 @@ def generate_folder(
             "format, damaged, or not by raekit; give another folder or remove the pictures"
         )
     missing = set(range(total)) - {i for i, _ in there}
+    if world.is_main:
+        sweep(out)
     world.barrier()  # no process writes before all have listed the folder
     shares = (range(first, min(first + size, total)) for first in range(0, total, size))
     numbers = [i for share in shares if not missing.isdisjoint(share) for i in share]
