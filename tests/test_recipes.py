@@ -277,6 +277,7 @@ def test_only_the_short_recipes_warm_their_averages_up(name):
         "emoji_decoder_gan",
         "emoji_dit_dh",
         "emoji_raev2",
+        "emoji_vae",
         "photos_256",
     }
     assert recipes.find(name).config.train.ema_warmup == (name in warm)

@@ -1,5 +1,7 @@
 """The latent spaces that the paper compares with RAE: a VAE's latents and raw pixels (tables 10 and 11)."""
 
+from collections.abc import Iterable
+from copy import deepcopy
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -7,6 +9,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from raekit import artifacts
 from raekit.config import check_sizes, configclass
@@ -55,6 +58,90 @@ class BaselineConfig:
             return None
         # Python converts at most 4,300 digits.
         return cls(baseline=place, image_size=int(size) if len(size) < 10 else 10**9)
+
+
+@configclass
+class VAESize:
+    """The size of a VAE.
+
+    Attributes:
+        channels: Channels of the latent.
+        widths: Channels of each level, multiples of 32. Each level has half the resolution of the level before it, so
+            the first has the image's, and the last has the latent's.
+        layers: Residual blocks of a level in the encoder. The decoder has one more.
+    """
+
+    channels: int = 16
+    widths: tuple[int, ...] = (64, 128, 256, 256)
+    layers: int = 1
+
+    def __post_init__(self) -> None:
+        check_sizes("vae", channels=self.channels, layers=self.layers)
+        if not self.widths or any(width < 32 or width % 32 for width in self.widths):
+            raise UserError(f"vae.widths: {self.widths} must be multiples of 32")
+
+
+class VAE(nn.Module):
+    """A VAE to train: diffusers' AutoencoderKL, with the noise of the posterior as an input."""
+
+    def __init__(self, size: VAESize, image_size: int) -> None:
+        """Build a VAE with random weights.
+
+        Raises:
+            UserError: If diffusers is not installed, or the image size does not fit.
+        """
+        super().__init__()
+        levels = len(size.widths)
+        factor = 2 ** (levels - 1)
+        if image_size % factor:
+            raise UserError(
+                f"data.image_size: {image_size} must be a multiple of {factor}, for vae.widths {size.widths}"
+            )
+        self.size, self.image_size = size, image_size
+        self.latent_shape = (size.channels, image_size // factor, image_size // factor)
+        self.vae = _autoencoder_kl("a VAE")(
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            block_out_channels=size.widths,
+            layers_per_block=size.layers,
+            latent_channels=size.channels,
+            sample_size=image_size,
+            scaling_factor=1.0,
+        )
+
+    def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode images, sample from their posterior, and decode the sample.
+
+        Args:
+            images: Images (B, 3, S, S) in [0, 1].
+            noise: Standard normal noise (B, C, h, w).
+
+        Returns:
+            The decoded images (B, 3, S, S), not clamped, and the Kullback-Leibler divergence (B,) of each posterior
+            from a standard normal, in nats.
+        """
+        posterior = self.vae.encode(2 * images - 1).latent_dist
+        decoded = self.vae.decode(posterior.mean + posterior.std * noise).sample
+        return (decoded.float() + 1) / 2, posterior.kl().float()
+
+    def baseline(self) -> "Baseline":
+        """Return a frozen copy as a latent space."""
+        return Baseline(BaselineConfig(baseline="vae:in memory", image_size=self.image_size), deepcopy(self.vae))
+
+    def finished(self, images: Iterable[Tensor]) -> Any:
+        """Return a copy of the AutoencoderKL whose config has the shift and the scale of the latents of `images`.
+
+        All processes must call this function. Each gets the complete weights on the CPU, also of a sharded VAE.
+
+        Args:
+            images: Batches of images (B, 3, S, S) in [0, 1].
+        """
+        state = get_model_state_dict(self, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        copy = VAE(self.size, self.image_size).eval().requires_grad_(False)
+        copy.load_state_dict(state)
+        latents = torch.cat([copy.vae.encode(2 * batch - 1).latent_dist.mean for batch in images])
+        copy.vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
+        return copy.vae
 
 
 class Baseline(LatentSpace):
@@ -146,18 +233,27 @@ def _sequence(*modules: nn.Module | None) -> nn.Sequential:
     return nn.Sequential(*(module for module in modules if module is not None))
 
 
-def _read_vae(where: str) -> Any:
+def _autoencoder_kl(what: str) -> Any:
     try:
         from diffusers import AutoencoderKL
     except ImportError:
-        raise UserError(f"vae:{where}: diffusers is not installed; pip install 'raekit[vae]'") from None
+        raise UserError(f"{what}: diffusers is not installed; pip install 'raekit[vae]'") from None
+    return AutoencoderKL
+
+
+def _read_vae(where: str) -> Any:
+    cls = _autoencoder_kl(f"vae:{where}")
     advice = how_to_fetch(where, f"vae:{where}")
     folder = (
         where if Path(where).is_dir() else download(where, ["config.json", "diffusion_pytorch_model*.safetensors*"])
     )
     try:
-        loaded: Any = AutoencoderKL.from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, output_loading_info=True
+        loaded: Any = cls.from_pretrained(
+            folder,
+            use_safetensors=True,
+            local_files_only=True,
+            low_cpu_mem_usage=False,  # otherwise it logs that accelerate is missing
+            output_loading_info=True,
         )
     except Exception as error:  # diffusers raises many types for missing, truncated or foreign files
         reason = f"{type(error).__name__}: {str(error).strip().split(chr(10), 1)[0][:200]}"

@@ -19,6 +19,7 @@ from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.files import whole
 from raekit.stages.classification import ClassificationConfig
+from raekit.stages.compression import CompressionConfig
 from raekit.stages.generation import GenerationConfig
 from raekit.stages.inputs import Images, Inputs
 from raekit.stages.reconstruction import ReconstructionConfig
@@ -26,10 +27,11 @@ from raekit.stages.representation import RepresentationConfig
 from raekit.train.checkpoint import checkpoints
 from raekit.train.throughput import peak_of
 
-StageConfig = ClassificationConfig | RepresentationConfig | ReconstructionConfig | GenerationConfig
+StageConfig = ClassificationConfig | RepresentationConfig | CompressionConfig | ReconstructionConfig | GenerationConfig
 _STAGES = {
     "classification": ClassificationConfig,
     "representation": RepresentationConfig,
+    "compression": CompressionConfig,
     "reconstruction": ReconstructionConfig,
     "generation": GenerationConfig,
 }

@@ -12,7 +12,7 @@ from raekit.distributed.locks import lock
 from raekit.errors import UserError
 from raekit.models.registry import absolute
 from raekit.progress import Progress, silent
-from raekit.stages import classification, generation, reconstruction, record, representation
+from raekit.stages import classification, compression, generation, reconstruction, record, representation
 from raekit.stages.cost import memory_advice
 from raekit.stages.inputs import in_words
 from raekit.stages.record import StageConfig
@@ -25,6 +25,7 @@ _log = logging.getLogger(__name__)
 _BUILDERS = {
     classification.ClassificationConfig: classification.build,
     representation.RepresentationConfig: representation.build,
+    compression.CompressionConfig: compression.build,
     reconstruction.ReconstructionConfig: reconstruction.build,
     generation.GenerationConfig: generation.build,
 }

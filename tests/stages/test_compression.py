@@ -1,0 +1,93 @@
+"""Training of a VAE, and its use as a latent space."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+from raekit.data.loader import DataConfig, Loader
+from raekit.distributed import World
+from raekit.errors import UserError
+from raekit.models.autoencoder import load_autoencoder
+from raekit.models.baselines import VAE, Baseline, VAESize
+from raekit.stages.compression import CompressionConfig, build
+from raekit.stages.run import train
+from raekit.stages.watch import HeldoutConfig, PicturesConfig
+from raekit.train.optim import OptimConfig
+from raekit.train.tracking import read_metrics
+from raekit.train.trainer import TrainConfig
+
+ONE = World()
+SIZE = VAESize(channels=2, widths=(32, 32))
+
+
+@pytest.fixture
+def config(images) -> CompressionConfig:
+    return CompressionConfig(
+        data=DataConfig(source=images, image_size=16),
+        vae=SIZE,
+        train=TrainConfig(steps=40, batch_size=8, precision="fp32", log_every=1),
+        optim=OptimConfig(lr=5e-3),
+        ema=(0.5,),
+        samples=PicturesConfig(every=40, count=2),
+        heldout=HeldoutConfig(every=40, count=4),
+    )
+
+
+def test_a_trained_vae_is_a_latent_space_of_unit_scale(config, tmp_path):
+    run = tmp_path / "run"
+    train(config, run, ONE)
+    losses = [record["vae/l1"] for record in read_metrics(run) if "vae/l1" in record]
+    assert losses[-1] < 0.8 * losses[0]
+    assert (run / "samples").is_dir()
+    model = load_autoencoder(str(run))
+    assert isinstance(model, Baseline)
+    assert model.latent_shape == (2, 8, 8)
+    batch = next(iter(Loader(config.data, 0).once(64, ONE)))
+    latents = model.encode(batch.pixels())
+    assert abs(latents.mean()) < 0.3  # measured over the training images
+    assert 0.7 < latents.std() < 1.3
+
+    # diffusers reads the same VAE.
+    theirs: Any = AutoencoderKL.from_pretrained(run / "artifact" / "vae")
+    with torch.no_grad():
+        mean = theirs.encode(2 * batch.pixels() - 1).latent_dist.mode()
+    whitened = (mean - theirs.config.shift_factor) * theirs.config.scaling_factor
+    assert torch.allclose(latents, whitened, rtol=1e-3, atol=1e-3)
+
+
+def test_the_divergence_is_of_the_posterior():
+    torch.manual_seed(0)
+    model = VAE(SIZE, 16)
+    images = torch.rand(3, 3, 16, 16)
+    with torch.no_grad():
+        decoded, divergence = model(images, torch.zeros(3, *model.latent_shape))
+        posterior = model.vae.encode(2 * images - 1).latent_dist
+    normal = torch.distributions.Normal(torch.zeros(()), torch.ones(()))
+    expected = torch.distributions.kl_divergence(torch.distributions.Normal(posterior.mean, posterior.std), normal)
+    assert torch.allclose(divergence, expected.sum((1, 2, 3)), rtol=1e-4)
+    assert torch.allclose(model.baseline().decode(posterior.mean), decoded.clamp(0, 1), atol=1e-5)
+
+
+def test_the_loss_has_the_weighted_divergence(config, tmp_path):
+    def spread(weight: float) -> float:
+        torch.manual_seed(0)
+        stage = build(replace(config, kl_weight=weight), Path(tmp_path), ONE)
+        batch = next(stage.batches(0))
+        loss, metrics = stage.objectives[0].loss(batch, 0)
+        assert torch.allclose(loss, metrics["l1"] + weight * metrics["kl"])
+        return loss.item()
+
+    assert spread(1.0) > spread(0.0)
+
+
+def test_settings_that_do_not_fit_are_rejected(config, tmp_path):
+    with pytest.raises(UserError, match=r"data\.image_size: 16 must be a multiple of 32"):
+        build(replace(config, vae=VAESize(widths=(32,) * 6)), tmp_path, ONE)
+    with pytest.raises(UserError, match=r"vae\.widths: \(48,\) must be multiples of 32"):
+        VAESize(widths=(48,))
+    with pytest.raises(UserError, match=r"kl_weight: -1 must not be negative"):
+        replace(config, kl_weight=-1)
