@@ -21,7 +21,8 @@ from raekit.evaluation import features, streams
 from raekit.evaluation.against import Against, find_networks
 from raekit.evaluation.assessment import assess
 from raekit.evaluation.features import Images, InceptionFeatures, PairScore, load_networks
-from raekit.evaluation.metrics import FrechetDistance
+from raekit.evaluation.frechet import frechet_distance
+from raekit.evaluation.metrics import FDR6, FrechetDistance
 from raekit.evaluation.pairs import PairMean, psnr, ssim
 from raekit.evaluation.references import About, Reference, measure_reference, read_reference
 from raekit.evaluation.reports import Report, read_report
@@ -32,6 +33,9 @@ from raekit.flow.sampling import Sampling
 from raekit.inference.generation import generate
 from raekit.inference.model import load, reconstruct
 from raekit.models.autoencoder import Autoencoder
+from raekit.models.pooled import POOLED
+from raekit.moments import Moments
+from tests.models.test_pooled import save as save_pooled
 
 ALONE = World()
 SAMPLING = Sampling(steps=2)
@@ -299,7 +303,7 @@ def test_all_metrics_that_a_reference_allows(inception, images, tiny_model, tmp_
         "fdr_fid",
         "fdr_sfid",
         f"fdr_{name}",
-        "fdr3",
+        "fdr_mean",
         "inception_score",
         "precision",
         "recall",
@@ -311,6 +315,41 @@ def test_all_metrics_that_a_reference_allows(inception, images, tiny_model, tmp_
     assert report.results["fid_low"] < report.results["fid"] < report.results["fid_high"]
     assert report.settings["networks"].keys() == {"inception", "inception_spatial", "inception_logits", name}
     assert report.settings["relative_to"][0]["hash"] == heldout.about.hash
+
+
+def test_fdr6_has_six_distances_six_ratios_and_their_mean(inception, images, tiny_model, tmp_path, monkeypatch):
+    for name in POOLED:
+        save_pooled(name, tmp_path / "networks" / name, monkeypatch)
+    place = f"fdr6:{tmp_path / 'networks'}"
+    measured(images, [place], "train", keep=0).write(tmp_path / "six.safetensors")
+    six = read_reference(tmp_path / "six.safetensors")
+    stream = Samples(load(str(tiny_model)), 60, SAMPLING)
+    report, folder = assess(stream, against([six], [place]), {"model": "x"}, tmp_path / "out")
+    results = report.results
+    raw = {name: results["fid" if name == "inception" else f"fd_{name}"] for name in FDR6}
+    ratios = {name: raw[name] / constant for name, constant in FDR6.items()}
+    found = {name: results["fdr_fid" if name == "inception" else f"fdr_{name}"] for name in FDR6}
+    assert found == pytest.approx(ratios)
+    assert results["fdr6"] == pytest.approx(sum(ratios.values()) / 6)
+    assert set(results) == {*(f"fd_{n}" for n in POOLED), *(f"fdr_{n}" for n in POOLED)} | {
+        "fid",
+        "fdr_fid",
+        "fdr6",
+        "inception_score",
+    }
+    assert any(note.startswith("fdr6 divides the distances by the published") for note in report.notes)
+    assert "| fdr6 ↓ |" in (folder / "report.md").read_text("utf-8")
+    # A streamed distance is the distance of the features of all images at once.
+    network = load_networks(place, ALONE.device)["clip_cls"]
+    pixels = torch.cat([batch.images for batch in stream.batches([range(60)], ALONE)])
+    whole = Moments(network.width)
+    whole.update(network(pixels))
+    assert raw["clip_cls"] == pytest.approx(frechet_distance(whole, six.gaussians["clip_cls"]), rel=1e-3)
+    # Against other real images the ratios are to their distances, and the mean has another name.
+    other = measured(images, [place], "heldout", keep=0)
+    report, _ = assess(stream, against([six], [place], [other]), {"model": "x"}, tmp_path / "relative")
+    assert "fdr6" not in report.results
+    assert report.results["fdr_mean"] > 0
 
 
 def test_a_network_of_other_weights_under_the_same_name_is_rejected(images, tiny_model, tmp_path):

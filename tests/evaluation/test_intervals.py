@@ -79,7 +79,7 @@ def test_intervals_change_no_score_and_do_not_depend_on_the_batch_size():
     others = Gaussian(torch.ones(DIM), torch.eye(DIM))
     distance = FrechetDistance(NETWORK, REFERENCE, intervals=True)
     ratio = score_stream([batch(rows)], [FrechetRatio([distance], [others])], ALONE)
-    assert ratio["fdr1"] == ratio["fdr_rows"] == values["fd_rows"] / 4
+    assert ratio["fdr_mean"] == ratio["fdr_rows"] == values["fd_rows"] / 4
     assert ratio["fd_rows_low"] == values["fd_rows_low"]
 
 

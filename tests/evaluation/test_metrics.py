@@ -12,7 +12,7 @@ from raekit.errors import UserError
 from raekit.evaluation import metrics
 from raekit.evaluation.features import Images, PairScore
 from raekit.evaluation.frechet import Gaussian, frechet_distance
-from raekit.evaluation.metrics import FrechetDistance, FrechetRatio, InceptionScore, NearestNeighbours
+from raekit.evaluation.metrics import FDR6, FrechetDistance, FrechetRatio, InceptionScore, NearestNeighbours
 from raekit.evaluation.pairs import PairMean, psnr, ssim
 from raekit.moments import Moments
 from raekit.pictures import quantize
@@ -87,11 +87,27 @@ def test_frechet_ratios_are_to_the_distances_of_other_real_images():
         frechet_distance(moments(network(batch(images).images)), reference) / frechet_distance(baseline, reference)
         for network, reference, baseline in zip(networks, references, baselines, strict=True)
     ]
-    assert list(result) == ["fid", "fd_six", "fdr_fid", "fdr_six", "fdr2"]
+    assert list(result) == ["fid", "fd_six", "fdr_fid", "fdr_six", "fdr_mean"]
     assert [result["fdr_fid"], result["fdr_six"]] == pytest.approx(ratios)
-    assert result["fdr2"] == pytest.approx(sum(ratios) / 2)
+    assert result["fdr_mean"] == pytest.approx(sum(ratios) / 2)
     with pytest.raises(UserError, match="fid: the baseline's distance from the reference is 0"):
         FrechetRatio([FrechetDistance(networks[0], gaussian := Gaussian(torch.zeros(4), torch.eye(4)))], [gaussian])
+
+
+def test_fdr6_is_the_mean_of_six_ratios_to_published_distances():
+    """The formula of the released evaluator: each raw distance over its constant, and the arithmetic mean."""
+    networks = [Corner(width=4, name=name) for name in FDR6]
+    distances = [FrechetDistance(network, Gaussian(torch.zeros(4), torch.eye(4))) for network in networks]
+    metric = FrechetRatio(distances, list(FDR6.values()), "fdr6")
+    images = torch.rand(50, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    metric.update(batch(images))
+    metric.reduce(World())
+    result = metric.result()
+    raw = result["fid"]  # all six networks have the same features here
+    assert [result[f"fd_{name}"] for name in list(FDR6)[1:]] == [raw] * 5
+    ratios = [raw / value for value in (1.68, 56.87, 14.19, 0.04, 0.60, 5.60)]
+    assert [value for name, value in result.items() if name.startswith("fdr_")] == pytest.approx(ratios)
+    assert result["fdr6"] == pytest.approx(sum(ratios) / 6)
 
 
 class Logits:

@@ -34,6 +34,7 @@ from tests.reference import state_dict
 pytestmark = pytest.mark.usefixtures("tiny")
 
 State = dict[str, torch.Tensor]
+ORIGINAL = dict(REGISTRY)  # tests put small encoders in its place
 LATENT = (64, 2, 2)
 TINY = state_dict(decoder_shapes(token_dim=64, tokens=4))
 STATISTICS = {"mean": torch.linspace(-1, 1, 256).view(LATENT), "var": torch.linspace(0.01, 3, 256).view(LATENT)}
@@ -453,6 +454,27 @@ def test_decoders_of_general_images(hub):
     assert (model.config.encoder, model.mean) == ("webssl-300m", None)
     images = torch.rand(1, 3, 28, 28)
     assert torch.allclose(model.encode(images), to_grid(model.encoder(images), (2, 2)), atol=1e-6)  # not whitened
+
+
+def test_decoders_of_fusereg(hub, tmp_path, monkeypatch):
+    """A decoder of v1's layout in safetensors, for RAE v2's latents of 23 blocks, with v1's output."""
+    import transformers
+
+    config = transformers.DINOv3ViTConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=24, num_attention_heads=1, num_register_tokens=4
+    )
+    transformers.DINOv3ViTModel(config).save_pretrained(tmp_path / "encoder")
+    spec = replace(ORIGINAL["dinov3-l"], width=64, image_size=32, hub_id=str(tmp_path / "encoder"))
+    monkeypatch.setitem(REGISTRY, "dinov3-l", spec)
+    file = hub.root / "Hongyang-Du/FuseReg/dinov3-vitl/decoder_k23/p0.95.safetensors"
+    file.parent.mkdir(parents=True)
+    save_file(TINY, file)
+    model = Autoencoder.load("fusereg-dinov3-l-k23-p95")
+    assert hub.asked == ["Hongyang-Du/FuseReg/dinov3-vitl/decoder_k23/p0.95.safetensors"]
+    tokens = model.encode(torch.rand(2, 3, 32, 32))  # not whitened
+    assert model.encoder.layers == LAYERS["k23"]
+    mean, std = (torch.tensor(c).view(3, 1, 1) for c in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    assert torch.allclose(model.decode(tokens), (decoded(TINY, tokens) * std + mean).clamp(0, 1), atol=1e-5)
 
 
 def test_a_repository_that_needs_its_own_code_is_rejected(tmp_path):

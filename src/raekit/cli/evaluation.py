@@ -52,9 +52,9 @@ def evaluate(
             other projects.
         source: Dataset to compare with, instead of the dataset that the model was trained on. With --interpolate and
             --reference: the dataset whose training images are searched.
-        features: Networks to compare in: inception, inception:WEIGHTS, clean_inception, vgg16, vgg16:WEIGHTS,
-            classifier:NAME, or encoders, also as ENCODER@SIZE. Default: the networks of the reference;
-            classifier:builtin:emoji for the built-in images.
+        features: Networks to compare in: inception, inception:WEIGHTS, clean_inception, vgg16, vgg16:WEIGHTS, fdr6 or
+            fdr6:DIR (the six networks of FDr6), classifier:NAME, or encoders, also as ENCODER@SIZE. Default: the
+            networks of the reference; classifier:builtin:emoji for the built-in images.
         count: Number of samples. Default: 50,000 with --reference, otherwise 1,000.
         reconstruct: Score reconstructions of the reference's own images instead of samples.
         lpips: Score reconstructions by LPIPS too, with VGG16's weights from this file; auto finds them in torchvision's
@@ -156,8 +156,8 @@ def reference(
         out: The .safetensors file to write.
         image_size: Side in pixels that the images are centre-cropped to.
         split: Split of the source.
-        features: Networks: inception, inception:WEIGHTS, clean_inception, vgg16, vgg16:WEIGHTS, classifier:NAME, or
-            encoders, also as ENCODER@SIZE.
+        features: Networks: inception, inception:WEIGHTS, clean_inception, vgg16, vgg16:WEIGHTS, fdr6 or fdr6:DIR (the
+            six networks of FDr6), classifier:NAME, or encoders, also as ENCODER@SIZE.
         keep: Number of images whose own features are kept, for precision, recall and KID.
         workers: Processes that decode images.
         device: Device. Default: the best there is.

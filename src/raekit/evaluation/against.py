@@ -18,9 +18,11 @@ from raekit.evaluation.features import (
     load_networks,
     weights_of,
 )
+from raekit.evaluation.frechet import Gaussian
 from raekit.evaluation.labels import same_classes
 from raekit.evaluation.manifold import KernelDistance, Manifold, PrecisionRecall
 from raekit.evaluation.metrics import (
+    FDR6,
     Accumulator,
     ClassAccuracy,
     FrechetDistance,
@@ -29,6 +31,7 @@ from raekit.evaluation.metrics import (
     frechet_name,
 )
 from raekit.evaluation.references import Reference, measure_reference
+from raekit.models.pooled import POOLED
 from raekit.models.registry import REGISTRY
 from raekit.progress import Progress, silent
 
@@ -120,6 +123,11 @@ class Against:
             if reference := next((each for each in self.references if name in each.gaussians), None):
                 yield reference, network
 
+    @property
+    def has_fdr6(self) -> bool:
+        """Whether the distances have all networks of FDr6, and no references to divide them by."""
+        return not self.relative_to and FDR6.keys() <= {network.name for _, network in self.pairs()}
+
     def check_size(self, image_size: int) -> None:
         """UserError if images of `image_size` must not be compared with the references."""
         for each in (*self.references, *self.relative_to):
@@ -152,17 +160,20 @@ class Against:
     def accumulators(self, count: int, intervals: bool = False, classes: Sequence[str] = ()) -> list[Accumulator]:
         """Return the metrics that `count` images with labels of `classes` allow.
 
-        Frechet distances, and ratios where `relative_to` has the network; the Inception Score; precision, recall and
-        KID where the reference has the features of enough single images.
+        Frechet distances, and ratios where `relative_to` has the network, or FDr6; the Inception Score; precision,
+        recall and KID where the reference has the features of enough single images.
         """
+        published = FDR6 if self.has_fdr6 else {}
         distances: list[FrechetDistance] = []
-        ratios: list[tuple[FrechetDistance, Reference]] = []
+        ratios: list[tuple[FrechetDistance, Gaussian | float]] = []
         others: list[Accumulator] = []
         for reference, network in self.pairs():
             distance = FrechetDistance(network, reference.gaussian(network), intervals=intervals)
             other = next((each for each in self.relative_to if network.name in each.gaussians), None)
             if other:
-                ratios.append((distance, other))
+                ratios.append((distance, other.gaussian(network)))
+            elif network.name in published:
+                ratios.append((distance, published[network.name]))
             else:
                 distances.append(distance)
             features = reference.features.get(network.name)
@@ -176,8 +187,8 @@ class Against:
             others.append(InceptionScore(self.networks["inception_logits"], count=count))
         others += [ClassAccuracy(each.logits, each.pool.name, intervals) for each in self.judges_of(classes)]
         if ratios:
-            gaussians = [other.gaussian(distance.network) for distance, other in ratios]
-            others.insert(0, FrechetRatio([distance for distance, _ in ratios], gaussians))
+            divided, baselines = zip(*ratios, strict=True)
+            others.insert(0, FrechetRatio(divided, baselines, "fdr6" if published else "fdr_mean"))
         return [*distances, *others]
 
 
@@ -188,6 +199,8 @@ def _loading_name(name: str, reference: Reference) -> str:
             return inception
     if name == VGGFeatures.name:
         return name
+    if name in POOLED:
+        return "fdr6"
     if name == "emoji_classifier":
         return "classifier:builtin:emoji"
     for encoder in (*REGISTRY, "builtin:vit-tiny"):

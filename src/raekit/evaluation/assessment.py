@@ -281,6 +281,12 @@ def _notes(stream: Stream, against: Against) -> list[str]:
             f"The Inception Score is the mean over splits of {SPLIT:,} images, and the last split has {rest:,}: the "
             f"score of fewer images is lower. Scores of the literature have {LITERATURE // SPLIT} complete splits."
         )
+    if against.has_fdr6 and not isinstance(stream, Reconstructions | Interpolations):
+        notes.append(
+            "fdr6 divides the distances by the published distances of ImageNet's validation images from its training "
+            "images. It can only be compared with published figures if the reference is ImageNet's training images at "
+            "256 pixels. The published distance in MAE (0.04) has one digit, so compare the distances themselves too."
+        )
     for each in (*against.references, *against.relative_to):
         if each.about.image_size is None:
             notes.append(f"{each.place} does not say the resolution of its images; {stream.image_size} is assumed.")

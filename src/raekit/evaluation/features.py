@@ -15,6 +15,7 @@ from raekit.models.classifier import Classifier, load_classifier
 from raekit.models.encoders import Encoder, load_encoder
 from raekit.models.inception import LOGITS, POOL, SIZE, SPATIAL, Inception, load_inception
 from raekit.models.perceptual import LPIPS, load_perceptual
+from raekit.models.pooled import POOLED, PooledNetwork, load_pooled
 from raekit.models.registry import FAMILIES, LayersConfig, sides
 from raekit.pictures import quantize
 from raekit.weights import fingerprint
@@ -41,6 +42,8 @@ def weights_of(network: FeatureNetwork) -> str:
     """Return 16 hexadecimal digits that identify the weights of `network`; empty for other kinds of networks."""
     if isinstance(network, Part):
         return weights_of(network.whole)
+    if isinstance(network, PooledNetwork):
+        return fingerprint(network.model.state_dict())
     if isinstance(network, InceptionFeatures | VGGFeatures | ClassifierFeatures):
         return fingerprint(network.network.state_dict())
     return fingerprint(network.encoder.state_dict()) if isinstance(network, EncoderFeatures) else ""
@@ -278,9 +281,10 @@ def load_networks(name: str, device: torch.device) -> dict[str, ReferenceNetwork
         name: `inception` for FID's network with the published weights, `inception:PLACE` for weights at PLACE
             (`load_inception`), `clean_inception` or `clean_inception:PLACE` for clean-fid's resize. Both give two
             networks: FID's and sFID's. `vgg16` or `vgg16:FILE`, with weights as for LPIPS (`load_perceptual`), gives
-            one network, and so does `classifier:NAME` for a classifier that raekit trained. Any other name is an
-            encoder as `load_encoder` takes it, or ENCODER@SIZE for images of SIZE pixels instead of the encoder's own
-            size, and gives one network.
+            one network, and so does `classifier:NAME` for a classifier that raekit trained. `fdr6` gives the six
+            networks of FDr6, from the Hub or its cache, and `fdr6:DIR` the same networks from the folders DIR/NAME for
+            NAME in `POOLED` and DIR/inception. Any other name is an encoder as `load_encoder` takes it, or ENCODER@SIZE
+            for images of SIZE pixels instead of the encoder's own size, and gives one network.
         device: where to load the networks.
 
     Returns:
@@ -294,6 +298,13 @@ def load_networks(name: str, device: torch.device) -> dict[str, ReferenceNetwork
         network = load_inception(place or None, "tf1" if kind == "inception" else "clean").to(device)
         features = InceptionFeatures(network)
         return {part.name: part for part in (features.pool, features.spatial)}
+    if kind == "fdr6":
+        folders = {part: Path(place, part) if place else None for part in ("inception", *POOLED)}
+        own = folders.pop("inception")
+        inception = load_inception(str(own) if own and own.exists() else None, "tf1")
+        networks: list[ReferenceNetwork] = [InceptionFeatures(inception.to(device)).pool]
+        networks += [load_pooled(part, folder).to(device) for part, folder in folders.items()]
+        return {network.name: network for network in networks}
     if kind == "vgg16":
         return {VGGFeatures.name: VGGFeatures(load_perceptual(place or None).to(device))}
     if kind == "classifier":

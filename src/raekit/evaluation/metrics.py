@@ -23,6 +23,17 @@ SPLIT = 5000
 
 _BLOCK = 65_536  # rows of the bank that are compared at once, which limits the memory of a search
 
+FDR6 = {
+    "inception": 1.68,
+    "convnextv2": 56.87,
+    "dinov2_cls": 14.19,
+    "mae_cls": 0.04,
+    "siglip2_pool": 0.60,
+    "clip_cls": 5.60,
+}
+"""The networks of FDr6, and the published Frechet distances between ImageNet's validation and training images in their
+features (Yang et al., 2026, arXiv 2604.28190)."""
+
 # The usual names of the Frechet distances in Inception's features.
 _FRECHET_NAMES = {"inception": "fid", "inception_spatial": "sfid", "clean_inception": "clean_fid"}
 
@@ -97,20 +108,28 @@ class FrechetDistance:
 class FrechetRatio:
     """Frechet distances in several networks, relative to the distances of other real images.
 
-    Reports each distance, its ratio to the distance of the real images as `fdr_NETWORK`, and the mean ratio over K
-    networks as `fdrK`, such as FDr6 (Yang et al., 2026, arXiv 2604.28190).
+    Reports each distance, its ratio to the distance of the real images as `fdr_NETWORK`, and the mean ratio.
 
     Args:
         distances: the distances of the images, one for each network.
-        baselines: for each distance, the moments of other real images, such as held-out images.
+        baselines: for each distance, the moments of other real images, such as held-out images, or their distance.
+        name: name of the mean ratio.
 
     Raises:
         UserError: the distance of the other real images is not positive.
     """
 
-    def __init__(self, distances: Sequence[FrechetDistance], baselines: Sequence[Moments | Gaussian]):
-        self.distances = distances
-        self.baselines = [frechet_distance(b, d.reference) for d, b in zip(distances, baselines, strict=True)]
+    def __init__(
+        self,
+        distances: Sequence[FrechetDistance],
+        baselines: Sequence[Moments | Gaussian | float],
+        name: str = "fdr_mean",
+    ):
+        self.distances, self.name = distances, name
+        self.baselines = [
+            baseline if isinstance(baseline, float | int) else frechet_distance(baseline, distance.reference)
+            for distance, baseline in zip(distances, baselines, strict=True)
+        ]
         for distance, baseline in zip(distances, self.baselines, strict=True):
             if not baseline > 0:
                 raise UserError(
@@ -132,7 +151,7 @@ class FrechetRatio:
             f"fdr_{distance.name.removeprefix('fd_')}": found[distance.name] / baseline
             for distance, baseline in zip(self.distances, self.baselines, strict=True)
         }
-        return {**found, **ratios, f"fdr{len(ratios)}": sum(ratios.values()) / len(ratios)}
+        return {**found, **ratios, self.name: sum(ratios.values()) / len(ratios)}
 
 
 class InceptionScore:

@@ -70,6 +70,15 @@ def _v2(domain: str, layers: str) -> Release:
     )
 
 
+def _fusereg(percent: int) -> Release:
+    return Release(
+        repository="Hongyang-Du/FuseReg",
+        decoder=f"dinov3-vitl/decoder_k23/p{percent / 100:.2f}.safetensors",
+        statistics=None,
+        fields={"encoder": "dinov3-l", "layers": to_dict(LAYERS["k23"])},
+    )
+
+
 def _scale_rae(repository: str, encoder: str) -> Release:
     return Release(
         repository=f"nyu-visionx/{repository}",
@@ -90,12 +99,15 @@ RELEASES = {
     "rae-mae-b": _v1("mae/base_p16/ViTXL_n08", "mae/base_p16/ImageNet1k", encoder="mae-b"),
     **{f"raev2-dinov3-l-{k}": _v2("imagenet", k) for k in ("k1", "k7", "k23")},
     **{f"raev2-dinov3-l-{k}-general": _v2("general", k) for k in ("k1", "k7", "k23")},
+    **{f"fusereg-dinov3-l-k23-p{p}": _fusereg(p) for p in (5, 10, 30, 50, 70, 90, 95)},
     "scale-rae-siglip2-so400m": _scale_rae("siglip2_decoder", "siglip2-so400m-p14"),
     "scale-rae-webssl-300m": _scale_rae("webssl300m_decoder", "webssl-300m"),
 }
-"""The published autoencoders by name (RAE v1 and v2, Scale-RAE).
+"""The published autoencoders by name (RAE v1 and v2, FuseReg, Scale-RAE).
 
-No statistics are published for DINOv2-S and for Scale-RAE's decoders of general images.
+A decoder of FuseReg (arXiv 2609.31620) was trained on the mean of a random subset of the blocks: p is the percentage
+of blocks that were left out. Like v1's decoders it predicts normalised pixels. No statistics are published for
+DINOv2-S, for FuseReg and for Scale-RAE's decoders of general images.
 """
 
 

@@ -1,27 +1,22 @@
 """Frozen, pretrained encoders, loaded by name and run block by block (RAE v1 and v2)."""
 
-import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from torch import Tensor, nn
 
 from raekit import artifacts
 from raekit.config import from_dict, read_json
 from raekit.distributed import World
 from raekit.errors import UserError
-from raekit.hub import download, find_folder, how_to_fetch
+from raekit.hub import find_folder
 from raekit.models.checks import check_images
+from raekit.models.pretrained import read_pretrained
 from raekit.models.registry import (
     FAMILIES,
-    MAX_DEPTH,
     REGISTRY,
     EncoderSpec,
     Family,
@@ -186,9 +181,9 @@ def load_encoder(
     name = str(name)
     family, _, where = name.partition(":")
     if spec := REGISTRY.get(name):
-        model, _ = _read_transformers(name, spec.family, spec.hub_id, dtype)
+        model, _ = _read_family(name, spec.family, spec.hub_id, dtype)
     elif family in FAMILIES:
-        model, folder = _read_transformers(name, family, where, dtype)
+        model, folder = _read_family(name, family, where, dtype)
         spec = _spec(name, family, where, folder, model.config)
     else:
         try:
@@ -208,106 +203,18 @@ def load_encoder(
     return Encoder(name, spec, model, input_size, layers)
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the warnings and the loading bar of `transformers`. Downloads still show their progress."""
-    from transformers import logging
-
-    verbosity, bar, silent = logging.get_verbosity(), logging.is_progress_bar_enabled(), are_progress_bars_disabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()  # also switches off the bars of downloads
-    if not silent:
-        enable_progress_bars()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bar:
-            logging.enable_progress_bar()
-
-
-@_quiet()  # the faults that it would print are checked below
-def _read_transformers(name: str, family: str, where: str, dtype: torch.dtype) -> tuple[Any, Path]:
-    """Return the `transformers` model in the folder or Hub repository `where`, and its local folder.
-
-    Raises:
-        UserError: the model is missing, incomplete or of another type.
-    """
-    import transformers  # slow to import, and not needed for encoders that raekit pretrained
-
+def _read_family(name: str, family: str, where: str, dtype: torch.dtype) -> tuple[Any, Path]:
+    """Return the `transformers` model of `family` in the folder or Hub repository `where`, and its local folder."""
     kind = FAMILIES[family]
-    model_class = getattr(transformers, kind.model_class)
-    advice = how_to_fetch(where, f"encoder {name}")
-    folder = Path(where) if Path(where).is_dir() else _download(name, where)
-    try:
-        path = folder / "config.json"
-        values = json.loads(path.read_text("utf-8")) if path.is_file() else None
-        if not isinstance(values, dict) or not values:
-            raise OSError("no config.json, or an empty one")
-        if (found := values.get("model_type")) not in (family, kind.tower_type):
-            raise UserError(f"encoder {name}: {where} holds a model of type {found!r}, not {family!r}")
-        values = values.get("vision_config", values) | kind.config
-        if not 0 < values.get("num_hidden_layers", 1) <= MAX_DEPTH:
-            raise ValueError(f"num_hidden_layers: {values['num_hidden_layers']} in config.json")
-        # Only the fields that describe the architecture: others name code, kernels or a quantization to load.
-        own = {field.name for field in fields(model_class.config_class)} - {
-            field.name for field in fields(transformers.PretrainedConfig)
-        }
-        config = model_class.config_class.from_dict({key: value for key, value in values.items() if key in own})
-        _check_size(model_class, config, kind, folder)
-        model, found = model_class.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            attn_implementation="sdpa",
-            local_files_only=True,
-            output_loading_info=True,
-            **kind.arguments,
-        )
-    except UserError:
-        raise
-    except Exception as error:  # damaged or missing files raise many types
-        raise UserError(f"encoder {name}: {where} could not be loaded ({_reason(error)}); {advice}") from error
-    if missing := sorted(found["missing_keys"]):  # transformers fills missing weights with random numbers
-        raise UserError(f"encoder {name}: {where} lacks {', '.join(missing[:8])}; {advice}")
-    return model, folder
-
-
-def _download(name: str, where: str) -> Path:
-    """Download what `transformers` reads of the repository `where`, and return the local folder."""
-    try:
-        folder = download(where, ["config.json", "preprocessor_config.json", "model*.safetensors*"])
-        if not any(folder.glob("model*.safetensors")):
-            folder = download(where, ["pytorch_model*.bin*"])
-    except UserError as error:
-        raise UserError(f"encoder {name}: {error}") from None
-    return folder
-
-
-def _check_size(model_class: Any, config: Any, kind: Family, folder: Path) -> None:
-    """Check that the weights files are large enough for the model of `config`.
-
-    `transformers` allocates a model of any size, and fills the weights that the files lack with random numbers.
-
-    Raises:
-        ValueError: the files are too small.
-    """
-    from transformers.initialization import no_init_weights
-
-    files = [*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")]
-    with torch.device("meta"), no_init_weights():
-        parameters = sum(p.numel() for p in model_class(config, **kind.arguments).parameters())
-    held = sum(file.stat().st_size for file in files)
-    if parameters > held + 2**24:  # a parameter takes at least one byte; small models get the names of what they lack
-        raise ValueError(f"config.json describes {parameters:,} parameters, but the weights files have {held:,} bytes")
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, UnpicklingError):
-        return "its weights file is damaged or holds more than tensors"
-    if "ignore_mismatched_sizes" in str(error):
-        return "its tensors do not have the shapes of its config.json"
-    return f"{type(error).__name__}: {str(error).strip().split(chr(10), 1)[0][:200]}"
+    return read_pretrained(
+        f"encoder {name}",
+        where,
+        kind.model_class,
+        (family, kind.tower_type),
+        config=kind.config,
+        arguments=kind.arguments,
+        dtype=dtype,
+    )
 
 
 def _spec(name: str, family: str, where: str, folder: Path, config: Any) -> EncoderSpec:
