@@ -18,7 +18,8 @@ from raekit.models.denoiser_config import SIZES as BACKBONES
 from raekit.models.denoiser_config import DenoiserConfig, TransformerConfig, wide_head
 from raekit.recipes import raev2_k7_256
 from raekit.stages.generation import flow_matching_loss
-from raekit.train.precision import Precision, autocast
+from raekit.train.casting import CastWeights
+from raekit.train.precision import Precision, autocast, compute_dtype
 from raekit.train.throughput import stated_peak
 
 SIZES = ("S", "B", "L", "XL", "RAEv2", "tiny")
@@ -69,18 +70,32 @@ def named(size: str, grid: int = 16) -> str:
 
 
 def training_step(
-    model: Denoiser, optimizer: torch.optim.Optimizer, batch: int, precision: Precision, device: torch.device
+    model: Denoiser,
+    optimizer: torch.optim.Optimizer,
+    batch: int,
+    precision: Precision,
+    device: torch.device,
+    *,
+    cast_once: bool = True,
 ) -> Callable[[], None]:
-    """Return a call that trains `model` by one step: forward, backward, clipping, and the optimizer."""
+    """Return a call that trains `model` by one step: forward, backward, clipping, and the optimizer.
+
+    Without `cast_once`, autocast casts the weights of the blocks in each pass.
+    """
     latents = torch.randn(batch, *model.config.latent_shape, device=device)
     labels = torch.randint(model.config.num_classes, (batch,), device=device)
+    blocks = [*model.blocks, *(model.head_blocks if model.config.head else [])]
+    dtype = compute_dtype(precision, device)
 
     def step() -> None:
-        with autocast(precision, device):
-            loss, _ = flow_matching_loss(
-                model, latents, labels, torch.arange(batch), seed=0, time_law="uniform", alpha=model.config.shift
-            )
-        loss.backward()
+        weights = CastWeights(blocks if cast_once and dtype != torch.float32 else [], dtype)
+        with weights.used():
+            with autocast(precision, device):
+                loss, _ = flow_matching_loss(
+                    model, latents, labels, torch.arange(batch), seed=0, time_law="uniform", alpha=model.config.shift
+                )
+            loss.backward()
+        del weights
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

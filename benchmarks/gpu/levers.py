@@ -24,29 +24,24 @@ def training_choices(setting: Setting) -> None:
     setting.attempt("choices in a training step", partial(choices.main, options))
 
 
-def narrow_residual(model: Denoiser) -> None:
-    """Keep the backbone's residual stream in bf16: under autocast only the position table makes it float32."""
-    assert model.positions is not None
-    model.positions = model.positions.bfloat16()
-
-
 def training_levers(setting: Setting) -> None:
-    """The backbone's residual stream in bf16, in a compiled training step"""
+    """The residual stream in bf16, and weights cast in each pass, in a compiled training step"""
     size, batch = setting.pick(("tiny", 2), ("XL", 32))
-    changes: dict[str, Callable[[Denoiser], None]] = {
-        "as it is": lambda model: None,
-        "residual stream in bf16": narrow_residual,
-    }
 
-    def step(change: Callable[[Denoiser], None]) -> Callable[[], None]:
+    def step(narrow_residual: bool = False, cast_once: bool = True) -> Callable[[], None]:
         model = denoiser(size, setting.device)
-        change(model)
+        model.narrow_residual = narrow_residual
         if not setting.tiny:
             model.compile()
-        return training_step(model, adamw(OptimConfig(), model.parameters()), batch, "bf16", setting.device)
+        optimizer = adamw(OptimConfig(), model.parameters())
+        return training_step(model, optimizer, batch, "bf16", setting.device, cast_once=cast_once)
 
     rate = MatmulRate(torch.bfloat16, setting.device)
-    turns = {name: step(change) for name, change in changes.items()}
+    turns = {
+        "as it is": step(),
+        "residual stream in bf16": step(narrow_residual=True),
+        "weights cast in each pass": step(cast_once=False),
+    }
     times = interleaved(turns, setting.pick(1, 5), setting.device, rate)
     title = f"levers of a training step, {named(size)}, batch {batch}, bf16"
     report(title, times, batch, setting.device, setting.out, rate=rate)

@@ -11,9 +11,7 @@ import torch
 
 from gpu.__main__ import STEPS
 from gpu.correct import stage
-from gpu.levers import narrow_residual
 from gpu.setting import Checks, Setting
-from harness import denoiser
 from raekit.distributed import CPU
 from raekit.stages.reconstruction import ReconstructionConfig
 
@@ -77,19 +75,3 @@ def test_short_trainings_have_every_loss_from_the_first_step(name: str, tmp_path
         assert isinstance(config, ReconstructionConfig)
         assert config.adversarial
         assert config.adversarial.start == 0
-
-
-def test_the_residual_stream_of_the_backbone_can_be_bf16():
-    model = denoiser("tiny", CPU)
-
-    def seen() -> torch.dtype:
-        found = []
-        hook = model.blocks[1].register_forward_pre_hook(lambda block, inputs: found.append(inputs[0].dtype))
-        with torch.autocast("cpu", torch.bfloat16):
-            model(torch.randn(1, *model.config.latent_shape), torch.rand(1))
-        hook.remove()
-        return found[0]
-
-    assert seen() == torch.float32
-    narrow_residual(model)
-    assert seen() == torch.bfloat16

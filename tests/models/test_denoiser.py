@@ -298,6 +298,21 @@ def test_velocity_is_float32_under_autocast():
     assert (out - model(x, t, labels)).norm() < 0.03 * out.norm()
 
 
+@pytest.mark.parametrize("changed", [{}, {"context": ContextConfig()}])
+@pytest.mark.parametrize("narrow", [False, True])
+def test_the_residual_stream_under_autocast(narrow: bool, changed):
+    model = randomised(tiny(**changed))
+    model.narrow_residual = narrow
+    seen = []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda block, inputs: seen.append(inputs[0].dtype))
+    x, t, labels = inputs(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(x, t, labels)
+    assert seen == [torch.bfloat16 if narrow else torch.float32] * len(model.blocks)
+    assert (out - model(x, t, labels)).norm() < 0.05 * out.norm()
+
+
 @pytest.mark.parametrize("shape", [(3, 8, 4, 3), (3, 8, 2, 6), (8, 3, 4), (3, 7, 3, 4)])
 def test_latents_of_another_shape_are_rejected(shape):
     model = tiny()

@@ -170,9 +170,9 @@ class SwiGLU(nn.Module):
     """w_out(silu(gate) * value), with gate and value from one projection, gate first.
 
     The published hidden widths are often unaligned (5461 for a width of 2048). GPUs and CPUs with AMX multiply such
-    matrices more slowly in bf16. Autocast copies float32 weights for each pass anyway. Here the copies get zeros up to
-    a multiple of `ALIGNMENT` hidden channels. The function is the same: a channel of zeros adds silu(0) * 0 = 0.
-    Parameters, gradients, optimizers, averages and files have the published width.
+    matrices more slowly in bf16. In training, bf16 products need copies of the float32 weights anyway. Here the copies
+    get zeros up to a multiple of `ALIGNMENT` hidden channels. The function is the same: a channel of zeros adds
+    silu(0) * 0 = 0. Parameters, gradients, optimizers, averages and files have the published width.
     """
 
     def __init__(self, width: int, hidden: int) -> None:
@@ -182,16 +182,21 @@ class SwiGLU(nn.Module):
         self.padding = -hidden % ALIGNMENT
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.padding and torch.is_autocast_enabled(x.device.type) and self.w_in.weight.dtype == torch.float32:
-            return self._aligned(x, torch.get_autocast_dtype(x.device.type))
-        gate, value = self.w_in(x).chunk(2, dim=-1)
-        return self.w_out(F.silu(gate) * value)
+        w_in, b_in, w_out, b_out = self.w_in.weight, self.w_in.bias, self.w_out.weight, self.w_out.bias
+        if self.padding and torch.is_autocast_enabled(x.device.type) and w_in.dtype == torch.float32:
+            w_in, b_in, w_out, b_out = self.cast_weights(torch.get_autocast_dtype(x.device.type)).values()
+        gate, value = F.linear(x, w_in, b_in).chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * value, w_out, b_out)
 
-    def _aligned(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+    def cast_weights(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Return copies of the parameters in `dtype`, with aligned hidden channels, for `raekit.train.casting`."""
         weight, bias = (p.to(dtype).unflatten(0, (2, -1)) for p in (self.w_in.weight, self.w_in.bias))
-        weight = F.pad(weight, (0, 0, 0, self.padding)).flatten(0, 1)
-        gate, value = F.linear(x, weight, F.pad(bias, (0, self.padding)).flatten()).chunk(2, dim=-1)
-        return F.linear(F.silu(gate) * value, F.pad(self.w_out.weight.to(dtype), (0, self.padding)), self.w_out.bias)
+        return {
+            "w_in.weight": F.pad(weight, (0, 0, 0, self.padding)).flatten(0, 1),
+            "w_in.bias": F.pad(bias, (0, self.padding)).flatten(),
+            "w_out.weight": F.pad(self.w_out.weight.to(dtype), (0, self.padding)),
+            "w_out.bias": self.w_out.bias.to(dtype),
+        }
 
 
 def gelu_mlp(width: int, hidden: int, approximate: Gelu = "none") -> nn.Sequential:

@@ -52,6 +52,8 @@ class GenerationConfig:
         class_dropout: probability of dropping a label, at least 0 and below 1.
         time_law: distribution of the training times, before the shift.
         shift_base: times are shifted by sqrt(dimension of the latents / `shift_base`).
+        residual: number format of the tokens between the backbone's blocks, if `train.precision` is bf16. The head's
+            tokens are bf16 then.
         train: steps, batches, precision, checkpoints and logs.
         optim: optimizer and learning rate schedule.
         ema: decays of the weight averages. The first decay gives the average that is used by default.
@@ -70,6 +72,7 @@ class GenerationConfig:
     class_dropout: float = 0.1
     time_law: path.TimeLaw = "uniform"
     shift_base: int = path.SHIFT_BASE
+    residual: OnPurpose[Literal["fp32", "bf16"]] = "fp32"
     train: TrainConfig
     optim: OptimConfig
     ema: tuple[float, ...] = (0.9995,)
@@ -161,6 +164,7 @@ def build(config: GenerationConfig, run: Path, world: World) -> Stage:
         )
     )
     model.trained_on = absolute(config.data.address)
+    model.narrow_residual = config.residual == "bf16"
     if config.init_from and not checkpoints(run / "checkpoints"):  # a resumed run has weights
         initialise_denoiser(model, config.init_from)
 

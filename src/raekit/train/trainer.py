@@ -23,6 +23,7 @@ from raekit.config import Interval, OnPurpose, Operation, Steps, configclass
 from raekit.distributed import World, gathered, set_gradient_sync
 from raekit.errors import Stopped, UserError
 from raekit.train import checkpoint, ema
+from raekit.train.casting import CastWeights
 from raekit.train.compilation import check_compiler
 from raekit.train.memory import fitting
 from raekit.train.objective import Metrics, Objective, Periodic, TrainingBatch
@@ -283,15 +284,23 @@ class Trainer:
                 # A distributed module would keep a gradient that is not synchronised until the next step.
                 set_gradient_sync(objective.module, True)
                 with torch.compiler.set_stance("force_eager"):
-                    self._backward(objective, part, step)
+                    self._backward(objective, part, step, self._cast_weights(objective))
                 for optimizer in self.optimizers.values():
                     optimizer.zero_grad(set_to_none=True)
         for objective, mode in zip(self.objectives, modes, strict=True):
             objective.module.train(mode)
 
-    def _backward(self, objective: Objective, part: TrainingBatch, step: int, parts: int = 1) -> Metrics:
+    def _cast_weights(self, objective: Objective) -> CastWeights:
+        """Return the weights that the passes of this step compute with. Distributed modules cast their own."""
+        dtype = compute_dtype(self.config.precision, self.world.device)
+        narrow = dtype != torch.float32 and self.world.size == 1
+        return CastWeights(objective.blocks if narrow else [], dtype)
+
+    def _backward(
+        self, objective: Objective, part: TrainingBatch, step: int, weights: CastWeights, parts: int = 1
+    ) -> Metrics:
         """Do the forward and backward passes of one of `parts` micro-batches; return the loss and the metrics."""
-        with float32_precision(self.config.precision):
+        with float32_precision(self.config.precision), weights.used():
             with autocast(self.config.precision, self.world.device):
                 loss, metrics = objective.loss(part, step)
             (loss / parts).backward()
@@ -366,13 +375,15 @@ class Trainer:
         # Forward passes may change buffers.
         buffers = {o.name: {k: v.clone() for k, v in o.module.named_buffers()} for o in self.objectives if may_stop}
         totals = self._monitor(objective, parts[0])
+        weights = self._cast_weights(objective)
         for part in parts:
             if may_stop and part is not parts[0]:
                 self._stop_within_step(buffers)
             set_gradient_sync(module, part is parts[-1])
-            for name, value in self._backward(objective, part, self.step, len(parts)).items():
+            for name, value in self._backward(objective, part, self.step, weights, len(parts)).items():
                 name = f"{objective.name}/{name}"
                 totals[name] = totals.get(name, 0) + value.detach().float() / len(parts)
+        del weights  # the optimizer needs the memory
         norm = nn.utils.get_total_norm(p.grad for p in module.parameters() if p.grad is not None)
         if isinstance(norm, DTensor):  # summed over the shards
             norm = norm.redistribute(placements=[Replicate()] * norm.device_mesh.ndim)
