@@ -35,10 +35,12 @@ class Features(NamedTuple):
     Attributes:
         tokens: (B, N, width), after the last block.
         base: (B, N, width), after block `base_depth`; None without a base output.
+        chosen: (B, N, width), after the block that the caller chose; None if there is none.
     """
 
     tokens: Tensor
     base: Tensor | None
+    chosen: Tensor | None = None
 
 
 class Denoiser(nn.Module):
@@ -196,6 +198,10 @@ class Denoiser(nn.Module):
         with_base: Literal[True],
         features: Features | None = None,
     ) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def forward(
+        self, x: Tensor, t: Tensor, labels: Tensor | None = None, *, tokens_after: int
+    ) -> tuple[Tensor, Tensor]: ...
     def forward(
         self,
         x: Tensor,
@@ -204,6 +210,7 @@ class Denoiser(nn.Module):
         *,
         with_base: bool = False,
         features: Features | None = None,
+        tokens_after: int | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Return the prediction (B, C, H, W), float32.
 
@@ -215,13 +222,14 @@ class Denoiser(nn.Module):
             with_base: also return the base output (B, C, H, W).
             features: the backbone's output at another time, to use instead of running the backbone. This is DDT's
                 approximation, for networks with a head.
+            tokens_after: also return the tokens (B, N, width) after this block of the backbone, counted from 1.
 
         Raises:
             UserError: if `x` has another shape, or `with_base` is asked of a network without a base output.
         """
         check_latents(x, self.config.latent_shape)
         time, label = self._embed_condition(t, labels)
-        features = features or self._features(x, time, label)
+        features = features or self._features(x, time, label, tokens_after)
         if self.config.head:
             condition = self.head_condition(F.silu(features.tokens + time).to(self.dtype))
             tokens = self.head_embed(self._patches(x))
@@ -230,6 +238,8 @@ class Denoiser(nn.Module):
         else:
             tokens, condition = features.tokens, (time + label).to(self.dtype)
         full = self._to_latents(self.final(tokens, condition))
+        if features.chosen is not None:
+            return full, features.chosen
         if not with_base:
             return full
         if self.base_final is None or features.base is None:
@@ -240,7 +250,7 @@ class Denoiser(nn.Module):
     def features(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Features:
         """Run the backbone only, with the arguments of `forward`."""
         check_latents(x, self.config.latent_shape)
-        tokens, base = self._features(x, *self._embed_condition(t, labels))
+        tokens, base, _ = self._features(x, *self._embed_condition(t, labels))
         return Features(tokens.clone(), base)  # of compiled blocks on CUDA, the next evaluation overwrites the tokens
 
     def _embed_condition(self, t: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | float]:
@@ -250,7 +260,7 @@ class Denoiser(nn.Module):
             return time, 0.0
         return time, self.label(labels, len(t))[:, None]
 
-    def _features(self, x: Tensor, time: Tensor, label: Tensor | float) -> Features:
+    def _features(self, x: Tensor, time: Tensor, label: Tensor | float, chosen: int | None = None) -> Features:
         tokens = self.embed(self._patches(x))
         count = tokens.shape[1]
         if self.positions is not None:
@@ -262,12 +272,12 @@ class Denoiser(nn.Module):
             tokens = torch.cat([tokens, *extra], 1)
         if self.narrow_residual and torch.is_autocast_enabled(x.device.type):
             tokens = tokens.to(torch.get_autocast_dtype(x.device.type))
-        base = None
+        copies: dict[int, Tensor] = {}
         for number, block in enumerate(self.blocks, 1):
             tokens = block(tokens, condition, self._rotary("rotary"))
-            if number == self.config.base_depth:
-                base = tokens[:, :count].clone()  # of compiled blocks on CUDA, the next block overwrites the tokens
-        return Features(tokens[:, :count], base)
+            if number in (self.config.base_depth, chosen):
+                copies[number] = tokens[:, :count].clone()  # of compiled blocks on CUDA, the next block overwrites them
+        return Features(tokens[:, :count], copies.get(self.config.base_depth), copies.get(chosen or 0))
 
     def _patches(self, x: Tensor) -> Tensor:
         return patchify(x, self.config.patch_size).to(self.dtype)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from PIL.Image import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from raekit import randomness
 from raekit.config import OnPurpose, Operation, Place, configclass
@@ -24,6 +24,7 @@ from raekit.models.denoiser import Denoiser
 from raekit.models.denoiser_config import DenoiserConfig, DenoiserSize
 from raekit.models.layers import watch_logits
 from raekit.progress import Progress
+from raekit.stages.alignment import Aligned, AlignmentConfig, load_target, similarity
 from raekit.stages.evaluation import EvaluationConfig, evaluator
 from raekit.stages.initial import initialise_denoiser
 from raekit.stages.inputs import Inputs, describe_images, labels_digest
@@ -52,6 +53,8 @@ class GenerationConfig:
         class_dropout: probability of dropping a label, at least 0 and below 1.
         time_law: distribution of the training times, before the shift.
         shift_base: times are shifted by sqrt(dimension of the latents / `shift_base`).
+        alignment: the term of REPA, which aligns tokens of the denoiser with tokens of an encoder. None, as in RAE,
+            leaves it out.
         residual: number format of the tokens between the backbone's blocks, if `train.precision` is bf16. The head's
             tokens are bf16 then.
         train: steps, batches, precision, checkpoints and logs.
@@ -72,6 +75,7 @@ class GenerationConfig:
     class_dropout: float = 0.1
     time_law: path.TimeLaw = "uniform"
     shift_base: int = path.SHIFT_BASE
+    alignment: AlignmentConfig | None = None
     residual: OnPurpose[Literal["fp32", "bf16"]] = "fp32"
     train: TrainConfig
     optim: OptimConfig
@@ -85,10 +89,12 @@ class GenerationConfig:
             raise UserError(f"evaluation.ema: {min(others)} is not one of the averages {self.ema}; add it to ema")
         if not 0 <= self.class_dropout < 1:
             raise UserError(f"class_dropout: {self.class_dropout} must be at least 0 and below 1")
+        if self.alignment and self.latents:
+            raise UserError("alignment: needs the training images, which cached latents do not have; leave out latents")
 
 
 def flow_matching_loss(
-    denoiser: Denoiser,
+    denoiser: Denoiser | Aligned,
     latents: Tensor,
     labels: Tensor | None,
     positions: Tensor,
@@ -96,6 +102,7 @@ def flow_matching_loss(
     seed: int,
     time_law: path.TimeLaw,
     alpha: float,
+    tokens: Tensor | None = None,
 ) -> tuple[Tensor, Metrics]:
     """Return the mean squared error of the predicted velocity, in float32, and metrics to log.
 
@@ -110,19 +117,27 @@ def flow_matching_loss(
         seed: seed of noise and times.
         time_law: distribution of the times, before the shift.
         alpha: factor of the time shift (`path.shift_factor`).
+        tokens: the tokens (B, N, D) with which the tokens of an `Aligned` denoiser are aligned. The metric `alignment`
+            is their similarity.
     """
+    config = denoiser.denoiser.config if isinstance(denoiser, Aligned) else denoiser.config
     u = randomness.uniform(seed, "time", positions, (), latents.device)
     t = path.sample_times(u, time_law, alpha)
     noise = randomness.normal(seed, "noise", positions, latents.shape[1:], latents.device)
     x_t = path.interpolate(latents, noise, t)
-    prediction = denoiser.config.prediction
+    prediction = config.prediction
     exact = latents if prediction == "data" else path.velocity(latents, noise)
     target = path.to_velocity(x_t, exact, t, prediction)
 
     def error(predicted: Tensor) -> Tensor:
         return (path.to_velocity(x_t, predicted, t, prediction) - target).square().mean()
 
-    if not denoiser.config.base_depth:
+    if isinstance(denoiser, Aligned):
+        assert tokens is not None
+        predicted, projected = denoiser(x_t, t, labels)
+        aligned = similarity(projected, tokens)
+        return error(predicted) - denoiser.weight * aligned, {"alignment": aligned.detach()}
+    if not config.base_depth:
         return error(denoiser(x_t, t, labels)), {}
     full, base = denoiser(x_t, t, labels, with_base=True)
     base_error = error(base)
@@ -168,23 +183,31 @@ def build(config: GenerationConfig, run: Path, world: World) -> Stage:
     if config.init_from and not checkpoints(run / "checkpoints"):  # a resumed run has weights
         initialise_denoiser(model, config.init_from)
 
-    def error(network: Denoiser, batch: Batch | LatentBatch, dropout: float) -> tuple[Tensor, Metrics]:
+    network, encoder = model, None
+    if config.alignment:
+        encoder = load_target(config.alignment, model.config.token_grid, dtype).to(world.device)
+        network = Aligned(model, config.alignment, encoder.width)
+
+    def error(network: Denoiser | Aligned, batch: Batch | LatentBatch, dropout: float) -> tuple[Tensor, Metrics]:
         latents = batch.latents if isinstance(batch, LatentBatch) else autoencoder.encode(batch.pixels())
         labels = None
         if config.conditional:
             dropped = randomness.uniform(seed, "class dropout", batch.positions, (), world.device) < dropout
             assert model.label
             labels = model.label.without(batch.labels, dropped)
+        tokens = None
+        if encoder and isinstance(network, Aligned) and isinstance(batch, Batch):
+            tokens = encoder(batch.pixels())
         return flow_matching_loss(
-            network, latents, labels, batch.positions, seed=seed, time_law=config.time_law, alpha=alpha
+            network, latents, labels, batch.positions, seed=seed, time_law=config.time_law, alpha=alpha, tokens=tokens
         )
 
     def loss(batch: Batch | LatentBatch, step: int) -> tuple[Tensor, Metrics]:
-        return error(model, batch, config.class_dropout)
+        return error(network, batch, config.class_dropout)
 
     objective = Objective(
         name="denoiser",
-        module=model,
+        module=network,
         loss=loss,
         optim=config.optim,
         blocks=[*model.blocks, *(model.head_blocks if size.head else [])],
@@ -197,26 +220,27 @@ def build(config: GenerationConfig, run: Path, world: World) -> Stage:
         if config.train.compile and not config.latents:
             autoencoder.compile_encoder()
 
+    def denoiser_of(module: nn.Module) -> Denoiser:
+        found = module.denoiser if isinstance(module, Aligned) else module
+        assert isinstance(found, Denoiser)
+        return found
+
     def averaged() -> Denoiser:
-        assert isinstance(objective.averaged, Denoiser)
-        return objective.averaged
+        return denoiser_of(objective.averaged)
 
     exported: set[Path] = set()
 
     def export(folder: Path) -> None:
-        for decay, average in (objective.averages or {None: model}).items():
-            assert isinstance(average, Denoiser)
-            average.save(folder, world, ema=decay, beside=average is not objective.averaged)
+        for decay, average in (objective.averages or {None: network}).items():
+            denoiser_of(average).save(folder, world, ema=decay, beside=average is not objective.averaged)
         if folder not in exported:  # it does not change
             autoencoder.save(folder, world)
             exported.add(folder)
 
     def models() -> dict[str, Model]:
         chosen = config.evaluation.ema if config.evaluation else ()
-        averages = {f"ema_{decay}/": objective.averages[decay] for decay in chosen} or {"": averaged()}
-        return {
-            name: Model(autoencoder, average) for name, average in averages.items() if isinstance(average, Denoiser)
-        }
+        averages = {f"ema_{decay}/": denoiser_of(objective.averages[decay]) for decay in chosen} or {"": averaged()}
+        return {name: Model(autoencoder, average) for name, average in averages.items()}
 
     periodics = []
     if config.heldout:
