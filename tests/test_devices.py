@@ -14,10 +14,13 @@ from raekit.flow.sampling import Sampling
 from raekit.inference.generation import generate, images_to_noise, interpolate, noise_to_images
 from raekit.inference.model import load
 from raekit.models.autoencoder import load_autoencoder
+from raekit.models.baselines import VAESize
 from raekit.models.denoiser_config import TransformerConfig
 from raekit.models.discriminator import DiscriminatorConfig
 from raekit.models.vit import ViTConfig
 from raekit.stages import generation
+from raekit.stages.alignment import AlignmentConfig
+from raekit.stages.compression import CompressionConfig
 from raekit.stages.decoder_losses import AdversarialConfig, PerceptualConfig
 from raekit.stages.generation import DenoiserSize, GenerationConfig
 from raekit.stages.reconstruction import DecoderSize, ReconstructionConfig
@@ -27,6 +30,8 @@ from raekit.train.optim import OptimConfig
 from raekit.train.tracking import read_metrics
 from raekit.train.trainer import TrainConfig
 from tests.virtual_gpu import GPU, virtual_gpu
+
+NETWORKS = ("encoder", "vae", "decoder", "denoiser", "aligned denoiser")
 
 
 def test_tensors_on_two_devices_cannot_be_combined():
@@ -120,14 +125,20 @@ def config(images, tiny_model, vgg) -> Callable[[str], StageConfig]:
                 adversarial=AdversarialConfig(discriminator=discriminator, start=1, optim=optim),
                 **shared,
             )
+        if name == "vae":
+            return CompressionConfig(vae=VAESize(channels=2, widths=(32, 32)), **shared)
         part = TransformerConfig(width=16, depth=2, heads=2)
+        if name == "aligned denoiser":
+            size = DenoiserSize(backbone=part, head=part)
+            term = AlignmentConfig(encoder=str(tiny_model), block=1, hidden=8)
+            return GenerationConfig(autoencoder=str(tiny_model), denoiser=size, alignment=term, **shared)
         size = DenoiserSize(backbone=part, head=part, qk_norm=True, base_depth=1)
         return GenerationConfig(autoencoder=str(tiny_model), denoiser=size, time_law="logit-normal", **shared)
 
     return make
 
 
-@pytest.mark.parametrize("name", ["encoder", "decoder", "denoiser"])
+@pytest.mark.parametrize("name", NETWORKS)
 def test_training(config, tmp_path, name):
     def losses(run: Path, device: torch.device) -> list[dict[str, float]]:
         train(config(name), run, World(device=device))
@@ -162,7 +173,7 @@ def test_the_decoder_stays_on_the_host_where_only_the_encoder_is_needed(config, 
         assert {place for name, place in places.items() if not name.startswith("decoder.")} == {GPU}
 
 
-@pytest.mark.parametrize("name", ["encoder", "decoder", "denoiser"])
+@pytest.mark.parametrize("name", NETWORKS)
 def test_the_host_waits_for_no_step(config, tmp_path, name, monkeypatch):
     monkeypatch.setattr("raekit.train.throughput._measured", lambda device, dtype: 1e12)  # waits, once in a process
 
