@@ -737,7 +737,7 @@ def test_a_dry_run_of_a_push_shows_what_would_be_sent(run, tiny_model, tmp_path)
     assert size
     assert int(size[1].replace(",", "")) < (tiny_model / "denoiser" / "model.safetensors").stat().st_size
     assert 'raekit.Pipeline.from_pretrained("someone/toy")' in done.out
-    assert_fails(run("push", tiny_model, "toy", "--dry-run"), "toy: not the name of a repository")
+    assert_fails(run("push", "nowhere", "toy"), "toy: not the name of a repository")  # before the model is loaded
 
 
 def test_an_archive_is_generated(run, tiny_model, tmp_path):
@@ -936,6 +936,53 @@ def test_a_place_of_another_kind_is_refused_at_once(run, tmp_path, monkeypatch, 
     Path("file").write_text("mine")
     assert_fails(run(*command), message)
     assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+
+
+# Every command that writes, with an output that cannot be written: `file` is a file. No command reaches its input,
+# which does not exist either.
+BLOCKED = {
+    "demo": [["--run", "file/run"]],
+    "study": [["width", "--out", "file/study"]],
+    "generate": [["nowhere", "--out", f"file/{name}"] for name in ("grid.png", "images.npz", "images")],
+    "interpolate": [["nowhere", "--out", "file/row.png"]],
+    "trajectory": [["nowhere", "--out", "file/strip.webp"]],
+    "reconstruct": [["nowhere", "missing.png", "--out", "file/images"]],
+    "encode": [["nowhere", "missing.png", "--out", f"file/{name}"] for name in ("latents", "latents.safetensors")],
+    "app": [["nowhere/model", "--space", "owner/file"]],
+    "train": [["emoji_decoder", "--data.source", "folder:missing", "--run", "file/run"]],
+    "report": [["nowhere", "--out", "file/page.html"]],
+    "data show": [["folder:missing", "--out", "file/montage.png"]],
+    "data pack": [["folder:missing", "--size", "8", "--out", "file/shards"]],
+    "latents measure": [["nowhere", "--out", "file/statistics.safetensors"]],
+    "latents cache": [["nowhere", "--out", "file/latents"]],
+    "latents generate": [["nowhere", "--out", "file/latents.safetensors"]],
+    "evaluate": [["nowhere", "--out", "file/report"]],
+    "compare": [["nowhere", "missing", "--out", "file/comparison.md"]],
+    "reference": [["folder:missing", "--image-size", "8", "--out", "file/reference.safetensors"]],
+    "probe": [["nowhere", "--out", "file/probe.json"]],
+    "convert": [["nowhere", f"file/{to}", "--to", to] for to in ("raekit", "v1", "diffusers")],
+}
+SILENT = {"models", "recipes", "info", "push", "completion"}
+"""The commands that write no files of the user's."""
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"), [(name, each) for name, every in BLOCKED.items() for each in every], ids=str
+)
+def test_an_output_that_cannot_be_written_is_found_before_any_work(run, tmp_path, monkeypatch, command, arguments):
+    if command == "app":
+        pytest.importorskip("gradio")
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("mine")
+    done = run(*command.split(), *arguments)
+    assert_fails(done, "file")
+    assert not any(word in done.err for word in ("nowhere", "missing"))
+    assert len(done.err.splitlines()) == 1
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_the_outputs_of_all_commands_are_tried():
+    assert BLOCKED.keys() | SILENT == cli.COMMANDS.keys()
 
 
 def test_a_grid_on_a_full_disk_leaves_the_old_one(run, tiny_model, full_disk):

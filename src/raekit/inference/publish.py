@@ -61,8 +61,7 @@ def prepared(
     Raises:
         UserError: `repository` is not of the form OWNER/NAME.
     """
-    if not is_repository(repository) or "@" in repository:
-        raise UserError(f"{repository}: not the name of a repository; give OWNER/NAME")
+    check_name(repository)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         pipeline.save_pretrained(folder, dtype=dtype)
@@ -72,6 +71,12 @@ def prepared(
             pipeline(count=16).save(folder / GRID)
         model_card(pipeline, repository, run=run, scores=scores).save(folder / "README.md")
         yield folder
+
+
+def check_name(repository: str) -> None:
+    """Raise UserError unless `repository` has the form OWNER/NAME."""
+    if not is_repository(repository) or "@" in repository:
+        raise UserError(f"{repository}: not the name of a repository; give OWNER/NAME")
 
 
 def push(folder: Path, repository: str, *, private: bool = False) -> str:
