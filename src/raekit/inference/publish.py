@@ -11,7 +11,8 @@ import torch
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from raekit.config import read_json, to_json
+from raekit.config import from_dict, read_json, to_json
+from raekit.data.loader import DataConfig
 from raekit.data.sources import open_source
 from raekit.errors import UserError
 from raekit.hub import ASSETS, is_repository
@@ -180,7 +181,8 @@ def _training(config: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the facts of a run's config, as rows of a table. Local paths are left out."""
     train, optim = config["train"], config["optim"]
     try:
-        images = f"{len(open_source(config['data']['source'], config['data']['split'])):,} images"
+        data = from_dict(DataConfig, config["data"], "data")
+        images = f"{len(open_source(data.address, data.split)):,} images"
     except UserError:
         images = "a dataset that is not here any more"
     return [
