@@ -526,7 +526,7 @@ def metrics(case: Case) -> Outputs:
         network = Given(logits.shape[1], "inception_logits")
         scores = []
         for split in range(10):
-            score = InceptionScore(network, len(logits))
+            score = InceptionScore(network, len(logits), split_size=len(logits))
             part = slice(split * len(logits) // 10, (split + 1) * len(logits) // 10)
             score.update(given_batch(logits[part], network))
             scores += score.result().values()

@@ -25,7 +25,7 @@ from torch.distributed.run import parse_args
 import raekit
 from raekit import cli
 from raekit.config import to_dict
-from raekit.data.images import read_image
+from raekit.data.images import log_once, read_image
 from raekit.data.loader import DataConfig, Loader
 from raekit.distributed import World
 from raekit.distributed.locks import lock
@@ -64,6 +64,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Run:
     monkeypatch.setenv("COLUMNS", "200")
 
     def command(*arguments: object) -> Done:
+        log_once.cache_clear()  # as in a new process
         monkeypatch.setattr(sys, "argv", ["raekit", *map(str, arguments)])
         code: int | str | None = 0
         try:
@@ -519,7 +520,8 @@ def test_a_corrupt_image_is_named_and_left_out(images, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     broken = tmp_path / "images" / "train" / "blue" / "00.png"
-    assert done.stderr.count(f"WARNING: unreadable image {broken}: not a known image format\n") >= 1
+    assert done.stderr.count(f"WARNING: unreadable image {broken}: not a known image format\n") == 1
+    assert done.stderr.count(f"{source}: 30 images in 3 classes, 9 held out\n") == 1
     assert done.stdout == f"artifact: {tmp_path / 'run' / 'artifact'}\n"
 
 
@@ -737,7 +739,7 @@ def test_a_dry_run_of_a_push_shows_what_would_be_sent(run, tiny_model, tmp_path)
     assert size
     assert int(size[1].replace(",", "")) < (tiny_model / "denoiser" / "model.safetensors").stat().st_size
     assert 'raekit.Pipeline.from_pretrained("someone/toy")' in done.out
-    assert_fails(run("push", tiny_model, "toy", "--dry-run"), "toy: not the name of a repository")
+    assert_fails(run("push", "nowhere", "toy"), "toy: not the name of a repository")  # before the model is loaded
 
 
 def test_an_archive_is_generated(run, tiny_model, tmp_path):
@@ -936,6 +938,53 @@ def test_a_place_of_another_kind_is_refused_at_once(run, tmp_path, monkeypatch, 
     Path("file").write_text("mine")
     assert_fails(run(*command), message)
     assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+
+
+# Every command that writes, with an output that cannot be written: `file` is a file. No command reaches its input,
+# which does not exist either.
+BLOCKED = {
+    "demo": [["--run", "file/run"]],
+    "study": [["width", "--out", "file/study"]],
+    "generate": [["nowhere", "--out", f"file/{name}"] for name in ("grid.png", "images.npz", "images")],
+    "interpolate": [["nowhere", "--out", "file/row.png"]],
+    "trajectory": [["nowhere", "--out", "file/strip.webp"]],
+    "reconstruct": [["nowhere", "missing.png", "--out", "file/images"]],
+    "encode": [["nowhere", "missing.png", "--out", f"file/{name}"] for name in ("latents", "latents.safetensors")],
+    "app": [["nowhere/model", "--space", "owner/file"]],
+    "train": [["emoji_decoder", "--data.source", "folder:missing", "--run", "file/run"]],
+    "report": [["nowhere", "--out", "file/page.html"]],
+    "data show": [["folder:missing", "--out", "file/montage.png"]],
+    "data pack": [["folder:missing", "--size", "8", "--out", "file/shards"]],
+    "latents measure": [["nowhere", "--out", "file/statistics.safetensors"]],
+    "latents cache": [["nowhere", "--out", "file/latents"]],
+    "latents generate": [["nowhere", "--out", "file/latents.safetensors"]],
+    "evaluate": [["nowhere", "--out", "file/report"]],
+    "compare": [["nowhere", "missing", "--out", "file/comparison.md"]],
+    "reference": [["folder:missing", "--image-size", "8", "--out", "file/reference.safetensors"]],
+    "probe": [["nowhere", "--out", "file/probe.json"]],
+    "convert": [["nowhere", f"file/{to}", "--to", to] for to in ("raekit", "v1", "diffusers")],
+}
+SILENT = {"models", "recipes", "info", "push", "completion"}
+"""The commands that write no files of the user's."""
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"), [(name, each) for name, every in BLOCKED.items() for each in every], ids=str
+)
+def test_an_output_that_cannot_be_written_is_found_before_any_work(run, tmp_path, monkeypatch, command, arguments):
+    if command == "app":
+        pytest.importorskip("gradio")
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("mine")
+    done = run(*command.split(), *arguments)
+    assert_fails(done, "file")
+    assert not any(word in done.err for word in ("nowhere", "missing"))
+    assert len(done.err.splitlines()) == 1
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_the_outputs_of_all_commands_are_tried():
+    assert BLOCKED.keys() | SILENT == cli.COMMANDS.keys()
 
 
 def test_a_grid_on_a_full_disk_leaves_the_old_one(run, tiny_model, full_disk):
@@ -1285,7 +1334,7 @@ def test_measuring_what_is_not_there(run, images, tiny_model, tmp_path):
     assert not out.exists()
 
 
-def test_a_reference_is_measured_and_written(run, images, tiny_model, tmp_path):
+def test_a_reference_is_measured_and_written(run, images, tiny_model, tmp_path, caplog):
     out = tmp_path / "new" / "reference.safetensors"
     options = ["--image-size", 16, "--features", tiny_model, "--keep", 5, "--out", out]
     done = run("reference", images, *options)
@@ -1293,6 +1342,7 @@ def test_a_reference_is_measured_and_written(run, images, tiny_model, tmp_path):
     reference = read_reference(out)
     assert reference.about.hash in done.out
     assert "39 images, tiny" in done.out
+    assert caplog.messages == [f"{images}: 39 images in 3 classes"]
     assert (reference.about.count, reference.about.split) == (39, "all")
     (features,) = reference.features.values()
     assert features.shape == (5, 16)
@@ -1301,7 +1351,7 @@ def test_a_reference_is_measured_and_written(run, images, tiny_model, tmp_path):
     assert_fails(run("reference", images, *options), "nowhere.pth: no such file")
 
 
-def test_samples_are_scored_next_to_baselines(run, images, tiny_model, weaker, tmp_path):
+def test_samples_are_scored_next_to_baselines(run, images, tiny_model, weaker, tmp_path, caplog):
     out = tmp_path / "report"
     command = ["evaluate", tiny_model, "--source", images, "--features", tiny_model, "--count", 6, "--steps", 1]
     command += ["--baselines", "--out", out]
@@ -1315,6 +1365,7 @@ def test_samples_are_scored_next_to_baselines(run, images, tiny_model, weaker, t
     for row in report.baselines:
         assert row in done.out
     assert f"Compared with the 9 held-out images of {images}." in done.out
+    assert f"{images}: 9 held-out images in 3 classes" in caplog.messages
 
 
 def test_an_evaluation_needs_something_to_compare_with(run, images, tiny_model, tmp_path):
@@ -1415,19 +1466,21 @@ def test_info_tells_what_a_model_holds(run, tiny_model, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "int8"])
-def test_a_denoiser_trains_from_cached_latents(run, images, tiny_model, tmp_path, dtype):
+def test_a_denoiser_trains_from_cached_latents(run, images, tiny_model, tmp_path, dtype, caplog):
     out = tmp_path / "cache"
     command = ["latents", "cache", tiny_model, "--source", images, "--out", out, "--dtype", dtype]
     done = run(*command, "--shard-size", 20, "--precision", "fp32", "--flip")
     assert done.code == 0, done.err
     said = rf"{out}: 30 images in both orientations as {dtype}, 0\.\d MiB in 2 shards; error 0\.[1-9]\d% of .*\n"
     assert re.fullmatch(said, done.out)
+    assert caplog.messages == [f"{images}: 30 images in 3 classes, 9 held out"]
     small = {"data.source": images, "data.image-size": 16, "autoencoder": tiny_model, "denoiser.backbone.width": 16}
     small |= {"denoiser.backbone.heads": 2, "denoiser.head.width": 16, "denoiser.head.heads": 2, "train.steps": 2}
     small |= {"train.precision": "fp32", "latents": out}
     options = [str(x) for name, value in small.items() for x in (f"--{name}", value)]
     done = run("train", "emoji_dit_dh", "--run", tmp_path / "run", *options, "--data.flip")
     assert done.code == 0, done.err
+    assert f"{images}: 30 images from cached latents" in caplog.messages
     assert load(str(tmp_path / "run")).classes == ("blue", "green", "red")
     drawn = ["generate", tmp_path / "run", "--count", 1, "--steps", 1, "--out", tmp_path / "grid.png"]
     assert run(*drawn, "--ema", 0.998).code == 0

@@ -100,21 +100,26 @@ def test_tasks_of_slurm_form_a_world():
     assert [task.returncode for task in tasks] == [23, 23]
 
 
-def look(world: World, folders: list[Path]) -> str:
+def look(world: World, folders: list[Path]) -> tuple[str, list[bool]]:
+    first = [world.is_first(what) for what in ("a, b", "a, b", "c")]
     try:
         check_shared(folders[world.rank], world)
     except UserError as error:
-        return str(error)
-    return "shared"
+        return str(error), first
+    return "shared", first
 
 
 def test_a_folder_that_only_one_machine_sees_is_refused(run_ranks, tmp_path, monkeypatch):
     shared, mine = tmp_path / "shared", tmp_path / "mine"
-    assert run_ranks(look, 2, [shared, shared]) == ["shared", "shared"]
+    both = run_ranks(look, 2, [shared, shared])
+    assert [text for text, _ in both] == ["shared", "shared"]
+    for mine_first, other_first in zip(*(first for _, first in both), strict=True):
+        assert mine_first != other_first  # exactly one process is the first
+    assert all(first[0] == first[1] for _, first in both)  # and stays it
     assert list(shared.iterdir()) == []
     mine.mkdir()
     found = run_ranks(look, 2, [shared, mine])
-    assert [text.split(": ")[1] for text in found] == [
+    assert [text.split(": ")[1] for text, _ in found] == [
         "must be on a file system that all machines share; choose another --run"
     ] * 2
 

@@ -4,21 +4,25 @@
     python tools/kill_resume.py --kills 20 --folder /tmp/kills --only encoder generation
 
 The work is a training of every stage, with selection, evaluation, milestones and checkpoints in the background, a
-cache of latents, and a folder of samples. The script tells in which activity each kill fell, and exits with 0 if all
+cache of latents, and a folder of samples. The script prints in which activity each kill fell, and exits with 0 if all
 results are identical to the bit: checkpoints (weights, averages, moments, step), artifacts, milestones, losses, shards
-and images.
+and images. The training "processes" runs in one and in two processes by turns. Its checkpoints and losses must agree
+with a training in one process to 1e-5.
 """
 
 import argparse
 import hashlib
+import math
 import multiprocessing
 import os
 import random
+import signal
 import sys
 import tempfile
 import time
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -44,6 +48,10 @@ WORKS = {
         *("train", "emoji_encoder", "--train.steps", "30", "--score-every", "10", *ENCODER, *SMALL, *SAVES),
         *("--train.background-saves", "True"),
     ],
+    "processes": [
+        *("train", "emoji_encoder", "--train.steps", "30", "--score-every", "10", *ENCODER, *SMALL, *SAVES),
+        *("--train.precision", "fp32"),
+    ],
     "decoder": [
         *("train", "emoji_decoder_gan", "--train.steps", "30", *DECODER, *GAN, *SMALL, *SAVES),
         *("--selection.every", "10", "--selection.features", "builtin:vit-tiny"),
@@ -53,23 +61,29 @@ WORKS = {
         *("--evaluation.every", "10", "--evaluation.count", "20", "--evaluation.steps", "4"),
         *("--evaluation.features", "builtin:vit-tiny"),
     ],
-    "cache": ["latents", "cache", "builtin:emoji", "--source", "{images}", "--out", "{out}", "--batch-size", "4"],
+    "cache": [
+        *("latents", "cache", "builtin:emoji", "--source", "{images}", "--out", "{out}", "--batch-size", "4"),
+        *("--shard-size", "32"),
+    ],
     "generation": [
         *("generate", "builtin:emoji", "--class", "0", "--count", "32", "--steps", "2", "--batch-size", "4"),
         *("--out", "{out}"),
     ],
 }
+EVERY = 10  # steps between evaluations
+TOLERANCE = {"processes": 1e-5}  # the other results are identical
 START_UP = 0.1
 """The share of kills while a process starts. The other kills happen while it works."""
 
 
-def work(name: str, out: Path, images: str) -> None:
-    """Run a command of `WORKS` in this process, with its output in a file next to `out`."""
+def work(name: str, out: Path, images: str, processes: int) -> None:
+    """Run a command of `WORKS` in this process or in two new ones, with its output in a file next to `out`."""
     log = os.open(out.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(log, stream)
     arguments = [argument.format(images=images, out=out) for argument in WORKS[name]]
-    sys.argv = ["raekit", *arguments, *(["--run", str(out)] if arguments[0] == "train" else [])]
+    arguments += ["--run", str(out)] if arguments[0] == "train" else []
+    sys.argv = ["raekit", *arguments, *(["--processes", str(processes)] if processes > 1 else [])]
     from raekit.cli import main
 
     main()
@@ -83,6 +97,14 @@ def step_of(run: Path) -> int:
     return int(records[-1]["step"]) if records else 0
 
 
+def children(pid: int) -> list[int]:
+    """Return the ids of the processes that a process has started."""
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
 class Lives:
     """Starts each command in a new process. The processes are forked from a server that has done the imports."""
 
@@ -91,75 +113,95 @@ class Lives:
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["raekit.cli", "raekit.recipes", "raekit.stages.run", "raekit.inference"])
 
-    def start(self, out: Path) -> ForkServerProcess:
-        process = self.context.Process(target=work, args=(self.name, out, self.images))
+    def start(self, out: Path, processes: int = 1) -> ForkServerProcess:
+        process = self.context.Process(target=work, args=(self.name, out, self.images, processes))
         process.start()
         return process
 
-    def finish(self, out: Path) -> float:
+    def finish(self, out: Path, processes: int = 1) -> float:
         """Run the command to its end; return the seconds."""
         began = time.monotonic()
-        process = self.start(out)
+        process = self.start(out, processes)
         process.join()
         if process.exitcode:
             sys.exit(f"FAIL: exit status {process.exitcode} without a kill; see {out.with_suffix('.log')}")
         return time.monotonic() - began
 
 
-def activity(out: Path) -> str:
+def activity(name: str, out: Path) -> str:
     """Return what a killed process was doing, from what it left."""
+    from raekit.train.tracking import read_metrics
+
     left = {path.name for path in out.rglob("*.partial")}
-    for name, doing in (("artifact", "exporting"), ("autoencoder", "exporting"), ("encoder", "exporting")):
-        if f"{name}.partial" in left:
-            return doing
-    if any(name.startswith("step-") for name in left):
+    if left & {"artifact.partial", "autoencoder.partial", "encoder.partial", "denoiser.partial"}:
+        return "exporting"
+    if any(partial.startswith("step-") for partial in left):
         return "saving"
-    return "writing" if left else "training, evaluating or starting"
+    if left or WORKS[name][0] != "train":
+        return "writing" if left else "working"
+    newest = (read_metrics(out) or [{"step": -1}])[-1]
+    due = newest["step"] % EVERY == 0 and "images_per_second" in newest
+    return "evaluating" if due else "training or starting"
 
 
-def kill(lives: Lives, out: Path, kills: int, randomly: random.Random, seconds: float) -> tuple[int, Counter[str]]:
+def kill(
+    lives: Lives, out: Path, kills: int, randomly: random.Random, seconds: Sequence[float]
+) -> tuple[int, Counter[str]]:
     """Kill the work up to `kills` times, each time after it has run for a random part of the time that it takes.
+
+    Args:
+        lives: starts the work.
+        out: the folder of the results.
+        kills: the number of kills.
+        randomly: draws the moments.
+        seconds: what the work takes without a kill in one process, in two processes and so on. The lives take turns.
 
     Returns:
         The number of kills, which is lower than `kills` if the work ends early, and how many fell in each activity.
     """
     seen: Counter[str] = Counter()
     for number in range(kills):
-        # A life is long enough to get past the next checkpoint, or short enough to die while it starts.
-        delay = randomly.uniform(0, START_UP if randomly.random() < START_UP else 0.5) * seconds
-        process = lives.start(out)
+        processes = number % len(seconds) + 1
+        # A life is long enough to get past the next checkpoint, or short enough to die while it starts. Several
+        # processes import torch first, which takes most of their time.
+        longest = START_UP if randomly.random() < START_UP else 0.5 if processes == 1 else 1.0
+        delay = randomly.uniform(0, longest) * seconds[processes - 1]
+        process = lives.start(out, processes)
         process.join(delay)
         if process.exitcode == 0:
             return number, seen
         if process.exitcode:
             sys.exit(f"FAIL: exit status {process.exitcode} before a kill; see {out.with_suffix('.log')}")
-        process.kill()
+        assert process.pid
+        for pid in (process.pid, *children(process.pid)):
+            os.kill(pid, signal.SIGKILL)
         process.join()
-        seen[activity(out)] += 1
-        print(f"  killed after {delay:5.2f} s, {activity(out)}, at step {step_of(out)}", flush=True)
+        seen[activity(lives.name, out)] += 1
+        doing = f"{activity(lives.name, out)}, at step {step_of(out)}"
+        print(f"  killed after {delay:5.2f} s in {processes} process(es), {doing}", flush=True)
     return kills, seen
 
 
-def digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+def digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()
 
 
-def contents(run: Path) -> dict[str, str]:
-    """Return digests of the results: tensors of the last checkpoint, models, shards, images, logged losses."""
+def contents(run: Path) -> dict[str, Any]:
+    """Return the results: tensors of the last checkpoint, logged losses, and digests of models, shards and images."""
     import torch
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
     from raekit.train.checkpoint import checkpoints
     from raekit.train.tracking import read_metrics
 
-    found: dict[str, str] = {}
+    found: dict[str, Any] = {}
 
     def add(name: str, value: Any) -> None:
         if isinstance(value, dict):
             for key, inner in value.items():
                 add(f"{name}.{key}", inner)
         else:
-            found[name] = digest(value.numpy().tobytes()) if isinstance(value, torch.Tensor) else repr(value)
+            found[name] = value if isinstance(value, torch.Tensor | float) else repr(value)
 
     if (run / "checkpoints").is_dir():
         newest = checkpoints(run / "checkpoints")[-1]
@@ -174,6 +216,24 @@ def contents(run: Path) -> dict[str, str]:
         if "images_per_second" in record:  # a record of training, not of an evaluation; times and speeds have no slash
             add(f"metrics.step {record['step']}", {name: value for name, value in record.items() if "/" in name})
     return found
+
+
+def differences(found: dict[str, Any], expected: dict[str, Any], tolerance: float) -> list[str]:
+    """Return the names of the values that differ; with a tolerance, of the numbers that differ by more."""
+    import torch
+
+    def same(one: Any, other: Any) -> bool:
+        if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+            if tolerance and one.is_floating_point():
+                return torch.allclose(one, other, rtol=tolerance, atol=tolerance, equal_nan=True)
+            return one.dtype == other.dtype and one.numpy().tobytes() == other.numpy().tobytes()
+        if tolerance and isinstance(one, float) and isinstance(other, float):
+            return math.isclose(one, other, rel_tol=tolerance, abs_tol=tolerance)
+        if tolerance and isinstance(one, bytes) and isinstance(other, bytes):
+            return True  # the rounding of a weight changes the digest of its file
+        return one == other
+
+    return [name for name in expected | found if not same(found.get(name), expected.get(name))]
 
 
 def main() -> None:
@@ -193,21 +253,24 @@ def main() -> None:
         for number, name in enumerate(options.only):
             share = options.kills * (number + 1) // len(options.only) - options.kills * number // len(options.only)
             lives = Lives(name, options.images)
-            seconds = lives.finish(folder / f"{name}-alone")
-            expected, kills, runs, seen = contents(folder / f"{name}-alone"), 0, 0, Counter[str]()
-            print(f"{name}: {seconds:.1f} s without a kill, {len(expected)} values", flush=True)
+            alone, tolerance = folder / f"{name}-alone", TOLERANCE.get(name, 0.0)
+            seconds = [lives.finish(alone)]
+            if tolerance:
+                seconds.append(lives.finish(folder / f"{name}-two", processes=2))
+            expected, kills, runs, seen = contents(alone), 0, 0, Counter[str]()
+            print(f"{name}: {max(seconds):.1f} s without a kill, {len(expected)} values", flush=True)
             while kills < share:  # work that ends before the last kill is followed by the same work again
                 runs += 1
                 out = folder / f"{name}-{runs}"
                 done, activities = kill(lives, out, share - kills, randomly, seconds)
                 kills, seen = kills + done, seen + activities
                 lives.finish(out)
-                found = contents(out)
-                different = [key for key in expected | found if expected.get(key) != found.get(key)]
+                different = differences(contents(out), expected, tolerance)
                 if different:
                     sys.exit(f"FAIL: {name}: {len(different)} of {len(expected)} values differ: {different[:10]}")
             spread = ", ".join(f"{count} {what}" for what, count in seen.items())
-            print(f"{name}: {kills} kills in {runs} run(s) ({spread}); all values are identical", flush=True)
+            agree = f"agree to {tolerance:g}" if tolerance else "are identical"
+            print(f"{name}: {kills} kills in {runs} run(s) ({spread}); all values {agree}", flush=True)
             total += kills
     print(f"OK: {total} kills, nothing lost")
 

@@ -5,7 +5,7 @@
 
 The launchers are two `torchrun` on this machine that meet over the loopback device, as on two machines. Each life ends
 with SIGTERM, SIGUSR1 or SIGKILL, sent to one random process, which may be a launcher. The script exits with 0 if every
-life ends within two minutes, no step is lost after a signal that asks to stop, and all losses agree with an
+life ends within --limit seconds, no step is lost after a signal that asks to stop, and all losses agree with an
 uninterrupted run of one process to 1e-5. The arguments after `--` go to `raekit train`.
 """
 
@@ -20,7 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from kill_resume import step_of
+from kill_resume import children, step_of
 
 DEFAULT = [
     *("emoji_encoder", "--train.steps", "400", "--train.batch-size", "8", "--train.checkpoint-every", "9"),
@@ -36,8 +36,6 @@ DEFAULT = [
         "fp32",
     ),
 ]
-LIMIT = 120.0
-"""Seconds in which all processes of a life must have ended."""
 HANDLED = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
 
 
@@ -76,13 +74,6 @@ class World:
         return not late
 
 
-def children(pid: int) -> list[int]:
-    try:
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except OSError:
-        return []
-
-
 def runs(pid: int) -> bool:
     """Return whether a process runs. One that has ended and was not waited for does not."""
     try:
@@ -91,11 +82,13 @@ def runs(pid: int) -> bool:
         return False
 
 
-def life(run: Path, arguments: list[str], number: signal.Signals, target: int, randomly: random.Random) -> None:
+def life(
+    run: Path, arguments: list[str], number: signal.Signals, target: int, randomly: random.Random, limit: float
+) -> None:
     """Start the world, send `number` to one process near step `target`, and wait for the end of all."""
     world = World(run, arguments)
     began = time.monotonic()
-    while step_of(run) < target and world.processes() and time.monotonic() - began < 300:
+    while step_of(run) < target and world.processes() and time.monotonic() - began < 5 * limit:
         time.sleep(0.02)
     time.sleep(randomly.uniform(0, 0.5))
     everyone = world.processes()
@@ -105,7 +98,7 @@ def life(run: Path, arguments: list[str], number: signal.Signals, target: int, r
     who = "a launcher" if chosen in {launcher.pid for launcher in world.launchers} else "a process"
     os.kill(chosen, number)
     sent = time.monotonic()
-    in_time = world.ended(everyone, LIMIT)
+    in_time = world.ended(everyone, limit)
     saved = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
     complete = [int(name.removeprefix("step-")) for name in saved if not name.endswith(".partial")]
     statuses = ", ".join(str(launcher.returncode) for launcher in world.launchers)
@@ -115,7 +108,7 @@ def life(run: Path, arguments: list[str], number: signal.Signals, target: int, r
         flush=True,
     )
     if not in_time:
-        sys.exit(f"FAIL: processes still ran {LIMIT:.0f} s after {number.name}")
+        sys.exit(f"FAIL: processes still ran {limit:.0f} s after {number.name}")
     if number != signal.SIGKILL and at and max(complete, default=0) < at:
         sys.exit(f"FAIL: {number.name} lost the steps after {complete[-1:]}")
 
@@ -130,6 +123,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--each", type=int, default=10, help="how often each signal is sent")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random moments")
+    parser.add_argument("--limit", type=float, default=120, help="seconds in which all processes must end")
     parser.add_argument("--folder", type=Path, help="empty folder for the runs. Default: a temporary folder")
     parser.add_argument("train", nargs="*", default=DEFAULT, metavar="ARGUMENT", help="of raekit train, after --")
     options = parser.parse_args()
@@ -144,7 +138,7 @@ def main() -> None:
         randomly.shuffle(signals)
         steps = sorted(randomly.randint(1, int(0.95 * len(expected))) for _ in signals)
         for number, target in zip(signals, steps, strict=True):
-            life(run, options.train, number, target, randomly)
+            life(run, options.train, number, target, randomly, options.limit)
         world = World(run, options.train)
         world.ended([launcher.pid for launcher in world.launchers], 3600)
         found = losses(run)

@@ -3,6 +3,8 @@ import logging
 import multiprocessing
 import os
 import signal
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from raekit.config import from_dict, to_dict
-from raekit.data.images import reduced
+from raekit.data.images import log_once, reduced
 from raekit.data.loader import Batch, DataConfig, Loader, augmentation, item_at
 from raekit.data.transforms import center_crop, center_window, random_window
 from raekit.distributed import World
@@ -217,6 +219,19 @@ def test_the_stream_has_the_next_readable_image_in_place_of_an_unreadable_one(fo
     with caplog.at_level(logging.WARNING):
         take(other, 8, batch_size=N)
     assert sorted(record.args[0] for record in caplog.records if record.args) == names  # each once, by both loaders
+
+
+def test_an_unreadable_image_is_named_once_by_all_processes(damaged, caplog):
+    """In three epochs, each of two processes meets every unreadable image."""
+    first: dict[str, int] = {}
+    for rank in range(2):
+        log_once.cache_clear()  # each process has its own
+        watch = SimpleNamespace(is_first=lambda what, rank=rank: first.setdefault(what, rank) == rank)
+        data = loader(damaged, max_unreadable=0.3)
+        with caplog.at_level(logging.WARNING):
+            list(itertools.islice(data.stream(0, 2, World(rank, 2, watch=watch)), 3 * N))
+        assert len(data.unreadable) == 3
+    assert sorted(Path(record.args[0]).name for record in caplog.records) == ["03.png", "04.png", "10.png"]
 
 
 def test_one_pass_leaves_unreadable_images_out(damaged):

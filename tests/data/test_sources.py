@@ -3,6 +3,7 @@ import hashlib
 import io
 import itertools
 import pickle
+import shutil
 import sys
 from collections import Counter
 from importlib import resources
@@ -14,7 +15,7 @@ import pytest
 from PIL import Image
 
 from raekit.data.images import UnreadableImage
-from raekit.data.sources import is_address, open_source, stamp
+from raekit.data.sources import in_words, is_address, open_source, stamp
 from raekit.data.sources.emoji import Emoji, code_points
 from raekit.errors import UserError
 
@@ -532,3 +533,19 @@ def test_a_folder_without_a_scheme_is_explained(tmp_path: Path, monkeypatch: pyt
     for place in ("plants", str(tmp_path / "plants")):
         with pytest.raises(UserError, match=f"for this folder, folder:{place} .*or flat:{place}"):
             open_source(place, "all")
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_a_dataset_is_described_in_one_line(kind: str, images: str, tmp_path: Path):
+    folder = tmp_path / "images"
+    shutil.copytree(images.removeprefix("folder:"), folder)
+    (folder / "train" / "red" / "a.HEIC").write_bytes(b"x")
+    (folder / "train" / "red" / ".hidden.svg").write_bytes(b"x")
+    uri = f"folder:{folder}" if kind == "folder" else "zip:" + shutil.make_archive(str(tmp_path / "x"), "zip", folder)
+    lines = [in_words(open_source(uri, split), uri, split) for split in ("train", "heldout", "all")]
+    skipped = "1 skipped (formats that are not read: .heic)"
+    assert lines[0] == f"{uri}: 30 images in 3 classes, 9 held out, {skipped}"
+    assert lines[1] == f"{uri}: 9 held-out images in 3 classes, {skipped}"
+    assert lines[2] == f"{uri}: 39 images in 3 classes, {skipped}"
+    flat = f"flat:{folder}/train/blue"
+    assert in_words(open_source(flat, "all"), flat, "all") == f"{flat}: 10 images"

@@ -145,7 +145,7 @@ def everything(world: World, size: int) -> dict[str, float]:
     metrics = [
         PrecisionRecall(network, Manifold(reference)),
         KernelDistance(network, reference, subsets=5, size=20),
-        InceptionScore(logits, split_size=16),
+        InceptionScore(logits, 61, split_size=16),
     ]
     return score_stream(stream(pictures(61, 2, shift=0.06), size, world), metrics, world)
 
@@ -159,7 +159,7 @@ def test_values_depend_neither_on_batch_size_nor_on_processes(run_ranks):
 
 def test_images_without_indices_are_rejected_on_many_processes():
     network = Rows()
-    for metric in (PrecisionRecall(network, Manifold(network(pictures(9, 1)))), InceptionScore(network)):
+    for metric in (PrecisionRecall(network, Manifold(network(pictures(9, 1)))), InceptionScore(network, 9)):
         metric.update(Images(pictures(9, 2), torch.zeros(9).long()))
         with pytest.raises(ValueError, match="needs the images' indices"):
             metric.reduce(World(size=2))

@@ -129,27 +129,28 @@ def numbered(images: Tensor, indices: Tensor) -> Images:
     return Images(images, torch.full((len(images),), -1), indices=indices)
 
 
-def test_the_inception_score_is_the_mean_over_splits_in_order():
+def test_the_inception_score_is_the_mean_over_splits():
     network = Logits()
     images = quantize(torch.rand(23, 3, 2, 2, generator=torch.Generator().manual_seed(0)))
-    parts = [inception_score(network(part)) for part in images.split(10)]
+    number = InceptionScore(network, 23).order  # number[i] is the place of image i
+    parts = [inception_score(network(part)) for part in images[number.argsort()].split(10)]
     for order in torch.arange(23), torch.randperm(23, generator=torch.Generator().manual_seed(1)):
-        metric = InceptionScore(network, split_size=10)
+        metric = InceptionScore(network, 23, split_size=10)
         for index in order.split(4):
             metric.update(numbered(images[index], index))
         metric.reduce(World())
         assert metric.result() == {"inception_score": pytest.approx(sum(parts) / 3, rel=1e-12)}
-    metric = InceptionScore(network)  # 5000 images in a split, in the order of arrival
+    metric = InceptionScore(network, 23)  # 5000 images in a split
     for part in images.split(7):
         metric.update(batch(part))
     assert metric.result()["inception_score"] == pytest.approx(inception_score(network(images)), rel=1e-12)
 
 
-def test_with_their_number_the_inception_score_does_not_depend_on_the_order_of_the_classes():
+def test_the_inception_score_does_not_depend_on_the_order_of_the_classes():
     classes = torch.arange(400) % 4
     scores = []
     for labels in classes, classes.sort().values:
-        metric = InceptionScore(Logits(), split_size=100, count=400)
+        metric = InceptionScore(Logits(), 400, split_size=100)
         given = numbered(torch.zeros(400, 3, 1, 1), torch.arange(400))
         given._features[metric.network] = 8 * torch.eye(6)[labels]
         metric.update(given)
@@ -161,7 +162,7 @@ def test_with_their_number_the_inception_score_does_not_depend_on_the_order_of_t
 def test_the_inception_score_of_certain_and_of_equal_predictions():
     certain = torch.eye(6)[torch.arange(12) % 6] * 1000
     for logits, expected in (certain, 6), (torch.zeros(12, 6), 1):
-        metric = InceptionScore(Logits())
+        metric = InceptionScore(Logits(), 12)
         given = batch(torch.zeros(12, 3, 2, 2))
         given._features[metric.network] = logits
         metric.update(given)

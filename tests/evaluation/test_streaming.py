@@ -149,6 +149,21 @@ def test_saved_images_score_as_when_they_were_generated(tmp_path, kind):
     assert result == {"fd_thumbnail": pytest.approx(expected["fd_thumbnail"], rel=1e-9)}
 
 
+def test_processes_share_the_check_of_sizes_and_name_the_same_image(tmp_path, monkeypatch):
+    for number, side in enumerate([8, 8, 8, 16, 16]):
+        Image.new("RGB", (side, side)).save(tmp_path / f"{number}.png")
+    found: list[int] = []
+    for gathered in ([5, 5], [4, 3]):  # the first time the processes look, the second time both learn what they found
+        monkeypatch.setattr(World, "gather", lambda self, value, told=gathered: found.append(value) or told)
+        for rank in range(2):
+            if gathered == [5, 5]:
+                StoredImages(f"flat:{tmp_path}", world=World(rank, 2))
+                continue
+            with pytest.raises(UserError, match=r"3\.png is 16 x 16"):
+                StoredImages(f"flat:{tmp_path}", world=World(rank, 2))
+    assert found == [4, 3] * 2
+
+
 def test_saved_images_that_would_be_changed_or_left_out_are_rejected(tmp_path):
     Image.new("RGB", (8, 6)).save(tmp_path / "a.png")
     with pytest.raises(UserError, match="its images are 8 x 6; crop them to squares first"):
@@ -160,8 +175,8 @@ def test_saved_images_that_would_be_changed_or_left_out_are_rejected(tmp_path):
     Image.new("RGB", (16, 16)).save(tmp_path / "c.png")
     for source in f"flat:{tmp_path}", "zip:" + shutil.make_archive(str(tmp_path / "x"), "zip", tmp_path):
         with pytest.raises(UserError, match=r"c\.png is 16 x 16, and the first image is 8 x 8"):
-            list(StoredImages(source).batches([range(2)], ALONE))
+            StoredImages(source)
     (tmp_path / "c.png").unlink()
     (tmp_path / "b.png").write_bytes(b"")
-    with pytest.raises(UserError, match=r"1 of 2 images are unreadable.*b\.png"):
-        list(StoredImages(f"flat:{tmp_path}").batches([range(2)], ALONE))
+    with pytest.raises(UserError, match=r"unreadable image .*b\.png"):
+        StoredImages(f"flat:{tmp_path}")

@@ -2,9 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from raekit.data.loader import DataConfig, Loader
 from raekit.data.sources import listing, stamp
-from raekit.stages.inputs import Images, describe_images, in_words
 
 
 def test_a_listing_tells_names_and_sizes_and_not_places(tmp_path: Path):
@@ -29,21 +27,6 @@ def test_a_listing_tells_names_and_sizes_and_not_places(tmp_path: Path):
     before = listing(f"zip:{archive}")
     assert listing(f"zip:{archive.rename(tmp_path / 'other.zip')}") == before
     assert listing("emoji") == listing("emoji")
-
-
-def test_images_are_described_in_one_line(images: str, tmp_path: Path):
-    def line(source: str, split: str) -> str:
-        config = DataConfig(source=source, split=split, image_size=16)  # pyright: ignore[reportArgumentType]
-        return in_words(config, describe_images(config, Loader(config, seed=0)))
-
-    assert line(images, "train") == f"{images}: 30 images in 3 classes, 9 held out"
-    flat = f"flat:{images.partition(':')[2]}/train/red"
-    assert line(flat, "all").startswith(f"{flat}: 10 images, ")
-    assert "classes" not in line(flat, "all")
-    cached = in_words(
-        DataConfig(source="hf:me/plants", image_size=16), Images(count=5000, classes=None, names=None, sizes=None)
-    )
-    assert cached == "hf:me/plants: 5,000 images from cached latents"
 
 
 def test_the_built_in_images_have_nothing_to_do_with_the_working_folder(

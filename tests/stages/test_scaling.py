@@ -48,6 +48,8 @@ def test_epochs_are_passes_over_the_split(images):
     assert steps_of(config, 4) == 15
     assert steps_of(config, 0.01) == 1
     assert steps_of(replace(config, data=replace(config.data, split="heldout")), 8) == 9
+    named = replace(config.data, splits="train=val,heldout=train")
+    assert steps_of(replace(config, data=named), 8) == 9
     for wrong in (0, -1, float("nan")):
         with pytest.raises(UserError, match=r"--epochs: .* must be positive"):
             steps_of(config, wrong)

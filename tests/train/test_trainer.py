@@ -618,6 +618,21 @@ def test_a_signal_ends_an_evaluation_after_a_checkpoint_and_the_next_start_repea
     assert same(state(trainer(tmp_path)), alone[1])
 
 
+def test_a_signal_ends_an_export_after_a_checkpoint_and_the_next_start_repeats_it(tmp_path, alone):
+    exported: list[int | str] = []
+
+    def export(folder: Path) -> None:
+        exported.append(int(checkpoint.checkpoints(tmp_path / "checkpoints")[-1].name.removeprefix("step-")))
+        if len(exported) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+            exported.append("went on")
+
+    config = replace(CONFIG, checkpoint_every=3)
+    assert [finishes(trainer(tmp_path, config=config, export=export)) for _ in range(2)] == [False, True]
+    assert exported == [3, 3, 6, 8]
+    assert same(state(trainer(tmp_path, config=config)), alone[1])
+
+
 def test_a_stream_that_fails_ends_the_run_after_a_checkpoint(tmp_path):
     def broken(start: int) -> Iterator[Rows]:
         stream = rows(ONE, start)

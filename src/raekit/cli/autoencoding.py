@@ -10,6 +10,7 @@ from raekit.cli import console
 from raekit.cli.console import Device
 from raekit.cli.sampling import dtype_of
 from raekit.errors import UserError
+from raekit.files import check_file
 from raekit.progress import Display
 
 if TYPE_CHECKING:
@@ -100,6 +101,8 @@ def encode(
     if not paths:
         raise UserError("encode: give at least one image file or folder")
     single = out.suffix.lower() == ".safetensors"
+    if single:
+        check_file(out)
     with world(device) as here, nullcontext() if single else lock(out, here), Display(console.err) as progress:
         if here.size > 1:
             raise UserError("encode: runs in a single process; start it without torchrun")

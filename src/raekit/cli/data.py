@@ -34,6 +34,7 @@ def data_show(
         count: Number of images to decode, evenly spread over the dataset.
         out: Output file (.png) for a montage of up to 64 images. None: no montage.
     """
+    from raekit.data.images import skipped_in_words
     from raekit.data.overview import look_at
     from raekit.files import whole
 
@@ -53,6 +54,8 @@ def data_show(
             ordered = sorted(values.tolist())
             table.add_row(name, *(f"{each:,}" for each in (ordered[0], ordered[len(ordered) // 2], ordered[-1])))
         console.out.print(table)
+    if found.skipped:
+        console.out.print(skipped_in_words(found.skipped))
     console.out.print(f"{len(found.unreadable)} of {found.looked_at:,} images cannot be read")
     for name, reason in [*found.unreadable.items()][:MOST]:
         console.out.print(f"  {name}: {reason}")

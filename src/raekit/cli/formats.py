@@ -126,6 +126,7 @@ def push(
     from raekit.inference import publish
     from raekit.inference.pipeline import Pipeline
 
+    publish.check_name(repository)
     scores = [
         publish.Score(name, report.results[name], _compared_with(report))
         for report in map(read_report, reports)

@@ -62,6 +62,7 @@ def latents_measure(
         model = load_encoder(encoder, encoder_size, layers).to(here.device)
         size = image_size or max(model.input_size)
         loader = Loader(DataConfig(source=source, split=split, image_size=size, workers=workers), seed=0)
+        loader.announce(here)
         shape, batches = (model.spec.width, *model.grid), loader.once(batch_size, here)
         shown = counted(progress, "measure", len(loader), here.size)
         mean, var = measure_latents(lambda x: to_grid(model(x), model.grid), batches, shape, here, mirror, shown)

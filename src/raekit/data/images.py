@@ -3,17 +3,22 @@
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from io import BytesIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL import Image, UnidentifiedImageError
 
 from raekit.data.transforms import FITS, Fit, to_rgb
 from raekit.errors import UserError
+
+if TYPE_CHECKING:
+    from raekit.distributed import World
 
 _log = logging.getLogger(__name__)
 
@@ -45,7 +50,7 @@ EXTENSIONS = (
 """The extensions of the files in a folder that count as images."""
 
 OTHER_EXTENSIONS = (".arw", ".cr2", ".cr3", ".dng", ".eps", ".heic", ".heif", ".jxl", ".nef", ".psd", ".raf", ".svg")
-"""The extensions of image files that are not read. A folder that holds some is read without them, with a warning."""
+"""The extensions of image files that are not read. A dataset that holds some is read without them, and says so."""
 
 MAX_PIXELS = 89_478_485
 """The largest image, in pixels. Decoding takes up to 16 bytes a pixel. Pillow warns from the same size on."""
@@ -91,6 +96,23 @@ def decode(file: str | Path | BytesIO, name: str) -> Image.Image:
     Raises:
         UnreadableImage: the file is missing, damaged, too large or of an unknown format.
     """
+    with _opened(file, name) as image:
+        if short_side := _short_side.get():
+            image.draft(None, (short_side, short_side))  # does nothing if the image is not a JPEG
+        rgb = to_rgb(image)
+        rgb.info["name"] = name
+        return rgb
+
+
+def stored_size(file: str | Path | BytesIO, name: str) -> tuple[int, int]:
+    """Return width and height of the image in `file` from its header, before it is turned upright. See `decode`."""
+    with _opened(file, name) as image:
+        return image.size
+
+
+@contextmanager
+def _opened(file: str | Path | BytesIO, name: str) -> Iterator[Image.Image]:
+    """Yield the image in `file` before its pixels are read. An error in the block is an `UnreadableImage`."""
     if not isinstance(file, BytesIO) and not os.path.isfile(file):  # opening a named pipe would block
         raise UnreadableImage(name, "no such file, or not a regular file")
     try:
@@ -99,11 +121,7 @@ def decode(file: str | Path | BytesIO, name: str) -> Image.Image:
             with Image.open(file, formats=FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise UnreadableImage(name, _too_large(f"{image.width} x {image.height} pixels"))
-                if short_side := _short_side.get():
-                    image.draft(None, (short_side, short_side))  # does nothing if the image is not a JPEG
-                rgb = to_rgb(image)
-                rgb.info["name"] = name
-                return rgb
+                yield image
     except UnreadableImage:
         raise
     except UnidentifiedImageError:
@@ -136,7 +154,10 @@ def find_images(paths: Sequence[Path], besides: Path | None = None) -> dict[Path
         if not path.is_dir():
             found.setdefault(path, path.name)
             continue
-        files = {path / name: name for name in image_files(path)}
+        names, skipped = image_files(path)
+        if skipped:
+            log_once(logging.WARNING, "%s: %s; convert them, for example to PNG", str(path), skipped_in_words(skipped))
+        files = {path / name: name for name in names}
         if besides is not None:
             place = real_path(besides)
             files = {file: name for file, name in files.items() if not real_path(file).is_relative_to(place)}
@@ -151,19 +172,41 @@ def real_path(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
-def image_files(folder: Path) -> list[str]:
-    """Return the sorted relative paths of the image files below `folder`, without hidden files and folders."""
+def image_files(folder: Path) -> tuple[list[str], dict[str, int]]:
+    """Find the image files below `folder`, without hidden files and folders.
+
+    Returns:
+        The sorted relative paths, and the number of `skipped_formats`.
+    """
     files = files_below(folder)
-    if skipped := sorted(path for path in files if path.lower().endswith(OTHER_EXTENSIONS)):
-        message = "%s: skips %s images in formats that are not read, such as %s; convert them, for example to PNG"
-        warn_once(message, str(folder), str(len(skipped)), skipped[0])
-    return sorted(path for path in files if path.lower().endswith(EXTENSIONS))
+    return sorted(path for path in files if path.lower().endswith(EXTENSIONS)), skipped_formats(files)
+
+
+def skipped_formats(names: Iterable[str]) -> dict[str, int]:
+    """Return how many of the files are images in formats that are not read, by extension."""
+    found = Counter(os.path.splitext(name)[1].lower() for name in names)
+    return {extension: found[extension] for extension in OTHER_EXTENSIONS if extension in found}
+
+
+def skipped_in_words(skipped: Mapping[str, int]) -> str:
+    """Return, for example, "3 skipped (formats that are not read: .heic, .svg)"."""
+    return f"{sum(skipped.values()):,} skipped (formats that are not read: {', '.join(skipped)})"
+
+
+def warn_of_unreadable(unreadable: Mapping[str, str], world: "World") -> None:
+    """Log a warning for each unreadable image {name: reason}, once in all processes.
+
+    Each epoch, another process may read an image.
+    """
+    for name, reason in unreadable.items():
+        if world.is_first(f"unreadable {name}"):
+            log_once(logging.WARNING, "unreadable image %s: %s", name, reason)
 
 
 @cache
-def warn_once(message: str, *values: str) -> None:
-    """Log a warning, once in each process: several loaders may read the same images."""
-    _log.warning(message, *values)
+def log_once(level: int, message: str, *values: str) -> None:
+    """Log a message, once in each process: several loaders may read the same images."""
+    _log.log(level, message, *values)
 
 
 def files_below(folder: Path) -> list[str]:

@@ -1,5 +1,6 @@
 """Load batches of images, in an order that depends only on the seed and the number of images seen."""
 
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
@@ -13,8 +14,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from raekit.config import Operation, Place, configclass
-from raekit.data.images import UnreadableImage, reduced, warn_once
-from raekit.data.sources import open_source
+from raekit.data.images import UnreadableImage, log_once, reduced, warn_of_unreadable
+from raekit.data.sources import in_words, open_source
 from raekit.data.sources.base import Source, Split, parse_address
 from raekit.data.transforms import center_window, random_window, random_window_side
 from raekit.data.workers import load_parts
@@ -135,6 +136,11 @@ class Loader:
     def __len__(self) -> int:
         return len(self.source)
 
+    def announce(self, world: World) -> None:
+        """Log one line about the images, as information: only the first process, and once for each dataset."""
+        if world.is_main:
+            log_once(logging.INFO, "%s", in_words(self.source, self.config.address, self.config.split))
+
     def stream(self, start: int, batch_size: int, world: World) -> Iterator[Batch]:
         """Yield this rank's contiguous share of each training batch, without end.
 
@@ -182,12 +188,11 @@ class Loader:
 
     def _batches(self, reader: "_Reader", parts: Iterable[range], world: World) -> Iterator[Batch]:
         for images, labels, read, unreadable in load_parts(reader, parts, self.config.workers, world):
-            self._report(unreadable)
+            self._note(unreadable, world)
             yield Batch(images, labels, read)
 
-    def _report(self, unreadable: dict[str, str]) -> None:
-        for name, reason in unreadable.items():
-            warn_once("unreadable image %s: %s", name, reason)
+    def _note(self, unreadable: dict[str, str], world: World) -> None:
+        warn_of_unreadable(unreadable, world)
         self.unreadable |= unreadable
         if len(self.unreadable) > self._tolerated:
             names = ", ".join(list(self.unreadable)[:5])

@@ -25,6 +25,7 @@ class Overview:
         images: the number of images.
         classes: the number of images of each class, in the order of the class ids; empty without labels.
         unlabelled: the number of images without a class.
+        skipped: the number of images in formats that are not read, by extension.
         looked_at: the number of images that were decoded.
         sizes: width and height (looked_at - unreadable, 2) of the images in pixels.
         unreadable: the reason for each image that cannot be decoded, by its name.
@@ -34,6 +35,7 @@ class Overview:
     images: int
     classes: dict[str, int]
     unlabelled: int
+    skipped: dict[str, int]
     looked_at: int
     sizes: np.ndarray
     unreadable: dict[str, str]
@@ -71,6 +73,7 @@ def look_at(uri: str, split: Split = "all", count: int = 1000, progress: Progres
         images=len(source),
         classes={name: labels[number] for number, name in enumerate(source.classes)},
         unlabelled=labels[-1],
+        skipped=source.skipped,
         looked_at=len(chosen),
         sizes=np.array(sizes, int).reshape(-1, 2),
         unreadable=unreadable,

@@ -13,8 +13,8 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from raekit.config import configclass, differences, read_json, to_dict, to_json
-from raekit.data.images import UnreadableImage, warn_once
-from raekit.data.sources import absolute, open_source, stamp
+from raekit.data.images import UnreadableImage, log_once, warn_of_unreadable
+from raekit.data.sources import absolute, in_words, open_source, stamp
 from raekit.data.sources.archive_index import CLASSES
 from raekit.data.sources.base import Source, Split
 from raekit.data.transforms import shrink
@@ -113,6 +113,8 @@ def pack(
         sources["heldout"] = open_source(source, "heldout")
     except UserError as error:  # a small dataset without held-out images
         _log.warning("%s", error)
+    if world.is_main:
+        log_once(logging.INFO, "%s", in_words(sources["train"], source, "train"))
     images = {split: len(each) for split, each in sources.items()}
     settings = Packed(
         source=absolute(source),
@@ -142,8 +144,7 @@ def pack(
     done = len(shards) - len(missing)
     mine = missing[world.rank :: world.size]
     for found in load_parts(writer, (range(k, k + 1) for k in mine), workers, world):
-        for name, reason in found.items():
-            warn_once("unreadable image %s: %s", name, reason)
+        warn_of_unreadable(found, world)
         unreadable |= found
         done = min(done + world.size, len(shards))
         progress("pack", done, len(shards), unit=shard_size)

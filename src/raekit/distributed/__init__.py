@@ -73,6 +73,10 @@ class World:
         dist.all_reduce(flags)
         return bool(flags)
 
+    def is_first(self, what: str) -> bool:
+        """Return whether no other process has called this method with `what`. Processes may call it at any time."""
+        return self.watch is None or self.watch.is_first(what)
+
     @contextmanager
     def main_first(self) -> Iterator[None]:
         """Run the block on rank 0 first and then on the other ranks, for example to fill a cache once."""

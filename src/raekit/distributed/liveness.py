@@ -62,6 +62,13 @@ class Watch:
         """Return whether another process failed or died."""
         return self._has("failed")
 
+    def is_first(self, what: str) -> bool:
+        """Return whether no other process has called this method with `what`."""
+        try:
+            return self._store.compare_set(f"first/{what}", "", str(self._rank)).decode() == str(self._rank)
+        except RuntimeError:  # the process that holds the store has ended
+            return True
+
     @property
     def _stop(self) -> str:
         return f"stop/{self._works}"

@@ -184,7 +184,7 @@ class Against:
                 if min(count, len(features)) >= _KID_SIZE:
                     others.append(KernelDistance(network, features.to(self.device), size=_KID_SIZE))
         if "inception_logits" in self.networks:
-            others.append(InceptionScore(self.networks["inception_logits"], count=count))
+            others.append(InceptionScore(self.networks["inception_logits"], count))
         others += [ClassAccuracy(each.logits, each.pool.name, intervals) for each in self.judges_of(classes)]
         if ratios:
             divided, baselines = zip(*ratios, strict=True)

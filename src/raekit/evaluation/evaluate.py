@@ -135,7 +135,8 @@ def evaluate(
     name = model if isinstance(model, str) else "a model in memory"
     if not references or baselines:
         dataset = _check_dataset(name, dataset, source is not None, loaded)
-    image_size = loaded.image_size if loaded else StoredImages(name).image_size  # type: ignore[arg-type]
+    stored = StoredImages(name, batch_size, workers, world) if saved else None
+    image_size = (loaded or stored).image_size  # type: ignore[union-attr]
 
     notes = []
     if references:
@@ -153,8 +154,9 @@ def evaluate(
         notes.append(f"Compared with the {read[0].about.count:,} held-out images of {dataset}{trained}.")
 
     stream: Stream
-    if saved:
-        stream = StoredImages(name, batch_size, workers)
+    if stored:
+        stored.images.loader.announce(world)
+        stream = stored
     elif isinstance(loaded, LatentSpace) and interpolate:
         originals, split = _originals(read[0])
         stream = Interpolations(
@@ -289,7 +291,9 @@ def _reconstructions(
     """Return the reconstructions of the images that `reference` was measured on."""
     source, split = _originals(reference)
     scores = reconstruction_metrics(lpips, world.device)
-    return Reconstructions(autoencoder, source, split, scores, batch_size=batch_size, workers=workers)
+    found = Reconstructions(autoencoder, source, split, scores, batch_size=batch_size, workers=workers)
+    found.originals.loader.announce(world)
+    return found
 
 
 def _originals(reference: Reference) -> tuple[str, Split]:

@@ -162,15 +162,15 @@ class InceptionScore:
 
     Args:
         logits: Inception's logits without the bias.
+        count: number of images. They are divided into splits in an order that is drawn from a fixed seed, because the
+            score of images in the order of their classes is too low.
         split_size: images in a split. The default gives ten splits for 50,000 images, as in the literature. The last
             split may be shorter.
-        count: number of images. They are divided into splits in an order that is drawn from a fixed seed, because the
-            score of images in the order of their classes is too low. Default: the order of the stream.
     """
 
-    def __init__(self, logits: FeatureNetwork, split_size: int = SPLIT, count: int | None = None):
+    def __init__(self, logits: FeatureNetwork, count: int, split_size: int = SPLIT):
         self.network, self.split_size = logits, split_size
-        self.order = None if count is None else torch.from_numpy(numpy_generator(0, "splits", 0).permutation(count))
+        self.order = torch.from_numpy(numpy_generator(0, "splits", 0).permutation(count))
         self.done, self.numbered = 0, True
         # For each split: the number of images, the sum of p and the sum of p log p.
         self.splits: dict[int, tuple[int, Tensor, Tensor]] = {}
@@ -180,7 +180,7 @@ class InceptionScore:
         indices = torch.arange(self.done, self.done + len(batch)) if batch.indices is None else batch.indices.cpu()
         self.numbered &= batch.indices is not None
         self.done += len(batch)
-        of_split = (indices if self.order is None else self.order[indices]) // self.split_size
+        of_split = self.order[indices] // self.split_size
         for split in of_split.unique().tolist():
             rows = log_p[of_split == split]
             p = rows.exp()

@@ -106,6 +106,7 @@ def probe(
         random = untrained(encoder)
         networks["random weights"] = _Features("random weights", random, _shape(random), tokens)
     loaders = {split: _loader(source, split, size, workers) for split in ("train", "heldout")}
+    loaders["train"].announce(world)
     banks: dict[str, list[Tensor]] = {row: [] for row in networks}
     for row, network in networks.items():
         for split, loader in loaders.items():

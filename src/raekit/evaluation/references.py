@@ -339,6 +339,7 @@ def measure_reference(
     if not networks or keep < 0:
         raise UserError(f"a reference needs at least one network, and keep must be at least 0, not {keep}")
     loader = Loader(data, seed=0)
+    loader.announce(world)
     keep = min(keep, len(loader))
     measured = {
         name: _Measured(network, 0 if name.endswith("_spatial") else keep, len(loader))

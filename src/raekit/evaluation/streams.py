@@ -12,6 +12,8 @@ from raekit.data.images import UnreadableImage
 from raekit.data.loader import DataConfig, Loader
 from raekit.data.sources import open_source
 from raekit.data.sources.base import Source, Split
+from raekit.data.sources.folders import Files
+from raekit.data.sources.zip_tar import Archived
 from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.evaluation.features import Images, PairScore
@@ -60,21 +62,20 @@ class StoredImages:
         source: the address of a data source. All its images are taken as they are, and must be squares of one size.
         batch_size: images at once.
         workers: processes that decode images.
+        world: the processes, which share the check of the sizes. Default: this process.
 
     Raises:
-        UserError: the first image is unreadable or not square. A later image that is unreadable or has another size is
-            an error when it is read.
+        UserError: the first image is unreadable or not square, or another image of a folder or an archive has another
+            size. An image of another source fails when it is read.
     """
 
-    def __init__(self, source: str, batch_size: int = BATCH, workers: int = 0):
-        try:
-            width, height = open_source(source, "all")[0][0].size
-        except UnreadableImage as error:
-            raise UserError(f"data source {source!r}: unreadable image {error}") from None
+    def __init__(self, source: str, batch_size: int = BATCH, workers: int = 0, world: World | None = None):
+        width, height = _read(open_source(source, "all"), 0).size
         if width != height:
             raise UserError(f"data source {source!r}: its images are {width} x {height}; crop them to squares first")
         self.images = RealImages(source, "all", width, batch_size, workers)
-        self.images.loader.source = _OneSize(self.images.loader.source, width)
+        self.images.loader.source = checked = _OneSize(self.images.loader.source, width)
+        checked.check_headers(world or World())
         self.count, self.image_size, self.source = self.images.count, width, source
         self.classes = self.images.classes
 
@@ -91,6 +92,7 @@ class _OneSize:
     def __init__(self, source: Source, size: int):
         self.source, self.size = source, size
         self.name, self.classes, self.labels = source.name, source.classes, source.labels
+        self.skipped = source.skipped
 
     def __len__(self) -> int:
         return len(self.source)
@@ -103,6 +105,32 @@ class _OneSize:
                 f"{image.height}, and the first image is {self.size} x {self.size}; evaluate images of one size"
             )
         return image, label
+
+    def check_headers(self, world: World) -> None:
+        """Check all images of a folder or an archive by their headers. The processes share the work.
+
+        Raises:
+            UserError: an image is unreadable or has another size. All processes name the first one.
+        """
+        if isinstance(self.source, Files | Archived):
+            numbers = range(world.rank, len(self), world.size)
+            first = min(world.gather(next((i for i in numbers if not self._fits(self.source, i)), len(self))))
+            if first < len(self):
+                _read(self, first)
+
+    def _fits(self, source: Files | Archived, index: int) -> bool:
+        try:
+            return source.stored_size(index) == (self.size, self.size)
+        except UnreadableImage:
+            return False
+
+
+def _read(source: Source, index: int) -> Image.Image:
+    """Return an image; UserError if it is unreadable."""
+    try:
+        return source[index][0]
+    except UnreadableImage as error:
+        raise UserError(f"data source {source.name!r}: unreadable image {error}") from None
 
 
 class RealImages:

@@ -130,6 +130,7 @@ def cache_latents(
             raise UserError(f"{name}: {value} must be at least 1")
     check_crop(data)
     loader = Loader(data, seed=0)
+    loader.announce(world)
     parts = list(_chunks(range(len(loader)), shard_size))
     places = shard_paths(out, len(parts))
     about = CacheInfo(

@@ -1,5 +1,6 @@
 """Batches of cached latents, for training without the encoder."""
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from raekit.data.images import log_once
 from raekit.data.loader import DataConfig, Rows, augmentation, item_at, stream_shares
 from raekit.data.sources import absolute
 from raekit.data.workers import load_parts
@@ -82,6 +84,11 @@ class LatentLoader:
 
     def __len__(self) -> int:
         return self.info.items
+
+    def announce(self, world: World) -> None:
+        """Log one line about the latents, as `Loader.announce` does about images."""
+        if world.is_main:
+            log_once(logging.INFO, "%s", f"{self.config.address}: {len(self):,} images from cached latents")
 
     def stream(self, start: int, batch_size: int, world: World) -> Iterator[LatentBatch]:
         """Yield the batches of this process, starting at position `start`, as `Loader.stream` does.

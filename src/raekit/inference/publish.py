@@ -11,7 +11,8 @@ import torch
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from raekit.config import read_json, to_json
+from raekit.config import from_dict, read_json, to_json
+from raekit.data.loader import DataConfig
 from raekit.data.sources import open_source
 from raekit.errors import UserError
 from raekit.hub import ASSETS, is_repository
@@ -61,8 +62,7 @@ def prepared(
     Raises:
         UserError: `repository` is not of the form OWNER/NAME.
     """
-    if not is_repository(repository) or "@" in repository:
-        raise UserError(f"{repository}: not the name of a repository; give OWNER/NAME")
+    check_name(repository)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         pipeline.save_pretrained(folder, dtype=dtype)
@@ -72,6 +72,12 @@ def prepared(
             pipeline(count=16).save(folder / GRID)
         model_card(pipeline, repository, run=run, scores=scores).save(folder / "README.md")
         yield folder
+
+
+def check_name(repository: str) -> None:
+    """Raise UserError unless `repository` has the form OWNER/NAME."""
+    if not is_repository(repository) or "@" in repository:
+        raise UserError(f"{repository}: not the name of a repository; give OWNER/NAME")
 
 
 def push(folder: Path, repository: str, *, private: bool = False) -> str:
@@ -175,7 +181,8 @@ def _training(config: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the facts of a run's config, as rows of a table. Local paths are left out."""
     train, optim = config["train"], config["optim"]
     try:
-        images = f"{len(open_source(config['data']['source'], config['data']['split'])):,} images"
+        data = from_dict(DataConfig, config["data"], "data")
+        images = f"{len(open_source(data.address, data.split)):,} images"
     except UserError:
         images = "a dataset that is not here any more"
     return [

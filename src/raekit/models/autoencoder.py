@@ -19,7 +19,7 @@ from raekit.models.encoders import Encoder, load_encoder
 from raekit.models.latent_space import LatentSpace
 from raekit.models.layers import to_grid
 from raekit.models.precision import set_dtype
-from raekit.models.registry import REGISTRY, LayersConfig, Size, absolute
+from raekit.models.registry import LayersConfig, Size, absolute
 from raekit.models.vit import ViT
 from raekit.weights import check_fit, fingerprint, load_strict, rounded
 
@@ -32,8 +32,8 @@ class AutoencoderConfig:
 
     Attributes:
         encoder: a name that `load_encoder` takes.
-        encoder_weights: a fingerprint of the encoder's weights. Loading fails for other weights. None: the encoder is
-            registered, its weights are stored with the autoencoder, or nothing is known.
+        encoder_weights: a fingerprint of the encoder's weights. Loading fails for other weights. None: it is not known,
+            as in a converted model.
         encoder_size: the size that the encoder resizes images to. Default: the encoder's own.
         layers: the encoder blocks whose outputs make the latents.
         decoder: the sizes of the decoder.
@@ -121,12 +121,7 @@ class Autoencoder(LatentSpace):
         """Write FOLDER/autoencoder, for `load`; also FOLDER/encoder, if raekit trained the encoder."""
         world = world or World()
         complete = isinstance(self.encoder.model, ViT) and Path(self.encoder.name).is_dir()
-        known = complete or self.encoder.name in REGISTRY
-        config = replace(
-            self.config,
-            encoder=absolute(self.config.encoder),
-            encoder_weights=None if known else self.encoder_weights,
-        )
+        config = replace(self.config, encoder=absolute(self.config.encoder), encoder_weights=self.encoder_weights)
         statistics = {"var": self.var} | ({} if self.mean is None else {"mean": self.mean})
         folder = Path(folder)
         target = folder / "autoencoder"

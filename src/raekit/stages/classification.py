@@ -56,6 +56,7 @@ def build(config: ClassificationConfig, run: Path, world: World) -> Stage:
         UserError: If the images have no classes.
     """
     loader = Loader(config.data, config.train.seed)
+    loader.announce(world)
     if not loader.classes:
         raise UserError(f"data.source: {config.data.source} has no classes, and a classifier needs at least two")
     model = Classifier(

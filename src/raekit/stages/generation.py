@@ -157,6 +157,7 @@ def build(config: GenerationConfig, run: Path, world: World) -> Stage:
     else:
         loader = Loader(config.data, seed)
         autoencoder.encoder_to(world.device)
+    loader.announce(world)
     if autoencoder.image_size != config.data.image_size:
         raise UserError(
             f"data.image_size: {config.data.image_size}, but {config.autoencoder} needs {autoencoder.image_size}"

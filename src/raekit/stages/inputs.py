@@ -8,8 +8,7 @@ import numpy as np
 
 from raekit.config import OnPurpose, configclass
 from raekit.data.loader import DataConfig, Loader
-from raekit.data.sources import listing, open_source
-from raekit.errors import UserError
+from raekit.data.sources import listing
 from raekit.inference.cached_loader import LatentLoader
 
 
@@ -56,19 +55,6 @@ def describe_images(config: DataConfig, loader: Loader | LatentLoader) -> Images
         classes = dict(zip(loader.classes, counts.tolist(), strict=True))
     names, sizes = listing(config.source) or (None, None)
     return Images(count=len(loader), classes=classes, names=names, sizes=sizes)
-
-
-def in_words(config: DataConfig, images: Images) -> str:
-    """Return a line about the images of a training, such as "folder:plants: 300 images in 3 classes, 33 held out"."""
-    line = f"{config.source}: {images.count:,} images"
-    if images.classes is None:  # only their latents are here
-        return f"{line} from cached latents"
-    if images.classes:
-        line += f" in {len(images.classes)} classes"
-    try:
-        return f"{line}, {len(open_source(config.address, 'heldout')):,} held out"
-    except UserError:
-        return f"{line}, none held out"
 
 
 def labels_digest(classes: Sequence[str]) -> str:

@@ -108,6 +108,7 @@ def build(config: ReconstructionConfig, run: Path, world: World) -> Stage:
     The objectives are the decoder and, if `config.adversarial` is set, the discriminator.
     """
     loader = Loader(config.data, config.train.seed)
+    loader.announce(world)
     dtype = compute_dtype(config.train.precision, world.device)
     encoder = load_encoder(config.encoder, config.encoder_size, config.layers, dtype)
     size = config.decoder

@@ -176,6 +176,7 @@ def load_teacher(config: TeacherConfig, grid: tuple[int, int], dtype: torch.dtyp
 def build(config: RepresentationConfig, run: Path, world: World) -> Stage:
     """Build the stage. Its artifact is the encoder with averaged weights."""
     loader = Loader(config.data, config.train.seed)
+    loader.announce(world)
     teacher = None
     if config.teacher:
         side = config.encoder.image_size // config.encoder.patch_size

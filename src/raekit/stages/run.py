@@ -1,6 +1,5 @@
 """A training run from a config to an artifact, for every stage."""
 
-import logging
 from pathlib import Path
 
 import torch
@@ -14,13 +13,10 @@ from raekit.models.registry import absolute
 from raekit.progress import Progress, silent
 from raekit.stages import classification, compression, generation, reconstruction, record, representation
 from raekit.stages.cost import memory_advice
-from raekit.stages.inputs import in_words
 from raekit.stages.record import StageConfig
 from raekit.stages.stage import Stage
 from raekit.train.signals import stop_signals
 from raekit.train.trainer import Report, Trainer
-
-_log = logging.getLogger(__name__)
 
 _BUILDERS = {
     classification.ClassificationConfig: classification.build,
@@ -72,8 +68,6 @@ def train(
         record.check(run, changed, change)
         stage = build(config, run, world)
         inputs = world.gather(stage.inputs() if world.is_main else None)[0]
-        if world.is_main:
-            _log.info("%s", in_words(config.data, inputs.data))
         changed += record.input_changes(run, inputs)
         record.check(run, changed, change)
         trainer = Trainer(

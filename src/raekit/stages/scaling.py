@@ -36,5 +36,5 @@ def steps_of(config: StageConfig, epochs: float) -> int:
     if latents := getattr(config, "latents", None):
         images = next(iter(read_infos(Path(latents), CacheInfo).values())).items
     else:
-        images = len(open_source(config.data.source, config.data.split))
+        images = len(open_source(config.data.address, config.data.split))
     return max(round(epochs * images / config.train.batch_size), 1)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from raekit.data.archives import matching_files
-from raekit.data.images import EXTENSIONS, files_below
+from raekit.data.images import EXTENSIONS, files_below, skipped_in_words
 from raekit.data.sources.base import Address, Source, Split, parse_address
 from raekit.data.sources.emoji import Emoji
 from raekit.data.sources.folders import open_flat, open_folder
@@ -65,6 +65,19 @@ def open_source(uri: str, split: Split = "train") -> Source:
     if not len(source):
         raise UserError(f"data source {uri!r} has no images in the split {split!r}; the split 'all' has every image")
     return source
+
+
+def in_words(source: Source, uri: str, split: Split) -> str:
+    """Return a line about an opened dataset, such as "folder:plants: 300 images in 3 classes, 33 held out"."""
+    line = f"{uri}: {len(source):,} {'held-out ' if split == 'heldout' else ''}images"
+    if source.classes:
+        line += f" in {len(source.classes)} classes"
+    if split == "train":
+        try:
+            line += f", {len(open_source(uri, 'heldout')):,} held out"
+        except UserError:
+            line += ", none held out"
+    return line + (f", {skipped_in_words(source.skipped)}" if source.skipped else "")
 
 
 def is_address(name: str) -> bool:

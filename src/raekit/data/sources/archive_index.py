@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from raekit.data.archives import Entry, Listing, list_tar, list_zip, matching_files, read_from
-from raekit.data.images import EXTENSIONS
+from raekit.data.images import EXTENSIONS, skipped_formats
 from raekit.data.sources.base import Split, held_out, part_of_file, parts_of
 from raekit.errors import UserError
 from raekit.files import whole
@@ -38,7 +39,7 @@ CLASSES = "classes.txt"
 """A file next to the archives with the names of numbered classes, a line for each."""
 _SPLITS = {"train": 0, "heldout": 1}
 _UNUSED = 2
-_FORMAT = "raekit archive index 1"
+_FORMAT = "raekit archive index 2"
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class ArchiveIndex:
         root: the folder that the names of the archives are relative to.
         files: the name, size and modification time of each archive.
         classes: the names of the classes.
+        skipped: the number of images in formats that are not read, by extension.
         shards: the number of the archive of each image, int32 (N,).
         places: the `Entry` of each image, int64 (N, 5).
         labels: the label of each image, int64 (N,), -1 without a label.
@@ -62,6 +64,7 @@ class ArchiveIndex:
     root: Path
     files: list[tuple[str, int, int]]
     classes: tuple[str, ...]
+    skipped: dict[str, int]
     shards: np.ndarray
     places: np.ndarray
     labels: np.ndarray
@@ -186,9 +189,9 @@ def _kept(candidates: Sequence[Path], root: Path, files: Sequence[tuple[str, int
 
 
 def _write(index: ArchiveIndex, path: Path) -> None:
-    described = {"format": _FORMAT, "files": json.dumps(index.files), "classes": json.dumps(index.classes)}
+    described = {name: json.dumps(getattr(index, name)) for name in ("files", "classes", "skipped")}
     with whole(path) as partial:
-        save_file({name: getattr(index, name) for name in _ARRAYS}, partial, described)
+        save_file({name: getattr(index, name) for name in _ARRAYS}, partial, {"format": _FORMAT, **described})
 
 
 def _reopened(path: Path, root: Path, classes: tuple[str, ...]) -> ArchiveIndex:
@@ -212,7 +215,8 @@ def _read(path: Path, root: Path) -> ArchiveIndex:
         about = file.metadata() or {}
         arrays = {name: file.get_tensor(name).numpy() for name in _ARRAYS}
     files = [(str(name), int(size), int(modified)) for name, size, modified in json.loads(about["files"])]
-    index = ArchiveIndex(root, files, tuple(json.loads(about["classes"])), **arrays, kept=path)
+    classes, skipped = tuple(json.loads(about["classes"])), dict(json.loads(about["skipped"]))
+    index = ArchiveIndex(root, files, classes, skipped, **arrays, kept=path)
     shapes = {name: (len(index.shards),) for name in _ARRAYS} | {"names": index.names.shape}
     shapes |= {"places": (len(index.shards), 5), "captions": (len(index.captions), 5)}
     labels = (index.labels.min(initial=0), index.labels.max(initial=-1))
@@ -231,6 +235,7 @@ class _Scanned(NamedTuple):
     """What one archive contains: its images, and by key (see `_key`) the labels and captions in other files."""
 
     images: list[tuple[str, Entry]]
+    skipped: dict[str, int]
     numbers: dict[str, Any]  # of KEY.cls
     fields: dict[str, Any]  # of KEY.json
     captions: dict[str, Entry]
@@ -276,6 +281,7 @@ def _build(scheme: str, root: Path, files: list[tuple[str, int, int]], wanted: M
         root=root,
         files=files,
         classes=classes,
+        skipped=dict(sum((Counter(each.skipped) for each in scanned), Counter())),
         shards=np.array(shards, np.int32),
         places=np.array([entry for _, entry in images], np.int64),
         labels=labels,
@@ -316,7 +322,7 @@ def _scan(path: Path, list_one: Any) -> _Scanned:
         )
     images = sorted((name, entry) for name, entry in listing.entries.items() if _is_image(name))
     keys = {_key(name) for name, _ in images}
-    scanned = _Scanned(images, {}, {}, {}, None)
+    scanned = _Scanned(images, skipped_formats(filter(_is_visible, listing.entries)), {}, {}, {}, None)
     table = min((name for name in listing.entries if os.path.basename(name) == "dataset.json"), key=len, default=None)
     with path.open("rb") as file:
         for name, entry in listing.entries.items():
@@ -347,9 +353,12 @@ def _scan(path: Path, list_one: Any) -> _Scanned:
 
 
 def _is_image(name: str) -> bool:
+    return name.lower().endswith(EXTENSIONS) and _is_visible(name)
+
+
+def _is_visible(name: str) -> bool:
     parts = name.split("/")
-    hidden = any(part.startswith(".") for part in parts if part != ".") or parts[0] == "__MACOSX"
-    return name.lower().endswith(EXTENSIONS) and not hidden
+    return parts[0] != "__MACOSX" and not any(part.startswith(".") for part in parts if part != ".")
 
 
 def _key(name: str) -> str:

@@ -78,6 +78,11 @@ class Source(Protocol):
         """The labels of all images, int64 (N,), -1 for an image without a label. No image is decoded."""
         ...
 
+    @property
+    def skipped(self) -> dict[str, int]:
+        """The number of images of all splits that are left out because their format is not read, by extension."""
+        ...
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:

@@ -24,6 +24,7 @@ class Emoji:
 
     def __init__(self, address: Address, split: Split):
         self.name = address.uri
+        self.skipped: dict[str, int] = {}
         files = list(_emoji())
         self.files = [files[i] for i in in_split([code_points(file) for file in files], split)]
         self.classes = tuple(sorted({file.split("/")[0] for file in files}))

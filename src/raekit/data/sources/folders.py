@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from raekit.data.images import EXTENSIONS, decode, image_files
+from raekit.data.images import EXTENSIONS, decode, image_files, stored_size
 from raekit.data.sources.base import Address, Split, in_split, parts_of
 from raekit.data.sources.label_lists import find_labels
 from raekit.errors import UserError
@@ -16,8 +16,16 @@ from raekit.errors import UserError
 class Files:
     """Image files in a folder, decoded at each access."""
 
-    def __init__(self, uri: str, folder: Path, paths: Sequence[str], labels: Sequence[int], classes: tuple[str, ...]):
-        self.name, self.classes = uri, classes
+    def __init__(
+        self,
+        uri: str,
+        folder: Path,
+        paths: Sequence[str],
+        labels: Sequence[int],
+        classes: tuple[str, ...],
+        skipped: dict[str, int],
+    ):
+        self.name, self.classes, self.skipped = uri, classes, skipped
         self._folder = str(folder)
         # An array and not a list: reference counts would copy the pages of a million strings into every forked worker.
         self._paths = np.array([os.fsencode(path) for path in paths])
@@ -27,19 +35,27 @@ class Files:
         return len(self._paths)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        path = os.path.join(self._folder, os.fsdecode(self._paths[index]))
+        path = self._path(index)
         return decode(path, path), int(self.labels[index])
+
+    def stored_size(self, index: int) -> tuple[int, int]:
+        """Return width and height of an image from its header."""
+        path = self._path(index)
+        return stored_size(path, path)
+
+    def _path(self, index: int) -> str:
+        return os.path.join(self._folder, os.fsdecode(self._paths[index]))
 
 
 def open_flat(address: Address, split: Split) -> Files:
     """Open all image files below a folder, without labels. `all` has every image, also of parts that are no split."""
     folder = address.path
-    paths = image_files(folder)
+    paths, skipped = image_files(folder)
     if not paths:
         raise UserError(f"{folder}: no images found (supported extensions: {', '.join(EXTENSIONS)})")
     parts = _parts(address, paths)
     chosen = paths if split == "all" else _in_part(paths, parts, split)
-    return Files(address.uri, folder, chosen, [-1] * len(chosen), ())
+    return Files(address.uri, folder, chosen, [-1] * len(chosen), (), skipped)
 
 
 def open_folder(address: Address, split: Split) -> Files:
@@ -48,7 +64,7 @@ def open_folder(address: Address, split: Split) -> Files:
     Held-out images without class folders, as in ImageNet's own `val`, get their classes from a label list.
     """
     folder = address.path
-    paths = image_files(folder)
+    paths, skipped = image_files(folder)
     parts = _parts(address, paths)
     depth = 1 if parts else 0
     tops = tuple(name + os.sep for name in parts.values())
@@ -69,7 +85,7 @@ def open_folder(address: Address, split: Split) -> Files:
             classed = sorted(names)
     number = {name: i for i, name in enumerate(classes)}
     chosen = classed if split == "all" else _in_part(classed, parts, split)
-    return Files(address.uri, folder, chosen, [number[names[path]] for path in chosen], classes)
+    return Files(address.uri, folder, chosen, [number[names[path]] for path in chosen], classes, skipped)
 
 
 def _parts(address: Address, paths: Sequence[str]) -> dict[str, str]:

@@ -11,11 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from raekit.data.images import UnreadableImage, decode
+from raekit.data.images import UnreadableImage, decode, log_once
 from raekit.data.sources.base import USUAL, Address, Split, in_split, part_of_file, parts_of
 from raekit.errors import UserError
-
-_log = logging.getLogger(__name__)
 
 IMAGES = ("image", "img", "picture", "jpg", "jpeg", "png", "webp", "image_path", "file", "path", "file_name")
 """The names of columns of bytes or paths that are read as images."""
@@ -32,6 +30,7 @@ class HuggingFace:
 
     def __init__(self, address: Address, split: Split):
         self.name = address.uri
+        self.skipped: dict[str, int] = {}
         saved = _load(address)
         found = parts_of(saved, address.splits, address.place)
         if "train" not in found and (split == "train" or not found):
@@ -180,9 +179,8 @@ def _labels(place: object, parts: Mapping[str, Any]) -> tuple[tuple[str, ...], d
     if not any(columns.values()):
         kinds = [n for n, f in next(iter(parts.values())).features.items() if _is_number(f) or _is_text(f)]
         if kinds:
-            _log.warning(
-                "%s: no labels; none of the columns %s is named %s", place, ", ".join(kinds), ", ".join(LABELS)
-            )
+            message = "%s: no labels; none of the columns %s is named %s"
+            log_once(logging.WARNING, message, str(place), ", ".join(kinds), ", ".join(LABELS))
         return None
     codes: dict[str, _Codes] = {}
     for part, column in columns.items():

@@ -17,6 +17,7 @@ class Idx:
 
     def __init__(self, address: Address, split: Split):
         self.name, folder = address.uri, address.path
+        self.skipped: dict[str, int] = {}
         wanted = {"train": ("train",), "heldout": ("t10k",), "all": ("train", "t10k")}[split]
         parts = {part: _read_idx_pair(folder, part) for part in ("train", "t10k")}
         top = max(int(labels.max(initial=0)) for _, labels in parts.values())

@@ -17,6 +17,7 @@ class NpzImages:
     def __init__(self, address: Address, split: Split):
         path = address.path
         self.name, self._npz = address.uri, Npz(path)
+        self.skipped: dict[str, int] = {}
         dtype, shape = self._npz.arrays.get("arr_0", (None, ()))
         if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or min(shape) < 1:
             found = ", ".join(f"{name} {kind} {sizes}" for name, (kind, sizes) in self._npz.arrays.items())

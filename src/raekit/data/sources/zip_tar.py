@@ -5,7 +5,7 @@ import io
 from PIL import Image
 
 from raekit.data.archives import read_entry
-from raekit.data.images import UnreadableImage, decode
+from raekit.data.images import UnreadableImage, decode, stored_size
 from raekit.data.sources.archive_index import open_index
 from raekit.data.sources.base import Address, Split
 from raekit.errors import UserError
@@ -19,6 +19,7 @@ class Archived:
         self._index = open_index(address.scheme, address.path, address.splits)
         self._numbers = self._index.numbers(split)
         self.classes, self.labels = self._index.classes, self._index.labels[self._numbers]
+        self.skipped = self._index.skipped
         if self.classes and self.labels.min(initial=0) < 0:
             first = self._index.name(int(self._numbers[self.labels < 0][0]))
             raise UserError(
@@ -32,6 +33,11 @@ class Archived:
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         content, name = self.file(index)
         return decode(io.BytesIO(content), name), int(self.labels[index])
+
+    def stored_size(self, index: int) -> tuple[int, int]:
+        """Return width and height of an image from its header."""
+        content, name = self.file(index)
+        return stored_size(io.BytesIO(content), name)
 
     def file(self, index: int) -> tuple[bytes, str]:
         """Return the content of an image's file and its name.
