@@ -11,7 +11,7 @@ from scipy.integrate import solve_ivp
 from raekit.cli.sampling import SolverOptions
 from raekit.errors import UserError
 from raekit.flow.guidance import Guidance, pieces, with_interval_ends
-from raekit.flow.path import interpolate, shift_factor, velocity
+from raekit.flow.path import interpolate, shift, shift_factor, velocity
 from raekit.flow.solvers import (
     SOLVERS,
     SolverName,
@@ -52,7 +52,18 @@ def test_grid_without_shift_is_even():
     assert time_grid(3, 1.0, "published") == pytest.approx([1, 0.5005, 0.001], abs=1e-7)
 
 
-@pytest.mark.parametrize(("grid", "evaluations"), [("full", 50), ("published", 49)])
+def test_the_grid_for_few_steps_has_more_times_near_both_ends():
+    times = time_grid(20, 1.0, "few")
+    assert (times[0], times[-1]) == (1.0, 0.0)
+    assert times == pytest.approx([1 - t for t in reversed(times)], abs=1e-6)
+    steps = [a - b for a, b in itertools.pairwise(times)]
+    assert steps[:10] == sorted(steps[:10])
+    assert steps[10] / steps[0] == pytest.approx(0.55**2 / (0.05 * 1.05), rel=0.3)  # the ratio of their densities
+    assert time_grid(20, ALPHA, "few") == pytest.approx(shift(torch.tensor(times), ALPHA).tolist())
+    assert time_grid(1, ALPHA, "few") == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(("grid", "evaluations"), [("full", 50), ("few", 50), ("published", 49)])
 @pytest.mark.parametrize(
     ("solver", "per_step"), [("euler", 1), ("heun", 2), ("ab2", 1), ("abm", 1), ("euler-maruyama", 1)]
 )
@@ -136,17 +147,18 @@ def wave(x: torch.Tensor, t: float) -> torch.Tensor:
 WAVE = math.exp(-math.sin(3) / 3)
 
 
+@pytest.mark.parametrize("grid", ["full", "few"])
 @pytest.mark.parametrize("reverse", [False, True], ids=["to data", "to noise"])
 @pytest.mark.parametrize(("solver", "order"), [(euler, 1), (heun, 2), (ab2, 2), (abm, 3)])
-def test_order_of_convergence(solver, order: int, reverse: bool):
+def test_order_of_convergence(solver, order: int, reverse: bool, grid):
     exact = 2.0 / WAVE if reverse else 2.0 * WAVE
     start = torch.tensor([2.0], dtype=torch.float64)
     errors = []
     for n in (64, 128, 256):
-        times = time_grid(n, 2.0)
+        times = time_grid(n, 2.0, grid)
         errors.append(abs(solver(wave, start, times[::-1] if reverse else times).item() - exact))
     for coarse, fine in itertools.pairwise(errors):
-        assert math.log2(coarse / fine) == pytest.approx(order, abs=0.1)
+        assert math.log2(coarse / fine) == pytest.approx(order, abs=0.15)
 
 
 M, S = 1.5, 0.5

@@ -774,7 +774,7 @@ def test_pictures_round_and_keep_every_level():
     [
         ({"solver": "rk4"}, "solver: 'rk4' is none of euler, heun"),
         ({"solver": "Heun"}, "solver: 'Heun' is none of euler, heun"),
-        ({"grid": "Full"}, "grid: 'Full' is none of full, published"),
+        ({"grid": "Full"}, "grid: 'Full' is none of full, few, published"),
         ({"steps": 0}, "steps: 0 must be a whole number, 1 or more"),
         ({"steps": 2.5}, "steps: 2.5 must be a whole number, 1 or more"),
         ({"atol": 0.0}, "atol, rtol: 0.0 and 0.001 must be positive"),

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from raekit.models import layers
 from raekit.models.layers import (
     Attention,
     DiTBlock,
@@ -27,6 +28,7 @@ from raekit.models.layers import (
     unpatchify,
     watch_logits,
 )
+from raekit.models.precision import set_dtype
 from raekit.train import ema
 from raekit.train.optim import OptimConfig, build_optimizer
 
@@ -209,8 +211,9 @@ def test_aligned_swiglu_is_the_same_function(monkeypatch, hidden: int):
     monkeypatch.setattr(F, "silu", F.relu)
     layer, x = swiglu_of_whole_numbers(hidden)
     plain, _ = swiglu_of_whole_numbers(hidden)
-    plain.padding = 0
-    for ours, theirs in zip(pass_in_bf16(layer, x), pass_in_bf16(plain, x), strict=True):
+    aligned = pass_in_bf16(layer, x)
+    monkeypatch.setattr(layers, "ALIGNMENT", 1)
+    for ours, theirs in zip(aligned, pass_in_bf16(plain, x), strict=True):
         assert ours.any()
         assert torch.equal(ours, theirs)
     for name, parameter in layer.named_parameters():
@@ -246,13 +249,26 @@ def test_swiglu_aligns_bf16_products_and_leaves_float32_alone(monkeypatch):
     assert shapes == [(256, 6, 256), (6, 128, 6)] + 2 * [(130, 6, 130), (6, 65, 6)]
 
 
+def test_weights_held_in_bf16_are_aligned_and_written_at_the_published_width(monkeypatch):
+    monkeypatch.setattr(F, "silu", F.relu)
+    layer, x = swiglu_of_whole_numbers(5)
+    expected, published = layer(x), layer.state_dict()
+    for _ in range(2):  # the second time changes nothing
+        set_dtype(layer, torch.bfloat16)
+        assert [*map(tuple, (p.shape for p in layer.parameters()))] == [(128, 4), (128,), (4, 64), (4,)]
+        assert torch.equal(layer(x.bfloat16()), expected.bfloat16())
+    for name, tensor in layer.state_dict().items():
+        assert tensor.is_contiguous()
+        assert torch.equal(tensor, published[name].bfloat16())
+
+
 @pytest.mark.parametrize("method", ["adamw", "muon"])
 def test_optimizers_and_averages_do_not_see_the_alignment(monkeypatch, method: Any):
     monkeypatch.setattr(F, "silu", F.relu)
     trained = []
     for aligned in (True, False):
         layer, x = swiglu_of_whole_numbers(5)
-        layer.padding = 59 if aligned else 0
+        monkeypatch.setattr(layers, "ALIGNMENT", 64 if aligned else 1)
         average = ema.averaged_copy(layer)
         optimizer = build_optimizer(OptimConfig(method=method, lr=0.1, weight_decay=0.1), layer)
         pass_in_bf16(layer, x)

@@ -67,6 +67,17 @@ def test_the_encoder_follows_the_training(config, tmp_path, monkeypatch):
     assert compiled == used
 
 
+@pytest.mark.parametrize("residual", ["fp32", "bf16"])
+def test_the_format_of_the_residual_stream_follows_the_config(config, tmp_path, residual):
+    made = stage(replace(config, residual=residual, train=replace(config.train, precision="bf16")), tmp_path)
+    module, seen = made.objectives[0].module, []
+    assert isinstance(module, Denoiser)
+    module.blocks[0].register_forward_pre_hook(lambda block, inputs: seen.append(inputs[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        made.objectives[0].loss(batch_of(config, 2), 0)
+    assert seen == [torch.bfloat16 if residual == "bf16" else torch.float32]
+
+
 def batch_of(config: GenerationConfig, size: int) -> Batch:
     return next(Loader(config.data, config.train.seed).stream(0, size, ONE))
 

@@ -25,7 +25,8 @@ class SolverOptions:
             per step, extrapolates from the last two; abm: one evaluation per step, also corrects each step with the
             next evaluation; dopri5: adaptive steps, so that a sample varies with its batch within the tolerance;
             euler-maruyama: the SDE. None: euler.
-        grid: Time grid. full: all the way to the data; published: as the official sampler, which stops one step
+        grid: Time grid. full: all the way to the data; few: the same with more times near noise and data, for ab2 or
+            abm with 20 steps or fewer; published: as the official sampler, which stops one step
             before the data; diffusers: as its RAEDiTPipeline, with a long last step. None: full.
         atol: Absolute tolerance of dopri5. None: 1e-6.
         rtol: Relative tolerance of dopri5. None: 1e-3.
@@ -37,7 +38,7 @@ class SolverOptions:
 
     steps: int | None = None
     solver: Literal["euler", "heun", "ab2", "abm", "dopri5", "euler-maruyama"] | None = None
-    grid: Literal["full", "published", "diffusers"] | None = None
+    grid: Literal["full", "few", "published", "diffusers"] | None = None
     atol: float | None = None
     rtol: float | None = None
     reuse: int | float | None = None

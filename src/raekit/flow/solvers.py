@@ -15,8 +15,10 @@ from raekit.errors import UserError
 from raekit.flow.guidance import Velocity
 from raekit.flow.path import TIME_CAP, shift
 
-Grid = Literal["full", "published", "diffusers"]
+Grid = Literal["full", "few", "published", "diffusers"]
 SolverName = Literal["euler", "heun", "dopri5", "ab2", "abm", "euler-maruyama"]
+FEW_MARGIN = 0.05
+"""How far beyond 0 and 1 the logistic curve of the grid `few` ends. Smaller values move times towards both ends."""
 
 
 def time_grid(steps: int, alpha: float, grid: Grid = "full") -> list[float]:
@@ -25,7 +27,9 @@ def time_grid(steps: int, alpha: float, grid: Grid = "full") -> list[float]:
     Args:
         steps: at least 1, or 2 with `published`.
         alpha: the shift factor of training (`flow.path.shift_factor`).
-        grid: `full` has steps + 1 times and ends at 0. `published` has the official sampler's `steps` times, so one
+        grid: `full` has steps + 1 even times, before the shift, and ends at 0. `few` also has steps + 1 times, closer
+            together near both ends, where the velocity changes fastest: for ab2 and abm with about 20 steps or fewer
+            (docs/results/solvers.md). `published` has the official sampler's `steps` times, so one
             solver step fewer, and ends at shift(0.001), short of the data (RAE v1). `diffusers` has the steps + 1
             times of diffusers' RAEDiTPipeline: its scheduler shifts even times, which end at shift(0.001), a second
             time, and adds 0. So the last step is long: from 0.0458 for 50 steps and alpha 6.93.
@@ -40,7 +44,15 @@ def time_grid(steps: int, alpha: float, grid: Grid = "full") -> list[float]:
     if grid == "diffusers":
         last = shift(torch.tensor(1 - TIME_CAP), alpha).item()
         return [*shift(torch.linspace(1, last, steps), alpha).tolist(), 0.0]
-    return shift(torch.linspace(1, 0, steps + 1), alpha).tolist()
+    even = torch.linspace(1, 0, steps + 1)
+    return shift(_crowded_at_ends(even) if grid == "few" else even, alpha).tolist()
+
+
+def _crowded_at_ends(even: Tensor) -> Tensor:
+    """Move even times on [0, 1] to where their number per unit of time is proportional to 1 / ((t + m) (1 + m - t))."""
+    m = FEW_MARGIN
+    logistic = (math.log((1 + m) / m) * (2 * even.double() - 1)).sigmoid()
+    return ((1 + 2 * m) * logistic - m).float().clamp(0, 1)
 
 
 def evaluated(solver: SolverName, times: Sequence[float]) -> Sequence[float]:

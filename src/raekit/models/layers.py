@@ -163,23 +163,29 @@ def watch_logits(module: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 ALIGNMENT = 64
-"""Under autocast SwiGLU has a multiple of this number of hidden channels."""
+"""In bf16, SwiGLU has a multiple of this number of hidden channels."""
 
 
 class SwiGLU(nn.Module):
     """w_out(silu(gate) * value), with gate and value from one projection, gate first.
 
     The published hidden widths are often unaligned (5461 for a width of 2048). GPUs and CPUs with AMX multiply such
-    matrices more slowly in bf16. In training, bf16 products need copies of the float32 weights anyway. Here the copies
-    get zeros up to a multiple of `ALIGNMENT` hidden channels. The function is the same: a channel of zeros adds
-    silu(0) * 0 = 0. Parameters, gradients, optimizers, averages and files have the published width.
+    matrices more slowly in bf16. So the bf16 copies of float32 weights in training, and weights that `set_dtype`
+    converts to bf16, get zeros up to a multiple of `ALIGNMENT` hidden channels. The function is the same: a channel of
+    zeros adds silu(0) * 0 = 0. Trained parameters, gradients, averages and all files have the published width.
     """
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
+        self.hidden = hidden
         self.w_in = nn.Linear(width, 2 * hidden)
         self.w_out = nn.Linear(hidden, width)
-        self.padding = -hidden % ALIGNMENT
+        self.register_state_dict_post_hook(_cut_to_published_width)
+
+    @property
+    def padding(self) -> int:
+        """The number of hidden channels that are missing for alignment."""
+        return -self.w_out.weight.shape[1] % ALIGNMENT
 
     def forward(self, x: Tensor) -> Tensor:
         w_in, b_in, w_out, b_out = self.w_in.weight, self.w_in.bias, self.w_out.weight, self.w_out.bias
@@ -189,7 +195,7 @@ class SwiGLU(nn.Module):
         return F.linear(F.silu(gate) * value, w_out, b_out)
 
     def cast_weights(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Return copies of the parameters in `dtype`, with aligned hidden channels, for `raekit.train.casting`."""
+        """Return copies of the parameters in `dtype` by name, with aligned hidden channels."""
         weight, bias = (p.to(dtype).unflatten(0, (2, -1)) for p in (self.w_in.weight, self.w_in.bias))
         return {
             "w_in.weight": F.pad(weight, (0, 0, 0, self.padding)).flatten(0, 1),
@@ -197,6 +203,15 @@ class SwiGLU(nn.Module):
             "w_out.weight": F.pad(self.w_out.weight.to(dtype), (0, self.padding)),
             "w_out.bias": self.w_out.bias.to(dtype),
         }
+
+
+def _cut_to_published_width(module: SwiGLU, state: dict[str, Tensor], prefix: str, metadata: object) -> None:
+    """Remove the zeros of alignment from a state dict."""
+    if module.w_out.weight.shape[1] == module.hidden:
+        return
+    for name in ("w_in.weight", "w_in.bias"):
+        state[prefix + name] = state[prefix + name].unflatten(0, (2, -1))[:, : module.hidden].flatten(0, 1)
+    state[prefix + "w_out.weight"] = state[prefix + "w_out.weight"][:, : module.hidden].contiguous()
 
 
 def gelu_mlp(width: int, hidden: int, approximate: Gelu = "none") -> nn.Sequential:

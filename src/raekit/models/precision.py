@@ -10,13 +10,18 @@ def set_dtype(module: nn.Module, dtype: torch.dtype, keep: Collection[object] = 
     """Convert the floating-point weights and tables of `module` to `dtype`, in place.
 
     No autocast is needed after that, so no evaluation casts weights. Norms and softmax still compute their
-    statistics in float32.
+    statistics in float32. A submodule that lays out narrow weights itself does so (`cast_weights`, see
+    `raekit.train.casting`).
 
     Args:
         module: the network.
         dtype: float32 or bfloat16. Weights that were bfloat16 stay rounded when they become float32.
         keep: submodules and tables to leave as they are.
     """
+    if dtype != torch.float32 and (own := getattr(module, "cast_weights", None)):
+        for name, copy in own(dtype).items():
+            module.get_parameter(name).data = copy.detach()
+        return
     for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
         if tensor.is_floating_point() and not any(tensor is kept for kept in keep):
             tensor.data = tensor.data.to(dtype)
