@@ -5,6 +5,7 @@ import os
 import signal
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -226,7 +227,7 @@ def test_an_unreadable_image_is_named_once_by_all_processes(damaged, caplog):
     first: dict[str, int] = {}
     for rank in range(2):
         log_once.cache_clear()  # each process has its own
-        watch = SimpleNamespace(is_first=lambda what, rank=rank: first.setdefault(what, rank) == rank)
+        watch: Any = SimpleNamespace(is_first=lambda what, rank=rank: first.setdefault(what, rank) == rank)
         data = loader(damaged, max_unreadable=0.3)
         with caplog.at_level(logging.WARNING):
             list(itertools.islice(data.stream(0, 2, World(rank, 2, watch=watch)), 3 * N))
