@@ -128,11 +128,11 @@ class Lives:
         return time.monotonic() - began
 
 
-def activity(name: str, out: Path) -> str:
-    """Return what a killed process was doing, from what it left."""
+def activity(name: str, out: Path, began: float) -> str:
+    """Return what a process that was started at the time `began` and killed was doing, from what it left."""
     from raekit.train.tracking import read_metrics
 
-    left = {path.name for path in out.rglob("*.partial")}
+    left = {path.name for path in out.rglob("*.partial") if path.stat().st_mtime >= began}  # not of an earlier life
     if left & {"artifact.partial", "autoencoder.partial", "encoder.partial", "denoiser.partial"}:
         return "exporting"
     if any(partial.startswith("step-") for partial in left):
@@ -166,6 +166,7 @@ def kill(
         # processes import torch first, which takes most of their time.
         longest = START_UP if randomly.random() < START_UP else 0.5 if processes == 1 else 1.0
         delay = randomly.uniform(0, longest) * seconds[processes - 1]
+        began = time.time()
         process = lives.start(out, processes)
         process.join(delay)
         if process.exitcode == 0:
@@ -176,9 +177,10 @@ def kill(
         for pid in (process.pid, *children(process.pid)):
             os.kill(pid, signal.SIGKILL)
         process.join()
-        seen[activity(lives.name, out)] += 1
-        doing = f"{activity(lives.name, out)}, at step {step_of(out)}"
-        print(f"  killed after {delay:5.2f} s in {processes} process(es), {doing}", flush=True)
+        doing = activity(lives.name, out, began)
+        seen[doing] += 1
+        where = f"{processes} process(es), {doing}, at step {step_of(out)}"
+        print(f"  killed after {delay:5.2f} s in {where}", flush=True)
     return kills, seen
 
 

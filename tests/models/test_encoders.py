@@ -763,6 +763,8 @@ def test_a_model_names_its_encoder_by_an_absolute_path_and_knows_its_weights(
     sizes: dict[str, Any] = {"patch_size": 4, "width": 8, "depth": 1, "heads": 2, "hidden": 8}
     decoder = DecoderConfig(token_dim=encoder.width, grid=encoder.grid, **sizes)
     Autoencoder(AutoencoderConfig(encoder=encoder.name, decoder=decoder), encoder).save(tmp_path / "model")
+    monkeypatch.setitem(REGISTRY, "mine", replace(encoder.spec, hub_id=str(tmp_path / "models" / "vit")))
+    Autoencoder(AutoencoderConfig(encoder="mine", decoder=decoder), load_encoder("mine")).save(tmp_path / "named")
 
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
@@ -770,6 +772,7 @@ def test_a_model_names_its_encoder_by_an_absolute_path_and_knows_its_weights(
     assert model.config.encoder == f"dinov2:{tmp_path}/models/vit"
     model.save(tmp_path / "again")  # also in another precision
     Autoencoder.load(str(tmp_path / "again"), torch.bfloat16)
+    Autoencoder.load(str(tmp_path / "named"), torch.bfloat16)
 
     file = tmp_path / "models" / "vit" / "model.safetensors"
     state = load_file(file)
@@ -777,6 +780,8 @@ def test_a_model_names_its_encoder_by_an_absolute_path_and_knows_its_weights(
     save_file(state | {key: state[key] + 1}, file, {"format": "pt"})
     with pytest.raises(UserError, match=r"made with another encoder: the weights of dinov2:.*models/vit are not those"):
         Autoencoder.load(str(tmp_path / "model"))
+    with pytest.raises(UserError, match=r"made with another encoder: the weights of mine are not those"):
+        Autoencoder.load(str(tmp_path / "named"))
     shutil.rmtree(tmp_path / "models")
     with pytest.raises(UserError, match="neither a folder nor OWNER/NAME on the Hub"):
         Autoencoder.load(str(tmp_path / "model"))

@@ -67,6 +67,14 @@ def test_only_the_newest_are_kept(tmp_path):
         assert_holds(path, step)
 
 
+def test_the_first_process_chooses_the_checkpoint(tmp_path, monkeypatch):
+    """On a shared file system, another process may not see the newest checkpoint yet."""
+    save(tmp_path, 7, state(7), 2)
+    told = [tmp_path / "step-00000009", tmp_path / "step-00000007"]
+    monkeypatch.setattr(World, "gather", lambda world, value: told)
+    assert checkpoint.newest(tmp_path, World(rank=1, size=2)) == told[0]
+
+
 def test_what_is_half_written_counts_for_nothing_and_is_cleared_away(tmp_path):
     save(tmp_path, 1, state(1), 2, ONE)
     for torn in ("step-00000002.partial", "step-00000005.partial"):

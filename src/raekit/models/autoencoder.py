@@ -32,8 +32,8 @@ class AutoencoderConfig:
 
     Attributes:
         encoder: a name that `load_encoder` takes.
-        encoder_weights: a fingerprint of the encoder's weights. Loading fails for other weights. None: it is not known,
-            as in a converted model.
+        encoder_weights: a fingerprint of the encoder's weights. Loading fails for other weights. None: the weights are
+            stored with the autoencoder, or nothing is known, as in a converted model.
         encoder_size: the size that the encoder resizes images to. Default: the encoder's own.
         layers: the encoder blocks whose outputs make the latents.
         decoder: the sizes of the decoder.
@@ -121,7 +121,8 @@ class Autoencoder(LatentSpace):
         """Write FOLDER/autoencoder, for `load`; also FOLDER/encoder, if raekit trained the encoder."""
         world = world or World()
         complete = isinstance(self.encoder.model, ViT) and Path(self.encoder.name).is_dir()
-        config = replace(self.config, encoder=absolute(self.config.encoder), encoder_weights=self.encoder_weights)
+        known = None if complete else self.encoder_weights
+        config = replace(self.config, encoder=absolute(self.config.encoder), encoder_weights=known)
         statistics = {"var": self.var} | ({} if self.mean is None else {"mean": self.mean})
         folder = Path(folder)
         target = folder / "autoencoder"

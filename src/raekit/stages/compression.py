@@ -68,6 +68,7 @@ def build(config: CompressionConfig, run: Path, world: World) -> Stage:
         UserError: If diffusers is not installed, or the image size does not fit the VAE.
     """
     loader = Loader(config.data, config.train.seed)
+    loader.announce(world)
     model = VAE(config.vae, config.data.image_size)
     lpips = load_perceptual(config.perceptual.weights).to(world.device) if config.perceptual else None
 
