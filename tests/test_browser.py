@@ -1,6 +1,7 @@
 """The page of `raekit app`, used in a real browser, and the files of a hosted demo."""
 
 import io
+import os
 import re
 import shutil
 import socket
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import raekit
 from raekit.inference.pipeline import Pipeline
 
 pytestmark = pytest.mark.browser
@@ -35,8 +37,8 @@ def address(tiny_model) -> Iterator[str]:
     command = [sys.executable, "-m", "raekit", "app", str(tiny_model), "--port", str(port)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         assert process.stdout
-        line = next(line for line in process.stdout if "Running on" in line)
-        yield line.split()[-1]
+        line = next(line for line in process.stdout if line.startswith("page: "))
+        yield line.split()[1]
         process.terminate()
 
 
@@ -190,10 +192,11 @@ def test_the_page_fits_a_phone(browser, address):
     page.close()
 
 
-def test_the_files_of_a_hosted_demo(tiny_model, tmp_path, monkeypatch):
+def test_the_files_of_a_hosted_demo(tiny_model, tmp_path):
     def run(model: object) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "raekit", "app", str(model), "--space", "someone/demo"]
-        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        place = {"PYTHONPATH": str(Path(raekit.__file__).parents[1])}  # the given one may be relative
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=os.environ | place)
 
     assert "hf upload someone/demo demo" in run("builtin:emoji").stdout
     code = (tmp_path / "demo" / "app.py").read_text()

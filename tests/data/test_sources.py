@@ -2,7 +2,9 @@ import gzip
 import hashlib
 import io
 import itertools
+import os
 import pickle
+import shutil
 import sys
 from collections import Counter
 from importlib import resources
@@ -532,3 +534,16 @@ def test_a_folder_without_a_scheme_is_explained(tmp_path: Path, monkeypatch: pyt
     for place in ("plants", str(tmp_path / "plants")):
         with pytest.raises(UserError, match=f"for this folder, folder:{place} .*or flat:{place}"):
             open_source(place, "all")
+
+
+def test_images_outside_of_the_class_folders_are_left_out_with_a_warning(images, tmp_path, caplog):
+    root = tmp_path / "images"
+    shutil.copytree(images.removeprefix("folder:"), root)
+    shutil.copytree(root / "train", tmp_path / "plain")
+    for place in (root / "train", root, tmp_path / "plain"):
+        shutil.copyfile(root / "train" / "red" / "02.png", place / "loose.png")
+    assert len(open_source(f"folder:{root}", "all")) == 39
+    assert len(open_source(f"folder:{tmp_path / 'plain'}", "all")) == 30
+    first, second = (record.getMessage() for record in caplog.records)
+    assert f"{root}: leaves out the images in no class folder (1, such as train{os.sep}loose.png); " in first
+    assert f"{tmp_path / 'plain'}: leaves out the images in no class folder (1, such as loose.png); " in second

@@ -9,7 +9,7 @@ from raekit.cli import console
 from raekit.cli.app import app
 from raekit.cli.autoencoding import encode, reconstruct
 from raekit.cli.completion import completion
-from raekit.cli.data import data_pack, data_show
+from raekit.cli.data import data, data_pack
 from raekit.cli.evaluation import compare, evaluate, probe, reference
 from raekit.cli.formats import convert, info, models, push
 from raekit.cli.generation import generate, interpolate, trajectory
@@ -31,7 +31,7 @@ GROUPS: dict[str, dict[str, Callable[..., None]]] = {
     "train": {
         "train": train,
         "report": report,
-        "data show": data_show,
+        "data": data,
         "data pack": data_pack,
         "latents measure": latents_measure,
         "latents cache": latents_cache,
@@ -83,7 +83,8 @@ def _run(arguments: list[str]) -> None:
 
         console.out.print(f"raekit {__version__}")
         return
-    name = next((n for n in COMMANDS if arguments[: len(n.split())] == n.split()), None)
+    # `data pack` before `data`
+    name = max((n for n in COMMANDS if arguments[: len(n.split())] == n.split()), key=len, default=None)
     if name is None:
         _usage(arguments)
         return

@@ -1,6 +1,7 @@
 """A page in the browser for a model, made with Gradio: generate, interpolate, trajectory, reconstruct, variations."""
 
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 import gradio as gr  # pyright: ignore[reportMissingImports]  # the tests of the page have it, see the Makefile
 from PIL import Image
 
+from raekit.cli import console
 from raekit.config import to_json
 from raekit.data.images import UnreadableImage, decode
 from raekit.errors import UserError
@@ -65,17 +67,25 @@ def launch(pipeline: Pipeline, *, port: int | None = None, share: bool = False) 
         UserError: the port is not free.
     """
     small = max(pipeline.autoencoder.image_shape) < 128
+    page = build(pipeline)
     try:
-        build(pipeline).launch(
+        _, address, public = page.launch(
             server_name="127.0.0.1",
             server_port=port,
             share=share,
             max_file_size=LARGEST_UPLOAD,
             css="img { image-rendering: pixelated }" if small else None,
             footer_links=[],
+            quiet=True,
+            prevent_thread_lock=True,
         )
     except OSError as error:
         raise UserError(f"--port: {port} is not free ({error}); choose another port") from None
+    console.out.print(f"page: {address}   (Ctrl-C ends it)")
+    if public:
+        console.out.print(f"public address: {public}")
+    sys.stdout.flush()  # also into a file or a pipe
+    page.block_thread()
 
 
 def write_space(model: str, repository: str, folder: Path) -> None:

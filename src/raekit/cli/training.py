@@ -8,7 +8,6 @@ from textwrap import indent
 from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 
 import tyro
-from rich.table import Table
 from tyro.conf import Positional
 
 from raekit.cli import console
@@ -55,7 +54,7 @@ def demo(run: Path = Path("runs/demo"), minutes: float = 12, images: Path | None
 
 
 def recipes(recipe: Positional[str | None] = None) -> None:
-    """List the training recipes by purpose, with what they cost, or print one as a file to start from.
+    """List the training recipes by purpose, with size, memory and time, or print one as a file to start from.
 
     Example: raekit recipes emoji_decoder > my_recipe.py
 
@@ -72,11 +71,12 @@ def recipes(recipe: Positional[str | None] = None) -> None:
         return
     every = [find(name) for name in names()]
     for purpose in Purpose:
-        table = Table("recipe", "what", "cost", title=f"\n{purpose}", title_justify="left", box=None)
+        console.out.print(f"\n{purpose}\n")
         for each in every:
             if each.purpose == purpose:
-                table.add_row(each.name, each.summary, each.cost)
-        console.out.print(table)
+                console.out.print(f"  {each.name}\n    {each.summary}")
+                for what, value in (("size", each.size), ("memory", each.memory), ("cost", each.cost)):
+                    console.out.print(f"    {what + ':':8}{value}")
 
 
 def study(
