@@ -187,7 +187,12 @@ def test_visitors_get_their_own_images(browser, address, pipe):
 def test_the_page_fits_a_phone(browser, address):
     page = browser.new_page(viewport={"width": 390, "height": 844})
     page.goto(address)
-    page.get_by_role("button", name="Generate", exact=True).wait_for(timeout=SECONDS)
+    page.set_default_timeout(SECONDS)
+    press(page, "Generate", "Generate")
+    page.get_by_text(re.compile("4 images in")).wait_for()
+    images = [image.bounding_box() for image in page.locator("#generated img").all()]
+    assert len(images) == 4
+    assert all(box and box["width"] > 100 and box["x"] + box["width"] <= 390 for box in images)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     page.close()
 
