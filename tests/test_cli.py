@@ -111,6 +111,10 @@ def test_without_a_command_all_are_listed(run, arguments):
     assert all(re.search(rf"^  {name} +[A-Z]", done.out, re.MULTILINE) for name in cli.COMMANDS)
 
 
+def test_a_command_is_described_in_one_line_of_a_hundred_columns(run):
+    assert all(len(line) <= 100 for line in run("--help").out.splitlines())
+
+
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_the_help_of_a_group_lists_its_commands(run, flag):
     done = run("latents", flag)
@@ -128,6 +132,16 @@ def test_every_command_has_help_with_an_example(run, name):
     assert done.code == 0
     assert f"Example: raekit {name}" in done.out
     assert done.err == ""
+
+
+def test_positional_arguments_have_names_and_the_help_of_a_field_is_one_paragraph(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    assert "usage: raekit generate [-h] [OPTIONS] [MODEL]" in run("generate", "--help").out
+    assert "usage: raekit push [-h] [OPTIONS] MODEL REPOSITORY" in run("push", "--help").out
+    text = " ".join(run("train", "emoji_decoder", "--help").out.replace("│", " ").split())
+    assert "as in the paper; `uniform` is tau * U(0, 1), as in the published code." in text
+    lines = run("train", "emoji_decoder", "--help").out.splitlines()
+    assert not any(line.startswith("│       (RAE v1)") for line in lines)
 
 
 @pytest.mark.parametrize("wrong", [["trian"], ["latents"], ["latents", "mesure"], ["--verbose"], ["trian", "--help"]])

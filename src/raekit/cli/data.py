@@ -25,7 +25,7 @@ def data(
     encoder: str | None = "builtin:vit-tiny",
     out: Path | None = None,
 ) -> None:
-    """Look at a dataset before training: classes, sizes, unreadable images, near-duplicates, and a montage.
+    """Look at a dataset: classes, sizes, unreadable images, near-duplicates, montage.
 
     Example: raekit data folder:images --out montage.png
 
