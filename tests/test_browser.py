@@ -1,6 +1,7 @@
 """The page of `raekit app`, used in a real browser, and the files of a hosted demo."""
 
 import io
+import os
 import re
 import shutil
 import socket
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import raekit
 from raekit.inference.pipeline import Pipeline
 
 pytestmark = pytest.mark.browser
@@ -35,8 +37,8 @@ def address(tiny_model) -> Iterator[str]:
     command = [sys.executable, "-m", "raekit", "app", str(tiny_model), "--port", str(port)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         assert process.stdout
-        line = next(line for line in process.stdout if "Running on" in line)
-        yield line.split()[-1]
+        line = next(line for line in process.stdout if line.startswith("page: "))
+        yield line.split()[1]
         process.terminate()
 
 
@@ -185,15 +187,21 @@ def test_visitors_get_their_own_images(browser, address, pipe):
 def test_the_page_fits_a_phone(browser, address):
     page = browser.new_page(viewport={"width": 390, "height": 844})
     page.goto(address)
-    page.get_by_role("button", name="Generate", exact=True).wait_for(timeout=SECONDS)
+    page.set_default_timeout(SECONDS)
+    press(page, "Generate", "Generate")
+    page.get_by_text(re.compile("4 images in")).wait_for()
+    images = [image.bounding_box() for image in page.locator("#generated img").all()]
+    assert len(images) == 4
+    assert all(box and box["width"] > 100 and box["x"] + box["width"] <= 390 for box in images)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     page.close()
 
 
-def test_the_files_of_a_hosted_demo(tiny_model, tmp_path, monkeypatch):
+def test_the_files_of_a_hosted_demo(tiny_model, tmp_path):
     def run(model: object) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "raekit", "app", str(model), "--space", "someone/demo"]
-        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        place = {"PYTHONPATH": str(Path(raekit.__file__).parents[1])}  # the given one may be relative
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=os.environ | place)
 
     assert "hf upload someone/demo demo" in run("builtin:emoji").stdout
     code = (tmp_path / "demo" / "app.py").read_text()

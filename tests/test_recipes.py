@@ -10,10 +10,11 @@ from raekit.config import from_dict, to_dict
 from raekit.errors import UserError
 from raekit.formats.releases import DENOISERS
 from raekit.hub import ASSETS
+from raekit.models.decoder import Decoder, DecoderConfig
 from raekit.models.denoiser import Denoiser
 from raekit.models.denoiser_config import DenoiserConfig
 from raekit.models.encoders import load_encoder
-from raekit.models.registry import LAYERS, LayersConfig
+from raekit.models.registry import LAYERS, REGISTRY, LayersConfig, grid_of
 from raekit.stages.decoder_losses import PerceptualConfig
 from raekit.stages.generation import GenerationConfig
 from raekit.stages.reconstruction import ReconstructionConfig
@@ -203,6 +204,35 @@ def test_published_sizes_of_stage_2(name, latent, millions):
     # The published count includes the fixed table of positions.
     table = latent[1] * latent[2] * config.backbone.width
     assert (sum(p.numel() for p in model.parameters()) + table) / 1e6 == pytest.approx(millions, abs=0.05)
+
+
+LATENTS = {"builtin:emoji": (192, 8, 8), "rae-dinov2-b-512": (768, 32, 32), "runs/rae-dinov2-s": (384, 16, 16)}
+LATENTS |= {"vae:stabilityai/sd-vae-ft-ema": (4, 32, 32), "pixels": (3, 256, 256), "rae-dinov2-b": (768, 16, 16)}
+LATENTS |= {f"raev2-dinov3-l-k{k}": (1024, 16, 16) for k in (1, 7, 23)}
+
+
+@EVERY
+def test_a_recipe_tells_its_size_memory_and_cost(name):
+    recipe = recipes.find(name)
+    config = recipe.config
+    said = float(re.match(r"([\d.]+) M parameters", recipe.size)[1])  # type: ignore[index]
+    assert recipe.memory
+    assert recipe.cost
+    with torch.device("meta"):
+        if isinstance(config, GenerationConfig):
+            channels, *grid = LATENTS[config.autoencoder]
+            classes = 9 if config.data.source == "emoji" else 1000
+            sizes = {"channels": channels, "grid": tuple(grid), "num_classes": classes}
+            model = Denoiser(DenoiserConfig(**vars(config.denoiser), **sizes))
+        elif isinstance(config, ReconstructionConfig) and (spec := REGISTRY.get(config.encoder)):
+            grid = grid_of(spec, config.encoder, config.encoder_size)
+            model = Decoder(DecoderConfig(token_dim=spec.width, grid=grid, **vars(config.decoder)))
+        else:
+            return
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert count / 1e6 == pytest.approx(said, abs=0.8 if said > 10 else 0.05)  # published with a fixed table
+    if state := re.match(r"([\d.]+) GiB of state", recipe.memory):  # stage 1 also has 0.1 GiB for the discriminator
+        assert 4 * count * (4 + len(config.ema)) / 2**30 == pytest.approx(float(state[1]), abs=0.17)
 
 
 def test_recipes_of_released_denoisers_make_what_is_released():

@@ -12,6 +12,7 @@ from raekit import hub
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from raekit import recipes
     from raekit.errors import UserError
     from raekit.evaluation.evaluate import evaluate
     from raekit.flow.guidance import Guidance
@@ -43,6 +44,7 @@ __all__ = [
     "load",
     "noise_to_images",
     "read_latents",
+    "recipes",
     "reconstruct",
 ]
 
@@ -78,6 +80,8 @@ hub.published = _published
 
 
 def __getattr__(name: str) -> object:
+    if name == "recipes":  # for raekit.recipes.train
+        return import_module("raekit.recipes")
     if name not in _HOMES:
         raise AttributeError(f"module 'raekit' has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(_HOMES[name]), name)

@@ -2,17 +2,15 @@
 
 import json
 import os
-import socket
-import urllib.request
 from collections.abc import Callable, Collection, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import urlsplit
 
 from raekit.errors import UserError, did_you_mean
 
-# huggingface_hub is imported where it is used: `import raekit` imports this module and has to be fast.
+# huggingface_hub, socket and urllib are imported where they are used: `import raekit` imports this module and has to be
+# fast.
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -238,6 +236,10 @@ def _from_hub(get: Callable[..., str], repository: str, fault: str, remedy: str,
 @cache
 def _has_network() -> bool:
     """Return whether the name of the Hub's host can be resolved. If it cannot, the client retries for half a minute."""
+    import socket
+    import urllib.request
+    from urllib.parse import urlsplit
+
     from huggingface_hub import constants
 
     if urllib.request.getproxies():  # the proxy resolves names

@@ -2,6 +2,7 @@ import gzip
 import hashlib
 import io
 import itertools
+import os
 import pickle
 import shutil
 import sys
@@ -549,3 +550,16 @@ def test_a_dataset_is_described_in_one_line(kind: str, images: str, tmp_path: Pa
     assert lines[2] == f"{uri}: 39 images in 3 classes, {skipped}"
     flat = f"flat:{folder}/train/blue"
     assert in_words(open_source(flat, "all"), flat, "all") == f"{flat}: 10 images"
+
+
+def test_images_outside_of_the_class_folders_are_left_out_with_a_warning(images, tmp_path, caplog):
+    root = tmp_path / "images"
+    shutil.copytree(images.removeprefix("folder:"), root)
+    shutil.copytree(root / "train", tmp_path / "plain")
+    for place in (root / "train", root, tmp_path / "plain"):
+        shutil.copyfile(root / "train" / "red" / "02.png", place / "loose.png")
+    assert len(open_source(f"folder:{root}", "all")) == 39
+    assert len(open_source(f"folder:{tmp_path / 'plain'}", "all")) == 30
+    first, second = (record.getMessage() for record in caplog.records)
+    assert f"{root}: leaves out the images in no class folder (1, such as train{os.sep}loose.png); " in first
+    assert f"{tmp_path / 'plain'}: leaves out the images in no class folder (1, such as loose.png); " in second

@@ -58,7 +58,7 @@ def values(real: Tensor, fake: Tensor, k: int = 3, network: Rows | None = None) 
 @pytest.mark.parametrize("tile", [4096, 16])
 @pytest.mark.parametrize("k", [1, 3, 5])
 def test_precision_and_recall_agree_with_the_definition(k: int, tile: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(manifold, "_TILE", tile)
+    monkeypatch.setattr(manifold, "TILE", tile)
     real, fake = pictures(83, 1), pictures(61, 2, shift=0.06)
     precision, recall = by_definition(real, fake, k)
     assert 0.1 < recall < 0.9

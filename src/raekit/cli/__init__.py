@@ -2,14 +2,17 @@
 
 import sys
 from collections.abc import Callable
+from inspect import Parameter, signature
+from typing import Annotated, Any
 
 import tyro
+from tyro.conf import Positional
 
 from raekit.cli import console
 from raekit.cli.app import app
 from raekit.cli.autoencoding import encode, reconstruct
 from raekit.cli.completion import completion
-from raekit.cli.data import data_pack, data_show
+from raekit.cli.data import data, data_pack
 from raekit.cli.evaluation import compare, evaluate, probe, reference
 from raekit.cli.formats import convert, info, models, push
 from raekit.cli.generation import generate, interpolate, trajectory
@@ -31,7 +34,7 @@ GROUPS: dict[str, dict[str, Callable[..., None]]] = {
     "train": {
         "train": train,
         "report": report,
-        "data show": data_show,
+        "data": data,
         "data pack": data_pack,
         "latents measure": latents_measure,
         "latents cache": latents_cache,
@@ -41,6 +44,7 @@ GROUPS: dict[str, dict[str, Callable[..., None]]] = {
     "share": {"info": info, "convert": convert, "push": push},
     "this program": {"completion": completion},
 }
+POSITIONAL = Positional[Any].__metadata__
 COMMANDS: dict[str, Callable[..., None]] = {name: each for group in GROUPS.values() for name, each in group.items()}
 
 
@@ -83,7 +87,8 @@ def _run(arguments: list[str]) -> None:
 
         console.out.print(f"raekit {__version__}")
         return
-    name = next((n for n in COMMANDS if arguments[: len(n.split())] == n.split()), None)
+    # `data pack` before `data`
+    name = max((n for n in COMMANDS if arguments[: len(n.split())] == n.split()), key=len, default=None)
     if name is None:
         _usage(arguments)
         return
@@ -93,7 +98,16 @@ def _run(arguments: list[str]) -> None:
             train(rest)
     else:
         command.__doc__ = console.joined(command.__doc__ or "")
+        _name_positionals(command)
         tyro.cli(command, prog=f"raekit {name}", args=rest)
+
+
+def _name_positionals(command: Callable[..., None]) -> None:
+    """Let the help of a command show positional arguments by their names instead of their types."""
+    for name, parameter in signature(command).parameters.items():
+        if getattr(parameter.annotation, "__metadata__", ()) == POSITIONAL:
+            shown = name.upper() if parameter.default is Parameter.empty else f"[{name.upper()}]"
+            command.__annotations__[name] = Annotated[parameter.annotation, tyro.conf.arg(metavar=shown)]
 
 
 def _usage(given: list[str]) -> None:

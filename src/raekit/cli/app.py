@@ -20,7 +20,7 @@ def app(
     precision: Literal["fp32", "bf16"] = "fp32",
     device: Device | None = None,
 ) -> None:
-    """Open a page in the browser: generate, interpolate, trajectory, reconstruct, and variations of an image.
+    """Open a page in the browser that generates, reconstructs and varies images.
 
     Example: raekit app builtin:emoji
 

@@ -1,6 +1,7 @@
 """A page in the browser for a model, made with Gradio: generate, interpolate, trajectory, reconstruct, variations."""
 
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 import gradio as gr  # pyright: ignore[reportMissingImports]  # the tests of the page have it, see the Makefile
 from PIL import Image
 
+from raekit.cli import console
 from raekit.config import to_json
 from raekit.data.images import UnreadableImage, decode
 from raekit.errors import UserError
@@ -26,6 +28,10 @@ PREVIEW_SECONDS = 0.7
 SOLVERS: tuple[SolverName, ...] = ("euler", "heun", "ab2", "abm")
 LARGEST_UPLOAD = "30mb"
 MOST_FRAMES = 16
+CSS = """
+.grid-wrap.fixed-height { min-height: 0; max-height: none; }
+@media (max-width: 640px) { .grid-container { grid-template-columns: repeat(2, minmax(0, 1fr)) !important; } }
+"""
 Gallery = list[tuple[Image.Image, str]]
 
 
@@ -53,6 +59,11 @@ def build(pipeline: Pipeline, title: str | None = None) -> gr.Blocks:
     return blocks.queue(default_concurrency_limit=2)
 
 
+def style(pipeline: Pipeline) -> str:
+    """Return the style sheet of a page: two images in a row on phones, and sharp pixels of small images."""
+    return CSS + ("img { image-rendering: pixelated }" if max(pipeline.autoencoder.image_shape) < 128 else "")
+
+
 def launch(pipeline: Pipeline, *, port: int | None = None, share: bool = False) -> None:
     """Serve the page on this machine only, until Ctrl-C.
 
@@ -64,18 +75,25 @@ def launch(pipeline: Pipeline, *, port: int | None = None, share: bool = False) 
     Raises:
         UserError: the port is not free.
     """
-    small = max(pipeline.autoencoder.image_shape) < 128
+    page = build(pipeline)
     try:
-        build(pipeline).launch(
+        _, address, public = page.launch(
             server_name="127.0.0.1",
             server_port=port,
             share=share,
             max_file_size=LARGEST_UPLOAD,
-            css="img { image-rendering: pixelated }" if small else None,
+            css=style(pipeline),
             footer_links=[],
+            quiet=True,
+            prevent_thread_lock=True,
         )
     except OSError as error:
         raise UserError(f"--port: {port} is not free ({error}); choose another port") from None
+    console.out.print(f"page: {address}   (Ctrl-C ends it)")
+    if public:
+        console.out.print(f"public address: {public}")
+    sys.stdout.flush()  # also into a file or a pipe
+    page.block_thread()
 
 
 def write_space(model: str, repository: str, folder: Path) -> None:
@@ -104,8 +122,8 @@ def write_space(model: str, repository: str, folder: Path) -> None:
     }
     header = "".join(f"{name}: {to_json(value).strip()}\n" for name, value in about.items())
     code = (
-        "from raekit import Pipeline\nfrom raekit.cli.browser import build\n\n"
-        f"build(Pipeline.from_pretrained({model!r})).launch()\n"
+        "from raekit import Pipeline\nfrom raekit.cli.browser import build, style\n\n"
+        f"pipeline = Pipeline.from_pretrained({model!r})\nbuild(pipeline).launch(css=style(pipeline))\n"
     )
     with whole(folder, folder=True) as partial:
         partial.mkdir()
@@ -214,7 +232,7 @@ class _Page:
                 made = pipe.reconstruct(original, output="pt")
                 decoded = made.images.to(original)
                 values = psnr(decoded, original).item(), ssim(decoded, original).item()
-                return _enlarged(made.pil()[0]), f"PSNR {values[0]:.2f} dB, SSIM {values[1]:.3f}"
+                return _enlarged(made.pil()[0]), f"PSNR {values[0]:.2f} dB, SSIM {values[1]:.3f}, of the central square"
 
         start.click(work, given, [image, scores], api_visibility="private")
 
@@ -278,7 +296,16 @@ class _Page:
 
 
 def _gallery(label: str, name: str) -> gr.Gallery:
-    return gr.Gallery(label=label, columns=4, height="auto", object_fit="contain", format="png", elem_id=name)
+    # A label would hide a corner of the first image.
+    return gr.Gallery(
+        label=label,
+        show_label=False,
+        columns=4,
+        height="auto",
+        object_fit="contain",
+        format="png",
+        elem_id=name,
+    )
 
 
 def _stream(work: Callable[[Callback], Pictures]) -> Iterator[tuple[Gallery, str]]:

@@ -12,30 +12,35 @@ from raekit.files import check_file, check_folder
 from raekit.progress import Display
 
 if TYPE_CHECKING:
-    from raekit.data.overview import Overview
+    from raekit.evaluation.overview import Overview
 
 MOST = 20
 """The most rows of a table."""
 
 
-def data_show(
+def data(
     source: Positional[str],
     split: Literal["train", "heldout", "all"] = "all",
     count: int = 1000,
+    encoder: str | None = "builtin:vit-tiny",
     out: Path | None = None,
 ) -> None:
-    """Look at a dataset before training: classes, sizes, unreadable images, and a montage.
+    """Look at a dataset: classes, sizes, unreadable images, near-duplicates, montage.
 
-    Example: raekit data show folder:images --out montage.png
+    Example: raekit data folder:images --out montage.png
+
+    `raekit data pack` scales a large dataset once.
 
     Args:
         source: Images: emoji, folder:DIR, hf:OWNER/NAME, tar:FILES and others (docs/data.md).
         split: Split of the data source.
-        count: Number of images to decode, evenly spread over the dataset.
+        count: Number of images to decode and to compare, evenly spread over the dataset.
+        encoder: Encoder that finds near-duplicates, such as dinov2-b. An image is one if its features are closer to an
+            earlier image than a tenth of the median distance of two images. None: do not look for near-duplicates.
         out: Output file (.png) for a montage of up to 64 images. None: no montage.
     """
     from raekit.data.images import skipped_in_words
-    from raekit.data.overview import look_at
+    from raekit.evaluation.overview import look_at
     from raekit.files import whole
 
     if count < 1:
@@ -43,7 +48,7 @@ def data_show(
     if out:
         check_file(out, ".png")
     with Display(console.err) as progress:
-        found = look_at(source, split, count, progress)
+        found = look_at(source, split, count, encoder, progress)
     unlabelled = f", {found.unlabelled:,} without a class" if found.classes and found.unlabelled else ""
     console.out.print(f"{source}: {found.images:,} images, {len(found.classes)} classes{unlabelled}")
     _print_classes(found)
@@ -59,6 +64,10 @@ def data_show(
     console.out.print(f"{len(found.unreadable)} of {found.looked_at:,} images cannot be read")
     for name, reason in [*found.unreadable.items()][:MOST]:
         console.out.print(f"  {name}: {reason}")
+    if encoder:
+        console.out.print(f"{len(found.duplicates)} of {found.looked_at:,} images nearly equal an earlier image")
+        for each in found.duplicates[:MOST]:
+            console.out.print(f"  {each.image} = {each.original} ({each.distance:.1%} of the median distance)")
     if out and found.montage:
         with whole(out) as partial:
             found.montage.save(partial, format="PNG")

@@ -34,7 +34,7 @@ def evaluate(
     out: Path | None = None,
     device: Device | None = None,
 ) -> None:
-    """Compare a model's samples, or saved images, with real images, and write a report.
+    """Compare samples, or saved images, with real images, and write a report.
 
     Example: raekit evaluate builtin:emoji --baselines
 
@@ -147,7 +147,7 @@ def reference(
     workers: int = 0,
     device: Device | None = None,
 ) -> None:
-    """Measure the statistics of real images in the features of networks, for `raekit evaluate --reference`.
+    """Measure the statistics of real images, for `raekit evaluate --reference`.
 
     Example: raekit reference folder:imagenet --split heldout --image-size 256 --out imagenet256.safetensors
 
@@ -189,7 +189,7 @@ def probe(
     out: Path | None = None,
     device: Device | None = None,
 ) -> None:
-    """Classify held-out images with a linear probe of an encoder's or autoencoder's latents.
+    """Classify held-out images with a linear probe of latents.
 
     Example: raekit probe builtin:vit-tiny --source folder:images
 

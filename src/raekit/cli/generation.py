@@ -161,7 +161,7 @@ def interpolate(
     batch_size: int | Literal["auto"] = "auto",
     device: Device | None = None,
 ) -> None:
-    """Generate a row of images that interpolates between two seeds, two classes, or both.
+    """Generate a row of images from one seed, or class, to another.
 
     Example: raekit interpolate builtin:emoji --seeds 0 1 --class flags --out row.png
 
@@ -220,7 +220,7 @@ def trajectory(
     options: Options = SamplingOptions(),
     device: Device | None = None,
 ) -> None:
-    """Show how samples form, from noise to the finished image: one row for each sample.
+    """Show how samples form, from noise to the finished image, in a row for each.
 
     Example: raekit trajectory builtin:emoji --class flags --frames 8 --out strip.png
 

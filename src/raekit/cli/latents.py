@@ -85,7 +85,7 @@ def latents_cache(
     workers: int = 0,
     device: Device | None = None,
 ) -> None:
-    """Cache the whitened latents of a data source, to train a denoiser without the encoder.
+    """Cache the latents of a dataset, to train a denoiser without the encoder.
 
     Example: raekit latents cache builtin:emoji --source emoji --flip --out latents
 
@@ -150,7 +150,7 @@ def latents_generate(
     batch_size: int = 64,
     device: Device | None = None,
 ) -> None:
-    """Generate latents, from which the training of a decoder can select its best checkpoint.
+    """Generate latents, by which a decoder's training selects its best checkpoint.
 
     Example: raekit latents generate builtin:emoji --count 1000 --out generated.safetensors
 

@@ -8,7 +8,6 @@ from textwrap import indent
 from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 
 import tyro
-from rich.table import Table
 from tyro.conf import Positional
 
 from raekit.cli import console
@@ -33,7 +32,7 @@ _DEVICE = "Device to train on. None: the GPU if there is one, else the CPU."
 
 
 def demo(run: Path = Path("runs/demo"), minutes: float = 12, images: Path | None = None, quick: bool = False) -> None:
-    """Show the built-in models, train a decoder and a denoiser for some minutes, and write RUN/report.html.
+    """Show the built-in models, train for some minutes, and write RUN/report.html.
 
     Example: raekit demo --minutes 12
 
@@ -55,7 +54,7 @@ def demo(run: Path = Path("runs/demo"), minutes: float = 12, images: Path | None
 
 
 def recipes(recipe: Positional[str | None] = None) -> None:
-    """List the training recipes by purpose, with what they cost, or print one as a file to start from.
+    """List the recipes by purpose, with size, memory and time, or print one.
 
     Example: raekit recipes emoji_decoder > my_recipe.py
 
@@ -72,11 +71,12 @@ def recipes(recipe: Positional[str | None] = None) -> None:
         return
     every = [find(name) for name in names()]
     for purpose in Purpose:
-        table = Table("recipe", "what", "cost", title=f"\n{purpose}", title_justify="left", box=None)
+        console.out.print(f"\n{purpose}\n")
         for each in every:
             if each.purpose == purpose:
-                table.add_row(each.name, each.summary, each.cost)
-        console.out.print(table)
+                console.out.print(f"  {each.name}\n    {each.summary}")
+                for what, value in (("size", each.size), ("memory", each.memory), ("cost", each.cost)):
+                    console.out.print(f"    {what + ':':8}{value}")
 
 
 def study(
@@ -157,7 +157,7 @@ def train(arguments: list[str]) -> None:
 
 
 def report(run: Positional[Path], out: Path | None = None) -> None:
-    """Write a page about a run: curves, pictures over the steps, scores, speed, events and settings.
+    """Write a page about a run: curves, pictures, scores, speed, events and settings.
 
     Example: raekit report runs/denoiser
 
@@ -225,6 +225,7 @@ def _train(what: list[str], name: str, about: str, default: Any, run: Path, argu
 def _parse(name: str, about: str, default: Any, run: Path, arguments: list[str], resume: bool) -> _Options:
     """Return the options of a training; the fields of the config `default` are options too."""
     config, rest = _with_parts(default, arguments)
+    _join_help(type(config))
 
     def command(
         run: Annotated[Path, tyro.conf.arg(help=_RUN)] = run,
@@ -250,6 +251,16 @@ def _parse(name: str, about: str, default: Any, run: Path, arguments: list[str],
         args=rest,
         config=(tyro.conf.AvoidSubcommands,),
     )
+
+
+def _join_help(kind: Any) -> None:
+    """Make the help of each field of a config, and of its parts, one line, which tyro wraps."""
+    for each in (part for part in kind.__mro__ if is_dataclass(part)):
+        each.__doc__ = console.joined(each.__doc__ or "")
+    for field in get_type_hints(kind).values():
+        for part in (field, *get_args(field)):
+            if is_dataclass(part):
+                _join_help(part)
 
 
 def _with_parts(config: Any, arguments: list[str], prefix: str = "--") -> tuple[Any, list[str]]:

@@ -14,7 +14,8 @@ from raekit.randomness import numpy_generator
 
 log = logging.getLogger(__name__)
 
-_TILE = 4096  # rows and columns of a block of distances: 128 MiB in float64
+TILE = 4096
+"""The rows and columns of a block of distances, which takes 128 MiB in float64."""
 
 
 class Kept:
@@ -73,10 +74,10 @@ class Manifold:
     def radii_of(self, rows: slice) -> Tensor:
         """Return the squared radii of some of the points."""
         found = []
-        for points in self.features[rows].split(_TILE):
+        for points in self.features[rows].split(TILE):
             near = points.new_empty(len(points), 0, dtype=torch.float64)
-            for others in self.features.split(_TILE):  # they include the point itself
-                near = torch.cat([near, _squared_distances(points, others)], 1)
+            for others in self.features.split(TILE):  # they include the point itself
+                near = torch.cat([near, squared_distances(points, others)], 1)
                 near = near.topk(min(self.k + 1, near.shape[1]), largest=False).values
             found.append(near[:, self.k])
         return torch.cat(found) if found else self.features.new_empty(0, dtype=torch.float64)
@@ -84,15 +85,15 @@ class Manifold:
     def covers(self, points: Tensor) -> Tensor:
         """Return a mask (B,) of the `points` (B, D) that lie in at least one ball."""
         found = []
-        for part in points.split(_TILE):
+        for part in points.split(TILE):
             covered = torch.zeros(len(part), dtype=torch.bool, device=part.device)
-            for centres, radii in zip(self.features.split(_TILE), self.radii.split(_TILE), strict=True):
-                covered |= (_squared_distances(part, centres) <= radii).any(1)
+            for centres, radii in zip(self.features.split(TILE), self.radii.split(TILE), strict=True):
+                covered |= (squared_distances(part, centres) <= radii).any(1)
             found.append(covered)
         return torch.cat(found) if found else torch.empty(0, dtype=torch.bool, device=points.device)
 
 
-def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
+def squared_distances(a: Tensor, b: Tensor) -> Tensor:
     """Return the squared distances (M, N) float64 between the rows of a and b; exactly 0 between equal rows."""
     a, b = a.double(), b.double()
     norms = a.square().sum(1)[:, None] + b.square().sum(1)

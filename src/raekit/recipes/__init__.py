@@ -29,6 +29,7 @@ class Purpose(StrEnum):
     """What a recipe is for, in the order of listing."""
 
     START = "Start here: built-in images, or your own with --data.source folder:DIR, on a CPU"
+    PHOTOS = "Your own photos at 256 pixels: start from published models, on one GPU"
     RECONSTRUCT = "Stage 1 on ImageNet: a decoder for a pretrained encoder, on GPUs"
     GENERATE = "Stage 2 on ImageNet: a denoiser, on GPUs"
 
@@ -54,15 +55,30 @@ class Recipe:
         return self.about.strip().splitlines()[0]
 
     @property
+    def size(self) -> str:
+        """The number of trained parameters, as its docstring says."""
+        return self._line("Size")
+
+    @property
+    def memory(self) -> str:
+        """The memory that training takes, as its docstring says."""
+        return self._line("Memory")
+
+    @property
     def cost(self) -> str:
         """What the training costs, as its docstring says."""
-        return next(line.partition(":")[2].strip() for line in self.about.splitlines() if line.startswith("Cost:"))
+        return self._line("Cost")
+
+    def _line(self, name: str) -> str:
+        return next(line.partition(":")[2].strip() for line in self.about.splitlines() if line.startswith(f"{name}:"))
 
     @property
     def purpose(self) -> Purpose:
         """What the recipe is for."""
         if self.config.data.source == "emoji":
             return Purpose.START
+        if self.config.data.source == "folder:photos":
+            return Purpose.PHOTOS
         return Purpose.GENERATE if self.config.stage == "generation" else Purpose.RECONSTRUCT
 
 

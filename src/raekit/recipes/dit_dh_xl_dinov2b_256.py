@@ -3,8 +3,9 @@
 Reproduces:     FID 1.51 unguided, 1.13 with auto:1.42 by dit_dh_s_dinov2b_256 after 14 epochs (paper, table 8);
                 3.71 and 2.16 unguided after 20 and 80 epochs
 Command:        torchrun --nproc-per-node 8 -m raekit -- train dit_dh_xl_dinov2b_256 --data.source folder:imagenet
-Cost:           800 epochs, 839 M parameters
+Size:           839 M parameters
 Memory:         15.6 GiB of state, 1.03 GB an image (0.06 GB with train.checkpointing)
+Cost:           800 epochs, 33 days on one H100 (estimated from FLOPs, at 35 % in bf16)
 Last verified:  never at this scale (no ImageNet, no GPUs); the parts agree with the reference cases.
 
 Where the paper and the released code differ, this recipe follows the code that trained the released denoisers:

@@ -6,8 +6,9 @@ Prepare:        raekit latents measure dinov2-s --source folder:imagenet --mirro
                 raekit convert decoders/dinov2/wReg_small/ViTXL_n08/model.pt runs/rae-dinov2-s --encoder dinov2-s \\
                     --statistics dinov2-s.safetensors
 Command:        torchrun --nproc-per-node 8 -m raekit -- train dit_xl_dinov2s --data.source folder:imagenet
-Cost:           800 epochs, 676 M parameters
+Size:           676 M parameters
 Memory:         12.6 GiB of state, 0.87 GB an image (0.04 GB with train.checkpointing)
+Cost:           800 epochs, 24 days on one H100 (estimated from FLOPs, at 35 % in bf16)
 Last verified:  never at this scale (no ImageNet, no GPUs); the parts agree with the reference cases.
 
 No latent statistics are published for DINOv2-S. They have to be measured, and differ from the statistics that the paper

@@ -3,6 +3,8 @@
 Reproduces:     src/raekit/assets/emoji/classifier
 Command:        raekit train emoji_classifier
                 python tools/make_builtin.py classifier runs/emoji_classifier
+Size:           0.8 M parameters
+Memory:         0.1 GiB
 Cost:           27 minutes on one busy CPU core (31 images/s)
 Last verified:  2026-11-26. Accuracy on the held-out images: 59.1 % (the largest class is 16 %).
 

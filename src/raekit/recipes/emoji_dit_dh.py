@@ -4,6 +4,8 @@ Reproduces:     src/raekit/assets/emoji/denoiser (6.8 M parameters, seed 0)
 Command:        raekit latents cache builtin:emoji --out latents --dtype fp32
                 raekit train emoji_dit_dh --latents latents --train.compile
                 python tools/make_builtin.py denoiser runs/emoji_dit_dh
+Size:           6.8 M parameters
+Memory:         0.5 GiB
 Cost:           3 hours on one core (compiled, 378,000 images, 19 to 42 images/s)
 Last verified:  2026-11-27, docs/results/builtin.md
 

@@ -3,6 +3,8 @@
 Reproduces:     src/raekit/assets/vit-tiny (2.7 M parameters, seed 0, 3,435 training images of source emoji)
 Command:        raekit train emoji_encoder_distilled --teacher.encoder dinov2:FOLDER --train.compile
                 python tools/make_builtin.py encoder runs/emoji_encoder_distilled
+Size:           3.3 M parameters
+Memory:         0.2 GiB, and the teacher
 Cost:           18 minutes on 2 busy CPU cores (22 images/s, of which the teacher takes two thirds)
 Last verified:  2026-11-26. Class accuracy of held-out images by their 10 nearest training images: 67.1 %, compared with
                 55.7 % for random weights and 62.8 % for raw pixels.

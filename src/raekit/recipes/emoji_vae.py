@@ -4,6 +4,8 @@ Reproduces:     nothing yet: the paper compares with the VAE of Stable Diffusion
 Command:        raekit train emoji_vae --train.compile
                 (with LPIPS: --perceptual.weights FILE)
                 raekit train emoji_dit_dh --autoencoder runs/emoji_vae --run runs/vae_dit_dh
+Size:           3.9 M parameters
+Memory:         0.6 GiB
 Cost:           not measured yet
 Last verified:  a short run only
 """

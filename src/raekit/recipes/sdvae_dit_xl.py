@@ -3,8 +3,9 @@
 Reproduces:     FID 7.13 unguided after 80 epochs (paper, table 2); 11.70 with a wide head (table 10)
 Prepare:        pip install 'raekit[vae]'
 Command:        torchrun --nproc-per-node 8 -m raekit -- train sdvae_dit_xl --data.source folder:imagenet
-Cost:           80 epochs, 675 M parameters
+Size:           675 M parameters
 Memory:         12.6 GiB of state, 0.87 GB an image (0.04 GB with train.checkpointing)
+Cost:           80 epochs, 2.4 days on one H100 (estimated from FLOPs, at 35 % in bf16)
 Last verified:  never at this scale (no ImageNet, no GPUs); the autoencoder agrees with diffusers.
 
 The paper does not say which SD-VAE weights it uses. The latents are the mean of the posterior, where other codes draw a

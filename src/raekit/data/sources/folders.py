@@ -1,5 +1,6 @@
 """`folder:DIR` and `flat:DIR`: image files, in one sub-folder for each class or without classes."""
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from raekit.data.images import EXTENSIONS, decode, image_files, stored_size
+from raekit.data.images import EXTENSIONS, decode, image_files, log_once, stored_size
 from raekit.data.sources.base import Address, Split, in_split, parts_of
 from raekit.data.sources.label_lists import find_labels
 from raekit.errors import UserError
@@ -83,6 +84,9 @@ def open_folder(address: Address, split: Split) -> Files:
         if listed and split != "train":
             names |= find_labels(folder, parts["heldout"], listed, classes)
             classed = sorted(names)
+    if loose := [path for path in used if path.count(os.sep) == depth and not path.startswith(heldout)]:
+        message = "%s: leaves out the images in no class folder (%s, such as %s); move them into one to use them"
+        log_once(logging.WARNING, message, str(folder), str(len(loose)), loose[0])
     number = {name: i for i, name in enumerate(classes)}
     chosen = classed if split == "all" else _in_part(classed, parts, split)
     return Files(address.uri, folder, chosen, [number[names[path]] for path in chosen], classes, skipped)
