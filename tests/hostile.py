@@ -57,6 +57,7 @@ from raekit.models.denoiser_config import DenoiserConfig, TransformerConfig
 from raekit.models.discriminator import dino
 from raekit.models.encoders import Encoder, load_encoder
 from raekit.models.perceptual import LPIPS, load_perceptual
+from raekit.models.pooled import load_pooled
 from raekit.models.vit import ViT, ViTConfig
 from raekit.stages.selection import read_generated
 from raekit.weights import load_strict, read_weights
@@ -816,6 +817,37 @@ def archives() -> Iterator[Case]:
     yield Case("indexes of something else", index, WORKS)
 
 
+def zips() -> Iterator[Case]:
+    """Labelled zip archives."""
+
+    def case(row: str, expected: str, files: dict[str, bytes], change: Callable[[bytes], bytes] = bytes) -> Case:
+        def use(folder: Path) -> None:
+            with zipfile.ZipFile(folder / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+                for name, content in files.items():
+                    archive.writestr(name, content)
+            (folder / "a.zip").write_bytes(change((folder / "a.zip").read_bytes()))
+            source = open_source(f"zip:{folder / 'a.zip'}", "all")
+            for i in range(len(source)):
+                try:
+                    source[i]
+                except UnreadableImage as error:
+                    raise UserError(str(error)) from None
+
+        return Case(row, use, expected)
+
+    def labels(value: object) -> dict[str, bytes]:
+        return {"0/a.png": saved("PNG"), "dataset.json": json.dumps({"labels": value}).encode()}
+
+    bad = r"a\.zip: (damaged or )?not a zip file|a\.zip: .*damaged"
+    yield case("labels as EDM2 writes them", WORKS, labels([["0/a.png", 6]]))
+    yield case("half of a zip file", bad, labels([["0/a.png", 6]]), lambda content: content[: len(content) // 2])
+    yield case("zero bytes named .zip", bad, {}, lambda content: b"")
+    yield case("labels of something else", r"dataset\.json", labels({"a": "b"}))
+    yield case("a label of 10^12", r"dataset\.json|labels are from", labels([["0/a.png", 10**12]]))
+    yield case("labels of lists", r"dataset\.json", labels([["0/a.png", [6, []]]]))
+    yield case("an image of zeros", "not a known image format", labels([["0/a.png", 6]]) | {"0/a.png": bytes(99)})
+
+
 def tables() -> Iterator[Case]:
     """Datasets in the formats of Hugging Face's `datasets`."""
 
@@ -862,8 +894,100 @@ def tables() -> Iterator[Case]:
     yield case("a saved dataset of another file", bad, saved_to_disk(_data_files=[{"filename": "state.json"}]))
 
 
+# Networks of other projects
+
+
+def networks() -> Iterator[Case]:
+    """Checkpoints of the networks of FDr6, and of DINOv3 in the layout of its published code."""
+    sizes = {"model_type": "convnextv2", "hidden_sizes": [4, 4, 4, 8], "depths": [1, 1, 1, 1]}
+
+    def checkpoint(row: str, expected: str, weights: Callable[[Path], object], **config: object) -> Case:
+        def use(folder: Path) -> None:
+            (folder / "config.json").write_text(json.dumps(sizes | config))
+            weights(folder)
+            load_pooled("convnextv2", folder)
+
+        return Case(f"FDr6: {row}", use, rf"^fdr6 convnextv2: .*{expected}")
+
+    def tensors(folder: Path) -> None:
+        save_file({"a": torch.zeros(1)}, folder / "model.safetensors", {"format": "pt"})
+
+    def trap(folder: Path) -> None:
+        torch.save({"a": Trap(Path.touch, folder / SPRUNG)}, folder / "pytorch_model.bin")
+
+    yield checkpoint("weights of something else", "lacks embeddings", tensors)
+    yield checkpoint("weights that touch a file", "damaged or holds more than tensors", trap)
+    yield checkpoint(
+        "zero bytes", "could not be loaded", lambda folder: (folder / "model.safetensors").write_bytes(b"")
+    )
+    yield checkpoint("no weights", "could not be loaded", lambda folder: None)
+    yield checkpoint("a depth of 10^9", "depths: .* in config.json", tensors, depths=[1, 1, 1, 10**9])
+    yield checkpoint("a depth of text", "could not be loaded", tensors, depths="deep")
+    yield checkpoint("a width of 10^6", "describes .* parameters", tensors, hidden_sizes=[4, 4, 4, 10**6])
+    yield checkpoint("another model", "holds a model of type 'bert'", tensors, model_type="bert")
+    yield checkpoint("its own code", "lacks embeddings", tensors, auto_map={"AutoModel": "modeling.Mine"})
+
+    def file(row: str, expected: str, write: Callable[[Path], object]) -> Case:
+        def use(folder: Path) -> None:
+            write(folder / "a.pth")
+            load_encoder(f"dinov3_vit:{folder / 'a.pth'}")
+
+        return Case(f"DINOv3: {row}", use, rf"^encoder dinov3_vit:a\.pth: a\.pth: .*{expected}")
+
+    def state(**others: object) -> Callable[[Path], object]:
+        tensors = {"patch_embed.proj.weight": torch.ones(64, 3, 8, 8), "blocks.0.norm1.bias": torch.ones(64)}
+        return lambda path: torch.save(tensors | others, path)
+
+    yield file("code", "would run", lambda path: torch.save({"a": Trap(Path.touch, path.parent / SPRUNG)}, path))
+    yield file("something else", "not a DINOv3", lambda path: torch.save({"a": torch.ones(1)}, path))
+    yield file("a block number of 60 digits", "do not fit", state(**{f"blocks.{'9' * 60}.norm1.bias": torch.ones(64)}))
+    yield file("text for a tensor", "not a DINOv3", state(cls_token="a"))
+    yield file("registers that are a number", "do not fit", state(storage_tokens=torch.ones(())))
+
+
+def published() -> Iterator[Case]:
+    """The files behind published names, as a hostile mirror of the Hub would serve them."""
+
+    def case(row: str, name: str, expected: str, **served: bytes) -> Case:
+        def use(folder: Path) -> None:
+            for key, content in served.items():
+                (folder / key).write_bytes(content)
+
+            def find_file(repository: str, file: str, remedy: str = "") -> Path:
+                return folder / ("config" if file.endswith(".json") else "weights")
+
+            environment = patch.dict(os.environ, RAEKIT_CACHE=str(folder / "cache"))
+            with environment, patch("raekit.formats.releases.find_file", find_file):
+                Autoencoder.load(name)
+
+        return Case(row, use, expected)
+
+    def pickled(content: object) -> bytes:
+        file = io.BytesIO()
+        torch.save(content, file)
+        return file.getvalue()
+
+    foreign = pickled({"weight": torch.ones(3)})
+    fusereg, scale = "fusereg-dinov3-l-k23-p95", "scale-rae-siglip2-so400m"
+    yield case("FuseReg: something else", fusereg, "weights: holds no published decoder", weights=foreign)
+    yield case("FuseReg: zero bytes", fusereg, "weights: damaged", weights=b"")
+    yield case("Scale-RAE: code", scale, "would run", weights=pickled({"a": Trap(os.getcwd)}), config=b"{}")
+    yield case("Scale-RAE: something else", scale, "holds no published decoder", weights=foreign, config=b"{}")
+    decoder = {"decoder_embed.weight": torch.ones(8, 1152), "decoder_pred.weight": torch.ones(12, 8)}
+    decoder |= {"decoder_layers.0.intermediate.dense.weight": torch.ones(8, 8)}
+    weights = pickled(decoder)
+    yield case("Scale-RAE: no config", scale, "config: not valid JSON", weights=weights, config=b"")
+    yield case("Scale-RAE: a config of a list", scale, "config", weights=weights, config=b"[]")
+    huge = {"decoder_hidden_size": 10**9, "decoder_num_hidden_layers": 10**9, "decoder_num_attention_heads": 1}
+    huge |= {"decoder_intermediate_size": 10**9, "layer_norm_eps": 1e-12, "hidden_act": "gelu"}
+    yield case("Scale-RAE: 10^9 layers", scale, "must be", weights=weights, config=json.dumps(huge).encode())
+
+
 GROUPS = {
     "archive": archives,
+    "zip": zips,
+    "network": networks,
+    "published": published,
     "dataset": tables,
     "image": images,
     "safetensors": safetensors,

@@ -478,10 +478,13 @@ def test_decoders_of_fusereg(hub, tmp_path, monkeypatch):
 
 
 def test_a_repository_that_needs_its_own_code_is_rejected(tmp_path):
-    (tmp_path / "config.json").write_text(to_json({"auto_map": {"AutoModel": "modeling.Mine"}}))
-    for load in (lambda: convert(str(tmp_path), tmp_path / "out"), lambda: Autoencoder.load(str(tmp_path))):
-        with pytest.raises(UserError, match=r"names code of its repository .*or choose a published model"):
-            load()
+    cached = tmp_path / "models--someone--their-rae" / "snapshots" / ("0" * 40)
+    cached.mkdir(parents=True)
+    for folder, name in (tmp_path, f"{tmp_path}/config.json"), (cached, "someone/their-rae"):
+        (folder / "config.json").write_text(to_json({"auto_map": {"AutoModel": "modeling.Mine"}}))
+        for load in (lambda place: convert(place, tmp_path / "out")), Autoencoder.load:
+            with pytest.raises(UserError, match=rf"^{name}: names code of its repository .*choose a published model"):
+                load(str(folder))
 
 
 def test_published_name_as_a_source(hub, tmp_path):

@@ -19,7 +19,7 @@ from raekit.models.autoencoder import Autoencoder, AutoencoderConfig
 from raekit.models.decoder import DecoderConfig
 from raekit.models.encoders import Encoder, load_encoder
 from raekit.models.layers import patchify
-from raekit.models.registry import FAMILIES, LAYERS, REGISTRY, LayersConfig, absolute, grid_of, register
+from raekit.models.registry import FAMILIES, LAYERS, REGISTRY, LayersConfig, absolute, grid_of, register, sides
 from raekit.models.vit import ViT, ViTConfig
 
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
@@ -104,7 +104,7 @@ def registry(checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -
     """Every registered name, with a tiny checkpoint in place of the one on the Hub."""
     for name, spec in list(REGISTRY.items()):
         folder = str(checkpoint(spec.family, spec.patch_size))
-        tiny = replace(spec, width=WIDTH, image_size=NATIVE * spec.patch_size, hub_id=folder)
+        tiny = replace(spec, width=WIDTH, image_size=NATIVE * spec.patch_size, hub_id=folder, file="")
         monkeypatch.setitem(REGISTRY, name, tiny)
 
 
@@ -156,6 +156,9 @@ PUBLISHED = {
     "dinov3-b": ("dinov3_vit", 768, 16, 5, "facebook/dinov3-vitb16-pretrain-lvd1689m"),
     "dinov3-l": ("dinov3_vit", 1024, 16, 5, "facebook/dinov3-vitl16-pretrain-lvd1689m"),
     "dinov3-h-plus": ("dinov3_vit", 1280, 16, 5, "facebook/dinov3-vith16plus-pretrain-lvd1689m"),
+    "eupe-t": ("dinov3_vit", 192, 16, 5, "facebook/EUPE-ViT-T"),
+    "eupe-s": ("dinov3_vit", 384, 16, 5, "facebook/EUPE-ViT-S"),
+    "eupe-b": ("dinov3_vit", 768, 16, 5, "facebook/EUPE-ViT-B"),
     "siglip-b": ("siglip", 768, 16, 0, "google/siglip-base-patch16-256"),
     "siglip-l": ("siglip", 1024, 16, 0, "google/siglip-large-patch16-256"),
     "siglip-so400m": ("siglip", 1152, 14, 0, "google/siglip-so400m-patch14-224"),
@@ -481,6 +484,108 @@ def spoil(folder: Path, fault: str) -> None:
 class RunsCode:
     def __reduce__(self):
         return pytest.fail, ("code of a checkpoint was run",)
+
+
+def published_dinov3(model: Any) -> dict[str, Tensor]:
+    """Return the weights of a DINOv3ViTModel as the published code saves them, with EUPE's training leftovers."""
+    own = model.state_dict()
+    width = own["norm.weight"].shape[0]
+    embed = "embeddings"
+    state = {
+        "cls_token": own[f"{embed}.cls_token"],
+        "storage_tokens": own[f"{embed}.register_tokens"],
+        "mask_token": own[f"{embed}.mask_token"][0],
+        "rope_embed.periods": 100 ** (torch.arange(16) / 16),
+        **{f"patch_embed.proj.{part}": own[f"{embed}.patch_embeddings.{part}"] for part in ("weight", "bias")},
+        **{f"norm.{part}": own[f"norm.{part}"] for part in ("weight", "bias")},
+        "projectors.dinov3.0.weight": torch.ones(3, 3),
+    }
+    mlp = {"fc1": "up_proj", "fc2": "down_proj"}
+    if model.config.use_gated_mlp:
+        mlp = {"w1": "gate_proj", "w2": "up_proj", "w3": "down_proj"}
+    names = {"attn.proj": "attention.o_proj", "norm1": "norm1", "norm2": "norm2"}
+    names |= {f"mlp.{theirs}": f"mlp.{ours}" for theirs, ours in mlp.items()}
+    for i in range(model.config.num_hidden_layers):
+        block, layer = f"blocks.{i}", f"model.layer.{i}"
+        for theirs, ours in names.items():
+            state |= {f"{block}.{theirs}.{part}": own[f"{layer}.{ours}.{part}"] for part in ("weight", "bias")}
+        q, k, v = (own[f"{layer}.attention.{part}_proj.weight"] for part in "qkv")
+        # The keys' biases are masked, whatever they are.
+        biases = [own[f"{layer}.attention.q_proj.bias"], torch.ones(width), own[f"{layer}.attention.v_proj.bias"]]
+        state[f"{block}.attn.qkv.weight"], state[f"{block}.attn.qkv.bias"] = torch.cat([q, k, v]), torch.cat(biases)
+        mask = torch.ones(3, width)
+        mask[1] = 0
+        state[f"{block}.attn.qkv.bias_mask"] = mask.flatten()
+        state |= {f"{block}.ls{n}.gamma": own[f"{layer}.layer_scale{n}.lambda1"] for n in (1, 2)}
+    return state
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["EUPE", "SwiGLU"])
+def test_files_of_dinov3_in_the_layout_of_its_code(gated: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.DINOv3ViTConfig(
+        hidden_size=128,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_register_tokens=4,
+        use_gated_mlp=gated,
+        hidden_act="silu" if gated else "gelu",
+    )
+    model = transformers.DINOv3ViTModel(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.2)
+    torch.save(published_dinov3(model), tmp_path / "EUPE-ViT-T.pt")
+    monkeypatch.setitem(REGISTRY, "eupe-t", replace(REGISTRY["eupe-t"], width=128, hub_id=str(tmp_path)))
+    images = torch.rand(2, 3, 48, 32)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in IMAGENET)
+    with torch.no_grad():
+        states = model((images - mean) / std, output_hidden_states=True).hidden_states
+    for name in "eupe-t", f"dinov3_vit:{tmp_path / 'EUPE-ViT-T.pt'}":
+        encoder = load_encoder(name, (48, 32))
+        assert (encoder.spec.width, encoder.spec.patch_size, encoder.spec.prefix_tokens) == (128, 16, 5)
+        assert sides(encoder.spec.image_size) == (256, 256)
+        for found, state in zip(encoder.features(images, [0, 1]), states[1:], strict=True):
+            torch.testing.assert_close(found, state[:, 5:], atol=1e-4, rtol=1e-4)
+    tokens = load_encoder("eupe-t", (48, 32))(images)
+    assert torch.allclose(tokens.double(), standardised(states[-1][:, 5:], 1e-5), atol=1e-4)
+
+
+def test_a_bad_file_of_dinov3_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = tmp_path / "x.pth"
+    for state, message in (
+        ({"a": torch.ones(2)}, "not a DINOv3 vision transformer in the layout of its published code"),
+        (
+            {"patch_embed.proj.weight": torch.ones(64, 3, 8, 8), "blocks.0.a": torch.ones(1)},
+            "do not fit DINOv3ViT.*mis",
+        ),
+        ({"patch_embed.proj.weight": torch.ones(65, 3, 8, 8), "blocks.0.a": torch.ones(1)}, "a width of 65"),
+        ({"patch_embed.proj.weight": torch.ones(64, 3, 8, 8), "blocks.0.a": "text"}, "not a DINOv3"),
+        ({"patch_embed.proj.weight": torch.ones(64, 3, 8, 8), "blocks.0.attn.qkv.bias": torch.ones(())}, "do not fit"),
+        (
+            {
+                "patch_embed.proj.weight": torch.ones(64, 3, 8, 8),
+                "blocks.0.a": torch.ones(1),
+                "storage_tokens": torch.ones(1),
+            },
+            "not fit",
+        ),
+    ):
+        torch.save(state, file)
+        with pytest.raises(UserError, match=rf"^encoder dinov3_vit:{file}: {file}: .*{message}"):
+            load_encoder(f"dinov3_vit:{file}")
+    file.write_bytes(b"x")
+    with pytest.raises(UserError, match=rf"^encoder dinov3_vit:{file}: {file}"):
+        load_encoder(f"dinov3_vit:{file}")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(
+        UserError, match=r"^encoder eupe-b: facebook/EUPE-ViT-B: .*run `hf download facebook/EUPE-ViT-B EUPE"
+    ):
+        load_encoder("eupe-b")
 
 
 FAULTS = {

@@ -99,10 +99,12 @@ def only_last_block(parts: AutoencoderParts, form: str) -> None:
 def reject_code(path: Path, values: Any) -> None:
     """Raise a UserError if a `config.json` names code of its repository."""
     if isinstance(values, dict) and "auto_map" in values:
+        cached = next((part for part in path.parts if part.startswith("models--")), "")  # the Hub's cache
+        repository = cached.removeprefix("models--").replace("--", "/", 1)
         raise UserError(
-            f"{path}: names code of its repository (auto_map), and raekit runs no such code; convert its weights file "
-            "if that has the names of RAE v1 or v2 (raekit convert FILE OUT --encoder ENCODER), or choose a "
-            "published model (raekit models)"
+            f"{repository or path}: names code of its repository (auto_map in config.json), and raekit runs no such "
+            "code; convert its weights file if that has the names of RAE v1 or v2 (raekit convert FILE OUT --encoder "
+            "ENCODER), or choose a published model (raekit models)"
         )
 
 

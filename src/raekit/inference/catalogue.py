@@ -175,5 +175,6 @@ def _licence(encoder: str) -> str:
 
 
 def _encoder_cached(encoder: str) -> bool:
-    files = ("model.safetensors", "pytorch_model.bin")
-    return any(isinstance(try_to_load_from_cache(REGISTRY[encoder].hub_id, file), str) for file in files)
+    spec = REGISTRY[encoder]
+    files = (spec.file,) if spec.file else ("model.safetensors", "pytorch_model.bin")
+    return any(isinstance(try_to_load_from_cache(spec.hub_id, file), str) for file in files)

@@ -12,8 +12,9 @@ from raekit import artifacts
 from raekit.config import from_dict, read_json
 from raekit.distributed import World
 from raekit.errors import UserError
-from raekit.hub import find_folder
+from raekit.hub import find_file, find_folder
 from raekit.models.checks import check_images
+from raekit.models.dinov3 import read_dinov3
 from raekit.models.pretrained import read_pretrained
 from raekit.models.registry import (
     FAMILIES,
@@ -169,7 +170,8 @@ def load_encoder(
 
     Args:
         name: a registered name, read from the Hub or its cache; FAMILY:WHERE, a `transformers` checkpoint of one of
-            FAMILIES in the folder or Hub repository WHERE; or `builtin:NAME`, a folder or a Hub repository of an
+            FAMILIES in the folder or Hub repository WHERE (`dinov3_vit:FILE` is a file of DINOv3's published code); or
+            `builtin:NAME`, a folder or a Hub repository of an
             encoder that raekit pretrained.
         input_size: the size that images are resized to. Default: the encoder's own.
         layers: the blocks whose outputs make the latents. Default: the last block.
@@ -181,7 +183,7 @@ def load_encoder(
     name = str(name)
     family, _, where = name.partition(":")
     if spec := REGISTRY.get(name):
-        model, _ = _read_family(name, spec.family, spec.hub_id, dtype)
+        model, _ = _read_family(name, spec.family, spec.hub_id, dtype, spec.file)
     elif family in FAMILIES:
         model, folder = _read_family(name, family, where, dtype)
         spec = _spec(name, family, where, folder, model.config)
@@ -203,8 +205,22 @@ def load_encoder(
     return Encoder(name, spec, model, input_size, layers)
 
 
-def _read_family(name: str, family: str, where: str, dtype: torch.dtype) -> tuple[Any, Path]:
-    """Return the `transformers` model of `family` in the folder or Hub repository `where`, and its local folder."""
+def _read_family(name: str, family: str, where: str, dtype: torch.dtype, file: str = "") -> tuple[Any, Path]:
+    """Return the `transformers` model of `family`, and the local folder or file of its weights.
+
+    Args:
+        name: the name of the encoder.
+        family: the family.
+        where: a folder or a Hub repository; for DINOv3 also a file in the layout of the published code.
+        dtype: type that the weights are held in.
+        file: the name of such a file in `where`. Default: `where` has the layout of `transformers`.
+    """
+    if file or (family == "dinov3_vit" and Path(where).is_file()):
+        try:
+            path = Path(where, file) if Path(where).exists() else find_file(where, file)
+            return read_dinov3(path, dtype), path
+        except UserError as error:
+            raise UserError(f"encoder {name}: {error}") from None
     kind = FAMILIES[family]
     return read_pretrained(
         f"encoder {name}",

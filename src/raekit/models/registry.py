@@ -80,6 +80,7 @@ class EncoderSpec:
         std: Standard deviation of the colours, by which images are divided.
         hub_id: Hub repository or folder of the weights; empty for the library's own ViT.
         licence: Licence of the weights, as published with them; empty if it is not known.
+        file: File of the weights in the layout of the published code; empty for the layout of `transformers`.
     """
 
     family: str
@@ -91,6 +92,7 @@ class EncoderSpec:
     std: Colours
     hub_id: str = ""
     licence: str = ""
+    file: str = ""
 
     def __post_init__(self) -> None:
         if min(self.std) <= 0:
@@ -243,7 +245,14 @@ FAMILIES = {
 
 def _register_all() -> None:
     def add(
-        name: str, family: str, hub_id: str, width: int, patch_size: int, registers: int = 0, licence: str = ""
+        name: str,
+        family: str,
+        hub_id: str,
+        width: int,
+        patch_size: int,
+        registers: int = 0,
+        licence: str = "",
+        file: str = "",
     ) -> None:
         kind = FAMILIES[family]
         spec = EncoderSpec(
@@ -256,6 +265,7 @@ def _register_all() -> None:
             mean=kind.colours[0],
             std=kind.colours[1],
             licence=licence or kind.licence,
+            file=file,
         )
         register(name, spec)
 
@@ -266,6 +276,9 @@ def _register_all() -> None:
     for size, width in (("s", 384), ("s-plus", 384), ("b", 768), ("l", 1024), ("h-plus", 1280)):
         model = f"{size[0]}16{size[2:]}"  # as in vith16plus
         add(f"dinov3-{size}", "dinov3_vit", f"facebook/dinov3-vit{model}-pretrain-lvd1689m", width, 16, registers=4)
+    for size, width in (("t", 192), ("s", 384), ("b", 768)):
+        model, licence = f"EUPE-ViT-{size.upper()}", "fair-noncommercial-research-license"
+        add(f"eupe-{size}", "dinov3_vit", f"facebook/{model}", width, 16, 4, licence, f"{model}.pt")
     for size, width in (("base", 768), ("large", 1024)):
         add(f"siglip-{size[0]}", "siglip", f"google/siglip-{size}-patch16-256", width, 16)
         add(f"siglip2-{size[0]}", "siglip", f"google/siglip2-{size}-patch16-256", width, 16)
