@@ -93,6 +93,19 @@ def test_an_interrupted_study_in_two_parts_gives_the_numbers_of_one_run(tmp_path
         run_study("width", split)
 
 
+@pytest.mark.parametrize("name", ["guidance", "head"])
+def test_a_trial_reports_every_claim_and_makes_the_shared_parts_once(name, tmp_path: Path):
+    claims = run_study(name, tmp_path, quick=True)
+    assert isinstance(claims, list)
+    page = (tmp_path / "study.md").read_text()
+    for claim in claims:
+        assert claim.found in page
+        assert (tmp_path / f"{claim.name}.png").stat().st_size > 10_000
+    made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    studies.find(name).study.prepare(tmp_path, True, silent)
+    assert made == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+
+
 def test_a_wrong_name_is_corrected(tmp_path: Path):
     with pytest.raises(UserError, match="did you mean width"):
         run_study("widht", tmp_path)
@@ -121,8 +134,8 @@ def test_the_closed_form_is_the_least_squares_fit_of_samples():
 
 
 def test_the_shared_parts_are_made_once(tmp_path: Path):
-    width.prepare(tmp_path, silent)
+    width.prepare(tmp_path, True, silent)
     made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
     assert len(made) == len(width.WIDTHS)
-    width.prepare(tmp_path, silent)
+    width.prepare(tmp_path, True, silent)
     assert made == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}

@@ -21,16 +21,17 @@ import numpy as np
 import raekit
 from raekit.experiments.studies.engine.plan import (
     Claim,
-    Estimate,
     Result,
     Run,
     Settings,
     Values,
     Verdict,
     estimate,
+    geometric,
     within,
 )
 from raekit.experiments.studies.engine.training import small_dit
+from raekit.experiments.studies.engine.waves import distance, draw_numbers, images
 from raekit.files import whole
 from raekit.progress import Progress
 from raekit.recipes import cache
@@ -43,66 +44,13 @@ SEEDS = (0, 1, 2)
 IMAGES = 4096
 SAMPLES = 1024
 STEPS = 20
-WAVES = 6
-"""Number of waves: two directions in three colours."""
-DEVIATION = 0.35
-"""Standard deviation of the pixels in [-1, 1]."""
-SPREAD = 0.15
-"""Standard deviation of a number around -1 or +1."""
 EXPONENT = 0.5
 """The exponent of m in the paper's formula."""
 TOLERANCE = 0.15
 """How far the measured exponent may be from it."""
 
 
-def waves(side: int) -> np.ndarray:
-    """Return the waves as orthonormal rows (WAVES, side * side * 3)."""
-    place = np.cos(np.pi * (np.arange(side) + 0.5) / side)
-    rows, columns = np.meshgrid(place, place, indexing="ij")
-    flat = np.stack([rows, columns])[:, None, :, :, None] * np.eye(3)[:, None, None]
-    basis = flat.reshape(WAVES, -1)
-    return basis / np.linalg.norm(basis, axis=1, keepdims=True)
-
-
-def images(numbers: np.ndarray, side: int) -> np.ndarray:
-    """Return the images, uint8 (N, side, side, 3), whose waves have the strengths `numbers` (N, WAVES)."""
-    values = numbers @ waves(side) * _scale(side)
-    return np.rint((values + 1) * 127.5).clip(0, 255).astype(np.uint8).reshape(-1, side, side, 3)
-
-
-def _scale(side: int) -> float:
-    """Return the length of an image in which each number is 1, over sqrt(WAVES)."""
-    return DEVIATION * math.sqrt(_dimension(side) / WAVES)
-
-
-def draw_numbers(count: int, seed: int) -> np.ndarray:
-    """Draw numbers (count, WAVES) of mean 0 and variance 1, each around -1 or +1."""
-    generator = np.random.default_rng(seed)
-    signs = generator.choice([-1.0, 1.0], (count, WAVES))
-    spread = SPREAD * generator.standard_normal((count, WAVES))
-    return (signs + spread) / math.sqrt(1 + SPREAD**2)
-
-
-def distance(pixels: np.ndarray, side: int) -> tuple[float, float]:
-    """Return how far images in [0, 1] are from the true distribution, relative to its variance.
-
-    Args:
-        pixels: The images (N, side, side, 3).
-        side: Their side.
-
-    Returns:
-        The mean squared Wasserstein distance of the numbers' distributions from the true one, and the energy that is
-        no wave. The first is measured against 100,000 true numbers.
-    """
-    values = (2 * pixels.reshape(len(pixels), -1) - 1) / _scale(side)
-    numbers = values @ waves(side).T
-    rest = (values**2).sum(1) - (numbers**2).sum(1)
-    true = np.sort(draw_numbers(100_000, seed=1).ravel())
-    quantiles = true[((np.arange(len(numbers)) + 0.5) / len(numbers) * len(true)).astype(int)]
-    return float(((np.sort(numbers, 0) - quantiles[:, None]) ** 2).mean()), float(rest.mean() / WAVES)
-
-
-def prepare(folder: Path, progress: Progress) -> None:
+def prepare(folder: Path, quick: bool, progress: Progress) -> None:
     """Write the images of each size, and cache their latents."""
     numbers = draw_numbers(IMAGES, seed=0)
     for side in SIDES:
@@ -200,7 +148,7 @@ def _growth(distances: Distances) -> Claim:
     }
     ratio = math.log(_dimension(large) / _dimension(small))
     exponent = estimate([math.log(b / a) / ratio for a, b in zip(best[small], best[large], strict=True)])
-    middle = {side: _geometric(values) for side, values in best.items()}
+    middle = {side: geometric(values) for side, values in best.items()}
 
     def draw(figure: Any) -> None:
         axes = figure.add_subplot(
@@ -210,7 +158,7 @@ def _growth(distances: Distances) -> Claim:
             for values in zip(*row.values(), strict=True):
                 axes.plot(list(row), values, ".", color=color, alpha=0.6)
             label = f"m = {_dimension(side):,} (mean; a point for each of {len(best[side])} seeds)"
-            axes.plot(list(row), [_geometric(values).mean for values in row.values()], color=color, label=label)
+            axes.plot(list(row), [geometric(values).mean for values in row.values()], color=color, label=label)
             axes.axvspan(middle[side].low, middle[side].high, color=color, alpha=0.12)
             axes.axvline(middle[side].mean, color=color, linestyle="--", linewidth=1)
         predicted = middle[small].mean * math.sqrt(_dimension(large) / _dimension(small))
@@ -243,11 +191,11 @@ def _growth(distances: Distances) -> Claim:
 def _gain(distances: Distances) -> Claim:
     """Judge whether the large latents gain from a shift that is scaled by the formula."""
     small, large = distances
-    best = _geometric([best_shift(list(distances[small]), v) for v in zip(*distances[small].values(), strict=True)])
+    best = geometric([best_shift(list(distances[small]), v) for v in zip(*distances[small].values(), strict=True)])
     scaled = best.mean * math.sqrt(_dimension(large) / _dimension(small))
     before, after = (min(distances[large], key=lambda s: abs(math.log(s / wanted))) for wanted in (1.0, scaled))
     pairs = zip(distances[large][before], distances[large][after], strict=True)
-    gain = _geometric([one / other for one, other in pairs])
+    gain = geometric([one / other for one, other in pairs])
 
     def draw(figure: Any) -> None:
         axes = figure.add_subplot(xlabel="shift of the schedule", ylabel="distance to the true distribution")
@@ -269,8 +217,3 @@ def _gain(distances: Distances) -> Claim:
         caption=f"Distance for m = {_dimension(large):,} without a shift, and with the best shift of the small latents "
         "scaled by the formula.",
     )
-
-
-def _geometric(values: Sequence[float]) -> Estimate:
-    """Return the geometric mean of positive values from several seeds, with its interval."""
-    return Estimate(*map(math.exp, estimate([math.log(value) for value in values])))

@@ -10,7 +10,7 @@ from raekit.errors import UserError
 from raekit.experiments.studies.engine.plan import Result, Run, Study, Values
 from raekit.files import whole
 from raekit.progress import Progress
-from raekit.recipes import train
+from raekit.recipes import StageConfig, train
 
 
 def share(only: str, runs: Sequence[Run]) -> Sequence[Run]:
@@ -35,16 +35,35 @@ def finish(study: Study, run: Run, folder: Path, device: str | None, progress: P
     """
     if is_finished(run, folder):
         return
-    place, total = folder / "runs" / run.name, run.config.train.steps
-
-    def report(step: int, values: dict[str, float]) -> None:
-        loss = next((f"loss {value:.4f}" for name, value in values.items() if name.endswith("/loss")), "")
-        progress(what, step, total, loss, run.config.train.batch_size)
-
-    artifact = train(run.config, place, device=device, report=report, progress=progress)
+    place = folder / "runs" / run.name
+    artifact = _train(run.config, place, device, progress, what)
     values = study.measure(artifact, run.settings, folder)
     with whole(place / "result.json") as partial:
         partial.write_text(to_json({"config": _digest(run), "values": values}))
+
+
+def train_shared(config: StageConfig, place: Path, progress: Progress, what: str) -> None:
+    """Train a model that several runs share, in the folder `place`. A finished training is kept.
+
+    Raises:
+        UserError: Another part of the study is training the model.
+        Stopped: A signal stopped the training.
+    """
+    finished = place / "finished.json"
+    if not finished.is_file():
+        _train(config, place, None, progress, what)
+        with whole(finished) as partial:
+            partial.write_text(to_json({"steps": config.train.steps}))
+
+
+def _train(config: StageConfig, place: Path, device: str | None, progress: Progress, what: str) -> Path:
+    """Train a config and report each logged step. Return the folder of the trained model."""
+
+    def report(step: int, values: dict[str, float]) -> None:
+        loss = next((f"loss {value:.4f}" for name, value in values.items() if name.endswith("/loss")), "")
+        progress(what, step, config.train.steps, loss, config.train.batch_size)
+
+    return train(config, place, device=device, report=report, progress=progress)
 
 
 def is_finished(run: Run, folder: Path) -> bool:

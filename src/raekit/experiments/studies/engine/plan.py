@@ -79,7 +79,7 @@ class Study(Protocol):
 
     __doc__: str | None
 
-    def prepare(self, folder: Path, progress: Progress) -> None:
+    def prepare(self, folder: Path, quick: bool, progress: Progress) -> None:
         """Make the images and cached latents that all runs share, in `folder`. Finished parts are kept."""
         ...
 
@@ -126,6 +126,11 @@ def estimate(values: Sequence[float]) -> Estimate:
     deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1))
     half = _T[count - 2] * deviation / math.sqrt(count)
     return Estimate(mean, mean - half, mean + half)
+
+
+def geometric(values: Sequence[float]) -> Estimate:
+    """Return the geometric mean of positive values from different seeds, with its interval."""
+    return Estimate(*map(math.exp, estimate([math.log(value) for value in values])))
 
 
 def within(value: Estimate, low: float, high: float) -> Verdict:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from raekit.data.sources.base import Split
 from raekit.recipes import StageConfig, configured
 
 
@@ -38,3 +39,65 @@ def small_dit(side: int, latents: Path, steps: int, seed: int, **overrides: Any)
         samples=None,
         **overrides,
     )
+
+
+SIDE = 32
+"""Side in pixels of the emoji of `small_decoder` and `small_denoiser`, which give 4 x 4 tokens of 192 channels."""
+
+
+def small_decoder(steps: int, seed: int, split: Split, **overrides: Any) -> StageConfig:
+    """Return the config of a short training of a small decoder of the built-in encoder, on emoji of 32 x 32 pixels.
+
+    Args:
+        steps: Steps of the training.
+        seed: Seed of the training.
+        split: Images to train on.
+        **overrides: Further fields, as in `raekit.recipes.train`.
+    """
+    return configured(
+        "emoji_decoder",
+        encoder_size=SIDE,
+        decoder={"width": 128, "depth": 3, "heads": 4, "hidden": 256, "patch_size": 8},
+        **_short(steps, seed, split),
+        **overrides,
+    )
+
+
+def small_denoiser(
+    autoencoder: Path, latents: Path, steps: int, seed: int, split: Split, **overrides: Any
+) -> StageConfig:
+    """Return the config of a short training of a small, class-conditional DiT on the latents of `small_decoder`.
+
+    Args:
+        autoencoder: Run of the decoder.
+        latents: Folder of the cached latents.
+        steps: Steps of the training.
+        seed: Seed of the training.
+        split: Images to train on.
+        **overrides: Further fields, as in `raekit.recipes.train`.
+    """
+    return configured(
+        "emoji_dit_dh",
+        autoencoder=str(autoencoder),
+        latents=str(latents),
+        denoiser__backbone={"width": 192, "depth": 4, "heads": 4},
+        denoiser__head=None,
+        **_short(steps, seed, split),
+        **overrides,
+    )
+
+
+def _short(steps: int, seed: int, split: Split) -> dict[str, Any]:
+    """Return the fields that short trainings on small emoji share."""
+    return {
+        "data__split": split,
+        "data__image_size": SIDE,
+        "train__steps": steps,
+        "train__precision": "fp32",
+        "train__seed": seed,
+        "optim__warmup_steps": min(20, steps - 1),
+        "optim__decay_end": steps,
+        "ema": [],
+        "heldout": None,
+        "samples": None,
+    }
