@@ -49,7 +49,7 @@ from raekit.train.checkpoint import checkpoints
 from raekit.train.tracking import read_metrics
 
 BUILTIN = "builtin:emoji"
-SAMPLING = Sampling(steps=15, solver="abm", guidance=(Guidance(scale=2.0, start=0.1),))
+SAMPLING = Sampling(steps=15, solver="abm", grid="few", guidance=(Guidance(scale=2.0, start=0.1),))
 PER_CLASS = 8
 DECODER_SHARE = 0.15
 """The fraction of the minutes that the decoder trains."""
