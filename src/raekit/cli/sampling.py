@@ -26,7 +26,7 @@ class SolverOptions:
             next evaluation; dopri5: adaptive steps, so that a sample varies with its batch within the tolerance;
             euler-maruyama: the SDE. None: euler.
         grid: Time grid. full: all the way to the data; few: the same with more times near noise and data, for ab2 or
-            abm with 20 steps or fewer; published: as the official sampler, which stops one step
+            abm with few steps; published: as the official sampler, which stops one step
             before the data; diffusers: as its RAEDiTPipeline, with a long last step. None: full.
         atol: Absolute tolerance of dopri5. None: 1e-6.
         rtol: Relative tolerance of dopri5. None: 1e-3.

@@ -28,8 +28,8 @@ def time_grid(steps: int, alpha: float, grid: Grid = "full") -> list[float]:
         steps: at least 1, or 2 with `published`.
         alpha: the shift factor of training (`flow.path.shift_factor`).
         grid: `full` has steps + 1 even times, before the shift, and ends at 0. `few` also has steps + 1 times, closer
-            together near both ends, where the velocity changes fastest: for ab2 and abm with about 20 steps or fewer
-            (docs/results/solvers.md). `published` has the official sampler's `steps` times, so one
+            together near both ends, where the velocity of the built-in model changes fastest: for ab2 and abm with few
+            steps (docs/results/solvers.md). `published` has the official sampler's `steps` times, so one
             solver step fewer, and ends at shift(0.001), short of the data (RAE v1). `diffusers` has the steps + 1
             times of diffusers' RAEDiTPipeline: its scheduler shifts even times, which end at shift(0.001), a second
             time, and adds 0. So the last step is long: from 0.0458 for 50 steps and alpha 6.93.

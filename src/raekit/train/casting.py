@@ -33,12 +33,12 @@ class CastWeights:
 
     def __init__(self, blocks: Iterable[nn.Module], dtype: torch.dtype) -> None:
         self._places: list[tuple[nn.Module, str]] = []
-        self._others: list[Tensor | None] = []
+        self._absent: list[Tensor | None] = []  # the copies; inside `used`, the parameters
         for block in blocks:
             for name, copy in cast_weights(block, dtype).items():
                 owner, _, leaf = name.rpartition(".")
                 self._places.append((block.get_submodule(owner), leaf))
-                self._others.append(copy)
+                self._absent.append(copy)
 
     @contextmanager
     def used(self) -> Iterator[None]:
@@ -52,5 +52,5 @@ class CastWeights:
     def _swap(self) -> None:
         for i, (owner, name) in enumerate(self._places):
             present = owner._parameters[name]
-            owner._parameters[name] = self._others[i]  # type: ignore[assignment]
-            self._others[i] = present
+            owner._parameters[name] = self._absent[i]  # type: ignore[assignment]
+            self._absent[i] = present
