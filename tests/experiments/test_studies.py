@@ -8,7 +8,7 @@ import torch
 from raekit.config import read_json
 from raekit.errors import UserError
 from raekit.experiments import studies
-from raekit.experiments.studies import run_study, width
+from raekit.experiments.studies import guidance, run_study, width
 from raekit.experiments.studies.engine import execution
 from raekit.experiments.studies.engine.plan import Estimate, Verdict, at_least, estimate, within
 from raekit.progress import silent
@@ -93,16 +93,15 @@ def test_an_interrupted_study_in_two_parts_gives_the_numbers_of_one_run(tmp_path
         run_study("width", split)
 
 
-@pytest.mark.parametrize("name", ["guidance", "head"])
-def test_a_trial_reports_every_claim_and_makes_the_shared_parts_once(name, tmp_path: Path):
-    claims = run_study(name, tmp_path, quick=True)
+def test_a_trial_reports_every_claim_and_makes_the_shared_parts_once(tmp_path: Path):
+    claims = run_study("guidance", tmp_path, quick=True)
     assert isinstance(claims, list)
     page = (tmp_path / "study.md").read_text()
     for claim in claims:
         assert claim.found in page
         assert (tmp_path / f"{claim.name}.png").stat().st_size > 10_000
     made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    studies.find(name).study.prepare(tmp_path, True, silent)
+    guidance.prepare(tmp_path, True, silent)
     assert made == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
 
 
