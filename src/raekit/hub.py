@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +20,8 @@ class Published(Protocol):
 
     @property
     def NAMES(self) -> Collection[str]: ...
+    @property
+    def REPLACED(self) -> Mapping[str, str]: ...
     def cached(self, name: str, kind: str | None = None) -> Path:
         """Return the folder of the model `name`, made now if it is not in the cache."""
         ...
@@ -63,6 +65,10 @@ def find_folder(name: str | Path, kind: str | None = None) -> Path:
         known = "".join(f", {known}" for known in models.NAMES) if models else ""
         raise UserError(
             f"{name}: no such folder (a model is a local folder, builtin:NAME, OWNER/NAME on the Hub{known})"
+        )
+    if models and (same := models.REPLACED.get(name.partition("@")[0])):
+        raise UserError(
+            f"{name}: needs code of its repository, and raekit runs no such code; use {same}, which is the same model"
         )
     places = _places(kind)
     averages = [f"{place[:-1]}-ema-*/" for place in places if place]

@@ -21,7 +21,7 @@ from raekit.formats import releases as releases
 from raekit.formats.conversion import FileOptions, convert
 from raekit.formats.decoder_keys import decoder_config, decoder_state, published_decoder_config, published_decoder_state
 from raekit.formats.parts import AutoencoderParts
-from raekit.formats.releases import RELEASES, Release
+from raekit.formats.releases import RELEASES, REPLACED, Release
 from raekit.models.autoencoder import Autoencoder
 from raekit.models.decoder import Decoder, DecoderConfig
 from raekit.models.layers import to_grid
@@ -485,6 +485,10 @@ def test_a_repository_that_needs_its_own_code_is_rejected(tmp_path):
         for load in (lambda place: convert(place, tmp_path / "out")), Autoencoder.load:
             with pytest.raises(UserError, match=rf"^{name}: names code of its repository .*choose a published model"):
                 load(str(folder))
+    for repository, name in REPLACED.items():
+        with pytest.raises(UserError, match=rf"^{repository}@main: needs code of its repository.* use {name}, "):
+            Autoencoder.load(f"{repository}@main")
+        assert name in RELEASES
 
 
 def test_published_name_as_a_source(hub, tmp_path):

@@ -271,5 +271,8 @@ def _commands(release: Release | DenoiserRelease) -> list[str]:
     return [own, command(REGISTRY[release.fields["encoder"]].hub_id)]
 
 
+REPLACED = {"gatilin/raev2_dinov3l_k7_general_codec": "raev2-dinov3-l-k7-general"}
+"""Repositories whose models only their own code reads, and the published names of the same models."""
+
 NAMES = (*RELEASES, *DENOISERS)
 """The names of all published models."""
