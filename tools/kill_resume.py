@@ -41,6 +41,7 @@ GAN = ["--adversarial.discriminator-start", "10", "--adversarial.start", "12"]
 DENOISER = [
     *["--denoiser.backbone.depth", "1", "--denoiser.backbone.width", "32", "--denoiser.backbone.heads", "2"],
     *["--denoiser.head.depth", "1", "--denoiser.head.width", "32", "--denoiser.head.heads", "2"],
+    "--denoiser.allow-narrow",
 ]
 WORKS = {
     "encoder": ["train", "emoji_encoder", "--train.steps", "30", "--score-every", "10", *ENCODER, *SMALL, *SAVES],
