@@ -41,6 +41,7 @@ GAN = ["--adversarial.discriminator-start", "10", "--adversarial.start", "12"]
 DENOISER = [
     *["--denoiser.backbone.depth", "1", "--denoiser.backbone.width", "32", "--denoiser.backbone.heads", "2"],
     *["--denoiser.head.depth", "1", "--denoiser.head.width", "32", "--denoiser.head.heads", "2"],
+    "--denoiser.allow-narrow",
 ]
 WORKS = {
     "encoder": ["train", "emoji_encoder", "--train.steps", "30", "--score-every", "10", *ENCODER, *SMALL, *SAVES],
@@ -50,7 +51,8 @@ WORKS = {
     ],
     "processes": [
         *("train", "emoji_encoder", "--train.steps", "30", "--score-every", "10", *ENCODER, *SMALL, *SAVES),
-        *("--train.precision", "fp32"),
+        # The gradient of a key's bias is nothing but rounding. With a small epsilon, AdamW magnifies this rounding.
+        *("--train.precision", "fp32", "--optim.eps", "1e-5"),
     ],
     "decoder": [
         *("train", "emoji_decoder_gan", "--train.steps", "30", *DECODER, *GAN, *SMALL, *SAVES),
