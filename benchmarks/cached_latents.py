@@ -26,8 +26,8 @@ from raekit.progress import silent
 from raekit.recipes import emoji_dit_dh
 from raekit.stages.generation import GenerationConfig
 from raekit.stages.run import build
-from raekit.train.optim import build_optimizer
-from raekit.train.precision import autocast, compute_dtype
+from raekit.training.optim import build_optimizer
+from raekit.training.precision import autocast, compute_dtype
 
 BYTES = 2**20
 

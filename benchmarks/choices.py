@@ -33,7 +33,7 @@ from machine import MatmulRate
 from raekit.distributed import prepare_device
 from raekit.models import layers
 from raekit.models.denoiser import Denoiser
-from raekit.train.precision import compute_dtype
+from raekit.training.precision import compute_dtype
 
 ATTENTION = F.scaled_dot_product_attention
 

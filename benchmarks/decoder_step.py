@@ -31,9 +31,9 @@ from raekit.models.perceptual import LPIPS
 from raekit.models.registry import REGISTRY
 from raekit.recipes import dinov2b_decoder_xl
 from raekit.stages.decoder_losses import AdversarialConfig, Encoded, Losses
-from raekit.train import ema
-from raekit.train.optim import adamw
-from raekit.train.precision import autocast, compute_dtype
+from raekit.training import ema
+from raekit.training.optim import adamw
+from raekit.training.precision import autocast, compute_dtype
 
 
 def networks(decoder: str, dtype: torch.dtype, adversarial: AdversarialConfig) -> tuple[Autoencoder, Discriminator]:

@@ -17,9 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from harness import SIZES, denoiser, interleaved, named, report, training_step
 from machine import MatmulRate
 from raekit.distributed import prepare_device
-from raekit.train.optim import OptimConfig, adamw
-from raekit.train.precision import compute_dtype
-from raekit.train.recompute import checkpoint_blocks
+from raekit.training.optim import OptimConfig, adamw
+from raekit.training.precision import compute_dtype
+from raekit.training.recompute import checkpoint_blocks
 
 VARIANTS = ("eager", "compiled", "eager, checkpointed", "compiled, checkpointed")
 

@@ -18,9 +18,9 @@ from raekit.models.denoiser_config import SIZES as BACKBONES
 from raekit.models.denoiser_config import DenoiserConfig, TransformerConfig, wide_head
 from raekit.recipes import raev2_k7_256
 from raekit.stages.generation import flow_matching_loss
-from raekit.train.casting import CastWeights
-from raekit.train.precision import Precision, autocast, compute_dtype
-from raekit.train.throughput import stated_peak
+from raekit.training.casting import CastWeights
+from raekit.training.precision import Precision, autocast, compute_dtype
+from raekit.training.throughput import stated_peak
 
 SIZES = ("S", "B", "L", "XL", "RAEv2", "tiny")
 """The denoisers of `denoiser`."""

@@ -35,7 +35,7 @@ from raekit.flow.guidance import Guidance
 from raekit.flow.sampling import Sampling, sample_latents
 from raekit.flow.solvers import euler, time_grid
 from raekit.models.denoiser import Denoiser
-from raekit.train.precision import Precision
+from raekit.training.precision import Precision
 
 FULL_STEPS = 50
 METHODS: dict[str, tuple[Guidance | None, int]] = {

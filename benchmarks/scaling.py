@@ -35,8 +35,8 @@ from raekit.inference.cached_loader import LatentLoader
 from raekit.inference.generation import generate
 from raekit.inference.model import load
 from raekit.models.autoencoder import load_autoencoder
-from raekit.train.optim import OptimConfig, adamw
-from raekit.train.precision import Precision, compute_dtype
+from raekit.training.optim import OptimConfig, adamw
+from raekit.training.precision import Precision, compute_dtype
 from synthetic import make_images
 
 BATCH = 50

@@ -52,7 +52,7 @@ from raekit.models.layers import to_grid
 from raekit.models.perceptual import LPIPS, perceptual_state
 from raekit.models.registry import FAMILIES, EncoderSpec, LayersConfig, sides
 from raekit.moments import Moments
-from raekit.train.optim import OptimConfig, learning_rate
+from raekit.training.optim import OptimConfig, learning_rate
 from raekit.weights import load_strict
 
 TOLERANCE = 1e-5

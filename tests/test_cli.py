@@ -44,8 +44,8 @@ from raekit.models.perceptual import LPIPS, load_perceptual
 from raekit.models.registry import LayersConfig
 from raekit.pictures import from_pil, quantize, to_pil
 from raekit.recipes import find, names
-from raekit.train import checkpoint
-from raekit.train.tracking import read_metrics
+from raekit.training import checkpoint
+from raekit.training.tracking import read_metrics
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from raekit.config import (
 )
 from raekit.errors import UserError
 from raekit.stages.decoder_losses import DecoderLossConfig
-from raekit.train.optim import OptimConfig
+from raekit.training.optim import OptimConfig
 
 
 @configclass

@@ -26,9 +26,9 @@ from raekit.stages.generation import DenoiserSize, GenerationConfig
 from raekit.stages.reconstruction import DecoderSize, ReconstructionConfig
 from raekit.stages.representation import RepresentationConfig
 from raekit.stages.run import StageConfig, train
-from raekit.train.optim import OptimConfig
-from raekit.train.tracking import read_metrics
-from raekit.train.trainer import TrainConfig
+from raekit.training.optim import OptimConfig
+from raekit.training.tracking import read_metrics
+from raekit.training.trainer import TrainConfig
 from tests.virtual_gpu import GPU, virtual_gpu
 
 NETWORKS = ("encoder", "vae", "decoder", "denoiser", "aligned denoiser")
@@ -175,7 +175,7 @@ def test_the_decoder_stays_on_the_host_where_only_the_encoder_is_needed(config, 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_host_waits_for_no_step(config, tmp_path, name, monkeypatch):
-    monkeypatch.setattr("raekit.train.throughput._measured", lambda device, dtype: 1e12)  # waits, once in a process
+    monkeypatch.setattr("raekit.training.throughput._measured", lambda device, dtype: 1e12)  # waits, once in a process
 
     def waits(steps: int) -> int:
         whole = config(name)

@@ -11,8 +11,8 @@ import torch
 
 from raekit.distributed import World, check_shared, world
 from raekit.errors import UserError
-from raekit.train import checkpoint
-from raekit.train.tracking import read_metrics
+from raekit.training import checkpoint
+from raekit.training.tracking import read_metrics
 
 
 def test_cudnn_attention_is_off_on_a_gpu(monkeypatch: pytest.MonkeyPatch):

@@ -35,7 +35,7 @@ def test_every_module_imports_and_has_a_docstring(name):
 
 
 def test_the_library_starts_without_optional_modules():
-    loaded = loaded_after("import raekit, raekit.stages.run, raekit.train.trainer")
+    loaded = loaded_after("import raekit, raekit.stages.run, raekit.training.trainer")
     assert not loaded & {"transformers", "matplotlib", "datasets", "tensorboard", "torch.utils.tensorboard"}
 
 

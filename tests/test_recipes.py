@@ -19,7 +19,7 @@ from raekit.stages.decoder_losses import PerceptualConfig
 from raekit.stages.generation import GenerationConfig
 from raekit.stages.reconstruction import ReconstructionConfig
 from raekit.stages.run import StageConfig
-from raekit.train.optim import learning_rate
+from raekit.training.optim import learning_rate
 
 EVERY = pytest.mark.parametrize("name", recipes.names())
 

@@ -28,8 +28,8 @@ from raekit import recipes
 from raekit.distributed import CPU, World
 from raekit.stages.generation import GenerationConfig
 from raekit.stages.run import train
-from raekit.train.precision import Precision, compute_dtype
-from raekit.train.tracking import read_metrics
+from raekit.training.precision import Precision, compute_dtype
+from raekit.training.tracking import read_metrics
 
 _ATEN = torch.ops.aten
 _ATTENTION = _ATEN._scaled_dot_product_flash_attention_for_cpu.default

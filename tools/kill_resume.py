@@ -93,7 +93,7 @@ def work(name: str, out: Path, images: str, processes: int) -> None:
 
 def step_of(run: Path) -> int:
     """Return the last step that the run has recorded."""
-    from raekit.train.tracking import read_metrics
+    from raekit.training.tracking import read_metrics
 
     records = read_metrics(run)
     return int(records[-1]["step"]) if records else 0
@@ -132,7 +132,7 @@ class Lives:
 
 def activity(name: str, out: Path, began: float) -> str:
     """Return what a process that was started at the time `began` and killed was doing, from what it left."""
-    from raekit.train.tracking import read_metrics
+    from raekit.training.tracking import read_metrics
 
     left = {path.name for path in out.rglob("*.partial") if path.stat().st_mtime >= began}  # not of an earlier life
     if left & {"artifact.partial", "autoencoder.partial", "encoder.partial", "denoiser.partial"}:
@@ -195,8 +195,8 @@ def contents(run: Path) -> dict[str, Any]:
     import torch
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-    from raekit.train.checkpoint import checkpoints
-    from raekit.train.tracking import read_metrics
+    from raekit.training.checkpoint import checkpoints
+    from raekit.training.tracking import read_metrics
 
     found: dict[str, Any] = {}
 

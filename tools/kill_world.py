@@ -114,7 +114,7 @@ def life(
 
 
 def losses(run: Path) -> dict[int, float]:
-    from raekit.train.tracking import read_metrics
+    from raekit.training.tracking import read_metrics
 
     return {int(r["step"]): v for r in read_metrics(run) for name, v in r.items() if name.endswith("/loss")}
 

@@ -41,8 +41,8 @@ from raekit.progress import silent
 from raekit.recipes import emoji_decoder_gan, emoji_dit_dh, emoji_encoder
 from raekit.stages.decoder_losses import PerceptualConfig
 from raekit.stages.run import StageConfig, build
-from raekit.train.precision import float32_precision
-from raekit.train.trainer import Report, TrainConfig, Trainer
+from raekit.training.precision import float32_precision
+from raekit.training.trainer import Report, TrainConfig, Trainer
 
 TOLERANCES = {"fp32": 1e-3, "tf32": 1e-2, "bf16": 5e-2}
 """The largest relative differences allowed of losses after a few steps, and of sampled latents."""

@@ -13,7 +13,7 @@ from harness import denoiser, interleaved, named, report, training_step
 from machine import MatmulRate
 from raekit.flow.sampling import Sampling, sample_latents
 from raekit.models.denoiser import Denoiser
-from raekit.train.optim import OptimConfig, adamw
+from raekit.training.optim import OptimConfig, adamw
 from sampling import casting
 
 

@@ -24,7 +24,7 @@ from raekit.models.autoencoder import load_autoencoder
 from raekit.models.inception import Inception
 from raekit.recipes import dit_dh_xl_dinov2b_256, emoji_dit_dh
 from raekit.stages.generation import GenerationConfig
-from raekit.train.precision import compute_dtype
+from raekit.training.precision import compute_dtype
 from synthetic import make_autoencoder, make_images
 
 

@@ -12,7 +12,6 @@ from raekit import hub
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from raekit import recipes
     from raekit.errors import UserError
     from raekit.evaluation.evaluate import evaluate
     from raekit.flow.guidance import Guidance
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from raekit.inference.pipeline import Pipeline
     from raekit.models.autoencoder import Autoencoder
     from raekit.models.denoiser import Denoiser
+    from raekit.recipes import train
 
 __all__ = [
     "Autoencoder",
@@ -44,8 +44,8 @@ __all__ = [
     "load",
     "noise_to_images",
     "read_latents",
-    "recipes",
     "reconstruct",
+    "train",
 ]
 
 # Imported on first use: torch takes seconds to import, and `raekit --help` does not need it.
@@ -67,6 +67,7 @@ _HOMES = {
     "noise_to_images": "raekit.inference.generation",
     "read_latents": "raekit.inference.latents",
     "reconstruct": "raekit.inference.model",
+    "train": "raekit.recipes",
 }
 
 
@@ -80,8 +81,6 @@ hub.published = _published
 
 
 def __getattr__(name: str) -> object:
-    if name == "recipes":  # for raekit.recipes.train
-        return import_module("raekit.recipes")
     if name not in _HOMES:
         raise AttributeError(f"module 'raekit' has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(_HOMES[name]), name)

@@ -10,8 +10,8 @@ import machine
 from harness import Runs, Table, denoiser, interleaved, named, publish, ratio, report, training_step
 from machine import MatmulRate, describe, summary
 from raekit.distributed import CPU
-from raekit.train.optim import OptimConfig, adamw
-from raekit.train.throughput import stated_peak
+from raekit.training.optim import OptimConfig, adamw
+from raekit.training.throughput import stated_peak
 from scaling import slope
 
 

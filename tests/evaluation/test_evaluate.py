@@ -23,8 +23,8 @@ from raekit.models.autoencoder import Autoencoder
 from raekit.models.denoiser_config import TransformerConfig
 from raekit.stages.generation import DenoiserSize, GenerationConfig
 from raekit.stages.run import train
-from raekit.train.optim import OptimConfig
-from raekit.train.trainer import TrainConfig
+from raekit.training.optim import OptimConfig
+from raekit.training.trainer import TrainConfig
 
 ALONE = World()
 QUICK: dict[str, Any] = {"sampling": Sampling(steps=1), "world": ALONE}

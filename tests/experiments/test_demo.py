@@ -15,7 +15,7 @@ from raekit.errors import Stopped, UserError
 from raekit.evaluation.reports import read_report
 from raekit.experiments import demo
 from raekit.experiments.demo import FIRST_LEG, PER_CLASS, Clock, Demo, next_leg, recipes, run_demo, source_of
-from raekit.train.tracking import read_metrics
+from raekit.training.tracking import read_metrics
 
 
 def silent(what: str, done: int, total: int, text: str = "", unit: int = 1) -> None:

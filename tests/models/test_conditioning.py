@@ -14,9 +14,9 @@ from raekit.models.conditioning import ClassCondition
 from raekit.models.denoiser import Denoiser
 from raekit.models.denoiser_config import DenoiserConfig, TransformerConfig
 from raekit.stages.generation import flow_matching_loss
-from raekit.train.objective import Metrics, Objective
-from raekit.train.optim import OptimConfig
-from raekit.train.trainer import TrainConfig, Trainer
+from raekit.training.objective import Metrics, Objective
+from raekit.training.optim import OptimConfig
+from raekit.training.trainer import TrainConfig, Trainer
 
 GIVEN = randomness.normal(0, "given", range(8), (5,))
 

@@ -29,8 +29,8 @@ from raekit.models.layers import (
     watch_logits,
 )
 from raekit.models.precision import set_dtype
-from raekit.train import ema
-from raekit.train.optim import OptimConfig, build_optimizer
+from raekit.training import ema
+from raekit.training.optim import OptimConfig, build_optimizer
 
 
 @pytest.mark.parametrize(("size", "grid"), [(1, (3, 3)), (2, (2, 3)), (4, (3, 1))])

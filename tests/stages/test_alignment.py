@@ -17,9 +17,9 @@ from raekit.stages.alignment import Aligned, AlignmentConfig
 from raekit.stages.generation import GenerationConfig, build
 from raekit.stages.run import train
 from raekit.stages.watch import HeldoutConfig, SamplesConfig
-from raekit.train.optim import OptimConfig
-from raekit.train.tracking import read_metrics
-from raekit.train.trainer import TrainConfig
+from raekit.training.optim import OptimConfig
+from raekit.training.tracking import read_metrics
+from raekit.training.trainer import TrainConfig
 
 ONE = World()
 PART = TransformerConfig(width=16, depth=2, heads=2)

@@ -13,8 +13,8 @@ from raekit.evaluation.streaming import score_stream
 from raekit.models.augment import AugmentConfig
 from raekit.models.classifier import ClassifierConfig, load_classifier
 from raekit.stages.classification import ClassificationConfig, build
-from raekit.train.optim import OptimConfig
-from raekit.train.trainer import TrainConfig, Trainer
+from raekit.training.optim import OptimConfig
+from raekit.training.trainer import TrainConfig, Trainer
 
 ONE = World()
 

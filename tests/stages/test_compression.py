@@ -16,9 +16,9 @@ from raekit.models.baselines import VAE, Baseline, VAESize
 from raekit.stages.compression import CompressionConfig, build
 from raekit.stages.run import train
 from raekit.stages.watch import HeldoutConfig, PicturesConfig
-from raekit.train.optim import OptimConfig
-from raekit.train.tracking import read_metrics
-from raekit.train.trainer import TrainConfig
+from raekit.training.optim import OptimConfig
+from raekit.training.tracking import read_metrics
+from raekit.training.trainer import TrainConfig
 
 ONE = World()
 SIZE = VAESize(channels=2, widths=(32, 32))

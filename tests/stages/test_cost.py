@@ -19,9 +19,9 @@ from raekit.stages.cost import cost_of
 from raekit.stages.decoder_losses import AdversarialConfig, PerceptualConfig
 from raekit.stages.reconstruction import DecoderSize, ReconstructionConfig
 from raekit.stages.run import build
-from raekit.train.optim import OptimConfig
-from raekit.train.precision import autocast
-from raekit.train.trainer import TrainConfig
+from raekit.training.optim import OptimConfig
+from raekit.training.precision import autocast
+from raekit.training.trainer import TrainConfig
 
 ONE = World()
 

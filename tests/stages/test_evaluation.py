@@ -24,9 +24,9 @@ from raekit.stages.evaluation import EvaluationConfig, evaluator
 from raekit.stages.generation import DenoiserSize, GenerationConfig
 from raekit.stages.inspection import describe_folder
 from raekit.stages.run import train
-from raekit.train.optim import OptimConfig
-from raekit.train.tracking import read_metrics
-from raekit.train.trainer import TrainConfig
+from raekit.training.optim import OptimConfig
+from raekit.training.tracking import read_metrics
+from raekit.training.trainer import TrainConfig
 
 ONE = World()
 PART = TransformerConfig(width=16, depth=1, heads=2)

@@ -29,10 +29,10 @@ from raekit.models.encoders import Encoder
 from raekit.progress import silent
 from raekit.stages.generation import DenoiserSize, GenerationConfig, build, flow_matching_loss
 from raekit.stages.inspection import describe_folder
-from raekit.train.optim import OptimConfig
-from raekit.train.recompute import checkpoint_blocks
-from raekit.train.tracking import read_metrics
-from raekit.train.trainer import TrainConfig, Trainer
+from raekit.training.optim import OptimConfig
+from raekit.training.recompute import checkpoint_blocks
+from raekit.training.tracking import read_metrics
+from raekit.training.trainer import TrainConfig, Trainer
 
 ONE = World()
 PART = TransformerConfig(width=16, depth=1, heads=2)

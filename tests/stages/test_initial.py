@@ -16,8 +16,8 @@ from raekit.models.denoiser_config import TransformerConfig
 from raekit.stages.generation import DenoiserSize, GenerationConfig
 from raekit.stages.reconstruction import DecoderSize, ReconstructionConfig
 from raekit.stages.run import StageConfig, build, train
-from raekit.train.optim import OptimConfig
-from raekit.train.trainer import TrainConfig
+from raekit.training.optim import OptimConfig
+from raekit.training.trainer import TrainConfig
 
 ONE = World()
 

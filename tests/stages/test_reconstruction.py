@@ -22,10 +22,10 @@ from raekit.progress import silent
 from raekit.stages.decoder_losses import AdversarialConfig, Encoded, PerceptualConfig, noise_scales, noisy
 from raekit.stages.reconstruction import DecoderSize, ReconstructionConfig, build
 from raekit.stages.stage import Stage
-from raekit.train.objective import Objective
-from raekit.train.optim import OptimConfig
-from raekit.train.tracking import read_metrics
-from raekit.train.trainer import TrainConfig, Trainer
+from raekit.training.objective import Objective
+from raekit.training.optim import OptimConfig
+from raekit.training.tracking import read_metrics
+from raekit.training.trainer import TrainConfig, Trainer
 
 ONE, CPU = World(), torch.device("cpu")
 

@@ -14,8 +14,8 @@ from raekit.models.encoders import Encoder, load_encoder
 from raekit.models.registry import LayersConfig
 from raekit.models.vit import ViT, ViTConfig
 from raekit.stages.representation import RepresentationConfig, TeacherConfig, build
-from raekit.train.optim import OptimConfig
-from raekit.train.trainer import TrainConfig, Trainer
+from raekit.training.optim import OptimConfig
+from raekit.training.trainer import TrainConfig, Trainer
 
 ONE = World()
 VIT = ViTConfig(image_size=16, patch_size=4, width=16, depth=1, heads=2)

@@ -33,10 +33,10 @@ from raekit.stages.record import config_changes, read_config, read_history
 from raekit.stages.report import write_report
 from raekit.stages.representation import RepresentationConfig
 from raekit.stages.run import StageConfig, build, train
-from raekit.train import checkpoint
-from raekit.train.optim import OptimConfig
-from raekit.train.tracking import read_metrics
-from raekit.train.trainer import TrainConfig, Trainer
+from raekit.training import checkpoint
+from raekit.training.optim import OptimConfig
+from raekit.training.tracking import read_metrics
+from raekit.training.trainer import TrainConfig, Trainer
 
 ONE = World()
 NAMES = ("encoder", "decoder", "denoiser")
@@ -380,7 +380,7 @@ def test_the_trial_of_an_automatic_micro_batch_changes_nothing(alone, images, tm
     train(with_train(config, micro_batch=4), tmp_path / "four", ONE)
     train(with_train(config, micro_batch="auto"), tmp_path / "auto", ONE)  # on a CPU the whole batch
     assert same(artifact(tmp_path / "auto"), artifact(alone[0] / "decoder"))
-    monkeypatch.setattr("raekit.train.trainer.fitting", fitting)
+    monkeypatch.setattr("raekit.training.trainer.fitting", fitting)
     train(with_train(config, micro_batch="auto"), tmp_path / "tried", ONE)
     assert tried == [(8, 1), (8, 4)]
     assert same(artifact(tmp_path / "tried"), artifact(tmp_path / "four"))

@@ -14,9 +14,9 @@ from raekit.models.autoencoder import Autoencoder
 from raekit.stages.reconstruction import DecoderSize, ReconstructionConfig
 from raekit.stages.run import train
 from raekit.stages.selection import SelectionConfig, selector
-from raekit.train.optim import OptimConfig
-from raekit.train.tracking import read_metrics
-from raekit.train.trainer import TrainConfig
+from raekit.training.optim import OptimConfig
+from raekit.training.tracking import read_metrics
+from raekit.training.trainer import TrainConfig
 
 ONE = World()
 

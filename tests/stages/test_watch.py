@@ -25,9 +25,9 @@ from raekit.stages.generation import DenoiserSize, GenerationConfig, flow_matchi
 from raekit.stages.reconstruction import DecoderSize, ReconstructionConfig
 from raekit.stages.run import train
 from raekit.stages.watch import HeldoutConfig, PicturesConfig, SamplesConfig
-from raekit.train.optim import OptimConfig
-from raekit.train.tracking import read_metrics
-from raekit.train.trainer import TrainConfig
+from raekit.training.optim import OptimConfig
+from raekit.training.tracking import read_metrics
+from raekit.training.trainer import TrainConfig
 
 ONE = World()
 PART = TransformerConfig(width=16, depth=1, heads=2)

@@ -19,7 +19,7 @@ from raekit.cli.generation import generate, interpolate, trajectory
 from raekit.cli.latents import latents_cache, latents_generate, latents_measure
 from raekit.cli.training import demo, recipes, report, study, train
 from raekit.errors import Stopped, UserError, did_you_mean
-from raekit.train.signals import stop_signals
+from raekit.training.signals import stop_signals
 
 GROUPS: dict[str, dict[str, Callable[..., None]]] = {
     "start here": {"demo": demo, "models": models, "recipes": recipes},

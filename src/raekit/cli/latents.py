@@ -112,7 +112,7 @@ def latents_cache(
     from raekit.distributed.locks import lock
     from raekit.inference.cache import cache_latents, relative_error
     from raekit.models.autoencoder import load_autoencoder
-    from raekit.train.precision import compute_dtype
+    from raekit.training.precision import compute_dtype
 
     check_folder(out)
     with world(device) as here, lock(out, here), Display(console.err, quiet=not here.is_main) as progress:

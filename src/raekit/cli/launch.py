@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from raekit.errors import Stopped, UserError
-from raekit.train.signals import SIGNALS
+from raekit.training.signals import SIGNALS
 
 SAVING = 600
 """Seconds that the processes have to save their state after a signal to the launcher."""

@@ -45,8 +45,8 @@ from raekit.stages.generation import GenerationConfig
 from raekit.stages.reconstruction import ReconstructionConfig
 from raekit.stages.run import train
 from raekit.stages.scaling import for_steps
-from raekit.train.checkpoint import checkpoints
-from raekit.train.tracking import read_metrics
+from raekit.training.checkpoint import checkpoints
+from raekit.training.tracking import read_metrics
 
 BUILTIN = "builtin:emoji"
 SAMPLING = Sampling(steps=15, solver="abm", grid="few", guidance=(Guidance(scale=2.0, start=0.1),))

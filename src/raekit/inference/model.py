@@ -14,7 +14,7 @@ from raekit.formats.yaml_files import read_published
 from raekit.models.autoencoder import load_autoencoder
 from raekit.models.denoiser import Denoiser
 from raekit.models.latent_space import LatentSpace
-from raekit.train.compilation import check_compiler
+from raekit.training.compilation import check_compiler
 
 
 @dataclass(frozen=True)

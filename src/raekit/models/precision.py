@@ -11,7 +11,7 @@ def set_dtype(module: nn.Module, dtype: torch.dtype, keep: Collection[object] = 
 
     No autocast is needed after that, so no evaluation casts weights. Norms and softmax still compute their
     statistics in float32. A submodule that lays out narrow weights itself does so (`cast_weights`, see
-    `raekit.train.casting`).
+    `raekit.training.casting`).
 
     Args:
         module: the network.

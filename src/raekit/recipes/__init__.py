@@ -22,7 +22,7 @@ from raekit.progress import Progress, silent
 from raekit.stages import run as stages
 from raekit.stages.generation import GenerationConfig
 from raekit.stages.run import StageConfig
-from raekit.train.trainer import Report
+from raekit.training.trainer import Report
 
 
 class Purpose(StrEnum):

@@ -18,8 +18,8 @@ process's own images.
 from raekit.data.loader import DataConfig
 from raekit.stages.decoder_losses import AdversarialConfig, PerceptualConfig
 from raekit.stages.reconstruction import DecoderSize, ReconstructionConfig
-from raekit.train.optim import OptimConfig
-from raekit.train.trainer import TrainConfig
+from raekit.training.optim import OptimConfig
+from raekit.training.trainer import TrainConfig
 
 IMAGES, BATCH, EPOCHS = 1_281_167, 512, 16
 EPOCH = IMAGES // BATCH

@@ -16,8 +16,8 @@ sampling with the grid `published`, whose 50 points make 49 steps, and with bala
 from raekit.data.loader import DataConfig
 from raekit.models.denoiser_config import SIZES, wide_head
 from raekit.stages.generation import DenoiserSize, GenerationConfig
-from raekit.train.optim import OptimConfig
-from raekit.train.trainer import TrainConfig
+from raekit.training.optim import OptimConfig
+from raekit.training.trainer import TrainConfig
 
 IMAGES, BATCH, EPOCHS = 1_281_167, 1024, 800
 EPOCH = IMAGES // BATCH

@@ -14,8 +14,8 @@ No network that generates images is trained with this classifier or with its wei
 from raekit.data.loader import DataConfig
 from raekit.models.augment import AugmentConfig
 from raekit.stages.classification import ClassificationConfig
-from raekit.train.optim import OptimConfig
-from raekit.train.trainer import TrainConfig
+from raekit.training.optim import OptimConfig
+from raekit.training.trainer import TrainConfig
 
 STEPS = 800
 

@@ -19,8 +19,8 @@ from raekit.data.loader import DataConfig
 from raekit.models.registry import LayersConfig
 from raekit.stages.reconstruction import DecoderSize, ReconstructionConfig
 from raekit.stages.watch import HeldoutConfig, PicturesConfig
-from raekit.train.optim import OptimConfig
-from raekit.train.trainer import TrainConfig
+from raekit.training.optim import OptimConfig
+from raekit.training.trainer import TrainConfig
 
 STEPS = 2000
 

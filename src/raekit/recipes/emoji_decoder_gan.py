@@ -15,7 +15,7 @@ from raekit.models.discriminator import DiscriminatorConfig
 from raekit.recipes import emoji_decoder
 from raekit.stages.decoder_losses import AdversarialConfig, PerceptualConfig
 from raekit.stages.reconstruction import ReconstructionConfig
-from raekit.train.optim import OptimConfig
+from raekit.training.optim import OptimConfig
 
 
 def config() -> ReconstructionConfig:

@@ -17,8 +17,8 @@ from raekit.data.loader import DataConfig
 from raekit.models.denoiser_config import TransformerConfig
 from raekit.stages.generation import DenoiserSize, GenerationConfig
 from raekit.stages.watch import HeldoutConfig, SamplesConfig
-from raekit.train.optim import OptimConfig
-from raekit.train.trainer import TrainConfig
+from raekit.training.optim import OptimConfig
+from raekit.training.trainer import TrainConfig
 
 STEPS = 12_000
 

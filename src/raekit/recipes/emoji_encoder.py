@@ -15,8 +15,8 @@ pixels do.
 from raekit.data.loader import DataConfig
 from raekit.models.vit import ViTConfig
 from raekit.stages.representation import RepresentationConfig
-from raekit.train.optim import OptimConfig
-from raekit.train.trainer import TrainConfig
+from raekit.training.optim import OptimConfig
+from raekit.training.trainer import TrainConfig
 
 STEPS = 1500
 

@@ -14,8 +14,8 @@ from raekit.data.loader import DataConfig
 from raekit.models.baselines import VAESize
 from raekit.stages.compression import CompressionConfig
 from raekit.stages.watch import HeldoutConfig, PicturesConfig
-from raekit.train.optim import OptimConfig
-from raekit.train.trainer import TrainConfig
+from raekit.training.optim import OptimConfig
+from raekit.training.trainer import TrainConfig
 
 STEPS = 4000
 

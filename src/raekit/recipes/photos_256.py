@@ -16,8 +16,8 @@ constant for the first half of the training.
 from raekit.data.loader import DataConfig
 from raekit.models.denoiser_config import SIZES, wide_head
 from raekit.stages.generation import DenoiserSize, GenerationConfig
-from raekit.train.optim import OptimConfig
-from raekit.train.trainer import TrainConfig
+from raekit.training.optim import OptimConfig
+from raekit.training.trainer import TrainConfig
 
 STEPS = 20_000
 

@@ -20,7 +20,7 @@ from raekit.models.denoiser_config import ContextConfig, TransformerConfig
 from raekit.recipes import dit_dh_xl_dinov2b_256
 from raekit.recipes.dit_dh_xl_dinov2b_256 import EPOCH
 from raekit.stages.generation import GenerationConfig
-from raekit.train.optim import OptimConfig
+from raekit.training.optim import OptimConfig
 
 EPOCHS = 80
 

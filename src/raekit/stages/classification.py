@@ -19,9 +19,9 @@ from raekit.models.augment import AugmentConfig, augment
 from raekit.models.classifier import Classifier, ClassifierConfig
 from raekit.stages.inputs import Inputs, describe_images, labels_digest
 from raekit.stages.stage import Stage
-from raekit.train.objective import Metrics, Objective, Periodic
-from raekit.train.optim import OptimConfig
-from raekit.train.trainer import TrainConfig
+from raekit.training.objective import Metrics, Objective, Periodic
+from raekit.training.optim import OptimConfig
+from raekit.training.trainer import TrainConfig
 
 
 @configclass

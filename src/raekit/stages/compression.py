@@ -19,9 +19,9 @@ from raekit.stages.decoder_losses import PerceptualConfig
 from raekit.stages.inputs import Inputs, describe_images
 from raekit.stages.stage import Stage
 from raekit.stages.watch import HeldoutConfig, PicturesConfig, heldout_loss, reconstructions
-from raekit.train.objective import Metrics, Objective
-from raekit.train.optim import OptimConfig
-from raekit.train.trainer import TrainConfig
+from raekit.training.objective import Metrics, Objective
+from raekit.training.optim import OptimConfig
+from raekit.training.trainer import TrainConfig
 
 MEASURED = 1024
 """Training images from which the scale of the latents is measured."""

@@ -12,12 +12,12 @@ from torch.utils._pytree import tree_leaves
 
 from raekit.distributed import World
 from raekit.stages.stage import Stage
-from raekit.train.memory import capacity, divisors
-from raekit.train.objective import Objective
-from raekit.train.precision import autocast
-from raekit.train.recompute import checkpoint_blocks
-from raekit.train.throughput import flop_counter
-from raekit.train.trainer import TrainConfig
+from raekit.training.memory import capacity, divisors
+from raekit.training.objective import Objective
+from raekit.training.precision import autocast
+from raekit.training.recompute import checkpoint_blocks
+from raekit.training.throughput import flop_counter
+from raekit.training.trainer import TrainConfig
 
 
 @dataclass(frozen=True)

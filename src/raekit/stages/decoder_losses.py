@@ -26,8 +26,8 @@ from raekit.models.discriminator import (
 from raekit.models.layers import patchify
 from raekit.models.perceptual import load_perceptual
 from raekit.pictures import quantize
-from raekit.train.objective import Metrics
-from raekit.train.optim import OptimConfig
+from raekit.training.objective import Metrics
+from raekit.training.optim import OptimConfig
 
 NoiseLaw = Literal["half-normal", "uniform"]
 

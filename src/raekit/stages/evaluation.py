@@ -21,7 +21,7 @@ from raekit.flow.guidance import parse_guidance
 from raekit.flow.sampling import Sampling, check_sampling
 from raekit.inference.model import Model
 from raekit.models.denoiser import Denoiser
-from raekit.train.precision import autocast
+from raekit.training.precision import autocast
 
 
 @configclass

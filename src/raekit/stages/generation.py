@@ -30,11 +30,11 @@ from raekit.stages.initial import initialise_denoiser
 from raekit.stages.inputs import Inputs, describe_images, labels_digest
 from raekit.stages.stage import Stage
 from raekit.stages.watch import HeldoutConfig, SamplesConfig, heldout_loss, samples
-from raekit.train.checkpoint import checkpoints
-from raekit.train.objective import Metrics, Objective, Periodic
-from raekit.train.optim import OptimConfig
-from raekit.train.precision import compute_dtype
-from raekit.train.trainer import TrainConfig
+from raekit.training.checkpoint import checkpoints
+from raekit.training.objective import Metrics, Objective, Periodic
+from raekit.training.optim import OptimConfig
+from raekit.training.precision import compute_dtype
+from raekit.training.trainer import TrainConfig
 
 
 @configclass

@@ -13,9 +13,9 @@ from raekit.errors import UserError
 from raekit.hub import find_folder
 from raekit.stages.cost import cost_of
 from raekit.stages.run import StageConfig, build
-from raekit.train import checkpoint
-from raekit.train.recompute import checkpoint_blocks
-from raekit.train.tracking import read_metrics, steps_to
+from raekit.training import checkpoint
+from raekit.training.recompute import checkpoint_blocks
+from raekit.training.tracking import read_metrics, steps_to
 
 
 def describe_config(config: StageConfig, run: Path, world: World) -> str:

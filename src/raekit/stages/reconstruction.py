@@ -31,11 +31,11 @@ from raekit.stages.inputs import Inputs, describe_images
 from raekit.stages.selection import SelectionConfig, selector
 from raekit.stages.stage import Stage
 from raekit.stages.watch import HeldoutConfig, PicturesConfig, heldout_loss, reconstructions
-from raekit.train.checkpoint import checkpoints
-from raekit.train.objective import Objective, Periodic
-from raekit.train.optim import OptimConfig
-from raekit.train.precision import compute_dtype
-from raekit.train.trainer import TrainConfig
+from raekit.training.checkpoint import checkpoints
+from raekit.training.objective import Objective, Periodic
+from raekit.training.optim import OptimConfig
+from raekit.training.precision import compute_dtype
+from raekit.training.trainer import TrainConfig
 
 
 @configclass

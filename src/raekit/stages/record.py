@@ -24,8 +24,8 @@ from raekit.stages.generation import GenerationConfig
 from raekit.stages.inputs import Images, Inputs
 from raekit.stages.reconstruction import ReconstructionConfig
 from raekit.stages.representation import RepresentationConfig
-from raekit.train.checkpoint import checkpoints
-from raekit.train.throughput import peak_of
+from raekit.training.checkpoint import checkpoints
+from raekit.training.throughput import peak_of
 
 StageConfig = ClassificationConfig | RepresentationConfig | CompressionConfig | ReconstructionConfig | GenerationConfig
 _STAGES = {

@@ -19,8 +19,8 @@ from raekit.pictures import embed
 from raekit.progress import hours
 from raekit.stages.curves import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Chart, Points, draw
 from raekit.stages.record import read_history, read_values
-from raekit.train.checkpoint import checkpoints
-from raekit.train.tracking import pictures_of, read_metrics
+from raekit.training.checkpoint import checkpoints
+from raekit.training.tracking import pictures_of, read_metrics
 
 _SHOWN = 12
 """The most pictures of earlier steps."""

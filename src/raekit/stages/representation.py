@@ -24,10 +24,10 @@ from raekit.models.registry import LayersConfig
 from raekit.models.vit import ViT, ViTConfig
 from raekit.stages.inputs import Inputs, describe_images
 from raekit.stages.stage import Stage
-from raekit.train.objective import Metrics, Objective, Periodic
-from raekit.train.optim import OptimConfig
-from raekit.train.precision import compute_dtype
-from raekit.train.trainer import TrainConfig
+from raekit.training.objective import Metrics, Objective, Periodic
+from raekit.training.optim import OptimConfig
+from raekit.training.precision import compute_dtype
+from raekit.training.trainer import TrainConfig
 
 TARGET_VARIANCE_EPS = 1e-2
 """Added to the variance of a target patch, so that flat patches (a white background) are not scaled up."""

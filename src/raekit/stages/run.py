@@ -15,8 +15,8 @@ from raekit.stages import classification, compression, generation, reconstructio
 from raekit.stages.cost import memory_advice
 from raekit.stages.record import StageConfig
 from raekit.stages.stage import Stage
-from raekit.train.signals import stop_signals
-from raekit.train.trainer import Report, Trainer
+from raekit.training.signals import stop_signals
+from raekit.training.trainer import Report, Trainer
 
 _BUILDERS = {
     classification.ClassificationConfig: classification.build,

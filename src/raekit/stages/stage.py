@@ -7,7 +7,7 @@ from typing import Any
 
 from raekit.progress import Progress
 from raekit.stages.inputs import Inputs
-from raekit.train.objective import Objective, Periodic
+from raekit.training.objective import Objective, Periodic
 
 
 @dataclass(frozen=True, kw_only=True)

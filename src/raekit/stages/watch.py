@@ -21,8 +21,8 @@ from raekit.inference.model import Model, reconstruct
 from raekit.models.denoiser import Denoiser
 from raekit.models.latent_space import LatentSpace
 from raekit.pictures import grid, to_pil
-from raekit.train.objective import Periodic
-from raekit.train.precision import Precision, autocast, float32_precision
+from raekit.training.objective import Periodic
+from raekit.training.precision import Precision, autocast, float32_precision
 
 _EAGER = partial(torch.compiler.set_stance, "force_eager")
 """A context in which nothing is compiled: for a few images of another batch size it is not worth the time."""

@@ -27,7 +27,7 @@ from raekit.files import whole
 from raekit.models.denoiser import Denoiser
 from raekit.progress import Progress
 from raekit.recipes import cache, configured
-from raekit.train.throughput import flop_counter
+from raekit.training.throughput import flop_counter
 
 DIMENSIONS = (12, 48, 192)
 """Dimensions of a token: patches of 2, 4 and 8 pixels."""

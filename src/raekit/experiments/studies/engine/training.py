@@ -15,7 +15,7 @@ def small_dit(side: int, latents: Path, steps: int, seed: int, **overrides: Any)
         latents: Folder of the cached pixels.
         steps: Steps of the training.
         seed: Seed of the training.
-        **overrides: Further fields, as in `raekit.recipes.train`.
+        **overrides: Further fields, as in `raekit.train`.
     """
     return configured(
         "emoji_dit_dh",
@@ -52,7 +52,7 @@ def small_decoder(steps: int, seed: int, split: Split, **overrides: Any) -> Stag
         steps: Steps of the training.
         seed: Seed of the training.
         split: Images to train on.
-        **overrides: Further fields, as in `raekit.recipes.train`.
+        **overrides: Further fields, as in `raekit.train`.
     """
     return configured(
         "emoji_decoder",
@@ -74,7 +74,7 @@ def small_denoiser(
         steps: Steps of the training.
         seed: Seed of the training.
         split: Images to train on.
-        **overrides: Further fields, as in `raekit.recipes.train`.
+        **overrides: Further fields, as in `raekit.train`.
     """
     return configured(
         "emoji_dit_dh",

@@ -8,7 +8,7 @@ from torch import nn
 
 from raekit.config import from_dict, to_dict
 from raekit.errors import UserError
-from raekit.train.optim import OptimConfig, adamw, build_optimizer, learning_rate
+from raekit.training.optim import OptimConfig, adamw, build_optimizer, learning_rate
 
 RATES = st.floats(1e-6, 1e-1)
 

@@ -3,7 +3,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from raekit.train.precision import Precision, float32_precision
+from raekit.training.precision import Precision, float32_precision
 
 
 @pytest.fixture

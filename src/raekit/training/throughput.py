@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from raekit.distributed import World
-from raekit.train.precision import Precision, compute_dtype, float32_precision
+from raekit.training.precision import Precision, compute_dtype, float32_precision
 
 PEAKS = {
     "B200": {"bf16": 2250, "tf32": 1125, "fp32": 75},

@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from raekit.distributed import CPU, World
-from raekit.train.recompute import checkpoint_blocks, without_recomputation
-from raekit.train.throughput import Peak, Speed, flop_counter, peak_memory, peak_of
+from raekit.training.recompute import checkpoint_blocks, without_recomputation
+from raekit.training.throughput import Peak, Speed, flop_counter, peak_memory, peak_of
 
 
 def test_a_record_has_speed_flops_and_the_time_left(monkeypatch):

@@ -28,12 +28,12 @@ from torch.utils._pytree import tree_leaves
 from raekit import randomness
 from raekit.distributed import World
 from raekit.errors import Stopped, UserError
-from raekit.train import checkpoint, ema
-from raekit.train.objective import Objective, Periodic
-from raekit.train.optim import OptimConfig, learning_rate
-from raekit.train.signals import SIGNALS, stop_signals
-from raekit.train.tracking import read_metrics
-from raekit.train.trainer import TrainConfig, Trainer
+from raekit.training import checkpoint, ema
+from raekit.training.objective import Objective, Periodic
+from raekit.training.optim import OptimConfig, learning_rate
+from raekit.training.signals import SIGNALS, stop_signals
+from raekit.training.tracking import read_metrics
+from raekit.training.trainer import TrainConfig, Trainer
 
 ONE = World()
 ITEMS = 20  # images of an epoch; no batch size here divides it
@@ -518,7 +518,7 @@ def test_compiling_without_a_compiler_is_refused(tmp_path, monkeypatch):
 
 
 def test_without_its_package_a_tracker_is_refused_before_the_training(tmp_path, monkeypatch):
-    monkeypatch.setattr("raekit.train.tracking.find_spec", lambda name: None)
+    monkeypatch.setattr("raekit.training.tracking.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"train\.track: tensorboard is not installed.*'raekit\[track\]'"):
         trainer(tmp_path, config=replace(CONFIG, track=("tensorboard",)))
 

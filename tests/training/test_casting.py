@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from raekit.models.layers import DiTBlock, SwiGLU, ViTBlock, rotary_table
-from raekit.train.casting import CastWeights, cast_weights
-from raekit.train.recompute import checkpoint_blocks
+from raekit.training.casting import CastWeights, cast_weights
+from raekit.training.recompute import checkpoint_blocks
 
 ROTARY = rotary_table(8, (2, 2))
 DIT = partial(DiTBlock, 16, 2, 21, qk_norm=True)  # a hidden width that is not aligned

@@ -9,8 +9,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from raekit.errors import UserError
-from raekit.train import tracking
-from raekit.train.tracking import Tracking, pictures_of, read_metrics, steps_to
+from raekit.training import tracking
+from raekit.training.tracking import Tracking, pictures_of, read_metrics, steps_to
 
 
 def write(run, step, steps):

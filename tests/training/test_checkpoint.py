@@ -17,7 +17,7 @@ from torch.distributed.checkpoint import FileSystemWriter
 
 from raekit.distributed import World
 from raekit.errors import UserError
-from raekit.train import checkpoint
+from raekit.training import checkpoint
 
 ONE = World()
 

@@ -10,7 +10,7 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from raekit.errors import UserError
-from raekit.train.optim import OptimConfig, learning_rate
+from raekit.training.optim import OptimConfig, learning_rate
 
 Metrics = dict[str, Tensor]
 

@@ -22,17 +22,17 @@ from torch.distributed.tensor import DTensor, Replicate
 from raekit.config import Interval, OnPurpose, Operation, Steps, configclass
 from raekit.distributed import World, gathered, set_gradient_sync
 from raekit.errors import Stopped, UserError
-from raekit.train import checkpoint, ema
-from raekit.train.casting import CastWeights
-from raekit.train.compilation import check_compiler
-from raekit.train.memory import fitting
-from raekit.train.objective import Metrics, Objective, Periodic, TrainingBatch
-from raekit.train.optim import build_optimizer
-from raekit.train.precision import Precision, autocast, compute_dtype, float32_precision
-from raekit.train.recompute import checkpoint_blocks, without_recomputation
-from raekit.train.signals import Stop
-from raekit.train.throughput import Speed, flop_counter, peak_of
-from raekit.train.tracking import TrackerName, Tracking, check_trackers
+from raekit.training import checkpoint, ema
+from raekit.training.casting import CastWeights
+from raekit.training.compilation import check_compiler
+from raekit.training.memory import fitting
+from raekit.training.objective import Metrics, Objective, Periodic, TrainingBatch
+from raekit.training.optim import build_optimizer
+from raekit.training.precision import Precision, autocast, compute_dtype, float32_precision
+from raekit.training.recompute import checkpoint_blocks, without_recomputation
+from raekit.training.signals import Stop
+from raekit.training.throughput import Speed, flop_counter, peak_of
+from raekit.training.tracking import TrackerName, Tracking, check_trackers
 
 _log = logging.getLogger(__name__)
 Report = Callable[[int, dict[str, float]], None]
@@ -49,7 +49,7 @@ class TrainConfig:
         micro_batch: Images per forward pass on one process. Gradients accumulate over the micro-batches of a step. None
             means the process's full share of the batch; `auto` the largest part of it that fits into the memory of
             every GPU, found by a trial before the first step.
-        precision: Number format of forward and backward passes, see `raekit.train.precision`. Weights stay float32.
+        precision: Number format of forward and backward passes, see `raekit.training.precision`. Weights stay float32.
         compile: Compile the blocks with torch.compile.
         checkpointing: Keep only the inputs of the blocks for the backward pass, which runs each block again.
         seed: Seed of the data order, of the noise and of all other random numbers.

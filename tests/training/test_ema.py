@@ -3,7 +3,7 @@ import copy
 import torch
 from torch import nn
 
-from raekit.train import ema
+from raekit.training import ema
 
 
 class Counter(nn.Module):

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from raekit.config import OnPurpose, Steps, configclass
 from raekit.errors import UserError
-from raekit.train.muon import muon_step
+from raekit.training.muon import muon_step
 
 
 @configclass

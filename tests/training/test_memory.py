@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from raekit.distributed import World
-from raekit.train.memory import divisors, fitting
+from raekit.training.memory import divisors, fitting
 
 GPU = torch.device("cuda")
 
@@ -19,7 +19,7 @@ def found(world: World, share: int, room: float) -> tuple[int, list[int]]:
         trial()
         return 100 + 10 * tried[-1]
 
-    with patch("raekit.train.memory.peak", peak), patch("raekit.train.memory.capacity", lambda device: room):
+    with patch("raekit.training.memory.peak", peak), patch("raekit.training.memory.capacity", lambda device: room):
         return fitting(share, tried.append, world), tried
 
 
