@@ -6,7 +6,7 @@ Command:        raekit train emoji_decoder_gan --train.compile
 Size:           4.8 M parameters, discriminator 1.5 M
 Memory:         0.3 GiB, and LPIPS
 Cost:           about twice emoji_decoder per step, once the discriminator trains
-Last verified:  not on these 8 x 8 tokens; docs/results/gan.md has the results of an earlier encoder with 4 x 4 tokens.
+Last verified:  not on these 8 x 8 tokens
 """
 
 from dataclasses import replace

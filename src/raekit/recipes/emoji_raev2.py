@@ -5,7 +5,7 @@ Command:        raekit train emoji_raev2 --train.compile
 Size:           5.6 M parameters
 Memory:         0.4 GiB
 Cost:           about as long as emoji_dit_dh: 712 MFLOPs per image in the forward pass, against 685
-Last verified:  not with these 8 x 8 tokens; docs/results/raev2.md has the results with 4 x 4 tokens.
+Last verified:  not with these 8 x 8 tokens
 
 The optimizer is AdamW instead of RAE v2's Muon. torch's Muon multiplies in bfloat16, which a CPU without such
 instructions emulates many times slower.
