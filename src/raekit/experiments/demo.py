@@ -6,6 +6,7 @@ trainings start from the built-in models, and the denoiser is trained on the lat
 """
 
 import io
+import os
 import platform
 import shutil
 import time
@@ -328,7 +329,7 @@ class Demo:
                 "decoder": _count(model.autoencoder.decoder),
                 "denoiser": _count(model.denoiser),
             },
-            machine=f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+            machine=f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
             + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
             settings={name: to_json(read_json(run / name / "config.json")) for name in records},
             samples=144,
