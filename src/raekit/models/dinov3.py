@@ -88,7 +88,7 @@ def _converted(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if ".attn.qkv." not in key:
             ours[name] = value[None] if name == "embeddings.mask_token" and value.ndim == 2 else value
             continue
-        # A damaged file may give fewer than three pieces. Then the missing projection is named when the weights are checked.
+        # A damaged file may give fewer than three pieces. The check of all weights then names the missing projection.
         for part, piece in zip("qkv", value.chunk(3) if value.ndim else [value], strict=False):
             # The published code multiplies the keys' biases by zero.
             if part == "k" and name.endswith(".bias") and f"{key}_mask" in state:
