@@ -31,13 +31,13 @@ def reconstruct(
 
     Example: raekit reconstruct builtin:emoji photo.jpg holidays --out reconstructions
 
-    Writes a PNG file for each image, scores.csv, scores.json and contact-sheet.png. The same command resumes after an
-    interruption: reconstructions are kept unless the model, an option or the original has changed.
+    The output folder gets a PNG file for each image, scores.csv, scores.json and contact-sheet.png. The same command
+    resumes after an interruption: reconstructions are kept unless the model, an option or the original has changed.
 
     Args:
         model: Autoencoder to use: published name, builtin:NAME, model folder, run folder, or OWNER/NAME on the Hub.
         paths: Image files, and folders to search for images.
-        out: Output folder. Must not hold any of the originals.
+        out: Output folder. It must not contain the original images.
         fit: How to make an image square. crop: cut out the middle; pad: add white borders.
         lpips: VGG16 weights for LPIPS: a file, or auto (torchvision's cache or the Hub). None: no LPIPS score.
         precision: Precision that the model is loaded and computes in.

@@ -15,8 +15,8 @@ def completion(shell: Positional[Literal["bash", "zsh", "fish"]]) -> None:
 
     Example: raekit completion bash
 
-    Add one line to the start file of the shell: eval "$(raekit completion bash)", or with zsh instead of bash. In fish:
-    raekit completion fish | source
+    For bash, add this line to ~/.bashrc: eval "$(raekit completion bash)". For zsh, add the line with zsh instead of
+    bash to ~/.zshrc. For fish, run: raekit completion fish | source
 
     Args:
         shell: Shell that the script is for.

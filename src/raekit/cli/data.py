@@ -29,14 +29,15 @@ def data(
 
     Example: raekit data folder:images --out montage.png
 
-    `raekit data pack` scales a large dataset once.
+    To scale a large dataset once, use `raekit data pack`.
 
     Args:
         source: Images: emoji, folder:DIR, hf:OWNER/NAME, tar:FILES and others (docs/data.md).
         split: Split of the data source.
         count: Number of images to decode and to compare, evenly spread over the dataset.
-        encoder: Encoder that finds near-duplicates, such as dinov2-b. An image is one if its features are closer to an
-            earlier image than a tenth of the median distance of two images. None: do not look for near-duplicates.
+        encoder: Encoder that finds near-duplicates, such as dinov2-b. An image is a near-duplicate if the distance of
+            its features to an earlier image is below a tenth of the median distance of two images. None: do not look
+            for near-duplicates.
         out: Output file (.png) for a montage of up to 64 images. None: no montage.
     """
     from raekit.data.images import skipped_in_words
@@ -109,12 +110,12 @@ def data_pack(
         source: Images: folder:DIR, hf:OWNER/NAME, tar:FILES and others (docs/data.md).
         size: Short side in pixels that larger images are scaled to, with the filters of ADM's crop. Smaller images keep
             their size.
-        out: Output folder, new or of the same command.
+        out: Output folder: a new folder, or the folder of the interrupted command.
         format: Format of the images: JPEG without chroma subsampling, or PNG without loss.
         quality: Quality of JPEGs, from 1 to 100.
         shard_size: Number of images in a shard.
-        max_unreadable: Fraction of the images that may be unreadable. They are left out.
-        workers: Number of processes that decode and encode. 0: the main process.
+        max_unreadable: Fraction of the images, from 0 to 1, that may be unreadable. Unreadable images are left out.
+        workers: Number of processes that decode and encode images. 0: only the main process.
     """
     from raekit.data.packing import pack
     from raekit.distributed import world

@@ -50,13 +50,13 @@ def evaluate(
             flat:DIR, folder:DIR, npz:FILE, zip:FILES or tar:FILES.
         reference: Files to compare with: a .safetensors file of `raekit reference`, ADM's .npz file, or statistics of
             other projects.
-        source: Dataset to compare with, instead of the dataset that the model was trained on. With --interpolate and
-            --reference: the dataset whose training images are searched.
-        features: Networks to compare in: inception, inception:WEIGHTS, clean_inception, vgg16, vgg16:WEIGHTS, fdr6 or
-            fdr6:DIR (the six networks of FDr6), classifier:NAME, or encoders, also as ENCODER@SIZE. Default: the
-            networks of the reference; classifier:builtin:emoji for the built-in images.
+        source: Dataset to compare with, instead of the dataset that the model was trained on. With --reference, only
+            for --interpolate, which searches its training images, and for --baselines.
+        features: Networks whose features are compared: inception, inception:WEIGHTS, clean_inception, vgg16,
+            vgg16:WEIGHTS, fdr6 or fdr6:DIR (the six networks of FDr6), classifier:NAME, or encoders, also as
+            ENCODER@SIZE. Default: the networks of the reference; classifier:builtin:emoji for the built-in images.
         count: Number of samples. Default: 50,000 with --reference, otherwise 1,000.
-        reconstruct: Score reconstructions of the reference's own images instead of samples.
+        reconstruct: Score reconstructions of the real images instead of samples.
         lpips: Score reconstructions by LPIPS too, with VGG16's weights from this file; auto finds them in torchvision's
             cache or on the Hub.
         interpolate: Score the autoencoder without a denoiser, by images halfway between held-out images and similar
@@ -69,11 +69,11 @@ def evaluate(
             reference's images. Default: balanced with --reference, otherwise reference.
         ema: Decay of the weight average to use, one of the recipe's `ema` values. Default: the first.
         intervals: Compute 95 % intervals of distances and accuracies, and the bias of distances.
-        batch_size: Images at once, at most 250.
-        compile: Compile the blocks of the model. Worth it for many samples.
-        workers: Processes that decode images.
+        batch_size: Number of images to process at once, at most 250.
+        compile: Compile the blocks of the model. This saves time only for many samples.
+        workers: Number of processes that decode images. 0: decode in the main process.
         out: Folder of the report. Default: reports/HASH.
-        device: Device. Default: the best there is.
+        device: Device to compute on. None: the GPU if there is one, else the CPU.
     """
     from raekit.distributed import world
     from raekit.evaluation.evaluate import evaluate as run
@@ -156,11 +156,12 @@ def reference(
         out: The .safetensors file to write.
         image_size: Side in pixels that the images are centre-cropped to.
         split: Split of the source.
-        features: Networks: inception, inception:WEIGHTS, clean_inception, vgg16, vgg16:WEIGHTS, fdr6 or fdr6:DIR (the
-            six networks of FDr6), classifier:NAME, or encoders, also as ENCODER@SIZE.
-        keep: Number of images whose own features are kept, for precision, recall and KID.
-        workers: Processes that decode images.
-        device: Device. Default: the best there is.
+        features: Networks that compute the features: inception, inception:WEIGHTS, clean_inception, vgg16,
+            vgg16:WEIGHTS, fdr6 or fdr6:DIR (the six networks of FDr6), classifier:NAME, or encoders, also as
+            ENCODER@SIZE.
+        keep: Number of images whose features are kept, for precision, recall and KID.
+        workers: Number of processes that decode images. 0: decode in the main process.
+        device: Device to compute on. None: the GPU if there is one, else the CPU.
     """
     from raekit.data.loader import DataConfig
     from raekit.distributed import world
@@ -193,17 +194,17 @@ def probe(
 
     Example: raekit probe builtin:vit-tiny --source folder:images
 
-    The same probe of the encoder with random weights is printed for comparison.
+    For comparison, the command also probes the encoder with random weights.
 
     Args:
         name: A registered encoder, builtin:NAME, a model folder, a run, or OWNER/NAME on the Hub.
         source: Labelled images: emoji, folder:DIR, hf:OWNER/NAME, tar:FILES and others (docs/data.md).
-        tokens: What the probe sees: the mean of an image's tokens, or all tokens.
+        tokens: Input of the probe: the mean of an image's tokens, or all tokens.
         image_size: Side in pixels that the images are centre-cropped to. Default: the model's own.
-        penalty: L2 penalty of the regression. Default: the best one on a tenth of the training images.
-        workers: Processes that decode images.
+        penalty: L2 penalty of the regression. Default: the penalty that is best on a tenth of the training images.
+        workers: Number of processes that decode images. 0: decode in the main process.
         out: JSON file for the results.
-        device: Device. Default: the best there is.
+        device: Device to compute on. None: the GPU if there is one, else the CPU.
     """
     from dataclasses import asdict
 

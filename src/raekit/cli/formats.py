@@ -36,21 +36,23 @@ def convert(
     A denoiser with its autoencoder: raekit convert stage2_model.pt out --autoencoder rae-dinov2-b
 
     Args:
-        source: a published name, a YAML, a file of weights, a diffusers folder, a raekit model, OWNER/NAME.
-        dest: the folder to write, new or empty.
-        to: the format to write: raekit, v1 (the official files, only the autoencoder) or diffusers (a pipeline if the
+        source: Published name, published YAML, file of weights, diffusers folder, raekit model, or OWNER/NAME on the
+            Hub.
+        dest: Folder to write, new or empty.
+        to: The format to write: raekit, v1 (the official files, only the autoencoder) or diffusers (a pipeline if the
             source has a denoiser, and an AutoencoderRAE otherwise).
-        encoder: for a decoder file, its encoder: a registered name, builtin:NAME, a folder, or FAMILY:WHERE for a
+        encoder: For a decoder file, its encoder: a registered name, builtin:NAME, a folder, or FAMILY:WHERE for a
             transformers checkpoint.
-        encoder_size: for a decoder file, the size to which the encoder resizes images, in pixels: the side of a
+        encoder_size: For a decoder file, the size to which the encoder resizes images, in pixels: the side of a
             square, or height and width. Default: the encoder's own size.
-        layers: for a decoder file, the encoder layers that form the latents, as in RAE v2. Default: only the last.
-        statistics: for a decoder file, the file with the mean and variance of the latents. Default: no whitening.
-        decoder_config: for a decoder file of an unpublished size, the decoder's config.json or its folder.
-        output: for a decoder file, the colours that the decoder produces: pixels for RAE v2.
-        denoiser_config: for a denoiser file whose shapes leave the architecture open, a YAML with a stage_2 section.
-        prediction: for a denoiser file, the quantity that it predicts. Default: velocity for v1, data for v2.
-        autoencoder: for a denoiser file, the autoencoder to include, in any form that SOURCE accepts.
+        layers: For a decoder file, the encoder layers that form the latents, as in RAE v2. Default: only the last.
+        statistics: For a decoder file, the file with the mean and variance of the latents. Default: no whitening.
+        decoder_config: For a decoder file of an unpublished size, the decoder's config.json or its folder.
+        output: For a decoder file, the colours that the decoder produces: pixels for RAE v2.
+        denoiser_config: For a denoiser file whose shapes do not determine the architecture, a YAML with a stage_2
+            section.
+        prediction: For a denoiser file, the quantity that it predicts. Default: velocity for v1, data for v2.
+        autoencoder: For a denoiser file, the autoencoder to include, in any form that SOURCE accepts.
     """
     from raekit.formats import conversion
     from raekit.models.registry import LAYERS, LayersConfig
@@ -87,9 +89,9 @@ def info(name: Positional[str], reach: tuple[str, float] | None = None) -> None:
     Example: raekit info builtin:emoji
 
     Args:
-        name: builtin:NAME, a model folder, a run, or OWNER/NAME on the Hub.
-        reach: for a run, a metric and a value, for example evaluation/fid 2. Also report the number of epochs
-            until the metric first fell to the value or below.
+        name: Published name, builtin:NAME, a model folder, a run, or OWNER/NAME on the Hub.
+        reach: For a run, a metric and a value, for example evaluation/fid 2. Also print after how many epochs the
+            metric first fell to this value.
     """
     from raekit.stages.inspection import describe_folder
 
@@ -109,16 +111,16 @@ def push(
 
     Example: raekit push runs/emoji_dit_dh OWNER/NAME --dtype bf16 --dry-run
 
-    Log in first: hf auth login. Anyone loads the model by its name: raekit generate OWNER/NAME
+    Log in first: hf auth login. Others can then load the model by its name: raekit generate OWNER/NAME
 
     Args:
-        model: a run, a model folder, builtin:NAME, or another model by name.
-        repository: the repository OWNER/NAME. It is created if it does not exist.
-        private: make a new repository private.
-        dtype: type to store the weights in. None: the type that they have.
-        reports: folders of `raekit evaluate`, whose scores go to the model card.
-        ema: decay of the weight average to publish. None: the first.
-        dry_run: show the files and the model card, and upload nothing.
+        model: Model to publish: published name, builtin:NAME, model folder, run folder, or OWNER/NAME on the Hub.
+        repository: The repository OWNER/NAME. It is created if it does not exist.
+        private: Make a new repository private.
+        dtype: Type to store the weights in. None: their present type.
+        reports: Report folders of `raekit evaluate`, whose scores are added to the model card.
+        ema: Decay of the weight average to publish, one of the recipe's `ema` values. None: the first of them.
+        dry_run: Show the files and the model card, and upload nothing.
     """
     from raekit.cli.sampling import dtype_of
     from raekit.evaluation.reports import read_report
@@ -160,8 +162,8 @@ def models(pattern: Positional[str] = "", encoders: bool = False) -> None:
     cache is downloaded from the Hub at its first use.
 
     Args:
-        pattern: a part of the names to list. All models if not given.
-        encoders: list the registered encoders instead.
+        pattern: A text that the listed names contain. If not given, all names.
+        encoders: List the registered encoders instead.
     """
     from raekit.inference.catalogue import list_encoders, list_models
 

@@ -69,18 +69,19 @@ def generate(
     Args:
         model: Model to sample from: published name, builtin:NAME, model folder, run folder, or OWNER/NAME on the Hub.
         out: A .png or .webp file for one grid, an .npz file in ADM's format, or a folder for one picture per sample. An
-            existing file is replaced. In a folder, a file under the name of a sample that raekit did not write is an
-            error. None: a grid in the working folder, named after the model, the classes and the seed.
-        classes: Classes to generate: names, parts of names, numbers, or ranges of numbers such as 0-9. Numbers are
-            names if any class is named by a number, otherwise ids. If not given, all classes; in a grid of a model with
-            more than 16 classes, a random class for each sample.
-        count: Number of samples for each class. In a folder, a larger number keeps the samples and adds more.
+            existing file is replaced. In a folder, a file that has the name of a sample, but was not written by raekit,
+            is an error. None: a grid in the working folder, named after the model, the classes and the seed.
+        classes: Classes to generate: names, parts of names, numbers, or ranges of numbers such as 0-9. A number is a
+            name if any class is named by a number, and an id if not. If not given, all classes; in a grid of a model
+            with more than 16 classes, a random class for each sample.
+        count: Number of samples for each class; with random classes, in total. In a folder, a larger number keeps the
+            existing samples and adds more.
         seed: Seed of the noise. Sample i depends only on the seed, i and its class; the classes take turns.
         ema: Decay of the weight average to use, one of the recipe's `ema` values. None: the first of them.
         published: Sampling config (YAML) of RAE v1 or v2, to use instead of a model. Also sets guidance and solver.
         format: Format of the pictures in a folder; both are lossless. None: png.
         batch_size: Number of images to generate at once. auto: as many as fit into the GPU's memory, or 64 on the CPU.
-        compile: Compile the blocks of the model. Worth it for many images.
+        compile: Compile the blocks of the model. This saves time only for many images.
         device: Device to compute on. None: the GPU if there is one, else the CPU.
     """
     from raekit.distributed import world
@@ -161,7 +162,7 @@ def interpolate(
     batch_size: int | Literal["auto"] = "auto",
     device: Device | None = None,
 ) -> None:
-    """Generate a row of images from one seed, or class, to another.
+    """Generate a row of images that leads from one seed or class to another.
 
     Example: raekit interpolate builtin:emoji --seeds 0 1 --class flags --out row.png
 
@@ -170,9 +171,9 @@ def interpolate(
     Args:
         model: Model to sample from: published name, builtin:NAME, model folder, run folder, or OWNER/NAME on the Hub.
         out: Output file, .png or .webp.
-        seeds: Seeds of the first and the last image, or one seed for both. An image at an end is sample 0 of its seed.
-        classes: Classes (names or numbers) of the first and the last image, or one class for both. If not given, no
-            class.
+        seeds: Seeds of the first and the last image, or one seed for both. Each of the two is sample 0 of its seed.
+        classes: Classes (names, parts of names, or numbers) of the first and the last image, or one class for both. If
+            not given, no class.
         frames: Number of images, including the first and the last.
         ema: Decay of the weight average to use, one of the recipe's `ema` values. None: the first of them.
         batch_size: Number of images to generate at once. auto: as many as fit into the GPU's memory, or 64 on the CPU.
@@ -220,7 +221,7 @@ def trajectory(
     options: Options = SamplingOptions(),
     device: Device | None = None,
 ) -> None:
-    """Show how samples form, from noise to the finished image, in a row for each.
+    """Show how samples form from noise, as a row of images for each sample.
 
     Example: raekit trajectory builtin:emoji --class flags --frames 8 --out strip.png
 
@@ -230,9 +231,9 @@ def trajectory(
     Args:
         model: Model to sample from: published name, builtin:NAME, model folder, run folder, or OWNER/NAME on the Hub.
         out: Output file, .png or .webp.
-        classes: Classes to generate: names, numbers, or ranges of numbers such as 0-9. If not given, samples without a
-            class.
-        count: Number of samples for each class. `raekit generate` makes the same samples.
+        classes: Classes to generate: names, parts of names, numbers, or ranges of numbers such as 0-9. If not given,
+            samples without a class.
+        count: Number of samples for each class. `raekit generate` makes the same samples of the same classes.
         frames: Number of images in a row.
         seed: Seed of the noise.
         ema: Decay of the weight average to use, one of the recipe's `ema` values. None: the first of them.

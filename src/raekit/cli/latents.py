@@ -38,7 +38,7 @@ def latents_measure(
         source: Images: emoji, folder:DIR, hf:OWNER/NAME, tar:FILES and others (docs/data.md).
         split: Split of the data source.
         image_size: Side in pixels to which images are centre-cropped. None: the input size of the encoder.
-        encoder_size: Side in pixels to which the encoder resizes its input, or height and width. None: its own.
+        encoder_size: Side in pixels to which the encoder resizes its input, or height and width. None: its own size.
         blocks: Encoder blocks whose outputs form the latents, counted from 0; -1 is the last block.
         combine: How to combine several blocks.
         token_mean: Add the mean over all patches of the last block's output.
@@ -98,7 +98,7 @@ def latents_cache(
         out: Output folder for the shards.
         source: Images: emoji, folder:DIR, hf:OWNER/NAME, tar:FILES and others (docs/data.md).
         split: Split of the data source.
-        flip: Also cache the latents of each mirrored image. Required to train with data.flip.
+        flip: Also cache the latents of each mirrored image. Training with --data.flip needs them.
         dtype: Format in which to store the latents. int8 has one scale for each token.
         precision: Precision of the encoder. auto: bf16 if the hardware is fast at it, else fp32.
         batch_size: Number of images to encode at once.
@@ -150,12 +150,12 @@ def latents_generate(
     batch_size: int = 64,
     device: Device | None = None,
 ) -> None:
-    """Generate latents, by which a decoder's training selects its best checkpoint.
+    """Generate latents, which can select the best checkpoint of a decoder's training.
 
     Example: raekit latents generate builtin:emoji --count 1000 --out generated.safetensors
 
-    To select by the latents, give the file to `raekit train` with --selection.latents. The classes take turns. The
-    latents are not whitened, so they fit every decoder of the same encoder.
+    Give the file to `raekit train` with --selection.latents. The classes take turns. The latents are not whitened, so
+    they fit every decoder of the same encoder.
 
     Args:
         model: Model to sample from: published name, builtin:NAME, model folder, run folder, or OWNER/NAME on the Hub.

@@ -22,18 +22,18 @@ class SolverOptions:
     Args:
         steps: Number of solver steps. dopri5 chooses its own. None: 50.
         solver: Solver. euler: one evaluation per step; heun: two evaluations per step, order 2; ab2: one evaluation
-            per step, extrapolates from the last two; abm: one evaluation per step, also corrects each step with the
-            next evaluation; dopri5: adaptive steps, so that a sample varies with its batch within the tolerance;
-            euler-maruyama: the SDE. None: euler.
-        grid: Time grid. full: all the way to the data; few: the same with more times near noise and data, for ab2 or
-            abm with few steps; published: as the official sampler, which stops one step
-            before the data; diffusers: as its RAEDiTPipeline, with a long last step. None: full.
+            per step, extrapolates from the last two evaluations, order 2; abm: as ab2, and corrects each step with the
+            next evaluation, order 3; dopri5: adaptive steps, so that a sample depends on its batch within the
+            tolerance; euler-maruyama: the SDE. None: euler.
+        grid: Time grid. full: from noise to the data; few: as full, with more times near noise and data, for ab2 or
+            abm with few steps; published: the grid of the official sampler, with one step fewer, which stops shortly
+            before the data; diffusers: the grid of its RAEDiTPipeline, with a long last step. None: full.
         atol: Absolute tolerance of dopri5. None: 1e-6.
         rtol: Relative tolerance of dopri5. None: 1e-3.
         reuse: How long to reuse the output of the backbone. A whole number k: run the backbone at every k-th step and
             the head at every step. A number below 1: run the backbone again when the expected cosine similarity to
             the latents of its last run falls below this number. None: run the backbone at every step.
-        precision: Precision that models are loaded and compute in. None: fp32, as for published scores.
+        precision: Precision of the weights and of the computation. None: fp32, as for published scores.
     """
 
     steps: int | None = None
@@ -82,7 +82,7 @@ class SamplingOptions(SolverOptions):
         guidance: Guidance METHOD:SCALE or METHOD:SCALE@START-END, such as cfg:2.0@0.1-0.9. START and END are
             shifted times: 0 is data, 1 is noise. Methods: cfg; auto, which needs --weak; internal, for models with a
             base output. Join several methods with +. None: no guidance.
-        weak: Weaker model for auto guidance, given in the same way as the model.
+        weak: Weaker model for auto guidance, in the same form as MODEL.
     """
 
     guidance: str | None = None

@@ -20,14 +20,14 @@ from raekit.progress import Display
 _RUN = "Folder of the run, for checkpoints, metrics and the trained artifact. An existing run is resumed."
 _EPOCHS = (
     "Train for this many passes over the images, and scale schedules, starts and intervals of the recipe to them. "
-    "Options that are given hold as they are."
+    "Options that you give are not scaled."
 )
 _DRY_RUN = "Show the config and the cost without training."
 _CHANGE = (
-    "Allow changes of an existing run that are made on purpose: steps, learning rates, schedules, precision, images."
+    "Allow changes to an existing run: steps, learning rates, schedules, precision, images."
 )
 _PROCESSES = "Train in this number of processes on this machine."
-_GPUS = "Train on this number of GPUs of this machine, with a process for each."
+_GPUS = "Train on this number of GPUs of this machine, with one process for each GPU."
 _DEVICE = "Device to train on. None: the GPU if there is one, else the CPU."
 
 
@@ -36,8 +36,8 @@ def demo(run: Path = Path("runs/demo"), minutes: float = 12, images: Path | None
 
     Example: raekit demo --minutes 12
 
-    The demo measures the speed of this machine while it trains, and ends in time. Ctrl-C stops it. The same command
-    resumes it.
+    The demo measures the speed of this machine while it trains, and adapts the number of steps to the time. Ctrl-C
+    stops the demo, and the same command resumes it.
 
     Args:
         run: Output folder for all results.
@@ -58,8 +58,9 @@ def recipes(recipe: Positional[str | None] = None) -> None:
 
     Example: raekit recipes emoji_decoder > my_recipe.py
 
-    `raekit train my_recipe.py` trains the recipe in a file. Such a file may also register encoders.
-    `raekit train RECIPE --dry-run` measures parameters, FLOPs and memory. `--data.source` takes your own images.
+    To train the recipe in a file, use `raekit train my_recipe.py`. The file may also register encoders.
+    To measure parameters, FLOPs and memory, use `raekit train RECIPE --dry-run`. To train on your own images, add
+    `--data.source folder:images`.
 
     Args:
         recipe: Recipe to print. None: list all recipes.
@@ -96,9 +97,9 @@ def study(
     Args:
         name: Study to run. None: list all studies.
         out: Folder of the study. None: studies/NAME.
-        quick: Run a short trial of the machinery. Its numbers say nothing about the claims.
+        quick: Only test that everything runs. The numbers then say nothing about the claims.
         only: Do part K of N of the runs, written K/N, such as 3/8. Several machines can do the parts in one shared OUT.
-            The last part that ends writes the report.
+            The part that ends last writes the report.
         device: Device to train on. None: the GPU if there is one, else the CPU.
     """
     from raekit.experiments.studies import find, names, run_study
@@ -125,8 +126,8 @@ def train(arguments: list[str]) -> None:
     Example: raekit train emoji_decoder --run runs/decoder --train.steps 500
 
     RECIPE is a name or a Python file (see `raekit recipes --help`). The same command resumes an interrupted run, and so
-    does `raekit train --resume RUN`, with the settings of the run. Settings that define the training must stay as they
-    are; steps, learning rates and precision may change with --change. docs/training.md has the details.
+    does `raekit train --resume RUN`, with the settings of the run. Settings that define the training must not change;
+    steps, learning rates and precision may change with --change. docs/training.md has the details.
 
     `raekit train RECIPE --help` lists the options of the recipe and of its optional parts that are set. To see the
     options of another part, set one of them before --help: --evaluation.every 100 --help. --dry-run shows config and
@@ -161,8 +162,8 @@ def report(run: Positional[Path], out: Path | None = None) -> None:
 
     Example: raekit report runs/denoiser
 
-    The run may be of any stage, and may train, have stopped or have finished. The page is one HTML file that needs no
-    other file. Run the command again to refresh the page.
+    The command works for every stage, during a training and after it. The page is one HTML file that needs no other
+    file. Run the command again to update the page.
 
     Args:
         run: Folder of the run.

@@ -31,16 +31,19 @@ class DataConfig:
     """The images to load.
 
     Attributes:
-        source: the address of the dataset, see `open_source`.
-        split: the part of the dataset: `train`, `heldout` or `all`.
-        splits: the names of the parts that are the splits, `train=NAME,heldout=NAME`, if they are not the usual ones.
-        image_size: the side of the square images, in pixels.
-        crop: how the training stream crops an image to a square.
-        flip: whether the training stream mirrors half of the images at random.
-        resize: how the training stream scales images. `exact` has the pixels of ADM's crop. `fast` has them within
-            one level, and decodes large JPEGs at a reduced size, within a few levels. Single passes are always exact.
-        workers: the number of processes that decode images. With 0, this process decodes them.
-        max_unreadable: the fraction of the images, from 0 to 1, that may be unreadable. Loading fails above it.
+        source: The address of the dataset, such as folder:DIR (docs/data.md).
+        split: The part of the dataset: `train`, `heldout` or `all`.
+        splits: The names of the folders or archives that are the splits, `train=NAME,heldout=NAME`, if not the usual
+            names.
+        image_size: The side of the square images, in pixels.
+        crop: How the training stream crops an image to a square.
+        flip: Whether the training stream mirrors half of the images at random.
+        resize: How the training stream scales images. `exact` gives the pixels of ADM's crop. `fast` gives values
+            within one level of these, or within a few levels for large JPEGs, which it decodes at a reduced size.
+            Evaluations and statistics always use `exact`.
+        workers: The number of processes that decode images. 0: decode in the main process.
+        max_unreadable: The fraction of the images, from 0 to 1, that may be unreadable. Loading fails above this
+            fraction.
     """
 
     source: Operation[Place] = "emoji"  # a run compares the images themselves (`stages.inputs`)

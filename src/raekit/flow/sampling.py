@@ -47,14 +47,14 @@ class Sampling:
     Attributes:
         steps: solver steps. A `published` grid has one step fewer.
         solver: a solver of `flow.solvers`. dopri5 chooses its own steps.
-        grid: `full` ends at time 0; `published` is the grid of the official sampler (RAE v1); `diffusers` is the grid
-            of diffusers' RAEDiTPipeline.
+        grid: `full` ends at time 0; `few` is the same with more times near both ends; `published` is the grid of the
+            official sampler (RAE v1); `diffusers` is the grid of diffusers' RAEDiTPipeline.
         guidance: the rules, at most one of each method. A single rule, or a text such as `cfg:2.0@0.1-0.9`
             (`parse_guidance`), becomes a tuple.
         weak: the weaker denoiser of `auto` guidance.
-        reuse: k > 1 runs the backbone of a denoiser with a head at every k-th step only. A value below 1 runs it when
-            the expected cosine similarity of the latents to those that it last ran on (`flow.path.similarity`, a
-            function of the times) is below this value. 1 runs it at each step.
+        reuse: k > 1 runs the backbone of a denoiser with a head only at every k-th step. A value below 1 runs the
+            backbone when the expected cosine similarity of the latents to the latents of its last run
+            (`flow.path.similarity`, a function of the times) is below this value. 1 runs the backbone at each step.
         atol: absolute tolerance of dopri5.
         rtol: relative tolerance of dopri5.
     """

@@ -25,9 +25,9 @@ class TransformerConfig:
     """Sizes of a stack of DiT blocks.
 
     Attributes:
-        width: channels of a token, a multiple of four times `heads`.
-        depth: number of blocks.
-        heads: number of attention heads.
+        width: Channels of a token, a multiple of four times `heads`.
+        depth: Number of blocks.
+        heads: Number of attention heads.
     """
 
     width: int
@@ -61,13 +61,13 @@ def wide_head(size: str = "G", depth: int = 2) -> TransformerConfig:
 
 @configclass
 class ContextConfig:
-    """Conditioning in context, as in RAE v2: tokens of time and class follow the image's, and replace adaLN.
+    """Conditioning in context, as in RAE v2: tokens of time and class follow the image's tokens, and replace adaLN.
 
     Each token is a learned vector plus the embedding of the time, or of the class.
 
     Attributes:
-        time_tokens: number of tokens of the time.
-        label_tokens: number of tokens of the class.
+        time_tokens: Number of tokens of the time.
+        label_tokens: Number of tokens of the class.
     """
 
     time_tokens: int = 4
@@ -84,25 +84,25 @@ class DenoiserSize:
     """The part of a denoiser's configuration that does not depend on the latents.
 
     Attributes:
-        backbone: the blocks of a plain DiT, or of the backbone of a DiT^DH.
-        head: the shallow, wide head of a DiT^DH. None makes a plain DiT.
-        patch_size: side of the square of latent positions that make a token.
-        mlp_ratio: hidden width of the MLPs divided by the width; "swiglu" takes 2/3 of it.
+        backbone: The blocks of a plain DiT, or of the backbone of a DiT^DH.
+        head: The shallow, wide head of a DiT^DH. None makes a plain DiT.
+        patch_size: Side of the square of latent positions that make a token.
+        mlp_ratio: Hidden width of the MLPs divided by the width; "swiglu" takes 2/3 of it.
         norm: "rms" has weights; "layer" is a LayerNorm without weights.
         mlp: "swiglu", or "gelu" for two layers around a tanh-GELU.
-        positions: the positions that are added to the backbone's tokens. "sincos" is the fixed sine-cosine table, as in
-            the code that trained the released models. "learned" is a weight that starts from this table, as in the
-            published code for GPUs.
-        rotary: whether queries and keys are rotated by their position.
-        qk_norm: whether queries and keys are normalised.
-        adaln_shift: whether the blocks' modulation has shifts.
-        context: conditions the backbone by tokens instead of adaLN.
-        base_depth: the number of backbone blocks before the base output of internal guidance. 0 means none.
-        allow_narrow: allow a width below the token dimension, for experiments on this limit.
-        prediction: what the output predicts.
-        label_std: standard deviation of the initial label embeddings, 0.02 as published. The time embedding
-            soon has a norm above 10 and hides small label embeddings. In a short training, larger values learn the
-            classes earlier.
+        positions: The positions that are added to the backbone's tokens. "none" adds no positions. "sincos" is the
+            fixed sine-cosine table, as in the code that trained the released models. "learned" is a weight that starts
+            from this table, as in the published code for GPUs.
+        rotary: Whether queries and keys are rotated by their position.
+        qk_norm: Whether queries and keys are normalised.
+        adaln_shift: Whether the blocks' modulation (adaLN) has shifts, not only scales and gates.
+        context: Conditions the backbone by tokens instead of adaLN.
+        base_depth: The number of backbone blocks before the base output, for internal guidance. 0: no base output.
+        allow_narrow: Allow a width below the token dimension, for experiments on this limit.
+        prediction: The quantity that the output predicts.
+        label_std: Standard deviation of the initial label embeddings, 0.02 as published. The norm of the time embedding
+            soon exceeds 10, so small label embeddings have little effect. With a larger value, a short training learns
+            the classes earlier.
     """
 
     backbone: TransformerConfig
@@ -143,11 +143,11 @@ class DenoiserConfig(DenoiserSize):
     """Complete configuration of a denoiser of latents (channels, *grid).
 
     Attributes:
-        channels: channels of the latents.
-        grid: height and width of the latents.
+        channels: Channels of the latents.
+        grid: Height and width of the latents.
         num_classes: 0 makes the denoiser unconditional.
-        shift: the time shift of its training, which its sampler needs.
-        class_names: names of the classes, if they are known.
+        shift: The time shift of its training, which its sampler needs.
+        class_names: Names of the classes, if they are known.
     """
 
     channels: int

@@ -1,6 +1,6 @@
 """Stage 1 on the built-in emoji: a small decoder for builtin:vit-tiny, L1 only.
 
-Reproduces:     src/raekit/assets/emoji/autoencoder (5.0 M parameters, seed 0), with LPIPS as below
+Reproduces:     src/raekit/assets/emoji/autoencoder (4.8 M parameters, seed 0), with LPIPS as below
 Command:        raekit train emoji_decoder --train.compile
                 for the built-in decoder, add --perceptual.weights FILE --perceptual.weight 0.3
                 --perceptual.start 1500, then python tools/make_builtin.py autoencoder runs/emoji_decoder

@@ -8,9 +8,9 @@ Memory:         15.6 GiB of state, 1.03 GB an image (0.06 GB with train.checkpoi
 Cost:           20,000 steps of 128, 2.5e18 FLOPs: about 2 hours on an H100, 12 on an RTX 4090 (estimated, at 35 %)
 Last verified:  never at this scale (no GPU); a test trains it with small sizes.
 
-It keeps the pretrained encoder and decoder (rae-dinov2-b), and starts from the denoiser that was trained on ImageNet
-(dit-dh-xl-256). The classes are the sub-folders of the photos. The learning rate is half of the published one, and
-constant for the first half of the training.
+The training keeps the pretrained encoder and decoder (rae-dinov2-b), and starts from the denoiser that was trained on
+ImageNet (dit-dh-xl-256). The classes are the sub-folders of the photos. The learning rate is half of the published
+rate, and constant for the first half of the training.
 """
 
 from raekit.data.loader import DataConfig

@@ -39,7 +39,7 @@ class PerceptualConfig:
     Attributes:
         weight: Factor of LPIPS in the loss.
         start: First training step with LPIPS in the loss.
-        weights: File with the LPIPS weights (`load_perceptual`); None finds or downloads them.
+        weights: File with the weights of VGG16. None: torchvision's cache, or a download from the Hub.
     """
 
     weight: float = 1.0

@@ -31,20 +31,20 @@ class EvaluationConfig:
     All scores of a run use the same noise and labels.
 
     Attributes:
-        every: steps between scores.
-        count: number of samples.
-        ema: decays of the averages to score, logged as evaluation/ema_DECAY/METRIC. Default: the average that is
+        every: Steps between scores.
+        count: Number of samples.
+        ema: Decays of the averages to score, logged as evaluation/ema_DECAY/METRIC. Default: the average that is
             exported, logged without a decay.
-        reference: a file that `raekit reference` wrote. Default: the held-out images of the data source.
-        features: the networks to compare in. Default: the networks of the reference. Without a reference there is a
-            default only for the built-in images.
-        labels: how the classes of the samples are drawn.
-        seed: seed of the samples.
+        reference: A file that `raekit reference` wrote. Default: the held-out images of the data source.
+        features: The networks whose features are compared. Default: the networks of the reference. Without a reference,
+            only the built-in images have a default.
+        labels: How the classes of the samples are drawn, as in `raekit evaluate`.
+        seed: Seed of the samples.
         steps: Euler steps.
-        guidance: guidance, as in cfg:2.0@0.1-0.9. Default: none.
-        precision: what the denoiser computes in.
-        batch_size: images at once.
-        intervals: log 95 % intervals too.
+        guidance: Guidance, as in cfg:2.0@0.1-0.9. Default: none.
+        precision: The precision in which the denoiser computes.
+        batch_size: The number of images to process at once.
+        intervals: Also log 95 % intervals.
     """
 
     every: Interval

@@ -42,27 +42,27 @@ class GenerationConfig:
     """Config of stage 2.
 
     Attributes:
-        stage: name of the stage in config.json.
-        data: the training images.
-        autoencoder: builtin:NAME, a model folder, a run of stage 1, or OWNER/NAME on the Hub. The encoder computes in
-            `train.precision`.
-        latents: a folder of `raekit latents cache`. Training reads its latents, and reads no training images.
-        denoiser: the sizes of the denoiser.
-        init_from: a denoiser to fine-tune, with the same sizes and latents. Its classes may differ.
-        conditional: train with class labels.
-        class_dropout: probability of dropping a label, at least 0 and below 1.
-        time_law: distribution of the training times, before the shift.
-        shift_base: times are shifted by sqrt(dimension of the latents / `shift_base`).
-        alignment: the term of REPA, which aligns tokens of the denoiser with tokens of an encoder. None, as in RAE,
-            leaves it out.
-        residual: number format of the tokens between the backbone's blocks, if `train.precision` is bf16. The head's
-            tokens are bf16 then.
-        train: steps, batches, precision, checkpoints and logs.
-        optim: optimizer and learning rate schedule.
-        ema: decays of the weight averages. The first decay gives the average that is used by default.
-        evaluation: scores samples during training.
-        samples: makes pictures of samples during training.
-        heldout: measures the loss on held-out images during training.
+        stage: Name of the stage in config.json.
+        data: The training images.
+        autoencoder: Published name, builtin:NAME, a model folder, a run of stage 1, or OWNER/NAME on the Hub. The
+            encoder computes in `train.precision`.
+        latents: A folder of `raekit latents cache`. Training reads the cached latents instead of the training images.
+        denoiser: The sizes of the denoiser.
+        init_from: A model whose denoiser is fine-tuned, with the same sizes and latents. Its classes may differ.
+        conditional: Train with class labels.
+        class_dropout: Probability of dropping a label, at least 0 and below 1.
+        time_law: Distribution of the training times, before the shift.
+        shift_base: The factor of the time shift is sqrt(dimension of the latents / `shift_base`).
+        alignment: The term of REPA, which aligns tokens of the denoiser with tokens of an encoder. None: no such term,
+            as in RAE.
+        residual: Number format of the tokens between the backbone's blocks, if `train.precision` is bf16. The tokens
+            between the head's blocks are always bf16 in this case.
+        train: Steps, batches, precision, checkpoints and logs.
+        optim: Optimizer and learning rate schedule.
+        ema: Decays of the weight averages. The first decay gives the average that is used by default.
+        evaluation: Scores samples during training.
+        samples: Makes pictures of samples during training.
+        heldout: Measures the loss on held-out images during training.
     """
 
     stage: Literal["generation"] = "generation"

@@ -70,15 +70,16 @@ class ReconstructionConfig(DecoderLossConfig):
     Attributes:
         stage: Name of the stage in config.json.
         data: Training images. `data.image_size` must equal the size that the decoder gives.
-        encoder: Name of the frozen encoder (`load_encoder`). The encoder computes in `train.precision`.
-        encoder_size: Size in pixels to which the encoder resizes images; None is the encoder's default size.
+        encoder: Name of the frozen encoder, as in `raekit.models.encoders.load_encoder`. The encoder computes in
+            `train.precision`.
+        encoder_size: Size in pixels to which the encoder resizes images. None: the encoder's default size.
         layers: Encoder blocks whose outputs form the latent.
         output: Output of the decoder: `encoder-colours`, normalised by the encoder's mean and standard deviation
             (RAE v1), or `pixels` in [0, 1] (RAE v2).
         decoder: Size of the decoder.
-        init_from: Name of an autoencoder whose decoder is fine-tuned; both decoders must have the same sizes. None
-            starts from random weights.
-        selection: Keeps the decoder that is best for generation. None exports the last decoder.
+        init_from: Name of an autoencoder whose decoder is fine-tuned, with the same sizes. None: start from random
+            weights.
+        selection: Keeps the decoder with the best score. None: export the last decoder.
         samples: Makes pictures of held-out images and their reconstructions during training.
         heldout: Measures the reconstruction loss on held-out images during training, without the adversarial term.
         train: Settings of the training loop.

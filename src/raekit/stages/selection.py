@@ -28,11 +28,12 @@ class SelectionConfig:
     """Keep the best averaged decoder in RUN/artifact: the one with the smallest Frechet distance to held-out images.
 
     Attributes:
-        every: steps between scores.
-        latents: a file that `raekit latents generate` wrote. The score is the distance between these latents,
-            decoded, and the held-out images. Default: the distance of reconstructions.
-        features: the network in whose features distances are measured, as in `raekit evaluate`. There is a default only
-            for the built-in images.
+        every: Steps between scores.
+        latents: A file that `raekit latents generate` wrote. The score is the distance between these latents,
+            decoded, and the held-out images. Default: the score is the distance of
+            reconstructions.
+        features: The network whose features are compared, as in `raekit evaluate`. Only the built-in images have a
+            default.
     """
 
     every: Interval

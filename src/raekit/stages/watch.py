@@ -32,11 +32,11 @@ _PAIRS = 4
 
 @configclass
 class PicturesConfig:
-    """Pictures of what the model makes, in RUN/samples/step-*.png and in every tracker.
+    """Pictures that the model makes during training, in RUN/samples/step-*.png and in every tracker.
 
     Attributes:
         every: Steps between two pictures.
-        count: Number of images in a picture. Of reconstructions, the number of originals.
+        count: Number of held-out images in a picture. Each is shown next to its reconstruction.
     """
 
     every: Interval
@@ -79,8 +79,8 @@ class HeldoutConfig:
 
     Attributes:
         every: Steps between two measurements.
-        count: Number of held-out images, spread over the held-out images of the data source. They, their noise and
-            their times are the same in every measurement.
+        count: Number of held-out images to use, evenly spread. The images, noise and times are the same in every
+            measurement.
     """
 
     every: Interval

@@ -18,14 +18,14 @@ class OptimConfig:
     """An optimizer and its learning rate schedule, in optimizer steps.
 
     Attributes:
-        method: `adamw`, or `muon`. Muon trains the two-dimensional parameters, with its steps scaled to the size of
-            AdamW's steps so that both share `lr`; AdamW trains the other parameters (RAE v2).
+        method: `adamw`, or `muon` (RAE v2). With `muon`, Muon trains the two-dimensional parameters, and AdamW trains
+            the others. Muon's steps are scaled to the size of AdamW's steps, so that both use `lr`.
         momentum: Momentum of Muon.
         lr: Learning rate during the warm-up and at the start of the decay.
         final_lr: Learning rate from step `decay_end` on, unless `decay` is `constant`.
         warmup_steps: Number of steps before the decay starts.
-        warmup_from_zero: Increases the learning rate linearly during the warm-up, by lr / warmup_steps in each step.
-            By default the learning rate is `lr` throughout the warm-up.
+        warmup_from_zero: Increase the learning rate linearly during the warm-up, by lr / warmup_steps in each step. If
+            off, the learning rate is `lr` throughout the warm-up.
         decay: Curve of the learning rate from `lr` to `final_lr`; `constant` stays at `lr`.
         decay_end: Step at which the decay ends, counted from 0 and including the warm-up.
         betas: The betas of AdamW.

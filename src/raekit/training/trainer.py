@@ -46,12 +46,13 @@ class TrainConfig:
     Attributes:
         steps: Optimizer steps of the complete training.
         batch_size: Global batch: images per optimizer step, over all processes.
-        micro_batch: Images per forward pass on one process. Gradients accumulate over the micro-batches of a step. None
-            means the process's full share of the batch; `auto` the largest part of it that fits into the memory of
-            every GPU, found by a trial before the first step.
-        precision: Number format of forward and backward passes, see `raekit.training.precision`. Weights stay float32.
+        micro_batch: Images per forward pass on one process. Gradients accumulate over the micro-batches of a step.
+            None: the full share of the process in the batch. `auto`: the largest part of this share that fits into the
+            memory of every GPU, found by a trial before the first step.
+        precision: Number format of forward and backward passes. `auto`: bf16 if the hardware is fast at it, else fp32.
+            Weights stay float32.
         compile: Compile the blocks with torch.compile.
-        checkpointing: Keep only the inputs of the blocks for the backward pass, which runs each block again.
+        checkpointing: Keep only the inputs of the blocks in memory. The backward pass runs each block again.
         seed: Seed of the data order, of the noise and of all other random numbers.
         log_every: Steps between two records in metrics.jsonl.
         monitor_every: Steps between two measurements of the largest attention logit, a multiple of `log_every`. Each
@@ -59,14 +60,15 @@ class TrainConfig:
         checkpoint_every: Steps between two checkpoints.
         keep: Number of checkpoints to keep.
         background_saves: Write checkpoints while the training continues, from a copy of the state in host memory.
-            None: on CUDA.
-        milestones: Steps whose weights are kept, in RUN/milestones. RUN@STEP names them wherever a model is named.
-        ema_warmup: Averages start with a small decay, min(decay, (1 + n) / (10 + n)) after n updates, so that a short
-            training does not export its first weights. By default the decay is constant, as published.
+            None: True on CUDA, False on a CPU.
+        milestones: Steps whose weights are kept, in RUN/milestones. RUN@STEP is the name of such a model.
+        ema_warmup: Averages start with a small decay, min(decay, (1 + n) / (10 + n)) after n updates, so that the
+            averages of a short training do not contain its initial weights. If off, the decay is constant, as
+            published.
         max_skipped: Training fails after this many steps in a row whose gradient is not finite.
         shard: Number of processes that share one copy of weights, gradients, moments and averages. The copies are
             replicated over the other processes. 1 needs the most memory and the fewest messages.
-        track: Trackers that also get the values and pictures: TensorBoard, Weights & Biases, trackio.
+        track: Trackers to send the config, values and pictures to: TensorBoard, Weights & Biases, trackio.
     """
 
     steps: OnPurpose[Steps]
