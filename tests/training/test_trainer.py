@@ -211,11 +211,12 @@ def test_the_artifact_follows_each_checkpoint_and_milestones_are_kept(tmp_path):
         newest = checkpoint.checkpoints(tmp_path / "checkpoints")[-1].name
         written.append((str(folder.relative_to(tmp_path)), newest.removeprefix("step-0000000")))
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / "model").touch()
 
     written: list[tuple[str, str]] = []
     config = replace(CONFIG, checkpoint_every=3, milestones=(2, 6))
     trainer(tmp_path, config=config, export=export).fit()
-    kept = [("milestones/step-00000002", "2"), ("milestones/step-00000006", "6")]
+    kept = [("milestones/step-00000002.partial", "2"), ("milestones/step-00000006.partial", "6")]
     assert written == [
         ("artifact", "2"), kept[0], ("artifact", "3"), ("artifact", "6"), kept[1], ("artifact", "8"),
     ]  # fmt: skip
@@ -224,6 +225,24 @@ def test_the_artifact_follows_each_checkpoint_and_milestones_are_kept(tmp_path):
     shutil.rmtree(tmp_path / "milestones" / "step-00000006")  # as if the process had died before it wrote this one
     trainer(tmp_path, config=config, export=export).fit()
     assert written == [("artifact", "6"), kept[1], ("artifact", "8")]
+    left = [str(path.relative_to(tmp_path)) for path in sorted((tmp_path / "milestones").rglob("*")) if path.is_file()]
+    assert left == ["milestones/step-00000002/model", "milestones/step-00000006/model"]
+
+
+def test_a_milestone_that_was_not_written_completely_is_written_again(tmp_path):
+    def export(folder: Path) -> None:
+        for name in ("denoiser", "autoencoder"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            if killed and folder.parent.name == "milestones":
+                raise KeyboardInterrupt
+
+    config, killed = replace(CONFIG, milestones=(2,)), True
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path, config=config, export=export).fit()
+    killed = False
+    trainer(tmp_path, config=config, export=export).fit()
+    kept = {str(path.relative_to(tmp_path / "milestones")) for path in (tmp_path / "milestones").rglob("*")}
+    assert kept == {"step-00000002", "step-00000002/denoiser", "step-00000002/autoencoder"}
 
 
 def test_a_stopped_run_publishes_what_it_saved(tmp_path):

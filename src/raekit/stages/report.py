@@ -266,7 +266,7 @@ def _data(run: Path, config: dict[str, Any], step: int) -> list[tuple[str, str]]
         )
         rows.append(("seen so far", f"{seen:,} images, {seen / images['count']:.3g} epochs"))
     saved = [path.name for path in checkpoints(run / "checkpoints")]
-    milestones = sorted(path.name for path in (run / "milestones").glob("step-*"))
+    milestones = sorted(path.name for path in (run / "milestones").glob("step-*[0-9]"))
     rows.append(("checkpoints", ", ".join(saved) or "none"))
     if milestones:
         rows.append(("milestones", ", ".join(milestones)))

@@ -1,6 +1,7 @@
 """The training loop for a list of objectives, on any number of processes."""
 
 import logging
+import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -339,7 +340,13 @@ class Trainer:
         self.export(self.run / "artifact")
         milestone = self.run / "milestones" / checkpoint.name(self.step)
         if self.step in self.config.milestones and self.world.any(self.world.is_main and not milestone.is_dir()):
-            self.export(milestone)
+            # A milestone can have several artifacts. It gets its name when all of them are there.
+            partial = milestone.with_name(f"{milestone.name}.partial")
+            if self.world.is_main:
+                shutil.rmtree(partial, ignore_errors=True)
+            self.export(partial)
+            if self.world.is_main:
+                partial.replace(milestone)
         self.world.barrier()  # the first process writes, and then all may read
 
     def _evaluate(self, tracker: Tracking | None, again: bool = True) -> None:
