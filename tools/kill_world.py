@@ -48,6 +48,7 @@ class World:
             endpoint = f"127.0.0.1:{free.getsockname()[1]}"
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2"]
         meet = ["--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-id", "kill", "--max-restarts", "0"]
+        meet += ["--rdzv-conf", "join_timeout=60"]  # of a launcher whose peer was killed before they met
         train = ["train", *arguments, "--train.log-every", "1", "--run", str(run)]
         command = [*torchrun, *meet, "--signals-to-handle", HANDLED, "-m", "raekit", "--", *train]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -8,6 +8,7 @@ from torch import nn
 
 from raekit.config import from_dict, to_dict
 from raekit.errors import UserError
+from raekit.training import muon
 from raekit.training.optim import OptimConfig, adamw, build_optimizer, learning_rate
 
 RATES = st.floats(1e-6, 1e-1)
@@ -86,7 +87,10 @@ def weights(module: nn.Module) -> list[torch.Tensor]:
 MUON = OptimConfig(method="muon", lr=0.01, betas=(0.6, 0.7), momentum=0.9)
 
 
-def test_muon_moves_the_matrices_but_of_convolutions_and_adamw_the_rest():
+@pytest.mark.parametrize(("dtype", "off"), [(torch.bfloat16, 1e-7), (torch.float32, 1e-3)])
+def test_muon_moves_the_matrices_but_of_convolutions_and_adamw_the_rest(dtype, off, monkeypatch):
+    """torch's Muon multiplies in bfloat16 everywhere: in float32, an update differs from torch's by rounding."""
+    monkeypatch.setattr(muon, "precision", lambda device: dtype)
     module = blocks_and_more()
     start = copy.deepcopy(module)
     optimizer = build_optimizer(MUON, module, [module["embed"]])  # type: ignore[call-overload]
@@ -106,7 +110,7 @@ def test_muon_moves_the_matrices_but_of_convolutions_and_adamw_the_rest():
         for one in (optimizer, *by_hand):
             one.step()
     for ours, theirs in zip(module.parameters(), expected.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=off)
     # A step of Muon is about as large as a step of AdamW: its root mean square is 0.2 times the learning rate.
     (one,) = [name for name, _ in module.named_parameters() if name == "blocks.0.0.weight"]
     build_optimizer(MUON, with_gradients(start), [start["embed"]]).step()  # type: ignore[call-overload]
@@ -130,6 +134,11 @@ def test_a_step_of_muon_that_is_not_finite_changes_nothing():
             for name, value in values.items():
                 assert value.isfinite().all()
                 assert not bad or torch.equal(value, state[i][name] if i in state else torch.zeros_like(value))
+
+
+def test_muon_multiplies_in_float32_on_a_cpu():
+    assert muon.precision(torch.device("cpu")) == torch.float32
+    assert muon.precision(torch.device("cuda")) == torch.bfloat16
 
 
 def test_muon_without_matrices_is_refused():

@@ -38,13 +38,13 @@ def test_flags_return_after_an_error(set_flags):
     assert flags() == (False, True)
 
 
-@pytest.mark.parametrize("limit", [None, "AVX2", "avx512_core", "AVX512_CORE_BF16", "DEFAULT"])
+@pytest.mark.parametrize("limit", [None, "AVX2", "avx512_core_bf16", "AVX512_CORE_AMX", "DEFAULT"])
 @pytest.mark.parametrize("able", [False, True])
-def test_auto_is_bf16_where_the_processor_has_its_products_and_may_use_them(monkeypatch, limit: str | None, able: bool):
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: able)
+def test_auto_is_bf16_where_the_processor_has_amx_and_may_use_it(monkeypatch, limit: str | None, able: bool):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: able)
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     if limit:
         monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
-    fast = able and limit not in ("AVX2", "avx512_core")
+    fast = able and limit not in ("AVX2", "avx512_core_bf16")
     assert compute_dtype("auto", torch.device("cpu")) == (torch.bfloat16 if fast else torch.float32)
     assert compute_dtype("bf16", torch.device("cpu")) == torch.bfloat16

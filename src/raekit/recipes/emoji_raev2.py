@@ -7,8 +7,7 @@ Memory:         0.4 GiB
 Cost:           about as long as emoji_dit_dh: 712 MFLOPs per image in the forward pass, against 685
 Last verified:  not with these 8 x 8 tokens
 
-The optimizer is AdamW instead of RAE v2's Muon. Muon multiplies in bfloat16, which is many times slower
-on a CPU without such instructions.
+The optimizer is AdamW instead of RAE v2's Muon, as in emoji_dit_dh.
 
 The denoiser has 3 instead of 12 tokens for time and class, because an image has only 64 tokens here.
 """

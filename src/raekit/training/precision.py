@@ -11,18 +11,19 @@ Precision = Literal["auto", "fp32", "tf32", "bf16"]
 """Precision of the losses. `tf32` is float32 with matrix products of 10 fraction bits on CUDA (eight times as fast from
 Ampere on), and plain float32 on other devices; for `auto` see `compute_dtype`."""
 
-_WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
-"""The values of ONEDNN_MAX_CPU_ISA without AVX-512's products of bfloat16 matrices."""
-
 
 def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:
-    """Return bfloat16 or float32; `auto` is bfloat16 on hardware with fast bfloat16 products, and float32 elsewhere."""
+    """Return bfloat16 or float32.
+
+    `auto` is bfloat16 on GPUs that multiply it natively and on CPUs with AMX, and float32 elsewhere. On an Intel Xeon
+    with AVX-512 BF16 but without AMX, bfloat16 products have half the rate of float32 products (docs/performance.md).
+    """
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         # oneDNN multiplies the matrices. This variable of its own limits the instructions that it uses.
         limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
-        fast = torch.cpu._is_avx512_bf16_supported() and limit not in _WITHOUT_BF16
+        fast = torch.cpu._is_amx_tile_supported() and (limit in ("", "DEFAULT", "ALL") or "AMX" in limit)
     return torch.bfloat16 if precision == "bf16" or (precision == "auto" and fast) else torch.float32
 
 

@@ -50,8 +50,8 @@ class TrainConfig:
         micro_batch: Images per forward pass on one process. Gradients accumulate over the micro-batches of a step.
             None: the full share of the process in the batch. `auto`: the largest part of this share that fits into the
             memory of every GPU, found by a trial before the first step.
-        precision: Number format of forward and backward passes. `auto`: bf16 if the hardware is fast at it, else fp32.
-            Weights stay float32.
+        precision: Number format of forward and backward passes. `auto`: bf16 on GPUs that multiply it natively and on
+            CPUs with AMX, else fp32. Weights stay float32.
         compile: Compile the blocks with torch.compile.
         checkpointing: Keep only the inputs of the blocks in memory. The backward pass runs each block again.
         seed: Seed of the data order, of the noise and of all other random numbers.
@@ -147,7 +147,7 @@ class Trainer:
             check_compiler("train.compile", world.device)
         check_trackers(config.track)
         if config.precision == "bf16" and compute_dtype("auto", world.device) == torch.float32:
-            _log.warning("train.precision: bf16 is slow on this processor, which has no instructions for it")
+            _log.warning("train.precision: bf16 is slower than fp32 on this device, which does not multiply it fast")
         self.run, self.config, self.world = run, config, world
         self.objectives, self.batches, self.periodics = list(objectives), batches, periodics
         self.export, self.about = export, about
