@@ -12,18 +12,18 @@ def results(late: float, early: float, psnr: float, spread: float) -> list[Resul
     found = []
     for seed in noise.SEEDS:
         level = 1.0 + seed  # the seeds differ more than the decoders
-        for setting in noise.NOISES:
-            plain = setting == noise.NONE
+        for law, tau in noise.NOISES:
+            plain = (law, tau) == noise.NONE
             factor = math.exp(spread * (seed - 1)) if plain else 1.0
             values = {
                 noise.LATE: dict.fromkeys(noise.JUDGES, level * factor / (1 if plain else late)),
                 noise.EARLY: dict.fromkeys(noise.JUDGES, level * 5 / factor / (1 if plain else early)),
-                "reconstruction": {
+                noise.REAL: {
                     **dict.fromkeys(noise.JUDGES, 0.5),
                     "psnr": 20 + seed + (0 if plain else psnr + spread * (seed - 1)),
                 },
             }
-            found.append(Result({"noise": setting, "seed": seed}, values))
+            found.append(Result({"law": law, "tau": tau, "seed": seed}, values))
     return found
 
 
