@@ -18,13 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import raekit
-from raekit.data.loader import DataConfig
-from raekit.data.sources.base import Split
 from raekit.distributed import World
 from raekit.evaluation.evaluate import evaluate
-from raekit.evaluation.features import load_networks
-from raekit.evaluation.references import measure_reference
+from raekit.experiments.studies.engine.drawing import draw_seeds, error_bars
 from raekit.experiments.studies.engine.execution import train_shared
+from raekit.experiments.studies.engine.judging import CLASSIFIER, measure_real, reference
 from raekit.experiments.studies.engine.plan import (
     Claim,
     Estimate,
@@ -37,15 +35,15 @@ from raekit.experiments.studies.engine.plan import (
     estimate,
     within,
 )
-from raekit.experiments.studies.engine.training import SIDE, small_decoder, small_denoiser
+from raekit.experiments.studies.engine.training import small_decoder, small_denoiser, split_of
 from raekit.flow.guidance import parse_guidance
 from raekit.flow.sampling import Sampling
 from raekit.models.denoiser import Denoiser
 from raekit.progress import Progress
 from raekit.recipes import cache
 
-CLASSIFIER, JUDGE = "classifier:builtin:emoji", "emoji_classifier"
-"""The network that judges, and the name of its features."""
+JUDGE = "emoji_classifier"
+"""The name of the features of the network that judges."""
 UNGUIDED = "none"
 SMALL, LARGE = 1.5, 2.5
 """The scales. The small scale is the published default of AutoGuidance."""
@@ -63,16 +61,11 @@ DECODER_STEPS = 200
 
 def prepare(folder: Path, quick: bool, progress: Progress) -> None:
     """Train the decoder, cache the latents, and measure the real images in the classifier's features."""
-    split = _split(quick)
+    split = split_of(quick)
     decoder = small_decoder(2 if quick else DECODER_STEPS, 0, split, noise=0.4)
     train_shared(decoder, folder / "decoder", progress, "decoder")
     cache(_config(0, folder, quick), progress)
-    reference = folder / "reference.safetensors"
-    if not reference.is_file():
-        world = World()
-        data = DataConfig(source="emoji", split="heldout" if quick else "all", image_size=SIDE)
-        networks = load_networks(CLASSIFIER, world.device)
-        measure_reference(data, networks, world, progress=progress).write(reference)
+    measure_real(folder, [CLASSIFIER], quick, progress)
 
 
 def plan(folder: Path, quick: bool) -> list[Run]:
@@ -88,10 +81,6 @@ def plan(folder: Path, quick: bool) -> list[Run]:
     ]
 
 
-def _split(quick: bool) -> Split:
-    return "heldout" if quick else "train"
-
-
 def _config(seed: int, folder: Path, quick: bool) -> Any:
     """Return the config of a denoiser."""
     return small_denoiser(
@@ -99,7 +88,7 @@ def _config(seed: int, folder: Path, quick: bool) -> Any:
         folder / "latents",
         2 if quick else STEPS,
         seed,
-        _split(quick),
+        split_of(quick),
         denoiser__base_depth=2,
         train__milestones=[1 if quick else EARLY],
     )
@@ -118,7 +107,7 @@ def measure(artifact: Path, settings: Settings, folder: Path) -> Values:
         )
         report, _ = evaluate(
             model,
-            reference=folder / "reference.safetensors",
+            reference=reference(folder),
             features=[CLASSIFIER],
             count=int(settings["samples"]),
             seed=int(settings["seed"]),
@@ -174,25 +163,16 @@ def _distance(results: Sequence[Result]) -> Claim:
     )
 
 
-def _bounds(means: Sequence[Estimate]) -> list[list[float]]:
-    """Return the intervals as matplotlib's error bars."""
-    return [[mean.mean - mean.low for mean in means], [mean.high - mean.mean for mean in means]]
-
-
 def _draw_scales(figure: Any, results: Sequence[Result], metric: str, label: str) -> None:
     """Draw a metric against the scale, for each method."""
     axes = figure.add_subplot(xlabel="scale of the guidance", ylabel=label)
     scales = [1, SMALL, LARGE]
     for place, (method, name) in enumerate(METHODS.items()):
         rows = [values_of(results, UNGUIDED if s == 1 else f"{method}:{s}", metric) for s in scales]
-        means = [estimate(row) for row in rows]
-        x = [s + 0.03 * (place - 1) for s in scales]
-        axes.errorbar(x, [e.mean for e in means], _bounds(means), color=f"C{place}", capsize=3, label=name)
-        for values in zip(*rows, strict=True):
-            axes.plot(x, values, ".", color=f"C{place}", alpha=0.5)
-    inside, start_end = estimate(values_of(results, INTERVAL, metric)), INTERVAL.partition("@")[2]
+        draw_seeds(axes, [s + 0.03 * (place - 1) for s in scales], rows, color=f"C{place}", label=name)
+    inside, start_end = values_of(results, INTERVAL, metric), INTERVAL.partition("@")[2]
     name = f"CFG, only at times from {start_end.replace('-', ' to ')}"
-    axes.errorbar([LARGE + 0.09], [inside.mean], _bounds([inside]), fmt="s", color="C4", capsize=3, label=name)
+    draw_seeds(axes, [LARGE + 0.09], [inside], fmt="s", color="C4", label=name)
     axes.set_xticks(scales)
     axes.legend()
 
@@ -210,7 +190,7 @@ def _interval(results: Sequence[Result]) -> Claim:
             pairs = zip(values_of(results, rule, "distance"), values_of(results, UNGUIDED, "distance"), strict=True)
             axes.plot([a - b for a, b in pairs], [row] * len(results), ".", color="grey")
             color = "C4" if rule == INTERVAL else f"C{list(METHODS).index(rule.partition(':')[0])}"
-            axes.errorbar([change.mean], [row], xerr=_bounds([change]), fmt="o", color=color, capsize=3)
+            axes.errorbar([change.mean], [row], xerr=error_bars([change]), fmt="o", color=color, capsize=3)
         axes.axvline(0, color="black", linewidth=1)
         axes.set_yticks(range(len(RULES) - 1), [_spelled(rule) for rule in RULES[1:]])
         axes.set_ylim(len(RULES) - 1.5, -0.5)
@@ -250,7 +230,14 @@ def _recall(results: Sequence[Result]) -> Claim:
             x, y = ([e.mean] for e in means)
             axes.plot(*pairs, ".", color=f"C{row}", alpha=0.5)
             axes.errorbar(
-                x, y, _bounds(means[1:]), _bounds(means[:1]), fmt=markers[rule], color=f"C{row}", capsize=2, label=label
+                x,
+                y,
+                error_bars(means[1:]),
+                error_bars(means[:1]),
+                fmt=markers[rule],
+                color=f"C{row}",
+                capsize=2,
+                label=label,
             )
         axes.legend(fontsize=7)
 

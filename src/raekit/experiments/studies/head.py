@@ -20,7 +20,8 @@ import numpy as np
 import torch
 
 import raekit
-from raekit.experiments.studies.engine.plan import Claim, Estimate, Result, Run, Settings, Values, geometric, within
+from raekit.experiments.studies.engine.drawing import draw_seeds
+from raekit.experiments.studies.engine.plan import Claim, Result, Run, Settings, Values, geometric, within
 from raekit.experiments.studies.engine.training import small_dit
 from raekit.experiments.studies.engine.waves import distance, draw_numbers, images
 from raekit.files import whole
@@ -155,13 +156,10 @@ def _high(distances: Distances, cost: str) -> Claim:
             xlabel="token dimension n", ylabel="distance to the true distribution", xscale="log", yscale="log"
         )
         for network, color in zip(SIZES, ("C0", "C1"), strict=True):
-            rows = {n: geometric(row[network]) for n, row in distances.items()}
-            bounds = [[e.mean - e.low for e in rows.values()], [e.high - e.mean for e in rows.values()]]
+            rows = [row[network] for row in distances.values()]
             count = len(distances[largest][network])
             label = f"{_spelled(network)} (mean of {count} seeds, 95 % interval)"
-            axes.errorbar(list(rows), [e.mean for e in rows.values()], bounds, color=color, capsize=3, label=label)
-            for n, row in distances.items():
-                axes.plot([n] * len(row[network]), row[network], ".", color=color, alpha=0.5)
+            draw_seeds(axes, list(distances), rows, mean=geometric, color=color, label=label)
         axes.axvline(WIDTH, color="grey", linestyle=":", label=f"width of the DiT, {WIDTH}")
         axes.set_xticks(list(distances), list(map(str, distances)))
         axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
@@ -219,14 +217,10 @@ def _growth(distances: Distances) -> Claim:
         axes = figure.add_subplot(
             xlabel="token dimension n", ylabel="distance of DiT over distance of DiT^DH", xscale="log"
         )
-        means: dict[int, Estimate] = {n: geometric(values) for n, values in factors.items()}
-        bounds = [[e.mean - e.low for e in means.values()], [e.high - e.mean for e in means.values()]]
         label = f"mean of {len(factors[largest])} seeds, 95 % interval"
-        axes.errorbar(list(means), [e.mean for e in means.values()], bounds, capsize=3, label=label)
-        for n, values in factors.items():
-            axes.plot([n] * len(values), values, ".", color="grey")
+        draw_seeds(axes, list(factors), list(factors.values()), mean=geometric, label=label)
         axes.axhline(1, color="black", linewidth=1, label="no difference")
-        axes.set_xticks(list(means), list(map(str, means)))
+        axes.set_xticks(list(factors), list(map(str, factors)))
         axes.minorticks_off()
         axes.set_ylim(bottom=0)
         axes.legend()
@@ -240,5 +234,5 @@ def _growth(distances: Distances) -> Claim:
         + f"; from n = {smallest} to {largest} the factor grows {change} times; shown if this interval lies above 1",
         verdict=within(change, 1, math.inf),
         draw=draw,
-        caption="How many times larger the distance of the plain DiT is. Above 1 the head helps. Grey: each seed.",
+        caption="How many times larger the distance of the plain DiT is. Above 1 the head helps. Points: each seed.",
     )

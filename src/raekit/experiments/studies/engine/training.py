@@ -42,7 +42,12 @@ def small_dit(side: int, latents: Path, steps: int, seed: int, **overrides: Any)
 
 
 SIDE = 32
-"""Side in pixels of the emoji of `small_decoder` and `small_denoiser`, which give 4 x 4 tokens of 192 channels."""
+"""Side in pixels of the emoji of the functions below. The built-in encoder gives 4 x 4 tokens of 192 channels."""
+
+
+def split_of(quick: bool) -> Split:
+    """Return the images to train on: the training images, or the few held-out images in a quick study."""
+    return "heldout" if quick else "train"
 
 
 def small_decoder(steps: int, seed: int, split: Split, **overrides: Any) -> StageConfig:
@@ -63,14 +68,25 @@ def small_decoder(steps: int, seed: int, split: Split, **overrides: Any) -> Stag
     )
 
 
-def small_denoiser(
-    autoencoder: Path, latents: Path, steps: int, seed: int, split: Split, **overrides: Any
-) -> StageConfig:
-    """Return the config of a short training of a small, class-conditional DiT on the latents of `small_decoder`.
+def small_vae(steps: int, seed: int, split: Split) -> StageConfig:
+    """Return the config of a short training of a small VAE on emoji of 32 x 32 pixels, with latents of 8 x 8 x 4.
 
     Args:
-        autoencoder: Run of the decoder.
-        latents: Folder of the cached latents.
+        steps: Steps of the training.
+        seed: Seed of the training.
+        split: Images to train on.
+    """
+    return configured("emoji_vae", vae={"channels": 4, "widths": [32, 32, 64]}, **_short(steps, seed, split))
+
+
+def small_denoiser(
+    autoencoder: Path | str, latents: Path | None, steps: int, seed: int, split: Split, **overrides: Any
+) -> StageConfig:
+    """Return the config of a short training of a small, class-conditional DiT on latents with 4 x 4 tokens.
+
+    Args:
+        autoencoder: Run of `small_decoder` or of `small_vae`, or the name of a baseline.
+        latents: Folder of the cached latents. None encodes the images in each step.
         steps: Steps of the training.
         seed: Seed of the training.
         split: Images to train on.
@@ -79,7 +95,7 @@ def small_denoiser(
     return configured(
         "emoji_dit_dh",
         autoencoder=str(autoencoder),
-        latents=str(latents),
+        latents=latents and str(latents),
         denoiser__backbone={"width": 192, "depth": 4, "heads": 4},
         denoiser__head=None,
         **_short(steps, seed, split),

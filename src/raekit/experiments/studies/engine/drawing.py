@@ -1,0 +1,34 @@
+"""Draw means over seeds with their intervals."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from raekit.experiments.studies.engine.plan import Estimate, estimate
+
+
+def error_bars(estimates: Sequence[Estimate]) -> list[list[float]]:
+    """Return the intervals as matplotlib takes error bars: the distances of the bounds below and above the mean."""
+    return [[each.mean - each.low for each in estimates], [each.high - each.mean for each in estimates]]
+
+
+def draw_seeds(
+    axes: Any,
+    x: Sequence[float],
+    rows: Sequence[Sequence[float]],
+    *,
+    mean: Callable[[Sequence[float]], Estimate] = estimate,
+    **style: Any,
+) -> None:
+    """Draw a curve of means with 95 % intervals, and a faint point for each seed.
+
+    Args:
+        axes: The axes of matplotlib.
+        x: The place of each mean.
+        rows: For each place, the values of all seeds.
+        mean: Estimates the mean of a row.
+        **style: Further arguments of `axes.errorbar`.
+    """
+    means = [mean(row) for row in rows]
+    drawn = axes.errorbar(x, [each.mean for each in means], error_bars(means), capsize=3, markersize=4, **style)
+    for place, row in zip(x, rows, strict=True):
+        axes.plot([place] * len(row), row, ".", color=drawn.lines[0].get_color(), alpha=0.4, markersize=4)
