@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from raekit.distributed import World
 from raekit.evaluation.streams import Samples
-from raekit.experiments.studies.engine.drawing import draw_seeds
+from raekit.experiments.studies.engine.drawing import draw_seeds, plain_numbers
 from raekit.experiments.studies.engine.execution import train_shared
 from raekit.experiments.studies.engine.judging import CLASSIFIER, distances, measure_real, reconstruction
 from raekit.experiments.studies.engine.plan import (
@@ -238,6 +238,7 @@ def _steps_claim(results: Sequence[Result]) -> Claim:
                 marker="o",
                 label=name,
             )
+        plain_numbers(axes.yaxis)
         axes.legend()
 
     floors = ", ".join(
@@ -277,6 +278,7 @@ def _flops_claim(results: Sequence[Result]) -> Claim:
         for space, name in NAMES.items():
             flops = [step * costs[space] for step in _checked(results)]
             draw_seeds(axes, flops, _rows(results, space), mean=geometric, color=COLORS[space], marker="o", label=name)
+        plain_numbers(axes.yaxis)
         axes.legend()
 
     return Claim(
@@ -341,6 +343,7 @@ def _pixels(results: Sequence[Result]) -> Claim:
             axes.plot([place], [_floor(results, space)["distance"]], "_", color="C3", markersize=24, label=label)
         axes.set_xticks(range(len(NAMES)), [name.replace(", ", ",\n") for name in NAMES.values()])
         axes.set_xlim(-0.5, len(NAMES) - 0.5)
+        plain_numbers(axes.yaxis)
         axes.legend()
 
     return Claim(

@@ -213,7 +213,7 @@ def _generated(results: Sequence[Result]) -> Claim:
                 title=f"features of the {name}",
             )
         panels[0].set_ylabel("Frechet distance to real images")
-        panels[0].legend(title="law of the noise level")
+        panels[0].legend(title="law of the noise level", loc="lower left")
 
     return Claim(
         name="generated",
@@ -275,7 +275,7 @@ def _quality(results: Sequence[Result]) -> Claim:
             axes.axhline(1, color="black", linewidth=1)
             _draw(axes, results, lambda noise, kind=kind: _factors(results, noise, kind), geometric, title)
         panels[0].set_ylabel("distance without noise over distance with noise")
-        panels[0].legend(title="law of the noise level")
+        panels[0].legend(title="law of the noise level", loc="lower left")
 
     return Claim(
         name="quality",

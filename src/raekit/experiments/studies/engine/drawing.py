@@ -32,3 +32,12 @@ def draw_seeds(
     drawn = axes.errorbar(x, [each.mean for each in means], error_bars(means), capsize=3, markersize=4, **style)
     for place, row in zip(x, rows, strict=True):
         axes.plot([place] * len(row), row, ".", color=drawn.lines[0].get_color(), alpha=0.4, markersize=4)
+
+
+def plain_numbers(axis: Any) -> None:
+    """Write the ticks of a logarithmic axis as 0.5, 3 or 20 instead of powers of ten."""
+    from matplotlib.ticker import LogLocator  # imported here because the import is slow
+
+    axis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("{x:g}")
