@@ -9,7 +9,7 @@ Here:   The built-in emoji at 32 x 32 pixels, as 4 x 4 tokens of the built-in en
         half-normal: the paper's 0.8, scaled to tokens of 192 channels instead of 768, by sqrt(192 / 768). One denoiser
         gives latents early and late in its training. The built-in classifier, which took part in no training, judges
         the decoded images. The encoder, at 32 pixels, is a second judge.
-Cost:   about 15 minutes on one core of an Intel Xeon with AVX-512
+Cost:   about 10 minutes on one core of an Intel Xeon with AVX-512
 """
 
 import math
