@@ -209,7 +209,7 @@ def _measure_latents(decoder: Path, split: Split) -> Values:
         "accuracy_high": probe.high,
         "structure": spatial_structure(heldout[0]),
         "psnr": report.results["psnr"],
-        "reconstruction": report.results[f"fd_{JUDGE}"],
+        "reconstruction": report.results[f"rfd_{JUDGE}"],
     }
 
 
