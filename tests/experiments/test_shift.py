@@ -28,10 +28,10 @@ def test_the_best_shift_is_the_vertex_of_a_parabola():
 )
 def test_the_verdict_follows_from_the_best_shifts(tmp_path: Path, factor, spread, verdict):
     results = []
-    for side, best in ((8, BEST), (32, BEST * factor)):
+    for side, best in ((8, BEST), (16, BEST * math.sqrt(factor)), (32, BEST * factor)):
         for seed in shift.SEEDS:
             mine = best * math.exp(spread * (seed - 1) * (1 if side == 8 else -1))
-            for base in shift.BASES[side]:
+            for base in shift.BASES:
                 alpha = math.sqrt(3 * side * side / base)
                 value = math.exp(math.log(alpha / mine) ** 2)
                 results.append(Result({"side": side, "shift": alpha, "seed": seed}, {"distance": value}))

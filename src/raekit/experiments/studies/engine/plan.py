@@ -1,6 +1,7 @@
 """The parts of a study: planned runs, their results, and claims with a verdict."""
 
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -131,6 +132,26 @@ def estimate(values: Sequence[float]) -> Estimate:
 def geometric(values: Sequence[float]) -> Estimate:
     """Return the geometric mean of positive values from different seeds, with its interval."""
     return Estimate(*map(math.exp, estimate([math.log(value) for value in values])))
+
+
+def rank_correlation(x: Sequence[float], y: Sequence[float]) -> Estimate:
+    """Return Spearman's rank correlation of pairs of values, with its 95 % interval.
+
+    The interval is Fisher's, with the variance 1.06 / (n - 3) of Fieller, Hartley and Pearson (1957). Up to three pairs
+    decide nothing: their interval is [-1, 1].
+    """
+    count = len(x)
+    ranks = [[sum(o < v for o in values) + sum(o == v for o in values) / 2 for v in values] for values in (x, y)]
+    try:
+        correlation = statistics.correlation(*ranks)
+    except statistics.StatisticsError:  # all values of x or of y are equal
+        correlation = 0.0
+    if count < 4:
+        return Estimate(correlation, -1.0, 1.0)
+    largest = 1 - 6 / (count * (count**2 - 1))  # between a perfect order and one with two neighbours exchanged
+    middle = math.atanh(max(-largest, min(correlation, largest)))
+    half = 1.96 * math.sqrt(1.06 / (count - 3))
+    return Estimate(correlation, min(correlation, math.tanh(middle - half)), max(correlation, math.tanh(middle + half)))
 
 
 def within(value: Estimate, low: float, high: float) -> Verdict:
