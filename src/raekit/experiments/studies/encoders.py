@@ -33,11 +33,11 @@ from raekit.data.loader import DataConfig, Loader
 from raekit.data.sources.base import Split
 from raekit.distributed import World
 from raekit.evaluation.evaluate import evaluate
-from raekit.evaluation.features import load_networks
 from raekit.evaluation.probe import linear_probe, untrained
-from raekit.evaluation.references import measure_reference
 from raekit.evaluation.streaming import BATCH
+from raekit.experiments.studies.engine.drawing import draw_seeds, error_bars, plain_numbers
 from raekit.experiments.studies.engine.execution import train_shared
+from raekit.experiments.studies.engine.judging import CLASSIFIER, measure_real, reference
 from raekit.experiments.studies.engine.plan import (
     Claim,
     Estimate,
@@ -50,7 +50,7 @@ from raekit.experiments.studies.engine.plan import (
     rank_correlation,
     within,
 )
-from raekit.experiments.studies.engine.training import SIDE, small_decoder, small_denoiser
+from raekit.experiments.studies.engine.training import SIDE, small_decoder, small_denoiser, split_of
 from raekit.files import whole
 from raekit.flow.sampling import Sampling
 from raekit.models.autoencoder import load_autoencoder
@@ -95,8 +95,8 @@ LATENTS = {
 }
 GUEST = "vit-s14-focus"
 """An encoder that the user may add."""
-CLASSIFIER, JUDGE = "classifier:builtin:emoji", "emoji_classifier"
-"""The network that judges, and the name of its features."""
+JUDGE = "emoji_classifier"
+"""The name of the features of the network that judges."""
 SEEDS = (0, 1, 2)
 SAMPLES = 270
 EVALUATIONS = 8
@@ -113,11 +113,7 @@ MEASURES = {
 
 def prepare(folder: Path, quick: bool, progress: Progress) -> None:
     """Train the encoders and a decoder for each, cache the latents, and measure the latents and the real images."""
-    reference = folder / "reference.safetensors"
-    if not reference.is_file():
-        networks = load_networks(CLASSIFIER, World().device)
-        data = _images("heldout" if quick else "all")
-        measure_reference(data, networks, World(), progress=progress).write(reference)
+    measure_real(folder, [CLASSIFIER], quick, progress)
     random = folder / "encoders" / "random"
     if not (random / "encoder").is_dir():
         untrained(load_encoder(BUILT_IN)).save(random)
@@ -130,7 +126,7 @@ def prepare(folder: Path, quick: bool, progress: Progress) -> None:
             place = folder / "decoders" / name
             train_shared(_decoder(latents, folder, quick), place, progress, f"decoder {name}")
             cache(_config(name, 0, folder, quick), progress)
-            values = _measure_latents(place, _split(quick))
+            values = _measure_latents(place, split_of(quick))
             with whole(measured) as partial:
                 partial.write_text(to_json(values))
 
@@ -147,21 +143,13 @@ def _measured(folder: Path, name: str) -> Path:
     return folder / "measured" / f"{name}.json"
 
 
-def _split(quick: bool) -> Split:
-    return "heldout" if quick else "train"
-
-
-def _images(split: Split) -> DataConfig:
-    return DataConfig(source="emoji", split=split, image_size=SIDE)
-
-
 def _masked(ratio: float, quick: bool) -> StageConfig:
     """Return the config of a masked autoencoder."""
     steps = 2 if quick else PRETRAINING_STEPS
     return configured(
         "emoji_encoder",
         mask_ratio=ratio,
-        data__split=_split(quick),
+        data__split=split_of(quick),
         data__image_size=SIDE,
         encoder__image_size=SIDE,
         train__steps=steps,
@@ -178,7 +166,7 @@ def _decoder(latents: Latents, folder: Path, quick: bool) -> StageConfig:
     """Return the config of a decoder."""
     known = ":" in latents.encoder
     return configured(
-        small_decoder(2 if quick else DECODER_STEPS, 0, _split(quick), noise=0.4),
+        small_decoder(2 if quick else DECODER_STEPS, 0, split_of(quick), noise=0.4),
         encoder=latents.encoder if known else str(folder / "encoders" / latents.encoder),
         encoder_size=latents.size,
         layers__blocks=list(latents.blocks),
@@ -192,7 +180,7 @@ def _config(name: str, seed: int, folder: Path, quick: bool) -> Any:
         folder / "latents" / name,
         2 if quick else STEPS,
         seed,
-        _split(quick),
+        split_of(quick),
         denoiser__allow_narrow=True,  # the user's encoder may have wider tokens
     )
 
@@ -215,7 +203,8 @@ def _measure_latents(decoder: Path, split: Split) -> Values:
 
 def _encode(autoencoder: LatentSpace, split: Split) -> tuple[Tensor, Tensor]:
     """Return the whitened latents and the classes of all images of a split."""
-    batches = list(Loader(_images(split), seed=0).once(BATCH, World()))
+    images = DataConfig(source="emoji", split=split, image_size=SIDE)
+    batches = list(Loader(images, seed=0).once(BATCH, World()))
     latents = [autoencoder.encode(batch.pixels()) for batch in batches]
     return torch.cat(latents), torch.cat([batch.labels for batch in batches])
 
@@ -253,7 +242,7 @@ def measure(artifact: Path, settings: Settings, folder: Path) -> Values:
     """Return the measures of the latents and the scores of generated images."""
     report, _ = evaluate(
         raekit.load(artifact),
-        reference=folder / "reference.safetensors",
+        reference=reference(folder),
         features=[CLASSIFIER],
         count=int(settings["samples"]),
         seed=int(settings["seed"]),
@@ -360,23 +349,14 @@ def _scatter(results: Sequence[Result], measure: str) -> Callable[[Any], None]:
         for place, (name, label) in enumerate(_encoders(results).items()):
             distances = _values(results, name, "distance")
             x = _values(results, name, measure)
-            mean = geometric(distances)
             style = {"color": f"C{place}", "marker": _MARKERS[place]}
-            axes.plot(x, distances, linestyle="", alpha=0.4, markersize=3, **style)
-            bounds = [[mean.mean - mean.low], [mean.high - mean.mean]]
-            axes.errorbar(x[:1], [mean.mean], bounds, capsize=2, linestyle="", markersize=6, label=label, **style)
-        _plain(axes.yaxis)
+            draw_seeds(axes, x[:1], [distances], mean=geometric, linestyle="", label=label, **style)
+        plain_numbers(axes.yaxis)
         count = len(results) // len(_encoders(results))
         title = f"mean of {count} seeds, 95 % interval;\nsmall: each seed"
         figure.legend(loc="outside right center", fontsize=7, title=title, title_fontsize=7)
 
     return draw
-
-
-def _plain(axis: Any) -> None:
-    """Write the numbers of a logarithmic axis without exponents."""
-    for formatter in (axis.set_major_formatter, axis.set_minor_formatter):
-        formatter(lambda value, place: f"{value:.3g}")
 
 
 def _distilled(results: Sequence[Result]) -> Claim:
@@ -394,9 +374,7 @@ def _distilled(results: Sequence[Result]) -> Claim:
             ratios = [other / distilled for other, distilled in zip(distances[name], distances[DISTILLED], strict=True)]
             mean = geometric(ratios)
             axes.plot(ratios, [row] * len(ratios), ".", color="grey")
-            axes.errorbar(
-                [mean.mean], [row], xerr=[[mean.mean - mean.low], [mean.high - mean.mean]], fmt="o", capsize=3
-            )
+            axes.errorbar([mean.mean], [row], xerr=error_bars([mean]), fmt="o", capsize=3)
         axes.axvline(1, color="black", linewidth=1)
         axes.set_yticks(range(len(labels)), list(labels.values()))
         axes.invert_yaxis()

@@ -6,8 +6,8 @@ Here:   Synthetic images whose distribution is known: six numbers, each near -1 
         in three colours. The same images at 8 x 8, 16 x 16 and 32 x 32 pixels give latents (pixels, 2 x 2 patches) of
         m = 192, 768 and 3,072. So the content is the same, and only the redundancy grows, as in the argument behind the
         formula. Training times and sampling grid use the same shift, as in the paper. The distance to the true
-        distribution is the squared Wasserstein distance of each number's distribution, plus the energy that is no wave.
-        These are no latents of a representation encoder; the study says nothing about how redundant those are.
+        distribution is the squared Wasserstein distance of each number's distribution, plus the energy outside the
+        waves. These latents do not come from an encoder, so the study does not say how redundant an encoder's are.
 Cost:   about 10 minutes on one core of an Intel Xeon with AVX-512
 """
 

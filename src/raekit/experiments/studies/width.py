@@ -309,7 +309,7 @@ def _closed_form(variances: Tensor) -> Claim:
         text="No linear predictor of rank d does better than the bound, and for one image the best reaches it",
         paper="theorem 1",
         found=f"latents of {IMAGES} emoji, n = {n}: at d = {half}, bound {bound[half]:.3f}, best linear predictor "
-        f"{best[half]:.3f}; one image: bound and best differ by {gap:.0e} at most (computed, without an interval)",
+        f"{best[half]:.3f}; one image: bound and best differ by {gap:.1g} at most (computed, without an interval)",
         verdict=Verdict.SHOWN if holds else Verdict.NOT_SHOWN,
         draw=draw,
         caption=f"Theorem 1 in closed form, for the tokens of the built-in autoencoder (n = {n}), averaged over time.",
