@@ -149,7 +149,7 @@ OPTIONAL = ("evaluation.", "selection.", "samples.")
 ELSEWHERE = re.compile(
     r"--(nnodes|nproc-per-node|rdzv-\w+|signals-to-handle|ntasks-per-node|gpus-per-node|cpus-per-task|nodes|time|signal|"
     r"requeue|open-mode|repo-type|tiny|batch|precisions|decoder|size|version|pictures?|repeats|index|out|"
-    r"solvers|grids|evaluations|judge)$"
+    r"solvers|grids|evaluations|judge|modes)$"
 )
 """Options of torchrun, SLURM, hf and the benchmarks."""
 
