@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 import raekit
+from raekit.experiments.studies.engine.drawing import plain_numbers
 from raekit.experiments.studies.engine.plan import (
     Claim,
     Result,
@@ -169,8 +170,9 @@ def _growth(distances: Distances) -> Claim:
         axes.set_xlim(min(distances[small]) / 1.2, max(distances[large]) * 1.2)
         ticks = [0.125, 0.25, 0.5, 1, 2, 4, 8, 16, 32]
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axes.minorticks_off()
-        axes.legend(fontsize=7)
+        axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
+        plain_numbers(axes.yaxis)
+        figure.legend(loc="outside lower center", ncols=2, fontsize=7)
 
     ends = [f"m = {_dimension(side):,}" for side, row in distances.items() if {min(row), max(row)} & {*best[side]}]
 
