@@ -211,7 +211,8 @@ def _generated(results: Sequence[Result]) -> Claim:
                 title=f"features of the {name}",
             )
         panels[0].set_ylabel("Frechet distance to real images")
-        panels[0].legend(title="law of the noise level", loc="lower left")
+        drawn = panels[0].get_legend_handles_labels()
+        figure.legend(*drawn, title="law of the noise level", ncols=2, loc="outside upper center")
 
     return Claim(
         name="generated",
@@ -223,7 +224,8 @@ def _generated(results: Sequence[Result]) -> Claim:
         verdict=within(factor, 1, math.inf),
         draw=draw,
         caption=f"Distance of decoded generated latents to real images, by the noise in the decoder's training. "
-        f"The denoiser had {STEPS[LATE]} steps. {_seeds(results)}",
+        f"The denoiser had {STEPS[LATE]} steps. {_seeds(results)} The seeds differ more than the decoders. The last "
+        "figure compares decoders of the same seed.",
     )
 
 
