@@ -11,6 +11,7 @@ from raekit.experiments import studies
 from raekit.experiments.studies import guidance, run_study, width
 from raekit.experiments.studies.engine import execution
 from raekit.experiments.studies.engine.plan import Estimate, Verdict, at_least, estimate, within
+from raekit.experiments.studies.engine.training import small_decoder
 from raekit.progress import silent
 
 EVERY = pytest.mark.parametrize("name", studies.names())
@@ -103,6 +104,12 @@ def test_a_trial_reports_every_claim_and_makes_the_shared_parts_once(tmp_path: P
     made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     guidance.prepare(tmp_path, True, silent)
     assert made == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+
+
+def test_a_shared_model_of_another_config_is_rejected(tmp_path: Path):
+    (tmp_path / "finished.json").write_text('{"config": "of another training"}')
+    with pytest.raises(UserError, match="other settings; choose another --out"):
+        execution.train_shared(small_decoder(2, 0, "heldout"), tmp_path, silent, "decoder")
 
 
 def test_a_wrong_name_is_corrected(tmp_path: Path):

@@ -39,21 +39,21 @@ def finish(study: Study, run: Run, folder: Path, device: str | None, progress: P
     artifact = _train(run.config, place, device, progress, what)
     values = study.measure(artifact, run.settings, folder)
     with whole(place / "result.json") as partial:
-        partial.write_text(to_json({"config": _digest(run), "values": values}))
+        partial.write_text(to_json({"config": _digest(run.config), "values": values}))
 
 
 def train_shared(config: StageConfig, place: Path, progress: Progress, what: str) -> None:
     """Train a model that several runs share, in the folder `place`. A finished training is kept.
 
     Raises:
-        UserError: Another part of the study is training the model.
+        UserError: Another part of the study is training the model, or `place` has a model of another config.
         Stopped: A signal stopped the training.
     """
     finished = place / "finished.json"
-    if not finished.is_file():
+    if not _is_of(finished, config):
         _train(config, place, None, progress, what)
         with whole(finished) as partial:
-            partial.write_text(to_json({"steps": config.train.steps}))
+            partial.write_text(to_json({"config": _digest(config)}))
 
 
 def _train(config: StageConfig, place: Path, device: str | None, progress: Progress, what: str) -> Path:
@@ -72,10 +72,18 @@ def is_finished(run: Run, folder: Path) -> bool:
     Raises:
         UserError: The result belongs to another config.
     """
-    path = folder / "runs" / run.name / "result.json"
+    return _is_of(folder / "runs" / run.name / "result.json", run.config)
+
+
+def _is_of(path: Path, config: StageConfig) -> bool:
+    """Return whether the file that a finished training leaves exists.
+
+    Raises:
+        UserError: The training had another config.
+    """
     if not path.is_file():
         return False
-    if read_json(path)["config"] != _digest(run):
+    if read_json(path).get("config") != _digest(config):
         raise UserError(f"{path}: was made with other settings; choose another --out, or remove {path.parent}")
     return True
 
@@ -86,7 +94,7 @@ def result(run: Run, folder: Path) -> Result:
     return Result(run.settings, values)
 
 
-def _digest(run: Run) -> str:
+def _digest(config: StageConfig) -> str:
     """Return 16 hexadecimal digits that identify the config, apart from the places of its inputs."""
-    config = to_dict(replaced(run.config, Mark.PLACE, lambda place: ""))
-    return blake2b(to_json(config).encode(), digest_size=8).hexdigest()
+    values = to_dict(replaced(config, Mark.PLACE, lambda place: ""))
+    return blake2b(to_json(values).encode(), digest_size=8).hexdigest()
