@@ -7,7 +7,7 @@ Here:   The built-in emoji at 32 x 32 pixels, as 4 x 4 tokens in all cases. One 
         on latents of the built-in encoder (n = 192), on latents of a VAE that is trained here (8 x 8 x 4 in patches of
         2 x 2, so n = 16 as in the paper), on the same with REPA's alignment loss, whose target is the built-in
         encoder, and on pixels (patches of 8 x 8, n = 192). The schedule is shifted by the paper's rule, with the VAE's
-        latents as the unshifted ones. The decoder of the encoder's latents and the VAE are trained here for 600 steps each,
+        latents as the unshifted ones. The decoder of the encoder's latents and the VAE are trained for 600 steps each,
         with 32 and 16 images a step. The built-in classifier, which took part in no training, judges 270 samples. The
         pretraining of the encoder does not count, as in the paper.
 Cost:   about 20 minutes on one core of an Intel Xeon with AVX-512
