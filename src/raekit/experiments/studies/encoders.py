@@ -14,7 +14,7 @@ Here:   The built-in emoji at 32 x 32 pixels, as 4 x 4 tokens of 192 channels. T
         classifier, which took part in no training, judges the images. Seeds are seeds of the DiT.
         A ViT-S/14 (vit-s14-focus, which is not part of raekit) is added if its folder, or a link to it, is in the
         folder of the study under this name. It runs at 56 pixels and gives tokens of 384 channels.
-Cost:   about 15 minutes on one core of an Intel Xeon with AVX-512
+Cost:   about 25 minutes on one core of an Intel Xeon with AVX-512
 """
 
 import math
@@ -317,7 +317,7 @@ def _structure(results: Sequence[Result]) -> Claim:
     return Claim(
         name="structure",
         text="The more spatial structure the tokens have, the better the generated images",
-        paper="not in the paper; arXiv 2512.10794: |r| > 0.85 over 27 encoders, as targets of REPA",
+        paper="not in the paper; arXiv 2512.10794: correlation above 0.85 over 27 encoders, as targets of REPA",
         found=f"{_found(results, 'structure')}; shown if the interval lies below 0",
         verdict=within(_correlation(results, "structure"), -1, 0),
         draw=_scatter(results, "structure"),

@@ -35,9 +35,10 @@ def draw_seeds(
 
 
 def plain_numbers(axis: Any) -> None:
-    """Write the ticks of a logarithmic axis as 0.5, 3 or 20 instead of powers of ten."""
+    """Write the ticks of a logarithmic axis as 0.5, 3 or 20 instead of powers of ten. Call this after drawing."""
     from matplotlib.ticker import LogLocator  # imported here because the import is slow
 
-    axis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
+    low, high = axis.get_view_interval()
+    axis.set_minor_locator(LogLocator(subs=(2, 3, 5) if high > 10 * low else range(2, 10)))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter("{x:g}")
