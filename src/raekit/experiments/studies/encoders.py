@@ -14,7 +14,7 @@ Here:   The built-in emoji at 32 x 32 pixels, as 4 x 4 tokens of 192 channels. T
         classifier, which took part in no training, judges the images. Seeds are seeds of the DiT.
         A ViT-S/14 (vit-s14-focus, which is not part of raekit) is added if its folder, or a link to it, is in the
         folder of the study under this name. It runs at 56 pixels and gives tokens of 384 channels.
-Cost:   about 25 minutes on one core of an Intel Xeon with AVX-512
+Cost:   about 20 minutes on one core of an Intel Xeon with AVX-512
 """
 
 import math
