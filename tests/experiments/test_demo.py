@@ -154,3 +154,23 @@ def test_legs_end_with_the_time():
     assert next_leg(208, 5.0, 0.5) == (218, 218)
     assert next_leg(208, -3.0, 0.5) == (209, 209)
     assert FIRST_LEG > 1  # one step gives no speed
+
+
+def test_a_busy_machine_leaves_out_the_scores():
+    assert demo.has_time_for_scores(sampling=25.0, seconds=720.0)
+    assert not demo.has_time_for_scores(sampling=144.0, seconds=720.0)
+
+
+def test_the_seconds_of_the_first_picture_are_kept_for_a_restart(tmp_path: Path):
+    now, made = [0.0], []
+
+    def samples(name: str, model: Any) -> None:
+        made.append(name)
+        now[0] += 20.0
+
+    shown = Demo.__new__(Demo)
+    shown.run, shown.clock, shown.builtin = tmp_path, Clock(tmp_path / "clock.json", lambda: now[0]), None  # type: ignore[assignment]
+    shown.samples = samples  # type: ignore[method-assign]
+    assert shown.sampling_seconds() == 20.0
+    assert shown.sampling_seconds() == 20.0
+    assert made == ["built-in samples"]

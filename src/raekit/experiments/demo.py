@@ -58,6 +58,8 @@ FIRST_LEG = 8
 """Steps of a training before its speed is known."""
 SHORTEST_LEG = 6.0
 """Seconds of training between two plans, at least."""
+SCORING_SHARE = 0.3
+"""The fraction of the minutes that pictures and scores of samples may take. On a slower machine, nothing is scored."""
 
 
 @configclass
@@ -101,6 +103,14 @@ def next_leg(done: int, remaining: float, per_step: float) -> tuple[int, int]:
     possible = max(int(remaining / per_step), 1)  # one last step, at the end of the schedule
     leg = max(possible // 3, int(SHORTEST_LEG / per_step), 1)
     return done + possible, done + min(leg, possible)
+
+
+def has_time_for_scores(sampling: float, seconds: float) -> bool:
+    """Return whether a demo of `seconds` has time for scores, if a picture of samples takes `sampling` seconds.
+
+    Two pictures are made. The built-in samples and the trained samples are scored with twice as many images each.
+    """
+    return (2 + 2 + 2) * sampling <= SCORING_SHARE * seconds
 
 
 def run_demo(run: Path, minutes: float, quick: bool, progress: Progress, images: Path | None = None) -> None:
@@ -166,11 +176,11 @@ class Demo:
         """Run all parts."""
         seconds = 60 * self.options.minutes
         fit_threads()
-        began = self.clock.seconds()
-        self.samples("built-in samples", self.builtin)
-        # At the end, three times as many images are made and scored. After a restart, the picture exists already.
-        reserve = max(4 * (self.clock.seconds() - began), 0.05 * seconds)
-        scores = {} if self.own else self.score_builtin()
+        sampling = self.sampling_seconds()
+        self.scored = not self.own and (self.options.quick or has_time_for_scores(sampling, seconds))
+        # What follows the training: a picture, and three times as much work with scores.
+        reserve = max((4 if self.scored else 1.3) * sampling, 0.05 * seconds)
+        scores = self.score_builtin() if self.scored else {}
         decoder, denoiser = recipes(self.run, self.data, self.own)
         self.train("decoder", decoder, self.clock.seconds() + DECODER_SHARE * seconds, 0.0)
         if not self.own:
@@ -178,6 +188,17 @@ class Demo:
         self.train("denoiser", denoiser, seconds, reserve)
         scores |= self.show_trained()
         self.report(scores)
+
+    def sampling_seconds(self) -> float:
+        """Make the picture of built-in samples, and return the seconds that it took, also after a restart."""
+        path = self.run / "sampling.json"
+        if not path.is_file():
+            began = self.clock.seconds()
+            (self.run / "pictures" / "built-in samples.png").unlink(missing_ok=True)
+            self.samples("built-in samples", self.builtin)
+            with whole(path) as partial:
+                partial.write_text(to_json({"seconds": self.clock.seconds() - began}), "utf-8")
+        return read_json(path)["seconds"]
 
     def score_builtin(self) -> "Scores":
         """Score samples of the built-in model next to real images."""
@@ -193,7 +214,7 @@ class Demo:
         for name, autoencoder in (("built-in", self.builtin.autoencoder), ("trained", decoder)):
             scores[f"reconstructions, {name} decoder"] = self.reconstructions(name, autoencoder)
         self.samples("samples", model)
-        if not self.own:
+        if self.scored:
             report, _ = self.evaluate("trained", model, baselines=False)
             scores[f"samples, {self.options.minutes:g} minutes of training"] = report.results
         return scores
@@ -318,6 +339,7 @@ class Demo:
             classes=model.classes,
             builtin_classes=self.builtin.classes,
             scores=scores,
+            scored=self.scored,
             metrics=list(dict.fromkeys(metric for row in scores.values() for metric in row)),
             pictures={path.stem: embed(path.read_bytes()) for path in sorted((run / "pictures").glob("*.png"))},
             curves={name: embed(_curve(name, rows)) for name, rows in records.items()},
