@@ -87,7 +87,7 @@ def weights(module: nn.Module) -> list[torch.Tensor]:
 MUON = OptimConfig(method="muon", lr=0.01, betas=(0.6, 0.7), momentum=0.9)
 
 
-@pytest.mark.parametrize(("dtype", "off"), [(torch.bfloat16, 1e-7), (torch.float32, 1e-3)])
+@pytest.mark.parametrize(("dtype", "off"), [(torch.bfloat16, 1e-7), (torch.float32, 3e-4)])
 def test_muon_moves_the_matrices_but_of_convolutions_and_adamw_the_rest(dtype, off, monkeypatch):
     """torch's Muon multiplies in bfloat16 everywhere: in float32, an update differs from torch's by rounding."""
     monkeypatch.setattr(muon, "precision", lambda device: dtype)

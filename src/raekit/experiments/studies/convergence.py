@@ -222,22 +222,19 @@ def _axes(figure: Any, results: Sequence[Result], **options: Any) -> Any:
     return axes
 
 
+def _draw(axes: Any, space: str, x: Sequence[float], rows: Sequence[Sequence[float]]) -> None:
+    """Draw the curve of one kind of latents."""
+    draw_seeds(axes, x, rows, mean=geometric, color=COLORS[space], marker="o", label=NAMES[space])
+
+
 def _steps_claim(results: Sequence[Result]) -> Claim:
     """Judge the distance at equal steps."""
     last = geometric(_factors(results, VAE)[-1])
 
     def draw(figure: Any) -> None:
         axes = _axes(figure, results, ylabel="Frechet distance (classifier's features)", yscale="log")
-        for space, name in NAMES.items():
-            draw_seeds(
-                axes,
-                _checked(results),
-                _rows(results, space),
-                mean=geometric,
-                color=COLORS[space],
-                marker="o",
-                label=name,
-            )
+        for space in NAMES:
+            _draw(axes, space, _checked(results), _rows(results, space))
         plain_numbers(axes.yaxis)
         axes.legend()
 
@@ -275,9 +272,8 @@ def _flops_claim(results: Sequence[Result]) -> Claim:
             xscale="log",
             yscale="log",
         )
-        for space, name in NAMES.items():
-            flops = [step * costs[space] for step in _checked(results)]
-            draw_seeds(axes, flops, _rows(results, space), mean=geometric, color=COLORS[space], marker="o", label=name)
+        for space in NAMES:
+            _draw(axes, space, [step * costs[space] for step in _checked(results)], _rows(results, space))
         plain_numbers(axes.yaxis)
         axes.legend()
 
@@ -304,15 +300,7 @@ def _alignment(results: Sequence[Result]) -> Claim:
     def draw(figure: Any) -> None:
         axes = _axes(figure, results, ylabel="distance over distance on RAE latents")
         for space in (VAE, REPA):
-            draw_seeds(
-                axes,
-                _checked(results),
-                _factors(results, space),
-                mean=geometric,
-                color=COLORS[space],
-                marker="o",
-                label=NAMES[space],
-            )
+            _draw(axes, space, _checked(results), _factors(results, space))
         axes.axhline(1, color="black", linewidth=1, label="no difference")
         axes.legend()
 

@@ -8,9 +8,9 @@ Paper:  RAE v1, tables 1 and 15. A linear probe on the tokens of DINOv2-B, SigLI
 Here:   The built-in emoji at 32 x 32 pixels, as 4 x 4 tokens of 192 channels. The encoders have one architecture:
         random weights, masked autoencoders (MAE) that are trained here, and the built-in encoder, which was distilled
         from a ViT-S/14. Early and middle blocks of the built-in encoder give more latents. For each encoder: accuracy
-        of a linear probe on the mean token, the spatial structure of the whitened tokens (cosine similarity of
-        neighbours minus that of tokens at least 4 steps apart), the reconstructions of held-out images by a small
-        decoder, and the images of a small DiT. Decoders and DiTs have one size and one number of steps. The built-in
+        of a linear probe on the mean token, the spatial structure of the whitened tokens (how much more similar
+        neighbours are than tokens at least 4 steps apart), the reconstructions of held-out images by a small decoder,
+        and the images of a small DiT. Decoders and DiTs have one size and one number of steps. The built-in
         classifier, which took part in no training, judges the images. Seeds are seeds of the DiT.
         A ViT-S/14 (vit-s14-focus, which is not part of raekit) is added if its folder, or a link to it, is in the
         folder of the study under this name. It runs at 56 pixels and gives tokens of 384 channels.
@@ -279,7 +279,7 @@ def _correlation(results: Sequence[Result], measure: str, other: str = "distance
 
 
 def _average(values: Sequence[float]) -> float:
-    """Return the geometric mean of positive values, as of distances, and the mean of others."""
+    """Return the geometric mean if all values are positive, as distances are, and otherwise the mean."""
     return (geometric(values) if min(values) > 0 else estimate(values)).mean
 
 
@@ -368,7 +368,7 @@ def _distilled(results: Sequence[Result]) -> Claim:
         return geometric([other / distilled for other, distilled in pairs])
 
     def draw(figure: Any) -> None:
-        axes = figure.add_subplot(xlabel="distance of generated images over that of the distilled encoder")
+        axes = figure.add_subplot(xlabel="distance of generated images / distance with the distilled encoder")
         labels = _encoders(results)
         for row, name in enumerate(labels):
             ratios = [other / distilled for other, distilled in zip(distances[name], distances[DISTILLED], strict=True)]

@@ -157,7 +157,8 @@ def _growth(distances: Distances) -> Claim:
         axes = figure.add_subplot(
             xlabel="shift of the schedule", ylabel="distance to the true distribution", xscale="log", yscale="log"
         )
-        for (side, row), color in zip(distances.items(), ("C0", "C1", "C2"), strict=False):
+        for place, (side, row) in enumerate(distances.items()):
+            color = f"C{place}"
             for values in zip(*row.values(), strict=True):
                 axes.plot(list(row), values, ".", color=color, alpha=0.6)
             label = f"m = {_dimension(side):,} (geometric mean; a point for each of {len(best[side])} seeds)"
