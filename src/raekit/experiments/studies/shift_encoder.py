@@ -1,4 +1,4 @@
-"""For latents of an encoder, too, the best shift grows with the square root of their dimension.
+"""For latents of an encoder, the best shift of the schedule grows with the square root of the dimension.
 
 Paper:  RAE v1, section 4.2 and table 4. Times are shifted by alpha = sqrt(m / 4096), where m counts all values of the
         latents, channels included. For DINOv2-B (m = 196,608), alpha = 6.93 improves the FID from 23.08 to 4.81.
@@ -20,6 +20,7 @@ Cost:   about 35 minutes on one core of an Intel Xeon with AVX-512
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from raekit.data.loader import DataConfig
 from raekit.data.sources import open_source
 from raekit.data.sources.base import Split
 from raekit.errors import UserError
-from raekit.evaluation.frechet import frechet_distance
+from raekit.evaluation.frechet import Gaussian, frechet_distance
 from raekit.evaluation.probe import linear_probe
 from raekit.experiments.studies.engine.execution import train_shared
 from raekit.experiments.studies.engine.latents import encode, generate
@@ -44,7 +45,6 @@ from raekit.files import whole
 from raekit.flow.sampling import Sampling
 from raekit.models.autoencoder import load_autoencoder
 from raekit.models.denoiser import Denoiser
-from raekit.moments import Moments
 from raekit.progress import Progress
 from raekit.recipes import StageConfig, cache, configured
 
@@ -58,12 +58,12 @@ WIDTH = 48
 """Channels of a token."""
 BASES = {
     4: (6144, 768, 96, 12, 2),
-    8: (24576, 3072, 384, 48, 6),
+    8: (3072, 384, 48, 6),
     16: (12288, 1536, 192, 24, 3),
 }
-"""Values of `shift_base` by the number of rows of tokens. The shifts are 0.35, 1, 2.8, 8 and 20 for m = 768, 0.35, 1,
-2.8, 8 and 23 for m = 3,072, and 1, 2.8, 8, 23 and 64 for m = 12,288."""
-SEEDS = (0, 1, 2, 3)
+"""Values of `shift_base` by the number of rows of tokens. The shifts are 0.35, 1, 2.8, 8 and 20 for m = 768, 1, 2.8, 8
+and 23 for m = 3,072, and 1, 2.8, 8, 23 and 64 for m = 12,288."""
+SEEDS = (0, 1, 2)
 SAMPLES = 500
 EVALUATIONS = 10
 PRETRAINING_STEPS, STEPS = 600, 300
@@ -187,13 +187,10 @@ def describe(latents: Tensor) -> Tensor:
 
 def distances(descriptions: Tensor, real: Tensor) -> Values:
     """Return the squared Frechet distance between descriptions, and the distances of their two parts."""
-    deviation = real.std(0)
+    scaled = [(rows / real.std(0)).double() for rows in (descriptions, real)]
 
     def distance(part: slice) -> float:
-        moments = [Moments(len(real[0, part])) for _ in range(2)]
-        for each, rows in zip(moments, (descriptions, real), strict=True):
-            each.update((rows / deviation)[:, part])
-        return frechet_distance(*moments, quiet=True)
+        return frechet_distance(*(Gaussian(rows[:, part].mean(0), rows[:, part].T.cov()) for rows in scaled))
 
     channels = real.shape[1] // 3
     return {
@@ -247,4 +244,9 @@ def measure(artifact: Path, settings: Settings, folder: Path) -> Values:
 
 def judge(results: Sequence[Result], folder: Path) -> list[Claim]:
     """Compare the best shifts of the latents."""
-    return shift_claims(results, "squared Frechet distance to latents of real images")
+    growth, gain = shift_claims(results, "squared Frechet distance to latents of real images")
+    latents = {int(result.settings["dimension"]): result.values for result in results}
+    real = ", ".join(f"{values['real']['distance']:.2g} for m = {m:,}" for m, values in latents.items())
+    accuracy = ", ".join(f"{100 * values['accuracy']:.1f} %" for values in latents.values())
+    about = f"Distance of held-out images {real}. A linear probe on the mean token finds {accuracy} of their classes"
+    return [replace(growth, found=f"{growth.found}. {about}"), gain]
