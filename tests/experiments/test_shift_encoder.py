@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from raekit.errors import UserError
-from raekit.experiments.studies import run_study, shift_encoder
+from raekit.experiments.studies import shift_encoder
+from raekit.experiments.studies.engine import execution
+from raekit.experiments.studies.engine.plan import Verdict
 from raekit.progress import silent
 
 
@@ -25,13 +27,18 @@ def write_idx(folder: Path, images: int = 60) -> None:
 
 def test_a_trial_of_the_study_runs_on_images_in_its_folder(tmp_path: Path):
     write_idx(tmp_path / shift_encoder.FASHION)
-    claims = run_study("shift_encoder", tmp_path, quick=True)
-    assert isinstance(claims, list)
-    assert [claim.name for claim in claims] == ["growth", "gain"]
-    assert (tmp_path / "growth.png").stat().st_size > 10_000
+    shift_encoder.prepare(tmp_path, True, silent)
     images = np.load(tmp_path / "images" / "train.npz")["arr_0"]
-    assert images.shape[1:] == (32, 32, 3)
+    assert images.shape == (60, 32, 32, 3)
     assert not images[:, :2].any()  # the margin
+    runs = [run for run in shift_encoder.plan(tmp_path, True) if run.settings["seed"] == 0]
+    for run in runs:
+        execution.finish(shift_encoder, run, tmp_path, "cpu", silent, run.name)
+    results = [execution.result(run, tmp_path) for run in runs]
+    growth, gain = shift_encoder.judge(results, tmp_path)
+    assert all(result.values["distance"] > result.values["real"]["distance"] > 0 for result in results)
+    assert f"Distance of held-out images {results[0].values['real']['distance']:.2g} for m = 768" in growth.found
+    assert growth.verdict == gain.verdict == Verdict.UNDECIDED  # one shift decides nothing
 
 
 def test_without_images_the_study_says_what_to_install(tmp_path: Path, monkeypatch):
