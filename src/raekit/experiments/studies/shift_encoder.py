@@ -58,12 +58,12 @@ WIDTH = 48
 """Channels of a token."""
 BASES = {
     4: (6144, 768, 96, 12, 2),
-    8: (3072, 384, 48, 6),
+    8: (24576, 3072, 384, 48, 6),
     16: (12288, 1536, 192, 24, 3),
 }
-"""Values of `shift_base` by the number of rows of tokens. The shifts are 0.35, 1, 2.8, 8 and 20 for m = 768, 1, 2.8, 8
-and 23 for m = 3,072, and 1, 2.8, 8, 23 and 64 for m = 12,288."""
-SEEDS = (0, 1, 2)
+"""Values of `shift_base` by the number of rows of tokens. The shifts are 0.35, 1, 2.8, 8 and 20 for m = 768, 0.35, 1,
+2.8, 8 and 23 for m = 3,072, and 1, 2.8, 8, 23 and 64 for m = 12,288."""
+SEEDS = (0, 1, 2, 3)
 SAMPLES = 500
 EVALUATIONS = 10
 PRETRAINING_STEPS, STEPS = 600, 300
