@@ -102,4 +102,4 @@ def measure(artifact: Path, settings: Settings, folder: Path) -> Values:
 
 def judge(results: Sequence[Result], folder: Path) -> list[Claim]:
     """Compare the best shifts of the sizes."""
-    return shift_claims(results, "distance to the true distribution")
+    return shift_claims(results, "images", "distance to the true distribution")

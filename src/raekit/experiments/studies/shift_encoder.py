@@ -8,11 +8,12 @@ Here:   Fashion-MNIST, the first 6,000 training images, padded to 32 x 32 pixels
         take about 5 minutes of the cost below. One encoder at three image sizes would see positions and scales that it
         was not trained on. A class-conditional DiT of width 64 learns each latent space in 300 steps of 16 images.
         Training times and sampling grid use the same shift, as in the paper.
-        No decoder takes part. The distance is the squared Frechet distance between descriptions of generated latents
-        and of the training latents, three numbers for each channel: mean over the tokens, standard deviation over the
-        tokens, and mean product of neighbouring tokens. The numbers are divided by their standard deviation over the
-        training images. So the judge sees the very values that the DiT learns, but no network is between them. The
-        distance of held-out images is given for comparison. Distances of different m cannot be compared.
+        No decoder takes part. The distance is the Frechet distance (squared, as in the FID) between descriptions of
+        generated latents and of the training latents, three numbers for each channel: mean over the tokens, standard
+        deviation over the tokens, and mean product of neighbouring tokens. The numbers are divided by their standard
+        deviation over the training images. So the judge sees the very values that the DiT learns, but no network is
+        between them. The distance of held-out images is given for comparison. Distances of different m cannot be
+        compared.
         The images are read from the Debian package dataset-fashion-mnist, or from the folder `fashion-mnist`, or a link
         to it, in the folder of the study.
 Cost:   about 32 minutes on one core of an Intel Xeon with AVX-512
@@ -244,7 +245,7 @@ def measure(artifact: Path, settings: Settings, folder: Path) -> Values:
 
 def judge(results: Sequence[Result], folder: Path) -> list[Claim]:
     """Compare the best shifts of the latents."""
-    growth, gain = shift_claims(results, "squared Frechet distance to latents of real images")
+    growth, gain = shift_claims(results, "latents", "Frechet distance to real latents")
     latents = {int(result.settings["dimension"]): result.values for result in results}
     real = ", ".join(f"{values['real']['distance']:.2g} for m = {m:,}" for m, values in latents.items())
     accuracy = ", ".join(f"{100 * values['accuracy']:.1f} %" for values in latents.values())

@@ -18,18 +18,19 @@ Distances = dict[int, dict[float, list[float]]]
 """The distances of all seeds by dimension m and shift."""
 
 
-def shift_claims(results: Sequence[Result], measured: str) -> list[Claim]:
+def shift_claims(results: Sequence[Result], generated: str, measured: str) -> list[Claim]:
     """Compare the best shifts of latents with the same content and different dimensions.
 
     Args:
         results: Runs with the settings `dimension` and `shift`, and the value `distance`.
+        generated: What is judged: "images" or "latents".
         measured: What the distance is, as the label of an axis.
     """
     distances: Distances = {}
     for result in results:
         row = distances.setdefault(int(result.settings["dimension"]), {})
         row.setdefault(float(result.settings["shift"]), []).append(result.values["distance"])
-    return [_growth(distances, measured), _gain(distances, measured)]
+    return [_growth(distances, generated, measured), _gain(distances, measured)]
 
 
 def best_shift(shifts: Sequence[float], values: Sequence[float]) -> float:
@@ -50,7 +51,7 @@ def _best(row: dict[float, list[float]]) -> list[float]:
     return [best_shift(list(row), values) for values in zip(*row.values(), strict=True)]
 
 
-def _growth(distances: Distances, measured: str) -> Claim:
+def _growth(distances: Distances, generated: str, measured: str) -> Claim:
     """Judge how the best shift grows with the dimension."""
     best = {m: _best(row) for m, row in distances.items()}
     dimensions = [math.log(m) for m in best]
@@ -95,7 +96,7 @@ def _growth(distances: Distances, measured: str) -> Claim:
         # The best shift may lie beyond the ends of the list, so the exponent is then not known.
         verdict=Verdict.UNDECIDED if ends else within(exponent, EXPONENT - TOLERANCE, EXPONENT + TOLERANCE),
         draw=draw,
-        caption="Distance of generated images against the shift, for the same content in few and in many values. "
+        caption=f"Distance of generated {generated} against the shift, for the same content in few and in many values. "
         "Dashed: the best shift (geometric mean over seeds), with its 95 % interval; dotted: the formula.",
     )
 
