@@ -10,7 +10,7 @@ Here:   The built-in emoji at 32 x 32 pixels, as 4 x 4 tokens in all cases. One 
         latents as the unshifted ones. The decoder of the encoder's latents and the VAE are trained for 600 steps each,
         with 32 and 16 images a step. The built-in classifier, which took part in no training, judges 270 samples. The
         pretraining of the encoder does not count, as in the paper.
-Cost:   about 20 minutes on one core of an Intel Xeon with AVX-512
+Cost:   about 17 minutes on one core of an Intel Xeon with AVX-512
 """
 
 import math

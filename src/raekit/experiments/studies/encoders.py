@@ -14,7 +14,7 @@ Here:   The built-in emoji at 32 x 32 pixels, as 4 x 4 tokens of 192 channels. T
         classifier, which took part in no training, judges the images. Seeds are seeds of the DiT.
         A ViT-S/14 (vit-s14-focus, which is not part of raekit) is added if its folder, or a link to it, is in the
         folder of the study under this name. It runs at 56 pixels and gives tokens of 384 channels.
-Cost:   about 20 minutes on one core of an Intel Xeon with AVX-512
+Cost:   about 25 minutes on one core of an Intel Xeon with AVX-512
 """
 
 import math
@@ -29,15 +29,15 @@ from torch import Tensor
 
 import raekit
 from raekit.config import read_json, to_json
-from raekit.data.loader import DataConfig, Loader
+from raekit.data.loader import DataConfig
 from raekit.data.sources.base import Split
 from raekit.distributed import World
 from raekit.evaluation.evaluate import evaluate
 from raekit.evaluation.probe import linear_probe, untrained
-from raekit.evaluation.streaming import BATCH
 from raekit.experiments.studies.engine.drawing import draw_seeds, error_bars, plain_numbers
 from raekit.experiments.studies.engine.execution import train_shared
 from raekit.experiments.studies.engine.judging import CLASSIFIER, measure_real, reference
+from raekit.experiments.studies.engine.latents import encode
 from raekit.experiments.studies.engine.plan import (
     Claim,
     Estimate,
@@ -55,7 +55,6 @@ from raekit.files import whole
 from raekit.flow.sampling import Sampling
 from raekit.models.autoencoder import load_autoencoder
 from raekit.models.encoders import load_encoder
-from raekit.models.latent_space import LatentSpace
 from raekit.progress import Progress
 from raekit.recipes import StageConfig, cache, configured
 
@@ -188,7 +187,8 @@ def _config(name: str, seed: int, folder: Path, quick: bool) -> Any:
 def _measure_latents(decoder: Path, split: Split) -> Values:
     """Measure the latents of an encoder, and the reconstructions of its decoder."""
     autoencoder = load_autoencoder(decoder)
-    training, heldout = (_encode(autoencoder, each) for each in (split, "heldout"))
+    parts = [DataConfig(source="emoji", split=each, image_size=SIDE) for each in (split, "heldout")]
+    training, heldout = (encode(autoencoder, part) for part in parts)
     probe = linear_probe(training[0].mean((2, 3)), training[1], heldout[0].mean((2, 3)), heldout[1])
     report, _ = evaluate(str(decoder), reconstruct=True, out=decoder / "evaluation", world=World())
     return {
@@ -199,14 +199,6 @@ def _measure_latents(decoder: Path, split: Split) -> Values:
         "psnr": report.results["psnr"],
         "reconstruction": report.results[f"rfd_{JUDGE}"],
     }
-
-
-def _encode(autoencoder: LatentSpace, split: Split) -> tuple[Tensor, Tensor]:
-    """Return the whitened latents and the classes of all images of a split."""
-    images = DataConfig(source="emoji", split=split, image_size=SIDE)
-    batches = list(Loader(images, seed=0).once(BATCH, World()))
-    latents = [autoencoder.encode(batch.pixels()) for batch in batches]
-    return torch.cat(latents), torch.cat([batch.labels for batch in batches])
 
 
 def spatial_structure(latents: Tensor) -> float:

@@ -10,7 +10,7 @@ Here:   The built-in emoji at 32 x 32 pixels, as 4 x 4 tokens of the built-in en
         the same noise. The built-in classifier, which took part in no training, judges them: Frechet distance to all
         emoji, precision, recall, class accuracy. The distance of so few samples is too large, by about the same amount
         for all rules, so only differences count.
-Cost:   about 6 minutes on one core of an Intel Xeon with AVX-512
+Cost:   about 5 minutes on one core of an Intel Xeon with AVX-512
 """
 
 from collections.abc import Sequence

@@ -9,7 +9,7 @@ Here:   The built-in emoji at 32 x 32 pixels, as 4 x 4 tokens of the built-in en
         half-normal: the paper's 0.8, scaled to tokens of 192 channels instead of 768, by sqrt(192 / 768). One denoiser
         gives latents early and late in its training. The built-in classifier, which took part in no training, judges
         the decoded images. The encoder, at 32 pixels, is a second judge.
-Cost:   about 10 minutes on one core of an Intel Xeon with AVX-512
+Cost:   about 8 minutes on one core of an Intel Xeon with AVX-512
 """
 
 import math
@@ -26,6 +26,7 @@ from raekit.evaluation.streaming import BATCH
 from raekit.experiments.studies.engine.drawing import draw_seeds
 from raekit.experiments.studies.engine.execution import train_shared
 from raekit.experiments.studies.engine.judging import CLASSIFIER, distances, measure_real, reconstruction
+from raekit.experiments.studies.engine.latents import generate
 from raekit.experiments.studies.engine.plan import (
     Claim,
     Estimate,
@@ -39,7 +40,7 @@ from raekit.experiments.studies.engine.plan import (
 )
 from raekit.experiments.studies.engine.training import SIDE, small_decoder, small_denoiser, split_of
 from raekit.files import whole
-from raekit.flow.sampling import Sampling, sample_latents
+from raekit.flow.sampling import Sampling
 from raekit.models.autoencoder import load_autoencoder
 from raekit.models.denoiser import Denoiser
 from raekit.models.latent_space import LatentSpace
@@ -74,10 +75,11 @@ def prepare(folder: Path, quick: bool, progress: Progress) -> None:
     config = _denoiser(folder, quick)
     cache(config, progress)
     train_shared(config, folder / "denoiser", progress, "denoiser")
+    sampling = Sampling(steps=EVALUATIONS, solver="abm")
     for kind, steps in _steps(quick).items():
         denoiser = Denoiser.load(f"{folder / 'denoiser'}@{steps}")
         for seed in [seed for seed in SEEDS if not _latents(folder, kind, seed).is_file()]:
-            latents = _generate(denoiser, seed, 9 if quick else SAMPLES, progress)
+            latents = generate(denoiser, 9 if quick else SAMPLES, seed, sampling, progress)
             with whole(_latents(folder, kind, seed)) as partial:
                 save_file({"latents": latents}, partial)
 
@@ -88,17 +90,6 @@ def _steps(quick: bool) -> dict[str, int]:
 
 def _latents(folder: Path, kind: str, seed: int) -> Path:
     return folder / "generated" / f"{kind}-{seed}.safetensors"
-
-
-def _generate(denoiser: Denoiser, seed: int, count: int, progress: Progress) -> Tensor:
-    """Return whitened latents (count, C, h, w), of each class in turn."""
-    sampling = Sampling(steps=EVALUATIONS, solver="abm")
-    parts = []
-    for indices in torch.arange(count).split(BATCH):
-        labels = indices % denoiser.config.num_classes
-        parts.append(sample_latents(denoiser, labels, indices, seed, sampling, "cpu"))
-        progress("generated latents", int(indices[-1]) + 1, count)
-    return torch.cat(parts)
 
 
 def plan(folder: Path, quick: bool) -> list[Run]:

@@ -8,7 +8,7 @@ Here:   One built-in emoji is learned as 2 x 2 patches of pixels with n = 48 and
         the noise alone fills all n dimensions. It holds at each time. Times are drawn as for the paper's latents
         (shift 6.93). The loss is measured on fresh noise. The best linear predictor of each rank is
         computed as well, for one image and for the latents of many.
-Cost:   about 15 minutes on one core of an Intel Xeon with AVX-512
+Cost:   about 10 minutes on one core of an Intel Xeon with AVX-512
 """
 
 from collections.abc import Sequence
