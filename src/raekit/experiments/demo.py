@@ -50,7 +50,7 @@ from raekit.training.checkpoint import checkpoints
 from raekit.training.tracking import read_metrics
 
 BUILTIN = "builtin:emoji"
-SAMPLING = Sampling(steps=15, solver="abm", grid="few", guidance=(Guidance(scale=2.0, start=0.1),))
+SAMPLING = Sampling(steps=15, solver="abm", grid="few", guidance=(Guidance(scale=3.0, start=0.1),))
 PER_CLASS = 8
 DECODER_SHARE = 0.15
 """The fraction of the minutes that the decoder trains."""
@@ -364,7 +364,21 @@ Scores = dict[str, dict[str, float]]
 
 
 def recipes(run: Path, data: DataConfig, own: bool) -> tuple[ReconstructionConfig, GenerationConfig]:
-    """Return the configs of the decoder and of the denoiser, for the built-in images or a folder of your own."""
+    """Return the configs of the decoder and of the denoiser, for the built-in images or a folder of your own.
+
+    The batch of the denoiser for the built-in images was chosen by trials (2026-11-27). Each trial trained on 14,000
+    images, on one core of an Intel Xeon with AVX-512. For batches of 32, 16 and 8, all with AdamW at a rate of 1e-3:
+
+    - the loss, averaged over the last 1,500 images, is 0.454, 0.413 and 0.400;
+    - the Frechet distance of 216 samples with CFG 3 is 143, 136 and 127 in VGG16, and 2.5, 1.6 and 2.0 in the
+      classifier (the built-in decoder of that day);
+    - two idle cores train on 82, 69 and 69 images per second.
+
+    A rate of 2e-3 with a batch of 16 was not better after 7,000 images. CFG scales of 2, 3 and 4 have the same distance
+    in VGG16, and 2.12, 2.02 and 1.88 in the classifier. A step with Muon takes 45 % more time than a step with AdamW,
+    and at a rate of 1e-3 its loss falls more slowly (4.0 after 30 steps, 1.5 with AdamW). Other rates of Muon have not
+    been tried.
+    """
     decoder, denoiser = find("emoji_decoder").config, find("emoji_dit_dh").config
     assert isinstance(decoder, ReconstructionConfig)
     assert isinstance(denoiser, GenerationConfig)
@@ -385,7 +399,13 @@ def recipes(run: Path, data: DataConfig, own: bool) -> tuple[ReconstructionConfi
     # Smaller than the built-in denoiser, which learns more in hours but less in minutes.
     size = replace(denoiser.denoiser, backbone=TransformerConfig(width=192, depth=3, heads=4))
     return decoder, replace(
-        denoiser, data=data, autoencoder=BUILTIN, latents=str(run / "latents"), denoiser=size, ema=(0.99,)
+        denoiser,
+        data=data,
+        autoencoder=BUILTIN,
+        latents=str(run / "latents"),
+        denoiser=size,
+        train=replace(denoiser.train, batch_size=8),
+        ema=(0.99,),
     )
 
 
