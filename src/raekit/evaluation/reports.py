@@ -217,7 +217,8 @@ class Comparison:
                 [high - value for value, (_, high) in zip(values, ends, strict=True)],
             ]
             bars = axes.bar(range(number), values, yerr=spread, color=colours, capsize=3, width=0.7)
-            axes.set_title(_heading(name), fontsize=9)
+            heading = _heading(name)
+            axes.set_title(heading, fontsize=min(9, 240 / len(heading)))  # long names fit their panel too
             axes.set_xticks(range(number), [f"{value:.4g}" for value in values], fontsize=8)
             axes.tick_params("y", labelsize=7)
             if not with_samples and name == self.metrics[-1]:
