@@ -212,7 +212,7 @@ class Demo:
         decoder = load_autoencoder(str(self.run / "decoder")).to(self.world.device)
         scores: Scores = {}
         for name, autoencoder in (("built-in", self.builtin.autoencoder), ("trained", decoder)):
-            scores[f"reconstructions, {name} decoder"] = self.reconstructions(name, autoencoder)
+            scores[f"decoded by the {name} decoder"] = self.reconstructions(name, autoencoder)
         self.samples("samples", model)
         if self.scored:
             report, _ = self.evaluate("trained", model, baselines=False)
