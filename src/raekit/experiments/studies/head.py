@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 import raekit
-from raekit.experiments.studies.engine.drawing import draw_seeds
+from raekit.experiments.studies.engine.drawing import draw_pairs, draw_seeds
 from raekit.experiments.studies.engine.plan import Claim, Result, Run, Settings, Values, geometric, within
 from raekit.experiments.studies.engine.training import small_dit
 from raekit.experiments.studies.engine.waves import distance, draw_numbers, images
@@ -188,12 +188,7 @@ def _low(distances: Distances) -> Claim:
 
     def draw(figure: Any) -> None:
         axes = figure.add_subplot(ylabel=f"distance to the true distribution, n = {smallest}")
-        for seed, values in enumerate(zip(*(distances[smallest][network] for network in SIZES), strict=True)):
-            axes.plot([0, 1], values, "o-", markersize=4, linewidth=0.8, label=f"seed {seed}")
-        axes.set_xticks([0, 1], [_spelled(network) for network in SIZES])
-        axes.set_xlim(-0.5, 1.5)
-        axes.set_ylim(bottom=0)
-        axes.legend()
+        draw_pairs(axes, [_spelled(network) for network in SIZES], [distances[smallest][network] for network in SIZES])
 
     return Claim(
         name="low",

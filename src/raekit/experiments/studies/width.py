@@ -22,6 +22,7 @@ from torch import Tensor
 
 import raekit
 from raekit.data.sources import open_source
+from raekit.experiments.studies.engine.drawing import error_bars
 from raekit.experiments.studies.engine.plan import (
     Claim,
     Result,
@@ -203,10 +204,11 @@ def _floor(losses: Losses) -> Claim:
         axes.fill_between([0, 1], [low, 0], [high, 0], color="grey", alpha=0.2, label=f"bound ± {100 * TOLERANCE:g} %")
         for (n, row), marker in zip(sweep.items(), cycle("os"), strict=False):
             means = [estimate(values) for values in row.values()]
-            errors = [[e.mean - e.low for e in means], [e.high - e.mean for e in means]]
             x = [d / n for d in row]
             label = f"trained DiT, n = {n} ({len(next(iter(row.values())))} seeds, 95 % interval)"
-            axes.errorbar(x, [e.mean for e in means], yerr=errors, fmt=marker, markersize=4, capsize=2, label=label)
+            axes.errorbar(
+                x, [e.mean for e in means], yerr=error_bars(means), fmt=marker, markersize=4, capsize=2, label=label
+            )
         axes.set_ylim(-0.02, 1.12)
         axes.legend()
 

@@ -34,6 +34,22 @@ def draw_seeds(
         axes.plot([place] * len(row), row, ".", color=drawn.lines[0].get_color(), alpha=0.4, markersize=4)
 
 
+def draw_pairs(axes: Any, names: Sequence[str], rows: Sequence[Sequence[float]]) -> None:
+    """Draw a line for each seed between its two values.
+
+    Args:
+        axes: The axes of matplotlib.
+        names: What the two values belong to.
+        rows: The values of all seeds, for each of the two.
+    """
+    for seed, values in enumerate(zip(*rows, strict=True)):
+        axes.plot([0, 1], values, "o-", markersize=4, linewidth=0.8, label=f"seed {seed}")
+    axes.set_xticks([0, 1], names)
+    axes.set_xlim(-0.5, 1.5)
+    axes.set_ylim(bottom=0)
+    axes.legend()
+
+
 def plain_numbers(axis: Any) -> None:
     """Write the ticks of a logarithmic axis as 0.5, 3 or 20 instead of powers of ten. Call this after drawing."""
     from matplotlib.ticker import LogLocator  # imported here because the import is slow

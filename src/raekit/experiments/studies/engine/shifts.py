@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from raekit.experiments.studies.engine.drawing import plain_numbers
+from raekit.experiments.studies.engine.drawing import draw_pairs, plain_numbers
 from raekit.experiments.studies.engine.plan import Claim, Result, Verdict, estimate, geometric, within
 
 EXPONENT = 0.5
@@ -111,12 +111,8 @@ def _gain(distances: Distances, measured: str) -> Claim:
 
     def draw(figure: Any) -> None:
         axes = figure.add_subplot(xlabel="shift of the schedule", ylabel=measured)
-        for seed, values in enumerate(zip(distances[large][before], distances[large][after], strict=True)):
-            axes.plot([0, 1], values, "o-", markersize=4, linewidth=0.8, label=f"seed {seed}")
-        axes.set_xticks([0, 1], [f"{before:.3g}: no shift", f"{after:.3g}: scaled by sqrt(m)"])
-        axes.set_xlim(-0.5, 1.5)
-        axes.set_ylim(bottom=0)
-        axes.legend()
+        names = [f"{before:.3g}: no shift", f"{after:.3g}: scaled by sqrt(m)"]
+        draw_pairs(axes, names, [distances[large][shift] for shift in (before, after)])
 
     return Claim(
         name="gain",
