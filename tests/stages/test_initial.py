@@ -95,6 +95,23 @@ def test_a_run_can_be_gone_on_from_by_another(config, tmp_path, name):
     train(second, tmp_path / "second", ONE)  # resumes from its own checkpoint
 
 
+def test_a_base_output_may_be_added_or_left_out(config, tmp_path):
+    plain = config("denoiser")
+    with_base = replace(plain, denoiser=replace(plain.denoiser, base_depth=1))
+    for name, first, second in (("added", plain, with_base), ("left out", with_base, plain)):
+        train(first, tmp_path / name, ONE)
+        published = Denoiser.load(str(tmp_path / name)).state_dict()
+        began = initial(replace(second, init_from=str(tmp_path / name)), tmp_path / "other")
+        shared = [key for key in began if not key.startswith("base_final.")]
+        assert [key for key in shared if torch.equal(began[key], published[key])] == shared
+        assert {key for key in began.keys() ^ published.keys() if key.startswith("base_final.")}
+    deeper = TransformerConfig(width=16, depth=2, heads=2)
+    moved = replace(plain, denoiser=replace(plain.denoiser, backbone=deeper, base_depth=2))
+    train(replace(moved, denoiser=replace(moved.denoiser, base_depth=1)), tmp_path / "deeper", ONE)
+    with pytest.raises(UserError, match="base_depth: 1 -> 2"):
+        initial(replace(moved, init_from=str(tmp_path / "deeper")), tmp_path / "moved")
+
+
 def test_other_classes_start_anew(config, tiny_model, tmp_path):
     tuned = replace(config("denoiser"), init_from=str(tiny_model), shift_base=256)
     published = Denoiser.load(str(tiny_model)).state_dict()

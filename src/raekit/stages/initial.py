@@ -34,7 +34,8 @@ def initialise_decoder(decoder: Decoder, source: str) -> None:
 def initialise_denoiser(denoiser: Denoiser, source: str) -> None:
     """Load the weights of the denoiser `source` into `denoiser`.
 
-    If the classes differ, the class embeddings keep their new random weights.
+    If the classes differ, the class embeddings keep their new random weights. `denoiser` may have a base output that
+    `source` lacks, which then starts from random weights, and may lack a base output that `source` has.
 
     Args:
         denoiser: The denoiser to initialise.
@@ -45,11 +46,15 @@ def initialise_denoiser(denoiser: Denoiser, source: str) -> None:
     """
     pretrained = Denoiser.load(source)
     config, state = _with_positions(pretrained, denoiser.config.positions)
+    own: tuple[str, ...] = ()
+    if bool(config.base_depth) != bool(denoiser.config.base_depth):
+        config = replace(config, base_depth=denoiser.config.base_depth)
+        own += ("base_final.",)
     _check_same(source, _architecture(config), _architecture(denoiser.config))
     if not _same_classes(pretrained.config, denoiser.config):
-        fresh = {key: value for key, value in denoiser.state_dict().items() if key.startswith("label.")}
-        state = {key: value for key, value in state.items() if not key.startswith("label.")} | fresh
-    denoiser.load_state_dict(state)
+        own += ("label.",)
+    kept = {key: value for key, value in denoiser.state_dict().items() if key.startswith(own)}
+    denoiser.load_state_dict({key: value for key, value in state.items() if not key.startswith(own)} | kept)
 
 
 def _with_positions(pretrained: Any, wanted: str) -> tuple[Any, dict[str, Tensor]]:
