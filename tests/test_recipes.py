@@ -257,11 +257,7 @@ def test_the_two_recipes_of_emoji_cost_the_same():
     for config in (ours, theirs):
         model = Denoiser(DenoiserConfig(**vars(config.denoiser), channels=192, grid=(8, 8), num_classes=9))
         with FlopCounterMode(display=False) as counter:
-            inputs = (torch.zeros(1, 192, 8, 8), torch.ones(1), torch.zeros(1, dtype=torch.long))
-            if config.denoiser.base_depth:
-                model(*inputs, with_base=True)
-            else:
-                model(*inputs)
+            model(torch.zeros(1, 192, 8, 8), torch.ones(1), torch.zeros(1, dtype=torch.long), with_base=True)
         costs.append(counter.get_total_flops())
     assert costs[0] == pytest.approx(costs[1], rel=0.05)
 

@@ -397,7 +397,7 @@ def recipes(run: Path, data: DataConfig, own: bool) -> tuple[ReconstructionConfi
             ema=(0.99,),
         )
     # Smaller than the built-in denoiser, which learns more in hours but less in minutes.
-    size = replace(denoiser.denoiser, backbone=TransformerConfig(width=192, depth=3, heads=4))
+    size = replace(denoiser.denoiser, backbone=TransformerConfig(width=192, depth=3, heads=4), base_depth=0)
     return decoder, replace(
         denoiser,
         data=data,

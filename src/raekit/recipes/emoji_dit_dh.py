@@ -31,6 +31,8 @@ def config() -> GenerationConfig:
             backbone=TransformerConfig(width=192, depth=6, heads=4),
             head=TransformerConfig(width=256, depth=2, heads=4),
             qk_norm=True,
+            # For internal guidance.
+            base_depth=2,
             # As in RAE v2. A velocity contains the noise, which takes all of the head's width; the data do not.
             prediction="data",
             # With the published 0.02, the classes have no effect for most of such a short run.

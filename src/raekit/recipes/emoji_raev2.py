@@ -21,10 +21,5 @@ from raekit.stages.generation import GenerationConfig
 
 def config() -> GenerationConfig:
     base = emoji_dit_dh.config()
-    denoiser = replace(
-        base.denoiser,
-        positions="none",
-        context=ContextConfig(time_tokens=1, label_tokens=2),
-        base_depth=2,
-    )
-    return replace(base, denoiser=denoiser)
+    context = ContextConfig(time_tokens=1, label_tokens=2)
+    return replace(base, denoiser=replace(base.denoiser, positions="none", context=context))
