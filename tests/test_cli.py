@@ -1269,6 +1269,12 @@ def test_latents_are_written_and_read_back(run, tiny_model, tmp_path):
     assert changed == ["latents-00001-of-00003.safetensors"]
     # Another shard size would mix two sets of shards.
     assert_fails(run(*command[:-3], 3), out, "holds shards of other latents")
+    # Another precision gives other latents.
+    assert run(*command, "--precision", "bf16").code == 0
+    rounded = torch.cat([shard.latents for shard in raekit.read_latents(out)])
+    expected = Autoencoder.load(str(tiny_model), torch.bfloat16).encode(originals)
+    assert torch.allclose(rounded[[0, 1, 2, 4]], expected[[0, 1, 2, 4]], atol=1e-6)  # image 3 was replaced
+    assert not torch.allclose(rounded[[0, 1, 2, 4]], autoencoder.encode(originals)[[0, 1, 2, 4]], atol=1e-6)
 
 
 def test_one_file_of_latents(run, tiny_model, tmp_path):

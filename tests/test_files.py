@@ -110,6 +110,16 @@ def test_a_kill_while_a_folder_takes_the_place_of_another_loses_neither(tmp_path
     assert names(path) == ["second"]
 
 
+def test_a_failure_while_a_folder_takes_the_place_of_another_keeps_the_old_one(tmp_path):
+    path = tmp_path / "folder"
+    path.mkdir()
+    (path / "old").touch()
+    with pytest.raises(UserError, match="could not be written"), whole(path, folder=True):
+        pass  # there is nothing to move to the place of the old folder
+    assert names(path) == ["old"]
+    assert names(tmp_path) == ["folder"]
+
+
 def test_the_umask_decides_who_may_read(tmp_path):
     before = os.umask(0o027)
     try:

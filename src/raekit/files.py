@@ -91,8 +91,7 @@ def whole(path: Path, folder: bool = False) -> Iterator[Path]:
     work = path.with_name(_short(path.name) + ".partial")
     old = work / "old" / path.name
     try:
-        if old.is_dir() and not path.exists():  # the last process was killed between the two moves below
-            old.replace(path)
+        _restore(old, path)  # if the last process was killed between the two moves below
         _remove(work)
         work.mkdir(parents=True)
         yield work / path.name
@@ -112,6 +111,7 @@ def whole(path: Path, folder: bool = False) -> Iterator[Path]:
             (work / path.name).replace(path)
         _remove(work)
     except (OSError, SafetensorError) as error:
+        _restore(old, path)  # if the second of the two moves failed
         _remove(work)
         if isinstance(error, OSError) and not _is_about(error, path, work):
             raise
@@ -131,6 +131,12 @@ def sweep(folder: Path) -> None:
     for left in folder.glob("*.partial"):
         if left.is_dir() and not (left / "old").exists():  # `old` may hold the only copy; `whole` moves it back
             _remove(left)
+
+
+def _restore(old: Path, path: Path) -> None:
+    """Move the folder `old` back to `path`, unless there is something new."""
+    if old.is_dir() and not path.exists():
+        old.replace(path)
 
 
 def _short(name: str) -> str:

@@ -786,6 +786,10 @@ def test_a_setting_with_another_value_is_rejected(settings, message):
         Sampling(**settings)
 
 
+def test_a_whole_number_of_steps_may_be_a_float():
+    assert repr(Sampling(steps=2.0)) == repr(Sampling(steps=2))  # type: ignore[arg-type]
+
+
 def test_one_rule_of_guidance_or_its_text_is_enough():
     rules = parse_guidance("cfg:2.0@0.1-0.9")
     given: list[Any] = [rules, rules[0], "cfg:2.0@0.1-0.9"]

@@ -1,5 +1,6 @@
 """Pictures and held-out losses during training."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from raekit.inference.model import load, reconstruct
 from raekit.models.autoencoder import Autoencoder
 from raekit.models.denoiser_config import TransformerConfig
 from raekit.pictures import from_pil
+from raekit.stages import watch
 from raekit.stages.generation import DenoiserSize, GenerationConfig, flow_matching_loss
 from raekit.stages.reconstruction import DecoderSize, ReconstructionConfig
 from raekit.stages.run import train
@@ -124,6 +126,19 @@ def test_the_held_out_loss_of_stage_2_has_fixed_images_times_and_noise(images, t
             model.denoiser, latents, batch.labels, batch.positions, seed=2, time_law="uniform", alpha=alpha
         )
     assert found[3] == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_an_unreadable_image_does_not_make_the_held_out_loss_nan(images, tmp_path, monkeypatch):
+    shutil.copytree(images.removeprefix("folder:"), tmp_path / "images")
+    last = max((tmp_path / "images" / "val").rglob("*.png"))
+    last.write_bytes(b"damaged")
+    data = DataConfig(source=f"folder:{tmp_path / 'images'}", image_size=16, max_unreadable=0.5)
+    monkeypatch.setattr(watch, "BATCH", 1)  # the batch of the damaged image is empty
+    means = {"loss": lambda batch, step: batch.pixels().mean()}
+    periodic = watch.heldout_loss(HeldoutConfig(every=1), data, means, "fp32", ONE)
+    readable = Loader(replace(data, split="heldout"), 0).once(64, ONE)
+    expected = torch.cat([batch.pixels() for batch in readable]).mean().item()
+    assert periodic.call(1)["loss"] == pytest.approx(expected)
 
 
 def in_two(world: World, images: str, tiny_model: Path, run: Path) -> None:

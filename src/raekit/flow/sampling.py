@@ -78,6 +78,7 @@ class Sampling:
                 raise UserError(f"{name}: {getattr(self, name)!r} is none of {', '.join(get_args(choices))}")
         if self.steps < 1 or self.steps != int(self.steps):
             raise UserError(f"steps: {self.steps} must be a whole number, 1 or more")
+        object.__setattr__(self, "steps", int(self.steps))  # also from 50.0, as a slider gives
         if not (self.atol > 0 and self.rtol > 0):
             raise UserError(f"atol, rtol: {self.atol} and {self.rtol} must be positive")
 

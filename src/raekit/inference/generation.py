@@ -226,7 +226,7 @@ def interpolate(
         along = way[list(part)]
 
         def noise(stream: str) -> Tensor:
-            start, end = (sample_noise(denoiser, seed, stream, [0])[0] for seed in seeds)
+            start, end = (sample_noise(denoiser, seed, stream, [0], device)[0].cpu() for seed in seeds)
             return slerp(start, end, along).to(device)
 
         weights = None

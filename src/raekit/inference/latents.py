@@ -115,7 +115,7 @@ def encode_files(
     empty: dict[Path, LatentsInfo] = {}
     done = encoded = 0
     for number, (part, place) in enumerate(zip(parts, places, strict=True)):
-        inputs = _digest(part, encoder, statistics, autoencoder.image_size, fit)
+        inputs = _digest(part, encoder, statistics, autoencoder.encoder_dtype, autoencoder.image_size, fit)
         names = tuple(map(str, part))
         if place.is_file() and (there := read_info(place, LatentsInfo)).inputs == inputs and there.images == names:
             encoded += len(part)

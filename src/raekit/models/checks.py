@@ -12,12 +12,12 @@ _LOW, _HIGH = -0.5, 2.0  # bicubic resizing leaves [0, 1] by less; images in [-1
 def check_images(images: Any, ranged: bool = True) -> None:
     """Check images that an encoder is given.
 
+    A pixel may be somewhat out of range, as bicubic resizing leaves it. The range is checked on the CPU only: on
+    another device, the host would wait for the answer.
+
     Args:
         images: the images.
         ranged: check the range, too. A discriminator sees images that were augmented or are not clamped.
-
-    A pixel may be somewhat out of range, as bicubic resizing leaves it.
-    The range is checked on the CPU only: on another device, the host would wait for the answer.
 
     Raises:
         UserError: they are not a float tensor (B, 3, H, W) in [0, 1] with at least one image.

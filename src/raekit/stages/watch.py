@@ -177,6 +177,8 @@ def heldout_loss(
     def call(step: int) -> dict[str, float]:
         totals = torch.zeros(len(losses) + 1, dtype=torch.float64)
         for batch in loader.read((mine[first : first + BATCH] for first in range(0, len(mine), BATCH)), world):
+            if not len(batch):  # no image of the batch was readable, and the mean of nothing is NaN
+                continue
             batch = batch.to(world.device)
             with _EAGER(), float32_precision(precision), autocast(precision, world.device):
                 means = [loss(batch, step).item() for loss in losses.values()]
