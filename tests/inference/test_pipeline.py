@@ -15,10 +15,11 @@ from raekit.flow.guidance import Guidance
 from raekit.flow.sampling import Sampling
 from raekit.inference.catalogue import list_encoders, list_models
 from raekit.inference.generation import generate, random_labels
-from raekit.inference.model import Model, reconstruct
+from raekit.inference.model import Model, load, reconstruct
 from raekit.inference.pipeline import Pipeline
 from raekit.models.denoiser import Denoiser
 from raekit.models.denoiser_config import DenoiserConfig, TransformerConfig
+from raekit.models.encoders import load_encoder
 from raekit.pictures import to_pil
 
 FEW: dict[str, Any] = {"steps": 3}
@@ -165,6 +166,13 @@ def test_a_pipeline_is_saved_loaded_and_moved(pipe, tiny_model, tmp_path):
         r"Pipeline\(.*model: 16 x 16 pixels, 3 classes, 0\.0 M parameters, bfloat16, cpu\)", repr(again)
     )
     assert torch.equal(again.to(torch.float32).autoencoder.decoder.out.weight, exact)
+    for call in (Pipeline.from_pretrained, load, load_encoder):
+        name = tiny_model if call is not load_encoder else tmp_path / "model" / "encoder"
+        for wrong in (torch.float16, "bfloat16"):
+            with pytest.raises(UserError, match=r"dtype: .* is neither torch\.float32 nor"):
+                call(name, dtype=wrong)
+    with pytest.raises(UserError, match=r"dtype: torch\.float16 is neither"):
+        again.to(torch.float16)
     with pytest.raises(UserError, match="only in memory"):
         Pipeline(pipe.autoencoder, pipe.denoiser).to(torch.bfloat16)
 
