@@ -943,6 +943,8 @@ def test_a_folder_where_a_file_is_meant_is_left_alone(run, tmp_path, monkeypatch
         (["generate", "builtin:emoji", "--out", "x.jpg"], "x.jpg must be a .png, .webp or .npz file, or a folder"),
         (["generate", "builtin:emoji", "--out", "file"], "file: is a file; give the path of a folder"),
         (["latents", "cache", "builtin:emoji", "--out", "file"], "file: is a file; give the path of a folder"),
+        (["reconstruct", "builtin:emoji", "file", "--out", "x.png"], "x.png: a folder is written here, and .png is"),
+        (["encode", "builtin:emoji", "file", "--out", "x.pt"], "x.pt: a folder is written here, and .pt is"),
         (["latents", "generate", "builtin:emoji", "--out", "x.png"], "x.png: the output file must end in .safetens"),
         (["latents", "generate", "builtin:emoji", "--out", "x.safetensors", "--guidance", "auto:2"], "a weaker model"),
         (["latents", "measure", "builtin:vit-tiny", "--out", "file/x.safetensors"], "because file is a file"),

@@ -15,7 +15,7 @@ from raekit.cli import console
 from raekit.cli.console import Device
 from raekit.cli.sampling import Options, SamplingOptions
 from raekit.errors import UserError
-from raekit.files import check_file, check_folder
+from raekit.files import FILE_ENDINGS, check_file, check_folder
 from raekit.progress import Display
 
 if TYPE_CHECKING:
@@ -28,21 +28,6 @@ Classes = Annotated[tuple[str, ...], tyro.conf.arg(name="class")]
 PICTURES = (".png", ".webp")
 MANY_CLASSES = 16
 """A grid without --class has a row for each class up to this number of classes, and random classes above it."""
-OTHER_FILES = (
-    ".jpg",
-    ".jpeg",
-    ".gif",
-    ".bmp",
-    ".tif",
-    ".tiff",
-    ".npy",
-    ".safetensors",
-    ".zip",
-    ".tar",
-    ".txt",
-    ".json",
-)
-"""Endings that no output folder has."""
 
 
 def generate(
@@ -101,10 +86,11 @@ def generate(
     )
     suffix = out.suffix.lower()
     single = suffix in PICTURES
-    if suffix in OTHER_FILES:
+    file = single or suffix == ".npz"
+    if suffix in FILE_ENDINGS and not file:
         raise UserError(f"--out: {out} must be a .png, .webp or .npz file, or a folder")
-    (check_file if single or suffix == ".npz" else check_folder)(out)
-    if format and (single or suffix == ".npz"):
+    (check_file if file else check_folder)(out)
+    if format and file:
         raise UserError(f"--format: no effect on {out}; it applies only to a folder")
     filled = parts_of(out) if suffix == ".npz" else out
     with (
