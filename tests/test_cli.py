@@ -452,6 +452,24 @@ def test_epochs_scale_a_recipe_to_the_images(run, images, tmp_path):
     assert_fails(run("train", "emoji_encoder", *arguments, "--epochs", 0), "--epochs: 0.0 must be positive")
 
 
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["train", "emoji_encoder", "--gpus", 0], "--gpus, --processes: 0 must be at least 1"),
+        (["train", "emoji_encoder", "--processes", 0], "--gpus, --processes: 0 must be at least 1"),
+        (["train", "emoji_encoder", "--gpus", 1, "--processes", 1], "leave out one of the two"),
+        (
+            ["latents", "measure", "builtin:vit-tiny", "--image-size", 0, "--out", "x.safetensors"],
+            "data.image_size must",
+        ),
+        (["probe", "builtin:vit-tiny", "--image-size", 0], "data.image_size must be at least 1, not 0"),
+    ],
+)
+def test_zero_is_not_a_missing_option(run, tmp_path, monkeypatch, command, message):
+    monkeypatch.chdir(tmp_path)
+    assert_fails(run(*command), message)
+
+
 def test_a_printed_recipe_trains_as_a_file(run, images, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = run("recipes", "emoji_encoder")

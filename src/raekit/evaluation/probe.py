@@ -99,7 +99,9 @@ def probe(
     """
     world = world or World()
     model = _load(name).to(world.device)
-    size = image_size or (max(model.input_size) if isinstance(model, Encoder) else model.image_size)
+    size = image_size
+    if size is None:
+        size = max(model.input_size) if isinstance(model, Encoder) else model.image_size
     networks = {name: _Features(name, _tokens_of(model), _shape(model), tokens)}
     encoder = model.encoder if isinstance(model, Autoencoder) else model
     if isinstance(encoder, Encoder):
