@@ -1499,6 +1499,8 @@ def test_info_tells_what_a_model_holds(run, tiny_model, tmp_path):
     assert_fails(run("info", tiny_model, "--reach", "loss", 1), "not a run")
     assert_fails(run("info", tmp_path), tmp_path, "neither a model, an artifact nor a run")
     assert_fails(run("info", tmp_path / "none"), tmp_path / "none", "no such folder")
+    (tmp_path / "file").touch()
+    assert_fails(run("info", tmp_path / "file"), tmp_path / "file", "is a file, and a model is a folder")
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "int8"])
