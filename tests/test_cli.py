@@ -463,6 +463,9 @@ def test_epochs_scale_a_recipe_to_the_images(run, images, tmp_path):
             "data.image_size must",
         ),
         (["probe", "builtin:vit-tiny", "--image-size", 0], "data.image_size must be at least 1, not 0"),
+        (["probe", "missing", "--penalty", 0], "penalty: 0.0 must be positive"),
+        (["trajectory", "missing", "--frames", 0, "--out", "x.png"], "--frames: 0 must be at least 2"),
+        (["interpolate", "missing", "--frames", 0, "--out", "x.png"], "--frames: 0 must be at least 2"),
     ],
 )
 def test_zero_is_not_a_missing_option(run, tmp_path, monkeypatch, command, message):

@@ -14,7 +14,7 @@ from tyro.conf import Positional
 from raekit.cli import console
 from raekit.cli.console import Device
 from raekit.cli.sampling import Options, SamplingOptions
-from raekit.errors import UserError
+from raekit.errors import UserError, whole_number
 from raekit.files import FILE_ENDINGS, check_file, check_folder
 from raekit.progress import Display
 
@@ -78,8 +78,7 @@ def generate(
     from raekit.pictures import check_grid, save_picture, to_pil
     from raekit.pictures import grid as tile
 
-    if count < 1:
-        raise UserError(f"--count: {count} must be at least 1")
+    whole_number("--count", count, 1)
     model, classes = _model_and_classes(model, classes, published)
     out = out or _free(
         f"{Path(published or model or '').stem.split(':')[-1]}{''.join(f'-{c}' for c in classes)}-seed{seed}"
@@ -171,6 +170,7 @@ def interpolate(
     from raekit.pictures import check_grid, to_pil
 
     form = _form(out)
+    whole_number("--frames", frames, 2)
     model, classes = _model_and_classes(model, classes)
     assert model is not None
     with world(device) as here, Display(console.err) as progress:
@@ -233,8 +233,8 @@ def trajectory(
     form = _form(out)
     model, classes = _model_and_classes(model, classes)
     assert model is not None
-    if count < 1:
-        raise UserError(f"--count: {count} must be at least 1")
+    whole_number("--count", count, 1)
+    whole_number("--frames", frames, 2)
     with world(device) as here:
         if here.size > 1:
             raise UserError("trajectory: runs in a single process; start it without torchrun")

@@ -21,9 +21,17 @@ from raekit.evaluation.pairs import METRICS, reconstruction_metrics
 from raekit.evaluation.references import Reference, measure_reference, read_reference
 from raekit.evaluation.reports import LITERATURE, Report
 from raekit.evaluation.streaming import BATCH
-from raekit.evaluation.streams import DecodedNoise, RealImages, Reconstructions, Samples, StoredImages, Stream
+from raekit.evaluation.streams import (
+    DecodedNoise,
+    RealImages,
+    Reconstructions,
+    Samples,
+    StoredImages,
+    Stream,
+    chunk_batch,
+)
 from raekit.files import check_folder
-from raekit.flow.sampling import Sampling
+from raekit.flow.sampling import Sampling, check_sampling
 from raekit.inference.model import Model, load
 from raekit.models.autoencoder import load_autoencoder
 from raekit.models.latent_space import LatentSpace
@@ -133,6 +141,9 @@ def evaluate(
     loaded = _load(model, own, ema, dtype, world) if not saved else None
     dataset = source or (loaded.trained_on if loaded else None)
     name = model if isinstance(model, str) else "a model in memory"
+    chunk_batch(batch_size)
+    if isinstance(loaded, Model):  # before the reference is measured, which may take hours
+        check_sampling(sampling or Sampling(), loaded.denoiser, labelled=bool(loaded.classes))
     if not references or baselines:
         dataset = _check_dataset(name, dataset, source is not None, loaded)
     stored = StoredImages(name, batch_size, workers, world) if saved else None
