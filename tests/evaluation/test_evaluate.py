@@ -255,6 +255,15 @@ def test_settings_are_checked_before_the_reference_is_measured(
     refused(message, lambda: evaluate(str(trained), out=tmp_path, **settings))
 
 
+def test_one_name_of_features_and_numbers_of_numpy_are_settings(trained, tiny_model, tmp_path):
+    numbers: dict[str, Any] = {"count": np.int64(3), "seed": np.int64(0), **QUICK}
+    report, folder = evaluate(str(trained), features=str(tiny_model), out=tmp_path / "report", **numbers)
+    assert len(report.results) == 1
+    assert (folder / "report.json").is_file()
+    pipe: Any = raekit.Pipeline.from_pretrained(str(trained))
+    refused("model: a Pipeline is neither a name nor a `Model`", lambda: evaluate(pipe, **QUICK))
+
+
 @pytest.mark.parametrize("name", ["features/mine.txt", "samples.png", "report.json"])
 def test_files_of_something_else_are_not_replaced(trained, tiny_model, tmp_path, name):
     (tmp_path / name).parent.mkdir(exist_ok=True)

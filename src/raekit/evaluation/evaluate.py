@@ -11,7 +11,7 @@ from raekit.data.loader import DataConfig
 from raekit.data.sources import FORMATS, is_address, open_source
 from raekit.data.sources.base import Split
 from raekit.distributed import World, prepare_device
-from raekit.errors import UserError
+from raekit.errors import UserError, whole_number
 from raekit.evaluation.against import Against, find_networks
 from raekit.evaluation.assessment import REPORTS, TRAINING, assess
 from raekit.evaluation.features import default_features, load_networks
@@ -47,7 +47,7 @@ def evaluate(
     *,
     reference: Places = (),
     source: str | None = None,
-    features: Sequence[str] = (),
+    features: str | Sequence[str] = (),
     count: int | None = None,
     seed: int = 0,
     labels: Labels | None = None,
@@ -112,6 +112,12 @@ def evaluate(
         UserError: an argument has no effect, the images must not be compared, or a file is missing or damaged.
     """
     model = str(model) if isinstance(model, Path) else model
+    if not isinstance(model, str | Model):
+        raise UserError(
+            f"model: a {type(model).__name__} is neither a name nor a `Model`; of a pipeline, give pipe.model"
+        )
+    features = [features] if isinstance(features, str) else features
+    seed, count = whole_number("seed", seed), None if count is None else whole_number("count", count, 1)
     if isinstance(model, str) and (scheme := Path(model).suffix[1:]) in FORMATS and Path(model).is_file():
         raise UserError(f"{model}: give saved images by their address, {scheme}:{model}")
     references, others = _places(reference), _places(relative_to)
@@ -132,8 +138,6 @@ def evaluate(
         others=others,
         source=source if references and not (baselines or interpolate) else None,
     )
-    if count is not None and count < 1:
-        raise UserError(f"count: {count} must be at least 1")
     report_folder = Path(out) if out else None
     check_folder(report_folder or Path(REPORTS))
     world = world or World(device=prepare_device())
