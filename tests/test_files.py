@@ -154,12 +154,16 @@ def test_a_full_disk_gives_one_message_that_names_the_file(full_disk):
 
 
 def test_an_output_that_cannot_be_written_is_found_before_the_work(tmp_path):
-    for check in check_file, check_folder:
-        check(tmp_path / "new" / "deep" / "x.png")
+    for check, name in (check_file, "x.png"), (check_folder, "v1.2"):
+        check(tmp_path / "new" / "deep" / name)
         assert names(tmp_path) == []
-        for path in Path("/proc/raekit/x.png"), tmp_path / ("x" * 300), tmp_path / ("x" * 300) / "y":
+        for path in Path("/proc/raekit/x"), tmp_path / ("x" * 300), tmp_path / ("x" * 300) / "y":
             with pytest.raises(UserError, match=r"cannot be written \(.+\); give another path"):
                 check(path)
+    with pytest.raises(UserError, match=r"x\.PNG: a folder is written here, and \.PNG is the ending of a file"):
+        check_folder(tmp_path / "x.PNG")
+    (tmp_path / "x.PNG").mkdir()
+    check_folder(tmp_path / "x.PNG")
 
 
 def test_names_may_have_all_255_bytes(tmp_path):

@@ -26,7 +26,7 @@ from raekit.stages import watch
 from raekit.stages.generation import DenoiserSize, GenerationConfig, flow_matching_loss
 from raekit.stages.reconstruction import DecoderSize, ReconstructionConfig
 from raekit.stages.run import train
-from raekit.stages.watch import HeldoutConfig, PicturesConfig, SamplesConfig
+from raekit.stages.watch import HeldoutConfig, PicturesConfig, SamplesConfig, heldout_loss
 from raekit.training.optim import OptimConfig
 from raekit.training.tracking import read_metrics
 from raekit.training.trainer import TrainConfig
@@ -156,6 +156,15 @@ def test_two_processes_see_the_same_as_one(images, tiny_model, tmp_path, run_ran
             assert logged(two, name) == {3: pytest.approx(logged(one, name)[3], rel=1e-4)}
         pictures = [np.asarray(Image.open(run / "samples" / "step-00000003.png"), int) for run in (one, two)]
         assert np.abs(pictures[0] - pictures[1]).max() <= 2
+
+
+def test_without_heldout_images_the_part_that_needs_them_is_named(tmp_path):
+    for name in ("0", "1"):
+        (tmp_path / "train").mkdir(exist_ok=True)
+        Image.new("RGB", (16, 16)).save(tmp_path / "train" / f"{name}.png")
+    data = DataConfig(source=f"flat:{tmp_path / 'train'}", image_size=16)
+    with pytest.raises(UserError, match=r"^heldout: .* no images in the split 'heldout'.* give --heldout None"):
+        heldout_loss(HeldoutConfig(every=1), data, {}, "fp32", ONE)
 
 
 @pytest.mark.parametrize(

@@ -99,8 +99,6 @@ def encode_files(
     single = out.suffix.lower() == ".safetensors"
     if single:
         check_file(out)
-    elif out.suffix.lower() in (".pt", ".pth", ".npz", ".npy", ".bin"):
-        raise UserError(f"{out}: must be a .safetensors file, or a folder for shards")
     if single and len(images) > shard_size:
         raise UserError(
             f"{out}: {len(images)} images are more than shard_size = {shard_size}; give a folder for shards"
