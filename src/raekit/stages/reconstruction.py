@@ -228,8 +228,9 @@ def build(config: ReconstructionConfig, run: Path, world: World) -> Stage:
 
 
 def _statistics_of(source: str, model: Autoencoder) -> tuple[Tensor | None, Tensor] | None:
-    """Return the mean and variance of the latents of `source`; None for another encoder or without measured values."""
+    """Return the mean and variance of the latents of `source`; None for another encoder or without whitening."""
     pretrained = load_autoencoder(source)
-    if bool((pretrained.var == 1).all()) or encoder_fingerprint(pretrained) != encoder_fingerprint(model):
+    whitens = bool(pretrained.var.min() < pretrained.var.max())  # equal values leave the latents as they are
+    if not whitens or encoder_fingerprint(pretrained) != encoder_fingerprint(model):
         return None
     return pretrained.mean, pretrained.var
