@@ -11,6 +11,7 @@ from raekit import artifacts
 from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.formats.conversion import convert
+from raekit.hub import ASSETS
 from raekit.models.autoencoder import Autoencoder
 from raekit.models.denoiser import Denoiser
 from raekit.models.encoders import load_encoder
@@ -237,3 +238,14 @@ def test_a_milestone_of_a_run_is_a_model(tiny_model, tmp_path):
         artifacts.find(f"{run}@300", "denoiser")
     with pytest.raises(UserError, match=r"@1: no such milestone; .* has none"):
         artifacts.find(f"{tiny_model}@1", "denoiser")
+
+
+def test_a_classifier_is_an_artifact_like_the_others(tiny_model: Path, tmp_path: Path):
+    with pytest.raises(
+        artifacts.MissingArtifact, match=r"holds no classifier .*; it holds .*: give a run that trained a classifier"
+    ):
+        artifacts.find(str(tiny_model), "classifier")
+    shutil.copytree(ASSETS / "emoji" / "classifier", tmp_path / "classifier")
+    assert "classifier: " in describe_folder(str(tmp_path))
+    with pytest.raises(artifacts.MissingArtifact, match=r"; it holds a classifier: give a model or a run of stage 2"):
+        artifacts.find(str(tmp_path), "denoiser")

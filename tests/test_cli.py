@@ -452,6 +452,27 @@ def test_epochs_scale_a_recipe_to_the_images(run, images, tmp_path):
     assert_fails(run("train", "emoji_encoder", *arguments, "--epochs", 0), "--epochs: 0.0 must be positive")
 
 
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["train", "emoji_encoder", "--gpus", 0], "--gpus, --processes: 0 must be at least 1"),
+        (["train", "emoji_encoder", "--processes", 0], "--gpus, --processes: 0 must be at least 1"),
+        (["train", "emoji_encoder", "--gpus", 1, "--processes", 1], "leave out one of the two"),
+        (
+            ["latents", "measure", "builtin:vit-tiny", "--image-size", 0, "--out", "x.safetensors"],
+            "data.image_size must",
+        ),
+        (["probe", "builtin:vit-tiny", "--image-size", 0], "data.image_size must be at least 1, not 0"),
+        (["probe", "missing", "--penalty", 0], "penalty: 0.0 must be positive"),
+        (["trajectory", "missing", "--frames", 0, "--out", "x.png"], "--frames: 0 must be at least 2"),
+        (["interpolate", "missing", "--frames", 0, "--out", "x.png"], "--frames: 0 must be at least 2"),
+    ],
+)
+def test_zero_is_not_a_missing_option(run, tmp_path, monkeypatch, command, message):
+    monkeypatch.chdir(tmp_path)
+    assert_fails(run(*command), message)
+
+
 def test_a_printed_recipe_trains_as_a_file(run, images, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = run("recipes", "emoji_encoder")
@@ -943,6 +964,8 @@ def test_a_folder_where_a_file_is_meant_is_left_alone(run, tmp_path, monkeypatch
         (["generate", "builtin:emoji", "--out", "x.jpg"], "x.jpg must be a .png, .webp or .npz file, or a folder"),
         (["generate", "builtin:emoji", "--out", "file"], "file: is a file; give the path of a folder"),
         (["latents", "cache", "builtin:emoji", "--out", "file"], "file: is a file; give the path of a folder"),
+        (["reconstruct", "builtin:emoji", "file", "--out", "x.png"], "x.png: a folder is written here, and .png is"),
+        (["encode", "builtin:emoji", "file", "--out", "x.pt"], "x.pt: a folder is written here, and .pt is"),
         (["latents", "generate", "builtin:emoji", "--out", "x.png"], "x.png: the output file must end in .safetens"),
         (["latents", "generate", "builtin:emoji", "--out", "x.safetensors", "--guidance", "auto:2"], "a weaker model"),
         (["latents", "measure", "builtin:vit-tiny", "--out", "file/x.safetensors"], "because file is a file"),
@@ -1269,6 +1292,12 @@ def test_latents_are_written_and_read_back(run, tiny_model, tmp_path):
     assert changed == ["latents-00001-of-00003.safetensors"]
     # Another shard size would mix two sets of shards.
     assert_fails(run(*command[:-3], 3), out, "holds shards of other latents")
+    # Another precision gives other latents.
+    assert run(*command, "--precision", "bf16").code == 0
+    rounded = torch.cat([shard.latents for shard in raekit.read_latents(out)])
+    expected = Autoencoder.load(str(tiny_model), torch.bfloat16).encode(originals)
+    assert torch.allclose(rounded[[0, 1, 2, 4]], expected[[0, 1, 2, 4]], atol=1e-6)  # image 3 was replaced
+    assert not torch.allclose(rounded[[0, 1, 2, 4]], autoencoder.encode(originals)[[0, 1, 2, 4]], atol=1e-6)
 
 
 def test_one_file_of_latents(run, tiny_model, tmp_path):
@@ -1479,6 +1508,8 @@ def test_info_tells_what_a_model_holds(run, tiny_model, tmp_path):
     assert_fails(run("info", tiny_model, "--reach", "loss", 1), "not a run")
     assert_fails(run("info", tmp_path), tmp_path, "neither a model, an artifact nor a run")
     assert_fails(run("info", tmp_path / "none"), tmp_path / "none", "no such folder")
+    (tmp_path / "file").touch()
+    assert_fails(run("info", tmp_path / "file"), tmp_path / "file", "is a file, and a model is a folder")
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "int8"])

@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from raekit import randomness
 from raekit.data.loader import DataConfig
 from raekit.distributed import World
 from raekit.flow.guidance import parse_guidance
@@ -100,6 +102,24 @@ def test_conversion_between_images_and_noise(tiny_model):
     with virtual_gpu():
         made = there_and_back(GPU)
     torch.testing.assert_close(made, expected, rtol=0, atol=1e-4)
+
+
+def test_an_interpolation_draws_its_noise_where_generation_does(tiny_model, monkeypatch):
+    normal, drawn = randomness.normal, set[tuple[str, str]]()
+
+    def recorded(seed: int, stream: str, positions: Any, shape: Any, device: Any = "cpu") -> torch.Tensor:
+        drawn.add((stream, str(device)))
+        return normal(seed, stream, positions, shape, device)
+
+    monkeypatch.setattr(randomness, "normal", recorded)
+    sampling = Sampling(steps=3, solver="euler-maruyama")
+    with virtual_gpu():
+        model = load(str(tiny_model), GPU)
+        list(generate(model, [0], sampling=sampling))
+        expected = set(drawn)
+        drawn.clear()
+        list(interpolate(model, seeds=(0, 1), labels=(0, 1), frames=2, sampling=sampling))
+    assert drawn == expected
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from raekit.distributed import World, check_shared, world
+from raekit.distributed import World, check_shared, prepare_device, world
 from raekit.errors import UserError
 from raekit.training import checkpoint
 from raekit.training.tracking import read_metrics
@@ -223,3 +223,8 @@ def test_variables_that_another_job_left_are_named(variables, message, monkeypat
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=message), world("cpu"):
         pass
+
+
+def test_another_device_is_one_clear_error():
+    with pytest.raises(UserError, match="device: 'gpu' is neither 'cpu' nor 'cuda'"):
+        prepare_device("gpu")

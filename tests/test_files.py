@@ -110,6 +110,16 @@ def test_a_kill_while_a_folder_takes_the_place_of_another_loses_neither(tmp_path
     assert names(path) == ["second"]
 
 
+def test_a_failure_while_a_folder_takes_the_place_of_another_keeps_the_old_one(tmp_path):
+    path = tmp_path / "folder"
+    path.mkdir()
+    (path / "old").touch()
+    with pytest.raises(UserError, match="could not be written"), whole(path, folder=True):
+        pass  # there is nothing to move to the place of the old folder
+    assert names(path) == ["old"]
+    assert names(tmp_path) == ["folder"]
+
+
 def test_the_umask_decides_who_may_read(tmp_path):
     before = os.umask(0o027)
     try:
@@ -144,12 +154,16 @@ def test_a_full_disk_gives_one_message_that_names_the_file(full_disk):
 
 
 def test_an_output_that_cannot_be_written_is_found_before_the_work(tmp_path):
-    for check in check_file, check_folder:
-        check(tmp_path / "new" / "deep" / "x.png")
+    for check, name in (check_file, "x.png"), (check_folder, "v1.2"):
+        check(tmp_path / "new" / "deep" / name)
         assert names(tmp_path) == []
-        for path in Path("/proc/raekit/x.png"), tmp_path / ("x" * 300), tmp_path / ("x" * 300) / "y":
+        for path in Path("/proc/raekit/x"), tmp_path / ("x" * 300), tmp_path / ("x" * 300) / "y":
             with pytest.raises(UserError, match=r"cannot be written \(.+\); give another path"):
                 check(path)
+    with pytest.raises(UserError, match=r"x\.PNG: a folder is written here, and \.PNG is the ending of a file"):
+        check_folder(tmp_path / "x.PNG")
+    (tmp_path / "x.PNG").mkdir()
+    check_folder(tmp_path / "x.PNG")
 
 
 def test_names_may_have_all_255_bytes(tmp_path):

@@ -128,10 +128,13 @@ def test_the_notebook_runs(monkeypatch, tmp_path):
 
 
 def fields(config: object) -> set[str]:
-    """Return the dotted names of a config's fields, with the fields of its optional parts."""
+    """Return the dotted names of a config's fields, also of its optional parts, and the names that turn flags off."""
     found = set()
     for path, value in _leaves(to_dict(config)):
         found |= {path, *(path.rsplit(".", i)[0] for i in range(1, path.count(".") + 1))}
+        if isinstance(value, bool):
+            part, dot, name = path.rpartition(".")
+            found.add(f"{part}{dot}no-{name}")
         assert value is None or path
     return found
 

@@ -25,11 +25,12 @@ from raekit.weights import check_statistics, read_weights
 STATISTICS = "statistics.safetensors"
 SHARD = 5 * 10**9
 """The largest file of weights in bytes. The Hub recommends files below five GB."""
-ARTICLES = {"encoder": "an", "autoencoder": "an", "denoiser": "a"}
+ARTICLES = {"encoder": "an", "autoencoder": "an", "denoiser": "a", "classifier": "a"}
 REMEDIES = {
     "encoder": "give the name of an encoder",
     "autoencoder": "give a model or a run of stage 1",
     "denoiser": "give a model or a run of stage 2, which generates images",
+    "classifier": "give a run that trained a classifier",
 }
 """What to do where a model lacks an artifact, by its kind."""
 

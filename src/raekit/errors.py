@@ -1,5 +1,6 @@
 """The exceptions that end a command: an error that the user can fix, and a stop that can be resumed."""
 
+import operator
 from collections.abc import Iterable
 
 
@@ -20,6 +21,26 @@ class Stopped(BaseException):
 
     STATUS = 75
     """The exit status EX_TEMPFAIL of sysexits.h: try again later."""
+
+
+def whole_number(name: str, value: object, least: int | None = None) -> int:
+    """Return a setting as an int. Integers of numpy and torch are whole numbers, too.
+
+    Args:
+        name: the name of the setting, for the error message.
+        value: the value that a caller gives.
+        least: the smallest valid value. None: any.
+
+    Raises:
+        UserError: `value` is not a whole number, or is below `least`.
+    """
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise UserError(f"{name}: {value!r} must be a whole number") from None
+    if least is not None and number < least:
+        raise UserError(f"{name}: {number} must be at least {least}")
+    return number
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -15,6 +15,14 @@ from raekit.errors import UserError
 
 _LONGEST = 255 - len(".partial")
 """The longest name, in bytes, that common file systems allow with the ending of a temporary folder."""
+FILE_ENDINGS = frozenset(
+    (
+        *(".png", ".webp", ".jpg", ".jpeg", ".gif", ".bmp", ".tif", ".tiff", ".mp4"),
+        *(".npy", ".npz", ".pt", ".pth", ".bin", ".safetensors", ".zip", ".tar"),
+        *(".txt", ".json", ".csv", ".html", ".md", ".pdf"),
+    )
+)
+"""Endings of files. A new folder does not get such a name: whoever gives it expects a file."""
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 """The errors of a write to an open file, which do not name the file."""
 
@@ -35,9 +43,11 @@ def check_folder(path: Path) -> None:
     """Check, before any work starts, that a folder can be written to `path`. Tries to write to it.
 
     Raises:
-        UserError: `path` is a file, is below a file, or cannot be written.
+        UserError: `path` is a file, has the name of a file, is below a file, or cannot be written.
     """
     _check_is_folder(path)
+    if path.suffix.lower() in FILE_ENDINGS and not os.path.isdir(path):
+        raise UserError(f"{path}: a folder is written here, and {path.suffix} is the ending of a file; give a folder")
     _try(path)
 
 
@@ -91,8 +101,7 @@ def whole(path: Path, folder: bool = False) -> Iterator[Path]:
     work = path.with_name(_short(path.name) + ".partial")
     old = work / "old" / path.name
     try:
-        if old.is_dir() and not path.exists():  # the last process was killed between the two moves below
-            old.replace(path)
+        _restore(old, path)  # if the last process was killed between the two moves below
         _remove(work)
         work.mkdir(parents=True)
         yield work / path.name
@@ -112,6 +121,7 @@ def whole(path: Path, folder: bool = False) -> Iterator[Path]:
             (work / path.name).replace(path)
         _remove(work)
     except (OSError, SafetensorError) as error:
+        _restore(old, path)  # if the second of the two moves failed
         _remove(work)
         if isinstance(error, OSError) and not _is_about(error, path, work):
             raise
@@ -131,6 +141,12 @@ def sweep(folder: Path) -> None:
     for left in folder.glob("*.partial"):
         if left.is_dir() and not (left / "old").exists():  # `old` may hold the only copy; `whole` moves it back
             _remove(left)
+
+
+def _restore(old: Path, path: Path) -> None:
+    """Move the folder `old` back to `path`, unless there is something new."""
+    if old.is_dir() and not path.exists():
+        old.replace(path)
 
 
 def _short(name: str) -> str:

@@ -57,6 +57,8 @@ def find_folder(name: str | Path, kind: str | None = None) -> Path:
         return models.cached(name, kind)
     if (path := Path(name)).is_dir():
         return path
+    if path.is_file():
+        raise UserError(f"{name}: is a file, and a model is a folder; `raekit convert` reads files of other projects")
     if milestone := _milestone(name):
         return milestone
     if not is_repository(name):

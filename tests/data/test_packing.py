@@ -2,6 +2,7 @@
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 from raekit.data import packing
 from raekit.data.packing import pack
 from raekit.data.sources import open_source
+from raekit.data.sources.folders import Files
 from raekit.data.transforms import center_crop
 from raekit.distributed import World
 from raekit.errors import UserError
@@ -106,6 +108,21 @@ def test_unreadable_images_are_left_out_up_to_a_limit(tmp_path: Path, source: st
         pack(source, 16, tmp_path / "strict", world=ONE)
     done = pack(source, 16, tmp_path / "out", max_unreadable=0.2, world=ONE)
     assert (done.images, list(done.unreadable)) == ({"train": 6, "heldout": 3}, [str(broken)])
+
+
+def test_images_without_a_class_are_rejected_before_the_work(
+    tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch
+):
+    read = Files.__init__
+
+    def some(self: Files, *args: Any) -> None:
+        read(self, *args)
+        self.labels[0] = -1  # as for a row of a Hugging Face dataset without a label
+
+    monkeypatch.setattr(Files, "__init__", some)
+    with pytest.raises(UserError, match="1 images of the split train have no class"):
+        pack(source, 16, tmp_path / "out", world=ONE)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_wrong_list_of_class_names_is_rejected(tmp_path: Path, source: str):

@@ -240,6 +240,30 @@ def test_arguments_without_effect_are_errors(tiny_model, tmp_path, options, mess
     refused(message, lambda: evaluate(str(tiny_model), out=tmp_path, world=ALONE, **options))
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size: 0 must be at least 1"),
+        ({"sampling": Sampling(guidance="auto:2.0")}, "guidance: auto needs a weaker model"),  # type: ignore[arg-type]
+    ],
+)
+def test_settings_are_checked_before_the_reference_is_measured(
+    trained, tiny_model, tmp_path, monkeypatch, options, message
+):
+    monkeypatch.setattr("raekit.evaluation.evaluate.measure_reference", None)  # a call would be a TypeError
+    settings: dict[str, Any] = {"features": [str(tiny_model)], **QUICK, **options}
+    refused(message, lambda: evaluate(str(trained), out=tmp_path, **settings))
+
+
+def test_one_name_of_features_and_numbers_of_numpy_are_settings(trained, tiny_model, tmp_path):
+    numbers: dict[str, Any] = {"count": np.int64(3), "seed": np.int64(0), **QUICK}
+    report, folder = evaluate(str(trained), features=str(tiny_model), out=tmp_path / "report", **numbers)
+    assert len(report.results) == 1
+    assert (folder / "report.json").is_file()
+    pipe: Any = raekit.Pipeline.from_pretrained(str(trained))
+    refused("model: a Pipeline is neither a name nor a `Model`", lambda: evaluate(pipe, **QUICK))
+
+
 @pytest.mark.parametrize("name", ["features/mine.txt", "samples.png", "report.json"])
 def test_files_of_something_else_are_not_replaced(trained, tiny_model, tmp_path, name):
     (tmp_path / name).parent.mkdir(exist_ok=True)

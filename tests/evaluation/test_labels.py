@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -41,6 +43,12 @@ def test_labels_of_the_reference_have_its_proportions():
 def test_a_reference_of_other_classes_is_rejected(given, message):
     with pytest.raises(UserError, match=message):
         draw_labels("reference", 3, 10, 0, given)
+
+
+def test_an_unknown_way_to_draw_labels_is_rejected():
+    kind: Any = "even"
+    with pytest.raises(UserError, match="labels: 'even' is none of balanced, random, reference"):
+        draw_labels(kind, 3, 10, 0, None)
 
 
 def test_names_of_classes_are_compared_where_they_say_something():

@@ -1,4 +1,5 @@
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -84,6 +85,15 @@ def test_folders_of_images(tmp_path: Path, images: str):
         source_of(tmp_path)
     with pytest.raises(UserError, match=r"--images: .* is not a folder"):
         source_of(tmp_path / "none")
+
+
+def test_a_folder_without_held_out_images_is_rejected_before_the_training(images: str, tmp_path: Path):
+    folder = tmp_path / "mine" / "red"
+    folder.mkdir(parents=True)
+    shutil.copy(Path(images.removeprefix("folder:")) / "train" / "red" / "02.png", folder)
+    with pytest.raises(UserError, match=r"^--images: .* no images in the split 'heldout'.*; give more images"):
+        run_demo(tmp_path / "run", minutes=1, quick=True, progress=silent, images=folder.parent)
+    assert not (tmp_path / "run").exists()
 
 
 def test_without_classes_nothing_is_conditional(images: str, tmp_path: Path):

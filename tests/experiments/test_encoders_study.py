@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from raekit.config import to_dict
 from raekit.experiments.studies import encoders
 from raekit.experiments.studies.engine.plan import Result, Verdict, rank_correlation
 
@@ -63,6 +64,11 @@ def test_spatial_structure_is_the_likeness_of_near_minus_far_tokens():
 
 
 def test_an_encoder_in_the_folder_of_the_study_takes_part(tmp_path: Path):
-    assert not any(encoders.GUEST in run.name for run in encoders.plan(tmp_path, quick=False))
+    own = {run.name for run in encoders.plan(tmp_path, quick=False)}
     (tmp_path / encoders.GUEST).mkdir()
-    assert sum(encoders.GUEST in run.name for run in encoders.plan(tmp_path, quick=False)) == len(encoders.SEEDS)
+    added = {run.name for run in encoders.plan(tmp_path, quick=False)} - own
+    names = [encoders.GUEST, "student", "student-masked"]
+    assert added == {f"{name}-seed{seed}" for name in names for seed in encoders.SEEDS}
+    student = to_dict(encoders._encoder(encoders.PRETRAINED["student-masked"], tmp_path, quick=False))
+    assert student["teacher"]["encoder"] == f"dinov2:{tmp_path / encoders.GUEST}"
+    assert student["mask_ratio"] == 0.6

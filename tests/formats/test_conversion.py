@@ -262,6 +262,9 @@ def test_unsuitable_options_are_named(files, tmp_path):
         read(str(tmp_path / "out"), options)
     with pytest.raises(UserError, match="out: already exists and is not empty"):
         convert(str(path), tmp_path / "out", options=options)
+    form: Any = "diffuser"
+    with pytest.raises(UserError, match="to: 'diffuser' is none of raekit, v1, diffusers"):
+        convert(str(path), tmp_path / "new", form, options)
     with pytest.raises(UserError, match=r"none.pt: no such file"):
         read(str(tmp_path / "none.pt"), options)
     with pytest.raises(UserError, match=r"nothing: no such folder .*rae-dinov2-b"):

@@ -236,7 +236,14 @@ def test_what_raekit_did_not_write_is_neither_opened_nor_replaced(model, tmp_pat
     assert [p.name for p in tmp_path.iterdir()] == ["000001.png"]
 
 
-@pytest.mark.parametrize("options", [{"labels": []}, {"count": 0}, {"labels": [], "count": 0}])
-def test_no_samples_at_all_are_rejected(model, options):
-    with pytest.raises(UserError, match="generate: give either labels, one for each sample, or count"):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"labels": []}, "labels: none are given"),
+        ({"count": 0}, "count: 0 must be at least 1"),
+        ({"labels": [], "count": 0}, "generate: give either labels, one for each sample, or count"),
+    ],
+)
+def test_no_samples_at_all_are_rejected(model, options, message):
+    with pytest.raises(UserError, match=message):
         next(generate(model, **options))

@@ -1,5 +1,6 @@
 import copy
 import math
+import re
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -270,6 +271,33 @@ def test_a_model_without_classes_generates_by_count(unconditional):
 def test_a_label_outside_the_classes_is_refused(model, label):
     with pytest.raises(UserError, match=f"labels: {label} is not among the model's 3 classes"):
         images_of(model, [0, label])
+
+
+def test_numbers_of_numpy_and_torch_are_numbers(model):
+    expected = images_of(model, [1, 2], seed=[3, 4], indices=[1, 0])
+    given: dict[str, Any] = {"labels": np.array([1, 2]), "seed": torch.tensor([3, 4]), "indices": torch.tensor([1, 0])}
+    assert torch.equal(images_of(model, **given), expected)
+    one: dict[str, Any] = {"labels": torch.tensor([1]), "seed": np.int64(3)}
+    assert torch.equal(images_of(model, **one), images_of(model, [1], seed=3))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"labels": [0.5]}, "labels: 0.5 must be a whole number"),
+        ({"labels": 1}, "labels: 1 must be a sequence of class ids"),
+        ({"labels": []}, "labels: none are given"),
+        ({"labels": None, "count": -1}, "count: -1 must be at least 1"),
+        ({"seed": "1"}, "seed: '1' must be a whole number"),
+        ({"seed": [0.5, 1]}, "seed: 0.5 must be a whole number"),
+        ({"batch_size": 2.0}, "batch_size: 2.0 must be a whole number"),
+        ({"labels": [0, 1], "indices": [-1]}, "indices: -1 must be at least 0"),
+        ({"labels": [0, 1], "indices": [2]}, "indices: 2 is not among the 2 samples"),
+    ],
+)
+def test_what_is_no_number_of_samples_is_one_clear_error(model, arguments, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        images_of(model, **arguments)
 
 
 def test_labels_or_a_count_but_not_both(model):
@@ -588,7 +616,7 @@ def test_images_go_to_noise_and_back_the_better_the_finer_the_steps(model):
     [
         (((2, 16, 4, 4), [0]), "labels: 1 given for 2 images"),
         (((1, 16, 4, 4), [3]), "labels: 3 is not among"),
-        (((1, 16, 2, 2), [0]), r"noise: must have shape .* \(16, 4, 4\), not \(16, 2, 2\)"),
+        (((1, 16, 2, 2), [0]), r"noise: expected .* \(B, 16, 4, 4\), got the shape \(1, 16, 2, 2\)"),
     ],
 )
 def test_noise_that_does_not_fit_is_refused(model, arguments, message):
@@ -775,8 +803,11 @@ def test_pictures_round_and_keep_every_level():
         ({"solver": "rk4"}, "solver: 'rk4' is none of euler, heun"),
         ({"solver": "Heun"}, "solver: 'Heun' is none of euler, heun"),
         ({"grid": "Full"}, "grid: 'Full' is none of full, few, published"),
-        ({"steps": 0}, "steps: 0 must be a whole number, 1 or more"),
-        ({"steps": 2.5}, "steps: 2.5 must be a whole number, 1 or more"),
+        ({"steps": 0}, "steps: 0 must be at least 1"),
+        ({"steps": 2.0}, "steps: 2.0 must be a whole number"),
+        ({"reuse": "2"}, "reuse: '2' must be a number"),
+        ({"guidance": ["cfg:2"]}, r"guidance: \['cfg:2'\] must be a scale, a text"),
+        ({"weak": "builtin:emoji"}, "weak: builtin:emoji is a name; give the loaded model"),
         ({"atol": 0.0}, "atol, rtol: 0.0 and 0.001 must be positive"),
         ({"guidance": "cfg"}, "guidance: 'cfg' is not of the form"),
     ],
@@ -788,5 +819,7 @@ def test_a_setting_with_another_value_is_rejected(settings, message):
 
 def test_one_rule_of_guidance_or_its_text_is_enough():
     rules = parse_guidance("cfg:2.0@0.1-0.9")
-    given: list[Any] = [rules, rules[0], "cfg:2.0@0.1-0.9"]
+    given: list[Any] = [rules, [*rules], rules[0], "cfg:2.0@0.1-0.9"]
     assert {Sampling(guidance=each) for each in given} == {Sampling(guidance=rules)}
+    scale: Any = np.float32(2)
+    assert Sampling(guidance=scale).guidance == (Guidance(scale=2.0),)

@@ -15,10 +15,11 @@ from raekit.flow.guidance import Guidance
 from raekit.flow.sampling import Sampling
 from raekit.inference.catalogue import list_encoders, list_models
 from raekit.inference.generation import generate, random_labels
-from raekit.inference.model import Model, reconstruct
+from raekit.inference.model import Model, load, reconstruct
 from raekit.inference.pipeline import Pipeline
 from raekit.models.denoiser import Denoiser
 from raekit.models.denoiser_config import DenoiserConfig, TransformerConfig
+from raekit.models.encoders import load_encoder
 from raekit.pictures import to_pil
 
 FEW: dict[str, Any] = {"steps": 3}
@@ -165,6 +166,13 @@ def test_a_pipeline_is_saved_loaded_and_moved(pipe, tiny_model, tmp_path):
         r"Pipeline\(.*model: 16 x 16 pixels, 3 classes, 0\.0 M parameters, bfloat16, cpu\)", repr(again)
     )
     assert torch.equal(again.to(torch.float32).autoencoder.decoder.out.weight, exact)
+    types: list[Any] = [torch.float16, "bfloat16"]
+    for wrong in types:
+        for call in (Pipeline.from_pretrained, load, load_encoder):
+            with pytest.raises(UserError, match=r"dtype: .* is neither torch\.float32 nor"):
+                call("builtin:emoji" if call is not load_encoder else "builtin:vit-tiny", dtype=wrong)
+    with pytest.raises(UserError, match=r"dtype: torch\.float16 is neither"):
+        again.to(torch.float16)
     with pytest.raises(UserError, match="only in memory"):
         Pipeline(pipe.autoencoder, pipe.denoiser).to(torch.bfloat16)
 
@@ -186,7 +194,11 @@ def test_an_autoencoder_without_a_denoiser_only_reconstructs(pipe, tiny_model, t
         ({"classes": ["purple"]}, "class 'purple': no such class"),
         ({"labels": [3]}, "labels: 3 is not among"),
         ({"classes": "red", "labels": [0]}, "labels: no effect with classes"),
+        ({"classes": 3}, "class 3: must be a text"),
+        ({"classes": []}, "labels: none are given"),
         ({"count": 0}, "count: 0 must be at least 1"),
+        ({"count": 1.5}, "count: 1.5 must be a whole number"),
+        ({"seed": None}, "seed: None must be a whole number"),
         ({"seed": [1, 2]}, "seed: 2 seeds for 1 images"),
         ({"guidance": "cfg"}, "guidance: 'cfg' is not of the form"),
         ({"solver": "rk4"}, "solver: 'rk4' is none of"),
@@ -195,6 +207,21 @@ def test_an_autoencoder_without_a_denoiser_only_reconstructs(pipe, tiny_model, t
 def test_wrong_settings_are_one_clear_error(pipe, options, words):
     with pytest.raises(UserError, match=re.escape(words)):
         pipe(**options)
+
+
+def test_wrong_ends_and_images_are_one_clear_error(pipe):
+    image = Image.new("RGB", (16, 16))
+    for call, words in [
+        (lambda: pipe.interpolate((0, 1, 2)), "seeds: [0, 1, 2] must be two numbers"),
+        (lambda: pipe.interpolate((0, 1), ("red", "blue", "red")), "labels: [2, 0, 2] must be two numbers"),
+        (lambda: pipe.variations([image, image]), "image: 2 are given; give one"),
+        (lambda: pipe.variations(image, count=0), "count: 0 must be at least 1"),
+        (lambda: pipe.reconstruct(np.zeros((2, 16, 16, 3), np.uint8)), "got ndarray"),
+        (lambda: pipe.reconstruct(Image.new("F", (16, 16))), "images: a PIL image cannot be read (floating-point"),
+        (lambda: pipe.decode(np.zeros((1, 16, 4, 4))), "latents: expected a float tensor (B, 16, 4, 4), got ndarray"),
+    ]:
+        with pytest.raises(UserError, match=re.escape(words)):
+            call()
 
 
 def named(model: Model, names: tuple[str, ...]) -> Model:

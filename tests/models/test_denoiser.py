@@ -251,6 +251,7 @@ def test_wide_head_makes_a_narrow_backbone_allowed():
     [
         ({"patch_size": 2}, r"denoiser.patch_size: 2 does not divide the grid \(3, 4\)"),
         ({"num_classes": -1}, "denoiser.num_classes: -1"),
+        ({"mlp_ratio": -1.0}, r"denoiser\.mlp_ratio: -1\.0 must be positive"),
         ({"base_depth": 3}, "denoiser.base_depth: 3 must be at most denoiser.backbone.depth = 2"),
         ({"base_depth": -1}, "denoiser.base_depth: -1"),
         ({"rotary": False, "positions": "none"}, "denoiser.rotary: off, and denoiser.positions is none"),

@@ -834,6 +834,8 @@ def test_too_many_tokens_are_rejected():
 
 
 def test_impossible_width_is_named():
+    with pytest.raises(UserError, match=r"vit\.mlp_ratio: 0\.0 must be positive"):
+        replace(CONFIG, mlp_ratio=0.0)
     with pytest.raises(UserError, match=r"vit\.width: 18 must be a multiple of 4 and of vit\.heads = 3"):
         ViTConfig(image_size=16, patch_size=4, width=18, depth=1, heads=3)
 

@@ -1,9 +1,13 @@
+import shutil
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from raekit.data.loader import DataConfig
+from raekit.data.sources.folders import Files
 from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.evaluation.against import Against
@@ -95,6 +99,24 @@ def test_images_without_classes_are_rejected(config, tmp_path, images):
     flat = images.replace("folder:", "flat:")
     with pytest.raises(UserError, match=r"^data\.source: flat:.* has no classes"):
         build(replace(config, data=replace(config.data, source=flat)), tmp_path, ONE)
+
+
+def test_images_that_cannot_be_judged_are_rejected_before_the_training(config, tmp_path, monkeypatch):
+    images = Path(config.data.source.removeprefix("folder:"))
+    shutil.copytree(images / "train", tmp_path / "all" / "train")
+    only = replace(config.data, source=f"folder:{tmp_path / 'all'}", splits="train=train,heldout=test")
+    (tmp_path / "all" / "test").mkdir()
+    with pytest.raises(UserError, match=r"test"):
+        build(replace(config, data=only), tmp_path, ONE)
+    labels = Files.__init__
+
+    def some(self: Files, *args: Any) -> None:
+        labels(self, *args)
+        self.labels[:2] = -1  # as for rows of a Hugging Face dataset without a label
+
+    monkeypatch.setattr(Files, "__init__", some)
+    with pytest.raises(UserError, match=r"^data\.source: 2 of 30 train images of .* have no class"):
+        build(config, tmp_path, ONE)
 
 
 @pytest.mark.parametrize(

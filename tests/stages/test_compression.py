@@ -11,6 +11,8 @@ from diffusers import AutoencoderKL
 from raekit.data.loader import DataConfig, Loader
 from raekit.distributed import World
 from raekit.errors import UserError
+from raekit.inference.pipeline import Pipeline
+from raekit.inference.publish import prepared
 from raekit.models.autoencoder import load_autoencoder
 from raekit.models.baselines import VAE, Baseline, VAESize
 from raekit.stages.compression import CompressionConfig, build
@@ -57,6 +59,23 @@ def test_a_trained_vae_is_a_latent_space_of_unit_scale(config, tmp_path):
         mean = theirs.encode(2 * batch.pixels() - 1).latent_dist.mode()
     whitened = (mean - theirs.config.shift_factor) * theirs.config.scaling_factor
     assert torch.allclose(latents, whitened, rtol=1e-3, atol=1e-3)
+
+
+def test_a_trained_vae_can_be_moved(config, tmp_path):
+    short = replace(config.train, steps=2, milestones=(1,))
+    train(replace(config, train=short, samples=None, heldout=None), tmp_path / "run", ONE)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    for name in ("moved", "moved@1"):  # a milestone is written under another name, and then renamed
+        model = load_autoencoder(str(tmp_path / name))
+        assert isinstance(model, Baseline)
+        folder = tmp_path / "moved" / ("artifact" if name == "moved" else "milestones/step-00000001")
+        assert model.config.baseline == f"vae:{folder / 'vae'}"
+    pipeline = Pipeline.from_pretrained(tmp_path / "moved")
+    with (
+        pytest.raises(UserError, match=r"moved/artifact/vae: a published model names its VAE"),
+        prepared(pipeline, "owner/name"),
+    ):
+        pass
 
 
 def test_the_divergence_is_of_the_posterior():

@@ -10,9 +10,11 @@ import torch
 from raekit.data.loader import DataConfig
 from raekit.distributed import World
 from raekit.errors import UserError
+from raekit.inference.shards import statistics_fingerprint
 from raekit.models.autoencoder import Autoencoder
 from raekit.models.denoiser import Denoiser
 from raekit.models.denoiser_config import TransformerConfig
+from raekit.models.registry import LayersConfig
 from raekit.stages.generation import DenoiserSize, GenerationConfig
 from raekit.stages.reconstruction import DecoderSize, ReconstructionConfig
 from raekit.stages.run import StageConfig, build, train
@@ -53,6 +55,22 @@ def test_fine_tuning_starts_from_the_decoder(config, tiny_model, tmp_path):
     tuned = replace(config("decoder"), init_from=str(tiny_model))
     assert same(initial(tuned, tmp_path), published) == list(published)
     assert same(initial(config("decoder"), tmp_path), published) != list(published)
+
+
+def test_a_fine_tuned_decoder_keeps_the_statistics_of_the_same_encoder(config, tiny_model, tmp_path):
+    tuned = replace(config("decoder"), init_from=str(tiny_model))
+    layers = replace(tuned, layers=LayersConfig(token_mean=True))
+    plain = Autoencoder.load(str(tiny_model))
+    plain.set_statistics(None, torch.full(plain.latent_shape, 0.99999))  # no statistics are published
+    plain.save(tmp_path / "plain")
+    unmeasured = replace(tuned, init_from=str(tmp_path / "plain"))
+    for name, each in {"new": config("decoder"), "same": tuned, "other": layers, "first": unmeasured}.items():
+        train(each, tmp_path / name, ONE)
+    folders = tiny_model, *(tmp_path / name for name in ("new", "same", "other", "first"))
+    published, new, same, other, first = (statistics_fingerprint(Autoencoder.load(str(folder))) for folder in folders)
+    assert same == published
+    assert first == new
+    assert published not in (new, other)
 
 
 def test_fine_tuning_starts_from_the_denoiser(config, tiny_model, tmp_path):

@@ -1,12 +1,14 @@
 import math
+import shutil
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from raekit.config import from_dict, to_dict
+from raekit.config import Mark, from_dict, replaced, to_dict
 from raekit.data.loader import Batch, DataConfig, Loader
 from raekit.distributed import World
 from raekit.errors import UserError
@@ -154,6 +156,20 @@ def test_a_teacher_needs_a_weight(teacher):
     for weight in (0.0, -1.0):
         with pytest.raises(UserError, match=rf"^teacher\.weight: {weight} "):
             TeacherConfig(encoder=teacher, weight=weight)
+
+
+def test_a_teacher_in_a_folder_is_found_from_any_working_folder(config):
+    distilled = replace(config, teacher=TeacherConfig(encoder="teachers/large"))
+    assert replaced(distilled, Mark.PLACE, lambda place: f"/{place}").teacher.encoder == "/teachers/large"
+
+
+def test_data_without_held_out_images_is_rejected_before_the_training(config, tmp_path):
+    images, folder = Path(config.data.source.removeprefix("folder:")), tmp_path / "images" / "red"
+    folder.mkdir(parents=True)
+    shutil.copy(images / "train" / "red" / "02.png", folder)  # the hash of this name does not hold it out
+    source = f"folder:{folder.parent}"
+    with pytest.raises(UserError, match="has no images in the split 'heldout'"):
+        build(replace(config, data=replace(config.data, source=source)), tmp_path, ONE)
 
 
 def test_masks_belong_to_positions(config, tmp_path):

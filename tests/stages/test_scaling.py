@@ -50,6 +50,6 @@ def test_epochs_are_passes_over_the_split(images):
     assert steps_of(replace(config, data=replace(config.data, split="heldout")), 8) == 9
     named = replace(config.data, splits="train=val,heldout=train")
     assert steps_of(replace(config, data=named), 8) == 9
-    for wrong in (0, -1, float("nan")):
+    for wrong in (0, -1, float("nan"), float("inf")):
         with pytest.raises(UserError, match=r"--epochs: .* must be positive"):
             steps_of(config, wrong)

@@ -1,5 +1,6 @@
 """Pictures and held-out losses during training."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,10 +22,11 @@ from raekit.inference.model import load, reconstruct
 from raekit.models.autoencoder import Autoencoder
 from raekit.models.denoiser_config import TransformerConfig
 from raekit.pictures import from_pil
+from raekit.stages import watch
 from raekit.stages.generation import DenoiserSize, GenerationConfig, flow_matching_loss
 from raekit.stages.reconstruction import DecoderSize, ReconstructionConfig
 from raekit.stages.run import train
-from raekit.stages.watch import HeldoutConfig, PicturesConfig, SamplesConfig
+from raekit.stages.watch import HeldoutConfig, PicturesConfig, SamplesConfig, heldout_loss
 from raekit.training.optim import OptimConfig
 from raekit.training.tracking import read_metrics
 from raekit.training.trainer import TrainConfig
@@ -126,6 +128,19 @@ def test_the_held_out_loss_of_stage_2_has_fixed_images_times_and_noise(images, t
     assert found[3] == pytest.approx(loss.item(), rel=1e-5)
 
 
+def test_an_unreadable_image_does_not_make_the_held_out_loss_nan(images, tmp_path, monkeypatch):
+    shutil.copytree(images.removeprefix("folder:"), tmp_path / "images")
+    last = max((tmp_path / "images" / "val").rglob("*.png"))
+    last.write_bytes(b"damaged")
+    data = DataConfig(source=f"folder:{tmp_path / 'images'}", image_size=16, max_unreadable=0.5)
+    monkeypatch.setattr(watch, "BATCH", 1)  # the batch of the damaged image is empty
+    means = {"loss": lambda batch, step: batch.pixels().mean()}
+    periodic = watch.heldout_loss(HeldoutConfig(every=1), data, means, "fp32", ONE)
+    readable = Loader(replace(data, split="heldout"), 0).once(64, ONE)
+    expected = torch.cat([batch.pixels() for batch in readable]).mean().item()
+    assert periodic.call(1)["loss"] == pytest.approx(expected)
+
+
 def in_two(world: World, images: str, tiny_model: Path, run: Path) -> None:
     watched: dict[str, Any] = {"heldout": HeldoutConfig(every=3, count=5)}
     train(stage_2(images, tiny_model, samples=SamplesConfig(every=3, count=2, steps=2), **watched), run / "2", world)
@@ -141,6 +156,15 @@ def test_two_processes_see_the_same_as_one(images, tiny_model, tmp_path, run_ran
             assert logged(two, name) == {3: pytest.approx(logged(one, name)[3], rel=1e-4)}
         pictures = [np.asarray(Image.open(run / "samples" / "step-00000003.png"), int) for run in (one, two)]
         assert np.abs(pictures[0] - pictures[1]).max() <= 2
+
+
+def test_without_heldout_images_the_part_that_needs_them_is_named(tmp_path):
+    for name in ("0", "1"):
+        (tmp_path / "train").mkdir(exist_ok=True)
+        Image.new("RGB", (16, 16)).save(tmp_path / "train" / f"{name}.png")
+    data = DataConfig(source=f"flat:{tmp_path / 'train'}", image_size=16)
+    with pytest.raises(UserError, match=r"^heldout: .* no images in the split 'heldout'.* give --heldout None"):
+        heldout_loss(HeldoutConfig(every=1), data, {}, "fp32", ONE)
 
 
 @pytest.mark.parametrize(

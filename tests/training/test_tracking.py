@@ -1,4 +1,5 @@
 import json
+import math
 import re
 from io import BytesIO
 from pathlib import Path
@@ -193,7 +194,7 @@ def test_pictures_of_steps_that_will_come_again_are_dropped(tmp_path):
 
 
 def test_steps_to_a_target_are_read_from_the_curve():
-    values = {10: 8.0, 20: 4.0, 30: 5.0, 40: 1.0}
+    values = {10: 8.0, 15: math.nan, 20: 4.0, 30: 5.0, 40: 1.0}
     records = [{"step": step, "fid": value} for step, value in values.items()] + [{"step": 50, "loss": 1.0}]
     assert steps_to(records, "fid", 9) == 10
     assert steps_to(records, "fid", 6) == 15

@@ -14,8 +14,8 @@ from tyro.conf import Positional
 from raekit.cli import console
 from raekit.cli.console import Device
 from raekit.cli.sampling import Options, SamplingOptions
-from raekit.errors import UserError
-from raekit.files import check_file, check_folder
+from raekit.errors import UserError, whole_number
+from raekit.files import FILE_ENDINGS, check_file, check_folder
 from raekit.progress import Display
 
 if TYPE_CHECKING:
@@ -28,21 +28,6 @@ Classes = Annotated[tuple[str, ...], tyro.conf.arg(name="class")]
 PICTURES = (".png", ".webp")
 MANY_CLASSES = 16
 """A grid without --class has a row for each class up to this number of classes, and random classes above it."""
-OTHER_FILES = (
-    ".jpg",
-    ".jpeg",
-    ".gif",
-    ".bmp",
-    ".tif",
-    ".tiff",
-    ".npy",
-    ".safetensors",
-    ".zip",
-    ".tar",
-    ".txt",
-    ".json",
-)
-"""Endings that no output folder has."""
 
 
 def generate(
@@ -93,18 +78,18 @@ def generate(
     from raekit.pictures import check_grid, save_picture, to_pil
     from raekit.pictures import grid as tile
 
-    if count < 1:
-        raise UserError(f"--count: {count} must be at least 1")
+    whole_number("--count", count, 1)
     model, classes = _model_and_classes(model, classes, published)
     out = out or _free(
         f"{Path(published or model or '').stem.split(':')[-1]}{''.join(f'-{c}' for c in classes)}-seed{seed}"
     )
     suffix = out.suffix.lower()
     single = suffix in PICTURES
-    if suffix in OTHER_FILES:
+    file = single or suffix == ".npz"
+    if suffix in FILE_ENDINGS and not file:
         raise UserError(f"--out: {out} must be a .png, .webp or .npz file, or a folder")
-    (check_file if single or suffix == ".npz" else check_folder)(out)
-    if format and (single or suffix == ".npz"):
+    (check_file if file else check_folder)(out)
+    if format and file:
         raise UserError(f"--format: no effect on {out}; it applies only to a folder")
     filled = parts_of(out) if suffix == ".npz" else out
     with (
@@ -185,6 +170,7 @@ def interpolate(
     from raekit.pictures import check_grid, to_pil
 
     form = _form(out)
+    whole_number("--frames", frames, 2)
     model, classes = _model_and_classes(model, classes)
     assert model is not None
     with world(device) as here, Display(console.err) as progress:
@@ -247,8 +233,8 @@ def trajectory(
     form = _form(out)
     model, classes = _model_and_classes(model, classes)
     assert model is not None
-    if count < 1:
-        raise UserError(f"--count: {count} must be at least 1")
+    whole_number("--count", count, 1)
+    whole_number("--frames", frames, 2)
     with world(device) as here:
         if here.size > 1:
             raise UserError("trajectory: runs in a single process; start it without torchrun")

@@ -60,7 +60,7 @@ def latents_measure(
 
     with world(device) as here, Display(console.err, quiet=not here.is_main) as progress:
         model = load_encoder(encoder, encoder_size, layers).to(here.device)
-        size = image_size or max(model.input_size)
+        size = max(model.input_size) if image_size is None else image_size
         loader = Loader(DataConfig(source=source, split=split, image_size=size, workers=workers), seed=0)
         loader.announce(here)
         shape, batches = (model.spec.width, *model.grid), loader.once(batch_size, here)

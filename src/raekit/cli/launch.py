@@ -23,7 +23,7 @@ def launch(count: int, arguments: Sequence[str]) -> None:
         SystemExit: With status 1, if a process failed. The process has printed its error.
     """
     if count < 1:
-        raise UserError(f"--processes: {count} must be at least 1")
+        raise UserError(f"--gpus, --processes: {count} must be at least 1")
     if "WORLD_SIZE" in os.environ:
         raise UserError("--gpus, --processes: torchrun has started this process already; leave out one of the two")
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVING))

@@ -32,7 +32,8 @@ class SolverOptions:
         rtol: Relative tolerance of dopri5. None: 1e-3.
         reuse: How long to reuse the output of the backbone. A whole number k: run the backbone at every k-th step and
             the head at every step. A number below 1: run the backbone again when the expected cosine similarity to
-            the latents of its last run falls below this number. None: run the backbone at every step.
+            the latents of its last run falls below this number. Only for a DiT^DH, with euler or euler-maruyama. None:
+            run the backbone at every step.
         precision: Precision of the weights and of the computation. None: fp32, as for published scores.
     """
 

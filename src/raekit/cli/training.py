@@ -196,9 +196,12 @@ def _train(what: list[str], name: str, about: str, default: Any, run: Path, argu
         return _parse(name, about, default, run, arguments, resume=what[0] == "--resume")
 
     given = parse(default)
-    if count := given.gpus or given.processes:
+    if given.gpus is not None and given.processes is not None:
+        raise UserError("--gpus, --processes: each sets the number of processes; leave out one of the two")
+    count = given.processes if given.gpus is None else given.gpus
+    if count is not None:
         rest = without(arguments, "--gpus", "--processes")
-        launch(count, ["train", *what, *rest, *(["--device", "cuda"] if given.gpus else [])])
+        launch(count, ["train", *what, *rest, *([] if given.gpus is None else ["--device", "cuda"])])
         return
     if given.epochs is not None:
         if given.config.train.steps != default.train.steps:

@@ -106,13 +106,20 @@ def pack(
         progress: receives the progress.
 
     Raises:
-        UserError: a setting is invalid, `out` holds another dataset, or too many images are unreadable.
+        UserError: a setting is invalid, `out` holds another dataset, only some images have a class, or too many images
+            are unreadable.
     """
     sources: dict[Split, Source] = {"train": open_source(source, "train")}
     try:
         sources["heldout"] = open_source(source, "heldout")
     except UserError as error:  # a small dataset without held-out images
         _log.warning("%s", error)
+    for split, each in sources.items():
+        if each.classes and (unlabelled := int((each.labels < 0).sum())):
+            raise UserError(
+                f"data source {source!r}: {unlabelled:,} images of the split {split} have no class, and archives have "
+                "classes for all images or for none; label these images or remove them"
+            )
     if world.is_main:
         log_once(logging.INFO, "%s", in_words(sources["train"], source, "train"))
     images = {split: len(each) for split, each in sources.items()}

@@ -178,10 +178,12 @@ def prepare_device(device: str | None = None, local_rank: int = 0) -> torch.devi
         local_rank: the number of the process on this machine.
 
     Raises:
-        UserError: there is no CUDA device, or none for this process.
+        UserError: `device` is another device, or there is no CUDA device, or none for this process.
     """
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if kind != "cuda":
+    if kind not in ("cpu", "cuda"):
+        raise UserError(f"device: {kind!r} is neither 'cpu' nor 'cuda'")
+    if kind == "cpu":
         return torch.device(kind)
     if not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no CUDA device; use --device cpu")

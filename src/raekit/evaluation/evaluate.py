@@ -11,7 +11,7 @@ from raekit.data.loader import DataConfig
 from raekit.data.sources import FORMATS, is_address, open_source
 from raekit.data.sources.base import Split
 from raekit.distributed import World, prepare_device
-from raekit.errors import UserError
+from raekit.errors import UserError, whole_number
 from raekit.evaluation.against import Against, find_networks
 from raekit.evaluation.assessment import REPORTS, TRAINING, assess
 from raekit.evaluation.features import default_features, load_networks
@@ -21,9 +21,17 @@ from raekit.evaluation.pairs import METRICS, reconstruction_metrics
 from raekit.evaluation.references import Reference, measure_reference, read_reference
 from raekit.evaluation.reports import LITERATURE, Report
 from raekit.evaluation.streaming import BATCH
-from raekit.evaluation.streams import DecodedNoise, RealImages, Reconstructions, Samples, StoredImages, Stream
+from raekit.evaluation.streams import (
+    DecodedNoise,
+    RealImages,
+    Reconstructions,
+    Samples,
+    StoredImages,
+    Stream,
+    chunk_batch,
+)
 from raekit.files import check_folder
-from raekit.flow.sampling import Sampling
+from raekit.flow.sampling import Sampling, check_sampling
 from raekit.inference.model import Model, load
 from raekit.models.autoencoder import load_autoencoder
 from raekit.models.latent_space import LatentSpace
@@ -39,7 +47,7 @@ def evaluate(
     *,
     reference: Places = (),
     source: str | None = None,
-    features: Sequence[str] = (),
+    features: str | Sequence[str] = (),
     count: int | None = None,
     seed: int = 0,
     labels: Labels | None = None,
@@ -104,6 +112,12 @@ def evaluate(
         UserError: an argument has no effect, the images must not be compared, or a file is missing or damaged.
     """
     model = str(model) if isinstance(model, Path) else model
+    if not isinstance(model, str | Model):
+        raise UserError(
+            f"model: a {type(model).__name__} is neither a name nor a `Model`; of a pipeline, give pipe.model"
+        )
+    features = [features] if isinstance(features, str) else features
+    seed, count = whole_number("seed", seed), None if count is None else whole_number("count", count, 1)
     if isinstance(model, str) and (scheme := Path(model).suffix[1:]) in FORMATS and Path(model).is_file():
         raise UserError(f"{model}: give saved images by their address, {scheme}:{model}")
     references, others = _places(reference), _places(relative_to)
@@ -124,8 +138,6 @@ def evaluate(
         others=others,
         source=source if references and not (baselines or interpolate) else None,
     )
-    if count is not None and count < 1:
-        raise UserError(f"count: {count} must be at least 1")
     report_folder = Path(out) if out else None
     check_folder(report_folder or Path(REPORTS))
     world = world or World(device=prepare_device())
@@ -133,6 +145,9 @@ def evaluate(
     loaded = _load(model, own, ema, dtype, world) if not saved else None
     dataset = source or (loaded.trained_on if loaded else None)
     name = model if isinstance(model, str) else "a model in memory"
+    chunk_batch(batch_size)
+    if isinstance(loaded, Model):  # before the reference is measured, which may take hours
+        check_sampling(sampling or Sampling(), loaded.denoiser, labelled=bool(loaded.classes))
     if not references or baselines:
         dataset = _check_dataset(name, dataset, source is not None, loaded)
     stored = StoredImages(name, batch_size, workers, world) if saved else None

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -42,8 +42,11 @@ def draw_labels(kind: Labels, classes: int, count: int, seed: int, of_reference:
         of_reference: number of images of each class in the reference, for "reference".
 
     Raises:
-        UserError: `kind` is "reference", and the reference does not count its classes or has another number of classes.
+        UserError: `kind` is none of the three; or it is "reference", and the reference does not count its classes or
+            has another number of classes.
     """
+    if kind not in get_args(Labels):
+        raise UserError(f"labels: {kind!r} is none of {', '.join(get_args(Labels))}")
     generator = numpy_generator(seed, "labels", 0)
     if kind == "random":
         return generator.integers(classes, size=count).tolist()

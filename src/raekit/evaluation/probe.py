@@ -97,9 +97,12 @@ def probe(
     Raises:
         UserError: the images have no labels.
     """
+    _check_penalty(penalty)
     world = world or World()
     model = _load(name).to(world.device)
-    size = image_size or (max(model.input_size) if isinstance(model, Encoder) else model.image_size)
+    size = image_size
+    if size is None:
+        size = max(model.input_size) if isinstance(model, Encoder) else model.image_size
     networks = {name: _Features(name, _tokens_of(model), _shape(model), tokens)}
     encoder = model.encoder if isinstance(model, Autoencoder) else model
     if isinstance(encoder, Encoder):
@@ -120,6 +123,11 @@ def probe(
         row: linear_probe(*bank, penalty=penalty, fitted=lambda done, row=row: progress(f"{row}, fits", done, fits))
         for row, bank in banks.items()
     }
+
+
+def _check_penalty(penalty: float | None) -> None:
+    if penalty is not None and not 0 < penalty < math.inf:
+        raise UserError(f"penalty: {penalty} must be positive and finite")
 
 
 def linear_probe(
@@ -149,8 +157,7 @@ def linear_probe(
     Raises:
         UserError: fewer than two classes, or no held-out images.
     """
-    if penalty is not None and not 0 < penalty < math.inf:
-        raise UserError(f"penalty: {penalty} must be positive")
+    _check_penalty(penalty)
     began = time.perf_counter()
     training = torch.as_tensor(features), torch.as_tensor(labels)
     heldout = torch.as_tensor(heldout_features), torch.as_tensor(heldout_labels)

@@ -21,6 +21,7 @@ from raekit import __version__
 from raekit.config import configclass, from_dict, read_json, to_dict, to_json
 from raekit.data.images import EXTENSIONS
 from raekit.data.loader import DataConfig, Loader
+from raekit.data.sources import open_source
 from raekit.distributed import World
 from raekit.distributed import world as enter_world
 from raekit.distributed.locks import lock
@@ -127,11 +128,16 @@ def run_demo(run: Path, minutes: float, quick: bool, progress: Progress, images:
 
     Raises:
         Stopped: A signal stopped a training.
-        UserError: `run` was started with other options, `minutes` is not positive, or `images` has no images.
+        UserError: `run` was started with other options, `minutes` is not positive, or `images` has no images, or no
+            held-out images.
     """
     if not minutes > 0:
         raise UserError(f"--minutes: {minutes} must be positive")
     source = source_of(images) if images else "emoji"
+    try:
+        open_source(source, "heldout")  # the pictures at the end show held-out images
+    except UserError as error:
+        raise UserError(f"--images: {error}. The demo needs held-out images; give more images") from None
     with enter_world() as world:
         if world.size > 1:
             raise UserError("demo: runs in one process only; start it without torchrun")

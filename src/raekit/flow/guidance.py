@@ -1,9 +1,9 @@
 """Guidance: functions that move a predicted velocity away from a worse prediction for the same input."""
 
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from numbers import Real
 from typing import Literal
 
 import torch
@@ -44,8 +44,6 @@ class Guidance:
             raise UserError(f"guidance: {self.method!r} is not a method; give one of {', '.join(REFERENCES)}")
         if not 0 <= self.start < self.end <= 1:
             raise UserError(f"guidance: the interval {self.start}-{self.end} must lie in 0-1, start before end")
-        if not math.isfinite(self.scale):
-            raise UserError(f"guidance: a scale of {self.scale} is not a finite number; give a finite one")
         if self.scale == 1:
             raise UserError("guidance: a scale of 1 has no effect; leave guidance out")
 
@@ -66,6 +64,30 @@ class Guidance:
         """
         start, time, end = torch.tensor([self.start, t, self.end], dtype=torch.float32).tolist()
         return self._always or start <= time <= end
+
+
+def as_rules(guidance: float | str | Guidance | Sequence[Guidance] | None) -> tuple[Guidance, ...]:
+    """Return guidance, given in any form, as rules.
+
+    Args:
+        guidance: the scale of classifier-free guidance, a text that `parse_guidance` reads, one rule, or several. None
+            and a scale of 1 mean no guidance.
+
+    Raises:
+        UserError: guidance has another form, or a rule is impossible.
+    """
+    match guidance:
+        case None:
+            return ()
+        case str():
+            return parse_guidance(guidance)
+        case Guidance():
+            return (guidance,)
+        case Real():
+            return () if guidance == 1 else (Guidance(scale=float(guidance)),)
+        case [*rules] if all(isinstance(rule, Guidance) for rule in rules):
+            return tuple(rules)
+    raise UserError(f"guidance: {guidance!r} must be a scale, a text such as 'cfg:2.0@0.1-0.9', or rules (`Guidance`)")
 
 
 def parse_guidance(text: str) -> tuple[Guidance, ...]:

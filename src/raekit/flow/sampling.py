@@ -4,20 +4,22 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from numbers import Real
+from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from raekit import randomness
-from raekit.errors import UserError
+from raekit.errors import UserError, whole_number
 from raekit.flow.guidance import (
     Guidance,
     Reference,
     Velocity,
+    as_rules,
     check_guidance,
     guided,
-    parse_guidance,
     pieces,
     with_interval_ends,
 )
@@ -49,8 +51,8 @@ class Sampling:
         solver: a solver of `flow.solvers`. dopri5 chooses its own steps.
         grid: `full` ends at time 0; `few` is the same with more times near both ends; `published` is the grid of the
             official sampler (RAE v1); `diffusers` is the grid of diffusers' RAEDiTPipeline.
-        guidance: the rules, at most one of each method. A single rule, or a text such as `cfg:2.0@0.1-0.9`
-            (`parse_guidance`), becomes a tuple.
+        guidance: the rules, at most one of each method. Any other form that `as_rules` reads, such as a scale or the
+            text `cfg:2.0@0.1-0.9`, becomes a tuple.
         weak: the weaker denoiser of `auto` guidance.
         reuse: k > 1 runs the backbone of a denoiser with a head only at every k-th step. A value below 1 runs the
             backbone when the expected cosine similarity of the latents to the latents of its last run
@@ -69,17 +71,18 @@ class Sampling:
     rtol: float = 1e-3
 
     def __post_init__(self) -> None:
-        if isinstance(self.guidance, str):
-            object.__setattr__(self, "guidance", parse_guidance(self.guidance))
-        if isinstance(self.guidance, Guidance):
-            object.__setattr__(self, "guidance", (self.guidance,))
+        object.__setattr__(self, "guidance", as_rules(self.guidance))
+        object.__setattr__(self, "steps", whole_number("steps", self.steps, 1))
         for name, choices in (("solver", SolverName), ("grid", Grid)):
             if getattr(self, name) not in get_args(choices):
                 raise UserError(f"{name}: {getattr(self, name)!r} is none of {', '.join(get_args(choices))}")
-        if self.steps < 1 or self.steps != int(self.steps):
-            raise UserError(f"steps: {self.steps} must be a whole number, 1 or more")
+        for name in ("reuse", "atol", "rtol"):
+            if not isinstance(getattr(self, name), Real):
+                raise UserError(f"{name}: {getattr(self, name)!r} must be a number")
         if not (self.atol > 0 and self.rtol > 0):
             raise UserError(f"atol, rtol: {self.atol} and {self.rtol} must be positive")
+        if isinstance(self.weak, str | Path):
+            raise UserError(f"weak: {self.weak} is a name; give the loaded model, raekit.Denoiser.load({self.weak!r})")
 
 
 Watch = Callable[[Tensor, Tensor, float], object]

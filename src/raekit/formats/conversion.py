@@ -6,7 +6,7 @@
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from raekit.config import read_json, to_dict
 from raekit.errors import UserError
@@ -85,6 +85,8 @@ def convert(source: str | Path, folder: str | Path, to: Format = "raekit", optio
     Raises:
         UserError: the source cannot be read, the folder is not empty, or the format cannot represent the model.
     """
+    if to not in get_args(Format):
+        raise UserError(f"to: {to!r} is none of {', '.join(get_args(Format))}")
     source, folder = str(source), Path(folder)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise UserError(f"{folder}: already exists and is not empty; give a new folder")

@@ -31,6 +31,7 @@ class AutoencoderParts:
         decoder: raekit's decoder state dict.
         mean: the latents' mean, of shape (C, H, W). None means that nothing is subtracted.
         var: the latents' variance, of shape (C, H, W).
+        trained_on: the address of the data source that the decoder was trained on, if it is known.
     """
 
     config: AutoencoderConfig

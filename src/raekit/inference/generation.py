@@ -13,7 +13,7 @@ from torch import Tensor
 
 from raekit import randomness
 from raekit.distributed import World
-from raekit.errors import UserError
+from raekit.errors import UserError, whole_number
 from raekit.flow.path import to_data
 from raekit.flow.sampling import (
     Sampling,
@@ -27,6 +27,7 @@ from raekit.flow.sampling import (
 )
 from raekit.flow.solvers import evaluated, time_grid
 from raekit.inference.model import Model
+from raekit.models.checks import check_images, check_latents
 from raekit.models.denoiser import Denoiser
 
 _log = logging.getLogger(__name__)
@@ -100,14 +101,13 @@ def generate(
     """
     sampling = sampling or Sampling()
     world = world or World(device=model.device)
-    if (labels is None) == (count is None) or not (count or labels):
-        raise UserError("generate: give either labels, one for each sample, or count, at least 1")
-    _check_labels(model, labels or ())
-    total = len(labels) if labels is not None else count or 0
-    _check_seeds(seed, total)
+    labels, total = _labels_and_total(model, labels, count)
+    seed = _seed_for_each(seed, total)
     check_sampling(sampling, model.denoiser, labels is not None)
     size = fitting_batch(model, sampling, batch_size, world)
-    numbers = range(total) if indices is None else indices
+    numbers = range(total) if indices is None else [whole_number("indices", each, 0) for each in indices]
+    if numbers and max(numbers) >= total:
+        raise UserError(f"indices: {max(numbers)} is not among the {total} samples, which are counted from 0")
 
     def make(part: Sequence[int]) -> Samples:
         batch = torch.tensor(part)
@@ -131,9 +131,7 @@ def fitting_batch(model: Model, sampling: Sampling, batch_size: BatchSize, world
         UserError: if `batch_size` is below 1.
     """
     if batch_size != "auto":
-        if batch_size < 1:
-            raise UserError(f"batch_size: {batch_size} must be at least 1")
-        return batch_size
+        return whole_number("batch_size", batch_size, 1)
     if world.device.type != "cuda":
         return 64
     torch.cuda.reset_peak_memory_stats(world.device)
@@ -189,8 +187,8 @@ def _in_parts(
 def interpolate(
     model: Model,
     *,
-    seeds: tuple[int, int],
-    labels: tuple[int, int] | None = None,
+    seeds: Sequence[int],
+    labels: Sequence[int] | None = None,
     frames: int = 8,
     sampling: Sampling | None = None,
     batch_size: BatchSize = "auto",
@@ -213,10 +211,9 @@ def interpolate(
     Raises:
         UserError: if both ends are the same, or a setting is invalid.
     """
-    sampling = sampling or Sampling()
-    if frames < 2:
-        raise UserError(f"frames: {frames} must be at least 2")
-    _check_labels(model, labels or ())
+    sampling, frames = sampling or Sampling(), whole_number("frames", frames, 2)
+    seeds = _ends("seeds", as_seed(seeds))
+    labels = None if labels is None else _ends("labels", class_labels(model, labels))
     if seeds[0] == seeds[1] and (labels is None or labels[0] == labels[1]):
         raise UserError("interpolate: both ends are the same; give two different seeds or classes")
     denoiser, device = model.denoiser, model.device
@@ -226,7 +223,7 @@ def interpolate(
         along = way[list(part)]
 
         def noise(stream: str) -> Tensor:
-            start, end = (sample_noise(denoiser, seed, stream, [0])[0] for seed in seeds)
+            start, end = (sample_noise(denoiser, seed, stream, [0], device)[0].cpu() for seed in seeds)
             return slerp(start, end, along).to(device)
 
         weights = None
@@ -276,16 +273,13 @@ def trajectory(
         UserError: if the solver has too few evaluations for `frames`, or a setting is invalid.
     """
     sampling = sampling or Sampling()
-    if (labels is None) == (count is None) or not (count or labels):
-        raise UserError("trajectory: give either labels, one for each sample, or count, at least 1")
+    labels, total = _labels_and_total(model, labels, count)
+    seed, frames = _seed_for_each(seed, total), whole_number("frames", frames)
     check_sampling(sampling, model.denoiser, labels is not None)
     points = evaluated(sampling.solver, time_grid(sampling.steps, model.denoiser.config.shift, sampling.grid))
     most = len({t for t in points if t > 0}) + 1
     if not 2 <= frames <= most:
         raise UserError(f"frames: {frames} must be from 2 to {most} (the solver's evaluations plus the sample)")
-    _check_labels(model, labels or ())
-    total = len(labels) if labels is not None else count or 0
-    _check_seeds(seed, total)
     chosen = None if labels is None else torch.tensor(labels, device=model.device)
     seen: dict[float, Tensor] = {}
 
@@ -322,6 +316,7 @@ def images_to_noise(
     Returns:
         The noise (B, C, h, w) in the shape of the latents.
     """
+    check_images(images)
     sampling, chosen = sampling or Sampling(), _chosen(model, labels, len(images))
     latents = model.autoencoder.encode(images.to(model.device))
     return latents_to_noise(model.denoiser, latents, chosen, sampling)
@@ -342,12 +337,8 @@ def noise_to_images(
     Returns:
         The images (B, 3, H, W) in [0, 1].
     """
+    check_latents(noise, model.denoiser.config.latent_shape, "noise")
     sampling, chosen = sampling or Sampling(), _chosen(model, labels, len(noise))
-    if noise.shape[1:] != model.denoiser.config.latent_shape:
-        raise UserError(
-            f"noise: must have shape (B, C, h, w) with (C, h, w) = {model.denoiser.config.latent_shape}, "
-            f"not {tuple(noise.shape[1:])}"
-        )
     if sampling.solver == "euler-maruyama":
         raise UserError("solver euler-maruyama: adds its own noise at every step; use another solver")
     return _decode(model, denoise(model.denoiser, lambda stream: noise.to(model.device), chosen, sampling))
@@ -370,26 +361,67 @@ def _noise(denoiser: Denoiser, seed: Seed, indices: Sequence[int], device: torch
     return noise
 
 
-def _check_seeds(seed: Seed, total: int) -> None:
+def as_seed(seed: Seed) -> Seed:
+    """Return a seed, or seeds, as int. Python, numpy and torch may give the whole numbers.
+
+    Raises:
+        UserError: if a seed is not a whole number.
+    """
+    if isinstance(seed, Iterable) and getattr(seed, "ndim", 1) and not isinstance(seed, str):
+        return [whole_number("seed", each) for each in seed]
+    return whole_number("seed", seed)
+
+
+def class_labels(model: Model, labels: Iterable[int]) -> list[int]:
+    """Return class ids as a list of int. Python, numpy and torch may give them.
+
+    Raises:
+        UserError: if a label is not a class of the model.
+    """
+    if not isinstance(labels, Iterable):
+        raise UserError(f"labels: {labels!r} must be a sequence of class ids, such as [{labels!r}]")
+    ids, classes = [whole_number("labels", label) for label in labels], model.denoiser.config.num_classes
+    if not ids:
+        raise UserError("labels: none are given; give at least one, or None for samples without a class")
+    if wrong := [label for label in ids if not 0 <= label < classes]:
+        raise UserError(f"labels: {wrong[0]} is not among the model's {classes} classes")
+    return ids
+
+
+def _labels_and_total(model: Model, labels: Iterable[int] | None, count: int | None) -> tuple[list[int] | None, int]:
+    """Return the class id of each sample, None without classes, and the number of samples."""
+    if (labels is None) == (count is None):
+        raise UserError("generate: give either labels, one for each sample, or count, at least 1")
+    if labels is None:
+        return None, whole_number("count", count, 1)
+    ids = class_labels(model, labels)
+    return ids, len(ids)
+
+
+def _seed_for_each(seed: Seed, total: int) -> Seed:
+    """Return one seed, or a seed for each sample."""
+    seed = as_seed(seed)
     if not isinstance(seed, int) and len(seed) != total:
         raise UserError(f"seed: {len(seed)} seeds for {total} samples; give one seed, or one for each sample")
+    return seed
+
+
+def _ends(name: str, values: Seed) -> tuple[int, int]:
+    """Return the values for the first and the last image of an interpolation."""
+    if isinstance(values, int) or len(values) != 2:
+        raise UserError(f"{name}: {values!r} must be two numbers, for the first and the last image")
+    return (values[0], values[1])
 
 
 def _chosen(model: Model, labels: Sequence[int] | None, count: int) -> Tensor | None:
     if labels is None:
         return None
-    if len(labels) != count:
-        raise UserError(f"labels: {len(labels)} given for {count} images; give one label for each image")
-    _check_labels(model, labels)
-    return torch.tensor(labels, device=model.device)
+    ids = class_labels(model, labels)
+    if len(ids) != count:
+        raise UserError(f"labels: {len(ids)} given for {count} images; give one label for each image")
+    return torch.tensor(ids, device=model.device)
 
 
 @torch.no_grad()
 def _decode(model: Model, latents: Tensor) -> Tensor:
     return model.autoencoder.decode(latents)
-
-
-def _check_labels(model: Model, labels: Iterable[int]) -> None:
-    classes = model.denoiser.config.num_classes
-    if wrong := [label for label in labels if not 0 <= label < classes]:
-        raise UserError(f"labels: {wrong[0]} is not among the model's {classes} classes")

@@ -99,8 +99,6 @@ def encode_files(
     single = out.suffix.lower() == ".safetensors"
     if single:
         check_file(out)
-    elif out.suffix.lower() in (".pt", ".pth", ".npz", ".npy", ".bin"):
-        raise UserError(f"{out}: must be a .safetensors file, or a folder for shards")
     if single and len(images) > shard_size:
         raise UserError(
             f"{out}: {len(images)} images are more than shard_size = {shard_size}; give a folder for shards"
@@ -115,7 +113,7 @@ def encode_files(
     empty: dict[Path, LatentsInfo] = {}
     done = encoded = 0
     for number, (part, place) in enumerate(zip(parts, places, strict=True)):
-        inputs = _digest(part, encoder, statistics, autoencoder.image_size, fit)
+        inputs = _digest(part, encoder, statistics, autoencoder.encoder_dtype, autoencoder.image_size, fit)
         names = tuple(map(str, part))
         if place.is_file() and (there := read_info(place, LatentsInfo)).inputs == inputs and there.images == names:
             encoded += len(part)

@@ -82,6 +82,8 @@ class Model:
         Raises:
             UserError: if there is no such class, or a part occurs in several names. The message lists classes.
         """
+        if not isinstance(name, str):
+            raise UserError(f"class {name!r}: must be a text; give ids as `labels`, or as text such as '3'")
         if name in self.classes:
             return self.classes.index(name)
         if _is_number(name):

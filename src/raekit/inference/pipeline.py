@@ -1,7 +1,7 @@
 """One object for all that a trained model does: generate, interpolate, vary, reconstruct, encode and decode."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -13,8 +13,8 @@ from raekit.artifacts import MissingArtifact
 from raekit.data.images import read_image
 from raekit.data.transforms import center_crop, to_rgb
 from raekit.distributed import World
-from raekit.errors import UserError
-from raekit.flow.guidance import Guidance, parse_guidance
+from raekit.errors import UserError, whole_number
+from raekit.flow.guidance import Guidance, as_rules
 from raekit.flow.path import to_data
 from raekit.flow.sampling import START, Sampling, Watch, check_sampling, denoise, sample_noise, slerp
 from raekit.flow.solvers import SolverName, time_grid
@@ -22,6 +22,8 @@ from raekit.inference.gallery import Pictures
 from raekit.inference.generation import (
     BatchSize,
     Seed,
+    as_seed,
+    class_labels,
     fitting_batch,
     generate,
     images_to_noise,
@@ -31,6 +33,7 @@ from raekit.inference.generation import (
 )
 from raekit.inference.model import Model, reconstruct
 from raekit.models.autoencoder import load_autoencoder
+from raekit.models.checks import check_latents
 from raekit.models.denoiser import Denoiser
 from raekit.models.latent_space import LatentSpace
 from raekit.pictures import from_pil, to_pil
@@ -181,7 +184,7 @@ class Pipeline:
             UserError: there is no such class, or a setting is invalid.
         """
         ids, seeds = self._samples(classes, labels, count, seed)
-        settings = Sampling(steps=steps, solver=solver, guidance=_rules(guidance), **sampling)
+        settings = Sampling(steps=steps, solver=solver, guidance=as_rules(guidance), **sampling)
         size = fitting_batch(self.model, settings, batch_size, World(device=self.device))
         watch = self._watch(settings, callback, math.ceil(len(seeds) / size))
         batches = generate(
@@ -216,19 +219,19 @@ class Pipeline:
             frames: the number of images, with the first and the last.
             guidance: see `__call__`; so are the other arguments.
         """
-        ends = (classes, classes) if isinstance(classes, str) else classes
-        ids = (self.model.class_id(ends[0]), self.model.class_id(ends[1])) if ends else None
-        settings = Sampling(steps=steps, solver=solver, guidance=_rules(guidance), **sampling)
+        ends = None if classes is None else [self.model.class_id(name) for name in _names(classes)]
+        ends = ends * 2 if ends and len(ends) == 1 else ends
+        settings = Sampling(steps=steps, solver=solver, guidance=as_rules(guidance), **sampling)
         size = fitting_batch(self.model, settings, "auto", World(device=self.device))
         watch = self._watch(settings, callback, math.ceil(frames / size))
         batches = interpolate(
-            self.model, seeds=seeds, labels=ids, frames=frames, sampling=settings, batch_size=size, watch=watch
+            self.model, seeds=seeds, labels=ends, frames=frames, sampling=settings, batch_size=size, watch=watch
         )
         images = [batch.images for batch in batches]
         made = self._pictures(images, output, None, [None] * frames, columns=frames)
         middle = [None] * (frames - 2)
-        names = (self.classes[ids[0]], *middle, self.classes[ids[1]]) if ids else made.labels
-        return Pictures(made.images, names, (seeds[0], *middle, seeds[1]), frames)
+        labels = (self.classes[ends[0]], *middle, self.classes[ends[1]]) if ends else made.labels
+        return Pictures(made.images, labels, (seeds[0], *middle, seeds[1]), frames)
 
     def trajectory(
         self,
@@ -251,7 +254,7 @@ class Pipeline:
         number of images in a row. `__call__` describes the other arguments.
         """
         ids, seeds = self._samples(classes, labels, count, seed)
-        settings = Sampling(steps=steps, solver=solver, guidance=_rules(guidance), **sampling)
+        settings = Sampling(steps=steps, solver=solver, guidance=as_rules(guidance), **sampling)
         number = None if ids else len(seeds)
         watch = self._watch(settings, callback, 1)
         _, images = trajectory(self.model, ids, count=number, frames=frames, seed=seeds, sampling=settings, watch=watch)
@@ -291,11 +294,14 @@ class Pipeline:
         if not 0 <= strength <= 1:
             raise UserError(f"strength: {strength} must be from 0 to 1")
         seeds = _seeds(seed, count)
-        model, settings = self.model, Sampling(steps=steps, solver=solver, guidance=_rules(guidance), **sampling)
+        model, settings = self.model, Sampling(steps=steps, solver=solver, guidance=as_rules(guidance), **sampling)
         ids = None if classes is None else [model.class_id(classes)] * len(seeds)
         check_sampling(settings, model.denoiser, ids is not None)
         plain = Sampling(steps=steps, solver="euler" if solver == "euler-maruyama" else solver)
-        start = images_to_noise(model, self.tensor(image)[:1], ids and ids[:1], plain)[0]
+        given = self.tensor(image)
+        if given.ndim == 4 and len(given) > 1:
+            raise UserError(f"image: {len(given)} are given; give one, and call `variations` for each")
+        start = images_to_noise(model, given, ids and ids[:1], plain)[0]
         way = torch.tensor([strength])
 
         def noise(stream: str) -> Tensor:
@@ -320,6 +326,7 @@ class Pipeline:
     @torch.no_grad()
     def decode(self, latents: Tensor, *, output: Output = "pil") -> Pictures:
         """Return the images of whitened latents (B, C, h, w)."""
+        check_latents(latents, self.autoencoder.latent_shape)
         return self._plain(self.autoencoder.decode(latents.to(self.device)), output)
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
@@ -352,13 +359,11 @@ class Pipeline:
         """Return the class id (None without classes) and the seed of each image."""
         if classes is not None and labels is not None:
             raise UserError("labels: no effect with classes; give only one of the two")
-        if count < 1:
-            raise UserError(f"count: {count} must be at least 1")
+        count = whole_number("count", count, 1)
         if classes is not None:
-            names = [classes] if isinstance(classes, str) else classes
-            labels = [self.model.class_id(name) for name in names]
+            labels = [self.model.class_id(name) for name in _names(classes)]
         if labels is not None:
-            ids = [label for label in labels for _ in range(count)]
+            ids = [label for label in class_labels(self.model, labels) for _ in range(count)]
             return ids, _seeds(seed, len(ids))
         seeds = _seeds(seed, count)
         return (random_labels(self.model, seeds, len(seeds)) if self.model.classes else None), seeds
@@ -393,14 +398,11 @@ class Pipeline:
         """
         if isinstance(images, Tensor):
             return images.to(self.device)
-        several = [images] if isinstance(images, Image.Image | str | Path) else list(images)
-        if not several:
+        if isinstance(images, Image.Image | str | Path) or not isinstance(images, Iterable):
+            images = [images]
+        squares = [_square(each, self.autoencoder.image_size) for each in images]
+        if not squares:
             raise UserError("images: none are given; give at least one")
-        size = self.autoencoder.image_size
-        squares = [
-            center_crop(to_rgb(each), size) if isinstance(each, Image.Image) else read_image(Path(each), size)
-            for each in several
-        ]
         return torch.stack([from_pil(square) for square in squares]).to(self.device)
 
     def _plain(self, images: Tensor, output: Output) -> Pictures:
@@ -428,23 +430,30 @@ class Pipeline:
         return Pictures(made, tuple(labels), tuple(seeds), columns)
 
 
+def _square(image: Image.Image | str | Path, size: int) -> Image.Image:
+    """Return the central square of an image as RGB, scaled to `size`."""
+    match image:
+        case Image.Image():
+            try:
+                return center_crop(to_rgb(image), size)
+            except Exception as error:  # for a damaged file, Pillow raises many types of exception
+                raise UserError(f"images: a PIL image cannot be read ({error}); give another image") from None
+        case str() | Path():
+            return read_image(Path(image), size)
+    raise UserError(
+        f"images: expected PIL images, files, or a float tensor (B, 3, H, W) in [0, 1], got {type(image).__name__}; "
+        "PIL.Image.fromarray converts an array (H, W, 3) of uint8"
+    )
+
+
+def _names(classes: str | Sequence[str]) -> list[str]:
+    return [classes] if isinstance(classes, str) or not isinstance(classes, Iterable) else [*classes]
+
+
 def _seeds(seed: Seed, count: int) -> list[int]:
     """Return a seed for each of `count` images."""
-    seeds = list(range(seed, seed + count)) if isinstance(seed, int) else list(seed)
+    count, seed = whole_number("count", count, 1), as_seed(seed)
+    seeds = list(range(seed, seed + count)) if isinstance(seed, int) else [*seed]
     if len(seeds) != count:
         raise UserError(f"seed: {len(seeds)} seeds for {count} images; give one seed, or one for each image")
     return seeds
-
-
-def _rules(guidance: float | str | Guidance | Sequence[Guidance] | None) -> tuple[Guidance, ...]:
-    """Return guidance, given in any form, as rules."""
-    match guidance:
-        case None:
-            return ()
-        case str():
-            return parse_guidance(guidance)
-        case Guidance():
-            return (guidance,)
-        case int() | float():
-            return () if guidance == 1 else (Guidance(scale=float(guidance)),)
-    return tuple(guidance)

@@ -60,9 +60,15 @@ def prepared(
         dtype: the type to store the weights in. Default: the type that they have.
 
     Raises:
-        UserError: `repository` is not of the form OWNER/NAME.
+        UserError: `repository` is not of the form OWNER/NAME, or the model names a VAE in a local folder.
     """
     check_name(repository)
+    where = getattr(pipeline.autoencoder.config, "baseline", "").removeprefix("vae:")
+    if where and Path(where).is_dir():
+        raise UserError(
+            f"{where}: a published model names its VAE, and this VAE is in a local folder; upload the VAE (`hf upload "
+            f"OWNER/VAE {where}`), and train or save the model with vae:OWNER/VAE"
+        )
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         pipeline.save_pretrained(folder, dtype=dtype)

@@ -189,6 +189,7 @@ def load_autoencoder(
         return Baseline.load(config, dtype, encoder_dtype)
     found = artifacts.find(name, "autoencoder")
     if "baseline" in found.config:
-        values, place = found.config, found.path / "config.json"
-        return Baseline.load(from_dict(BaselineConfig, values, place), dtype, encoder_dtype)
+        config = from_dict(BaselineConfig, found.config, found.path / "config.json")
+        own = found.path.parent / "vae"  # of a VAE that raekit trained; the path in the config may be out of date
+        return Baseline.load(replace(config, baseline=f"vae:{own}") if own.is_dir() else config, dtype, encoder_dtype)
     return Autoencoder.load(name, dtype, encoder_dtype)

@@ -18,6 +18,7 @@ from raekit.errors import UserError
 from raekit.hub import download, how_to_fetch
 from raekit.models.checks import check_images
 from raekit.models.latent_space import LatentSpace
+from raekit.models.precision import check_dtype
 from raekit.models.registry import absolute
 from raekit.weights import fingerprint, rounded
 
@@ -163,6 +164,7 @@ class Baseline(LatentSpace):
         encoder_dtype: torch.dtype | None = None,
     ) -> None:
         """Wrap `vae`, a diffusers AutoencoderKL; without a VAE the latents are the pixels."""
+        check_dtype(dtype)
         channels, factor = 3, 1
         if vae:
             channels, factor = vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1)

@@ -12,12 +12,12 @@ _LOW, _HIGH = -0.5, 2.0  # bicubic resizing leaves [0, 1] by less; images in [-1
 def check_images(images: Any, ranged: bool = True) -> None:
     """Check images that an encoder is given.
 
+    A pixel may be somewhat out of range, as bicubic resizing leaves it. The range is checked on the CPU only: on
+    another device, the host would wait for the answer.
+
     Args:
         images: the images.
         ranged: check the range, too. A discriminator sees images that were augmented or are not clamped.
-
-    A pixel may be somewhat out of range, as bicubic resizing leaves it.
-    The range is checked on the CPU only: on another device, the host would wait for the answer.
 
     Raises:
         UserError: they are not a float tensor (B, 3, H, W) in [0, 1] with at least one image.
@@ -35,19 +35,19 @@ def check_images(images: Any, ranged: bool = True) -> None:
             raise UserError(f"images: {wanted}, got values from {low:g} to {high:g}; scale them first")
 
 
-def check_latents(latents: Any, shape: tuple[int, int, int]) -> None:
-    """Check latents that a decoder or a denoiser is given.
+def check_latents(latents: Any, shape: tuple[int, int, int], name: str = "latents") -> None:
+    """Check latents, or noise of their shape, that a decoder or a denoiser is given.
 
     Raises:
         UserError: they are not a float tensor (B, *shape).
     """
     wanted = f"expected a float tensor (B, {', '.join(map(str, shape))})"
     if not isinstance(latents, torch.Tensor):
-        raise UserError(f"latents: {wanted}, got {type(latents).__name__}")
+        raise UserError(f"{name}: {wanted}, got {type(latents).__name__}")
     if not latents.is_floating_point():
-        raise UserError(f"latents: {wanted}, got {_name(latents.dtype)}")
+        raise UserError(f"{name}: {wanted}, got {_name(latents.dtype)}")
     if latents.shape[1:] != shape:
-        raise UserError(f"latents: {wanted}, got the shape {tuple(latents.shape)}")
+        raise UserError(f"{name}: {wanted}, got the shape {tuple(latents.shape)}")
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -122,6 +122,8 @@ class DenoiserSize:
     label_std: float = 0.02
 
     def __post_init__(self) -> None:
+        if not self.mlp_ratio > 0:
+            raise UserError(f"denoiser.mlp_ratio: {self.mlp_ratio} must be positive")
         if self.label_std < 0:
             raise UserError(f"denoiser.label_std: {self.label_std} is negative; it must be at least 0")
         if not 0 <= self.base_depth <= self.backbone.depth:

@@ -15,6 +15,7 @@ from raekit.errors import UserError
 from raekit.hub import find_file, find_folder
 from raekit.models.checks import check_images
 from raekit.models.dinov3 import read_dinov3
+from raekit.models.precision import check_dtype
 from raekit.models.pretrained import read_pretrained
 from raekit.models.registry import (
     FAMILIES,
@@ -178,8 +179,9 @@ def load_encoder(
         dtype: float32 or bfloat16, the type that the weights are held and used in.
 
     Raises:
-        UserError: if there is no such encoder, or its weights are missing or damaged.
+        UserError: if there is no such encoder, its weights are missing or damaged, or `dtype` is another type.
     """
+    check_dtype(dtype)
     name = str(name)
     family, _, where = name.partition(":")
     if spec := REGISTRY.get(name):

@@ -21,6 +21,7 @@ class LatentSpace(nn.Module, ABC):
         decoder: from tokens to pixels.
         mean: float32 of `latent_shape`, zeros until `set_statistics`. None whitens by the scale only.
         var: float32 of `latent_shape`, ones until `set_statistics`.
+        trained_on: the address of the data source that the decoder was trained on, if it is known.
     """
 
     config: Any
@@ -30,7 +31,6 @@ class LatentSpace(nn.Module, ABC):
     mean: Tensor | None
     var: Tensor
     trained_on: str | None = None
-    """The address of the data source that the decoder was trained on, if that is known."""
 
     def __init__(self, latent_shape: tuple[int, int, int]) -> None:
         super().__init__()

@@ -5,6 +5,18 @@ from collections.abc import Collection
 import torch
 from torch import nn
 
+from raekit.errors import UserError
+
+
+def check_dtype(dtype: object) -> None:
+    """Check the type that a model is to be loaded in.
+
+    Raises:
+        UserError: it is neither float32 nor bfloat16.
+    """
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise UserError(f"dtype: {dtype!r} is neither torch.float32 nor torch.bfloat16; give one of them")
+
 
 def set_dtype(module: nn.Module, dtype: torch.dtype, keep: Collection[object] = ()) -> None:
     """Convert the floating-point weights and tables of `module` to `dtype`, in place.
@@ -17,7 +29,11 @@ def set_dtype(module: nn.Module, dtype: torch.dtype, keep: Collection[object] = 
         module: the network.
         dtype: float32 or bfloat16. Weights that were bfloat16 stay rounded when they become float32.
         keep: submodules and tables to leave as they are.
+
+    Raises:
+        UserError: `dtype` is neither float32 nor bfloat16.
     """
+    check_dtype(dtype)
     if dtype != torch.float32 and (own := getattr(module, "cast_weights", None)):
         for name, copy in own(dtype).items():
             module.get_parameter(name).data = copy.detach()

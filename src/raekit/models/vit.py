@@ -37,6 +37,8 @@ class ViTConfig:
         check_sizes("vit", **sizes, heads=self.heads)
         check_sizes("vit", tokens=max(self.image_size // self.patch_size, 1) ** 2)
         check_sizes("vit", limit=MAX_DEPTH, depth=self.depth)
+        if not self.mlp_ratio > 0:
+            raise UserError(f"vit.mlp_ratio: {self.mlp_ratio} must be positive")
         if self.width % self.heads or self.width % 4:
             raise UserError(f"vit.width: {self.width} must be a multiple of 4 and of vit.heads = {self.heads}")
 

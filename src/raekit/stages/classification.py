@@ -53,12 +53,19 @@ def build(config: ClassificationConfig, run: Path, world: World) -> Stage:
     """Build the stage. Its artifact is the classifier with averaged weights.
 
     Raises:
-        UserError: If the images have no classes.
+        UserError: If an image has no class, or there are no held-out images.
     """
     loader = Loader(config.data, config.train.seed)
     loader.announce(world)
     if not loader.classes:
         raise UserError(f"data.source: {config.data.source} has no classes, and a classifier needs at least two")
+    heldout = Loader(replace(config.data, split="heldout", crop="center", flip=False), 0)
+    for split in (loader, heldout):
+        if unlabelled := int((split.source.labels < 0).sum()):
+            raise UserError(
+                f"data.source: {unlabelled:,} of {len(split):,} {split.config.split} images of {config.data.source} "
+                "have no class; label them or remove them"
+            )
     model = Classifier(
         ClassifierConfig(
             image_size=config.data.image_size,
@@ -87,7 +94,6 @@ def build(config: ClassificationConfig, run: Path, world: World) -> Stage:
     def accuracy(step: int) -> dict[str, float]:
         network = objective.averaged.eval()
         counts = torch.zeros(2, dtype=torch.float64, device=world.device)
-        heldout = Loader(replace(config.data, split="heldout", crop="center", flip=False), 0)
         for batch in heldout.once(BATCH, world):
             batch = batch.to(world.device)
             counts[0] += (network(batch.pixels()).argmax(1) == batch.labels).sum()

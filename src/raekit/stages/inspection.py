@@ -69,7 +69,7 @@ def describe_folder(name: str, reach: tuple[str, float] | None = None) -> str:
             lines.append(f"  {_reached(folder, records, *reach)}")
     elif reach:
         raise UserError(f"{name}: not a run, so it has no metrics; name the folder of a run")
-    for kind in ("encoder", "autoencoder", "denoiser"):
+    for kind in artifacts.ARTICLES:
         try:
             path, values, _, trained_on = artifacts.find(name, kind)
         except artifacts.MissingArtifact:

@@ -15,7 +15,7 @@ from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.inference.shards import encoder_fingerprint
 from raekit.inference.statistics import measure_latents
-from raekit.models.autoencoder import Autoencoder, AutoencoderConfig, Output
+from raekit.models.autoencoder import Autoencoder, AutoencoderConfig, Output, load_autoencoder
 from raekit.models.decoder import Decoder, DecoderConfig, DecoderPositions
 from raekit.models.encoders import load_encoder
 from raekit.models.layers import watch_logits
@@ -65,7 +65,8 @@ class ReconstructionConfig(DecoderLossConfig):
     """The config of stage 1, which trains a decoder for a frozen encoder.
 
     The statistics of the latents are measured over the centre-cropped training images, and over their mirror images too
-    if `data.flip` is set.
+    if `data.flip` is set. A decoder that is fine-tuned (`init_from`) for the same encoder keeps the statistics of its
+    autoencoder, so that cached latents and denoisers stay valid.
 
     Attributes:
         stage: Name of the stage in config.json.
@@ -175,6 +176,10 @@ def build(config: ReconstructionConfig, run: Path, world: World) -> Stage:
         path = run / STATISTICS
         if path.is_file():
             mean, var = read_statistics(path, model.latent_shape)
+        elif config.init_from and (kept := _statistics_of(config.init_from, model)):
+            mean, var = kept
+            if world.is_main:
+                write_statistics(path, var, mean)
         else:
             batches = loader.once(max(config.train.batch_size // world.size, 1), world)
             shown = counted(progress, "measure latents", len(loader), world.size)
@@ -220,3 +225,12 @@ def build(config: ReconstructionConfig, run: Path, world: World) -> Stage:
         export=export,
         periodics=periodics,
     )
+
+
+def _statistics_of(source: str, model: Autoencoder) -> tuple[Tensor | None, Tensor] | None:
+    """Return the mean and variance of the latents of `source`; None for another encoder or without whitening."""
+    pretrained = load_autoencoder(source)
+    whitens = bool(pretrained.var.min() < pretrained.var.max())  # equal values leave the latents as they are
+    if not whitens or encoder_fingerprint(pretrained) != encoder_fingerprint(model):
+        return None
+    return pretrained.mean, pretrained.var

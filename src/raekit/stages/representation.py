@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raekit import randomness
-from raekit.config import Interval, Operation, check_sizes, configclass
+from raekit.config import Interval, Operation, Place, check_sizes, configclass
 from raekit.data.loader import Batch, DataConfig, Loader
+from raekit.data.sources import open_source
 from raekit.distributed import World, full_state
 from raekit.errors import UserError
 from raekit.evaluation.features import EncoderFeatures
@@ -40,12 +41,12 @@ class TeacherConfig:
     The teacher runs at the image size that gives the token grid of the encoder that is trained.
 
     Attributes:
-        encoder: Name of the teacher, as in `raekit.load_encoder`.
+        encoder: Name of the teacher (`load_encoder`).
         layers: The teacher's blocks that make the tokens. A middle block often has more detail than the last one.
         weight: Factor of the error on the teacher's tokens in the loss, above 0.
     """
 
-    encoder: str
+    encoder: Place
     layers: LayersConfig = LayersConfig()
     weight: float = 1.0
 
@@ -174,9 +175,15 @@ def load_teacher(config: TeacherConfig, grid: tuple[int, int], dtype: torch.dtyp
 
 
 def build(config: RepresentationConfig, run: Path, world: World) -> Stage:
-    """Build the stage. Its artifact is the encoder with averaged weights."""
+    """Build the stage. Its artifact is the encoder with averaged weights.
+
+    Raises:
+        UserError: The images have classes, but none is held out to measure the class accuracy on.
+    """
     loader = Loader(config.data, config.train.seed)
     loader.announce(world)
+    if loader.classes:
+        open_source(config.data.address, "heldout")  # fail now, and not at the first score
     teacher = None
     if config.teacher:
         side = config.encoder.image_size // config.encoder.patch_size

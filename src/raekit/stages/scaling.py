@@ -1,5 +1,6 @@
 """Configs of another length: steps, schedules, starts and intervals in proportion."""
 
+import math
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,10 +30,10 @@ def steps_of(config: StageConfig, epochs: float) -> int:
     """Return the number of steps that see every image of the config's source `epochs` times.
 
     Raises:
-        UserError: `epochs` is not positive, or the source cannot be opened.
+        UserError: `epochs` is not a positive, finite number, or the source cannot be opened.
     """
-    if not epochs > 0:
-        raise UserError(f"--epochs: {epochs} must be positive")
+    if not 0 < epochs < math.inf:
+        raise UserError(f"--epochs: {epochs} must be positive and finite")
     if latents := getattr(config, "latents", None):
         images = next(iter(read_infos(Path(latents), CacheInfo).values())).items
     else:

@@ -138,7 +138,7 @@ def reconstructions(
         model: Returns the autoencoder.
         world: The processes.
     """
-    loader, indices = _heldout(data, config.count)
+    loader, indices = _heldout("samples", data, config.count)
     originals: list[Tensor] = []
 
     def call(step: int) -> dict[str, Image]:
@@ -170,13 +170,15 @@ def heldout_loss(
         precision: Precision of the losses.
         world: The processes, which share the images.
     """
-    loader, indices = _heldout(data, config.count)
+    loader, indices = _heldout("heldout", data, config.count)
     mine = indices[world.rank :: world.size]
 
     @torch.no_grad()
     def call(step: int) -> dict[str, float]:
         totals = torch.zeros(len(losses) + 1, dtype=torch.float64)
         for batch in loader.read((mine[first : first + BATCH] for first in range(0, len(mine), BATCH)), world):
+            if not len(batch):  # no image of the batch was readable, and the mean of nothing is NaN
+                continue
             batch = batch.to(world.device)
             with _EAGER(), float32_precision(precision), autocast(precision, world.device):
                 means = [loss(batch, step).item() for loss in losses.values()]
@@ -187,8 +189,15 @@ def heldout_loss(
     return Periodic(name="heldout", every=config.every, call=call)
 
 
-def _heldout(data: DataConfig, count: int) -> tuple[Loader, range]:
-    """Return a loader of the held-out images of a source, and the indices of `count` of them, or of all."""
-    loader = Loader(replace(data, split="heldout", crop="center", flip=False), seed=0)
+def _heldout(part: str, data: DataConfig, count: int) -> tuple[Loader, range]:
+    """Return a loader of the held-out images of a source, and the indices of `count` of them, or of all.
+
+    Raises:
+        UserError: There are no held-out images. The error names the `part` of the config that needs them.
+    """
+    try:
+        loader = Loader(replace(data, split="heldout", crop="center", flip=False), seed=0)
+    except UserError as error:
+        raise UserError(f"{part}: {error}. To train without it, give --{part} None") from None
     stride = max(len(loader) // count, 1)
     return loader, range(0, len(loader), stride)[:count]

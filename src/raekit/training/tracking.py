@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import re
 import warnings
@@ -41,8 +42,8 @@ def read_metrics(run: Path) -> list[dict[str, float]]:
 def steps_to(records: Sequence[Mapping[str, float]], metric: str, target: float) -> float | None:
     """Return after how many steps the logged `metric` first reached `target` or less.
 
-    The curve between two records is a straight line, so that the result may be fractional. None means that the metric
-    never reached `target`.
+    The curve between two records is a straight line, so that the result may be fractional. Values that are not finite
+    are left out. None means that the metric never reached `target`.
 
     Raises:
         UserError: If no record has this metric. The message lists the metrics that exist.
@@ -53,6 +54,8 @@ def steps_to(records: Sequence[Mapping[str, float]], metric: str, target: float)
         raise UserError(f"{metric}: no such metric in the records; choose from: {', '.join(known) or 'none'}")
     before = None
     for step, value in curve:
+        if not math.isfinite(value):
+            continue
         if value <= target:
             if before is None:
                 return step

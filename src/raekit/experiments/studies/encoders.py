@@ -12,9 +12,11 @@ Here:   The built-in emoji at 32 x 32 pixels, as 4 x 4 tokens of 192 channels. T
         neighbours are than tokens at least 4 steps apart), the reconstructions of held-out images by a small decoder,
         and the images of a small DiT. Decoders and DiTs have one size and one number of steps. The built-in
         classifier, which took part in no training, judges the images. Seeds are seeds of the DiT.
-        A ViT-S/14 (vit-s14-focus, which is not part of raekit) is added if its folder, or a link to it, is in the
-        folder of the study under this name. It runs at 56 pixels and gives tokens of 384 channels.
-Cost:   about 25 minutes on one core of an Intel Xeon with AVX-512
+        Three encoders are added if the folder of a ViT-S/14 (vit-s14-focus, which is not part of raekit), or a link to
+        it, is in the folder of the study under this name: this network itself, which runs at 56 pixels and gives tokens
+        of 384 channels, and two encoders that are distilled from it here, with all patches visible and with 60 % of
+        them hidden.
+Cost:   about 40 minutes on one core of an Intel Xeon with AVX-512
 """
 
 import math
@@ -76,9 +78,26 @@ class Latents:
     size: int = SIDE
 
 
+@dataclass(frozen=True)
+class Pretraining:
+    """The training of an encoder in the study.
+
+    Attributes:
+        hidden: Share of hidden patches.
+        teacher: Whether the encoder predicts the tokens of the user's ViT-S/14, and not only pixels.
+    """
+
+    hidden: float
+    teacher: bool = False
+
+
 BUILT_IN = "builtin:vit-tiny"
-MASK_RATIOS = {"mae": 0.6, "mae-90": 0.9}
-"""Share of hidden patches of the masked autoencoders. 0.6 is the recipe's."""
+PRETRAINED = {
+    "mae": Pretraining(0.6),  # the recipe's share
+    "mae-90": Pretraining(0.9),
+    "student": Pretraining(0.0, teacher=True),
+    "student-masked": Pretraining(0.6, teacher=True),
+}
 SHORT = 40
 """Steps of the early checkpoint of the first masked autoencoder."""
 RANDOM, MAE, DISTILLED = "random", "mae", "distilled"
@@ -94,6 +113,11 @@ LATENTS = {
 }
 GUEST = "vit-s14-focus"
 """An encoder that the user may add."""
+STUDENTS = {
+    "student": Latents("distilled here", "student"),
+    "student-masked": Latents("distilled here, 60 % hidden", "student-masked"),
+}
+"""Latents of the encoders that are distilled from the added encoder."""
 JUDGE = "emoji_classifier"
 """The name of the features of the network that judges."""
 SEEDS = (0, 1, 2)
@@ -116,9 +140,9 @@ def prepare(folder: Path, quick: bool, progress: Progress) -> None:
     random = folder / "encoders" / "random"
     if not (random / "encoder").is_dir():
         untrained(load_encoder(BUILT_IN)).save(random)
-    for name, ratio in MASK_RATIOS.items():
+    for name, pretraining in PRETRAINED.items():
         if any(latents.encoder == name for latents in _chosen(folder, quick).values()):
-            train_shared(_masked(ratio, quick), folder / "encoders" / name, progress, f"encoder {name}")
+            train_shared(_encoder(pretraining, folder, quick), folder / "encoders" / name, progress, f"encoder {name}")
     for name, latents in _chosen(folder, quick).items():
         measured = _measured(folder, name)
         if not measured.is_file():
@@ -131,23 +155,26 @@ def prepare(folder: Path, quick: bool, progress: Progress) -> None:
 
 
 def _chosen(folder: Path, quick: bool) -> dict[str, Latents]:
-    """Return the latents that are compared. A user's ViT-S/14 is one of them if it is in the folder of the study."""
+    """Return the latents that are compared, with the user's ViT-S/14 if it is in the folder of the study."""
     if quick:
         return {name: LATENTS[name] for name in (RANDOM, MAE, DISTILLED)}
-    guest = {GUEST: Latents("ViT-S/14", f"dinov2:{folder / GUEST}", size=56)} if (folder / GUEST).is_dir() else {}
-    return LATENTS | guest
+    if not (folder / GUEST).is_dir():
+        return LATENTS
+    return LATENTS | STUDENTS | {GUEST: Latents("ViT-S/14", f"dinov2:{folder / GUEST}", size=56)}
 
 
 def _measured(folder: Path, name: str) -> Path:
     return folder / "measured" / f"{name}.json"
 
 
-def _masked(ratio: float, quick: bool) -> StageConfig:
-    """Return the config of a masked autoencoder."""
+def _encoder(pretraining: Pretraining, folder: Path, quick: bool) -> StageConfig:
+    """Return the config of an encoder."""
     steps = 2 if quick else PRETRAINING_STEPS
+    teacher = {"teacher__encoder": f"dinov2:{folder / GUEST}"} if pretraining.teacher else {}
     return configured(
-        "emoji_encoder",
-        mask_ratio=ratio,
+        "emoji_encoder_distilled" if pretraining.teacher else "emoji_encoder",
+        **teacher,
+        mask_ratio=pretraining.hidden,
         data__split=split_of(quick),
         data__image_size=SIDE,
         encoder__image_size=SIDE,
@@ -330,7 +357,7 @@ def _reconstruction(results: Sequence[Result]) -> Claim:
     )
 
 
-_MARKERS = "osD^vP*Xh"
+_MARKERS = "osD^vP*XhpH"
 
 
 def _scatter(results: Sequence[Result], measure: str) -> Callable[[Any], None]:
