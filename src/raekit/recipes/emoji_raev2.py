@@ -4,7 +4,7 @@ Reproduces:     nothing yet: a comparison with emoji_dit_dh at equal training co
 Command:        raekit train emoji_raev2 --train.compile
 Size:           5.6 M parameters
 Memory:         0.4 GiB
-Cost:           about as long as emoji_dit_dh: 712 MFLOPs per image in the forward pass, against 685
+Cost:           about as long as emoji_dit_dh: 712 MFLOPs per image in the forward pass, against 699
 Last verified:  not with these 8 x 8 tokens
 
 The optimizer is AdamW instead of RAE v2's Muon, as in emoji_dit_dh.

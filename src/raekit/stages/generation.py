@@ -48,7 +48,8 @@ class GenerationConfig:
             encoder computes in `train.precision`.
         latents: A folder of `raekit latents cache`. Training reads the cached latents instead of the training images.
         denoiser: The sizes of the denoiser.
-        init_from: A model whose denoiser is fine-tuned, with the same sizes and latents. Its classes may differ.
+        init_from: A model whose denoiser is fine-tuned, with the same sizes and latents. Its classes may differ, and
+            either of the two may lack a base output.
         conditional: Train with class labels.
         class_dropout: Probability of dropping a label, at least 0 and below 1.
         time_law: Distribution of the training times, before the shift.
