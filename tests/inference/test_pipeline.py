@@ -175,6 +175,11 @@ def test_a_pipeline_is_saved_loaded_and_moved(pipe, tiny_model, tmp_path):
         again.to(torch.float16)
     with pytest.raises(UserError, match="only in memory"):
         Pipeline(pipe.autoencoder, pipe.denoiser).to(torch.bfloat16)
+    missing = f"cuda:{torch.cuda.device_count()}"
+    for device, message in ((missing, r"device: cuda:\d+ does not exist"), ("gpu", "device: 'gpu' is not the name")):
+        for call in (again.to, lambda place: load(str(tiny_model), place)):
+            with pytest.raises(UserError, match=message):
+                call(device)
 
 
 def test_an_autoencoder_without_a_denoiser_only_reconstructs(pipe, tiny_model, tmp_path):

@@ -12,6 +12,7 @@ from raekit.errors import UserError, did_you_mean
 from raekit.flow.sampling import Sampling
 from raekit.formats.yaml_files import read_published
 from raekit.models.autoencoder import load_autoencoder
+from raekit.models.checks import check_device
 from raekit.models.denoiser import Denoiser
 from raekit.models.latent_space import LatentSpace
 from raekit.training.compilation import check_compiler
@@ -151,7 +152,11 @@ def load(
         ema: the decay of the weight average of the denoiser to load. Default: the first average.
         dtype: float32, or bfloat16 for half the memory and, on hardware that multiplies it fast, faster sampling.
             Latents, statistics, the solver's state and images are always float32.
+
+    Raises:
+        UserError: there is no such model or device, or a file is missing or damaged.
     """
+    device = check_device(device)
     return Model(load_autoencoder(name, dtype).to(device), Denoiser.load(name, ema, dtype).to(device))
 
 
@@ -169,8 +174,9 @@ def load_published(
         The model and its sampling settings, including guidance and a weak model.
 
     Raises:
-        UserError: if the file lacks a part of the model.
+        UserError: if the file lacks a part of the model, or there is no such device.
     """
+    device = check_device(device)
     parts, sampling = read_published(Path(path))
     assert parts.autoencoder
     assert parts.denoiser

@@ -33,7 +33,7 @@ from raekit.inference.generation import (
 )
 from raekit.inference.model import Model, reconstruct
 from raekit.models.autoencoder import load_autoencoder
-from raekit.models.checks import check_latents
+from raekit.models.checks import check_device, check_latents
 from raekit.models.denoiser import Denoiser
 from raekit.models.latent_space import LatentSpace
 from raekit.pictures import from_pil, to_pil
@@ -125,7 +125,8 @@ class Pipeline:
         """Move the model to a device, or load its weights again in another type. Returns the pipeline itself.
 
         Raises:
-            UserError: the type is neither float32 nor bfloat16, or the model was not loaded by name.
+            UserError: there is no such device, the type is neither float32 nor bfloat16, or the model was not loaded by
+                name.
         """
         if isinstance(place, torch.dtype):
             if place == self.dtype:
@@ -136,6 +137,7 @@ class Pipeline:
             device, again = self.device, type(self).from_pretrained(self.name, ema=self._ema, dtype=place)
             self.autoencoder, self.denoiser, self._model = again.autoencoder, again.denoiser, again._model
             return self.to(device)
+        place = check_device(place)
         for part in (self.autoencoder, self.denoiser):
             if part is not None:
                 part.to(place)

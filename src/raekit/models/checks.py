@@ -1,4 +1,4 @@
-"""Checks of the tensors that callers give to the networks."""
+"""Checks of the tensors and devices that callers give to the networks."""
 
 from typing import Any
 
@@ -7,6 +7,21 @@ import torch
 from raekit.errors import UserError
 
 _LOW, _HIGH = -0.5, 2.0  # bicubic resizing leaves [0, 1] by less; images in [-1, 1] or up to 255 by more
+
+
+def check_device(device: torch.device | str) -> torch.device:
+    """Return the device that a model is moved to.
+
+    Raises:
+        UserError: there is no such device, or torch finds no CUDA device.
+    """
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"device: {device!r} is not the name of a device; give 'cpu' or 'cuda'") from None
+    if place.type == "cuda" and (place.index or 0) >= (count := torch.cuda.device_count()):
+        raise UserError(f"device: {device} does not exist; torch finds {count} CUDA devices")
+    return place
 
 
 def check_images(images: Any, ranged: bool = True) -> None:
