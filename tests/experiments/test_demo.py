@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,18 @@ from raekit.evaluation.reports import read_report
 from raekit.experiments import demo
 from raekit.experiments.demo import FIRST_LEG, PER_CLASS, Clock, Demo, next_leg, recipes, run_demo, source_of
 from raekit.training.tracking import read_metrics
+
+
+@pytest.mark.parametrize(
+    ("classes", "base_depth", "methods"),
+    [(("a", "b"), 0, ["cfg"]), (("a", "b"), 2, ["cfg", "internal"]), ((), 2, ["internal"]), ((), 0, [])],
+)
+def test_the_guidance_suits_the_model(classes, base_depth, methods):
+    shown: Any = SimpleNamespace(options=SimpleNamespace(quick=False))
+    model: Any = SimpleNamespace(
+        classes=classes, denoiser=SimpleNamespace(config=SimpleNamespace(base_depth=base_depth))
+    )
+    assert [rule.method for rule in Demo.sampling(shown, model).guidance] == methods
 
 
 def silent(what: str, done: int, total: int, text: str = "", unit: int = 1) -> None:

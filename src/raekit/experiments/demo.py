@@ -51,7 +51,10 @@ from raekit.training.checkpoint import checkpoints
 from raekit.training.tracking import read_metrics
 
 BUILTIN = "builtin:emoji"
-SAMPLING = Sampling(steps=15, solver="abm", grid="few", guidance=(Guidance(scale=3.0, start=0.1),))
+SAMPLING = Sampling(steps=15, solver="abm", grid="few")
+GUIDANCE = (Guidance(scale=3.0, start=0.1),)
+GUIDANCE_WITH_BASE = (Guidance(scale=2.0, start=0.1), Guidance(method="internal", scale=1.5))
+"""The guidance of a denoiser with a base output, such as the built-in one."""
 PER_CLASS = 8
 DECODER_SHARE = 0.15
 """The fraction of the minutes that the decoder trains."""
@@ -303,9 +306,10 @@ class Demo:
             grid(images, columns=PER_CLASS).save(partial, format="PNG")
 
     def sampling(self, model: Model) -> Sampling:
-        """Return how to sample from `model`."""
-        sampling = replace(SAMPLING, steps=4) if self.options.quick else SAMPLING
-        return sampling if model.classes else replace(sampling, guidance=())
+        """Return how to sample from `model`. CFG needs classes, and internal guidance needs a base output."""
+        rules = GUIDANCE_WITH_BASE if model.denoiser.config.base_depth else GUIDANCE
+        guidance = tuple(rule for rule in rules if model.classes or rule.method != "cfg")
+        return replace(SAMPLING, guidance=guidance, steps=4 if self.options.quick else SAMPLING.steps)
 
     def evaluate(self, name: str, model: Model, baselines: bool) -> Any:
         """Score samples of `model`, and the baselines."""
@@ -384,6 +388,9 @@ def recipes(run: Path, data: DataConfig, own: bool) -> tuple[ReconstructionConfi
     in VGG16, and 2.12, 2.02 and 1.88 in the classifier. A step with Muon takes 45 % more time than a step with AdamW,
     and at a rate of 1e-3 its loss falls more slowly (4.0 after 30 steps, 1.5 with AdamW). Other rates of Muon have not
     been tried.
+
+    A base output after the first block, for internal guidance, made no difference here: after 2,146 steps, 360 samples
+    with CFG 3 have a distance of 99.0 in VGG16, and with CFG 2 and internal guidance 1.5 of 100.9.
     """
     decoder, denoiser = find("emoji_decoder").config, find("emoji_dit_dh").config
     assert isinstance(decoder, ReconstructionConfig)
