@@ -110,6 +110,22 @@ def test_images_are_generated_with_their_classes_and_seeds(page, pipe):
     assert page.get_by_text("red, seed 8").count() == 1
 
 
+def test_a_model_with_a_base_output_has_internal_guidance(browser, page):
+    assert page.get_by_label("number input for Internal guidance").locator("visible=true").count() == 0
+    with served("builtin:emoji") as address:
+        own = opened(browser, address)
+        assert own.get_by_label("number input for Internal guidance").locator("visible=true").count() == 1
+        choose(own, "Class", "flags")
+        own.get_by_text("Solver", exact=True).locator("visible=true").first.click()
+        own.get_by_label("number input for Steps").locator("visible=true").fill("4")
+        own.keyboard.press("Tab")
+        own.get_by_role("button", name="Generate", exact=True).click()
+        own.get_by_text(re.compile("4 images in")).wait_for()
+        made = Pipeline.from_pretrained("builtin:emoji")("flags", count=4, guidance="cfg:2+internal:1.5", steps=4)
+        assert close(own, "#generated", list(made))
+        own.close()
+
+
 def test_a_row_is_interpolated(page, pipe):
     press(page, "Interpolate", "Interpolate")
     page.get_by_text(re.compile("8 images in")).wait_for()

@@ -17,6 +17,7 @@ from raekit.data.images import UnreadableImage, decode
 from raekit.errors import UserError
 from raekit.evaluation.pairs import psnr, ssim
 from raekit.files import whole
+from raekit.flow.guidance import Guidance, Method
 from raekit.flow.solvers import SolverName
 from raekit.hub import is_repository
 from raekit.inference.gallery import Pictures
@@ -150,9 +151,9 @@ class _Page:
                 images = _gallery("Images", "generated")
                 status = gr.Markdown()
 
-        def work(kind: str | None, seed: int, count: int, scale: float, steps: int, solver: SolverName) -> Iterator:
+        def work(kind: str | None, seed: int, count: int, *settings: Any) -> Iterator:
             classes = None if kind in (None, RANDOM) else kind
-            options = self.options(scale, steps, solver)
+            options = self.options(*settings)
             yield from _stream(
                 lambda callback: self.pipeline(classes, count=count, seed=seed, callback=callback, **options)
             )
@@ -253,9 +254,7 @@ class _Page:
             with _shown_errors():
                 image = _given(path)
             classes = None if kind in (None, NONE) else kind
-            options = self.options(*settings)
-            if classes is None:
-                options["guidance"] = None
+            options = self.options(*settings, labelled=classes is not None)
             yield from _stream(
                 lambda callback: self.pipeline.variations(
                     image, strength, classes, count=count, callback=callback, **options
@@ -272,16 +271,29 @@ class _Page:
 
     def settings(self) -> list[Any]:
         """Return the components of guidance, steps and solver, in the order of `options`."""
-        scale = gr.Slider(1, 8, 3 if self.pipeline.classes else 1, step=0.1, label="Guidance (1: off)")
-        scale.visible = bool(self.pipeline.classes)
+        classes, base = bool(self.pipeline.classes), self.has_base
+        scale = gr.Slider(1, 8, 2 if base else 3, step=0.1, label="Guidance by class (1: off)", visible=classes)
+        internal = gr.Slider(1, 4, 1.5, step=0.1, label="Internal guidance (1: off)", visible=base)
         with gr.Accordion("Solver", open=False):
             steps = gr.Slider(2, 250, 50, step=1, label="Steps")
             solver = gr.Dropdown(list(SOLVERS), value=SOLVERS[0], label="Solver")
-        return [scale, steps, solver]
+        return [scale, internal, steps, solver]
 
-    def options(self, scale: float, steps: int, solver: SolverName) -> dict[str, Any]:
-        """Return the arguments of a pipeline for the settings of a visitor."""
-        return {"guidance": scale if self.pipeline.classes else None, "steps": int(steps), "solver": solver}
+    @property
+    def has_base(self) -> bool:
+        """Whether the denoiser has a base output, which internal guidance needs."""
+        return bool(self.pipeline.denoiser and self.pipeline.denoiser.config.base_depth)
+
+    def options(
+        self, scale: float, internal: float, steps: int, solver: SolverName, labelled: bool = True
+    ) -> dict[str, Any]:
+        """Return the arguments of a pipeline for the settings of a visitor, for images with or without a class."""
+        scales: dict[Method, float] = {
+            "cfg": scale if labelled and self.pipeline.classes else 1,
+            "internal": internal if self.has_base else 1,
+        }
+        guidance = [Guidance(method=method, scale=value) for method, value in scales.items() if value != 1]
+        return {"guidance": guidance, "steps": int(steps), "solver": solver}
 
     def buttons(self, text: str) -> tuple[gr.Button, gr.Button]:
         with gr.Row():
