@@ -201,7 +201,9 @@ def test_tokens_that_a_file_lacks_are_named(name, tmp_path):
 
 
 def test_a_folder_may_have_the_suffix_of_a_file(tmp_path):
-    convert(str(save(tmp_path / "stage2_model.pt", weights(WIDE))), tmp_path / "model.pt")
+    convert(str(save(tmp_path / "stage2_model.pt", weights(WIDE))), tmp_path / "model")
+    (tmp_path / "model").rename(tmp_path / "model.pt")
+    (tmp_path / "copy.yaml").mkdir()
     convert(str(tmp_path / "model.pt"), tmp_path / "copy.yaml")
     assert Denoiser.load(str(tmp_path / "copy.yaml")).config == denoiser_config(WIDE)
 

@@ -26,6 +26,7 @@ def small_dit(side: int, latents: Path, steps: int, seed: int, **overrides: Any)
         conditional=False,
         time_law="uniform",
         denoiser__head=None,
+        denoiser__base_depth=0,
         denoiser__allow_narrow=True,
         train__steps=steps,
         train__precision="fp32",
@@ -98,8 +99,8 @@ def small_denoiser(
         latents=latents and str(latents),
         denoiser__backbone={"width": 192, "depth": 4, "heads": 4},
         denoiser__head=None,
+        **({"denoiser__base_depth": 0} | overrides),
         **_short(steps, seed, split),
-        **overrides,
     )
 
 
