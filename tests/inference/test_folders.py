@@ -241,7 +241,7 @@ def test_what_raekit_did_not_write_is_neither_opened_nor_replaced(model, tmp_pat
     [
         ({"labels": []}, "labels: none are given"),
         ({"count": 0}, "count: 0 must be at least 1"),
-        ({"labels": [], "count": 0}, "generate: give either labels, one for each sample, or count"),
+        ({"labels": [], "count": 0}, "labels, count: give either labels, one for each sample, or count"),
     ],
 )
 def test_no_samples_at_all_are_rejected(model, options, message):

@@ -194,10 +194,11 @@ def test_published_sizes_of_lightning_dit_xl(channels: int, millions: float):
 
 def test_positions_are_named():
     values = to_dict(tiny().config)
-    for given, found in ((True, "sincos"), (False, "none"), ("learned", "learned")):  # booleans are of earlier models
-        assert from_dict(DenoiserConfig, values | {"positions": given}, "test").positions == found
-    with pytest.raises(UserError, match="test: positions: "):
-        from_dict(DenoiserConfig, values | {"positions": "random"}, "test")
+    for name in ("none", "sincos", "learned"):
+        assert from_dict(DenoiserConfig, values | {"positions": name}, "test").positions == name
+    for wrong in ("random", True):
+        with pytest.raises(UserError, match="test: positions: "):
+            from_dict(DenoiserConfig, values | {"positions": wrong}, "test")
     for wrong in (True, "Learned"):
         with pytest.raises(UserError, match=r"denoiser\.positions: .* is unknown; choose one of none, sincos, learned"):
             tiny(positions=wrong)

@@ -131,8 +131,8 @@ def run_demo(run: Path, minutes: float, quick: bool, progress: Progress, images:
 
     Raises:
         Stopped: A signal stopped a training.
-        UserError: `run` was started with other options, `minutes` is not positive, or `images` has no images, or no
-            held-out images.
+        UserError: `run` was started with other options, `minutes` is not positive, or `images` has no training images
+            or no held-out images.
     """
     if not minutes > 0:
         raise UserError(f"--minutes: {minutes} must be positive")

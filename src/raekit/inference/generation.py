@@ -391,7 +391,7 @@ def class_labels(model: Model, labels: Iterable[int]) -> list[int]:
 def _labels_and_total(model: Model, labels: Iterable[int] | None, count: int | None) -> tuple[list[int] | None, int]:
     """Return the class id of each sample, None without classes, and the number of samples."""
     if (labels is None) == (count is None):
-        raise UserError("generate: give either labels, one for each sample, or count, at least 1")
+        raise UserError("labels, count: give either labels, one for each sample, or count, at least 1")
     if labels is None:
         return None, whole_number("count", count, 1)
     ids = class_labels(model, labels)

@@ -1,9 +1,7 @@
 """The configuration of a denoiser: sizes and switches."""
 
 from dataclasses import replace
-from typing import Annotated, Any, Literal, get_args
-
-from pydantic import BeforeValidator
+from typing import Literal, get_args
 
 from raekit.config import check_sizes, configclass
 from raekit.errors import UserError
@@ -13,11 +11,6 @@ from raekit.models.layers import (
 )
 
 PositionKind = Literal["none", "sincos", "learned"]
-
-
-def _named(value: Any) -> Any:
-    """Return the name of a boolean: runs from before positions could be learned have a fixed table or none."""
-    return {True: "sincos", False: "none"}[value] if isinstance(value, bool) else value
 
 
 @configclass
@@ -111,7 +104,7 @@ class DenoiserSize:
     mlp_ratio: float = 4.0
     norm: NormKind = "rms"
     mlp: MLPKind = "swiglu"
-    positions: Annotated[PositionKind, BeforeValidator(_named)] = "sincos"
+    positions: PositionKind = "sincos"
     rotary: bool = True
     qk_norm: bool = False
     adaln_shift: bool = True
