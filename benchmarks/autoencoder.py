@@ -26,6 +26,7 @@ from raekit.formats.diffusers_keys import from_diffusers
 from raekit.models.autoencoder import Autoencoder, AutoencoderConfig
 from raekit.models.decoder import DecoderConfig
 from raekit.models.encoders import Encoder
+from raekit.models.linear import widen_linear
 from raekit.models.precision import set_dtype
 from raekit.models.registry import REGISTRY
 from raekit.weights import load_strict
@@ -49,11 +50,13 @@ def peer(size: str) -> Any:
 
 def ours(theirs: Any, size: str) -> Autoencoder:
     """The same model as raekit's."""
+    encoder = copy.deepcopy(theirs.encoder)  # its own, as it may be compiled in place
+    widen_linear(encoder)
     decoder = DecoderConfig(token_dim=768, grid=(16, 16), patch_size=16, **DECODERS[size])
     spec = REGISTRY["dinov2-b"]
     model = Autoencoder(
         AutoencoderConfig(encoder="dinov2-b", decoder=decoder),
-        Encoder("dinov2-b", spec, copy.deepcopy(theirs.encoder)),  # its own, as it may be compiled in place
+        Encoder("dinov2-b", spec, encoder),
     )
     state, _, _ = from_diffusers(theirs.state_dict())
     load_strict(model.decoder, decoder_state(state, decoder), "diffusers")

@@ -12,6 +12,7 @@ over the turns; below 1, our choice is faster. These choices are undone:
 - one projection for queries, keys and values;
 - attention without a mask (RAE v2 passes a mask of zeros);
 - SwiGLU's hidden width aligned in bf16;
+- bf16 products computed in float32 on a CPU without AMX;
 - weights cast once for a step in bf16 (here a step has one micro-batch, so undoing it saves nothing in eager mode);
 - the fused optimizer;
 - blocks compiled one by one (compiled step only).
@@ -31,7 +32,7 @@ from torch import Tensor
 from harness import SIZES, denoiser, interleaved, named, report, training_step
 from machine import MatmulRate
 from raekit.distributed import prepare_device
-from raekit.models import layers
+from raekit.models import layers, linear
 from raekit.models.denoiser import Denoiser
 from raekit.training.precision import compute_dtype
 
@@ -77,6 +78,7 @@ PATCHES: dict[str, tuple[Any, str, Any]] = {
     "norm in steps": (layers.RMSNorm, "forward", norm_in_steps),
     "three projections": (layers.Attention, "_project", three_projections),
     "attention with a mask": (layers.F, "scaled_dot_product_attention", attention_with_mask),
+    "bf16 products of torch": (linear, "NATIVE", True),
     "SwiGLU not aligned": (layers.SwiGLU, "cast_weights", swiglu_not_aligned),
 }
 NOT_FUSED, AS_ONE, CAST = "optimizer not fused", "compiled as one", "weights cast in each pass"

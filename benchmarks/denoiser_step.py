@@ -3,25 +3,30 @@
     python benchmarks/denoiser_step.py [--size S] [--batch 4] [--precision bf16] [--repeats 5] [--out DIR]
 
 Eager and compiled steps, without and with activation checkpointing, take turns in one process. The table gives the
-ratio to the first step with its range over the turns. `rate` is the share of the machine's matmul rate, measured in
-the same run and precision, that the step reaches. Only the multiplications of a step without checkpointing count. Each
-variant has its own weights and moments; if they do not fit into memory together, choose some with `--only`.
+ratio to the first step with its range over the turns. On a CPU without AMX, where raekit computes bf16 products itself
+(`raekit.models.linear`), `--only` also takes steps with torch's products. `rate` is the share of the machine's matmul
+rate, measured in the same run and precision, that the step reaches. Only the multiplications of a step without
+checkpointing count. Each variant has its own weights and moments; if they do not fit into memory together, choose some
+with `--only`.
 """
 
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from unittest.mock import patch
 
 from torch.utils.flop_counter import FlopCounterMode
 
 from harness import SIZES, denoiser, interleaved, named, report, training_step
 from machine import MatmulRate
 from raekit.distributed import prepare_device
+from raekit.models import linear
 from raekit.training.optim import OptimConfig, adamw
 from raekit.training.precision import compute_dtype
 from raekit.training.recompute import checkpoint_blocks
 
 VARIANTS = ("eager", "compiled", "eager, checkpointed", "compiled, checkpointed")
+TORCH = ("eager, torch's products", "compiled, torch's products")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -30,7 +35,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--grid", type=int, default=16, help="side of the latents: 16 at 256 pixels, 32 at 512")
     parser.add_argument("--batch", type=int, help="default: 4 on a CPU, 64 on a GPU")
     parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"])
-    parser.add_argument("--only", nargs="+", choices=VARIANTS, metavar="NAME", help="variants to run; default: all")
+    parser.add_argument(
+        "--only", nargs="+", choices=(*VARIANTS, *TORCH), metavar="NAME", help="default: all but the last two"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for results.json and results.md")
     arguments = parser.parse_args(argv)
@@ -43,7 +50,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             checkpoint_blocks([*model.blocks, *model.head_blocks])
         if "compiled" in variant:
             model.compile()
-        return training_step(model, adamw(OptimConfig(), model.parameters()), batch, arguments.precision, device)
+        step = training_step(model, adamw(OptimConfig(), model.parameters()), batch, arguments.precision, device)
+        if variant not in TORCH:
+            return step
+
+        def native() -> None:
+            with patch.object(linear, "NATIVE", True):
+                step()
+
+        return native
 
     counter = FlopCounterMode(display=False)
     with counter:  # of one image, so that it does not count for the peak memory of the others

@@ -4,7 +4,9 @@
 
 There is one table for each method. Its sides take turns in one process, and each speed-up is to the first side:
 
-- float32 weights: weights are float32, and autocast casts them to bf16 in each evaluation.
+- float32 weights: weights are float32, autocast casts them to bf16 in each evaluation, and torch computes the products.
+- torch's products: weights are held in bf16, and torch computes the products (on a CPU without AMX, where raekit
+  computes them itself, see `raekit.models.linear`).
 - bf16 weights: weights are held in bf16. For CFG, once with both predictions in one pass and once in two passes.
 - bf16 weights, compiled: the same with compiled blocks, in one pass or two as `raekit.flow.sampling` decides.
 - doubled: as in the published sampler, each network runs at every step on a batch that holds each image twice.
@@ -34,6 +36,7 @@ from raekit.flow import sampling as flow_sampling
 from raekit.flow.guidance import Guidance
 from raekit.flow.sampling import Sampling, sample_latents
 from raekit.flow.solvers import euler, time_grid
+from raekit.models import linear
 from raekit.models.denoiser import Denoiser
 from raekit.training.precision import Precision
 
@@ -93,7 +96,9 @@ def sides(
     indices, device = torch.arange(len(labels)), labels.device
     auto = rule is not None and rule.method == "auto"
 
-    def call(held: bool, *, compiled: bool = False, one_pass: bool | None = None) -> Callable[[], Tensor]:
+    def call(
+        held: bool, *, compiled: bool = False, one_pass: bool | None = None, native: bool = False
+    ) -> Callable[[], Tensor]:
         chosen = replace(sampling, weak=weak[held] if auto else None)
 
         def run() -> Tensor:
@@ -102,7 +107,7 @@ def sides(
             passes = nullcontext()
             if one_pass is not None:
                 passes = patch.object(flow_sampling, "one_pass_is_faster", lambda x: one_pass)
-            with eager, casts, passes:
+            with eager, casts, passes, patch.object(linear, "NATIVE", native or linear.NATIVE):
                 return sample_latents(models[held], labels, indices, 0, chosen, device)
 
         return run
@@ -110,7 +115,9 @@ def sides(
     held = "bf16 weights" if precision == "bf16" else "eager"
     found: dict[str, Callable[[], Tensor]] = {}
     if precision == "bf16":
-        found["float32 weights"] = call(False, one_pass=False)
+        found["float32 weights"] = call(False, one_pass=False, native=True)
+        if labels.device.type == "cpu" and not linear.NATIVE:
+            found["torch's products"] = call(True, one_pass=False, native=True)
     if rule and rule.method == "cfg":
         found[f"{held}, two passes"] = call(True, one_pass=False)
         found[f"{held}, one pass"] = call(True, one_pass=True)
@@ -120,7 +127,7 @@ def sides(
     if rule and rule.method != "internal":
 
         def baseline() -> Tensor:
-            with casting(precision, device):
+            with casting(precision, device), patch.object(linear, "NATIVE", True):
                 return doubled(models[0], weak[0], labels, rule, steps)
 
         found["doubled"] = baseline

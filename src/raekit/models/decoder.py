@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from raekit.config import check_sizes, configclass
 from raekit.errors import UserError
 from raekit.models.layers import ViTBlock, decoder_positions, to_grid, to_tokens, unpatchify
+from raekit.models.linear import Linear
 
 DecoderPositions = Literal["sincos", "learned"]
 """Positions of a decoder: the fixed sine-cosine table, or a weight that starts from the table."""
@@ -61,7 +62,7 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed = nn.Linear(config.token_dim, config.width)
+        self.embed = Linear(config.token_dim, config.width)
         self.cls_token = nn.Parameter(torch.zeros(config.width))
         table = decoder_positions(config.width, config.grid)
         if config.positions == "learned":
@@ -72,7 +73,7 @@ class Decoder(nn.Module):
             ViTBlock(config.width, config.heads, config.hidden, config.norm_eps) for _ in range(config.depth)
         )
         self.norm = nn.LayerNorm(config.width, config.norm_eps)
-        self.out = nn.Linear(config.width, 3 * config.patch_size**2)
+        self.out = Linear(config.width, 3 * config.patch_size**2)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the blocks when they are first used. Takes the arguments of `torch.compile`."""

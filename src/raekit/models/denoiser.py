@@ -25,6 +25,7 @@ from raekit.models.layers import (
     sincos_positions,
     unpatchify,
 )
+from raekit.models.linear import Linear
 from raekit.models.precision import set_dtype
 from raekit.weights import check_fit, load_strict
 
@@ -67,7 +68,7 @@ class Denoiser(nn.Module):
         super().__init__()
         self.config = config
         width = config.backbone.width
-        self.embed = nn.Linear(config.token_dim, width)
+        self.embed = Linear(config.token_dim, width)
         self.time = TimeEmbedding(width)
         self.label = condition or (ClassCondition(config.num_classes, width) if config.num_classes else None)
         context = config.context
@@ -83,9 +84,9 @@ class Denoiser(nn.Module):
         unplaced = sum(len(p) for p in (self.time_tokens, self.label_tokens) if p is not None)
         self._register_rotary("rotary", config.backbone, unplaced)
         if config.head:
-            self.head_embed = nn.Linear(config.token_dim, config.head.width)
+            self.head_embed = Linear(config.token_dim, config.head.width)
             same = config.head.width == width
-            self.head_condition = nn.Identity() if same else nn.Linear(width, config.head.width)
+            self.head_condition = nn.Identity() if same else Linear(width, config.head.width)
             self.head_blocks = _blocks(config, config.head)
             self._register_rotary("head_rotary", config.head)
         self.final = FinalLayer(config.output_width, config.token_dim, config.norm)

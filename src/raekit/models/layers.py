@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from raekit.models.linear import Linear, linear
+
 Rotary = tuple[Tensor, Tensor]
 """Cosines and sines of the rotation angles of each token, both (N, head_dim / 2)."""
 Gelu = Literal["none", "tanh"]
@@ -115,8 +117,8 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, qk_norm: NormKind | None = None) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.out = Linear(width, width)
         norm = {"rms": RMSNorm, "layer": nn.LayerNorm, None: nn.Identity}[qk_norm]
         self.q_norm, self.k_norm = norm(width // heads), norm(width // heads)
 
@@ -178,8 +180,8 @@ class SwiGLU(nn.Module):
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
         self.hidden = hidden
-        self.w_in = nn.Linear(width, 2 * hidden)
-        self.w_out = nn.Linear(hidden, width)
+        self.w_in = Linear(width, 2 * hidden)
+        self.w_out = Linear(hidden, width)
         self.register_state_dict_post_hook(_cut_to_published_width)
 
     @property
@@ -191,8 +193,8 @@ class SwiGLU(nn.Module):
         w_in, b_in, w_out, b_out = self.w_in.weight, self.w_in.bias, self.w_out.weight, self.w_out.bias
         if self.padding and torch.is_autocast_enabled(x.device.type) and w_in.dtype == torch.float32:
             w_in, b_in, w_out, b_out = self.cast_weights(torch.get_autocast_dtype(x.device.type)).values()
-        gate, value = F.linear(x, w_in, b_in).chunk(2, dim=-1)
-        return F.linear(F.silu(gate) * value, w_out, b_out)
+        gate, value = linear(x, w_in, b_in).chunk(2, dim=-1)
+        return linear(F.silu(gate) * value, w_out, b_out)
 
     def cast_weights(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Return copies of the parameters in `dtype` by name, with aligned hidden channels."""
@@ -216,7 +218,7 @@ def _cut_to_published_width(module: SwiGLU, state: dict[str, Tensor], prefix: st
 
 def gelu_mlp(width: int, hidden: int, approximate: Gelu = "none") -> nn.Sequential:
     """Return two linear layers with a GELU between them."""
-    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(approximate), nn.Linear(hidden, width))
+    return nn.Sequential(Linear(width, hidden), nn.GELU(approximate), Linear(hidden, width))
 
 
 class ViTBlock(nn.Module):
@@ -274,7 +276,7 @@ class DiTBlock(nn.Module):
         self.norm2 = plain_norm(norm, width)
         self.mlp = SwiGLU(width, hidden) if mlp == "swiglu" else gelu_mlp(width, hidden, "tanh")
         self.parts = {True: 6, "no shift": 4, False: 0}[adaln]
-        self.modulation = nn.Linear(width, self.parts * width) if self.parts else None
+        self.modulation = Linear(width, self.parts * width) if self.parts else None
 
     def forward(self, x: Tensor, condition: Tensor, rotary: Rotary | None) -> Tensor:
         if self.modulation is None:
@@ -296,8 +298,8 @@ class FinalLayer(nn.Module):
     def __init__(self, width: int, out: int, norm: NormKind = "rms") -> None:
         super().__init__()
         self.norm = plain_norm(norm, width)
-        self.modulation = nn.Linear(width, 2 * width)
-        self.out = nn.Linear(width, out)
+        self.modulation = Linear(width, 2 * width)
+        self.out = Linear(width, out)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         shift, scale = self.modulation(F.silu(condition)).chunk(2, dim=-1)

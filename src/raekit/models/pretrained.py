@@ -13,6 +13,7 @@ from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_ba
 
 from raekit.errors import UserError
 from raekit.hub import download, how_to_fetch
+from raekit.models.linear import widen_linear
 from raekit.models.registry import MAX_DEPTH
 
 
@@ -97,6 +98,7 @@ def read_pretrained(
         raise UserError(f"{what}: {where} could not be loaded ({_reason(error)}); {advice}") from error
     if missing := sorted(loading["missing_keys"]):  # transformers fills missing weights with random numbers
         raise UserError(f"{what}: {where} lacks {', '.join(missing[:8])}; {advice}")
+    widen_linear(model)
     return model, folder
 
 

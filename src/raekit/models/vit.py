@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from raekit.config import check_sizes, configclass
 from raekit.errors import UserError
 from raekit.models.layers import ViTBlock, patchify, sincos_positions
+from raekit.models.linear import Linear
 from raekit.models.registry import HALF, MAX_DEPTH, Colours, EncoderSpec
 
 
@@ -64,7 +65,7 @@ class ViT(nn.Module):
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed = nn.Linear(3 * config.patch_size**2, config.width)
+        self.embed = Linear(3 * config.patch_size**2, config.width)
         self.blocks = nn.ModuleList(
             ViTBlock(config.width, config.heads, int(config.width * config.mlp_ratio), eps=1e-6)
             for _ in range(config.depth)

@@ -12,19 +12,22 @@ Precision = Literal["auto", "fp32", "tf32", "bf16"]
 Ampere on), and plain float32 on other devices; for `auto` see `compute_dtype`."""
 
 
-def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:
-    """Return bfloat16 or float32.
+def multiplies_bf16(device: torch.device) -> bool:
+    """Return whether bfloat16 products are faster than float32 products: on GPUs with native bfloat16, and with AMX.
 
-    `auto` is bfloat16 on GPUs that multiply it natively and on CPUs with AMX, and float32 elsewhere. On an Intel Xeon
-    with AVX-512 BF16 but without AMX, bfloat16 products have half the rate of float32 products (docs/performance.md).
+    On an Intel Xeon with AVX-512 BF16 but without AMX they have half to two thirds of the rate (docs/performance.md).
     """
     if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        # oneDNN multiplies the matrices. This variable of its own limits the instructions that it uses.
-        limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
-        fast = torch.cpu._is_amx_tile_supported() and (limit in ("", "DEFAULT", "ALL") or "AMX" in limit)
-    return torch.bfloat16 if precision == "bf16" or (precision == "auto" and fast) else torch.float32
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # oneDNN multiplies the matrices. This variable of its own limits the instructions that it uses.
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    return torch.cpu._is_amx_tile_supported() and (limit in ("", "DEFAULT", "ALL") or "AMX" in limit)
+
+
+def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    """Return bfloat16 or float32. `auto` is bfloat16 on devices that multiply it fast (`multiplies_bf16`)."""
+    narrow = precision == "bf16" or (precision == "auto" and multiplies_bf16(device))
+    return torch.bfloat16 if narrow else torch.float32
 
 
 def autocast(precision: Precision, device: torch.device):

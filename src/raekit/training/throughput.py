@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from raekit.distributed import World
-from raekit.training.precision import Precision, compute_dtype, float32_precision
+from raekit.training.precision import Precision, compute_dtype, float32_precision, multiplies_bf16
 
 PEAKS = {
     "B200": {"bf16": 2250, "tf32": 1125, "fp32": 75},
@@ -73,8 +73,8 @@ def peak_of(device: torch.device, precision: Precision) -> Peak:
     exact = "tf32" if precision == "tf32" else "fp32"
     if stated := stated_peak("bf16" if dtype == torch.bfloat16 else exact, device):
         return Peak(stated, stated=True)
-    with float32_precision(precision):
-        return Peak(_measured(device, dtype), stated=False)
+    with float32_precision(precision):  # without fast bf16 products, networks use float32 instructions
+        return Peak(_measured(device, dtype if multiplies_bf16(device) else torch.float32), stated=False)
 
 
 def _measured(device: torch.device, dtype: torch.dtype) -> float:
