@@ -26,7 +26,7 @@ from raekit.training.precision import compute_dtype
 from raekit.training.recompute import checkpoint_blocks
 
 VARIANTS = ("eager", "compiled", "eager, checkpointed", "compiled, checkpointed")
-TORCH = ("eager, torch's products", "compiled, torch's products")
+TORCH = ("eager, products by torch", "compiled, products by torch")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -5,7 +5,7 @@
 There is one table for each method. Its sides take turns in one process, and each speed-up is to the first side:
 
 - float32 weights: weights are float32, autocast casts them to bf16 in each evaluation, and torch computes the products.
-- torch's products: weights are held in bf16, and torch computes the products (on a CPU without AMX, where raekit
+- products by torch: weights are held in bf16, and torch computes the products (on a CPU without AMX, where raekit
   computes them itself, see `raekit.models.linear`).
 - bf16 weights: weights are held in bf16. For CFG, once with both predictions in one pass and once in two passes.
 - bf16 weights, compiled: the same with compiled blocks, in one pass or two as `raekit.flow.sampling` decides.
@@ -117,7 +117,7 @@ def sides(
     if precision == "bf16":
         found["float32 weights"] = call(False, one_pass=False, native=True)
         if labels.device.type == "cpu" and not linear.NATIVE:
-            found["torch's products"] = call(True, one_pass=False, native=True)
+            found["products by torch"] = call(True, one_pass=False, native=True)
     if rule and rule.method == "cfg":
         found[f"{held}, two passes"] = call(True, one_pass=False)
         found[f"{held}, one pass"] = call(True, one_pass=True)

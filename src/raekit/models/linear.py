@@ -11,9 +11,8 @@ from raekit.training.precision import multiplies_bf16
 
 NATIVE = multiplies_bf16(torch.device("cpu"))
 """Whether torch computes bfloat16 products on the CPU. If not, `linear` does so with float32 instructions."""
-PIECE = 2**21
-"""The largest number of weights that are widened at once: 8 MiB. Memory of more than 32 MiB would be new to the process
-each time; smaller products are slower."""
+PIECE = 2**22
+"""The largest number of values that are widened at once. malloc takes such 16 MiB from memory that the process has."""
 
 
 class Linear(nn.Linear):
@@ -51,15 +50,25 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
+def _pieces(matrix: Tensor) -> int:
+    return max(1, -(-matrix.numel() // PIECE))
+
+
 @torch.library.custom_op("raekit::linear", mutates_args=(), device_types="cpu")
 def _widened(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    rows, bias = _rows(x).float(), None if bias is None else bias.float()
+    rows, bias = _rows(x), None if bias is None else bias.float()
     out = x.new_empty(len(rows), len(weight))
-    step = max(64, PIECE // max(1, weight.shape[1]))
     with torch.autocast("cpu", enabled=False):
-        for start in range(0, len(weight), step):
-            part = slice(start, start + step)
-            out[:, part] = F.linear(rows, weight[part].float(), None if bias is None else bias[part])
+        if rows.numel() > weight.numel():  # the smaller matrix is widened at once, the larger one piece by piece
+            weight, pieces = weight.float(), _pieces(rows)
+            for part, target in zip(rows.chunk(pieces), out.chunk(pieces), strict=True):
+                target.copy_(F.linear(part.float(), weight, bias))
+        else:
+            rows, pieces = rows.float(), _pieces(weight)
+            parts = weight.chunk(pieces)
+            biases = [None] * len(parts) if bias is None else bias.chunk(pieces)
+            for part, add, target in zip(parts, biases, out.chunk(pieces, 1), strict=True):
+                target.copy_(F.linear(rows, part.float(), add))
     return out.view(*x.shape[:-1], len(weight))
 
 
@@ -81,7 +90,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None,
     return (
         linear(gradient, weight.mT) if wanted[0] else None,
         linear(rows.mT, _rows(x).mT) if wanted[1] else None,
-        rows.float().sum(0).to(weight.dtype) if ctx.biased and wanted[2] else None,
+        rows.sum(0, dtype=torch.float32).to(weight.dtype) if ctx.biased and wanted[2] else None,
     )
 
 
