@@ -32,9 +32,10 @@ def passes(function, inputs: list[Tensor]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("biased", [True, False])
-@pytest.mark.parametrize("shape", [(2, 3, 24), (5, 24), (24,), (0, 3, 24)])
-def test_the_product_and_its_gradients_are_those_of_torch(shape: tuple[int, ...], biased: bool):
-    inputs = tensors(shape, biased=biased)
+@pytest.mark.parametrize("width", [150, 7, 1])
+@pytest.mark.parametrize("shape", [(2, 3, 24), (5, 24), (24,), (0, 3, 24), (50, 240)])
+def test_the_product_and_its_gradients_are_those_of_torch(shape: tuple[int, ...], width: int, biased: bool):
+    inputs = tensors(shape, width, biased=biased)
     for ours, exact in zip(passes(linear, inputs), passes(F.linear, inputs), strict=True):
         assert ours.dtype == BF16
         assert ours.shape == exact.shape

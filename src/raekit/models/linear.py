@@ -28,7 +28,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     On a CPU without AMX, bfloat16 products are computed with float32 instructions: the bfloat16 values are widened, and
     the sums are rounded at the end. The result is the same up to the order of the sums, because torch's bfloat16
     products also sum in float32. This is faster: on a Xeon with AVX-512 BF16, torch's products have two thirds of the
-    rate, and with AVX2 they run in a plain loop (docs/performance.md).
+    rate, and without bfloat16 instructions far less (docs/performance.md).
     """
     if NATIVE or weight.device.type != "cpu":
         return F.linear(x, weight, bias)
@@ -56,10 +56,18 @@ def _pieces(matrix: Tensor) -> int:
 
 @torch.library.custom_op("raekit::linear", mutates_args=(), device_types="cpu")
 def _widened(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Compute in pieces, so that at most one of the three matrices is widened at once, a small one."""
     rows, bias = _rows(x), None if bias is None else bias.float()
     out = x.new_empty(len(rows), len(weight))
+    smaller = min(rows, weight, key=Tensor.numel)
     with torch.autocast("cpu", enabled=False):
-        if rows.numel() > weight.numel():  # the smaller matrix is widened at once, the larger one piece by piece
+        if smaller.numel() > max(PIECE, out.numel()):
+            total = x.new_zeros(out.shape, dtype=torch.float32) if bias is None else bias.repeat(len(rows), 1)
+            pieces = _pieces(rows if smaller is weight else weight)
+            for left, right in zip(rows.chunk(pieces, 1), weight.chunk(pieces, 1), strict=True):
+                total.addmm_(left.float(), right.float().mT)
+            out.copy_(total)
+        elif smaller is weight:
             weight, pieces = weight.float(), _pieces(rows)
             for part, target in zip(rows.chunk(pieces), out.chunk(pieces), strict=True):
                 target.copy_(F.linear(part.float(), weight, bias))
