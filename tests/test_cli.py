@@ -912,6 +912,7 @@ def test_a_weaker_model_guides_and_the_passes_are_told(run, tiny_model, weaker, 
         (["--reuse", "2", "--solver", "heun"], ["reuse: it needs a denoiser with a head"]),
         (["--solver", "dopri5", "--steps", "50"], ["--steps: no effect with --solver dopri5"]),
         (["--atol", "1e-6"], ["--atol: no effect with --solver euler"]),
+        (["--guidance", "cfg:1e30"], ["sample 0: its values are not finite; lower the scale of guidance cfg:1e+30"]),
     ],
 )
 def test_a_wrong_wish_is_one_message_and_leaves_no_picture(run, tiny_model, tmp_path, options, words):

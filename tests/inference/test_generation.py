@@ -146,6 +146,23 @@ class Small(nn.Module):
         return self.denoiser(x, *arguments, **options)
 
 
+def test_samples_that_are_not_finite_are_one_clear_error(model):
+    wild = Sampling(steps=2, guidance="cfg:1e30")  # type: ignore[arg-type]
+    noise = torch.randn(2, 16, 4, 4)
+    calls = [
+        lambda: next(generate(model, [0, 1], sampling=wild)),
+        lambda: next(interpolate(model, seeds=[0, 1], labels=[0, 1], frames=2, sampling=wild)),
+        lambda: trajectory(model, [0, 1], frames=2, sampling=wild),
+        lambda: noise_to_images(model, noise, [0, 1], wild),
+        lambda: sample_latents(model.denoiser, torch.tensor([0, 1]), torch.arange(2), 0, wild, "cpu"),
+    ]
+    for call in calls:
+        with pytest.raises(UserError, match=r"^sample 0: its values are not finite; lower the scale of guidance cfg:1"):
+            call()
+    stream = generate(model, [0, 1], sampling=wild, must_be_finite=False)
+    assert next(stream).images.isnan().all()
+
+
 def test_batches_are_halved_where_memory_does_not_suffice(model, caplog):
     small = Small(model.denoiser, 3)
     tight = Model(model.autoencoder, small)  # type: ignore[arg-type]

@@ -93,6 +93,18 @@ def test_a_callback_hears_of_every_step_and_sees_the_images(pipe, solver):
     assert near < far
 
 
+def test_neither_variations_nor_previews_are_black(pipe):
+    message = "sample 0: its values are not finite; lower the scale of guidance"
+    with pytest.raises(UserError, match=message):
+        pipe.variations(torch.rand(1, 3, 16, 16), 1.0, "red", count=1, guidance=1e30, **FEW)
+
+    def callback(step, total, preview):
+        assert step == 1 or preview()
+
+    with pytest.raises(UserError, match=message):
+        pipe("red", guidance=1e30, callback=callback, **FEW)
+
+
 def test_an_exception_of_the_callback_stops_the_work(pipe):
     def callback(step, total, preview):
         if step == 2:

@@ -112,12 +112,40 @@ def sample_latents(
         device: of the denoiser.
         passes: a counter to which the forward passes are added.
         watch: called at each evaluation.
+
+    Raises:
+        UserError: a sample has values that are not finite, or the denoiser does not allow the settings.
     """
 
     def noise(stream: str) -> Tensor:
         return sample_noise(denoiser, seed, stream, indices, device)
 
-    return denoise(denoiser, noise, labels, sampling, passes, watch)
+    latents = denoise(denoiser, noise, labels, sampling, passes, watch)
+    check_finite(latents, indices.tolist(), sampling)
+    return latents
+
+
+def finite(samples: Tensor) -> Tensor:
+    """Return for each of the samples (B, ...) whether all its values are finite: bool (B,), on the CPU."""
+    return samples.flatten(1).isfinite().all(1).cpu()
+
+
+def check_finite(samples: Tensor, numbers: Sequence[int], sampling: Sampling) -> None:
+    """Check that all samples are finite. The host waits for the device, so call this function once for each batch.
+
+    Args:
+        samples: latents or images (B, ...).
+        numbers: the numbers (B) of the samples, for the error message.
+        sampling: the settings that made the samples, for the error message.
+
+    Raises:
+        UserError: a sample has values that are not finite. The message names the first one.
+    """
+    wrong = [number for number, good in zip(numbers, finite(samples).tolist(), strict=True) if not good]
+    if wrong:
+        rules = "+".join(map(str, sampling.guidance))
+        remedy = f"lower the scale of guidance {rules}" if rules else "load the model in float32, or use another model"
+        raise UserError(f"sample {wrong[0]}: its values are not finite; {remedy}")
 
 
 def sample_noise(
