@@ -144,7 +144,7 @@ def fitting_batch(model: Model, sampling: Sampling, batch_size: BatchSize, world
     held, trial = torch.cuda.memory_allocated(world.device), 4
     # Guidance takes memory, too. The scale does not change how much.
     rules = tuple(replace(rule, scale=2.0, start=0.0, end=1.0) for rule in sampling.guidance)
-    short = replace(sampling, steps=2, solver="euler", guidance=rules, reuse=1)
+    short = Sampling(steps=2, guidance=rules, weak=sampling.weak)
     labels = torch.zeros(trial, dtype=torch.int64, device=world.device) if model.classes else None
     each = math.inf
     with suppress(torch.OutOfMemoryError):
