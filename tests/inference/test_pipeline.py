@@ -8,11 +8,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from raekit import hub
+from raekit import artifacts, hub
 from raekit.data.images import read_image
 from raekit.errors import UserError
 from raekit.flow.guidance import Guidance
 from raekit.flow.sampling import Sampling
+from raekit.formats.native import read_model, write_model
 from raekit.inference.catalogue import list_encoders, list_models
 from raekit.inference.generation import generate, random_labels
 from raekit.inference.model import Model, load, reconstruct
@@ -192,6 +193,18 @@ def test_a_pipeline_is_saved_loaded_and_moved(pipe, tiny_model, tmp_path):
         for call in (again.to, lambda place: load(str(tiny_model), place)):
             with pytest.raises(UserError, match=message):
                 call(device)
+
+
+def test_a_saved_model_says_which_average_it_holds(tiny_model, tmp_path):
+    shutil.copytree(tiny_model, tmp_path / "trained")
+    denoiser = Denoiser.load(tiny_model)
+    for ema, beside in ((0.99, False), (0.5, True)):
+        denoiser.save(tmp_path / "trained", ema=ema, beside=beside)
+    for ema, decay in ((None, 0.99), (0.5, 0.5)):
+        Pipeline.from_pretrained(tmp_path / "trained", ema=ema).save_pretrained(tmp_path / "saved")
+        assert artifacts.find(tmp_path / "saved", "denoiser").ema == decay
+    write_model(read_model(str(tmp_path / "trained")), tmp_path / "converted")
+    assert artifacts.find(tmp_path / "converted", "denoiser").ema == 0.99
 
 
 def test_an_autoencoder_without_a_denoiser_only_reconstructs(pipe, tiny_model, tmp_path):

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from raekit.artifacts import MissingArtifact
+from raekit import artifacts
 from raekit.data.images import read_image
 from raekit.data.transforms import center_crop, to_rgb
 from raekit.distributed import World
@@ -91,13 +91,13 @@ class Pipeline:
         full = f"{name}@{revision}" if revision else str(name)
         autoencoder = load_autoencoder(full, dtype)
         try:
-            denoiser = Denoiser.load(full, ema, dtype)
-        except MissingArtifact:
+            found = artifacts.find(full, "denoiser", ema)
+        except artifacts.MissingArtifact:
             if ema is not None:
                 raise
-            denoiser = None
-        made = cls(autoencoder, denoiser, full)
-        made._ema = ema
+            return cls(autoencoder, None, full)
+        made = cls(autoencoder, Denoiser.load(found.path, dtype=dtype), full)
+        made._ema = found.ema
         return made
 
     @property
