@@ -168,6 +168,27 @@ def test_results_are_shown_in_notebooks_and_written(pipe, tmp_path):
         assert grid.size == made.grid().size
 
 
+def test_saving_overwrites_no_other_picture(pipe, tmp_path):
+    def contents() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    made = pipe(classes="red", count=2, **FEW)
+    (tmp_path / "notes.txt").write_text("mine")
+    made.save(tmp_path)
+    before = contents()
+    made.save(tmp_path)
+    for other in (pipe(classes="red", count=2, seed=1, **FEW), pipe(classes="red", **FEW)):
+        with pytest.raises(UserError, match=r"holds other pictures, such as 00000\d\.png.*give another folder"):
+            other.save(tmp_path)
+    assert contents() == before
+    (tmp_path / "000001.png").unlink()
+    made.save(tmp_path)
+    assert contents() == before
+    made[0].save(tmp_path / "000000.png")  # without a record, so not by raekit
+    with pytest.raises(UserError, match=r"holds other pictures, such as 000000\.png"):
+        made.save(tmp_path)
+
+
 def test_a_pipeline_is_saved_loaded_and_moved(pipe, tiny_model, tmp_path):
     pipe.save_pretrained(tmp_path / "model")
     again = Pipeline.from_pretrained(str(tmp_path / "model"))
