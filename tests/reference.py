@@ -35,7 +35,6 @@ from raekit.flow.path import DATA_PREDICTION_FLOOR, shift_factor, to_velocity
 from raekit.flow.solvers import euler, time_grid
 from raekit.formats.decoder_keys import decoder_config, decoder_state, statistics
 from raekit.formats.denoiser_keys import denoiser_config, denoiser_state, denoiser_v2_config
-from raekit.formats.discriminator_keys import discriminator_state
 from raekit.models.autoencoder import Autoencoder, AutoencoderConfig
 from raekit.models.decoder import Decoder, DecoderConfig
 from raekit.models.denoiser import Denoiser
@@ -54,6 +53,7 @@ from raekit.models.registry import FAMILIES, EncoderSpec, LayersConfig, sides
 from raekit.moments import Moments
 from raekit.training.optim import OptimConfig, learning_rate
 from raekit.weights import load_strict
+from tests.discriminator_keys import discriminator_state
 
 TOLERANCE = 1e-5
 TOLERANCES = {"ode_sample": 1e-4, "fid_A_B": 1e-6, "precision": 0, "recall": 0}

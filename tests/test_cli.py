@@ -909,9 +909,10 @@ def test_a_weaker_model_guides_and_the_passes_are_told(run, tiny_model, weaker, 
         (["--guidance", ""], ["guidance: ''"]),
         (["--guidance", "internal:2"], ["guidance: internal needs a base output"]),
         (["--guidance", "auto:2"], ["guidance: auto needs a weaker model (--weak"]),
-        (["--reuse", "2", "--solver", "heun"], ["reuse: it needs a denoiser with a head"]),
+        (["--reuse", "2", "--solver", "heun"], ["reuse: it needs solver euler or euler-maruyama, not heun"]),
         (["--solver", "dopri5", "--steps", "50"], ["--steps: no effect with --solver dopri5"]),
         (["--atol", "1e-6"], ["--atol: no effect with --solver euler"]),
+        (["--guidance", "cfg:1e30"], ["sample 0: its values are not finite; lower the scale of guidance cfg:1e+30"]),
     ],
 )
 def test_a_wrong_wish_is_one_message_and_leaves_no_picture(run, tiny_model, tmp_path, options, words):
@@ -1512,11 +1513,12 @@ def test_info_tells_what_a_model_holds(run, tiny_model, tmp_path):
     assert_fails(run("info", tmp_path / "file"), tmp_path / "file", "is a file, and a model is a folder")
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "int8"])
-def test_a_denoiser_trains_from_cached_latents(run, images, tiny_model, tmp_path, dtype, caplog):
+@pytest.mark.parametrize(("dtype", "resize", "other"), [("bf16", "fast", "exact"), ("int8", "exact", "fast")])
+def test_a_denoiser_trains_from_cached_latents(run, images, tiny_model, tmp_path, dtype, resize, other, caplog):
     out = tmp_path / "cache"
     command = ["latents", "cache", tiny_model, "--source", images, "--out", out, "--dtype", dtype]
-    done = run(*command, "--shard-size", 20, "--precision", "fp32", "--flip")
+    cache = [*command, "--shard-size", 20, "--precision", "fp32", "--flip", "--resize"]
+    done = run(*cache, resize)
     assert done.code == 0, done.err
     said = rf"{out}: 30 images in both orientations as {dtype}, 0\.\d MiB in 2 shards; error 0\.[1-9]\d% of .*\n"
     assert re.fullmatch(said, done.out)
@@ -1525,18 +1527,18 @@ def test_a_denoiser_trains_from_cached_latents(run, images, tiny_model, tmp_path
     small |= {"denoiser.backbone.heads": 2, "denoiser.head.width": 16, "denoiser.head.heads": 2, "train.steps": 2}
     small |= {"train.precision": "fp32", "latents": out}
     options = [str(x) for name, value in small.items() for x in (f"--{name}", value)]
-    done = run("train", "emoji_dit_dh", "--run", tmp_path / "run", *options, "--data.flip")
+    done = run("train", "emoji_dit_dh", "--run", tmp_path / "run", *options, "--data.flip", "--data.resize", resize)
     assert done.code == 0, done.err
     assert f"{images}: 30 images from cached latents" in caplog.messages
     assert load(str(tmp_path / "run")).classes == ("blue", "green", "red")
     drawn = ["generate", tmp_path / "run", "--count", 1, "--steps", 1, "--out", tmp_path / "grid.png"]
     assert run(*drawn, "--ema", 0.998).code == 0
     assert_fails(run(*drawn, "--ema", 0.5), tmp_path / "run", "no average of decay 0.5; its averages have decay 0.998")
-    other = ["--data.split", "all", "--run", tmp_path / "other"]
-    assert_fails(
-        run("train", "emoji_dit_dh", *options, *other), out, "made with data.split train, but the config has all"
-    )
+    for name, made, wanted in (("split", "train", "all"), ("resize", resize, other)):
+        wrong = run("train", "emoji_dit_dh", *options, f"--data.{name}", wanted, "--run", tmp_path / "other")
+        assert_fails(wrong, out, f"made with data.{name} {made}, but the config has {wanted}")
     assert not (tmp_path / "other").exists()
+    assert_fails(run(*cache, other), out, "holds other latents", f'resize: "{resize}" -> "{other}"')
     assert_fails(run(*command, "--shard-size", 10), out, "holds shards of other latents")
 
 

@@ -102,6 +102,10 @@ def test_tasks_of_slurm_form_a_world():
 
 def look(world: World, folders: list[Path]) -> tuple[str, list[bool]]:
     first = [world.is_first(what) for what in ("a, b", "a, b", "c")]
+    for _ in range(2):  # the second time, the names are known
+        world.count_distinct("d", ["both", f"process {world.rank}"])
+    world.barrier()
+    assert (world.count_distinct("d", ["both"]), world.count_distinct("e", [])) == (3, 0)
     try:
         check_shared(folders[world.rank], world)
     except UserError as error:

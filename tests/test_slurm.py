@@ -36,6 +36,28 @@ def test_a_task_of_srun_is_a_rank():
     assert environment(TASK | chosen).items() >= chosen.items()
 
 
+@pytest.mark.parametrize(
+    ("given", "devices"),
+    [
+        ({}, "0123"),
+        ({"CUDA_VISIBLE_DEVICES": "0,1,2,3", "SLURM_GPUS_ON_NODE": "4"}, "0123"),
+        # --gpus-per-task 1: the numbers are of the node, or 0 in each task where cgroups hide the other devices.
+        ({"CUDA_VISIBLE_DEVICES": "2", "SLURM_GPUS_PER_TASK": "1"}, "0000"),
+        ({"CUDA_VISIBLE_DEVICES": "0", "SLURM_GPUS_PER_TASK": "1", "SLURM_GPUS_ON_NODE": "4"}, "0000"),
+        # --gpu-bind single:1 or closest
+        ({"CUDA_VISIBLE_DEVICES": "0", "SLURM_GPUS_ON_NODE": "4"}, "0000"),
+        ({"CUDA_VISIBLE_DEVICES": "2,3", "SLURM_GPUS_ON_NODE": "4"}, "0101"),
+        # --gpus-per-task with --gpu-bind none
+        ({"CUDA_VISIBLE_DEVICES": "0,1,2,3", "SLURM_GPUS_PER_TASK": "1", "SLURM_GPUS_ON_NODE": "4"}, "0123"),
+        # More tasks than devices: not silently two tasks on one device.
+        ({"CUDA_VISIBLE_DEVICES": "0,1", "SLURM_GPUS_ON_NODE": "2"}, "0123"),
+    ],
+)
+def test_the_device_of_a_task_is_among_those_that_it_sees(given, devices):
+    found = [environment(TASK | given | {"SLURM_LOCALID": str(task)})["LOCAL_RANK"] for task in range(4)]
+    assert "".join(found) == devices
+
+
 def test_other_processes_are_no_ranks():
     assert environment({}) == {}
     assert environment(TASK | {"SLURM_NTASKS": "1"}) == {}

@@ -62,12 +62,9 @@ def find_folder(name: str | Path, kind: str | None = None) -> Path:
     if milestone := _milestone(name):
         return milestone
     if not is_repository(name):
-        if hint := did_you_mean(name, models.NAMES if models else ()):
-            raise UserError(f"{name}: no such folder or model; {hint}")
-        known = "".join(f", {known}" for known in models.NAMES) if models else ""
-        raise UserError(
-            f"{name}: no such folder (a model is a local folder, builtin:NAME, OWNER/NAME on the Hub{known})"
-        )
+        known = [*builtin_names(), *(models.NAMES if models else ())]
+        hint = did_you_mean(name, known) or "give a folder, OWNER/NAME on the Hub, or a name that `raekit models` lists"
+        raise UserError(f"{name}: no such folder or model; {hint}")
     if models and (same := models.REPLACED.get(name.partition("@")[0])):
         raise UserError(
             f"{name}: needs code of its repository, and raekit runs no such code; use {same}, which is the same model"

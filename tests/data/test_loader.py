@@ -3,6 +3,7 @@ import logging
 import multiprocessing
 import os
 import signal
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -222,15 +223,30 @@ def test_the_stream_has_the_next_readable_image_in_place_of_an_unreadable_one(fo
     assert sorted(record.args[0] for record in caplog.records if record.args) == names  # each once, by both loaders
 
 
+def two_processes() -> list[World]:
+    """Return the worlds of two processes that both run in this one."""
+    first: dict[str, int] = {}
+    seen: dict[str, set[str]] = {}
+
+    def watch(rank: int) -> Any:
+        def count_distinct(what: str, names: Iterable[str]) -> int:
+            seen.setdefault(what, set()).update(names)
+            return len(seen[what])
+
+        return SimpleNamespace(
+            is_first=lambda what: first.setdefault(what, rank) == rank, count_distinct=count_distinct
+        )
+
+    return [World(rank, 2, watch=watch(rank)) for rank in range(2)]
+
+
 def test_an_unreadable_image_is_named_once_by_all_processes(damaged, caplog):
     """In three epochs, each of two processes meets every unreadable image."""
-    first: dict[str, int] = {}
-    for rank in range(2):
+    for world in two_processes():
         log_once.cache_clear()  # each process has its own
-        watch: Any = SimpleNamespace(is_first=lambda what, rank=rank: first.setdefault(what, rank) == rank)
         data = loader(damaged, max_unreadable=0.3)
         with caplog.at_level(logging.WARNING):
-            list(itertools.islice(data.stream(0, 2, World(rank, 2, watch=watch)), 3 * N))
+            list(itertools.islice(data.stream(0, 2, world), 3 * N))
         assert len(data.unreadable) == 3
     assert sorted(Path(record.args[0]).name for record in caplog.records) == ["03.png", "04.png", "10.png"]
 
@@ -250,6 +266,13 @@ def test_too_many_unreadable_images_are_an_error_that_names_them(damaged, way, w
     with pytest.raises(UserError, match=r"3 of 11 images are unreadable.*max_unreadable=0\.2.*03\.png") as error:
         join(batches)
     assert str(damaged) in str(error.value)
+
+
+def test_unreadable_images_of_all_processes_count(damaged):
+    one, other = two_processes()
+    assert len(join(loader(damaged, max_unreadable=0.2).once(1, one))) == 4  # 0, 2, 6 and 8
+    with pytest.raises(UserError, match=r"3 of 11 images are unreadable.*max_unreadable=0\.2.*03\.png"):
+        join(loader(damaged, max_unreadable=0.2).once(1, other))
 
 
 def test_at_most_five_unreadable_images_are_named(damaged):

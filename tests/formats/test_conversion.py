@@ -267,8 +267,13 @@ def test_unsuitable_options_are_named(files, tmp_path):
         convert(str(path), tmp_path / "new", form, options)
     with pytest.raises(UserError, match=r"none.pt: no such file"):
         read(str(tmp_path / "none.pt"), options)
-    with pytest.raises(UserError, match=r"nothing: no such folder .*rae-dinov2-b"):
+    with pytest.raises(
+        UserError, match=r"nothing: no such folder or model; give .* a name that `raekit models` lists$"
+    ):
         read("nothing")
+    with pytest.raises(UserError, match=r"rae-dinov2b: no such folder or model; did you mean rae-dinov2-b") as info:
+        read("rae-dinov2b")
+    assert str(info.value).count("rae-") <= 4  # itself, and at most three close names
 
 
 # YAML.

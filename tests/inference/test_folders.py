@@ -1,6 +1,8 @@
 """Folders and archives of generated pictures, and their completion after a kill."""
 
+import copy
 import json
+import math
 import os
 import random
 import threading
@@ -154,6 +156,14 @@ def test_wrong_settings_leave_nothing(model, tmp_path):
     with pytest.raises(UserError, match="steps: 0"):
         generate_npz(model, tmp_path / "x.npz", [0], total=1, sampling=Sampling(steps=0), world=ONE)
     assert not list(tmp_path.iterdir())
+
+
+def test_finite_samples_are_kept_when_another_is_not_finite(model, tmp_path):
+    broken = copy.deepcopy(model.denoiser)
+    broken.label.weight.data[1] = math.nan
+    with pytest.raises(UserError, match="sample 1: its values are not finite; load the model in float32"):
+        generate_folder(Model(model.autoencoder, broken), tmp_path, [0, 1, 2], total=6, sampling=FEW, world=ONE)
+    assert sorted(contents(tmp_path)) == ["000000.png", "000002.png", "000003.png", "000005.png"]
 
 
 # Kills

@@ -146,6 +146,23 @@ class Small(nn.Module):
         return self.denoiser(x, *arguments, **options)
 
 
+def test_samples_that_are_not_finite_are_one_clear_error(model):
+    wild = Sampling(steps=2, guidance="cfg:1e30")  # type: ignore[arg-type]
+    noise = torch.randn(2, 16, 4, 4)
+    calls = [
+        lambda: next(generate(model, [0, 1], sampling=wild)),
+        lambda: next(interpolate(model, seeds=[0, 1], labels=[0, 1], frames=2, sampling=wild)),
+        lambda: trajectory(model, [0, 1], frames=2, sampling=wild),
+        lambda: noise_to_images(model, noise, [0, 1], wild),
+        lambda: sample_latents(model.denoiser, torch.tensor([0, 1]), torch.arange(2), 0, wild, "cpu"),
+    ]
+    for call in calls:
+        with pytest.raises(UserError, match=r"^sample 0: its values are not finite; lower the scale of guidance cfg:1"):
+            call()
+    stream = generate(model, [0, 1], sampling=wild, must_be_finite=False)
+    assert next(stream).images.isnan().all()
+
+
 def test_batches_are_halved_where_memory_does_not_suffice(model, caplog):
     small = Small(model.denoiser, 3)
     tight = Model(model.autoencoder, small)  # type: ignore[arg-type]
@@ -522,12 +539,7 @@ def test_a_weak_model_as_good_as_the_model_changes_nothing(model):
             {"solver": "abm", "steps": 2},
             r"steps: 2 is too few for guidance that changes at 0\.3, 0\.2",
         ),
-        ("", {"reuse": 0}, "reuse: 0 must be a number of steps, or a similarity"),
-        ("", {"reuse": 1.5}, "reuse: 1.5 must be a number of steps"),
-        ("", {"reuse": -0.5}, "reuse: -0.5 must be a number of steps"),
-        ("", {"reuse": float("nan")}, "reuse: nan must be a number of steps"),
         ("", {"reuse": 0.9999}, r"reuse: 0.9999 would have no effect, as neighbouring steps are at most 0\.9\d+ alike"),
-        ("", {"reuse": 2, "solver": "heun"}, "reuse: it needs a denoiser with a head"),
     ],
 )
 def test_settings_without_effect_are_refused(model, text, options, message):
@@ -809,10 +821,20 @@ def test_pictures_round_and_keep_every_level():
         ({"guidance": ["cfg:2"]}, r"guidance: \['cfg:2'\] must be a scale, a text"),
         ({"weak": "builtin:emoji"}, "weak: builtin:emoji is a name; give the loaded model"),
         ({"atol": 0.0}, "atol, rtol: 0.0 and 0.001 must be positive"),
+        ({"reuse": 0}, "reuse: 0 must be a number of steps, or a similarity"),
+        ({"reuse": 1.5}, "reuse: 1.5 must be a number of steps"),
+        ({"reuse": -0.5}, "reuse: -0.5 must be a number of steps"),
+        ({"reuse": float("nan")}, "reuse: nan must be a number of steps"),
+        ({"reuse": float("inf")}, "reuse: inf must be a number of steps"),
+        ({"reuse": 2, "steps": 1}, "reuse: 2 has no effect on a single step; take more steps"),
+        ({"reuse": 0.9, "steps": 2, "grid": "published"}, r"reuse: 0\.9 has no effect on a single step"),
+        ({"reuse": 2, "solver": "heun"}, "reuse: it needs solver euler or euler-maruyama, not heun"),
+        ({"rtol": 1e-4}, "rtol: no effect with solver euler; use dopri5, or leave rtol out"),
+        ({"solver": "dopri5", "grid": "few"}, "grid: few has no effect with solver dopri5"),
         ({"guidance": "cfg"}, "guidance: 'cfg' is not of the form"),
     ],
 )
-def test_a_setting_with_another_value_is_rejected(settings, message):
+def test_a_setting_of_another_value_or_without_effect_is_rejected(settings, message):
     with pytest.raises(UserError, match=message):
         Sampling(**settings)
 

@@ -8,11 +8,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from raekit import hub
+from raekit import artifacts, hub
 from raekit.data.images import read_image
 from raekit.errors import UserError
 from raekit.flow.guidance import Guidance
 from raekit.flow.sampling import Sampling
+from raekit.formats.native import read_model, write_model
 from raekit.inference.catalogue import list_encoders, list_models
 from raekit.inference.generation import generate, random_labels
 from raekit.inference.model import Model, load, reconstruct
@@ -93,6 +94,18 @@ def test_a_callback_hears_of_every_step_and_sees_the_images(pipe, solver):
     assert near < far
 
 
+def test_neither_variations_nor_previews_are_black(pipe):
+    message = "sample 0: its values are not finite; lower the scale of guidance"
+    with pytest.raises(UserError, match=message):
+        pipe.variations(torch.rand(1, 3, 16, 16), 1.0, "red", count=1, guidance=1e30, **FEW)
+
+    def callback(step, total, preview):
+        assert step == 1 or preview()
+
+    with pytest.raises(UserError, match=message):
+        pipe("red", guidance=1e30, callback=callback, **FEW)
+
+
 def test_an_exception_of_the_callback_stops_the_work(pipe):
     def callback(step, total, preview):
         if step == 2:
@@ -155,6 +168,27 @@ def test_results_are_shown_in_notebooks_and_written(pipe, tmp_path):
         assert grid.size == made.grid().size
 
 
+def test_saving_overwrites_no_other_picture(pipe, tmp_path):
+    def contents() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    made = pipe(classes="red", count=2, **FEW)
+    (tmp_path / "notes.txt").write_text("mine")
+    made.save(tmp_path)
+    before = contents()
+    made.save(tmp_path)
+    for other in (pipe(classes="red", count=2, seed=1, **FEW), pipe(classes="red", **FEW)):
+        with pytest.raises(UserError, match=r"holds other pictures, such as 00000\d\.png.*give another folder"):
+            other.save(tmp_path)
+    assert contents() == before
+    (tmp_path / "000001.png").unlink()
+    made.save(tmp_path)
+    assert contents() == before
+    made[0].save(tmp_path / "000000.png")  # without a record, so not by raekit
+    with pytest.raises(UserError, match=r"holds other pictures, such as 000000\.png"):
+        made.save(tmp_path)
+
+
 def test_a_pipeline_is_saved_loaded_and_moved(pipe, tiny_model, tmp_path):
     pipe.save_pretrained(tmp_path / "model")
     again = Pipeline.from_pretrained(str(tmp_path / "model"))
@@ -180,6 +214,18 @@ def test_a_pipeline_is_saved_loaded_and_moved(pipe, tiny_model, tmp_path):
         for call in (again.to, lambda place: load(str(tiny_model), place)):
             with pytest.raises(UserError, match=message):
                 call(device)
+
+
+def test_a_saved_model_says_which_average_it_holds(tiny_model, tmp_path):
+    shutil.copytree(tiny_model, tmp_path / "trained")
+    denoiser = Denoiser.load(tiny_model)
+    for ema, beside in ((0.99, False), (0.5, True)):
+        denoiser.save(tmp_path / "trained", ema=ema, beside=beside)
+    for ema, decay in ((None, 0.99), (0.5, 0.5)):
+        Pipeline.from_pretrained(tmp_path / "trained", ema=ema).save_pretrained(tmp_path / "saved")
+        assert artifacts.find(tmp_path / "saved", "denoiser").ema == decay
+    write_model(read_model(str(tmp_path / "trained")), tmp_path / "converted")
+    assert artifacts.find(tmp_path / "converted", "denoiser").ema == 0.99
 
 
 def test_an_autoencoder_without_a_denoiser_only_reconstructs(pipe, tiny_model, tmp_path):

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from raekit.config import from_dict, to_dict
 from raekit.distributed import World, full_state
 from raekit.errors import UserError
-from raekit.formats.discriminator_keys import discriminator_state
 from raekit.models.discriminator import (
     Dino,
     Discriminator,
@@ -27,6 +26,7 @@ from raekit.models.discriminator import (
 from raekit.models.encoders import Encoder
 from raekit.models.vit import ViT, ViTConfig
 from raekit.weights import load_strict
+from tests.discriminator_keys import discriminator_state
 
 VIT = ViTConfig(image_size=16, patch_size=4, width=32, depth=3, heads=2)
 CONFIG = DiscriminatorConfig(backbone="tiny", blocks=(0, 2), kernel_size=5)

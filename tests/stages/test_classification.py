@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from raekit import artifacts
 from raekit.data.loader import DataConfig
 from raekit.data.sources.folders import Files
 from raekit.distributed import World
@@ -76,6 +77,12 @@ def test_a_trained_classifier_names_the_colours_and_judges_images(config, tmp_pa
     assert f"class_accuracy_{key}" not in score_stream([batch], compared.accumulators(60, classes=("a", "b")), ONE)
     unknown = Images(images, torch.full_like(labels, -1), indices=torch.arange(60))
     assert f"class_accuracy_{key}" not in score_stream([unknown], compared.accumulators(60), ONE)
+
+
+def test_a_classifier_records_its_data_with_the_names_of_the_splits(config, tmp_path):
+    swapped = replace(config.data, splits="train=val,heldout=train")
+    name = trained(replace(config, data=swapped, train=replace(config.train, steps=1)), tmp_path)
+    assert artifacts.find(name, "classifier").trained_on == f"{config.data.source}?train=val,heldout=train"
 
 
 def test_the_accuracy_on_held_out_images_is_measured(config, tmp_path):

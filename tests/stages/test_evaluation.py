@@ -1,5 +1,6 @@
 """Scores of samples during training."""
 
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -99,6 +100,14 @@ def test_chosen_averages_against_a_file(images, tiny_model, tmp_path):
         f"evaluation/ema_{decay}/{metric}" for decay in (0.5, 0.9) for metric in metrics
     }
     assert found[f"evaluation/ema_0.5/fd_{name}"] != found[f"evaluation/ema_0.9/fd_{name}"]
+
+
+def test_samples_that_are_not_finite_have_a_score_of_nan(images, tiny_model, caplog):
+    model, config = load(str(tiny_model)), configuration(images, tiny_model, guidance="cfg:1e30")
+    assert config.evaluation
+    score = evaluator(config.evaluation, config.data, model.denoiser, lambda: {"": model}, ONE)
+    assert [math.isnan(value) for value in score(7).values()] == [True]
+    assert "step 7: samples have values that are not finite, so their scores are NaN" in caplog.text
 
 
 @pytest.mark.parametrize("changed", [{}, {"labels": "random"}, {"seed": 3}, {"guidance": "cfg:3.0"}, {"steps": 3}])

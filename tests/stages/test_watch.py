@@ -103,6 +103,13 @@ def test_the_picture_of_stage_2_shows_samples_of_the_exported_average(images, ti
     assert torch.allclose(tiles(tmp_path / "samples" / "step-00000003.png", 2), batch.images, atol=0.5 / 255 + 1e-4)
 
 
+def test_samples_that_are_not_finite_do_not_end_the_training(tiny_model, caplog):
+    model, config = load(str(tiny_model)), SamplesConfig(every=1, count=3, steps=2, guidance="cfg:1e30")
+    picture = watch.samples(config, model.denoiser, lambda: model, "fp32", ONE)
+    assert picture.call(5) == {}
+    assert "step 5: no picture of samples: sample 0: its values are not finite" in caplog.text
+
+
 def test_the_picture_of_stage_1_shows_held_out_images_and_their_reconstructions(images, tiny_model, tmp_path):
     train(stage_1(images, tiny_model, samples=PicturesConfig(every=3, count=4)), tmp_path, ONE)
     shown = tiles(tmp_path / "samples" / "step-00000003.png", 8)

@@ -43,7 +43,7 @@ class DataConfig:
             Evaluations and statistics always use `exact`.
         workers: The number of processes that decode images. 0: decode in the main process.
         max_unreadable: The fraction of the images, from 0 to 1, that may be unreadable. Loading fails above this
-            fraction.
+            fraction. The unreadable images of all processes count.
     """
 
     source: Operation[Place] = "emoji"  # a run compares the images themselves (`stages.inputs`)
@@ -123,7 +123,7 @@ class Loader:
 
     Attributes:
         source: the opened source.
-        unreadable: maps the name of each image that could not be decoded so far to the reason.
+        unreadable: maps the name of each image that this process could not decode so far to the reason.
     """
 
     def __init__(self, config: DataConfig, seed: int):
@@ -195,11 +195,14 @@ class Loader:
             yield Batch(images, labels, read)
 
     def _note(self, unreadable: dict[str, str], world: World) -> None:
+        if unreadable.keys() <= self.unreadable.keys():
+            return
         warn_of_unreadable(unreadable, world)
         self.unreadable |= unreadable
-        if len(self.unreadable) > self._tolerated:
+        total = world.count_distinct(f"unreadable {self.config.address} {self.config.split}", self.unreadable)
+        if total > self._tolerated:
             names = ", ".join(list(self.unreadable)[:5])
-            share = f"{len(self.unreadable)} of {len(self)} images"
+            share = f"{total} of {len(self)} images"
             raise UserError(
                 f"data source {self.source.name!r}: {share} are unreadable, more than "
                 f"max_unreadable={self.config.max_unreadable:g} allows; repair or remove them, starting with {names}"

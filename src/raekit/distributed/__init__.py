@@ -4,7 +4,7 @@ import os
 import time
 import uuid
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -76,6 +76,17 @@ class World:
     def is_first(self, what: str) -> bool:
         """Return whether no other process has called this method with `what`. Processes may call it at any time."""
         return self.watch is None or self.watch.is_first(what)
+
+    def count_distinct(self, what: str, names: Collection[str]) -> int:
+        """Return how many different names all processes have given for `what` so far.
+
+        Processes may call this method at any time.
+
+        Args:
+            what: what is counted.
+            names: all names that this process has found so far.
+        """
+        return len(names) if self.watch is None else self.watch.count_distinct(what, names)
 
     @contextmanager
     def main_first(self) -> Iterator[None]:

@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
@@ -43,6 +43,7 @@ class Watch:
         self._store, self._rank, self._size = PrefixStore("watch", connection), rank, size
         self._wanted = False  # this process wants all to stop
         self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        self._given: dict[str, set[str]] = {}  # the names that this process has counted
         self._works = 0  # pieces of work so far; a request to stop belongs to one of them
         self._interrupt: Callable[[], None] | None = None
         self._may_end: Callable[[], bool] = lambda: True
@@ -68,6 +69,18 @@ class Watch:
             return self._store.compare_set(f"first/{what}", "", str(self._rank)).decode() == str(self._rank)
         except RuntimeError:  # the process that holds the store has ended
             return True
+
+    def count_distinct(self, what: str, names: Collection[str]) -> int:
+        """Return how many different names all processes have given for `what` so far."""
+        given = self._given.setdefault(what, set())
+        try:
+            for name in {*names} - given:
+                given.add(name)
+                if self._store.add(f"distinct/{what}/{name}", 1) == 1:  # no other process has given it
+                    self._store.add(f"distinct/{what}", 1)
+            return self._store.add(f"distinct/{what}", 0)
+        except RuntimeError:  # the process that holds the store has ended
+            return len(names)
 
     @property
     def _stop(self) -> str:

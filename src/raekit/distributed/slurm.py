@@ -32,10 +32,22 @@ def environment(given: Mapping[str, str]) -> dict[str, str]:
     return {
         "RANK": given["SLURM_PROCID"],
         "WORLD_SIZE": size,
-        "LOCAL_RANK": given.get("SLURM_LOCALID", "0"),
+        "LOCAL_RANK": _device_number(given),
         "MASTER_ADDR": address,
         "MASTER_PORT": given.get("MASTER_PORT", str(20_000 + int(given.get("SLURM_JOB_ID", 0)) % 20_000)),
     }
+
+
+def _device_number(given: Mapping[str, str]) -> str:
+    """Return the number of this task's device among the CUDA devices that the task sees.
+
+    By default, each task sees all devices of its node, and task i takes device i. With --gpus-per-task or --gpu-bind, a
+    task sees only some devices of the node, numbered from 0. Tasks that see the same ones take turns.
+    """
+    task, seen = given.get("SLURM_LOCALID", "0"), given.get("CUDA_VISIBLE_DEVICES", "")
+    number, on_node = len(seen.split(",")), given.get("SLURM_GPUS_ON_NODE", "0")
+    is_part = "SLURM_GPUS_PER_TASK" in given or number < int(on_node)
+    return str(int(task) % number) if seen and is_part else task
 
 
 def first_node(nodes: str) -> str:

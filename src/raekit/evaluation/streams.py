@@ -161,6 +161,7 @@ class Samples:
         labels: how the classes of the samples are drawn.
         of_reference: number of images of each class in the reference, for labels in these proportions.
         batch_size: images at once.
+        must_be_finite: whether a sample whose values are not finite is an error, as in `generate`.
 
     Raises:
         UserError: the model does not allow this sampling, or the labels cannot be drawn.
@@ -178,11 +179,12 @@ class Samples:
         labels: Labels = "balanced",
         of_reference: Sequence[int] | None = None,
         batch_size: int = BATCH,
+        must_be_finite: bool = True,
     ):
         if count < 1:
             raise UserError(f"count: {count} must be at least 1")
         classes = model.denoiser.config.num_classes
-        self.model, self.count, self.sampling = model, count, sampling
+        self.model, self.count, self.sampling, self.must_be_finite = model, count, sampling, must_be_finite
         self.classes = model.denoiser.config.class_names
         self.seed, self.kind, self.batch_size = seed, labels if classes else None, chunk_batch(batch_size)
         self.labels = draw_labels(labels, classes, count, seed, of_reference) if classes else None
@@ -203,6 +205,7 @@ class Samples:
                 batch_size=self.batch_size,
                 world=World(device=world.device),
                 indices=chunk,
+                must_be_finite=self.must_be_finite,
             ):
                 yield Images(batch.images, batch.labels, indices=batch.indices)
 

@@ -59,6 +59,9 @@ class Sampling:
             (`flow.path.similarity`, a function of the times) is below this value. 1 runs the backbone at each step.
         atol: absolute tolerance of dopri5.
         rtol: relative tolerance of dopri5.
+
+    Raises:
+        UserError: a setting has another value, or has no effect with the others.
     """
 
     steps: int = 50
@@ -81,8 +84,24 @@ class Sampling:
                 raise UserError(f"{name}: {getattr(self, name)!r} must be a number")
         if not (self.atol > 0 and self.rtol > 0):
             raise UserError(f"atol, rtol: {self.atol} and {self.rtol} must be positive")
+        if not self.reuse > 0 or (self.reuse > 1 and self.reuse % 1):
+            raise UserError(f"reuse: {self.reuse} must be a number of steps, or a similarity between 0 and 1")
+        self._check_effects()
         if isinstance(self.weak, str | Path):
             raise UserError(f"weak: {self.weak} is a name; give the loaded model, raekit.Denoiser.load({self.weak!r})")
+
+    def _check_effects(self) -> None:
+        """Raise UserError if a setting has no effect, whatever the denoiser is."""
+        if self.solver == "dopri5" and self.grid not in ("full", "published"):
+            raise UserError(f"grid: {self.grid} has no effect with solver dopri5, which uses only the ends of a grid")
+        for name in ("atol", "rtol"):
+            if self.solver != "dopri5" and getattr(self, name) != getattr(Sampling, name):
+                raise UserError(f"{name}: no effect with solver {self.solver}; use dopri5, or leave {name} out")
+        if self.reuse != 1:
+            if self.solver not in ("euler", "euler-maruyama"):
+                raise UserError(f"reuse: it needs solver euler or euler-maruyama, not {self.solver}")
+            if self.steps - (self.grid == "published") < 2:
+                raise UserError(f"reuse: {self.reuse} has no effect on a single step; take more steps")
 
 
 Watch = Callable[[Tensor, Tensor, float], object]
@@ -112,12 +131,40 @@ def sample_latents(
         device: of the denoiser.
         passes: a counter to which the forward passes are added.
         watch: called at each evaluation.
+
+    Raises:
+        UserError: a sample has values that are not finite, or the denoiser does not allow the settings.
     """
 
     def noise(stream: str) -> Tensor:
         return sample_noise(denoiser, seed, stream, indices, device)
 
-    return denoise(denoiser, noise, labels, sampling, passes, watch)
+    latents = denoise(denoiser, noise, labels, sampling, passes, watch)
+    check_finite(latents, indices.tolist(), sampling)
+    return latents
+
+
+def finite(samples: Tensor) -> Tensor:
+    """Return for each of the samples (B, ...) whether all its values are finite: bool (B,), on the CPU."""
+    return samples.flatten(1).isfinite().all(1).cpu()
+
+
+def check_finite(samples: Tensor, numbers: Sequence[int], sampling: Sampling) -> None:
+    """Check that all samples are finite. The host waits for the device, so call this function once for each batch.
+
+    Args:
+        samples: latents or images (B, ...).
+        numbers: the numbers (B) of the samples, for the error message.
+        sampling: the settings that made the samples, for the error message.
+
+    Raises:
+        UserError: a sample has values that are not finite. The message names the first one.
+    """
+    wrong = [number for number, good in zip(numbers, finite(samples).tolist(), strict=True) if not good]
+    if wrong:
+        rules = "+".join(map(str, sampling.guidance))
+        remedy = f"lower the scale of guidance {rules}" if rules else "load the model in float32, or use another model"
+        raise UserError(f"sample {wrong[0]}: its values are not finite; {remedy}")
 
 
 def sample_noise(
@@ -248,11 +295,9 @@ def _check_reuse(sampling: Sampling, denoiser: Denoiser, times: Sequence[float])
     reuse = sampling.reuse
     if reuse == 1:
         return
-    if not reuse > 0 or (reuse > 1 and reuse != int(reuse)):
-        raise UserError(f"reuse: {reuse} must be a number of steps, or a similarity between 0 and 1")
-    if not denoiser.config.head or sampling.solver not in ("euler", "euler-maruyama"):
-        raise UserError("reuse: it needs a denoiser with a head, and solver euler or euler-maruyama")
-    nearest = max((similarity(t, s) for t, s in pairwise(times)), default=0.0)
+    if not denoiser.config.head:
+        raise UserError("reuse: it needs a denoiser with a head; leave it out")
+    nearest = max(similarity(t, s) for t, s in pairwise(times))
     if nearest < reuse < 1:
         raise UserError(f"reuse: {reuse} would have no effect, as neighbouring steps are at most {nearest:.4f} alike")
 

@@ -61,7 +61,7 @@ def _read_denoiser(found: artifacts.Artifact) -> DenoiserParts:
     path = found.path
     config, state = from_dict(DenoiserConfig, found.config, path / "config.json"), artifacts.read(path)
     check_fit(lambda: Denoiser(config), state, path)
-    return DenoiserParts(config, state, found.trained_on)
+    return DenoiserParts(config, state, found.trained_on, found.ema)
 
 
 def write_model(parts: Parts, folder: Path) -> None:
@@ -91,4 +91,12 @@ def write_model(parts: Parts, folder: Path) -> None:
         with torch.device("meta"):
             denoiser = Denoiser(made.config)
         load_strict(denoiser, made.state, folder)
-        artifacts.write(folder / "denoiser", "denoiser", made.config, denoiser, World(), trained_on=made.trained_on)
+        artifacts.write(
+            folder / "denoiser",
+            "denoiser",
+            made.config,
+            denoiser,
+            World(),
+            ema=made.ema,
+            trained_on=made.trained_on,
+        )

@@ -48,11 +48,19 @@ class AutoencoderParts:
 
 @dataclass(frozen=True)
 class DenoiserParts:
-    """A denoiser: its configuration and raekit state dict."""
+    """A denoiser: its configuration and raekit state dict.
+
+    Attributes:
+        config: the configuration.
+        state: raekit's state dict.
+        trained_on: the address of the data source that the denoiser was trained on, if it is known.
+        ema: the decay, if the weights are an average.
+    """
 
     config: DenoiserConfig
     state: dict[str, Tensor]
     trained_on: str | None = None
+    ema: float | None = None
 
     def build(self, dtype: torch.dtype = torch.float32) -> Denoiser:
         return Denoiser.build(self.config, self.state, "denoiser", dtype)

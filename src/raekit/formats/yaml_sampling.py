@@ -125,10 +125,9 @@ def published_sampling(values: Mapping[str, Any], source: str | Path) -> Publish
         steps=solver.num_steps,
         solver=SOLVERS[solver.sampling_method],
         grid="published",
-        atol=solver.atol,
-        rtol=solver.rtol,
         guidance=tuple(rules),
         weak=weak,
+        **({"atol": solver.atol, "rtol": solver.rtol} if solver.sampling_method == "dopri5" else {}),
     )
 
 

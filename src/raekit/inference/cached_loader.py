@@ -57,8 +57,8 @@ class LatentLoader:
         autoencoder: the autoencoder that the latents must fit.
 
     Raises:
-        UserError: if the cache is incomplete, or was made with a different encoder, statistics, image size, source or
-            split, or without the flipped images that `config.flip` needs.
+        UserError: if the cache is incomplete, or was made with a different encoder, statistics, image size, source,
+            split or `resize`, or without the flipped images that `config.flip` needs.
     """
 
     def __init__(self, folder: Path, config: DataConfig, seed: int, autoencoder: LatentSpace) -> None:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from html import escape
 from io import BytesIO
 from pathlib import Path
@@ -13,7 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from raekit.files import check_file, check_folder, whole
-from raekit.pictures import embed, grid, to_pil
+from raekit.inference.sample_folders import numbers_there
+from raekit.pictures import embed, grid, to_pil, write_picture
 
 SHOWN = 64
 """The most images that a notebook shows of one result."""
@@ -64,7 +66,18 @@ class Pictures(Sequence[Any]):
         return grid(self.pil(), self.columns)
 
     def save(self, path: str | Path) -> None:
-        """Write the grid to a .png or .webp file, or every image to a folder."""
+        """Write the grid to a .png or .webp file, or every image to a folder, as 000000.png and so on.
+
+        An existing grid is replaced. In a folder, nothing is overwritten: the same pictures are kept, and others are an
+        error.
+
+        Args:
+            path: the file, or the folder.
+
+        Raises:
+            UserError: the folder has a file with the name of an image that is another picture, or the path cannot be
+                written.
+        """
         path = Path(path)
         if path.suffix.lower() in (".png", ".webp"):
             check_file(path)
@@ -72,9 +85,21 @@ class Pictures(Sequence[Any]):
                 self.grid().save(partial, format=path.suffix[1:].upper(), lossless=True)
             return
         check_folder(path)
-        for number, image in enumerate(self.pil()):
-            with whole(path / f"{number:06d}.png") as partial:
-                image.save(partial, format="PNG")
+        images = self.pil()
+
+        def place(number: int) -> Path:
+            return path / f"{number:06d}.png"
+
+        def origin(number: int) -> object:
+            if number >= len(images):
+                return {}
+            image = images[number]
+            pixels = blake2b(image.tobytes(), digest_size=8).hexdigest()
+            return {"class": self.labels[number], "seed": self.seeds[number], "pixels": [*image.size, pixels]}
+
+        for number in {*range(len(images))} - numbers_there(path, place, origin):
+            with whole(place(number)) as partial:
+                write_picture(images[number], partial, origin(number))
 
     def _repr_html_(self) -> str:
         """Return the images with their classes and seeds, for notebooks."""

@@ -18,8 +18,10 @@ from raekit.flow.path import to_data
 from raekit.flow.sampling import (
     Sampling,
     Watch,
+    check_finite,
     check_sampling,
     denoise,
+    finite,
     latents_to_noise,
     sample_latents,
     sample_noise,
@@ -53,9 +55,9 @@ class Samples:
     def __len__(self) -> int:
         return len(self.images)
 
-    def first(self, count: int) -> "Samples":
-        """Return the first `count` samples."""
-        return Samples(self.images[:count], self.labels[:count], self.indices[:count], self.passes)
+    def only(self, rows: slice | Tensor) -> "Samples":
+        """Return the samples in these rows of the batch."""
+        return Samples(self.images[rows], self.labels[rows], self.indices[rows], self.passes)
 
 
 Seed = int | Sequence[int]
@@ -76,6 +78,7 @@ def generate(
     world: World | None = None,
     indices: Sequence[int] | None = None,
     watch: Watch | None = None,
+    must_be_finite: bool = True,
 ) -> Iterator[Samples]:
     """Generate images and yield them batch by batch.
 
@@ -95,9 +98,11 @@ def generate(
         indices: the numbers of the samples to generate, such as the missing samples of an interrupted run.
             Default: all samples.
         watch: called at each evaluation of the solver with the latents, the guided velocity and the time.
+        must_be_finite: whether a sample whose values are not finite is an error. The error comes after the finite
+            samples of its batch. False saves waiting for the device once for each batch.
 
     Raises:
-        UserError: if a label is not a class of the model, or a setting is invalid.
+        UserError: if a label is not a class of the model, a setting is invalid, or a sample is not finite.
     """
     sampling = sampling or Sampling()
     world = world or World(device=model.device)
@@ -119,7 +124,8 @@ def generate(
         return Samples(images, torch.full_like(batch, -1) if chosen is None else chosen, batch, passes)
 
     shares = (numbers[first : first + size] for first in range(world.rank * size, len(numbers), world.size * size))
-    return _in_parts(make, shares, min(size, total) if model.denoiser.compiled else 0)
+    batches = _in_parts(make, shares, min(size, total) if model.denoiser.compiled else 0)
+    return _finite(batches, sampling) if must_be_finite else batches
 
 
 def fitting_batch(model: Model, sampling: Sampling, batch_size: BatchSize, world: World) -> int:
@@ -136,8 +142,9 @@ def fitting_batch(model: Model, sampling: Sampling, batch_size: BatchSize, world
         return 64
     torch.cuda.reset_peak_memory_stats(world.device)
     held, trial = torch.cuda.memory_allocated(world.device), 4
-    rules = tuple(replace(rule, start=0.0, end=1.0) for rule in sampling.guidance)  # guidance takes memory, too
-    short = replace(sampling, steps=2, solver="euler", guidance=rules, reuse=1)
+    # Guidance takes memory, too. The scale does not change how much.
+    rules = tuple(replace(rule, scale=2.0, start=0.0, end=1.0) for rule in sampling.guidance)
+    short = Sampling(steps=2, guidance=rules, weak=sampling.weak)
     labels = torch.zeros(trial, dtype=torch.int64, device=world.device) if model.classes else None
     each = math.inf
     with suppress(torch.OutOfMemoryError):
@@ -167,7 +174,7 @@ def _in_parts(
             part, made = share[start : start + limit], None
             try:
                 filled = max(min(static, limit) - len(part), 0)
-                made = make([*part, *[part[-1]] * filled]).first(len(part))
+                made = make([*part, *[part[-1]] * filled]).only(slice(len(part)))
             except torch.OutOfMemoryError:
                 if len(part) == 1:
                     raise UserError(
@@ -182,6 +189,18 @@ def _in_parts(
                 continue
             yield made
             start += len(part)
+
+
+def _finite(batches: Iterator[Samples], sampling: Sampling) -> Iterator[Samples]:
+    """Yield the batches. At a sample that is not finite, yield the finite samples of its batch and raise UserError."""
+    for batch in batches:
+        good = finite(batch.images)
+        if good.all():
+            yield batch
+            continue
+        if good.any():
+            yield batch.only(good)
+        check_finite(batch.images, batch.indices.tolist(), sampling)
 
 
 def interpolate(
@@ -209,7 +228,7 @@ def interpolate(
         watch: called at each evaluation of the solver, as in `generate`.
 
     Raises:
-        UserError: if both ends are the same, or a setting is invalid.
+        UserError: if both ends are the same, a setting is invalid, or an image is not finite.
     """
     sampling, frames = sampling or Sampling(), whole_number("frames", frames, 2)
     seeds = _ends("seeds", as_seed(seeds))
@@ -238,7 +257,7 @@ def interpolate(
 
     size = fitting_batch(model, sampling, batch_size, World(device=device))
     shares = (range(frames)[first : first + size] for first in range(0, frames, size))
-    return _in_parts(make, shares, min(size, frames) if model.denoiser.compiled else 0)
+    return _finite(_in_parts(make, shares, min(size, frames) if model.denoiser.compiled else 0), sampling)
 
 
 def trajectory(
@@ -270,7 +289,7 @@ def trajectory(
         at time 0 are the finished samples.
 
     Raises:
-        UserError: if the solver has too few evaluations for `frames`, or a setting is invalid.
+        UserError: if the solver has too few evaluations for `frames`, a setting is invalid, or a sample is not finite.
     """
     sampling = sampling or Sampling()
     labels, total = _labels_and_total(model, labels, count)
@@ -295,7 +314,9 @@ def trajectory(
         raise UserError(f"frames: {frames} must be at most {len(times) + 1} (the solver's evaluations plus the sample)")
     kept = [times[round(i)] for i in torch.linspace(0, len(times) - 1, frames - 1).tolist()]
     latents = [seen[t] for t in kept] + [final.cpu()]
-    return [*kept, 0.0], torch.stack([_decode(model, each.to(model.device)).cpu() for each in latents])
+    images = torch.stack([_decode(model, each.to(model.device)).cpu() for each in latents])
+    check_finite(images.transpose(0, 1), range(total), sampling)
+    return [*kept, 0.0], images
 
 
 @torch.no_grad()
@@ -336,12 +357,17 @@ def noise_to_images(
 
     Returns:
         The images (B, 3, H, W) in [0, 1].
+
+    Raises:
+        UserError: if a setting is invalid, or an image is not finite.
     """
     check_latents(noise, model.denoiser.config.latent_shape, "noise")
     sampling, chosen = sampling or Sampling(), _chosen(model, labels, len(noise))
     if sampling.solver == "euler-maruyama":
         raise UserError("solver euler-maruyama: adds its own noise at every step; use another solver")
-    return _decode(model, denoise(model.denoiser, lambda stream: noise.to(model.device), chosen, sampling))
+    images = _decode(model, denoise(model.denoiser, lambda stream: noise.to(model.device), chosen, sampling))
+    check_finite(images, range(len(images)), sampling)
+    return images
 
 
 def random_labels(model: Model, seed: Seed, count: int) -> list[int]:

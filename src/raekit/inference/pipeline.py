@@ -9,14 +9,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from raekit.artifacts import MissingArtifact
+from raekit import artifacts
 from raekit.data.images import read_image
 from raekit.data.transforms import center_crop, to_rgb
 from raekit.distributed import World
 from raekit.errors import UserError, whole_number
 from raekit.flow.guidance import Guidance, as_rules
 from raekit.flow.path import to_data
-from raekit.flow.sampling import START, Sampling, Watch, check_sampling, denoise, sample_noise, slerp
+from raekit.flow.sampling import START, Sampling, Watch, check_finite, check_sampling, denoise, sample_noise, slerp
 from raekit.flow.solvers import SolverName, time_grid
 from raekit.inference.gallery import Pictures
 from raekit.inference.generation import (
@@ -91,13 +91,13 @@ class Pipeline:
         full = f"{name}@{revision}" if revision else str(name)
         autoencoder = load_autoencoder(full, dtype)
         try:
-            denoiser = Denoiser.load(full, ema, dtype)
-        except MissingArtifact:
+            found = artifacts.find(full, "denoiser", ema)
+        except artifacts.MissingArtifact:
             if ema is not None:
                 raise
-            denoiser = None
-        made = cls(autoencoder, denoiser, full)
-        made._ema = ema
+            return cls(autoencoder, None, full)
+        made = cls(autoencoder, Denoiser.load(found.path, dtype=dtype), full)
+        made._ema = found.ema
         return made
 
     @property
@@ -315,6 +315,7 @@ class Pipeline:
         chosen = None if ids is None else torch.tensor(ids, device=self.device)
         watch = self._watch(settings, callback, 1)
         images = self.autoencoder.decode(denoise(model.denoiser, noise, chosen, settings, watch=watch))
+        check_finite(images, range(len(images)), settings)
         return self._pictures([images], output, ids, seeds)
 
     def reconstruct(self, images: Input, *, output: Output = "pil") -> Pictures:
@@ -385,7 +386,9 @@ class Pipeline:
 
             def preview() -> list[Image.Image]:
                 data = to_data(x, v, torch.full((len(x),), t, device=x.device))
-                return [to_pil(image) for image in self.autoencoder.decode(data)]
+                images = self.autoencoder.decode(data)
+                check_finite(images, range(len(images)), sampling)
+                return [to_pil(image) for image in images]
 
             if step > last:
                 last = step

@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile, ZipInfo
@@ -74,13 +74,7 @@ def generate_folder(
     def place(index: int) -> Path:
         return out / f"{index:06d}.{form}"
 
-    there = _numbered(out)
-    if others := [path for i, path in sorted(there) if path != place(i) or read_origin(path) != origin(i)]:
-        raise UserError(
-            f"{out}: holds other pictures, such as {others[0].name}, made with another model, class, seed, setting or "
-            "format, damaged, or not by raekit; give another folder or remove the pictures"
-        )
-    missing = set(range(total)) - {i for i, _ in there}
+    missing = set(range(total)) - numbers_there(out, place, origin)
     if world.is_main:
         sweep(out)
     world.barrier()  # no process writes before all have listed the folder
@@ -108,14 +102,29 @@ def generate_folder(
     return passes
 
 
-def _numbered(folder: Path) -> list[tuple[int, Path]]:
-    """Return the numbers and paths of the entries of `folder` that have the name of a sample and are no empty files."""
+def numbers_there(out: Path, place: Callable[[int], Path], origin: Callable[[int], object]) -> set[int]:
+    """Return the numbers of the samples that are in a folder already. Empty files do not count.
+
+    Args:
+        out: the folder.
+        place: returns the path of a sample.
+        origin: returns what the file of a sample must record.
+
+    Raises:
+        UserError: if a file with the name of a sample is another picture, or is damaged.
+    """
     named = re.compile(r"\d{6,12}\.(png|webp)")
-    return [
+    there = [
         (int(path.stem), path)
-        for path in (folder.iterdir() if folder.is_dir() else ())
+        for path in (out.iterdir() if out.is_dir() else ())
         if named.fullmatch(path.name) and (path.lstat().st_size or not path.is_file())
     ]
+    if others := [path for i, path in sorted(there) if path != place(i) or read_origin(path) != origin(i)]:
+        raise UserError(
+            f"{out}: holds other pictures, such as {others[0].name}, made with another model, class, seed, setting or "
+            "format, damaged, or not by raekit; give another folder or remove the pictures"
+        )
+    return {i for i, _ in there}
 
 
 def _labels(labels: Sequence[int] | None, total: int) -> list[int] | None:

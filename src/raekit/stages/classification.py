@@ -109,7 +109,7 @@ def build(config: ClassificationConfig, run: Path, world: World) -> Stage:
             objective.averaged,
             world,
             ema=config.ema[0] if config.ema else None,
-            trained_on=absolute(config.data.source),
+            trained_on=absolute(config.data.address),
         )
 
     return Stage(

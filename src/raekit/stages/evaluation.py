@@ -1,5 +1,7 @@
 """How good the samples are while a denoiser is trained."""
 
+import logging
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,10 +20,12 @@ from raekit.evaluation.references import measure_reference, read_reference
 from raekit.evaluation.streaming import BATCH, score_stream
 from raekit.evaluation.streams import Samples
 from raekit.flow.guidance import parse_guidance
-from raekit.flow.sampling import Sampling, check_sampling
+from raekit.flow.sampling import Sampling, check_sampling, finite
 from raekit.inference.model import Model
 from raekit.models.denoiser import Denoiser
 from raekit.training.precision import autocast
+
+_log = logging.getLogger(__name__)
 
 
 @configclass
@@ -136,9 +140,16 @@ def evaluator(
                 labels=config.labels,
                 of_reference=compared[0].references[0].about.classes,
                 batch_size=config.batch_size,
+                must_be_finite=False,
             )
             metrics = compared[0].accumulators(config.count, config.intervals, stream.classes)
-            scores = score_stream(_autocast(stream.share(world), config.precision, world), metrics, world)
+            lost: list[int] = []
+            batches = _without_nan(_autocast(stream.share(world), config.precision, world), lost)
+            scores = score_stream(batches, metrics, world)
+            if world.any(bool(lost)):  # this does not end the training
+                scores = dict.fromkeys(scores, math.nan)
+                if world.is_main:
+                    _log.warning("step %d: samples have values that are not finite, so their scores are NaN", step)
             values |= {prefix + name: value for name, value in scores.items()}
         return values
 
@@ -152,4 +163,13 @@ def _autocast(stream: Iterator[Images], precision: Literal["fp32", "bf16"], worl
             batch = next(stream, None)
         if batch is None:
             return
+        yield batch
+
+
+def _without_nan(stream: Iterator[Images], lost: list[int]) -> Iterator[Images]:
+    """Yield the batches with 0 in place of NaN, which networks reject. Add the sizes of changed batches to `lost`."""
+    for batch in stream:
+        if not finite(batch.images).all():
+            lost.append(len(batch))
+            batch = replace(batch, images=batch.images.nan_to_num())
         yield batch

@@ -1,5 +1,6 @@
 """Pictures of a model while it trains, and its loss on held-out images."""
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -23,6 +24,8 @@ from raekit.models.latent_space import LatentSpace
 from raekit.pictures import grid, to_pil
 from raekit.training.objective import Periodic
 from raekit.training.precision import Precision, autocast, float32_precision
+
+_log = logging.getLogger(__name__)
 
 _EAGER = partial(torch.compiler.set_stance, "force_eager")
 """A context in which nothing is compiled: for a few images of another batch size it is not worth the time."""
@@ -122,7 +125,11 @@ def samples(
             stream = generate(
                 model(), labels, count=count, seed=config.seed, sampling=config.sampling, batch_size=BATCH
             )
-            return {"samples": grid([to_pil(image) for batch in stream for image in batch.images])}
+            try:
+                return {"samples": grid([to_pil(image) for batch in stream for image in batch.images])}
+            except UserError as error:  # a missing picture does not end the training
+                _log.warning("step %d: no picture of samples: %s", step, error)
+                return {}
 
     return Periodic(name="samples", every=config.every, call=call)
 

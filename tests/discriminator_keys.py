@@ -1,4 +1,8 @@
-"""Map the tensor names of the published discriminator's heads (RAE v1)."""
+"""Map the tensor names of the published discriminator's heads (RAE v1), for comparisons with the published code.
+
+The published files hold only the backbone. The heads are only in checkpoints of trainings with the published code,
+which raekit does not resume.
+"""
 
 from torch import Tensor
 
