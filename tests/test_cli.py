@@ -294,6 +294,15 @@ def test_a_recipe_trains_and_its_run_can_be_looked_at(run, images, tmp_path):
     assert run("train", "emoji_encoder", "--run", tmp_path / "run", *tiny(images)).code == 0
 
 
+def test_a_list_that_is_given_twice_is_an_error(run):
+    for arguments, option in [
+        (("generate", "builtin:emoji", "--class", "flags", "--class=symbols"), "--class"),
+        (("evaluate", "builtin:emoji", "--relative-to", "a", "--relative_to", "b"), "--relative-to"),
+        (("train", "emoji_decoder", "--train.track", "wandb", "--train.track", "tensorboard"), "--train.track"),
+    ]:
+        assert_fails(run(*arguments), f"{option}: given 2 times; give all values after one {option}", code=2)
+
+
 def test_training_without_a_recipe_shows_the_usage(run):
     done = run("train")
     assert done.code == 2
