@@ -199,10 +199,11 @@ class Loader:
         self.unreadable |= unreadable
         if len(self.unreadable) > self._tolerated:
             names = ", ".join(list(self.unreadable)[:5])
-            share = f"{len(self.unreadable)} of {len(self)} images"
+            share, most = f"{len(self.unreadable)} of {len(self)} images", self.config.max_unreadable
+            limit = f"more than max_unreadable={most:g} allows" if most else "and all must be readable"
             raise UserError(
-                f"data source {self.source.name!r}: {share} are unreadable, more than "
-                f"max_unreadable={self.config.max_unreadable:g} allows; repair or remove them, starting with {names}"
+                f"data source {self.source.name!r}: {share} are unreadable, {limit}; "
+                f"repair or remove them, starting with {names}"
             )
 
 
