@@ -182,6 +182,38 @@ def test_a_pipeline_is_saved_loaded_and_moved(pipe, tiny_model, tmp_path):
                 call(device)
 
 
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, torch.device("meta")])
+def test_results_do_not_depend_on_the_defaults_of_torch(pipe, tiny_model, default):
+    image = Image.new("RGB", (16, 16), "red")
+
+    def results(pipe: Pipeline) -> list[Tensor]:
+        made = [
+            pipe(count=2, guidance=2.0, output="pt", **FEW),
+            pipe(solver="euler-maruyama", grid="diffusers", output="pt", **FEW),
+            pipe.interpolate((0, 1), ("red", "blue"), frames=3, output="pt", **FEW),
+            pipe.trajectory(labels=[0], frames=3, solver="heun", output="pt", **FEW),
+            pipe.variations(image, count=1, output="pt", **FEW),
+        ]
+        return [*(each.images for each in made), pipe.encode(image)]
+
+    expected = results(pipe)
+    try:
+        if isinstance(default, torch.device):
+            torch.set_default_device(default)
+        else:
+            torch.set_default_dtype(default)
+        again = Pipeline.from_pretrained(tiny_model)
+        assert (
+            torch.get_default_device() if isinstance(default, torch.device) else torch.get_default_dtype()
+        ) == default
+        found = results(again), results(pipe)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    for each in found:
+        assert all(map(torch.equal, each, expected))
+
+
 def test_an_autoencoder_without_a_denoiser_only_reconstructs(pipe, tiny_model, tmp_path):
     shutil.copytree(tiny_model, tmp_path / "model")
     shutil.rmtree(tmp_path / "model" / "denoiser")

@@ -12,7 +12,7 @@ from torch import Tensor
 from raekit.artifacts import MissingArtifact
 from raekit.data.images import read_image
 from raekit.data.transforms import center_crop, to_rgb
-from raekit.distributed import World
+from raekit.distributed import World, plain_tensors
 from raekit.errors import UserError, whole_number
 from raekit.flow.guidance import Guidance, as_rules
 from raekit.flow.path import to_data
@@ -68,6 +68,7 @@ class Pipeline:
         self._ema: float | None = None
 
     @classmethod
+    @plain_tensors()
     def from_pretrained(
         cls,
         name: str | Path,
@@ -304,7 +305,7 @@ class Pipeline:
         if given.ndim == 4 and len(given) > 1:
             raise UserError(f"image: {len(given)} are given; give one, and call `variations` for each")
         start = images_to_noise(model, given, ids and ids[:1], plain)[0]
-        way = torch.tensor([strength])
+        way = torch.tensor([strength], dtype=torch.float32, device="cpu")
 
         def noise(stream: str) -> Tensor:
             other = [sample_noise(model.denoiser, each, stream, [0], self.device)[0] for each in seeds]
@@ -384,7 +385,7 @@ class Pipeline:
             step = max(sum(t <= each for each in times), 1)
 
             def preview() -> list[Image.Image]:
-                data = to_data(x, v, torch.full((len(x),), t, device=x.device))
+                data = to_data(x, v, torch.full((len(x),), t, dtype=torch.float32, device=x.device))
                 return [to_pil(image) for image in self.autoencoder.decode(data)]
 
             if step > last:
