@@ -239,6 +239,12 @@ def test_an_autoencoder_without_a_denoiser_only_reconstructs(pipe, tiny_model, t
         ({"seed": [1, 2]}, "seed: 2 seeds for 1 images"),
         ({"guidance": "cfg"}, "guidance: 'cfg' is not of the form"),
         ({"solver": "rk4"}, "solver: 'rk4' is none of"),
+        (
+            {"output": "jpeg", "callback": lambda *given: pytest.fail("the work started")},
+            "output: 'jpeg' is none of pil, pt, np",
+        ),
+        ({"labels": torch.tensor(1)}, "labels: tensor(1) must be a sequence of class ids"),
+        ({"labels": [True]}, "labels: True must be a whole number"),
     ],
 )
 def test_wrong_settings_are_one_clear_error(pipe, options, words):

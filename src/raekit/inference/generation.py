@@ -380,7 +380,7 @@ def class_labels(model: Model, labels: Iterable[int]) -> list[int]:
     Raises:
         UserError: if a label is not a class of the model.
     """
-    if not isinstance(labels, Iterable):
+    if not isinstance(labels, Iterable) or getattr(labels, "ndim", 1) == 0:
         raise UserError(f"labels: {labels!r} must be a sequence of class ids, such as [{labels!r}]")
     ids, classes = [whole_number("labels", label) for label in labels], model.denoiser.config.num_classes
     if not ids:
