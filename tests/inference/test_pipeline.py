@@ -257,6 +257,7 @@ def test_wrong_ends_and_images_are_one_clear_error(pipe):
     for call, words in [
         (lambda: pipe.interpolate((0, 1, 2)), "seeds: [0, 1, 2] must be two numbers"),
         (lambda: pipe.interpolate((0, 1), ("red", "blue", "red")), "labels: [2, 0, 2] must be two numbers"),
+        (lambda: pipe(guidance="auto:2", weak=pipe), "weak: Pipeline is no denoiser; give the field `denoiser`"),
         (lambda: pipe.variations([image, image]), "image: 2 are given; give one"),
         (lambda: pipe.variations(image, count=0), "count: 0 must be at least 1"),
         (lambda: pipe.reconstruct(np.zeros((2, 16, 16, 3), np.uint8)), "got ndarray"),

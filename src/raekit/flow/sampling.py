@@ -83,6 +83,8 @@ class Sampling:
             raise UserError(f"atol, rtol: {self.atol} and {self.rtol} must be positive")
         if isinstance(self.weak, str | Path):
             raise UserError(f"weak: {self.weak} is a name; give the loaded model, raekit.Denoiser.load({self.weak!r})")
+        if self.weak is not None and not hasattr(self.weak, "config"):
+            raise UserError(f"weak: {type(self.weak).__name__} is no denoiser; give the field `denoiser` of the model")
 
 
 Watch = Callable[[Tensor, Tensor, float], object]
