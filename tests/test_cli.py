@@ -641,7 +641,7 @@ def test_parts_are_added_to_a_recipe_and_left_out(run, tmp_path, monkeypatch):
     assert both["adversarial"]["discriminator"]["blocks"] == [0, 2]
     assert (both["adversarial"]["optim"]["lr"], both["adversarial"]["max_weight"]) == (0.1, 9)
     assert {**both, "selection": None, "adversarial": None} == plain
-    assert resolved(dry("emoji_decoder_gan", "--perceptual", "None", "--adversarial", "None")) == plain
+    assert resolved(dry("emoji_decoder_gan", "--perceptual", "None", "--adversarial=None")) == plain
     assert (
         resolved(dry("emoji_dit_dh", "--denoiser.head", "None", "--denoiser.allow-narrow"))["denoiser"]["head"] is None
     )

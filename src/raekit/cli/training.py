@@ -227,7 +227,9 @@ def _train(what: list[str], name: str, about: str, default: Any, run: Path, argu
 
 def _parse(name: str, about: str, default: Any, run: Path, arguments: list[str], resume: bool) -> _Options:
     """Return the options of a training; the fields of the config `default` are options too."""
-    config, rest = _with_parts(default, arguments)
+    # --samples=None is --samples None
+    split = ([each.removesuffix("=None"), "None"] if each.endswith("=None") else [each] for each in arguments)
+    config, rest = _with_parts(default, [part for parts in split for part in parts])
     _join_help(type(config))
     console.check_lists(_lists(type(config)), rest)
 
