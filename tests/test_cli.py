@@ -294,6 +294,15 @@ def test_a_recipe_trains_and_its_run_can_be_looked_at(run, images, tmp_path):
     assert run("train", "emoji_encoder", "--run", tmp_path / "run", *tiny(images)).code == 0
 
 
+def test_a_list_that_is_given_twice_is_an_error(run):
+    for arguments, option in [
+        (("generate", "builtin:emoji", "--class", "flags", "--class=symbols"), "--class"),
+        (("evaluate", "builtin:emoji", "--relative-to", "a", "--relative_to", "b"), "--relative-to"),
+        (("train", "emoji_decoder", "--train.track", "wandb", "--train.track", "tensorboard"), "--train.track"),
+    ]:
+        assert_fails(run(*arguments), f"{option}: given 2 times; give all values after one {option}", code=2)
+
+
 def test_training_without_a_recipe_shows_the_usage(run):
     done = run("train")
     assert done.code == 2
@@ -632,7 +641,7 @@ def test_parts_are_added_to_a_recipe_and_left_out(run, tmp_path, monkeypatch):
     assert both["adversarial"]["discriminator"]["blocks"] == [0, 2]
     assert (both["adversarial"]["optim"]["lr"], both["adversarial"]["max_weight"]) == (0.1, 9)
     assert {**both, "selection": None, "adversarial": None} == plain
-    assert resolved(dry("emoji_decoder_gan", "--perceptual", "None", "--adversarial", "None")) == plain
+    assert resolved(dry("emoji_decoder_gan", "--perceptual", "None", "--adversarial=None")) == plain
     assert (
         resolved(dry("emoji_dit_dh", "--denoiser.head", "None", "--denoiser.allow-narrow"))["denoiser"]["head"] is None
     )

@@ -24,7 +24,7 @@ class Stopped(BaseException):
 
 
 def whole_number(name: str, value: object, least: int | None = None) -> int:
-    """Return a setting as an int. Integers of numpy and torch are whole numbers, too.
+    """Return a setting as an int. Integers of numpy and torch are whole numbers, too; booleans are not.
 
     Args:
         name: the name of the setting, for the error message.
@@ -35,6 +35,8 @@ def whole_number(name: str, value: object, least: int | None = None) -> int:
         UserError: `value` is not a whole number, or is below `least`.
     """
     try:
+        if isinstance(value, bool):
+            raise TypeError
         number = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         raise UserError(f"{name}: {value!r} must be a whole number") from None

@@ -120,10 +120,10 @@ def whole(path: Path, folder: bool = False) -> Iterator[Path]:
         else:
             (work / path.name).replace(path)
         _remove(work)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, UserError) as error:
         _restore(old, path)  # if the second of the two moves failed
         _remove(work)
-        if isinstance(error, OSError) and not _is_about(error, path, work):
+        if isinstance(error, UserError) or (isinstance(error, OSError) and not _is_about(error, path, work)):
             raise
         reason = error.strerror if isinstance(error, OSError) else None
         raise UserError(f"{given}: could not be written ({reason or error})") from None

@@ -38,9 +38,9 @@ def normal(
     device: torch.device | str = "cpu",
 ) -> Tensor:
     """Return standard normal numbers, float32 (len(positions), *shape). Each row has its own address."""
-    out = torch.empty((len(positions), *shape), device=device)
+    out = torch.empty((len(positions), *shape), dtype=torch.float32, device=device)
     for row, generator in zip(out, _generators(seed, stream, positions, device), strict=True):
-        torch.randn(row.shape, generator=generator, out=row)
+        row.normal_(generator=generator)
     return out
 
 
@@ -52,9 +52,9 @@ def uniform(
     device: torch.device | str = "cpu",
 ) -> Tensor:
     """Return uniform numbers in [0, 1), float32 (len(positions), *shape). Each row has its own address."""
-    out = torch.empty((len(positions), *shape, 1), device=device)
+    out = torch.empty((len(positions), *shape, 1), dtype=torch.float32, device=device)
     for row, generator in zip(out, _generators(seed, stream, positions, device), strict=True):
-        torch.rand(row.shape, generator=generator, out=row)
+        row.uniform_(generator=generator)
     return out.squeeze(-1)
 
 

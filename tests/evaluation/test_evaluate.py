@@ -105,6 +105,26 @@ def test_baselines_give_a_meaning_to_the_scores(trained, tiny_model, tmp_path):
     assert evaluate(str(trained), **options)[0] == report  # the second call only reads the report
 
 
+def test_an_unreadable_training_image_ends_the_evaluation_before_samples_are_made(
+    trained, plants, tiny_model, tmp_path
+):
+    shutil.copytree(plants, tmp_path / "plants")
+    damaged = tmp_path / "plants" / "train" / "plant-3" / "2.png"
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    work = []
+    with pytest.raises(UserError, match=r"1 of 72 images are unreadable, and all must be readable; repair .*2\.png"):
+        evaluate(
+            str(trained),
+            source=f"folder:{tmp_path / 'plants'}",
+            features=[str(tiny_model)],
+            baselines=True,
+            out=tmp_path / "out",
+            progress=lambda what, *given, **more: work.append(what),
+            **QUICK,
+        )
+    assert "images" not in work
+
+
 def test_a_stopped_evaluation_with_baselines_resumes_with_the_same_digits(trained, tiny_model, tmp_path):
     options: dict[str, Any] = {"features": [str(tiny_model)], "count": 18, "baselines": True, **QUICK}
     complete, _ = evaluate(str(trained), out=tmp_path / "complete", **options)

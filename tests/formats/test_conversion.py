@@ -13,6 +13,8 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+import raekit
+from raekit import artifacts
 from raekit.config import read_json, to_json
 from raekit.errors import UserError
 from raekit.formats import conversion as conversion
@@ -537,3 +539,20 @@ def test_cache_is_in_the_hugging_face_home(monkeypatch, tmp_path):
     monkeypatch.setenv("RAEKIT_CACHE", str(tmp_path / "file"))
     with pytest.raises(UserError, match="set RAEKIT_CACHE to a writable folder"):
         Autoencoder.load("rae-dinov2-b")
+
+
+def test_a_conversion_that_fails_leaves_nothing(tiny_model, tmp_path, monkeypatch):
+    write = artifacts.write
+
+    def failing(folder: Path, kind: str, *given: Any, **more: Any) -> None:
+        if kind == "denoiser":
+            raise UserError("the disk is full")
+        write(folder, kind, *given, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(artifacts, "write", failing)
+        with pytest.raises(UserError, match="the disk is full"):
+            convert(str(tiny_model), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    convert(str(tiny_model), tmp_path / "out")
+    assert raekit.load(str(tmp_path / "out")).classes == raekit.load(str(tiny_model)).classes

@@ -225,6 +225,9 @@ def test_unreadable_images_are_replaced_by_the_same_as_on_the_fly(images, tiny_m
         LatentLoader(tmp_path / "out", replace(data, max_unreadable=0.1), 3, autoencoder)
     with pytest.raises(UserError, match=r"\d of 30 images are unreadable"):
         write(tiny_model, replace(data, max_unreadable=0.1), tmp_path / "other")
+    shutil.copy(files[3], files[2])  # repaired: the shards that are there lack it
+    with pytest.raises(UserError, match=r"holds other latents:\n  sizes: "):
+        write(tiny_model, data, tmp_path / "out", shard_size=3)
 
 
 def test_a_cache_of_something_else_is_refused(cache, data, autoencoder, tmp_path):

@@ -228,6 +228,38 @@ def test_a_saved_model_says_which_average_it_holds(tiny_model, tmp_path):
     assert artifacts.find(tmp_path / "converted", "denoiser").ema == 0.99
 
 
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, torch.device("meta")])
+def test_results_do_not_depend_on_the_defaults_of_torch(pipe, tiny_model, default):
+    image = Image.new("RGB", (16, 16), "red")
+
+    def results(pipe: Pipeline) -> list[Tensor]:
+        made = [
+            pipe(count=2, guidance=2.0, output="pt", **FEW),
+            pipe(solver="euler-maruyama", grid="diffusers", output="pt", **FEW),
+            pipe.interpolate((0, 1), ("red", "blue"), frames=3, output="pt", **FEW),
+            pipe.trajectory(labels=[0], frames=3, solver="heun", output="pt", **FEW),
+            pipe.variations(image, count=1, output="pt", **FEW),
+        ]
+        return [*(each.images for each in made), pipe.encode(image)]
+
+    expected = results(pipe)
+    try:
+        if isinstance(default, torch.device):
+            torch.set_default_device(default)
+        else:
+            torch.set_default_dtype(default)
+        again = Pipeline.from_pretrained(tiny_model)
+        assert (
+            torch.get_default_device() if isinstance(default, torch.device) else torch.get_default_dtype()
+        ) == default
+        found = results(again), results(pipe)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    for each in found:
+        assert all(map(torch.equal, each, expected))
+
+
 def test_an_autoencoder_without_a_denoiser_only_reconstructs(pipe, tiny_model, tmp_path):
     shutil.copytree(tiny_model, tmp_path / "model")
     shutil.rmtree(tmp_path / "model" / "denoiser")
@@ -253,6 +285,12 @@ def test_an_autoencoder_without_a_denoiser_only_reconstructs(pipe, tiny_model, t
         ({"seed": [1, 2]}, "seed: 2 seeds for 1 images"),
         ({"guidance": "cfg"}, "guidance: 'cfg' is not of the form"),
         ({"solver": "rk4"}, "solver: 'rk4' is none of"),
+        (
+            {"output": "jpeg", "callback": lambda *given: pytest.fail("the work started")},
+            "output: 'jpeg' is none of pil, pt, np",
+        ),
+        ({"labels": torch.tensor(1)}, "labels: tensor(1) must be a sequence of class ids"),
+        ({"labels": [True]}, "labels: True must be a whole number"),
     ],
 )
 def test_wrong_settings_are_one_clear_error(pipe, options, words):
@@ -265,6 +303,7 @@ def test_wrong_ends_and_images_are_one_clear_error(pipe):
     for call, words in [
         (lambda: pipe.interpolate((0, 1, 2)), "seeds: [0, 1, 2] must be two numbers"),
         (lambda: pipe.interpolate((0, 1), ("red", "blue", "red")), "labels: [2, 0, 2] must be two numbers"),
+        (lambda: pipe(guidance="auto:2", weak=pipe), "weak: Pipeline is no denoiser; give the field `denoiser`"),
         (lambda: pipe.variations([image, image]), "image: 2 are given; give one"),
         (lambda: pipe.variations(image, count=0), "count: 0 must be at least 1"),
         (lambda: pipe.reconstruct(np.zeros((2, 16, 16, 3), np.uint8)), "got ndarray"),

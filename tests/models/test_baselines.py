@@ -128,6 +128,7 @@ def test_errors(vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for name, message in (
         ("vae:", "no weights are named"),
         ("vae:nowhere", "neither a folder nor OWNER/NAME on the Hub"),
+        (f"vae:{tmp_path}/moved", "moved: no such folder; if the VAE of a model was moved, write its new folder as"),
         ("vae:no-such/vae", "hf download no-such/vae"),
         (f"vae:{vae}@15", "the image size 15 must be a multiple of 2"),
         ("pixels@0", "image_size"),

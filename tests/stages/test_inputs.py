@@ -1,8 +1,15 @@
+import shutil
 from pathlib import Path
 
 import pytest
 
+from raekit.data.loader import DataConfig
 from raekit.data.sources import listing, stamp
+from raekit.distributed import World
+from raekit.inference.cache import cache_latents
+from raekit.inference.cached_loader import LatentLoader
+from raekit.models.autoencoder import Autoencoder
+from raekit.stages.inputs import describe_images
 
 
 def test_a_listing_tells_names_and_sizes_and_not_places(tmp_path: Path):
@@ -37,3 +44,16 @@ def test_the_built_in_images_have_nothing_to_do_with_the_working_folder(
     (tmp_path / "loop").symlink_to("loop")  # an error for whoever reads it
     (tmp_path / "image.png").write_bytes(b"")
     assert (stamp("emoji"), listing("emoji")) == before
+
+
+def test_images_that_changed_since_their_latents_were_cached_cause_a_warning(images, tiny_model, tmp_path, caplog):
+    shutil.copytree(images.removeprefix("folder:"), tmp_path / "images")
+    data = DataConfig(source=f"folder:{tmp_path / 'images'}", image_size=16)
+    autoencoder = Autoencoder.load(str(tiny_model))
+    cache_latents(autoencoder, str(tiny_model), data, tmp_path / "cache", world=World())
+    loader = LatentLoader(tmp_path / "cache", data, 0, autoencoder)
+    before = describe_images(data, loader)
+    assert "have changed" not in caplog.text
+    shutil.copytree(tmp_path / "images" / "train" / "red", tmp_path / "images" / "train" / "red" / "more")
+    assert describe_images(data, loader).names != before.names
+    assert f"the files of {data.source} have changed since its latents were cached" in caplog.text

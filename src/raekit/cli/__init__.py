@@ -1,9 +1,9 @@
 """The command line. Only this package parses arguments, prints and exits."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from inspect import Parameter, signature
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_origin
 
 import tyro
 from tyro.conf import Positional
@@ -98,8 +98,20 @@ def _run(arguments: list[str]) -> None:
             train(rest)
     else:
         command.__doc__ = console.joined(command.__doc__ or "")
+        console.check_lists(_lists(command), rest)
         _name_positionals(command)
         tyro.cli(command, prog=f"raekit {name}", args=rest)
+
+
+def _lists(command: Callable[..., None]) -> Iterator[str]:
+    """Yield the options of a command that take a list of values."""
+    for name, parameter in signature(command).parameters.items():
+        kind, marks = parameter.annotation, getattr(parameter.annotation, "__metadata__", ())
+        if get_origin(kind) is Annotated:
+            kind = get_args(kind)[0]
+        if get_origin(kind) is tuple and Ellipsis in get_args(kind) and marks != POSITIONAL:
+            given = next((mark.name for mark in marks if getattr(mark, "name", None)), name)
+            yield f"--{given.replace('_', '-')}"
 
 
 def _name_positionals(command: Callable[..., None]) -> None:

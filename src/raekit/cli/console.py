@@ -78,6 +78,15 @@ def joined(doc: str) -> str:
     return re.sub(r"\n {12,}(?=\S)", " ", doc)
 
 
+def check_lists(options: Iterable[str], arguments: Sequence[str]) -> None:
+    """Exit with 2 if an option is given twice that takes a list of values. Only the last list would count."""
+    given = [argument.partition("=")[0].replace("_", "-") for argument in arguments]
+    for option in options:
+        if given.count(option) > 1:
+            err.print(f"error: {option}: given {given.count(option)} times; give all values after one {option}")
+            sys.exit(2)
+
+
 def fail(message: str) -> NoReturn:
     """Print an error message and exit with 1."""
     err.print(f"error: {message}")

@@ -2,10 +2,11 @@
 
 import copy
 import sys
+from collections.abc import Iterator
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from textwrap import indent
-from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
+from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
 
 import tyro
 from tyro.conf import Positional
@@ -226,8 +227,11 @@ def _train(what: list[str], name: str, about: str, default: Any, run: Path, argu
 
 def _parse(name: str, about: str, default: Any, run: Path, arguments: list[str], resume: bool) -> _Options:
     """Return the options of a training; the fields of the config `default` are options too."""
-    config, rest = _with_parts(default, arguments)
+    # --samples=None is --samples None
+    split = ([each.removesuffix("=None"), "None"] if each.endswith("=None") else [each] for each in arguments)
+    config, rest = _with_parts(default, [part for parts in split for part in parts])
     _join_help(type(config))
+    console.check_lists(_lists(type(config)), rest)
 
     def command(
         run: Annotated[Path, tyro.conf.arg(help=_RUN)] = run,
@@ -263,6 +267,17 @@ def _join_help(kind: Any) -> None:
         for part in (field, *get_args(field)):
             if is_dataclass(part):
                 _join_help(part)
+
+
+def _lists(kind: Any, prefix: str = "--") -> Iterator[str]:
+    """Yield the options of a config and of its parts that take a list of values."""
+    for name, field in get_type_hints(kind).items():
+        option = f"{prefix}{name.replace('_', '-')}"
+        for part in (field, *get_args(field)):
+            if is_dataclass(part):
+                yield from _lists(part, f"{option}.")
+            elif get_origin(part) is tuple and Ellipsis in get_args(part):
+                yield option
 
 
 def _with_parts(config: Any, arguments: list[str], prefix: str = "--") -> tuple[Any, list[str]]:

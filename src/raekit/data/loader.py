@@ -202,10 +202,11 @@ class Loader:
         total = world.count_distinct(f"unreadable {self.config.address} {self.config.split}", self.unreadable)
         if total > self._tolerated:
             names = ", ".join(list(self.unreadable)[:5])
-            share = f"{total} of {len(self)} images"
+            share, most = f"{total} of {len(self)} images", self.config.max_unreadable
+            limit = f"more than max_unreadable={most:g} allows" if most else "and all must be readable"
             raise UserError(
-                f"data source {self.source.name!r}: {share} are unreadable, more than "
-                f"max_unreadable={self.config.max_unreadable:g} allows; repair or remove them, starting with {names}"
+                f"data source {self.source.name!r}: {share} are unreadable, {limit}; "
+                f"repair or remove them, starting with {names}"
             )
 
 

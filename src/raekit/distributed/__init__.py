@@ -29,6 +29,25 @@ SHARING = 10.0
 """Seconds until a file of one machine must be visible on the others."""
 
 
+@contextmanager
+def plain_tensors() -> Iterator[None]:
+    """Create tensors as float32 on the CPU if neither type nor device is given, whatever defaults the caller has set.
+
+    Also a decorator. The defaults of `torch.set_default_device` and `torch.set_default_dtype` would change networks
+    while they are built: buffers would be on another device, and weights would be rounded.
+    """
+    before = torch.get_default_dtype()
+    if before == torch.float32 and torch.get_default_device().type == "cpu":
+        yield
+        return
+    torch.set_default_dtype(torch.float32)
+    try:
+        with CPU:
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 @dataclass(frozen=True)
 class World:
     """The processes of this job, from the view of one process.

@@ -98,10 +98,11 @@ def assess(
     with lock(out, world):
         with world.main_first():
             _claim(out, claim, world)
-        collect(stream, _features(stream, against), out / "features", out / "samples.png", world, progress)
+        # Baselines first: an unreadable image ends the evaluation before the samples, which take the most time.
         for name, row in baselines.items():
             folder = _row_folder(out, name)
             collect(row, _features(row, against), folder, folder.with_suffix(".png"), world, progress, name)
+        collect(stream, _features(stream, against), out / "features", out / "samples.png", world, progress)
         if not isinstance(stream, Reconstructions | Interpolations):
             against.complete(world, progress)
         if world.is_main:

@@ -10,7 +10,7 @@ from raekit import artifacts
 from raekit.data.loader import DataConfig
 from raekit.data.sources import FORMATS, is_address, open_source
 from raekit.data.sources.base import Split
-from raekit.distributed import World, prepare_device
+from raekit.distributed import World, plain_tensors, prepare_device
 from raekit.errors import UserError, whole_number
 from raekit.evaluation.against import Against, find_networks
 from raekit.evaluation.assessment import REPORTS, TRAINING, assess
@@ -42,6 +42,7 @@ COUNT = 1000
 """Samples that are compared with held-out images, unless another number is asked for."""
 
 
+@plain_tensors()
 def evaluate(
     model: str | Path | Model,
     *,

@@ -62,7 +62,7 @@ class Guidance:
         round the first time to 1.0000001, which lies outside an interval that ends at 1. The default interval 0-1
         always acts, also at such a time.
         """
-        start, time, end = torch.tensor([self.start, t, self.end], dtype=torch.float32).tolist()
+        start, time, end = torch.tensor([self.start, t, self.end], dtype=torch.float32, device="cpu").tolist()
         return self._always or start <= time <= end
 
 

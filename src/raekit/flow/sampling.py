@@ -89,6 +89,8 @@ class Sampling:
         self._check_effects()
         if isinstance(self.weak, str | Path):
             raise UserError(f"weak: {self.weak} is a name; give the loaded model, raekit.Denoiser.load({self.weak!r})")
+        if self.weak is not None and not hasattr(self.weak, "config"):
+            raise UserError(f"weak: {type(self.weak).__name__} is no denoiser; give the field `denoiser` of the model")
 
     def _check_effects(self) -> None:
         """Raise UserError if a setting has no effect, whatever the denoiser is."""
@@ -310,7 +312,7 @@ def _velocity(
     unconditional = _Predictor("unconditional", None)
     if any(rule.method == "cfg" for rule in sampling.guidance) and labels is not None and denoiser.label:
         unconditional.labels = denoiser.label.without(
-            labels, torch.ones(len(labels), dtype=torch.bool).to(labels.device)
+            labels, torch.ones(len(labels), dtype=torch.bool, device=labels.device)
         )
 
     def predict(x: Tensor, t: float, references: Collection[Reference]) -> tuple[Tensor, dict[Reference, Tensor]]:
@@ -319,7 +321,7 @@ def _velocity(
         for group in groups:
             base = "base" in references and group[0] is conditional
             _predict(group, denoiser, x, t, sampling.reuse, passes, base)
-        times = torch.full((len(x),), t, device=x.device)
+        times = torch.full((len(x),), t, dtype=torch.float32, device=x.device)
 
         def velocity(output: Tensor | None, of: Denoiser = denoiser) -> Tensor:
             assert output is not None
@@ -398,7 +400,11 @@ def _predict(
     def arguments(chosen: Sequence[_Predictor]) -> tuple[Tensor, Tensor, Tensor | None]:
         many = _joined([x] * len(chosen))
         assert many is not None
-        return many, torch.full((len(many),), t, device=x.device), _joined([each.labels for each in chosen])
+        return (
+            many,
+            torch.full((len(many),), t, dtype=torch.float32, device=x.device),
+            _joined([each.labels for each in chosen]),
+        )
 
     options: dict[str, Any] = {"with_base": True} if base else {}
     stale = [each for each in predictors if reuse == 1 or each.is_stale(t, reuse)]

@@ -40,12 +40,17 @@ def time_grid(steps: int, alpha: float, grid: Grid = "full") -> list[float]:
     if steps < (2 if grid == "published" else 1):
         raise UserError(f"steps: {steps} is too few for a {grid} grid")
     if grid == "published":
-        return shift(1 - torch.linspace(0, TIME_CAP, steps), alpha).tolist()
+        return shift(1 - _even(0, TIME_CAP, steps), alpha).tolist()
     if grid == "diffusers":
-        last = shift(torch.tensor(1 - TIME_CAP), alpha).item()
-        return [*shift(torch.linspace(1, last, steps), alpha).tolist(), 0.0]
-    even = torch.linspace(1, 0, steps + 1)
+        last = shift(_even(1 - TIME_CAP, 1, 1), alpha).item()
+        return [*shift(_even(1, last, steps), alpha).tolist(), 0.0]
+    even = _even(1, 0, steps + 1)
     return shift(_crowded_at_ends(even) if grid == "few" else even, alpha).tolist()
+
+
+def _even(first: float, last: float, count: int) -> Tensor:
+    """Return `count` even times from `first` to `last`, float32 on the CPU whatever the defaults of torch are."""
+    return torch.linspace(first, last, count, dtype=torch.float32, device="cpu")
 
 
 def _crowded_at_ends(even: Tensor) -> Tensor:
@@ -61,7 +66,7 @@ def evaluated(solver: SolverName, times: Sequence[float]) -> Sequence[float]:
     dopri5 chooses its own times; for dopri5 the result is a fine grid between the ends.
     """
     if solver == "dopri5":
-        return torch.linspace(times[0], times[-1], 1001).tolist()
+        return _even(times[0], times[-1], 1001).tolist()
     return times if solver == "heun" else times[:-1]
 
 

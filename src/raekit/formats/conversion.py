@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from raekit.config import read_json, to_dict
 from raekit.errors import UserError
-from raekit.files import check_folder
+from raekit.files import check_folder, whole
 from raekit.flow.path import Prediction
 from raekit.formats import releases
 from raekit.formats.decoder_files import read_decoder, write_v1
@@ -93,7 +93,8 @@ def convert(source: str | Path, folder: str | Path, to: Format = "raekit", optio
     check_folder(folder)
     parts = read(source, options, denoiser=to != "v1")
     if to == "raekit":
-        write_model(parts, folder)
+        with whole(folder, folder=True) as partial:
+            write_model(parts, partial)
     elif to == "diffusers" and parts.denoiser:
         write_pipeline(parts, folder)
     else:

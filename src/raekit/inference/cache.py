@@ -13,7 +13,7 @@ from torch import Tensor
 from raekit import __version__
 from raekit.config import configclass, differences, to_dict
 from raekit.data.loader import Batch, DataConfig, Loader, Resize
-from raekit.data.sources import absolute
+from raekit.data.sources import absolute, listing
 from raekit.data.sources.base import Split
 from raekit.distributed import World
 from raekit.errors import UserError
@@ -43,6 +43,8 @@ class CacheInfo(ShardInfo):
         split: the split of the data source.
         items: the number of images in the split.
         classes: the class names of the data source.
+        names: digest of the names of the files (`listing`); None if the source has no files here.
+        sizes: digest of the sizes of the files.
         resize: how the images were scaled, as in `DataConfig`.
         flipped: whether the shard also holds the latents of each mirrored image.
         precision: the precision in which the encoder computed the latents.
@@ -57,6 +59,8 @@ class CacheInfo(ShardInfo):
     split: Split
     items: int
     classes: tuple[str, ...]
+    names: str | None
+    sizes: str | None
     resize: Resize
     flipped: bool
     precision: Literal["fp32", "bf16"]
@@ -131,6 +135,7 @@ def cache_latents(
     check_crop(data)
     loader = Loader(data, seed=0)
     loader.announce(world)
+    names, sizes = listing(data.source) or (None, None)
     parts = list(_chunks(range(len(loader)), shard_size))
     places = shard_paths(out, len(parts))
     about = CacheInfo(
@@ -145,6 +150,8 @@ def cache_latents(
         split=data.split,
         items=len(loader),
         classes=loader.classes,
+        names=names,
+        sizes=sizes,
         resize=data.resize,
         flipped=data.flip,
         precision="bf16" if autoencoder.encoder_dtype == torch.bfloat16 else "fp32",

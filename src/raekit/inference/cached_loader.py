@@ -75,7 +75,8 @@ class LatentLoader:
         if absent > config.tolerated(len(self)):
             raise UserError(
                 f"{folder}: {absent} of {len(self)} images were unreadable, more than "
-                f"data.max_unreadable={config.max_unreadable:g} allows; repair the images and make the cache again"
+                f"data.max_unreadable={config.max_unreadable:g} allows; repair the images and cache them in "
+                "another folder"
             )
 
     @property

@@ -115,7 +115,7 @@ def generate(
         raise UserError(f"indices: {max(numbers)} is not among the {total} samples, which are counted from 0")
 
     def make(part: Sequence[int]) -> Samples:
-        batch = torch.tensor(part)
+        batch = torch.tensor(part, device="cpu")
         chosen = None if labels is None else torch.tensor([labels[i] for i in part], device=world.device)
         passes: Counter[str] = Counter()
         noise = _noise(model.denoiser, seed, part, world.device)
@@ -148,7 +148,7 @@ def fitting_batch(model: Model, sampling: Sampling, batch_size: BatchSize, world
     labels = torch.zeros(trial, dtype=torch.int64, device=world.device) if model.classes else None
     each = math.inf
     with suppress(torch.OutOfMemoryError):
-        latents = sample_latents(model.denoiser, labels, torch.arange(trial), 0, short, world.device)
+        latents = sample_latents(model.denoiser, labels, torch.arange(trial, device="cpu"), 0, short, world.device)
         _decode(model, latents)
         each = (torch.cuda.max_memory_allocated(world.device) - held) / trial
     torch.cuda.empty_cache()
@@ -236,7 +236,7 @@ def interpolate(
     if seeds[0] == seeds[1] and (labels is None or labels[0] == labels[1]):
         raise UserError("interpolate: both ends are the same; give two different seeds or classes")
     denoiser, device = model.denoiser, model.device
-    way = torch.linspace(0, 1, frames, dtype=torch.float64)
+    way = torch.linspace(0, 1, frames, dtype=torch.float64, device="cpu")
 
     def make(part: Sequence[int]) -> Samples:
         along = way[list(part)]
@@ -247,13 +247,14 @@ def interpolate(
 
         weights = None
         if labels is not None:
-            weights = torch.zeros(len(part), denoiser.config.num_classes + 1)
+            weights = torch.zeros(len(part), denoiser.config.num_classes + 1, dtype=torch.float32, device="cpu")
             weights[:, labels[0]] += 1 - along
             weights[:, labels[1]] += along
             weights = weights.to(device)
         passes: Counter[str] = Counter()
         images = _decode(model, denoise(denoiser, noise, weights, sampling, passes, watch))
-        return Samples(images, torch.full((len(part),), -1), torch.tensor(part), passes)
+        numbers = torch.tensor(part, device="cpu")
+        return Samples(images, torch.full_like(numbers, -1), numbers, passes)
 
     size = fitting_batch(model, sampling, batch_size, World(device=device))
     shares = (range(frames)[first : first + size] for first in range(0, frames, size))
@@ -303,7 +304,7 @@ def trajectory(
     seen: dict[float, Tensor] = {}
 
     def keep(x: Tensor, v: Tensor, t: float) -> None:
-        seen[t] = to_data(x, v, torch.full((len(x),), t, device=x.device)).cpu()
+        seen[t] = to_data(x, v, torch.full((len(x),), t, dtype=torch.float32, device=x.device)).cpu()
         if watch is not None:
             watch(x, v, t)
 
@@ -312,7 +313,8 @@ def trajectory(
     times = sorted((t for t in seen if t > 0), reverse=True)
     if frames > len(times) + 1:  # dopri5: the number of its evaluations is known only after the run
         raise UserError(f"frames: {frames} must be at most {len(times) + 1} (the solver's evaluations plus the sample)")
-    kept = [times[round(i)] for i in torch.linspace(0, len(times) - 1, frames - 1).tolist()]
+    places = torch.linspace(0, len(times) - 1, frames - 1, dtype=torch.float32, device="cpu")
+    kept = [times[round(i)] for i in places.tolist()]
     latents = [seen[t] for t in kept] + [final.cpu()]
     images = torch.stack([_decode(model, each.to(model.device)).cpu() for each in latents])
     check_finite(images.transpose(0, 1), range(total), sampling)
@@ -404,7 +406,7 @@ def class_labels(model: Model, labels: Iterable[int]) -> list[int]:
     Raises:
         UserError: if a label is not a class of the model.
     """
-    if not isinstance(labels, Iterable):
+    if not isinstance(labels, Iterable) or getattr(labels, "ndim", 1) == 0:
         raise UserError(f"labels: {labels!r} must be a sequence of class ids, such as [{labels!r}]")
     ids, classes = [whole_number("labels", label) for label in labels], model.denoiser.config.num_classes
     if not ids:

@@ -8,6 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from raekit.distributed import plain_tensors
 from raekit.errors import UserError, did_you_mean
 from raekit.flow.sampling import Sampling
 from raekit.formats.yaml_files import read_published
@@ -138,6 +139,7 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:20]) + more
 
 
+@plain_tensors()
 def load(
     name: str | Path,
     device: torch.device | str = "cpu",
@@ -160,6 +162,7 @@ def load(
     return Model(load_autoencoder(name, dtype).to(device), Denoiser.load(name, ema, dtype).to(device))
 
 
+@plain_tensors()
 def load_published(
     path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[Model, Sampling]:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import torch
 from PIL import Image
@@ -12,7 +12,7 @@ from torch import Tensor
 from raekit import artifacts
 from raekit.data.images import read_image
 from raekit.data.transforms import center_crop, to_rgb
-from raekit.distributed import World
+from raekit.distributed import World, plain_tensors
 from raekit.errors import UserError, whole_number
 from raekit.flow.guidance import Guidance, as_rules
 from raekit.flow.path import to_data
@@ -68,6 +68,7 @@ class Pipeline:
         self._ema: float | None = None
 
     @classmethod
+    @plain_tensors()
     def from_pretrained(
         cls,
         name: str | Path,
@@ -185,6 +186,7 @@ class Pipeline:
         Raises:
             UserError: there is no such class, or a setting is invalid.
         """
+        _check_output(output)
         ids, seeds = self._samples(classes, labels, count, seed)
         settings = Sampling(steps=steps, solver=solver, guidance=as_rules(guidance), **sampling)
         size = fitting_batch(self.model, settings, batch_size, World(device=self.device))
@@ -221,6 +223,7 @@ class Pipeline:
             frames: the number of images, with the first and the last.
             guidance: see `__call__`; so are the other arguments.
         """
+        _check_output(output)
         ends = None if classes is None else [self.model.class_id(name) for name in _names(classes)]
         ends = ends * 2 if ends and len(ends) == 1 else ends
         settings = Sampling(steps=steps, solver=solver, guidance=as_rules(guidance), **sampling)
@@ -255,6 +258,7 @@ class Pipeline:
         The last image of a row is what the pipeline returns for the same seed, class and settings. `frames` is the
         number of images in a row. `__call__` describes the other arguments.
         """
+        _check_output(output)
         ids, seeds = self._samples(classes, labels, count, seed)
         settings = Sampling(steps=steps, solver=solver, guidance=as_rules(guidance), **sampling)
         number = None if ids else len(seeds)
@@ -293,6 +297,7 @@ class Pipeline:
             seed: the seed of the first variation's other noise; the others follow. Or a seed for each.
             guidance: see `__call__`; so are the other arguments.
         """
+        _check_output(output)
         if not 0 <= strength <= 1:
             raise UserError(f"strength: {strength} must be from 0 to 1")
         seeds = _seeds(seed, count)
@@ -304,7 +309,7 @@ class Pipeline:
         if given.ndim == 4 and len(given) > 1:
             raise UserError(f"image: {len(given)} are given; give one, and call `variations` for each")
         start = images_to_noise(model, given, ids and ids[:1], plain)[0]
-        way = torch.tensor([strength])
+        way = torch.tensor([strength], dtype=torch.float32, device="cpu")
 
         def noise(stream: str) -> Tensor:
             other = [sample_noise(model.denoiser, each, stream, [0], self.device)[0] for each in seeds]
@@ -320,6 +325,7 @@ class Pipeline:
 
     def reconstruct(self, images: Input, *, output: Output = "pil") -> Pictures:
         """Encode and decode images. An image that is not square is cropped to its central square."""
+        _check_output(output)
         return self._plain(reconstruct(self.autoencoder, self.tensor(images)), output)
 
     def encode(self, images: Input) -> Tensor:
@@ -329,6 +335,7 @@ class Pipeline:
     @torch.no_grad()
     def decode(self, latents: Tensor, *, output: Output = "pil") -> Pictures:
         """Return the images of whitened latents (B, C, h, w)."""
+        _check_output(output)
         check_latents(latents, self.autoencoder.latent_shape)
         return self._plain(self.autoencoder.decode(latents.to(self.device)), output)
 
@@ -385,7 +392,7 @@ class Pipeline:
             step = max(sum(t <= each for each in times), 1)
 
             def preview() -> list[Image.Image]:
-                data = to_data(x, v, torch.full((len(x),), t, device=x.device))
+                data = to_data(x, v, torch.full((len(x),), t, dtype=torch.float32, device=x.device))
                 images = self.autoencoder.decode(data)
                 check_finite(images, range(len(images)), sampling)
                 return [to_pil(image) for image in images]
@@ -421,7 +428,7 @@ class Pipeline:
         seeds: Sequence[int | None],
         columns: int | None = None,
     ) -> Pictures:
-        tensors, made = torch.cat([batch.cpu() for batch in batches]), None
+        tensors = torch.cat([batch.cpu() for batch in batches])
         match output:
             case "pil":
                 made = [to_pil(image) for image in tensors]
@@ -429,10 +436,14 @@ class Pipeline:
                 made = tensors
             case "np":
                 made = tensors.permute(0, 2, 3, 1).numpy()
-            case _:
-                raise UserError(f"output: {output!r} is none of pil, pt, np")
         labels = [None] * len(tensors) if ids is None else [self.classes[label] for label in ids]
         return Pictures(made, tuple(labels), tuple(seeds), columns)
+
+
+def _check_output(output: str) -> None:
+    """Raise UserError, before any work starts, if `output` is no `Output`."""
+    if output not in get_args(Output):
+        raise UserError(f"output: {output!r} is none of {', '.join(get_args(Output))}")
 
 
 def _square(image: Image.Image | str | Path, size: int) -> Image.Image:

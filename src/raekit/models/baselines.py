@@ -245,6 +245,11 @@ def _autoencoder_kl(what: str) -> Any:
 
 def _read_vae(where: str) -> Any:
     cls = _autoencoder_kl(f"vae:{where}")
+    if Path(where).is_absolute() and not Path(where).is_dir():
+        raise UserError(
+            f"vae:{where}: no such folder; if the VAE of a model was moved, write its new folder as `baseline` into "
+            "autoencoder/config.json of the model"
+        )
     advice = how_to_fetch(where, f"vae:{where}")
     folder = (
         where if Path(where).is_dir() else download(where, ["config.json", "diffusion_pytorch_model*.safetensors*"])

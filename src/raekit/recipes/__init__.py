@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from raekit.config import from_dict, to_dict
-from raekit.distributed import World, world
+from raekit.distributed import World, plain_tensors, world
 from raekit.errors import UserError, did_you_mean
 from raekit.inference.cache import cache_latents
 from raekit.models.autoencoder import load_autoencoder
@@ -158,6 +158,7 @@ def cache(config: GenerationConfig, progress: Progress = silent) -> None:
     cache_latents(load_autoencoder(name), name, config.data, folder, dtype="fp32", world=World(), progress=progress)
 
 
+@plain_tensors()
 def train(
     recipe: str | Path | StageConfig,
     run: str | Path,

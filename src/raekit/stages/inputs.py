@@ -1,5 +1,6 @@
 """What a training reads: the images and the encoder, identified by their content instead of their names."""
 
+import logging
 import os
 from collections.abc import Sequence
 from hashlib import blake2b
@@ -10,6 +11,8 @@ from raekit.config import OnPurpose, configclass
 from raekit.data.loader import DataConfig, Loader
 from raekit.data.sources import listing
 from raekit.inference.cached_loader import LatentLoader
+
+_log = logging.getLogger(__name__)
 
 
 @configclass
@@ -53,7 +56,12 @@ def describe_images(config: DataConfig, loader: Loader | LatentLoader) -> Images
         labels = loader.source.labels
         counts = np.bincount(labels[labels >= 0], minlength=len(loader.classes))
         classes = dict(zip(loader.classes, counts.tolist(), strict=True))
-    names, sizes = listing(config.source) or (None, None)
+    names, sizes = known = listing(config.source) or (None, None)
+    if isinstance(loader, LatentLoader) and names and known != (loader.info.names, loader.info.sizes):
+        _log.warning(
+            "the files of %s have changed since its latents were cached; cache the changed images in another folder",
+            config.source,
+        )
     return Images(count=len(loader), classes=classes, names=names, sizes=sizes)
 
 
