@@ -139,7 +139,6 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:20]) + more
 
 
-@plain_tensors()
 def load(
     name: str | Path,
     device: torch.device | str = "cpu",

@@ -12,7 +12,7 @@ from torch import Tensor
 from raekit import artifacts
 from raekit.data.images import read_image
 from raekit.data.transforms import center_crop, to_rgb
-from raekit.distributed import World, plain_tensors
+from raekit.distributed import World
 from raekit.errors import UserError, whole_number
 from raekit.flow.guidance import Guidance, as_rules
 from raekit.flow.path import to_data
@@ -68,7 +68,6 @@ class Pipeline:
         self._ema: float | None = None
 
     @classmethod
-    @plain_tensors()
     def from_pretrained(
         cls,
         name: str | Path,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from raekit import artifacts
 from raekit.config import configclass, from_dict, to_dict
-from raekit.distributed import World
+from raekit.distributed import World, plain_tensors
 from raekit.errors import UserError
 from raekit.models.baselines import Baseline, BaselineConfig
 from raekit.models.decoder import Decoder, DecoderConfig
@@ -64,6 +64,7 @@ class Autoencoder(LatentSpace):
         self.decoder = Decoder(config.decoder)
 
     @classmethod
+    @plain_tensors()
     def load(
         cls, name: str | Path, dtype: torch.dtype = torch.float32, encoder_dtype: torch.dtype | None = None
     ) -> Self:
@@ -171,6 +172,7 @@ class Autoencoder(LatentSpace):
         return decoded.float() * self.encoder.std + self.encoder.mean
 
 
+@plain_tensors()
 def load_autoencoder(
     name: str | Path, dtype: torch.dtype = torch.float32, encoder_dtype: torch.dtype | None = None
 ) -> LatentSpace:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from raekit import artifacts
 from raekit.config import from_dict
-from raekit.distributed import World
+from raekit.distributed import World, plain_tensors
 from raekit.errors import UserError
 from raekit.models.checks import check_latents
 from raekit.models.conditioning import ClassCondition, Condition
@@ -94,6 +94,7 @@ class Denoiser(nn.Module):
         _initialise(self)
 
     @classmethod
+    @plain_tensors()
     def load(cls, name: str | Path, ema: float | None = None, dtype: torch.dtype = torch.float32) -> Self:
         """Load a denoiser.
 

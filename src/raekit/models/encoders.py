@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from raekit import artifacts
 from raekit.config import from_dict, read_json
-from raekit.distributed import World
+from raekit.distributed import World, plain_tensors
 from raekit.errors import UserError
 from raekit.hub import find_file, find_folder
 from raekit.models.checks import check_images
@@ -161,6 +161,7 @@ class Encoder(nn.Module):
         return total + tokens.mean(1, keepdim=True) if layers.token_mean else total
 
 
+@plain_tensors()
 def load_encoder(
     name: str | Path,
     input_size: Size | None = None,
