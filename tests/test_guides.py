@@ -150,7 +150,7 @@ def _leaves(values: dict, path: str = ""):
 OPTIONAL = ("evaluation.", "selection.", "samples.")
 """Parts that a recipe may lack, so that their fields are not in any recipe's config."""
 ELSEWHERE = re.compile(
-    r"--(nnodes|nproc-per-node|rdzv-\w+|signals-to-handle|ntasks-per-node|gpus-per-node|cpus-per-task|nodes|time|signal|"
+    r"--(nnodes|nproc-per-node|rdzv-\w+|signals-to-handle|ntasks-per-node|gpus-per-node|gpus-per-task|gpu-bind|cpus-per-task|nodes|time|signal|"
     r"requeue|open-mode|repo-type|tiny|batch|precisions|decoder|size|version|pictures?|repeats|index|out|"
     r"solvers|grids|evaluations|judge|modes)$"
 )

@@ -53,7 +53,7 @@ from raekit.training.tracking import read_metrics
 BUILTIN = "builtin:emoji"
 SAMPLING = Sampling(steps=15, solver="abm", grid="few")
 GUIDANCE = (Guidance(scale=3.0, start=0.1),)
-GUIDANCE_WITH_BASE = (Guidance(scale=2.0, start=0.1), Guidance(method="internal", scale=1.5))
+GUIDANCE_WITH_BASE = (*GUIDANCE, Guidance(method="internal", scale=1.5))
 """The guidance of a denoiser with a base output, such as the built-in one."""
 PER_CLASS = 8
 DECODER_SHARE = 0.15
