@@ -12,7 +12,7 @@ from raekit.training.precision import multiplies_bf16
 NATIVE = multiplies_bf16(torch.device("cpu"))
 """Whether torch computes bfloat16 products on the CPU. If not, `linear` does so with float32 instructions."""
 PIECE = 2**22
-"""The largest number of values that are widened at once. malloc takes such 16 MiB from memory that the process has."""
+"""The largest number of values in a piece of a matrix. malloc takes such 16 MiB from memory that the process has."""
 
 
 class Linear(nn.Linear):
@@ -56,18 +56,10 @@ def _pieces(matrix: Tensor) -> int:
 
 @torch.library.custom_op("raekit::linear", mutates_args=(), device_types="cpu")
 def _widened(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Compute in pieces, so that at most one of the three matrices is widened at once, a small one."""
     rows, bias = _rows(x), None if bias is None else bias.float()
     out = x.new_empty(len(rows), len(weight))
-    smaller = min(rows, weight, key=Tensor.numel)
     with torch.autocast("cpu", enabled=False):
-        if smaller.numel() > max(PIECE, out.numel()):
-            total = x.new_zeros(out.shape, dtype=torch.float32) if bias is None else bias.repeat(len(rows), 1)
-            pieces = _pieces(rows if smaller is weight else weight)
-            for left, right in zip(rows.chunk(pieces, 1), weight.chunk(pieces, 1), strict=True):
-                total.addmm_(left.float(), right.float().mT)
-            out.copy_(total)
-        elif smaller is weight:
+        if rows.numel() > weight.numel():  # the smaller matrix is widened at once, the larger one piece by piece
             weight, pieces = weight.float(), _pieces(rows)
             for part, target in zip(rows.chunk(pieces), out.chunk(pieces), strict=True):
                 target.copy_(F.linear(part.float(), weight, bias))
