@@ -45,7 +45,7 @@ def _device_number(given: Mapping[str, str]) -> str:
     task sees only some devices of the node, numbered from 0. Tasks that see the same ones take turns.
     """
     task, seen = given.get("SLURM_LOCALID", "0"), given.get("CUDA_VISIBLE_DEVICES", "")
-    number, on_node = len(seen.split(",")), given.get("SLURM_GPUS_ON_NODE", "0")
+    number, on_node = len(seen.split(",")), given.get("SLURM_GPUS_ON_NODE") or "0"
     is_part = "SLURM_GPUS_PER_TASK" in given or number < int(on_node)
     return str(int(task) % number) if seen and is_part else task
 
