@@ -54,13 +54,14 @@ def denoiser_config(size: str, *, base_depth: int = 0, grid: int = 16, classes: 
 
 
 def denoiser(size: str, device: torch.device, *, seed: int = 0, **settings: int) -> Denoiser:
-    """Return a denoiser with random weights, the same on each device. `denoiser_config` takes the `settings`."""
+    """Return a denoiser with random weights, drawn on the device. `denoiser_config` takes the `settings`."""
     torch.manual_seed(seed)
-    model = Denoiser(denoiser_config(size, **settings))
-    for final in (model.final, model.base_final):
-        if final is not None:
-            torch.nn.init.normal_(final.out.weight, std=0.02)  # a zero output would be a fixed point of sampling
-    return model.to(device)
+    with device:
+        model = Denoiser(denoiser_config(size, **settings))
+        for final in (model.final, model.base_final):
+            if final is not None:
+                torch.nn.init.normal_(final.out.weight, std=0.02)  # a zero output would be a fixed point of sampling
+    return model
 
 
 def named(size: str, grid: int = 16) -> str:

@@ -121,7 +121,8 @@ def state_dict(
     state = {}
     for name, shape in shapes.items():
         table = fixed_table(name, tuple(shape), grid, context) if fixed_tables else None
-        state[name] = torch.from_numpy(fill_array(name, tuple(shape)) if table is None else table)
+        values = torch.from_numpy(fill_array(name, tuple(shape)) if table is None else table)
+        state[name] = values.to(torch.get_default_device())
     return state
 
 

@@ -16,7 +16,9 @@ from gpu.setting import Setting
 from raekit.distributed import prepare_device
 
 STEPS: dict[str, Callable[[Setting], bool | None]] = {
-    "correct-training": correct.training,
+    "correct-encoder": partial(correct.training, name="encoder"),
+    "correct-decoder": partial(correct.training, name="decoder"),
+    "correct-denoiser": partial(correct.training, name="denoiser"),
     "correct-sampling": correct.sampling,
     "correct-use": correct.use,
     "waits": correct.waits,

@@ -45,7 +45,10 @@ from raekit.training.precision import float32_precision
 from raekit.training.trainer import Report, TrainConfig, Trainer
 
 TOLERANCES = {"fp32": 1e-3, "tf32": 1e-2, "bf16": 5e-2}
-"""The largest relative differences allowed of losses after a few steps, and of sampled latents."""
+"""The largest relative differences allowed of losses after a few steps, and of sampled latents.
+
+Twice as much for dopri5, which chooses its steps by the network's errors.
+"""
 EXACT = 1e-4
 """The same of one pass through a network in float32, and of statistics in float64."""
 
@@ -109,8 +112,8 @@ def fit(
         trainer.fit(report)
 
 
-def training(setting: Setting) -> bool:
-    """Losses of every stage in every precision, eager and compiled, against the CPU's"""
+def training(setting: Setting, name: str) -> bool:
+    """Losses of a stage in every precision, eager and compiled, against the CPU's"""
 
     def losses(config: StageConfig, device: torch.device) -> Tensor:
         found: list[list[float]] = []
@@ -122,13 +125,12 @@ def training(setting: Setting) -> bool:
             fit(config, setting, device, note)
         return torch.tensor(found)
 
-    checks = Checks("training", setting)
-    for name in ("encoder", "decoder", "denoiser"):
-        expected = losses(stage(name, setting), CPU)
+    checks = Checks(f"training of the {name}", setting)
+    expected = losses(stage(name, setting), CPU)
+    for mode in setting.modes:
         for precision in setting.precisions:
-            for mode in setting.modes:
-                made = losses(stage(name, setting, precision, mode == "compiled"), setting.device)
-                checks.compare(f"{name}, {precision}, {mode}: losses", made, expected, TOLERANCES[precision])
+            made = losses(stage(name, setting, precision, mode == "compiled"), setting.device)
+            checks.compare(f"{name}, {precision}, {mode}: losses", made, expected, TOLERANCES[precision])
     return checks.publish()
 
 
@@ -178,16 +180,19 @@ def sampling(setting: Setting) -> bool:
         return found | {"internal guidance": (based, internal(steps))}
 
     def latents(model: Denoiser, how: Sampling, device: torch.device) -> Tensor:
-        return sample_latents(model, torch.arange(count, device=device), torch.arange(count), 0, how, device)
+        with drawn_on_the_cpu():  # the noise between the steps of euler-maruyama
+            return sample_latents(model, torch.arange(count, device=device), torch.arange(count), 0, how, device)
 
     checks = Checks("sampling", setting)
     expected = {name: latents(*case, CPU) for name, case in cases(CPU, "fp32", "eager").items()}
     for mode in setting.modes:
         for precision in setting.precisions:
             with float32_precision("tf32" if precision == "tf32" else "fp32"):
+                torch.compiler.reset()  # of the networks of the last precision, torch keeps up to eight
                 for name, case in cases(setting.device, precision, mode).items():
                     what = f"{name}, {precision}, {mode}: latents"
-                    checks.compare(what, latents(*case, setting.device), expected[name], TOLERANCES[precision])
+                    allowed = 2 * TOLERANCES[precision] if name == "dopri5" else TOLERANCES[precision]
+                    checks.compare(what, latents(*case, setting.device), expected[name], allowed)
     return checks.publish()
 
 

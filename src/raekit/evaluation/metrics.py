@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from raekit.distributed import World
+from raekit.distributed import CPU, World
 from raekit.errors import UserError
 from raekit.evaluation.features import FeatureNetwork, Images, check_width, named
 from raekit.evaluation.frechet import Gaussian, frechet_distance
@@ -177,7 +177,8 @@ class InceptionScore:
 
     def update(self, batch: Images) -> None:
         log_p = batch.features(self.network).double().log_softmax(1).cpu()
-        indices = torch.arange(self.done, self.done + len(batch)) if batch.indices is None else batch.indices.cpu()
+        following = torch.arange(self.done, self.done + len(batch), device=CPU)
+        indices = following if batch.indices is None else batch.indices.cpu()
         self.numbered &= batch.indices is not None
         self.done += len(batch)
         of_split = self.order[indices] // self.split_size
