@@ -77,11 +77,12 @@ def training_step(
     precision: Precision,
     device: torch.device,
     *,
-    cast_once: bool = True,
+    cast_once: bool = False,
 ) -> Callable[[], None]:
     """Return a call that trains `model` by one step: forward, backward, clipping, and the optimizer.
 
-    Without `cast_once`, autocast casts the weights of the blocks in each pass.
+    Like the trainer for a single micro-batch, it lets autocast cast the weights of the blocks in each pass. With
+    `cast_once` they are cast before, as for several micro-batches.
     """
     latents = torch.randn(batch, *model.config.latent_shape, device=device)
     labels = torch.randint(model.config.num_classes, (batch,), device=device)

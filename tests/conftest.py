@@ -26,6 +26,9 @@ from raekit.models.perceptual import LPIPS
 from raekit.models.vit import ViT, ViTConfig
 from tests.hub import Hub, serve
 
+# Many tests compare exact results, which differ on a GPU. benchmarks/on_gpu.sh checks a GPU.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 
 @pytest.fixture(scope="session")
 def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any]]:

@@ -15,21 +15,23 @@ from raekit.training import checkpoint
 from raekit.training.tracking import read_metrics
 
 
-def test_cudnn_attention_is_off_on_a_gpu(monkeypatch: pytest.MonkeyPatch):
+def test_cudnn_attention_and_tf32_are_off_on_a_gpu(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    before = torch.backends.cuda.cudnn_sdp_enabled()
+    before = torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cudnn.allow_tf32
     try:
         with world("cuda") as here:
             assert here.device.type == "cuda"
             assert not torch.backends.cuda.cudnn_sdp_enabled()
             assert torch.backends.cuda.flash_sdp_enabled()
+            assert not torch.backends.cudnn.allow_tf32
         monkeypatch.setenv("LOCAL_RANK", "1")
         with pytest.raises(UserError, match=r"torchrun: more processes than CUDA devices \(1\); start at most 1"):
             world("cuda").__enter__()
     finally:
-        torch.backends.cuda.enable_cudnn_sdp(before)
+        torch.backends.cuda.enable_cudnn_sdp(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 # Processes that end without the others

@@ -45,10 +45,9 @@ from raekit.training.precision import float32_precision
 from raekit.training.trainer import Report, TrainConfig, Trainer
 
 TOLERANCES = {"fp32": 1e-3, "tf32": 1e-2, "bf16": 5e-2}
-"""The largest relative differences allowed of losses after a few steps, and of sampled latents.
-
-Twice as much for dopri5, which chooses its steps by the network's errors.
-"""
+"""The largest relative differences allowed of losses after a few steps."""
+SAMPLED = {"fp32": 1e-3, "tf32": 1e-2, "bf16": 1e-1}
+"""The same of sampled latents. A bf16 sample may come out as a slightly different picture."""
 EXACT = 1e-4
 """The same of one pass through a network in float32, and of statistics in float64."""
 
@@ -191,8 +190,7 @@ def sampling(setting: Setting) -> bool:
                 torch.compiler.reset()  # of the networks of the last precision, torch keeps up to eight
                 for name, case in cases(setting.device, precision, mode).items():
                     what = f"{name}, {precision}, {mode}: latents"
-                    allowed = 2 * TOLERANCES[precision] if name == "dopri5" else TOLERANCES[precision]
-                    checks.compare(what, latents(*case, setting.device), expected[name], allowed)
+                    checks.compare(what, latents(*case, setting.device), expected[name], SAMPLED[precision])
     return checks.publish()
 
 

@@ -38,13 +38,37 @@ def test_flags_return_after_an_error(set_flags):
     assert flags() == (False, True)
 
 
-@pytest.mark.parametrize("limit", [None, "AVX2", "avx512_core_bf16", "AVX512_CORE_AMX", "DEFAULT"])
-@pytest.mark.parametrize("able", [False, True])
-def test_auto_is_bf16_where_the_processor_has_amx_and_may_use_it(monkeypatch, limit: str | None, able: bool):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: able)
+INTEL, AMD = "Intel(R) Xeon(R) Processor", "AMD EPYC 9B14"
+
+
+@pytest.mark.parametrize(
+    ("name", "amx", "narrow", "limit", "fast"),
+    [
+        (INTEL, True, True, None, True),
+        (INTEL, True, True, "DEFAULT", True),
+        (INTEL, True, True, "AVX512_CORE_AMX", True),
+        (INTEL, True, True, "avx512_core_bf16", False),
+        (INTEL, True, True, "AVX2", False),
+        (INTEL, False, True, None, False),
+        (AMD, False, True, None, True),
+        (AMD, False, True, "avx512_core_bf16", True),
+        (AMD, False, True, "AVX512_CORE_VNNI", False),
+        (AMD, False, True, "AVX2", False),
+        (AMD, False, False, None, False),
+    ],
+)
+def test_auto_is_bf16_where_the_processor_multiplies_it_fast(
+    monkeypatch, name: str, amx: bool, narrow: bool, limit: str | None, fast: bool
+):
+    found = {"cpu_name": name, "amx_tile": amx, "avx512_bf16": narrow}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     if limit:
         monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
-    fast = able and limit not in ("AVX2", "avx512_core_bf16")
     assert compute_dtype("auto", torch.device("cpu")) == (torch.bfloat16 if fast else torch.float32)
     assert compute_dtype("bf16", torch.device("cpu")) == torch.bfloat16
+
+
+def test_a_processor_of_another_architecture_is_no_error(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "aarch64"})
+    assert compute_dtype("auto", torch.device("cpu")) == torch.float32

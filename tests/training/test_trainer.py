@@ -352,7 +352,7 @@ def test_an_evaluation_that_was_killed_is_made_up_for(tmp_path, alone):
 @pytest.mark.parametrize(("precision", "fast", "warned"), [("bf16", False, 1), ("bf16", True, 0), ("auto", False, 0)])
 def test_bf16_without_instructions_for_it_is_warned_of(tmp_path, monkeypatch, caplog, precision, fast, warned):
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: fast)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_tile": fast})
     trainer(tmp_path, config=replace(CONFIG, precision=precision))
     assert [record.message.startswith("train.precision: bf16 is slow") for record in caplog.records] == [True] * warned
 

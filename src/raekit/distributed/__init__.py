@@ -224,6 +224,8 @@ def prepare_device(device: str | None = None, local_rank: int = 0) -> torch.devi
     # From 2.11 on, torch prefers cuDNN attention on Hopper. Its bf16 gradients are NaN for some shapes and logits, at
     # least up to the cuDNN version of torch 2.13 (pytorch issue 196678). Flash attention is about as fast.
     torch.backends.cuda.enable_cudnn_sdp(False)
+    # By default, torch computes convolutions of float32 in TF32. Trainings with precision tf32 turn it on again.
+    torch.backends.cudnn.allow_tf32 = False
     return this
 
 

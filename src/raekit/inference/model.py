@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -41,8 +41,8 @@ class Model:
     def compile(self, weak: Denoiser | None = None) -> Self:
         """Compile the blocks of denoiser and decoder, in place, when they are first used.
 
-        Generation then pads its last batch, so that all batches have one size and nothing is compiled again. On CUDA
-        each block becomes a CUDA graph.
+        Generation then pads its last batch, so that all batches have one size and nothing is compiled again. Blocks do
+        not become CUDA graphs: torch (2.11, on an H200) rejects a graph whose input is the output of its own last run.
 
         Args:
             weak: the weaker denoiser of `auto` guidance, to compile as well.
@@ -51,9 +51,8 @@ class Model:
             UserError: if the machine has no compiler.
         """
         check_compiler("compile", self.device)
-        options: dict[str, Any] = {"mode": "reduce-overhead"} if self.device.type == "cuda" else {}
         for part in (self.denoiser, self.autoencoder.decoder, *([weak] if weak else [])):
-            part.compile(dynamic=False, **options)
+            part.compile(dynamic=False)
         return self
 
     @property

@@ -253,7 +253,7 @@ class Denoiser(nn.Module):
         """Run the backbone only, with the arguments of `forward`."""
         check_latents(x, self.config.latent_shape)
         tokens, base, _ = self._features(x, *self._embed_condition(t, labels))
-        return Features(tokens.clone(), base)  # of compiled blocks on CUDA, the next evaluation overwrites the tokens
+        return Features(tokens, base)
 
     def _embed_condition(self, t: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | float]:
         """Return the embeddings (B, 1, width) of time and class. The latter is 0 in an unconditional network."""
@@ -274,12 +274,12 @@ class Denoiser(nn.Module):
             tokens = torch.cat([tokens, *extra], 1)
         if self.narrow_residual and torch.is_autocast_enabled(x.device.type):
             tokens = tokens.to(torch.get_autocast_dtype(x.device.type))
-        copies: dict[int, Tensor] = {}
+        kept: dict[int, Tensor] = {}
         for number, block in enumerate(self.blocks, 1):
             tokens = block(tokens, condition, self._rotary("rotary"))
             if number in (self.config.base_depth, chosen):
-                copies[number] = tokens[:, :count].clone()  # of compiled blocks on CUDA, the next block overwrites them
-        return Features(tokens[:, :count], copies.get(self.config.base_depth), copies.get(chosen or 0))
+                kept[number] = tokens[:, :count]
+        return Features(tokens[:, :count], kept.get(self.config.base_depth), kept.get(chosen or 0))
 
     def _patches(self, x: Tensor) -> Tensor:
         return patchify(x, self.config.patch_size).to(self.dtype)

@@ -12,16 +12,26 @@ Precision = Literal["auto", "fp32", "tf32", "bf16"]
 Ampere on), and plain float32 on other devices; for `auto` see `compute_dtype`."""
 
 
-def multiplies_bf16(device: torch.device) -> bool:
-    """Return whether bfloat16 products are faster than float32 products: on GPUs with native bfloat16, and with AMX.
+_WITH_BF16 = ("AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX512_CORE_AMX", "AVX10")
+"""The beginnings of oneDNN's names for instruction sets with AVX-512 BF16."""
 
-    On an Intel Xeon with AVX-512 BF16 but without AMX they have half to two thirds of the rate (docs/performance.md).
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Return whether torch multiplies bfloat16 faster than float32.
+
+    It does on GPUs with native bfloat16, with AMX, and with AVX-512 BF16 of AMD: an EPYC (Zen 4) has twice its rate of
+    float32 products, but an Intel Xeon half to two thirds of it (docs/performance.md).
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     # oneDNN multiplies the matrices. This variable of its own limits the instructions that it uses.
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
-    return torch.cpu._is_amx_tile_supported() and (limit in ("", "DEFAULT", "ALL") or "AMX" in limit)
+    free = limit in ("", "DEFAULT", "ALL")
+    processor = torch.cpu.get_capabilities()
+    if processor.get("amx_tile") and (free or "AMX" in limit):
+        return True
+    by_amd = "AMD" in processor.get("cpu_name", "") and processor.get("avx512_bf16", False)
+    return by_amd and (free or limit.startswith(_WITH_BF16))
 
 
 def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:
