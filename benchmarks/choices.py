@@ -12,7 +12,7 @@ over the turns; below 1, our choice is faster. These choices are undone:
 - one projection for queries, keys and values;
 - attention without a mask (RAE v2 passes a mask of zeros);
 - SwiGLU's hidden width aligned in bf16;
-- bf16 products computed in float32 on a CPU without AMX;
+- bf16 products computed in float32 on a CPU that does not multiply bf16 fast;
 - weights cast in each pass in bf16 (a step with several micro-batches casts them once);
 - the fused optimizer;
 - blocks compiled one by one (compiled step only).

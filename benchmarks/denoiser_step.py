@@ -3,7 +3,7 @@
     python benchmarks/denoiser_step.py [--size S] [--batch 4] [--precision bf16] [--repeats 5] [--out DIR]
 
 Eager and compiled steps, without and with activation checkpointing, take turns in one process. The table gives the
-ratio to the first step with its range over the turns. On a CPU without AMX, where raekit computes bf16 products itself
+ratio to the first step with its range over the turns. On a CPU where raekit computes bf16 products itself
 (`raekit.models.linear`), `--only` also takes steps with torch's products. `rate` is the share of the machine's matmul
 rate, measured in the same run and precision, that the step reaches. Only the multiplications of a step without
 checkpointing count. Each variant has its own weights and moments; if they do not fit into memory together, choose some

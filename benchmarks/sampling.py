@@ -5,8 +5,8 @@
 There is one table for each method. Its sides take turns in one process, and each speed-up is to the first side:
 
 - float32 weights: weights are float32, autocast casts them to bf16 in each evaluation, and torch computes the products.
-- products by torch: weights are held in bf16, and torch computes the products (on a CPU without AMX, where raekit
-  computes them itself, see `raekit.models.linear`).
+- products by torch: weights are held in bf16, and torch computes the products (on a CPU where raekit computes them
+  itself, see `raekit.models.linear`).
 - bf16 weights: weights are held in bf16. For CFG, once with both predictions in one pass and once in two passes.
 - bf16 weights, compiled: the same with compiled blocks, in one pass or two as `raekit.flow.sampling` decides.
 - doubled: as in the published sampler, each network runs at every step on a batch that holds each image twice.

@@ -96,12 +96,12 @@ def train_data(setting: Setting) -> None:
     times = interleaved(turns, repeats, world.device, rate)
     report(title, times, images, world.device, setting.out, rate=rate)
 
-    def loading(workers: int) -> Callable[[], None]:
-        data = replace(config.data, workers=workers)
-        stream = Loader(data, seed=0).stream(0, config.train.batch_size, world)
+    reads = setting.pick(1, 100)
 
-        def run() -> None:
-            for batch in islice(stream, count):
+    def loading(workers: int) -> Callable[[], None]:
+        def run() -> None:  # with the start of the workers, which would otherwise read ahead between the turns
+            loader = Loader(replace(config.data, workers=workers), seed=0)
+            for batch in islice(loader.stream(0, config.train.batch_size, world), reads):
                 batch.to(world.device)
 
         return run
@@ -109,6 +109,7 @@ def train_data(setting: Setting) -> None:
     turns = {f"{workers} workers": loading(workers) for workers in setting.pick((0, 1), (0, 2, 4, 8, 16))}
     rate = MatmulRate(dtype, world.device)
     times = interleaved(turns, repeats, world.device, rate)
+    images = reads * config.train.batch_size
     report(f"loading JPEG files, {images} images", times, images, world.device, setting.out, rate=rate)
 
 

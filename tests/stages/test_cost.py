@@ -28,7 +28,7 @@ ONE = World()
 
 def allocated(action: Callable[[], None]) -> int:
     """Return the largest number of bytes that torch allocates during `action` and has not yet freed."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         action()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
     now = largest = 0

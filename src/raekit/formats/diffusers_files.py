@@ -122,7 +122,8 @@ def _same_weights(encoder: Encoder, config: DiffusersAutoencoder, state: State) 
         theirs = type(ours).from_pretrained(None, config=ours.config, state_dict=given).state_dict()
     except RuntimeError:  # the shapes differ
         return False
-    found = {key: value for key, value in ours.state_dict().items() if not key.startswith(f"{norm}.")}
+    unused = (f"{norm}.", "head.")  # with transformers 5.17, SigLIP2 has a pooling head, which nothing uses
+    found = {key: value for key, value in ours.state_dict().items() if not key.startswith(unused)}
     return any(
         all(torch.equal(theirs[key].float(), value.to(dtype).float()) for key, value in found.items())
         for dtype in (torch.float32, torch.float16, torch.bfloat16)  # a folder may be in half precision

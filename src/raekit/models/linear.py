@@ -25,10 +25,11 @@ class Linear(nn.Linear):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x W^T + b, as `torch.nn.functional.linear`, for x (..., K), W (N, K) and b (N,).
 
-    On a CPU without AMX, bfloat16 products are computed with float32 instructions: the bfloat16 values are widened, and
-    the sums are rounded at the end. The result is the same up to the order of the sums, because torch's bfloat16
-    products also sum in float32. This is faster: on a Xeon with AVX-512 BF16, torch's products have two thirds of the
-    rate, and without bfloat16 instructions far less (docs/performance.md).
+    On a CPU that does not multiply bfloat16 fast (`multiplies_bf16`), bfloat16 products are computed with float32
+    instructions: the bfloat16 values are widened, and the sums are rounded at the end. The result is the same up to the
+    order of the sums, because torch's bfloat16 products also sum in float32. This is faster: on a Xeon with AVX-512
+    BF16, torch's products have two thirds of the rate, and far less without instructions for bfloat16
+    (docs/performance.md).
     """
     if NATIVE or weight.device.type != "cpu":
         return F.linear(x, weight, bias)

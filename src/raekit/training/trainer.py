@@ -50,8 +50,8 @@ class TrainConfig:
         micro_batch: Images per forward pass on one process. Gradients accumulate over the micro-batches of a step.
             None: the full share of the process in the batch. `auto`: the largest part of this share that fits into the
             memory of every GPU, found by a trial before the first step.
-        precision: Number format of forward and backward passes. `auto`: bf16 on GPUs that multiply it natively and on
-            CPUs with AMX, else fp32. Weights stay float32.
+        precision: Number format of forward and backward passes. `auto`: bf16 on GPUs that multiply it natively, on CPUs
+            with AMX and on AMD's CPUs with AVX-512 BF16, else fp32. Weights stay float32.
         compile: Compile the blocks with torch.compile.
         checkpointing: Keep only the inputs of the blocks in memory. The backward pass runs each block again.
         seed: Seed of the data order, of the noise and of all other random numbers.
