@@ -39,8 +39,10 @@ def served(model: object) -> Iterator[str]:
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         assert process.stdout
         line = next(line for line in process.stdout if line.startswith("page: "))
-        yield line.split()[1]
-        process.terminate()
+        try:
+            yield line.split()[1]
+        finally:
+            process.terminate()
 
 
 @pytest.fixture(scope="module")
