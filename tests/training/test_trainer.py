@@ -9,7 +9,7 @@ import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,6 +29,7 @@ from raekit import randomness
 from raekit.distributed import World
 from raekit.errors import Stopped, UserError
 from raekit.training import checkpoint, ema
+from raekit.training.casting import CastWeights
 from raekit.training.objective import Objective, Periodic
 from raekit.training.optim import OptimConfig, learning_rate
 from raekit.training.signals import SIGNALS, stop_signals
@@ -363,6 +364,21 @@ def test_bf16_is_autocast_around_float32_weights(tmp_path, alone):
     assert losses != pytest.approx(alone[0], rel=1e-5)
     assert losses == pytest.approx(alone[0], rel=3e-2)
     assert {p.dtype for p in trained.objectives[0].module.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(("micro_batch", "once"), [(None, False), (4, True)])
+def test_only_several_micro_batches_share_casts_of_the_weights(tmp_path, monkeypatch, micro_batch, once):
+    cast: list[bool] = []
+
+    def weights(blocks: Sequence[nn.Module], dtype: torch.dtype) -> CastWeights:
+        cast.append(bool(blocks))
+        return CastWeights(blocks, dtype)
+
+    monkeypatch.setattr("raekit.training.trainer.CastWeights", weights)
+    trained = trainer(tmp_path, config=replace(CONFIG, precision="bf16", micro_batch=micro_batch))
+    trained.objectives[0].blocks = [trained.objectives[0].module]
+    trained.fit()
+    assert cast[-1] == once
 
 
 class Spy(torch.autograd.Function):

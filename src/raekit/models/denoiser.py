@@ -252,8 +252,7 @@ class Denoiser(nn.Module):
     def features(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Features:
         """Run the backbone only, with the arguments of `forward`."""
         check_latents(x, self.config.latent_shape)
-        tokens, base, _ = self._features(x, *self._embed_condition(t, labels))
-        return Features(tokens, base)
+        return self._features(x, *self._embed_condition(t, labels))
 
     def _embed_condition(self, t: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | float]:
         """Return the embeddings (B, 1, width) of time and class. The latter is 0 in an unconditional network."""

@@ -286,6 +286,7 @@ class Trainer:
             if step >= objective.start:
                 # A distributed module would keep a gradient that is not synchronised until the next step.
                 set_gradient_sync(objective.module, True)
+                # With the casts of several micro-batches, which take the most memory.
                 with torch.compiler.set_stance("force_eager"):
                     self._backward(objective, part, step, self._cast_weights(objective, parts=2))
                 for optimizer in self.optimizers.values():
