@@ -127,22 +127,28 @@ def interleaved(
 ) -> dict[str, Runs]:
     """Time each variant `repeats` times after a warm-up, in turns, so that a busy machine slows all alike.
 
-    The machine's own rate is measured around each run. `time.process_time` as the clock counts the time of all threads
-    of this process on the processor, without waiting.
+    The machine's own rate is measured around each run. Memory is measured in a turn of its own, because on a CPU the
+    allocator first has to return what it holds, and the run after that is slower. `time.process_time` as the clock
+    counts the time of all threads of this process on the processor, without waiting.
     """
     runs = {name: Runs() for name in variants}
-    for turn in range(repeats + 1):
+    for run in variants.values():
+        run()
+    for name, run in variants.items():
+        synchronise(device)
+        held = reset_peak_memory(device)
+        run()
+        synchronise(device)
+        runs[name].peak = peak_memory(device) - held
+    for _ in range(repeats):
         for name, run in variants.items():
-            before = rate.measure() if turn else 0.0
+            before = rate.measure()
             synchronise(device)
-            held = reset_peak_memory(device)
             began = clock()
             run()
             synchronise(device)
-            if turn:
-                runs[name].seconds.append(clock() - began)
-                runs[name].peak = max(runs[name].peak, peak_memory(device) - held)
-                rate.around.setdefault(name, []).append((before + rate.measure()) / 2)
+            runs[name].seconds.append(clock() - began)
+            rate.around.setdefault(name, []).append((before + rate.measure()) / 2)
     return runs
 
 

@@ -1,4 +1,5 @@
 import os
+import platform
 import signal
 import socket
 import subprocess
@@ -234,3 +235,23 @@ def test_variables_that_another_job_left_are_named(variables, message, monkeypat
 def test_another_device_is_one_clear_error():
     with pytest.raises(UserError, match="device: 'gpu' is neither 'cpu' nor 'cuda'"):
         prepare_device("gpu")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+@pytest.mark.parametrize("settings", [{}, {"MALLOC_TRIM_THRESHOLD_": str(2**26), "MALLOC_MMAP_THRESHOLD_": str(2**25)}])
+def test_a_process_on_a_cpu_keeps_freed_memory_unless_the_environment_says_otherwise(settings: dict[str, str]):
+    program = (
+        "import torch\n"
+        "from pathlib import Path\n"
+        "from raekit.distributed import prepare_device\n"
+        "resident = lambda: int(Path('/proc/self/statm').read_text().split()[1]) * 4096\n"
+        "prepare_device('cpu')\n"
+        "before = resident()\n"
+        "values = torch.ones(2**26)\n"  # 256 MiB
+        "del values\n"
+        "print(resident() - before)\n"
+    )
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    done = subprocess.run([sys.executable, "-c", program], env=clean | settings, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 2**25 if settings else int(done.stdout) > 2**27

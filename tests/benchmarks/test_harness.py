@@ -59,12 +59,12 @@ def test_the_processor_is_read_from_the_system(monkeypatch: pytest.MonkeyPatch, 
     assert machine._processor() == {"processor": "A Processor", "instructions": "avx2 avx512f amx_bf16"}
 
 
-def test_turns_are_interleaved_after_a_warm_up():
+def test_turns_are_interleaved_after_a_warm_up_and_a_run_for_memory():
     order: list[str] = []
     variants = {name: (lambda name=name: order.append(name)) for name in "ab"}
     rate = MatmulRate(torch.float32, CPU)
     runs = interleaved(variants, 2, CPU, rate)
-    assert order == ["a", "b"] * 3
+    assert order == ["a", "b"] * 4
     assert [len(run.seconds) for run in runs.values()] == [2, 2]
     assert {name: len(rates) for name, rates in rate.around.items()} == {"a": 2, "b": 2}
 

@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from raekit.distributed import slurm
 from raekit.distributed.liveness import Watch
+from raekit.distributed.memory import keep_freed_memory
 from raekit.errors import Stopped, UserError
 
 CPU = torch.device("cpu")
@@ -214,6 +215,7 @@ def prepare_device(device: str | None = None, local_rank: int = 0) -> torch.devi
     if kind not in ("cpu", "cuda"):
         raise UserError(f"device: {kind!r} is neither 'cpu' nor 'cuda'")
     if kind == "cpu":
+        keep_freed_memory()
         return torch.device(kind)
     if not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no CUDA device; use --device cpu")
