@@ -21,17 +21,16 @@ import torch
 
 from harness import SIZES, denoiser, interleaved, named, report, training_step
 from machine import MatmulRate, peak_memory
-from raekit.distributed import prepare_device
+from raekit.distributed import CPU, prepare_device
 from raekit.flow.sampling import Sampling, sample_latents
 from raekit.training.optim import OptimConfig, adamw
 
-CPU = torch.device("cpu")
 WORK = ("step", "sampling")
 VARIANTS = {
     "returned": {"MALLOC_TRIM_THRESHOLD_": str(2**26), "MALLOC_MMAP_THRESHOLD_": str(2**25)},
     "kept": {},
 }
-"""The settings of glibc's malloc in each process. Those of `returned` are the largest that glibc chooses by itself."""
+"""What each process sets for glibc's malloc. By itself, glibc adapts both sizes, up to those of `returned`."""
 
 
 def runner(work: str, size: str, batch: int) -> Callable[[], object]:
@@ -61,6 +60,7 @@ def compare(work: str, size: str, batch: int, repeats: int, out: Path | None) ->
         pipes[name], theirs = processes.Pipe()
         with patch.dict(os.environ, settings):
             processes.Process(target=serve, args=(theirs, work, size, batch), daemon=True).start()
+        theirs.close()  # so that a process that dies is noticed
     peaks: dict[str, int] = {}
 
     def run(name: str) -> None:

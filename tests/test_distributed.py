@@ -241,10 +241,10 @@ def test_another_device_is_one_clear_error():
 @pytest.mark.parametrize("settings", [{}, {"MALLOC_TRIM_THRESHOLD_": str(2**26), "MALLOC_MMAP_THRESHOLD_": str(2**25)}])
 def test_a_process_on_a_cpu_keeps_freed_memory_unless_the_environment_says_otherwise(settings: dict[str, str]):
     program = (
-        "import torch\n"
+        "import resource, torch\n"
         "from pathlib import Path\n"
         "from raekit.distributed import prepare_device\n"
-        "resident = lambda: int(Path('/proc/self/statm').read_text().split()[1]) * 4096\n"
+        "resident = lambda: int(Path('/proc/self/statm').read_text().split()[1]) * resource.getpagesize()\n"
         "prepare_device('cpu')\n"
         "before = resident()\n"
         "values = torch.ones(2**26)\n"  # 256 MiB

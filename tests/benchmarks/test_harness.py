@@ -1,11 +1,13 @@
 """The reports of the benchmarks, and the machine that they describe."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+import freed_memory
 import machine
 from harness import Runs, Table, denoiser, interleaved, named, publish, ratio, report, training_step
 from machine import MatmulRate, describe, summary
@@ -135,3 +137,13 @@ def test_a_step_trains():
     before = model.final.out.weight.detach().clone()
     training_step(model, adamw(OptimConfig(), model.parameters()), 2, "fp32", CPU)()
     assert not torch.equal(model.final.out.weight, before)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no compiler")
+def test_kept_and_returned_memory_are_compared_in_two_processes(tmp_path: Path):
+    freed_memory.main(
+        ["--work", "sampling", "--size", "tiny", "--batch", "1", "--repeats", "1", "--out", str(tmp_path)]
+    )
+    (table,) = json.loads((tmp_path / "results.json").read_text())
+    assert [row[0] for row in table["rows"]] == ["returned", "kept"]
+    assert all(each["peak"] > 2**26 for each in table["figures"]["variants"].values())

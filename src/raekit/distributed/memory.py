@@ -6,15 +6,13 @@ import os
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """The numbers of these settings in glibc's malloc.h."""
 _NEVER = -1
-_SIZES = (2**30, 2**25)
-"""The size from which glibc maps each allocation on its own. Before version 2.35, 2^25 is the largest possible."""
 
 
 def keep_freed_memory() -> None:
     """Let the C library keep freed memory for the next allocation, as torch does on a GPU.
 
     By default, glibc returns large tensors to the system when they are freed. Each step of a training then asks for
-    the same memory again, and the system clears every page of it: a sixth of a compiled step of DiT^DH-S on a CPU
+    the same memory again, and the system clears every page of it: a fifth of a compiled step of DiT^DH-S on a CPU
     (docs/performance.md). The process holds as much memory as it needed at its peak.
 
     Settings in the environment (MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_THRESHOLD_, GLIBC_TUNABLES) take precedence. C
@@ -25,4 +23,6 @@ def keep_freed_memory() -> None:
     if set_option is None or any(name in os.environ for name in chosen):
         return
     set_option(_TRIM_THRESHOLD, _NEVER)
-    any(set_option(_MMAP_THRESHOLD, size) for size in _SIZES)
+    # Larger allocations are still returned. Older versions of glibc reject sizes above 2^25.
+    if not set_option(_MMAP_THRESHOLD, 2**30):
+        set_option(_MMAP_THRESHOLD, 2**25)
