@@ -27,9 +27,7 @@ from raekit.models.autoencoder import Autoencoder, AutoencoderConfig
 from raekit.models.decoder import DecoderConfig
 from raekit.models.encoders import Encoder
 from raekit.models.linear import widen_linear
-from raekit.models.precision import set_dtype
 from raekit.models.registry import REGISTRY
-from raekit.weights import load_strict
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -48,19 +46,22 @@ def peer(size: str) -> Any:
     ).eval()
 
 
-def ours(theirs: Any, size: str) -> Autoencoder:
-    """The same model as raekit's."""
+def ours(theirs: Any, size: str, dtype: torch.dtype) -> Autoencoder:
+    """The same model as raekit loads it in `dtype`."""
     encoder = copy.deepcopy(theirs.encoder)  # its own, as it may be compiled in place
     widen_linear(encoder)
+    encoder.requires_grad_(False).to(dtype)
     decoder = DecoderConfig(token_dim=768, grid=(16, 16), patch_size=16, **DECODERS[size])
     spec = REGISTRY["dinov2-b"]
-    model = Autoencoder(
+    state, _, _ = from_diffusers(theirs.state_dict())
+    return Autoencoder.build(
         AutoencoderConfig(encoder="dinov2-b", decoder=decoder),
         Encoder("dinov2-b", spec, encoder),
+        decoder_state(state, decoder),
+        (None, torch.ones(768, 16, 16)),
+        "diffusers",
+        dtype,
     )
-    state, _, _ = from_diffusers(theirs.state_dict())
-    load_strict(model.decoder, decoder_state(state, decoder), "diffusers")
-    return model.eval()
 
 
 def difference(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -71,12 +72,9 @@ def difference(one: torch.Tensor, other: torch.Tensor) -> float:
 def compare(size: str, precision: str, batch: int, repeats: int, device: torch.device, out: Path | None) -> None:
     """Print the tables of encoding and of decoding in one precision."""
     dtype = DTYPES[precision]
-    theirs = peer(size).to(device)
-    mine, fast = ours(theirs, size).to(device), ours(theirs, size).to(device)
-    theirs.to(dtype)
-    for model in (mine, fast):
-        model.encoder.model.to(dtype)
-        set_dtype(model.decoder, dtype)
+    theirs = peer(size)
+    mine, fast = ours(theirs, size, dtype).to(device), ours(theirs, size, dtype).to(device)
+    theirs.to(device, dtype)
     fast.encoder.compile(dynamic=False)
     fast.decoder.compile(dynamic=False)
     images = torch.rand(batch, 3, 224, 224, device=device)

@@ -9,6 +9,7 @@ There is one table for each method. Its sides take turns in one process, and eac
   itself, see `raekit.models.linear`).
 - bf16 weights: weights are held in bf16. For CFG, once with both predictions in one pass and once in two passes.
 - bf16 weights, compiled: the same with compiled blocks, in one pass or two as `raekit.flow.sampling` decides.
+- not packed: compiled, but torch lays out the weights for each product (on a CPU where raekit packs them).
 - doubled: as in the published sampler, each network runs at every step on a batch that holds each image twice.
 
 With --precision fp32 all weights are float32, and nothing is cast. The share of the matmul rate counts the
@@ -18,6 +19,7 @@ is printed first. Times and images/s are for 50 steps, scaled from the steps tha
 """
 
 import argparse
+import copy
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -73,10 +75,25 @@ def doubled(model: Denoiser, weak: Denoiser, labels: Tensor, rule: Guidance, ste
     return euler(field, noise, time_grid(steps, config.shift, "full"))
 
 
+def variants(size: str, device: torch.device, dtype: torch.dtype, seed: int) -> dict[str, Denoiser]:
+    """Return a denoiser with float32 weights, and compiled ones with its weights held in `dtype`, packed and not."""
+    model = denoiser(size, device, seed=seed, base_depth=8).eval()
+    for name, values in model.named_parameters():
+        if "modulation" in name:  # zeros would switch the blocks off
+            nn.init.normal_(values, std=0.02)
+    held = Denoiser.build(model.config, model.state_dict(), "the benchmark", dtype).to(device)
+    found = {"float32": model, "held": held}
+    if any(isinstance(layer, linear.Linear) and layer.packed for layer in held.modules()):
+        found["not packed"] = copy.deepcopy(held)  # a copy has plain weights
+    for name in found.keys() - {"float32"}:
+        found[name].compile(dynamic=False)
+    return found
+
+
 def sides(
     method: str,
-    models: tuple[Denoiser, Denoiser],
-    weak: tuple[Denoiser, Denoiser],
+    models: dict[str, Denoiser],
+    weak: dict[str, Denoiser],
     labels: Tensor,
     steps: int,
     precision: Precision,
@@ -85,7 +102,7 @@ def sides(
 
     Args:
         method: One of METHODS.
-        models: The denoiser with float32 weights, and compiled with weights held in the precision.
+        models: The denoiser as `variants` returns it.
         weak: The same of the weak model.
         labels: (B,) classes.
         steps: Solver steps.
@@ -97,38 +114,40 @@ def sides(
     auto = rule is not None and rule.method == "auto"
 
     def call(
-        held: bool, *, compiled: bool = False, one_pass: bool | None = None, native: bool = False
+        which: str, *, compiled: bool = False, one_pass: bool | None = None, native: bool = False
     ) -> Callable[[], Tensor]:
-        chosen = replace(sampling, weak=weak[held] if auto else None)
+        chosen = replace(sampling, weak=weak[which] if auto else None)
 
         def run() -> Tensor:
             eager = nullcontext() if compiled else torch.compiler.set_stance("force_eager")
-            casts = nullcontext() if held else casting(precision, device)
+            casts = casting(precision, device) if which == "float32" else nullcontext()
             passes = nullcontext()
             if one_pass is not None:
                 passes = patch.object(flow_sampling, "one_pass_is_faster", lambda x: one_pass)
             with eager, casts, passes, patch.object(linear, "NATIVE", native or linear.NATIVE):
-                return sample_latents(models[held], labels, indices, 0, chosen, device)
+                return sample_latents(models[which], labels, indices, 0, chosen, device)
 
         return run
 
     held = "bf16 weights" if precision == "bf16" else "eager"
     found: dict[str, Callable[[], Tensor]] = {}
     if precision == "bf16":
-        found["float32 weights"] = call(False, one_pass=False, native=True)
+        found["float32 weights"] = call("float32", one_pass=False, native=True)
         if labels.device.type == "cpu" and not linear.NATIVE:
-            found["products by torch"] = call(True, one_pass=False, native=True)
+            found["products by torch"] = call("held", one_pass=False, native=True)
     if rule and rule.method == "cfg":
-        found[f"{held}, two passes"] = call(True, one_pass=False)
-        found[f"{held}, one pass"] = call(True, one_pass=True)
+        found[f"{held}, two passes"] = call("held", one_pass=False)
+        found[f"{held}, one pass"] = call("held", one_pass=True)
     else:
-        found[held] = call(True)
-    found[f"{held}, compiled"] = call(True, compiled=True)
+        found[held] = call("held")
+    found[f"{held}, compiled"] = call("held", compiled=True)
+    if "not packed" in models:
+        found["not packed"] = call("not packed", compiled=True)
     if rule and rule.method != "internal":
 
         def baseline() -> Tensor:
             with casting(precision, device), patch.object(linear, "NATIVE", True):
-                return doubled(models[0], weak[0], labels, rule, steps)
+                return doubled(models["float32"], weak["float32"], labels, rule, steps)
 
         found["doubled"] = baseline
     return found
@@ -151,31 +170,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     labels = torch.randint(1000, (batch,), device=device)
     dtype = torch.bfloat16 if arguments.precision == "bf16" else torch.float32
 
-    def pair(seed: int) -> tuple[Denoiser, Denoiser]:
-        plain, held = (denoiser(arguments.size, device, seed=seed, base_depth=8).eval() for _ in range(2))
-        for name, values in plain.named_parameters():
-            if "modulation" in name:  # zeros would switch the blocks off
-                nn.init.normal_(values, std=0.02)
-        held.load_state_dict(plain.state_dict())
-        held.set_dtype(dtype).compile(dynamic=False)
-        return plain, held
-
-    models = pair(0)
-    weak = pair(1) if "AutoGuidance" in arguments.methods else models
+    models = variants(arguments.size, device, dtype, seed=0)
+    weak = variants(arguments.size, device, dtype, seed=1) if "AutoGuidance" in arguments.methods else models
     for method in arguments.methods:
-        variants = sides(method, models, weak, labels, steps, arguments.precision)
-        variants = {name: run for name, run in variants.items() if name not in arguments.skip}
+        calls = sides(method, models, weak, labels, steps, arguments.precision)
+        calls = {name: run for name, run in calls.items() if name not in arguments.skip}
         print(f"\n{method}")
         counter = FlopCounterMode(display=False)
         latents = {}
-        for name, run in variants.items():
+        for name, run in calls.items():
             with counter if not latents else nullcontext():
                 latents[name] = run()
         first = next(iter(latents.values()))
         for name, each in latents.items():
             print(f"{name}: relative difference {((each - first).norm() / first.norm()).item():.1e}")
         rate = MatmulRate(dtype, device)
-        runs = interleaved(variants, arguments.repeats, device, rate)
+        runs = interleaved(calls, arguments.repeats, device, rate)
         flops = counter.get_total_flops() * FULL_STEPS / steps
         for each in runs.values():
             each.seconds = [FULL_STEPS / steps * seconds for seconds in each.seconds]

@@ -17,6 +17,7 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 from torch.multiprocessing.spawn import spawn
 
 from raekit.distributed import liveness, world
+from raekit.models import linear
 from raekit.models.autoencoder import Autoencoder, AutoencoderConfig
 from raekit.models.decoder import DecoderConfig
 from raekit.models.denoiser import Denoiser
@@ -135,6 +136,14 @@ def vgg(tmp_path) -> str:
     state = {name: torch.rand(value.shape) * 0.02 for name, value in model.state_dict().items()}
     save_file(state, tmp_path / "vgg.safetensors")
     return str(tmp_path / "vgg.safetensors")
+
+
+@pytest.fixture
+def packing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pack frozen bfloat16 weights (`raekit.models.linear`), whether or not this processor multiplies them fast."""
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("oneDNN does not multiply bfloat16 on this processor")
+    monkeypatch.setattr(linear, "NATIVE", True)
 
 
 @pytest.fixture

@@ -1,12 +1,18 @@
 """Linear layers with bfloat16 products on a CPU."""
 
+import copy
+import pickle
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raekit.models import linear as module
+from raekit.models.layers import SwiGLU
 from raekit.models.linear import Linear, linear, widen_linear
+from raekit.models.precision import set_dtype
 from raekit.training.throughput import flop_counter
 
 BF16 = torch.bfloat16
@@ -123,3 +129,81 @@ def test_a_step_in_bf16_is_the_same_with_and_without_it(monkeypatch):
             optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+
+
+@pytest.fixture
+def packed(packing: None) -> tuple[Linear, Tensor]:
+    """Return a layer with a packed weight, and the plain weight."""
+    layer = Linear(24, 150).to(BF16).requires_grad_(False)
+    weight = layer.weight.data.clone()
+    assert layer.to("cpu").weight.is_mkldnn
+    return layer, weight
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 24), (5, 24), (24,), (0, 3, 24), (50, 24)])
+def test_a_packed_weight_multiplies_as_a_plain_one(packed: tuple[Linear, Tensor], shape: tuple[int, ...]):
+    layer, weight = packed
+    x = torch.randn(shape, dtype=BF16)
+    exact = F.linear(x, weight, layer.bias)
+    torch.testing.assert_close(layer(x), exact, rtol=2e-2, atol=2e-2)
+    wide = torch.cat([x, x], -1)[..., :24]  # rows apart from each other
+    torch.testing.assert_close(layer(wide), exact, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+def test_packed_weights_can_be_compiled(packed: tuple[Linear, Tensor]):
+    layer, weight = packed
+    x = torch.randn(5, 24, dtype=BF16)
+    compiled = torch.compile(lambda x: F.silu(layer(x)), fullgraph=True)
+    torch.testing.assert_close(compiled(x), F.silu(F.linear(x, weight, layer.bias)), rtol=2e-2, atol=2e-2)
+
+
+def test_packed_layers_keep_their_type_rules_flops_and_gradients_of_inputs(packed: tuple[Linear, Tensor]):
+    layer, weight = packed
+    x = torch.randn(2, 24)
+    with pytest.raises(RuntimeError, match="dtype"):
+        layer(x)
+    with torch.autocast("cpu", BF16):
+        exact = F.linear(x, weight, layer.bias)
+        with flop_counter() as counter:
+            torch.testing.assert_close(layer(x), exact, rtol=2e-2, atol=2e-2)
+    assert counter.get_total_flops() == 2 * 2 * 24 * 150
+    x = x.to(BF16).requires_grad_()
+    (ours,) = torch.autograd.grad(layer(x).sum(), x)
+    (exact,) = torch.autograd.grad(F.linear(x, weight, layer.bias).sum(), x)
+    torch.testing.assert_close(ours, exact, rtol=2e-2, atol=2e-2)
+
+
+def test_outside_the_layer_a_packed_weight_is_plain(packed: tuple[Linear, Tensor]):
+    layer, weight = packed
+    assert torch.equal(layer.state_dict()["weight"], weight)
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(twin.weight, weight)
+        assert twin(torch.ones(24, dtype=BF16)).shape == (150,)
+    assert layer.packed
+    layer.load_state_dict({"weight": 2 * weight, "bias": layer.bias})
+    assert torch.equal(layer.weight, 2 * weight)
+    assert torch.equal(layer.to("cpu").float().weight, 2 * weight.float())
+    layer = layer.to(BF16)
+    assert layer.packed
+    layer.requires_grad_()
+    layer.to("cpu")
+    assert layer.weight.requires_grad
+    assert torch.equal(layer.weight, 2 * weight)
+
+
+def test_models_pack_frozen_bf16_weights_only(packing: None, monkeypatch: pytest.MonkeyPatch):
+    model = SwiGLU(16, 21)
+    trained = copy.deepcopy(model).to(BF16)
+    assert not trained.w_in.packed
+    x = torch.randn(2, 16, dtype=BF16)
+    set_dtype(model.requires_grad_(False), BF16)
+    before = model(x)
+    assert model.to("cpu").w_in.packed
+    torch.testing.assert_close(model(x), before, rtol=2e-2, atol=2e-2)
+    assert model.state_dict()["w_in.weight"].shape == (42, 16)
+    set_dtype(model, torch.float32)
+    assert model.w_in.weight.dtype == torch.float32
+    monkeypatch.setattr(module, "NATIVE", False)
+    assert not copy.deepcopy(model).to(BF16).w_in.packed

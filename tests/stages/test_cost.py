@@ -13,9 +13,10 @@ from raekit.distributed import World
 from raekit.models.autoencoder import load_autoencoder
 from raekit.models.discriminator import DiscriminatorConfig
 from raekit.models.encoders import load_encoder
+from raekit.models.linear import Linear
 from raekit.models.perceptual import load_perceptual
 from raekit.recipes import find
-from raekit.stages.cost import cost_of
+from raekit.stages.cost import _Memory, cost_of
 from raekit.stages.decoder_losses import AdversarialConfig, PerceptualConfig
 from raekit.stages.reconstruction import DecoderSize, ReconstructionConfig
 from raekit.stages.run import build
@@ -61,6 +62,16 @@ def test_the_estimate_agrees_with_the_measured_peak(precision, dtype, tmp_path):
 
     frozen = weights(load_autoencoder("builtin:emoji", dtype).encoder)
     assert cost.fixed + 8 * cost.image == pytest.approx(allocated(step) + frozen, rel=0.15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_weights_count_once(packing: None, dtype: torch.dtype):
+    layer = Linear(64, 128, bias=False).requires_grad_(False).to(dtype)
+    with torch.no_grad(), _Memory(layer) as memory:
+        for _ in range(2):
+            layer(torch.zeros(0, 64, dtype=dtype))
+    assert layer.packed == (dtype == torch.bfloat16)
+    assert memory.peak == 64 * 128 * dtype.itemsize
 
 
 def test_frozen_networks_count(images: str, tiny_model: Path, vgg: str, tmp_path: Path):

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Literal
 
 import torch
@@ -191,11 +192,12 @@ class SwiGLU(nn.Module):
         return -self.w_out.weight.shape[1] % ALIGNMENT
 
     def forward(self, x: Tensor) -> Tensor:
-        w_in, b_in, w_out, b_out = self.w_in.weight, self.w_in.bias, self.w_out.weight, self.w_out.bias
-        if self.padding and torch.is_autocast_enabled(x.device.type) and w_in.dtype == torch.float32:
+        project, expand = self.w_in, self.w_out
+        if self.padding and torch.is_autocast_enabled(x.device.type) and self.w_in.weight.dtype == torch.float32:
             w_in, b_in, w_out, b_out = self.cast_weights(torch.get_autocast_dtype(x.device.type)).values()
-        gate, value = linear(x, w_in, b_in).chunk(2, dim=-1)
-        return linear(F.silu(gate) * value, w_out, b_out)
+            project, expand = partial(linear, weight=w_in, bias=b_in), partial(linear, weight=w_out, bias=b_out)
+        gate, value = project(x).chunk(2, dim=-1)
+        return expand(F.silu(gate) * value)
 
     def cast_weights(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Return copies of the parameters in `dtype` by name, with aligned hidden channels."""

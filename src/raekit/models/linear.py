@@ -1,6 +1,7 @@
 """Linear layers whose bfloat16 products are fast on every processor."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +17,57 @@ PIECE = 2**22
 
 
 class Linear(nn.Linear):
-    """A linear layer that uses `linear`."""
+    """A linear layer that uses `linear`, and packs frozen bfloat16 weights on a CPU that multiplies bfloat16 fast.
+
+    oneDNN, torch's library of products on a CPU, uses a layout of its own, and torch converts plain weights to it at
+    every call. `to(device)` packs a weight, which means that it converts the weight once. A packed weight takes no more
+    memory. State dicts and copies of the layer have plain weights.
+    """
+
+    packed = False
+    """Whether the weight is packed. Its `is_mkldnn` says so too, but not while torch compiles the layer."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return linear(input, self.weight, self.bias)
+        if not self.packed:
+            return linear(input, self.weight, self.bias)
+        if torch.is_autocast_enabled("cpu"):
+            input = input.to(self.weight.dtype)
+        if torch.is_grad_enabled() and input.requires_grad:  # the packed product has no gradient
+            return F.linear(input, self.weight.to_dense(), self.bias)
+        return torch.ops.raekit.packed_linear(input, self.weight, self.bias)
+
+    def unpack(self) -> None:
+        """Make the weight a plain tensor, which can be changed and converted."""
+        if self.packed:
+            self.weight, self.packed = self._plain(), False
+
+    def _plain(self) -> nn.Parameter:
+        return nn.Parameter(self.weight.detach().to_dense(), self.weight.requires_grad)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.unpack()
+        super()._apply(fn, recurse)
+        weight = self.weight
+        if NATIVE and weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and not weight.requires_grad:
+            self.weight = nn.Parameter(torch.ops.mkldnn._reorder_linear_weight(weight), requires_grad=False)
+            self.packed = True
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the attributes for `copy` and `pickle`, which cannot handle a packed weight."""
+        state = self.__dict__.copy()
+        if self.packed:
+            state |= {"packed": False, "_parameters": self._parameters | {"weight": self._plain()}}
+        return state
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.packed:
+            destination[prefix + "weight"] = self._plain().detach()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.unpack()
+        super()._load_from_state_dict(*args, **kwargs)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -98,7 +146,24 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None,
 _widened.register_autograd(_backward, setup_context=_remember)
 
 
-@register_flop_formula(torch.ops.raekit.linear)
+# Not `custom_op`: its `device_types` do not include oneDNN's tensors on a CPU.
+_LIBRARY = torch.library.Library("raekit", "FRAGMENT")
+_LIBRARY.define("packed_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+
+
+@torch.library.impl(_LIBRARY, "packed_linear", "MkldnnCPU")
+def _packed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if x.dtype != weight.dtype:
+        raise RuntimeError(f"expected x and weight to have the same dtype, but got {x.dtype} and {weight.dtype}")
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+@torch.library.register_fake("raekit::packed_linear", lib=_LIBRARY)
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], len(weight))
+
+
+@register_flop_formula([torch.ops.raekit.linear, torch.ops.raekit.packed_linear])
 def _flops(x_shape: Any, weight_shape: Any, *rest: Any, **options: Any) -> int:
     """Return the FLOPs of a product from the shapes of its tensors."""
     return 2 * x_shape.numel() * weight_shape[0]

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from raekit.errors import UserError
+from raekit.models.linear import Linear
 
 
 def check_dtype(dtype: object) -> None:
@@ -34,6 +35,9 @@ def set_dtype(module: nn.Module, dtype: torch.dtype, keep: Collection[object] = 
         UserError: `dtype` is neither float32 nor bfloat16.
     """
     check_dtype(dtype)
+    for layer in module.modules():
+        if isinstance(layer, Linear):
+            layer.unpack()
     if dtype != torch.float32 and (own := getattr(module, "cast_weights", None)):
         for name, copy in own(dtype).items():
             module.get_parameter(name).data = copy.detach()

@@ -104,14 +104,19 @@ class _Memory(TorchDispatchMode):
     def _count(self, tensor: Any) -> None:
         if not isinstance(tensor, torch.Tensor):
             return
-        storage = _storage(tensor)
-        if storage._cdata in self.held:
+        if tensor.is_mkldnn:  # a packed weight has no storage (`raekit.models.linear`)
+            owner, key, size = tensor, id(tensor), tensor.numel() * tensor.itemsize
+        else:
+            owner = _storage(tensor)
+            key, size = owner._cdata, owner.nbytes()
+        if key in self.held:
             return
-        trained = isinstance(tensor, nn.Parameter) and tensor.requires_grad  # perhaps of another objective
-        self.held[storage._cdata] = size = 0 if trained else storage.nbytes()
+        if isinstance(tensor, nn.Parameter) and tensor.requires_grad:  # perhaps of another objective
+            size = 0
+        self.held[key] = size
         self.bytes += size
         self.peak = max(self.peak, self.bytes)
-        weakref.finalize(storage, self._free, storage._cdata)
+        weakref.finalize(owner, self._free, key)
 
     def _free(self, key: int) -> None:
         self.bytes -= self.held.pop(key)
