@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from harness import SIZES, denoiser, interleaved, named, report, training_step
-from machine import MatmulRate, peak_memory
+from machine import MatmulRate, peak_memory, reset_peak_memory
 from raekit.distributed import CPU, prepare_device
 from raekit.flow.sampling import Sampling, sample_latents
 from raekit.models.denoiser import Denoiser
@@ -99,6 +99,7 @@ def serve(pipe: Connection, prepare: Prepare, size: str, batch: int) -> None:
     """Do a run for each message, and answer with the largest resident set so far, until the message is None."""
     prepare_device("cpu")
     run = prepare(size, batch)
+    reset_peak_memory(CPU)  # loading takes more than one copy of the weights
     while pipe.recv() is not None:
         run()
         pipe.send(peak_memory(CPU))
