@@ -175,6 +175,17 @@ def test_packed_layers_keep_their_type_rules_flops_and_gradients_of_inputs(packe
     torch.testing.assert_close(ours, exact, rtol=2e-2, atol=2e-2)
 
 
+def test_a_packed_weight_that_is_to_be_trained_has_its_gradient(packed: tuple[Linear, Tensor]):
+    layer, weight = packed
+    layer.requires_grad_()
+    x = torch.randn(5, 24, dtype=BF16)
+    ours = torch.autograd.grad(layer(x).sum(), [layer.weight, layer.bias])
+    weight.requires_grad_()
+    exact = torch.autograd.grad(F.linear(x, weight, layer.bias).sum(), [weight, layer.bias])
+    for one, other in zip(ours, exact, strict=True):
+        torch.testing.assert_close(one.to_dense(), other, rtol=2e-2, atol=2e-2)
+
+
 def test_outside_the_layer_a_packed_weight_is_plain(packed: tuple[Linear, Tensor]):
     layer, weight = packed
     assert torch.equal(layer.state_dict()["weight"], weight)

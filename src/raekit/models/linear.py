@@ -32,7 +32,8 @@ class Linear(nn.Linear):
             return linear(input, self.weight, self.bias)
         if torch.is_autocast_enabled("cpu"):
             input = input.to(self.weight.dtype)
-        if torch.is_grad_enabled() and input.requires_grad:  # the packed product has no gradient
+        # The packed product has no gradient.
+        if torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad):
             return F.linear(input, self.weight.to_dense(), self.bias)
         return torch.ops.raekit.packed_linear(input, self.weight, self.bias)
 
