@@ -431,6 +431,11 @@ def test_a_run_is_resumed_and_extended_by_its_name_alone(run, images, tmp_path, 
     monkeypatch.chdir(tmp_path)
     done = run("train", "--resume", "run", "--train.steps", 5)
     assert_fails(done, "run: belongs to a run with a different config:", "train.steps: 3 -> 5 (possible with --change)")
+    done = run("train", "--resume", "run", "--train.steps", 5, "--dry-run")
+    assert done.code == 0
+    refusal = "5 steps of 4 images: 20 images\n\nThis training would not start. run: belongs to a run with a different"
+    assert refusal in done.out
+    assert "would not start" not in run("train", "--resume", "run", "--change", "--train.steps", 5, "--dry-run").out
     done = run("train", "--resume", "run", "--change", "--train.steps", 5, "--train.keep", 1)
     assert done.code == 0, done.err
     assert done.out == "artifact: run/artifact\n"
@@ -1330,7 +1335,7 @@ def test_shards_that_are_not_whole_are_refused(run, tiny_model, tmp_path):
     (out / "latents-00001-of-00003.safetensors").unlink()
     with pytest.raises(raekit.UserError, match="holds 2 of 3 shards"):
         list(raekit.read_latents(out))
-    with pytest.raises(raekit.UserError, match="holds 0 of 1 shards"):
+    with pytest.raises(raekit.UserError, match="holds no latents; give a folder that `raekit encode` wrote"):
         list(raekit.read_latents(tmp_path / "in"))
 
 

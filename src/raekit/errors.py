@@ -23,16 +23,17 @@ class Stopped(BaseException):
     """The exit status EX_TEMPFAIL of sysexits.h: try again later."""
 
 
-def whole_number(name: str, value: object, least: int | None = None) -> int:
+def whole_number(name: str, value: object, least: int | None = None, most: int | None = None) -> int:
     """Return a setting as an int. Integers of numpy and torch are whole numbers, too; booleans are not.
 
     Args:
         name: the name of the setting, for the error message.
         value: the value that a caller gives.
         least: the smallest valid value. None: any.
+        most: the largest valid value. None: any.
 
     Raises:
-        UserError: `value` is not a whole number, or is below `least`.
+        UserError: `value` is not a whole number, or is out of range.
     """
     try:
         if isinstance(value, bool):
@@ -42,6 +43,8 @@ def whole_number(name: str, value: object, least: int | None = None) -> int:
         raise UserError(f"{name}: {value!r} must be a whole number") from None
     if least is not None and number < least:
         raise UserError(f"{name}: {number} must be at least {least}")
+    if most is not None and number > most:
+        raise UserError(f"{name}: {number} must be at most {most}")
     return number
 
 

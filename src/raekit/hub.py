@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,13 +35,14 @@ published: Callable[[], Published] | None = None
 """Return the published models. `import raekit` sets it, because they are defined in a higher layer."""
 
 
-def find_folder(name: str | Path, kind: str | None = None) -> Path:
+def find_folder(name: str | Path, kind: str | None = None, encoders: Iterable[str] = ()) -> Path:
     """Return the folder of a model. From the Hub, only the files that raekit reads are downloaded.
 
     Args:
         name: `builtin:NAME`, a published name, a local folder, RUN@STEP for a milestone of a training, or OWNER/NAME or
             OWNER/NAME@REVISION on the Hub.
         kind: the artifact that is wanted, by default all. A published model may keep its artifacts in several folders.
+        encoders: the names of encoders to suggest for an unknown name. Default: published models are suggested.
 
     Raises:
         UserError: there is no such model, or the Hub did not deliver it.
@@ -62,8 +63,9 @@ def find_folder(name: str | Path, kind: str | None = None) -> Path:
     if milestone := _milestone(name):
         return milestone
     if not is_repository(name):
-        known = [*builtin_names(), *(models.NAMES if models else ())]
-        hint = did_you_mean(name, known) or "give a folder, OWNER/NAME on the Hub, or a name that `raekit models` lists"
+        known = [*builtin_names(), *(encoders or (models.NAMES if models else ()))]
+        lists = "raekit models --encoders" if encoders else "raekit models"
+        hint = did_you_mean(name, known) or f"give a folder, OWNER/NAME on the Hub, or a name that `{lists}` lists"
         raise UserError(f"{name}: no such folder or model; {hint}")
     if models and (same := models.REPLACED.get(name.partition("@")[0])):
         raise UserError(

@@ -46,6 +46,7 @@ def test_a_report_is_written_for_machines_and_people(tmp_path):
     text = (folder / "report.md").read_text()
     assert "| fid ↓ | 2.5 | 2.25 to 2.75 | bias +0.5 |" in text
     assert "| sampling.guidance | cfg:2.0 |" in text
+    assert "| reference | r.npz |" in text
     assert "| model | a \\| b \\<script\\> |" in text
     assert text.startswith("# a \\| b \\<script\\>\n")
     odd = replace(made, names={"model": "x](y)\n# [`z`] *b* fd_a_b", "reference": []}, notes=("<b> \n- x",))
@@ -53,6 +54,7 @@ def test_a_report_is_written_for_machines_and_people(tmp_path):
     assert text.startswith(r"# x\](y) # \[\`z\`\] \*b\* fd_a_b" + "\n")
     assert "\n- \\<b\\> - x\n" in text
     page = (folder / "report.html").read_text()
+    assert "<td>reference</td><td>r.npz</td>" in page
     assert "<script>" not in page
     assert "&lt;script&gt;" in page
     assert "data:image/png;base64," in page

@@ -816,6 +816,7 @@ def test_pictures_round_and_keep_every_level():
         ({"solver": "Heun"}, "solver: 'Heun' is none of euler, heun"),
         ({"grid": "Full"}, "grid: 'Full' is none of full, few, published"),
         ({"steps": 0}, "steps: 0 must be at least 1"),
+        ({"steps": 10**9}, "steps: 1000000000 must be at most 100000"),
         ({"steps": 2.0}, "steps: 2.0 must be a whole number"),
         ({"reuse": "2"}, "reuse: '2' must be a number"),
         ({"guidance": ["cfg:2"]}, r"guidance: \['cfg:2'\] must be a scale, a text"),

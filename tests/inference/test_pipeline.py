@@ -220,10 +220,13 @@ def test_a_saved_model_says_which_average_it_holds(tiny_model, tmp_path):
     shutil.copytree(tiny_model, tmp_path / "trained")
     denoiser = Denoiser.load(tiny_model)
     for ema, beside in ((0.99, False), (0.5, True)):
-        denoiser.save(tmp_path / "trained", ema=ema, beside=beside)
+        denoiser.ema = ema
+        denoiser.save(tmp_path / "trained", beside=beside)
     for ema, decay in ((None, 0.99), (0.5, 0.5)):
         Pipeline.from_pretrained(tmp_path / "trained", ema=ema).save_pretrained(tmp_path / "saved")
         assert artifacts.find(tmp_path / "saved", "denoiser").ema == decay
+        Denoiser.load(tmp_path / "trained", ema=ema).save(tmp_path / "again")
+        assert artifacts.find(tmp_path / "again", "denoiser").ema == decay
     write_model(read_model(str(tmp_path / "trained")), tmp_path / "converted")
     assert artifacts.find(tmp_path / "converted", "denoiser").ema == 0.99
 

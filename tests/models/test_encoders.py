@@ -610,7 +610,7 @@ def test_bad_checkpoint_is_refused(fault: str, checkpoint: Callable[..., Path], 
     message = str(info.value)
     assert "\n" not in message
     assert f"`hf download ID --local-dir {folder}`" in message
-    assert "Registered" not in message
+    assert "FAMILY:WHERE" not in message
 
 
 @pytest.mark.parametrize(
@@ -737,10 +737,13 @@ def test_weights_are_read_into_float32(tmp_path: Path):
     assert {p.dtype for p in load_encoder(f"dinov2:{tmp_path}").parameters()} == {torch.float32}
 
 
-def test_unknown_name_lists_the_known():
-    with pytest.raises(UserError, match=r"encoder dinov9: no such folder .* Registered: clip-b, clip-l, dinov2-b,"):
-        load_encoder("dinov9")
-    with pytest.raises(UserError, match=r"no such built-in.* Registered: .* FAMILY dinov2, dinov2_with_registers,"):
+def test_unknown_name_suggests_an_encoder():
+    with pytest.raises(UserError, match=r"encoder dinov2b: no such folder or model; did you mean dinov2-b or ") as info:
+        load_encoder("dinov2b")
+    assert "rae-" not in str(info.value)  # the name of an autoencoder
+    with pytest.raises(UserError, match=r"encoder resnet: .* that `raekit models --encoders` lists\. Any "):
+        load_encoder("resnet")
+    with pytest.raises(UserError, match=r"no such built-in.* FAMILY one of dinov2, dinov2_with_registers,"):
         load_encoder("builtin:dinov9")
 
 
@@ -750,7 +753,7 @@ def test_a_damaged_configuration_is_not_an_unknown_name(content: str, tmp_path: 
     with pytest.raises(UserError) as info:
         load_encoder(str(tmp_path))
     assert str(tmp_path) in str(info.value)
-    assert "Registered" not in str(info.value)
+    assert "FAMILY:WHERE" not in str(info.value)
 
 
 def test_registering_takes_one_line(monkeypatch: pytest.MonkeyPatch):
@@ -821,7 +824,7 @@ def test_own_encoder_is_loaded_from_its_folder(tmp_path: Path):
     save_file(state, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=r"do not fit ViT: missing blocks.1.norm2.bias") as info:
         load_encoder(str(tmp_path))
-    assert "Registered" not in str(info.value)
+    assert "FAMILY:WHERE" not in str(info.value)
 
 
 def test_too_many_tokens_are_rejected():

@@ -23,7 +23,7 @@ _EPOCHS = (
     "Train for this many passes over the images, and scale schedules, starts and intervals of the recipe to them. "
     "Options that you give are not scaled."
 )
-_DRY_RUN = "Show the config and the cost without training."
+_DRY_RUN = "Show the config and the cost without training, and whether the run could start."
 _CHANGE = "Allow changes to an existing run: steps, learning rates, schedules, precision, images."
 _PROCESSES = "Train in this number of processes on this machine."
 _GPUS = "Train on this number of GPUs of this machine, with one process for each GPU."
@@ -212,7 +212,7 @@ def _train(what: list[str], name: str, about: str, default: Any, run: Path, argu
     config = given.config
     with world(given.device) as here:
         if given.dry_run:
-            console.out.print(describe_config(config, given.run, here))
+            console.out.print(describe_config(config, given.run, here, given.change))
             return
         total, batch = config.train.steps, config.train.batch_size
         with Display(console.err, quiet=not here.is_main) as progress:

@@ -68,9 +68,9 @@ def write_report(report: Report, out: Path) -> None:
         report=report,
         rows=score_rows(report),
         baselines=baseline_rows(report) if report.baselines else [],
-        settings=flat(report.settings),
-        names=flat(report.names),
-        environment=flat(report.environment),
+        settings=_texts(report.settings),
+        names=_texts(report.names),
+        environment=_texts(report.environment),
         picture=embed(picture.read_bytes()) if picture.is_file() else None,
         pictures={
             path.stem.replace("-", " "): embed(path.read_bytes()) for path in sorted((out / "baselines").glob("*.png"))
@@ -266,7 +266,14 @@ def _text(report: Report, name: str) -> str:
     return value + (f" ({interval})" if interval else "")
 
 
+def _texts(values: Mapping[str, Any]) -> dict[str, str]:
+    """Return nested values as {"a.b": text}."""
+    return {key: _plain(value) for key, value in flat(values).items()}
+
+
 def _plain(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_plain, value)) or "none"
     return "none" if value is None else str(value)
 
 
@@ -275,7 +282,7 @@ def _markdown(report: Report) -> str:
     scores += score_rows(report)
     settings = [["setting", "value"], ["hash", report.hash], ["images", report.images]]
     for part in report.names, report.settings, report.environment:
-        settings += [[key, _plain(value)] for key, value in flat(part).items()]
+        settings += map(list, _texts(part).items())
     notes = [f"- {_escaped(note)}" for note in report.notes]
     baselines = [_table(baseline_rows(report)), ""] if report.baselines else []
     title = f"# {_escaped(str(report.names['model']))}"

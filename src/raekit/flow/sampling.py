@@ -38,6 +38,8 @@ from raekit.models.denoiser import Denoiser, Features
 
 START = "sample"
 """The stream of random numbers for the noise that samples start from."""
+MAX_STEPS = 100_000
+"""The largest number of solver steps. A typing error would fill the memory with times."""
 ONE_PASS_ON_CPU = 2
 """The largest batch whose two predictions for classifier-free guidance a CPU makes in one pass."""
 
@@ -75,7 +77,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "guidance", as_rules(self.guidance))
-        object.__setattr__(self, "steps", whole_number("steps", self.steps, 1))
+        object.__setattr__(self, "steps", whole_number("steps", self.steps, 1, MAX_STEPS))
         for name, choices in (("solver", SolverName), ("grid", Grid)):
             if getattr(self, name) not in get_args(choices):
                 raise UserError(f"{name}: {getattr(self, name)!r} is none of {', '.join(get_args(choices))}")

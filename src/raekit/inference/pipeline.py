@@ -65,7 +65,6 @@ class Pipeline:
     def __init__(self, autoencoder: LatentSpace, denoiser: Denoiser | None = None, name: str | None = None) -> None:
         self.autoencoder, self.denoiser, self.name = autoencoder, denoiser, name
         self._model = Model(autoencoder, denoiser) if denoiser else None
-        self._ema: float | None = None
 
     @classmethod
     def from_pretrained(
@@ -96,9 +95,7 @@ class Pipeline:
             if ema is not None:
                 raise
             return cls(autoencoder, None, full)
-        made = cls(autoencoder, Denoiser.load(found.path, dtype=dtype), full)
-        made._ema = found.ema
-        return made
+        return cls(autoencoder, Denoiser.load(found.path, dtype=dtype), full)
 
     @property
     def model(self) -> Model:
@@ -134,7 +131,8 @@ class Pipeline:
             if self.name is None:
                 raise UserError("to: this model is only in memory; save it, and load it with dtype=")
             # Loading again is exact: weights that are once rounded to bfloat16 stay rounded.
-            device, again = self.device, type(self).from_pretrained(self.name, ema=self._ema, dtype=place)
+            ema = self.denoiser.ema if self.denoiser else None
+            device, again = self.device, type(self).from_pretrained(self.name, ema=ema, dtype=place)
             self.autoencoder, self.denoiser, self._model = again.autoencoder, again.denoiser, again._model
             return self.to(device)
         place = check_device(place)
@@ -347,7 +345,7 @@ class Pipeline:
         """
         self.autoencoder.save(Path(folder), dtype=dtype)
         if self.denoiser:
-            self.denoiser.save(Path(folder), dtype=dtype, ema=self._ema)
+            self.denoiser.save(Path(folder), dtype=dtype)
 
     def push_to_hub(self, repository: str, *, private: bool = False, dtype: torch.dtype | None = None) -> str:
         """Publish the model with a model card on the Hub, and return its address. `raekit push` adds facts and scores.

@@ -15,6 +15,8 @@ from raekit.models.latent_space import LatentSpace
 from raekit.weights import fingerprint, rounded
 
 METADATA_KEY = "raekit"
+WRITERS = {"images": "raekit encode", "source": "raekit latents cache"}
+"""The command that writes shards of each kind."""
 REMEDIES = {
     "images": "encode the images into an empty folder again",
     "source": "run the same `raekit latents cache` command again to complete it",
@@ -93,14 +95,15 @@ def read_infos(path: Path, cls: type[Info]) -> dict[Path, Info]:
     """Return the shards of the file or folder `path` in order, each with its description.
 
     Raises:
-        UserError: if a shard is missing, damaged or of another kind.
+        UserError: if there is no shard, or one is missing, damaged or of another kind.
     """
     shards = sorted(path.glob("latents-*.safetensors")) if path.is_dir() else [path]
     infos = {shard: read_info(shard, cls) for shard in shards}
+    if not infos:
+        raise UserError(f"{path}: holds no latents; give a folder that `{WRITERS[cls.kind]}` wrote")
     found = [(info.shard, info.shards) for info in infos.values()]
-    if not found or found != [(i, len(found)) for i in range(len(found))]:
-        wanted = found[0][1] if found else 1
-        raise UserError(f"{path}: holds {len(found)} of {wanted} shards of latents; {REMEDIES[cls.kind]}")
+    if found != [(i, len(found)) for i in range(len(found))]:
+        raise UserError(f"{path}: holds {len(found)} of {found[0][1]} shards of latents; {REMEDIES[cls.kind]}")
     return infos
 
 
@@ -111,7 +114,7 @@ def read_info(path: Path, cls: type[Info]) -> Info:
         UserError: if the shard is missing, damaged or of another kind.
     """
     if not path.is_file():
-        raise UserError(f"{path}: no such file")
+        raise UserError(f"{path}: no such file or folder")
     try:
         with safe_open(path, "pt") as file:
             text = (file.metadata() or {}).get(METADATA_KEY)

@@ -63,6 +63,8 @@ class Denoiser(nn.Module):
     narrow_residual = False
     trained_on: str | None = None
     """The address of the data source that it was trained on, if that is known."""
+    ema: float | None = None
+    """The decay of the weight average that the weights are, if they are an average. `save` writes it."""
 
     def __init__(self, config: DenoiserConfig, condition: Condition | None = None) -> None:
         super().__init__()
@@ -110,7 +112,7 @@ class Denoiser(nn.Module):
         found = artifacts.find(name, "denoiser", ema)
         config = from_dict(DenoiserConfig, found.config, found.path / "config.json")
         model = cls.build(config, artifacts.read(found.path), found.path, dtype)
-        model.trained_on = found.trained_on
+        model.trained_on, model.ema = found.trained_on, found.ema
         return model
 
     @classmethod
@@ -153,7 +155,6 @@ class Denoiser(nn.Module):
         world: World | None = None,
         dtype: torch.dtype | None = None,
         *,
-        ema: float | None = None,
         beside: bool = False,
     ) -> None:
         """Write FOLDER/denoiser, for `load`.
@@ -162,12 +163,18 @@ class Denoiser(nn.Module):
             folder: the model folder.
             world: the processes. All of them call this, the first one writes.
             dtype: the type to store. Default: the weights' own.
-            ema: the decay, if the weights are an average.
             beside: write FOLDER/denoiser-ema-DECAY, next to another average in FOLDER/denoiser.
         """
-        target = Path(folder) / (f"denoiser-ema-{ema}" if beside else "denoiser")
+        target = Path(folder) / (f"denoiser-ema-{self.ema}" if beside else "denoiser")
         artifacts.write(
-            target, "denoiser", self.config, self, world or World(), dtype=dtype, ema=ema, trained_on=self.trained_on
+            target,
+            "denoiser",
+            self.config,
+            self,
+            world or World(),
+            dtype=dtype,
+            ema=self.ema,
+            trained_on=self.trained_on,
         )
 
     def _register_rotary(self, name: str, part: TransformerConfig, unplaced: int = 0) -> None:

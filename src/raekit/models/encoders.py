@@ -192,11 +192,11 @@ def load_encoder(
         spec = _spec(name, family, where, folder, model.config)
     else:
         try:
-            find_folder(name)
+            find_folder(name, encoders=REGISTRY)
         except UserError as error:
             raise UserError(
-                f"encoder {error}. Registered: {', '.join(sorted(REGISTRY))}. Others of a family are FAMILY:WHERE, "
-                f"WHERE a folder or OWNER/NAME on the Hub, FAMILY {', '.join(FAMILIES)}"
+                f"encoder {error}{'' if str(error).endswith('?') else '.'} Any checkpoint of a known family is "
+                f"FAMILY:WHERE; WHERE is a folder or OWNER/NAME on the Hub, FAMILY one of {', '.join(FAMILIES)}"
             ) from None
         found = artifacts.find(name, "encoder")
         path, config = found.path, from_dict(ViTConfig, found.config, found.path / "config.json")

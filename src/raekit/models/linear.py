@@ -140,7 +140,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None,
     return (
         linear(gradient, weight.mT) if wanted[0] else None,
         linear(rows.mT, _rows(x).mT) if wanted[1] else None,
-        rows.sum(0, dtype=torch.float32).to(weight.dtype) if ctx.biased and wanted[2] else None,
+        rows.sum(0) if ctx.biased and wanted[2] else None,
     )
 
 

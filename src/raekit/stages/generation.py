@@ -234,7 +234,9 @@ def build(config: GenerationConfig, run: Path, world: World) -> Stage:
 
     def export(folder: Path) -> None:
         for decay, average in (objective.averages or {None: network}).items():
-            denoiser_of(average).save(folder, world, ema=decay, beside=average is not objective.averaged)
+            finished = denoiser_of(average)
+            finished.ema = decay
+            finished.save(folder, world, beside=average is not objective.averaged)
         if folder not in exported:  # it does not change
             autoencoder.save(folder, world)
             exported.add(folder)

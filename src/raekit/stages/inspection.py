@@ -5,12 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from raekit import artifacts
-from raekit.config import from_dict, read_json, to_dict, to_json
+from raekit.config import Mark, from_dict, read_json, replaced, to_dict, to_json
 from raekit.data.loader import DataConfig
 from raekit.data.sources import open_source
 from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.hub import find_folder
+from raekit.models.registry import absolute
+from raekit.stages import record
 from raekit.stages.cost import cost_of
 from raekit.stages.run import StageConfig, build
 from raekit.training import checkpoint
@@ -18,11 +20,12 @@ from raekit.training.recompute import checkpoint_blocks
 from raekit.training.tracking import read_metrics, steps_to
 
 
-def describe_config(config: StageConfig, run: Path, world: World) -> str:
+def describe_config(config: StageConfig, run: Path, world: World, change: bool = False) -> str:
     """Describe `config` without training: all fields, parameters, FLOPs, memory, steps and images.
 
     FLOPs and memory are measured in a training step on two images per process, with all losses of the last step. The
-    backward pass costs about twice the FLOPs of the forward pass.
+    backward pass costs about twice the FLOPs of the forward pass. The last lines say if `run` does not allow these
+    settings.
     """
     few = replace(config.train, batch_size=2 * world.size, micro_batch=None)
     stage = build(replace(config, train=few, data=replace(config.data, workers=0)), run, world)
@@ -43,6 +46,11 @@ def describe_config(config: StageConfig, run: Path, world: World) -> str:
         ]
     images = config.train.steps * config.train.batch_size
     lines.append(f"{config.train.steps:,} steps of {config.train.batch_size} images: {images:,} images")
+    if record.is_begun(run):
+        try:
+            record.check_start(run, replaced(config, Mark.PLACE, absolute), stage.inputs(), change)
+        except UserError as error:
+            lines += ["", f"This training would not start. {error}"]
     return "\n".join(lines)
 
 

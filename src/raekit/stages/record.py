@@ -137,6 +137,13 @@ def check(run: Path, found: Sequence[Change], allowed: bool) -> None:
         )
 
 
+def check_start(run: Path, config: StageConfig, inputs: Inputs, allowed: bool) -> list[Change]:
+    """Return how config and inputs differ from those of the run; UserError, as `check` raises it, if they must not."""
+    found = [*config_changes(run, config), *input_changes(run, inputs)]
+    check(run, found, allowed)
+    return found
+
+
 def write(run: Path, config: StageConfig, inputs: Inputs, step: int, found: Sequence[Change], world: World) -> None:
     """Record a start of the run at `step` with these changes. The record of a run that has not begun is replaced."""
     if not world.is_main:

@@ -64,12 +64,10 @@ def train(
     config = replaced(config, Mark.PLACE, absolute)
     with stop_signals(world) as stop, lock(run, world):
         check_shared(run, world)
-        changed = record.config_changes(run, config)
-        record.check(run, changed, change)
+        record.check(run, record.config_changes(run, config), change)  # before the stage is built, which takes time
         stage = build(config, run, world)
         inputs = world.gather(stage.inputs() if world.is_main else None)[0]
-        changed += record.input_changes(run, inputs)
-        record.check(run, changed, change)
+        changed = record.check_start(run, config, inputs, change)
         trainer = Trainer(
             run,
             config.train,
