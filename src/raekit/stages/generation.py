@@ -22,6 +22,7 @@ from raekit.inference.shards import encoder_fingerprint, statistics_fingerprint
 from raekit.models.autoencoder import load_autoencoder
 from raekit.models.denoiser import Denoiser
 from raekit.models.denoiser_config import DenoiserConfig, DenoiserSize
+from raekit.models.latent_space import LatentSpace
 from raekit.models.layers import watch_logits
 from raekit.progress import Progress
 from raekit.stages.alignment import Aligned, AlignmentConfig, load_target, similarity
@@ -159,29 +160,7 @@ def build(config: GenerationConfig, run: Path, world: World) -> Stage:
         loader = Loader(config.data, seed)
         autoencoder.encoder_to(world.device)
     loader.announce(world)
-    if autoencoder.image_size != config.data.image_size:
-        raise UserError(
-            f"data.image_size: {config.data.image_size}, but {config.autoencoder} needs {autoencoder.image_size}"
-        )
-    if config.conditional and not loader.classes:
-        raise UserError(
-            f"data.source: {config.data.source} has no classes; set --no-conditional to train without classes"
-        )
-    channels, *grid = autoencoder.latent_shape
-    size = config.denoiser
-    alpha = path.shift_factor(autoencoder.latent_shape, config.shift_base)
-    model = Denoiser(
-        DenoiserConfig(
-            **vars(size),
-            channels=channels,
-            grid=(grid[0], grid[1]),
-            num_classes=len(loader.classes) if config.conditional else 0,
-            shift=alpha,
-            class_names=loader.classes if config.conditional else (),
-        )
-    )
-    model.trained_on = absolute(config.data.address)
-    model.narrow_residual = config.residual == "bf16"
+    model = _new_denoiser(config, autoencoder, loader.classes)
     if config.init_from and not checkpoints(run / "checkpoints"):  # a resumed run has weights
         initialise_denoiser(model, config.init_from)
 
@@ -201,7 +180,14 @@ def build(config: GenerationConfig, run: Path, world: World) -> Stage:
         if encoder and isinstance(network, Aligned) and isinstance(batch, Batch):
             tokens = encoder(batch.pixels())
         return flow_matching_loss(
-            network, latents, labels, batch.positions, seed=seed, time_law=config.time_law, alpha=alpha, tokens=tokens
+            network,
+            latents,
+            labels,
+            batch.positions,
+            seed=seed,
+            time_law=config.time_law,
+            alpha=model.config.shift,
+            tokens=tokens,
         )
 
     def loss(batch: Batch | LatentBatch, step: int) -> tuple[Tensor, Metrics]:
@@ -212,8 +198,8 @@ def build(config: GenerationConfig, run: Path, world: World) -> Stage:
         module=network,
         loss=loss,
         optim=config.optim,
-        blocks=[*model.blocks, *(model.head_blocks if size.head else [])],
-        convolutions=[model.embed, *([model.head_embed] if size.head else [])],
+        blocks=[*model.blocks, *(model.head_blocks if model.config.head else [])],
+        convolutions=[model.embed, *([model.head_embed] if model.config.head else [])],
         ema=config.ema,
         monitor=partial(watch_logits, model),
     )
@@ -289,3 +275,29 @@ def build(config: GenerationConfig, run: Path, world: World) -> Stage:
         export=export,
         periodics=[replace(periodic, call=lent(periodic.call)) for periodic in periodics],
     )
+
+
+def _new_denoiser(config: GenerationConfig, autoencoder: LatentSpace, classes: tuple[str, ...]) -> Denoiser:
+    """Return a denoiser with random weights; UserError if autoencoder, images and settings do not fit each other."""
+    if autoencoder.image_size != config.data.image_size:
+        raise UserError(
+            f"data.image_size: {config.data.image_size}, but {config.autoencoder} needs {autoencoder.image_size}"
+        )
+    if config.conditional and not classes:
+        raise UserError(
+            f"data.source: {config.data.source} has no classes; set --no-conditional to train without classes"
+        )
+    channels, *grid = autoencoder.latent_shape
+    model = Denoiser(
+        DenoiserConfig(
+            **vars(config.denoiser),
+            channels=channels,
+            grid=(grid[0], grid[1]),
+            num_classes=len(classes) if config.conditional else 0,
+            shift=path.shift_factor(autoencoder.latent_shape, config.shift_base),
+            class_names=classes if config.conditional else (),
+        )
+    )
+    model.trained_on = absolute(config.data.address)
+    model.narrow_residual = config.residual == "bf16"
+    return model

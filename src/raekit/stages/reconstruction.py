@@ -17,7 +17,7 @@ from raekit.inference.shards import encoder_fingerprint
 from raekit.inference.statistics import measure_latents
 from raekit.models.autoencoder import Autoencoder, AutoencoderConfig, Output, load_autoencoder
 from raekit.models.decoder import Decoder, DecoderConfig, DecoderPositions
-from raekit.models.encoders import load_encoder
+from raekit.models.encoders import Encoder, load_encoder
 from raekit.models.layers import watch_logits
 from raekit.models.registry import LayersConfig, Size
 from raekit.progress import Progress, counted
@@ -113,32 +113,7 @@ def build(config: ReconstructionConfig, run: Path, world: World) -> Stage:
     loader.announce(world)
     dtype = compute_dtype(config.train.precision, world.device)
     encoder = load_encoder(config.encoder, config.encoder_size, config.layers, dtype)
-    size = config.decoder
-    model = Autoencoder(
-        AutoencoderConfig(
-            encoder=config.encoder,
-            encoder_size=config.encoder_size,
-            layers=config.layers,
-            output=config.output,
-            decoder=DecoderConfig(
-                token_dim=encoder.spec.width,
-                grid=encoder.grid,
-                patch_size=size.patch_size,
-                width=size.width,
-                depth=size.depth,
-                heads=size.heads,
-                hidden=size.hidden,
-                positions=size.positions,
-            ),
-        ),
-        encoder,
-    ).to(world.device)
-    if model.image_shape != (config.data.image_size, config.data.image_size):
-        raise UserError(
-            f"decoder.patch_size: {size.patch_size} on a grid of {encoder.grid} gives images of "
-            f"{' x '.join(map(str, model.image_shape))} pixels, but data.image_size is {config.data.image_size}; "
-            "change one of the two"
-        )
+    model = _new_autoencoder(config, encoder).to(world.device)
     if config.init_from and not checkpoints(run / "checkpoints"):  # a resumed run has its own weights
         initialise_decoder(model.decoder, config.init_from)
     losses = Losses(config, model, config.train.seed, world)
@@ -225,6 +200,27 @@ def build(config: ReconstructionConfig, run: Path, world: World) -> Stage:
         export=export,
         periodics=periodics,
     )
+
+
+def _new_autoencoder(config: ReconstructionConfig, encoder: Encoder) -> Autoencoder:
+    """Return an autoencoder whose decoder has random weights; UserError if it does not fit the size of the images."""
+    model = Autoencoder(
+        AutoencoderConfig(
+            encoder=config.encoder,
+            encoder_size=config.encoder_size,
+            layers=config.layers,
+            output=config.output,
+            decoder=DecoderConfig(token_dim=encoder.spec.width, grid=encoder.grid, **vars(config.decoder)),
+        ),
+        encoder,
+    )
+    if model.image_shape != (config.data.image_size, config.data.image_size):
+        raise UserError(
+            f"decoder.patch_size: {config.decoder.patch_size} on a grid of {encoder.grid} gives images of "
+            f"{' x '.join(map(str, model.image_shape))} pixels, but data.image_size is {config.data.image_size}; "
+            "change one of the two"
+        )
+    return model
 
 
 def _statistics_of(source: str, model: Autoencoder) -> tuple[Tensor | None, Tensor] | None:
