@@ -281,6 +281,9 @@ def test_one_name_of_features_and_numbers_of_numpy_are_settings(trained, tiny_mo
     assert len(report.results) == 1
     assert (folder / "report.json").is_file()
     pipe: Any = raekit.Pipeline.from_pretrained(str(trained))
+    loaded = load(str(trained))
+    refused("ema: has no effect on a loaded model", lambda: evaluate(loaded, ema=0.5, **QUICK))
+    assert report.names["ema"] == loaded.denoiser.ema is not None
     refused("model: a Pipeline is neither a name nor a `Model`", lambda: evaluate(pipe, **QUICK))
 
 

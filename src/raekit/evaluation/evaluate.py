@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from raekit import artifacts
 from raekit.data.loader import DataConfig
 from raekit.data.sources import FORMATS, is_address, open_source
 from raekit.data.sources.base import Split
@@ -87,7 +86,7 @@ def evaluate(
         labels: how the classes of the samples are drawn. Default: "balanced" with a reference file, otherwise
             "reference", in the proportions of the held-out images.
         sampling: how to sample. Default: 50 Euler steps without guidance.
-        ema: the decay of the weight average to use, one of the trained averages. Default: the first.
+        ema: the decay of the weight average to load, if `model` is a name. Default: the first that was trained.
         reconstruct: score reconstructions of the reference's own images (rFID, PSNR, SSIM) instead of samples.
         lpips: score reconstructions by LPIPS too, with VGG16 from this file, or "auto" to find VGG16.
         interpolate: score the autoencoder by images halfway between held-out images and similar training images in
@@ -119,6 +118,8 @@ def evaluate(
         )
     features = [features] if isinstance(features, str) else features
     seed, count = whole_number("seed", seed), None if count is None else whole_number("count", count, 1)
+    if isinstance(model, Model) and ema is not None:
+        raise UserError("ema: has no effect on a loaded model, which holds one average; leave it out")
     if isinstance(model, str) and (scheme := Path(model).suffix[1:]) in FORMATS and Path(model).is_file():
         raise UserError(f"{model}: give saved images by their address, {scheme}:{model}")
     references, others = _places(reference), _places(relative_to)
@@ -191,19 +192,10 @@ def evaluate(
         assert loaded
         if compile:
             loaded.compile(sampling.weak if sampling else None)
-        of_reference, class_names = read[0].about.classes, loaded.denoiser.config.class_names
-        if labels == "reference":
-            read[0].check_classes(class_names)
-        known = of_reference is not None and len(of_reference) == loaded.denoiser.config.num_classes
-        stream = Samples(
-            loaded,
-            count or (LITERATURE if references else COUNT),
-            sampling or Sampling(),
-            seed=seed,
-            labels=labels or ("reference" if known and not references else "balanced"),
-            of_reference=of_reference,
-            batch_size=batch_size,
-        )
+        count = count or (LITERATURE if references else COUNT)
+        if labels is None and not references and _has_classes_of(read[0], loaded):
+            labels = "reference"
+        stream = _samples(loaded, read[0], count, sampling or Sampling(), seed, labels or "balanced", batch_size)
     rows = {}
     if baselines:
         assert dataset is not None
@@ -211,7 +203,7 @@ def evaluate(
     compared = Against(read, networks, world.device, [read_reference(path) for path in others])
     names = {
         "model": name,
-        "ema": _ema(model, ema) if isinstance(model, str) and not (saved or own) else ema,
+        "ema": loaded.denoiser.ema if isinstance(loaded, Model) else None,
         "reference": [*map(str, references)] or [f"{dataset} (held out)"],
         "relative_to": [*map(str, others)],
         **(names or {}),
@@ -267,10 +259,6 @@ def _load(model: str | Model, own: bool, ema: float | None, dtype: torch.dtype, 
     return load(model, world.device, ema, dtype)
 
 
-def _ema(model: str, ema: float | None) -> float | None:
-    return artifacts.find(model, "denoiser", ema).ema
-
-
 def _check_dataset(name: str, dataset: str | None, given: bool, loaded: Model | LatentSpace | None) -> str:
     """Return the address of the dataset to compare with; UserError if it is unknown, unreadable or of other classes."""
     if dataset is None and loaded is None:
@@ -310,6 +298,27 @@ def _reconstructions(
     found = Reconstructions(autoencoder, source, split, scores, batch_size=batch_size, workers=workers)
     found.originals.loader.announce(world)
     return found
+
+
+def _has_classes_of(reference: Reference, model: Model) -> bool:
+    """Return whether `reference` counts images of as many classes as `model` has."""
+    classes = reference.about.classes
+    return classes is not None and len(classes) == model.denoiser.config.num_classes
+
+
+def _samples(
+    model: Model,
+    reference: Reference,
+    count: int,
+    sampling: Sampling,
+    seed: int,
+    labels: Labels,
+    batch_size: int,
+) -> Samples:
+    if labels == "reference":
+        reference.check_classes(model.denoiser.config.class_names)
+    classes = reference.about.classes
+    return Samples(model, count, sampling, seed=seed, labels=labels, of_reference=classes, batch_size=batch_size)
 
 
 def _originals(reference: Reference) -> tuple[str, Split]:
