@@ -82,6 +82,27 @@ def test_nobody_waits_for_a_process_that_died(rank, end, says):
     assert "run the same command again to resume" in errors[1 - rank]
 
 
+FAILING = """
+import os
+from raekit.recipes.emoji_encoder import config
+from raekit.stages import run
+
+def fail(*arguments):
+    raise OSError("the disk broke")
+
+if os.environ.get("RANK") == "0":  # the other process waits for this one
+    run.build = fail
+"""
+
+
+def test_a_first_process_that_fails_says_why_before_the_launcher_ends_it(tmp_path):
+    (tmp_path / "failing.py").write_text(FAILING)
+    command = [sys.executable, "-m", "raekit", "train", str(tmp_path / "failing.py"), "--processes", "2"]
+    done = subprocess.run([*command, "--run", tmp_path / "run"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert "error: input/output: the disk broke" in done.stderr
+
+
 def test_a_process_that_waits_in_a_collective_for_a_killed_one_says_so():
     code = WAITING.replace("time.sleep(100)", "here.barrier()").format(rank=1, end="os.kill(os.getpid(), 9)")
     processes = pair_of(code)

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from raekit import hub
 from raekit.config import read_json, to_dict, to_json
@@ -149,8 +148,9 @@ def write(
         statistics: latent statistics, always stored in float32: variances span more orders of magnitude than
             float16 holds.
     """
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state: dict[str, Tensor] = get_model_state_dict(module, options=options)  # type: ignore[assignment]
+    from raekit.distributed.sharding import full_state
+
+    state = full_state(module, cpu=True)
     if not world.is_main:
         return
     about = {name: value for name, value in (("ema", ema), ("trained_on", trained_on)) if value is not None}

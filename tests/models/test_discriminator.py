@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raekit.config import from_dict, to_dict
-from raekit.distributed import World, full_state
+from raekit.distributed import World
+from raekit.distributed.sharding import full_state, shard
 from raekit.errors import UserError
 from raekit.models.discriminator import (
     Dino,
@@ -382,7 +383,7 @@ def test_adaptive_weight():
 def train(world: World, steps: int) -> tuple[dict[str, Tensor], float]:
     """Train for `steps` steps on a batch of four that the processes share; return the weights and the last loss."""
     model = tiny_discriminator()
-    world.shard(model, list(model.heads))
+    shard(model, list(model.heads), world)
     # Not Adam: it would turn the rounding errors in the gradients of biases before a norm into steps of full length.
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     loss = torch.zeros(())

@@ -9,7 +9,8 @@ from torch.distributed.checkpoint import FileSystemReader
 from raekit import randomness
 from raekit.config import from_dict, to_dict
 from raekit.data.loader import Batch, DataConfig, Loader
-from raekit.distributed import World, full_state
+from raekit.distributed import World
+from raekit.distributed.sharding import full_state
 from raekit.errors import UserError
 from raekit.models.augment import AugmentConfig, augment
 from raekit.models.autoencoder import Autoencoder

@@ -3,20 +3,15 @@
 import os
 import time
 import uuid
-import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cache
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch import Tensor
 
 from raekit.distributed import slurm
 from raekit.distributed.liveness import Watch
@@ -121,51 +116,6 @@ class World:
         """Wait until every process calls this method."""
         self.any(False)  # unlike a barrier of NCCL, gloo notices at once that a process has ended
 
-    def shard(self, module: nn.Module, blocks: list[nn.Module], ways: int = 1) -> None:
-        """Distribute `module` in place with FSDP2. A world of size 1 does nothing.
-
-        Weights are float32, and gradients are averaged over the processes.
-
-        Args:
-            module: the module to distribute.
-            blocks: parts of `module` that are wrapped separately, so that communication overlaps with computation.
-            ways: the number of processes that share one copy of the weights, a divisor of `size`. With 1, every process
-                holds all weights.
-        """
-        if self.size == 1:
-            return
-        # FSDP2 warns at every restart against changing outputs in place. The library changes no output in place.
-        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-        mesh = _mesh(self.device.type, self.size, ways)
-        for block in [*blocks, module]:
-            # By default the root keeps its gathered weights after a forward pass without a backward pass. After an
-            # evaluation, updates of an EMA copy would then go to these temporary weights.
-            fully_shard(block, mesh=mesh, reshard_after_forward=True)
-
-
-@cache
-def _mesh(device: str, size: int, ways: int) -> DeviceMesh:
-    """Return the mesh for `fully_shard`. All modules share one, and with it one communicator for each dimension."""
-    return init_device_mesh(device, (size // ways, ways), mesh_dim_names=("replicate", "shard"))
-
-
-@contextmanager
-def gathered(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Keep the full weights of distributed modules in every process inside this block.
-
-    A forward pass then needs no other process, so that processes may make different numbers of passes.
-    """
-    parts = [part for module in modules for part in module.modules() if isinstance(part, FSDPModule)]
-    for part in parts:
-        part.set_reshard_after_forward(False, recurse=False)
-        part.unshard()
-    try:
-        yield
-    finally:
-        for part in parts:
-            part.reshard()
-            part.set_reshard_after_forward(True, recurse=False)
-
 
 def check_shared(folder: Path, world: World) -> None:
     """Check that all processes see the same `folder`: the first writes a token that all must read.
@@ -188,17 +138,6 @@ def check_shared(folder: Path, world: World) -> None:
         (folder / name).unlink()
     if not everywhere:
         raise UserError(f"{folder}: must be on a file system that all machines share; choose another --run")
-
-
-def full_state(module: nn.Module) -> dict[str, Tensor]:
-    """Return the full weights and buffers of a module, distributed or not. Every process must call it."""
-    return get_model_state_dict(module, options=StateDictOptions(full_state_dict=True))  # type: ignore[return-value]
-
-
-def set_gradient_sync(module: nn.Module, enabled: bool) -> None:
-    """Set whether backward passes average gradients over processes. Only the last micro-batch of a step needs it."""
-    if isinstance(module, FSDPModule):
-        module.set_requires_gradient_sync(enabled)
 
 
 def prepare_device(device: str | None = None, local_rank: int = 0) -> torch.device:
@@ -284,5 +223,4 @@ def world(device: str | None = None) -> Iterator[World]:
         raise
     finally:
         watch.leave(failed)
-        _mesh.cache_clear()
         dist.destroy_process_group()

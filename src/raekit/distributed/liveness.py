@@ -47,6 +47,7 @@ class Watch:
         self._works = 0  # pieces of work so far; a request to stop belongs to one of them
         self._interrupt: Callable[[], None] | None = None
         self._may_end: Callable[[], bool] = lambda: True
+        self._failed = False  # another process failed, as far as this one has noticed
         self._left = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
@@ -61,7 +62,7 @@ class Watch:
 
     def failed(self) -> bool:
         """Return whether another process failed or died."""
-        return self._has("failed")
+        return self._failed or self._has("failed")
 
     def is_first(self, what: str) -> bool:
         """Return whether no other process has called this method with `what`."""
@@ -113,16 +114,21 @@ class Watch:
             self._interrupt, self._may_end = None, lambda: True
 
     def leave(self, failed: bool) -> None:
-        """Stop watching, and tell the others that this process ends. The first process waits for the others."""
+        """Stop watching, and tell the others that this process ends.
+
+        The first process waits for the others, because the store may end with it. If it failed, it only waits until
+        they have noticed: they may wait for it themselves, and when they give up, a launcher ends this process before
+        it has said why it failed.
+        """
         self._left.set()
         self._thread.join()
         if failed:
             self._tell("failed", str(self._rank))
         try:
             self._store.add("left", 1)
-            deadline = time.monotonic() + GRACE + 2 * PULSE
+            deadline = time.monotonic() + 4 * PULSE + (0 if failed else GRACE)
             while self._rank == 0 and self._store.add("left", 0) < self._size and time.monotonic() < deadline:
-                time.sleep(0.01)  # the store may end with this process
+                time.sleep(0.01)
         except RuntimeError:
             pass  # the store has ended: nobody is left to tell
 
@@ -144,6 +150,7 @@ class Watch:
                 self._end("the first process, or the launcher, ended", 1, stopping)
                 return
             if failed:
+                self._failed = True
                 self._end(f"process {self._store.get('failed').decode()} failed; its own message says why", 1, stopping)
                 return
             for rank, pulse in pulses.items():

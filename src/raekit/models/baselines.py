@@ -1,7 +1,6 @@
 """The latent spaces that the paper compares with RAE: a VAE's latents and raw pixels (tables 10 and 11)."""
 
-from collections.abc import Iterable
-from copy import deepcopy
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -9,7 +8,6 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from raekit import artifacts
 from raekit.config import check_sizes, configclass
@@ -126,8 +124,10 @@ class VAE(nn.Module):
         return (decoded.float() + 1) / 2, posterior.kl().float()
 
     def baseline(self) -> "Baseline":
-        """Return a frozen copy as a latent space."""
-        return Baseline(BaselineConfig(baseline="vae:in memory", image_size=self.image_size), deepcopy(self.vae))
+        """Return a frozen copy as a latent space. The weights must be complete, so gather those of a sharded VAE."""
+        state = dict(self.named_parameters()) | dict(self.named_buffers())  # `state_dict` would shard them again
+        copy = self._copy(state).to(next(self.parameters()).device)
+        return Baseline(BaselineConfig(baseline="vae:in memory", image_size=self.image_size), copy.vae)
 
     def finished(self, images: Iterable[Tensor]) -> Any:
         """Return a copy of the AutoencoderKL whose config has the shift and the scale of the latents of `images`.
@@ -137,12 +137,18 @@ class VAE(nn.Module):
         Args:
             images: Batches of images (B, 3, S, S) in [0, 1].
         """
-        state = get_model_state_dict(self, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-        copy = VAE(self.size, self.image_size).eval().requires_grad_(False)
-        copy.load_state_dict(state)
+        from raekit.distributed.sharding import full_state
+
+        copy = self._copy(full_state(self))
         latents = torch.cat([copy.vae.encode(2 * batch - 1).latent_dist.mean for batch in images])
         copy.vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
         return copy.vae
+
+    def _copy(self, state: Mapping[str, Tensor]) -> "VAE":
+        """Return a frozen VAE on the CPU with the weights `state`."""
+        copy = VAE(self.size, self.image_size).eval().requires_grad_(False)
+        copy.load_state_dict(state)
+        return copy
 
 
 class Baseline(LatentSpace):

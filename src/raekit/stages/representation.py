@@ -13,7 +13,8 @@ from raekit import randomness
 from raekit.config import Interval, Operation, Place, check_sizes, configclass
 from raekit.data.loader import Batch, DataConfig, Loader
 from raekit.data.sources import open_source
-from raekit.distributed import World, full_state
+from raekit.distributed import World
+from raekit.distributed.sharding import full_state
 from raekit.errors import UserError
 from raekit.evaluation.features import EncoderFeatures
 from raekit.evaluation.metrics import NearestNeighbours

@@ -21,7 +21,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor, Replicate
 
 from raekit.config import Interval, OnPurpose, Operation, Steps, configclass
-from raekit.distributed import World, gathered, set_gradient_sync
+from raekit.distributed import World
+from raekit.distributed.sharding import gathered, set_gradient_sync, shard
 from raekit.errors import Stopped, UserError
 from raekit.training import checkpoint, ema
 from raekit.training.casting import CastWeights
@@ -173,7 +174,7 @@ class Trainer:
             blocks = [replica.get_submodule(name) for name in names]
             if self.config.checkpointing and replica is module:
                 checkpoint_blocks(blocks)
-            self.world.shard(replica, blocks, self.config.shard)
+            shard(replica, blocks, self.world, self.config.shard)
             if self.config.compile:
                 for block in blocks or [replica]:
                     block.compile()
