@@ -44,6 +44,11 @@ def test_help_and_version_need_no_torch():
     assert not loaded & {"torch", "numpy", "PIL", "pydantic"}
 
 
+def test_generating_does_not_import_torch_s_compiler():
+    statement = "import raekit\nraekit.Pipeline.from_pretrained('builtin:emoji')('flags', steps=1)"
+    assert not loaded_after(statement) & {"torch._dynamo", "torch.distributed.fsdp", "sympy"}
+
+
 def test_public_names_come_from_their_modules():
     from raekit.evaluation.evaluate import evaluate
     from raekit.models.autoencoder import Autoencoder

@@ -10,7 +10,7 @@ from torch import nn
 from raekit import hub
 from raekit.errors import UserError
 from raekit.hub import find_file, find_folder
-from raekit.weights import check_fit, fingerprint, load_strict, read_weights
+from raekit.weights import check_fit, fingerprint, load_network, load_strict, read_weights
 
 STATE = {"weight": torch.arange(6.0).view(2, 3), "bias": torch.ones(2)}
 
@@ -128,6 +128,23 @@ def test_fit_is_checked_without_memory():
     check_fit(lambda: nn.Linear(3, 2), STATE, "here")
     with pytest.raises(UserError, match="do not fit Linear"):
         check_fit(lambda: nn.Linear(10**8, 10**8), STATE, "here")
+
+
+def test_a_network_is_loaded_without_random_weights():
+    def make() -> nn.Module:
+        layer = nn.Linear(3, 2)
+        nn.init.trunc_normal_(layer.weight)
+        nn.init.normal_(tensor=layer.bias)
+        layer.register_buffer("more", torch.randn(4), persistent=False)
+        return layer
+
+    before = torch.get_rng_state()
+    network = load_network(make, STATE, "here")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(network.state_dict()[key], value) for key, value in STATE.items())
+    assert next(network.parameters()).device.type == "cpu"
+    with pytest.raises(UserError, match="here: the weights do not fit Linear"):
+        load_network(lambda: nn.Linear(10**8, 10**8), STATE, "here")
 
 
 def test_strict_loading():

@@ -21,7 +21,7 @@ from raekit.models.layers import to_grid
 from raekit.models.precision import set_dtype
 from raekit.models.registry import LayersConfig, Size, absolute
 from raekit.models.vit import ViT
-from raekit.weights import check_fit, fingerprint, load_strict, rounded
+from raekit.weights import NoRandomWeights, check_fit, fingerprint, load_strict, rounded
 
 Output = Literal["encoder-colours", "pixels"]
 
@@ -112,7 +112,8 @@ class Autoencoder(LatentSpace):
         Raises:
             UserError: if the weights do not fit; it names their `source`.
         """
-        model = cls(config, encoder)
+        with NoRandomWeights():
+            model = cls(config, encoder)
         load_strict(model.decoder, decoder, source)
         set_dtype(model.decoder, dtype)
         model.set_statistics(*statistics)

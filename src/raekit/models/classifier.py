@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from raekit import artifacts
 from raekit.config import check_sizes, configclass, from_dict
 from raekit.errors import UserError
-from raekit.weights import check_fit, load_strict
+from raekit.weights import load_network
 
 GROUPS = 8
 
@@ -82,7 +82,4 @@ def load_classifier(name: str) -> Classifier:
     found = artifacts.find(name, "classifier")
     config = from_dict(ClassifierConfig, found.config, found.path / "config.json")
     state = artifacts.read(found.path)
-    check_fit(lambda: Classifier(config), state, found.path)
-    model = Classifier(config)
-    load_strict(model, state, found.path)
-    return model.eval().requires_grad_(False)
+    return load_network(lambda: Classifier(config), state, found.path).eval().requires_grad_(False)

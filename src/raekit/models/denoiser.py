@@ -27,7 +27,7 @@ from raekit.models.layers import (
 )
 from raekit.models.linear import Linear
 from raekit.models.precision import set_dtype
-from raekit.weights import check_fit, load_strict
+from raekit.weights import load_network
 
 
 class Features(NamedTuple):
@@ -124,9 +124,7 @@ class Denoiser(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> Self:
         """Return the frozen denoiser with the weights `state`; UserError, naming their `source`, if they do not fit."""
-        check_fit(lambda: cls(config), state, source)
-        model = cls(config)
-        load_strict(model, state, source)
+        model = load_network(lambda: cls(config), state, source)
         return model.set_dtype(dtype).requires_grad_(False).eval()
 
     @property

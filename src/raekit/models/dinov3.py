@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from raekit.errors import UserError
-from raekit.weights import check_fit, is_real, load_strict, read_weights
+from raekit.weights import is_real, load_network, read_weights
 
 HEAD_DIM = 64  # in every DINOv3 and EUPE
 _NAMES = {
@@ -70,9 +70,7 @@ def read_dinov3(path: Path, dtype: torch.dtype = torch.float32) -> Any:
         hidden_act="silu" if gated else "gelu",
         key_bias="model.layer.0.attention.k_proj.bias" in ours,
     )
-    check_fit(lambda: transformers.DINOv3ViTModel(config), ours, path)
-    model = transformers.DINOv3ViTModel(config)
-    load_strict(model, ours, path)
+    model = load_network(lambda: transformers.DINOv3ViTModel(config), ours, path)
     return model.to(dtype).eval()  # type: ignore[arg-type]
 
 

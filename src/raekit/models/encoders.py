@@ -28,7 +28,7 @@ from raekit.models.registry import (
     sides,
 )
 from raekit.models.vit import ViT, ViTConfig
-from raekit.weights import check_fit, load_strict
+from raekit.weights import load_network
 
 _OWN = Family(model_class="", blocks="blocks", norm="norm", embed=lambda m, x: m.tokens(x), prefix_tokens=0)
 
@@ -201,10 +201,7 @@ def load_encoder(
         found = artifacts.find(name, "encoder")
         path, config = found.path, from_dict(ViTConfig, found.config, found.path / "config.json")
         state = artifacts.read(path)
-        check_fit(lambda: ViT(config), state, path)
-        model, spec = ViT(config), config.spec
-        load_strict(model, state, path)
-        model.to(dtype)
+        model, spec = load_network(lambda: ViT(config), state, path).to(dtype), config.spec
     return Encoder(name, spec, model, input_size, layers)
 
 

@@ -45,11 +45,18 @@ def to_tokens(latents: Tensor) -> Tensor:
     return latents.flatten(2).transpose(1, 2)
 
 
+def _only_shapes() -> bool:
+    """Return whether a network is built on the meta device. To compute a table there, torch imports its compiler."""
+    return torch.get_default_device().type == "meta"
+
+
 def sincos_positions(width: int, grid: tuple[int, int]) -> Tensor:
     """Return the fixed 2-D position embedding (H*W, width).
 
     The first half of the channels encodes the column, the second half the row (RAE v1).
     """
+    if _only_shapes():
+        return torch.empty(grid[0] * grid[1], width)
     frequencies = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
     angles = [p.flatten()[:, None] * frequencies for p in (columns, rows)]
@@ -71,6 +78,9 @@ def rotary_table(head_dim: int, grid: tuple[int, int], unplaced: int = 0) -> Rot
         grid: rows and columns of tokens.
         unplaced: number of tokens that follow the grid's tokens and are not rotated.
     """
+    if _only_shapes():
+        size = grid[0] * grid[1] + unplaced, head_dim // 2
+        return torch.empty(size), torch.empty(size)
     quarter = head_dim // 4
     frequencies = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
     rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
