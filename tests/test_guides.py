@@ -61,7 +61,7 @@ def commands(guide: str) -> list[list[str]]:
 def smaller(command: list[str], model: str, weaker: str, vgg: str) -> list[str]:
     """Return a command for a small model, few images and one process."""
     names = {name: f"{name}.py" for name in SMALL} | dict.fromkeys(("rae-dinov2-b", "dinov2-b"), model)
-    names |= {"auto": vgg, "REFERENCE": "imagenet256.safetensors", "inception": "builtin:vit-tiny"}
+    names |= {"REFERENCE": "imagenet256.safetensors", "inception": "builtin:vit-tiny"}
     values = {
         "--image-size": "16",
         "--count": "40",
@@ -82,6 +82,8 @@ def smaller(command: list[str], model: str, weaker: str, vgg: str) -> list[str]:
         small.append(values.get(option, word))
     if command[0] == "evaluate" and "--reconstruct" not in command:
         small += ["--steps", "3"] if "--count" in command else ["--steps", "3", "--count", "40"]
+    if command[:2] == ["train", "dinov2b_decoder_xl"]:
+        small += ["--perceptual.weights", vgg]
     if command[:2] == ["train", "photos_256"] and "--init-from" not in command:
         small += ["--init-from", model]
     return small

@@ -6,6 +6,7 @@ To make a variant of a recipe, apply `dataclasses.replace` to its `config()`.
 import importlib
 import importlib.util
 import pkgutil
+import re
 import sys
 import traceback
 from dataclasses import dataclass
@@ -70,7 +71,10 @@ class Recipe:
         return self._line("Cost")
 
     def _line(self, name: str) -> str:
-        return next(line.partition(":")[2].strip() for line in self.about.splitlines() if line.startswith(f"{name}:"))
+        """Return an entry of the docstring. Its further lines are indented."""
+        found = re.search(rf"^{name}:(.*(?:\n +.*)*)", self.about, re.MULTILINE)
+        assert found, f"{self.name}: its docstring has no line {name!r}"
+        return " ".join(found[1].split())
 
     @property
     def purpose(self) -> Purpose:
