@@ -31,7 +31,7 @@ def app(
         port: Port of the page. None: the first free port from 7860 on.
         share: Also open a public address for a week, through Gradio's relay.
         space: Name OWNER/NAME of a Space, a demo that the Hub hosts. Write its files to the folder NAME, and exit.
-        ema: Decay of the weight average to use, one of the recipe's `ema` values. None: the first of them.
+        ema: EMA decay of the weights to use, one of the recipe's `ema` values. None: the first of them.
         precision: Precision that the model is loaded and computes in.
         device: Device to compute on. None: the GPU if there is one, else the CPU.
     """

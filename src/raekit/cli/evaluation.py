@@ -67,7 +67,7 @@ def evaluate(
         seed: Seed of the samples, or of --interpolate's draws.
         labels: Classes of the samples: each class equally often; drawn uniformly; or in the proportions of the
             reference's images. Default: balanced with --reference, otherwise reference.
-        ema: Decay of the weight average to use, one of the recipe's `ema` values. Default: the first.
+        ema: EMA decay of the weights to use, one of the recipe's `ema` values. Default: the first.
         intervals: Compute 95 % intervals of distances and accuracies, and the bias of distances.
         batch_size: Number of images to process at once, at most 250.
         compile: Compile the blocks of the model. This saves time only for many samples.

@@ -119,7 +119,7 @@ def push(
         private: Make a new repository private.
         dtype: Type to store the weights in. None: their present type.
         reports: Report folders of `raekit evaluate`, whose scores are added to the model card.
-        ema: Decay of the weight average to publish, one of the recipe's `ema` values. None: the first of them.
+        ema: EMA decay of the weights to publish, one of the recipe's `ema` values. None: the first of them.
         dry_run: Show the files and the model card, and upload nothing.
     """
     from raekit.cli.sampling import dtype_of

@@ -62,7 +62,7 @@ def generate(
         count: Number of samples for each class; with random classes, in total. In a folder, a larger number keeps the
             existing samples and adds more.
         seed: Seed of the noise. Sample i depends only on the seed, i and its class; the classes take turns.
-        ema: Decay of the weight average to use, one of the recipe's `ema` values. None: the first of them.
+        ema: EMA decay of the weights to use, one of the recipe's `ema` values. None: the first of them.
         published: Sampling config (YAML) of RAE v1 or v2, to use instead of a model. Also sets guidance and solver.
         format: Format of the pictures in a folder; both are lossless. None: png.
         batch_size: Number of images to generate at once. auto: as many as fit into the GPU's memory, or 64 on the CPU.
@@ -160,7 +160,7 @@ def interpolate(
         classes: Classes (names, parts of names, or numbers) of the first and the last image, or one class for both. If
             not given, no class.
         frames: Number of images, including the first and the last.
-        ema: Decay of the weight average to use, one of the recipe's `ema` values. None: the first of them.
+        ema: EMA decay of the weights to use, one of the recipe's `ema` values. None: the first of them.
         batch_size: Number of images to generate at once. auto: as many as fit into the GPU's memory, or 64 on the CPU.
         device: Device to compute on. None: the GPU if there is one, else the CPU.
     """
@@ -222,7 +222,7 @@ def trajectory(
         count: Number of samples for each class. `raekit generate` makes the same samples of the same classes.
         frames: Number of images in a row.
         seed: Seed of the noise.
-        ema: Decay of the weight average to use, one of the recipe's `ema` values. None: the first of them.
+        ema: EMA decay of the weights to use, one of the recipe's `ema` values. None: the first of them.
         device: Device to compute on. None: the GPU if there is one, else the CPU.
     """
     from raekit.distributed import world

@@ -172,7 +172,7 @@ def latents_generate(
         out: Output file (.safetensors) for `unwhitened` of shape (COUNT, C, H, W).
         count: Number of latents over all classes.
         seed: Seed of the noise. Latent i depends only on the seed, i and its class.
-        ema: Decay of the weight average to use, one of the recipe's `ema` values. None: the first of them.
+        ema: EMA decay of the weights to use, one of the recipe's `ema` values. None: the first of them.
         batch_size: Number of latents to generate at once.
         device: Device to compute on. None: the GPU if there is one, else the CPU.
     """

@@ -23,9 +23,8 @@ class OptimConfig:
         momentum: Momentum of Muon.
         lr: Learning rate during the warm-up and at the start of the decay.
         final_lr: Learning rate from step `decay_end` on, unless `decay` is `constant`.
-        warmup_steps: Number of steps before the decay starts.
-        warmup_from_zero: Increase the learning rate linearly during the warm-up, by lr / warmup_steps in each step. If
-            off, the learning rate is `lr` throughout the warm-up.
+        warmup_steps: Number of steps before the decay starts. The learning rate is `lr` in these steps.
+        warmup_from_zero: Increase the learning rate linearly from zero to `lr` in the warm-up steps instead.
         decay: Curve of the learning rate from `lr` to `final_lr`; `constant` stays at `lr`.
         decay_end: Step at which the decay ends, counted from 0 and including the warm-up.
         betas: The betas of AdamW.
