@@ -241,6 +241,12 @@ def test_a_cache_of_something_else_is_refused(cache, data, autoencoder, tmp_path
     refused(r"data\.crop: random does not work with cached latents", replace(data, crop="random"))
     refused(r"holds no latents; give a folder that `raekit latents cache` wrote", folder=tmp_path)
     refused(r"no such file", folder=tmp_path / "none")
+    moved = shutil.copytree(data.source.removeprefix("folder:"), tmp_path / "moved")
+    LatentLoader(cache, replace(data, source=f"folder:{moved}"), 0, autoencoder)  # the same images at another place
+    next(moved.rglob("*.png")).unlink()
+    refused(
+        r"made with data\.source folder:.*, but the config has folder:.*moved", replace(data, source=f"folder:{moved}")
+    )
     part = tmp_path / "part"
     shutil.copytree(cache, part)
     sorted(part.iterdir())[3].unlink()
