@@ -584,6 +584,16 @@ def signalled(step: int, part: int = 0, number: int = signal.SIGTERM, **options:
     return one
 
 
+def test_a_record_covers_the_steps_before_and_after_a_stop(tmp_path):
+    config = replace(CONFIG, log_every=4)
+    trainer(tmp_path / "straight", config=config).fit()
+    assert not finishes(trainer(tmp_path / "stopped", config=config, one=signalled(5)))
+    trainer(tmp_path / "stopped", config=config).fit()
+    straight, stopped = (read_metrics(tmp_path / run) for run in ("straight", "stopped"))
+    for name in ("step", "net/loss", "net/bias", "net/grad_norm"):
+        assert [record[name] for record in stopped] == [record[name] for record in straight]
+
+
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("micro_batch", [None, 2])
 def test_a_signal_stops_and_the_run_goes_on_exactly(tmp_path, number, micro_batch):

@@ -1,5 +1,6 @@
 """The training loop for a list of objectives, on any number of processes."""
 
+import json
 import logging
 import shutil
 import time
@@ -155,6 +156,7 @@ class Trainer:
         self.step = 0
         self.saved = -1  # step of the newest checkpoint
         self.skipped = {o.name: torch.zeros(2, device=world.device) for o in self.objectives}  # total, in a row
+        self.window: defaultdict[str, list[Tensor]] = defaultdict(list)  # metrics of the steps since the last record
         self.flops: dict[frozenset[str], float] = {}  # of one image, by the names of a step's metrics
         self.optimizers: dict[str, optim.Optimizer] = {}
         for objective in self.objectives:
@@ -194,7 +196,6 @@ class Trainer:
         """
         self.stop = stop or Stop()
         tracker = Tracking(self.run, self.step, self.config.track, self.about) if self.world.is_main else None
-        history: defaultdict[str, list[Tensor]] = defaultdict(list)
         try:
             if self.step:  # the last process may have died between this checkpoint and its artifact or evaluation
                 self._publish()
@@ -207,16 +208,16 @@ class Trainer:
             with self.stop.deferred():
                 while self.step < self.config.steps:
                     for name, value in self._train_step(stream, speed).items():
-                        history[name].append(value)
+                        self.window[name].append(value)
                     self.step += 1
                     last = self.step == self.config.steps
                     if self.step % self.config.log_every == 0 or last:
-                        values = self._summary(history)
+                        values = self._summary()
                         values |= speed.record(self.step, self.config.steps)
                         if tracker:
                             tracker.scalars(self.step, values)
                         report(self.step, values)
-                        history.clear()
+                        self.window.clear()
                     # Save before an evaluation, which a signal may end, so that no step is lost.
                     if self._saves():
                         with speed.paused():
@@ -440,10 +441,10 @@ class Trainer:
         largest = {name: max(self.world.gather(value.item())) for name, value in seen.items()}
         return {f"{objective.name}/{name}": torch.tensor(v, device=self.world.device) for name, v in largest.items()}
 
-    def _summary(self, history: dict[str, list[Tensor]]) -> dict[str, float]:
+    def _summary(self) -> dict[str, float]:
         """Return means over steps and processes, without skipped steps. UserError if too many in a row were skipped."""
-        names = sorted(history)
-        windows = [torch.stack(history[name]) for name in names]
+        names = sorted(self.window)
+        windows = [torch.stack(self.window[name]) for name in names]
         means = self.world.sum(torch.stack([w[w.isfinite()].mean() for w in windows])) / self.world.size
         values = dict(zip(names, means.tolist(), strict=True))
         for objective in self.objectives:
@@ -460,7 +461,10 @@ class Trainer:
         return values
 
     def _state(self) -> dict[str, Any]:
-        state: dict[str, Any] = {"trainer": {"step": self.step, "skipped": self.skipped}}
+        window = {name: self._shared_means(self.window[name]) for name in sorted(self.window)}
+        state: dict[str, Any] = {
+            "trainer": {"step": self.step, "skipped": self.skipped, "window": json.dumps(window)},
+        }
         for objective in self.objectives:
             state[objective.name] = {
                 "module": get_model_state_dict(objective.module),
@@ -468,6 +472,10 @@ class Trainer:
                 "averages": {str(decay): get_model_state_dict(m) for decay, m in objective.averages.items()},
             }
         return state
+
+    def _shared_means(self, values: list[Tensor]) -> list[float]:
+        """Return the mean over the processes of a metric of each step. Every process must call it."""
+        return (self.world.sum(torch.stack(values)) / self.world.size).tolist()
 
     def save(self) -> None:
         """Write a checkpoint of the current step, unless it exists. The state before the first step needs none."""
@@ -480,6 +488,8 @@ class Trainer:
         checkpoint.load(path, state, self.world)
         self.step, self.skipped = state["trainer"]["step"], state["trainer"]["skipped"]
         self.saved = self.step
+        for name, values in json.loads(state["trainer"]["window"]).items():
+            self.window[name] = list(torch.tensor(values, device=self.world.device))
         for objective in self.objectives:
             saved = state[objective.name]
             set_model_state_dict(objective.module, saved["module"])
