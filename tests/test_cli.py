@@ -436,6 +436,12 @@ def test_a_run_is_resumed_and_extended_by_its_name_alone(run, images, tmp_path, 
     refusal = "5 steps of 4 images: 20 images\n\nThis training would not start. run: belongs to a run with a different"
     assert refusal in done.out
     assert "would not start" not in run("train", "--resume", "run", "--change", "--train.steps", 5, "--dry-run").out
+    fewer = run("train", "--resume", "run", "--change", "--train.steps", 2, "--dry-run").out
+    assert fewer.endswith("This training would not start. train.steps: 2, but run has trained 3 steps; give more\n")
+    uneven = run("train", "--resume", "run", "--train.micro-batch", 3, "--dry-run").out
+    assert "This training would not start. train.batch_size: 4 must divide into 1 processes with whole" in uneven
+    with lock(tmp_path / "run", World()):
+        assert "This training would not start. run: in use by" in run("train", "--resume", "run", "--dry-run").out
     done = run("train", "--resume", "run", "--change", "--train.steps", 5, "--train.keep", 1)
     assert done.code == 0, done.err
     assert done.out == "artifact: run/artifact\n"

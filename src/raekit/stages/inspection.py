@@ -1,6 +1,7 @@
 """Describe what a config costs to train, and what a model or run folder contains."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,9 @@ from raekit.config import Mark, from_dict, read_json, replaced, to_dict, to_json
 from raekit.data.loader import DataConfig
 from raekit.data.sources import open_source
 from raekit.distributed import World
+from raekit.distributed.locks import lock
 from raekit.errors import UserError
+from raekit.files import check_folder
 from raekit.hub import find_folder
 from raekit.models.registry import absolute
 from raekit.stages import record
@@ -18,14 +21,15 @@ from raekit.stages.run import StageConfig, build
 from raekit.training import checkpoint
 from raekit.training.recompute import checkpoint_blocks
 from raekit.training.tracking import read_metrics, steps_to
+from raekit.training.trainer import check_settings
 
 
 def describe_config(config: StageConfig, run: Path, world: World, change: bool = False) -> str:
     """Describe `config` without training: all fields, parameters, FLOPs, memory, steps and images.
 
     FLOPs and memory are measured in a training step on two images per process, with all losses of the last step. The
-    backward pass costs about twice the FLOPs of the forward pass. The last lines say if `run` does not allow these
-    settings.
+    backward pass costs about twice the FLOPs of the forward pass. The last lines say why the training would not
+    start, if it would not.
     """
     few = replace(config.train, batch_size=2 * world.size, micro_batch=None)
     stage = build(replace(config, train=few, data=replace(config.data, workers=0)), run, world)
@@ -46,11 +50,14 @@ def describe_config(config: StageConfig, run: Path, world: World, change: bool =
         ]
     images = config.train.steps * config.train.batch_size
     lines.append(f"{config.train.steps:,} steps of {config.train.batch_size} images: {images:,} images")
-    if record.is_begun(run):
-        try:
-            record.check_start(run, replaced(config, Mark.PLACE, absolute), stage.inputs(), change)
-        except UserError as error:
-            lines += ["", f"This training would not start. {error}"]
+    try:
+        check_settings(config.train, world)
+        check_folder(run)
+        with lock(run, world) if run.is_dir() else nullcontext():
+            if record.is_begun(run):
+                record.check_start(run, replaced(config, Mark.PLACE, absolute), stage.inputs(), change)
+    except UserError as error:
+        lines += ["", f"This training would not start. {error}"]
     return "\n".join(lines)
 
 

@@ -24,7 +24,7 @@ from raekit.stages.generation import GenerationConfig
 from raekit.stages.inputs import Images, Inputs
 from raekit.stages.reconstruction import ReconstructionConfig
 from raekit.stages.representation import RepresentationConfig
-from raekit.training.checkpoint import checkpoints
+from raekit.training.checkpoint import checkpoints, step_of
 from raekit.training.throughput import peak_of
 
 StageConfig = ClassificationConfig | RepresentationConfig | CompressionConfig | ReconstructionConfig | GenerationConfig
@@ -138,7 +138,14 @@ def check(run: Path, found: Sequence[Change], allowed: bool) -> None:
 
 
 def check_start(run: Path, config: StageConfig, inputs: Inputs, allowed: bool) -> list[Change]:
-    """Return how config and inputs differ from those of the run; UserError, as `check` raises it, if they must not."""
+    """Return how config and inputs differ from those of the run.
+
+    Raises:
+        UserError: They must not differ so (`check`), or the run has trained more steps than the config has.
+    """
+    saved = checkpoints(run / "checkpoints")
+    if saved and (step := step_of(saved[-1])) > config.train.steps:
+        raise UserError(f"train.steps: {config.train.steps}, but {run} has trained {step} steps; give more")
     found = [*config_changes(run, config), *input_changes(run, inputs)]
     check(run, found, allowed)
     return found

@@ -78,8 +78,6 @@ def train(
             stage.export,
             about=to_dict(config),
         )
-        if trainer.step > config.train.steps:
-            raise UserError(f"train.steps: {config.train.steps}, but {run} has trained {trainer.step} steps; give more")
         # Recorded only now, so that a mistake in the config does not occupy the folder.
         with world.main_first():
             if world.is_main and not record.is_begun(run) and not record.is_same(run, config, inputs):

@@ -106,6 +106,23 @@ class TrainConfig:
             )
 
 
+def check_settings(config: TrainConfig, world: World) -> int:
+    """Return the largest micro-batch of a process, and raise UserError if these processes cannot train so."""
+    share, rest = divmod(config.batch_size, world.size)
+    micro_batch = config.micro_batch if isinstance(config.micro_batch, int) else share
+    if rest or share % micro_batch:
+        raise UserError(
+            f"train.batch_size: {config.batch_size} must divide into {world.size} processes with whole micro-batches "
+            f"of train.micro_batch = {config.micro_batch}"
+        )
+    if world.size % config.shard:
+        raise UserError(f"train.shard: {config.shard} must divide {world.size}, the number of processes")
+    if config.compile:
+        check_compiler("train.compile", world.device)
+    check_trackers(config.track)
+    return micro_batch
+
+
 class Trainer:
     """Trains a list of objectives and keeps its state in a run folder.
 
@@ -136,18 +153,7 @@ class Trainer:
         export: Callable[[Path], None] = lambda folder: None,
         about: Mapping[str, Any] | None = None,
     ) -> None:
-        share, rest = divmod(config.batch_size, world.size)
-        self.micro_batch = config.micro_batch if isinstance(config.micro_batch, int) else share
-        if rest or share % self.micro_batch:
-            raise UserError(
-                f"train.batch_size: {config.batch_size} must divide into {world.size} processes with whole "
-                f"micro-batches of train.micro_batch = {config.micro_batch}"
-            )
-        if world.size % config.shard:
-            raise UserError(f"train.shard: {config.shard} must divide {world.size}, the number of processes")
-        if config.compile:
-            check_compiler("train.compile", world.device)
-        check_trackers(config.track)
+        self.micro_batch = check_settings(config, world)
         if config.precision == "bf16" and compute_dtype("auto", world.device) == torch.float32:
             _log.warning("train.precision: bf16 is slower than fp32 on this device, which does not multiply it fast")
         self.run, self.config, self.world = run, config, world
