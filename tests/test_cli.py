@@ -505,6 +505,8 @@ def test_a_printed_recipe_trains_as_a_file(run, images, tmp_path, monkeypatch):
         ("x = (", ["mine.py: the recipe failed", "SyntaxError"]),
         ("def config():\n    return 3", ["mine.py: config() must return the config of a stage, not int"]),
         ("y = 1", ["mine.py: the recipe failed", "config"]),
+        (done.out.replace("ema=(0.998,)", "ema=(0.998)"), ["error: mine.py: ema: Input should be a valid tuple"]),
+        (done.out.replace('"cosine"', '"cos"'), ["error: mine.py: optim.decay: Input should be"]),
     ):
         Path("mine.py").write_text(text)
         assert_fails(run("train", "mine.py"), *words)

@@ -1,5 +1,6 @@
 import dataclasses
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from raekit import recipes
 from raekit.config import from_dict, to_dict
+from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.formats.releases import DENOISERS
 from raekit.hub import ASSETS
@@ -18,7 +20,7 @@ from raekit.models.registry import LAYERS, REGISTRY, LayersConfig, grid_of
 from raekit.stages.decoder_losses import PerceptualConfig
 from raekit.stages.generation import GenerationConfig
 from raekit.stages.reconstruction import ReconstructionConfig
-from raekit.stages.run import StageConfig
+from raekit.stages.run import StageConfig, train
 from raekit.training.optim import learning_rate
 
 EVERY = pytest.mark.parametrize("name", recipes.names())
@@ -286,6 +288,33 @@ def test_a_recipe_is_trained_from_python(images, tmp_path):
     with pytest.raises(UserError, match="train__steps__x is not a field, because steps has none"):
         recipes.train("emoji_encoder", tmp_path / "run", train__steps__x=3)
     assert recipes.find("emoji_encoder").config.train.steps > 3
+
+
+@pytest.mark.parametrize(
+    ("part", "values"),
+    [
+        ("optim", {"decay": "cos"}),
+        ("train", {"precision": "fp64"}),
+        ("train", {"checkpoint_every": None}),
+        ("train", {"track": "tensorboard"}),
+        ("data", {"crop": "middle"}),
+    ],
+)
+def test_a_config_made_in_python_is_checked(tmp_path, part, values):
+    config = recipes.find("emoji_encoder").config
+    wrong = dataclasses.replace(config, **{part: dataclasses.replace(getattr(config, part), **values)})
+    message = rf"^train: {part}\.{next(iter(values))}: Input should be "
+    with pytest.raises(UserError, match=message):
+        recipes.train(wrong, tmp_path / "run")
+    with pytest.raises(UserError, match=message):
+        train(wrong, tmp_path / "run", World())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_list_in_a_config_becomes_a_tuple():
+    config = recipes.find("emoji_encoder").config
+    listed: Any = [0.99, 0.5]
+    assert recipes.configured(dataclasses.replace(config, ema=listed)).ema == (0.99, 0.5)
 
 
 @pytest.mark.parametrize("name", ["nothing", "", "../emoji_encoder", "emoji_encoder.config"])

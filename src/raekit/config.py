@@ -48,7 +48,9 @@ def configclass(cls: type[T]) -> type[T]:
 
     The type of a field says whether the field may change between the starts of a run, see `Mark`.
     """
-    cls.__pydantic_config__ = ConfigDict(extra="forbid", arbitrary_types_allowed=False)  # type: ignore[attr-defined]
+    cls.__pydantic_config__ = ConfigDict(  # type: ignore[attr-defined]
+        extra="forbid", arbitrary_types_allowed=False, revalidate_instances="always"
+    )
     check = cls.__dict__.get("__post_init__")
 
     def __post_init__(self: Any) -> None:
@@ -76,11 +78,11 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(cls: type[T], values: Any, source: str | Path) -> T:
-    """Build a `cls` from JSON values.
+    """Build a `cls` from JSON values, or check a `cls` that was made in Python, where no type is checked.
 
     Args:
         cls: a dataclass made by `configclass`.
-        values: the JSON values of its fields.
+        values: the JSON values of its fields, or a `cls`.
         source: the file of the values, for the error message.
 
     Raises:

@@ -130,12 +130,12 @@ def _from_file(path: Path) -> Recipe:
         raise UserError(f"{path}: the recipe failed{line} ({type(error).__name__}: {error})") from error
     if not isinstance(config, StageConfig):
         raise UserError(f"{path}: config() must return the config of a stage, not {type(config).__name__}")
-    return Recipe(path.stem, module.__doc__ or str(path), config, path)
+    return Recipe(path.stem, module.__doc__ or str(path), from_dict(type(config), config, path), path)
 
 
 def configured(recipe: str | Path | StageConfig, **overrides: Any) -> StageConfig:
     """Return the config of a recipe with other values for some of its fields. See `train` for the arguments."""
-    config = find(str(recipe)).config if isinstance(recipe, str | Path) else recipe
+    config = find(str(recipe)).config if isinstance(recipe, str | Path) else from_dict(type(recipe), recipe, "train")
     values = to_dict(config)
     for name, value in overrides.items():
         *parts, field = name.split("__")

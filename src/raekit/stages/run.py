@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from raekit.artifacts import STATISTICS
-from raekit.config import Mark, replaced, to_dict
+from raekit.config import Mark, from_dict, replaced, to_dict
 from raekit.distributed import World, check_shared
 from raekit.distributed.locks import lock
 from raekit.errors import UserError
@@ -61,7 +61,7 @@ def train(
         UserError: If another process uses `run`, if `run` belongs to a different training (the message lists the
             differences), or if the disk is full.
     """
-    config = replaced(config, Mark.PLACE, absolute)
+    config = replaced(from_dict(type(config), config, "train"), Mark.PLACE, absolute)
     with stop_signals(world) as stop, lock(run, world):
         check_shared(run, world)
         record.check(run, record.config_changes(run, config), change)  # before the stage is built, which takes time
