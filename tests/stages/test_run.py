@@ -451,6 +451,26 @@ def test_a_truncated_checkpoint_is_named_and_the_one_before_it_serves(alone, ima
     assert same(artifact(tmp_path), artifact(alone[0] / "encoder"))
 
 
+def test_a_model_without_a_checkpoint_is_not_replaced(alone, images, tmp_path):
+    config = configs(images, alone[0])[1]
+    train(with_train(config, checkpoint_every=7), tmp_path, ONE)
+    only = tmp_path / "checkpoints" / "step-00000007"
+    index = (only / ".metadata").read_bytes()
+    (only / ".metadata").write_bytes(b"")
+    with pytest.raises(
+        UserError, match=rf"^{only}: damaged .* no earlier checkpoint .* --init-from {tmp_path} [^\n]*$"
+    ):
+        train(config, tmp_path, ONE)
+    (only / ".metadata").write_bytes(index)
+    only.rename(f"{only}.damaged")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=rf"^{tmp_path}: has a trained model .*--init-from {tmp_path} [^\n]*$"):
+        train(config, tmp_path, ONE)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    with pytest.raises(UserError, match=r"another --run, or move"):  # a stage that has no init_from
+        train(configs(images, alone[0])[0], tmp_path, ONE)
+
+
 def test_a_full_disk_stops_a_run_that_goes_on_once_there_is_space(alone, images, full_disk):
     config = configs(images, alone[0])[0]
     run, filler = full_disk / "run", full_disk / "filler"

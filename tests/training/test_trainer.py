@@ -264,6 +264,16 @@ def test_saves_in_the_background_change_nothing(tmp_path, alone, stop):
     assert not list((tmp_path / "checkpoints").glob("*.partial"))
 
 
+def test_a_run_with_an_artifact_has_a_checkpoint(tmp_path):
+    saved = []
+
+    def export(folder: Path) -> None:
+        saved.append(len(checkpoint.checkpoints(tmp_path / "checkpoints")))
+
+    trainer(tmp_path, config=replace(CONFIG, background_saves=True), export=export).fit()
+    assert min(saved) == 1
+
+
 def test_a_failed_save_in_the_background_ends_the_run_at_the_next_step(tmp_path, monkeypatch):
     def fail(writer: checkpoint.Writer) -> UserError | None:
         return UserError("step 4: could not be saved") if trained.step == 5 else None

@@ -75,7 +75,17 @@ def is_begun(run: Path) -> bool:
 
 
 def config_changes(run: Path, config: StageConfig) -> list[Change]:
-    """Return the fields in which `config` differs from the config of the run; none if the run has not begun."""
+    """Return the fields in which `config` differs from the config of the run; none if the run has not begun.
+
+    Raises:
+        UserError: The run is of another stage, or has a model but no checkpoint, so that a training would replace it.
+    """
+    if (run / "artifact").is_dir() and not checkpoints(run / "checkpoints"):
+        more = f" (--init-from {run} starts it from this model)" if hasattr(config, "init_from") else ""
+        raise UserError(
+            f"{run}: has a trained model in artifact/ but no checkpoint, so a training would start at step 0 and "
+            f"replace the model; choose another --run{more}, or move this one away: mv {run} {run}.old"
+        )
     if not is_begun(run):
         return []
     before = read_config(run)

@@ -45,7 +45,7 @@ def train(
 
     If `run` holds a stopped run, the training resumes from its newest checkpoint. The type of each field of a config
     says whether the field may differ from the run's (`raekit.config.Mark`). The images and the encoder are compared by
-    their content. A run without a checkpoint is replaced. RUN/artifact holds the model of the newest
+    their content. A run without a checkpoint and a model is replaced. RUN/artifact holds the model of the newest
     checkpoint, and RUN/milestones the models of `train.milestones`.
 
     Args:
@@ -59,7 +59,7 @@ def train(
     Raises:
         Stopped: If a signal stopped the training. The state is saved.
         UserError: If another process uses `run`, if `run` belongs to a different training (the message lists the
-            differences), or if the disk is full.
+            differences) or has a model but no checkpoint, or if the disk is full.
     """
     config = replaced(from_dict(type(config), config, "train"), Mark.PLACE, absolute)
     with stop_signals(world) as stop, lock(run, world):

@@ -254,6 +254,11 @@ def _explained(path: Path, error: BaseException) -> UserError:
             f"{path}: could not be read ({cause}). The checkpoint may be intact: check the disk and its permissions, "
             "and run the same command again"
         )
+    if checkpoints(path.parent)[:1] == [path]:
+        return UserError(
+            f"{path}: damaged ({cause}), and there is no earlier checkpoint to resume from. Choose another --run; in "
+            f"stages 1 and 2, --init-from {path.parents[1]} starts it from the model of this run"
+        )
     return UserError(
         f"{path}: damaged ({cause}). To resume from the checkpoint before it, move it aside: mv {path} {path}.damaged"
     )

@@ -487,6 +487,8 @@ class Trainer:
         """Write a checkpoint of the current step, unless it exists. The state before the first step needs none."""
         if self.step not in (0, self.saved):
             self.writer.save(self.step, self._state())
+            if self.saved < 0:  # a run that has an artifact also has a checkpoint to resume from
+                self.writer.finish()
             self.saved = self.step
 
     def _load(self, path: Path) -> None:
