@@ -103,6 +103,18 @@ def test_a_first_process_that_fails_says_why_before_the_launcher_ends_it(tmp_pat
     assert "error: input/output: the disk broke" in done.stderr
 
 
+def test_a_launched_process_that_was_killed_is_named(tmp_path):
+    killed = FAILING.replace('raise OSError("the disk broke")', "os.kill(os.getpid(), 9)").replace('"0"', '"1"')
+    (tmp_path / "killed.py").write_text(killed)
+    command = [sys.executable, "-m", "raekit", "train", str(tmp_path / "killed.py"), "--processes", "2"]
+    done = subprocess.run([*command, "--run", tmp_path / "run"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert done.stderr.endswith(
+        "error: process 1 was killed by signal 9 (SIGKILL), perhaps because memory ran out; run the same command again "
+        "to resume\n"
+    )
+
+
 def test_a_process_that_waits_in_a_collective_for_a_killed_one_says_so():
     code = WAITING.replace("time.sleep(100)", "here.barrier()").format(rank=1, end="os.kill(os.getpid(), 9)")
     processes = pair_of(code)

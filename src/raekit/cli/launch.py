@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -18,7 +19,7 @@ def launch(count: int, arguments: Sequence[str]) -> None:
     A signal to this process goes to all of them. One that fails ends the others.
 
     Raises:
-        UserError: If `count` is not positive, or another launcher has started this process.
+        UserError: If `count` is not positive, another launcher has started this process, or a signal killed a process.
         Stopped: If a signal stopped the command.
         SystemExit: With status 1, if a process failed. The process has printed its error.
     """
@@ -49,6 +50,13 @@ def launch(count: int, arguments: Sequence[str]) -> None:
     except ChildFailedError as error:
         if {failure.exitcode for failure in error.failures.values()} == {Stopped.STATUS}:
             raise Stopped from None
+        for rank, failure in error.failures.items():
+            if failure.exitcode < 0:  # a killed process could not print anything
+                why = ", perhaps because memory ran out" if -failure.exitcode == signal.SIGKILL else ""
+                raise UserError(
+                    f"process {rank} was killed by signal {-failure.exitcode} ({failure.signal_name()}){why}; run the "
+                    "same command again to resume"
+                ) from None
         sys.exit(1)
 
 
