@@ -74,6 +74,23 @@ def test_a_worse_decoder_does_not_replace_the_best(config, tmp_path, tiny_model)
     assert (tmp_path / "artifact" / "autoencoder" / "model.safetensors").read_bytes() == kept
 
 
+def test_a_selection_that_was_off_in_between_starts_again(config, tmp_path):
+    run = tmp_path / "run"
+
+    def train_to(step: int, config: ReconstructionConfig) -> None:
+        train(replace(config, train=replace(config.train, steps=step)), run, ONE, change=True)
+
+    train_to(2, config)
+    assert read_json(run / "selected.json")["step"] == 2
+    train_to(3, replace(config, selection=None))
+    assert not (run / "selected.json").exists()
+    train_to(4, config)
+    selected = read_json(run / "selected.json")
+    kept = Autoencoder.load(str(run))
+    again = selector(config.selection, config.data, kept.latent_shape, tmp_path / "again", lambda: kept, ONE)(4)
+    assert selected == {"step": 4, "score": pytest.approx(again["generation_fd"], rel=1e-9)}
+
+
 def test_latents_of_another_shape_are_rejected(config, tmp_path):
     path = tmp_path / "other.safetensors"
     save_file({"unwhitened": torch.zeros(3, 16, 2, 2)}, path)

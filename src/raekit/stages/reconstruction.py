@@ -171,8 +171,13 @@ def build(config: ReconstructionConfig, run: Path, world: World) -> Stage:
 
     def export(folder: Path) -> None:
         # A selection writes RUN/artifact itself. Without a selected decoder, export the present decoder.
-        if not (folder == run / "artifact" and config.selection and (run / "selected.json").is_file()):
-            current().save(folder, world)
+        selected = run / "selected.json"
+        if folder == run / "artifact":
+            if config.selection and selected.is_file():
+                return
+            if world.is_main:  # it describes the artifact that is replaced now, if the selection is switched off
+                selected.unlink(missing_ok=True)
+        current().save(folder, world)
 
     def heldout(decoder: Callable[[], Decoder]) -> Callable[[Batch, int], Tensor]:
         return lambda batch, step: losses.reconstruction(decoder(), Encoded(batch, model.tokens), step)
