@@ -16,6 +16,7 @@ from raekit.inference.publish import prepared
 from raekit.models.autoencoder import load_autoencoder
 from raekit.models.baselines import VAE, Baseline, VAESize
 from raekit.stages.compression import CompressionConfig, build
+from raekit.stages.inspection import describe_folder
 from raekit.stages.run import train
 from raekit.stages.watch import HeldoutConfig, PicturesConfig
 from raekit.training.optim import OptimConfig
@@ -61,9 +62,11 @@ def test_a_trained_vae_is_a_latent_space_of_unit_scale(config, tmp_path):
     assert torch.allclose(latents, whitened, rtol=1e-3, atol=1e-3)
 
 
-def test_a_trained_vae_can_be_moved(config, tmp_path):
+def test_a_trained_vae_can_be_described_and_moved(config, tmp_path):
     short = replace(config.train, steps=2, milestones=(1,))
     train(replace(config, train=short, samples=None, heldout=None), tmp_path / "run", ONE)
+    text = describe_folder(str(tmp_path / "run"))
+    assert f"  autoencoder: no weights of its own, uses vae:{tmp_path / 'run' / 'artifact' / 'vae'}\n" in text
     (tmp_path / "run").rename(tmp_path / "moved")
     for name in ("moved", "moved@1"):  # a milestone is written under another name, and then renamed
         model = load_autoencoder(str(tmp_path / name))

@@ -89,10 +89,13 @@ def describe_folder(name: str, reach: tuple[str, float] | None = None) -> str:
             path, values, _, trained_on = artifacts.find(name, kind)
         except artifacts.MissingArtifact:
             continue
-        state = artifacts.read_stored(path)
-        types = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}))
-        count = sum(tensor.numel() for tensor in state.values())
-        lines.append(f"  {kind}: {len(state)} tensors, {count:,} numbers, {types}")
+        if "baseline" in values:
+            lines.append(f"  {kind}: no weights of its own, uses {values['baseline']}")
+        else:
+            state = artifacts.read_stored(path)
+            types = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}))
+            count = sum(tensor.numel() for tensor in state.values())
+            lines.append(f"  {kind}: {len(state)} tensors, {count:,} numbers, {types}")
         if trained_on:
             lines.append(f"    trained on {trained_on}")
         if known := artifacts.averages(path, kind):
