@@ -131,6 +131,37 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: not valid JSON ({error})") from None
 
 
+def read_lines(path: Path, is_record: Callable[[dict[str, Any]], bool], torn: bool = False) -> list[dict[str, Any]]:
+    """Return the records in a file with a JSON object on each line; [] if there is no such file.
+
+    Args:
+        path: the file.
+        is_record: says whether an object has the fields of a record.
+        torn: leave out a last line that is incomplete, because a process was killed while it wrote this line.
+
+    Raises:
+        UserError: the file cannot be read, or a line holds no record.
+    """
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            if torn and number == len(lines):
+                break
+            record = None
+        if not isinstance(record, dict) or not is_record(record):
+            raise UserError(f"{path}: line {number} is damaged; remove this line, and run the same command again")
+        records.append(record)
+    return records
+
+
 def to_json(values: Any) -> str:
     """Return indented JSON text that ends in a newline."""
     return json.dumps(values, indent=2) + "\n"

@@ -104,6 +104,27 @@ def test_the_newest_picture_is_whole_and_earlier_ones_are_small(tmp_path):
     assert shown == sorted(shown, reverse=True)
 
 
+def test_a_picture_that_cannot_be_read_is_left_out(tmp_path, caplog):
+    run = written(tmp_path / "run", [record(10)])
+    (run / "samples").mkdir()
+    for step in (1, 2):
+        Image.new("RGB", (60, 30)).save(run / "samples" / f"step-{step:08d}.png")
+    newest = run / "samples" / "step-00000002.png"
+    newest.write_bytes(newest.read_bytes()[:60])
+    assert re.findall(r'alt="step (\d+)"', write_report(run).read_text()) == ["1"]
+    assert f"{newest}: cannot be read and is left out of the report (" in caplog.text
+
+
+@pytest.mark.parametrize("file", ["metrics.jsonl", "history.jsonl"])
+@pytest.mark.parametrize("damage", ['{"a": 1}', "null", "[]", "{", "", '{"step": null}', "\udcff"])
+def test_a_damaged_line_is_named(tmp_path, file, damage):
+    run = written(tmp_path / "run", [record(10), record(20)], [{"step": 10}])
+    first, second = (run / file).read_text().splitlines()
+    (run / file).write_text(f"{first}\n{damage}\n{second}\n", errors="surrogateescape")
+    with pytest.raises(UserError, match=rf"^{run / file}: line 2 is damaged; remove this line"):
+        write_report(run)
+
+
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(UserError, match="not a run"):
         write_report(tmp_path)

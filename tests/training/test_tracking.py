@@ -54,6 +54,14 @@ def test_a_torn_last_line_is_left_out_and_written_over(tmp_path, torn):
     assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3]
 
 
+def test_a_damaged_line_is_not_written_over(tmp_path):
+    write(tmp_path, 0, [1])
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"a": 1}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl: line 2 is damaged"):
+        write(tmp_path, 1, [2])
+
+
 def test_what_is_not_finite_can_be_written_and_read(tmp_path):
     tracker = Tracking(tmp_path, 0)
     tracker.scalars(1, {"loss": float("nan"), "norm": float("inf")})

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from raekit import __version__
-from raekit.config import Change, Mark, changes, from_dict, read_json, to_dict, to_json
+from raekit.config import Change, Mark, changes, from_dict, read_json, read_lines, to_dict, to_json
 from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.files import whole
@@ -64,9 +64,13 @@ def read_values(run: Path) -> dict[str, Any]:
 
 
 def read_history(run: Path) -> list[dict[str, Any]]:
-    """Return the records of RUN/history.jsonl, one for each start."""
-    path = run / "history.jsonl"
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.is_file() else []
+    """Return the records of RUN/history.jsonl, one for each start; UserError if a line is damaged."""
+    types = {"step": int, "time": str, "raekit": str, "torch": str, "host": str, "device": str, "processes": int}
+
+    def is_record(values: dict[str, Any]) -> bool:
+        return all(isinstance(values.get(name), kind) for name, kind in types.items())
+
+    return read_lines(run / "history.jsonl", is_record)
 
 
 def is_begun(run: Path) -> bool:

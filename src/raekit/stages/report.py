@@ -1,6 +1,7 @@
 """A page about one run, at any moment: curves, pictures, scores, speed, events and settings."""
 
 import json
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from raekit.stages.record import read_history, read_values
 from raekit.training.checkpoint import checkpoints
 from raekit.training.tracking import pictures_of, read_metrics
 
+_log = logging.getLogger(__name__)
 _SHOWN = 12
 """The most pictures of earlier steps."""
 _THUMBNAIL = 480
@@ -174,8 +176,12 @@ def _pictures(run: Path) -> list[dict[str, Any]]:
         chosen = [earlier[round(i * (len(earlier) - 1) / (_SHOWN - 1))] for i in range(_SHOWN)]
     shown = []
     for step, path in [newest, *reversed([each for each in chosen if each is not None])]:
-        with Image.open(path) as image:
-            image.load()
+        try:
+            with Image.open(path) as image:
+                image.load()
+        except Exception as error:  # a damaged file can raise almost any type of exception in Pillow
+            _log.warning("%s: cannot be read and is left out of the report (%s)", path, error)
+            continue
         if shown and max(image.size) > _THUMBNAIL:
             image.thumbnail((_THUMBNAIL, _THUMBNAIL))
         file = BytesIO()

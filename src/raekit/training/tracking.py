@@ -18,6 +18,7 @@ from uuid import uuid4
 import numpy as np
 from PIL import Image
 
+from raekit.config import read_lines
 from raekit.errors import UserError
 from raekit.files import whole
 
@@ -28,15 +29,16 @@ PROJECT = "raekit"
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
-    """Read the records of a run's metrics.jsonl, each with its `step`; an incomplete last line is skipped."""
-    path = run / "metrics.jsonl"
-    records = []
-    for line in path.read_text("utf-8").splitlines() if path.is_file() else ():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break  # the process was killed while it wrote this line
-    return records
+    """Read the records of a run's metrics.jsonl, each with its `step`; an incomplete last line is skipped.
+
+    Raises:
+        UserError: A line is damaged.
+    """
+
+    def is_record(values: dict[str, Any]) -> bool:
+        return "step" in values and all(isinstance(value, int | float) for value in values.values())
+
+    return read_lines(run / "metrics.jsonl", is_record, torn=True)
 
 
 def steps_to(records: Sequence[Mapping[str, float]], metric: str, target: float) -> float | None:
