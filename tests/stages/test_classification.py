@@ -108,6 +108,15 @@ def test_images_without_classes_are_rejected(config, tmp_path, images):
         build(replace(config, data=replace(config.data, source=flat)), tmp_path, ONE)
 
 
+def test_images_of_a_single_class_are_rejected(config, tmp_path):
+    images = Path(config.data.source.removeprefix("folder:"))
+    for split in ("train", "val"):
+        shutil.copytree(images / split / "red", tmp_path / "one" / split / "red")
+    one = replace(config.data, source=f"folder:{tmp_path / 'one'}")
+    with pytest.raises(UserError, match=r"^data\.source: .* has one class, and a classifier needs at least two"):
+        build(replace(config, data=one), tmp_path, ONE)
+
+
 def test_images_that_cannot_be_judged_are_rejected_before_the_training(config, tmp_path, monkeypatch):
     images = Path(config.data.source.removeprefix("folder:"))
     shutil.copytree(images / "train", tmp_path / "all" / "train")

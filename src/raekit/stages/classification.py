@@ -53,12 +53,13 @@ def build(config: ClassificationConfig, run: Path, world: World) -> Stage:
     """Build the stage. Its artifact is the classifier with averaged weights.
 
     Raises:
-        UserError: If an image has no class, or there are no held-out images.
+        UserError: If there are fewer than two classes, an image has no class, or there are no held-out images.
     """
     loader = Loader(config.data, config.train.seed)
     loader.announce(world)
-    if not loader.classes:
-        raise UserError(f"data.source: {config.data.source} has no classes, and a classifier needs at least two")
+    if (count := len(loader.classes)) < 2:
+        known = "one class" if count else "no classes"
+        raise UserError(f"data.source: {config.data.source} has {known}, and a classifier needs at least two")
     heldout = Loader(replace(config.data, split="heldout", crop="center", flip=False), 0)
     for split in (loader, heldout):
         if unlabelled := int((split.source.labels < 0).sum()):
