@@ -207,7 +207,7 @@ def test_averages_warm_up_if_asked(tmp_path):
     torch.testing.assert_close(state(trained)["net average 0.9 out.weight"], average)
 
 
-def test_the_artifact_follows_each_checkpoint_and_milestones_are_kept(tmp_path):
+def test_the_artifact_follows_each_checkpoint_and_milestones_are_kept(tmp_path, caplog):
     def export(folder: Path) -> None:
         newest = checkpoint.checkpoints(tmp_path / "checkpoints")[-1].name
         written.append((str(folder.relative_to(tmp_path)), newest.removeprefix("step-0000000")))
@@ -228,6 +228,9 @@ def test_the_artifact_follows_each_checkpoint_and_milestones_are_kept(tmp_path):
     assert written == [("artifact", "6"), kept[1], ("artifact", "8")]
     left = [str(path.relative_to(tmp_path)) for path in sorted((tmp_path / "milestones").rglob("*")) if path.is_file()]
     assert left == ["milestones/step-00000002/model", "milestones/step-00000006/model"]
+    assert "train.milestones" not in caplog.text
+    trainer(tmp_path, config=replace(config, milestones=(2, 3, 5, 8)))
+    assert "train.milestones: 3, 5 will not be kept, because this run has already trained 8 steps" in caplog.text
 
 
 def test_a_milestone_that_was_not_written_completely_is_written_again(tmp_path):

@@ -173,6 +173,13 @@ class Trainer:
         self.writer = checkpoint.Writer(self.folder, config.keep, world, background)
         if saved := checkpoint.newest(self.folder, world):
             self._load(saved)
+        missed = [step for step in config.milestones if step < self.step and not self._milestone(step).is_dir()]
+        if missed and world.is_main:
+            _log.warning(
+                "train.milestones: %s will not be kept, because this run has already trained %d steps",
+                ", ".join(map(str, missed)),
+                self.step,
+            )
 
     def _prepare(self, objective: Objective) -> None:
         module = objective.module.to(self.world.device)
@@ -348,10 +355,13 @@ class Trainer:
             self.writer.finish()
             self._publish()
 
+    def _milestone(self, step: int) -> Path:
+        return self.run / "milestones" / checkpoint.name(step)
+
     def _publish(self) -> None:
         """Refresh RUN/artifact, so that a running training can be sampled from, and keep a milestone."""
         self.export(self.run / "artifact")
-        milestone = self.run / "milestones" / checkpoint.name(self.step)
+        milestone = self._milestone(self.step)
         if self.step in self.config.milestones and self.world.any(self.world.is_main and not milestone.is_dir()):
             # A milestone can have several artifacts. It gets its name when all of them are there.
             partial = milestone.with_name(f"{milestone.name}.partial")
