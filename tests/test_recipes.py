@@ -311,6 +311,14 @@ def test_a_config_made_in_python_is_checked(tmp_path, part, values):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("wrong", [None, 3])
+def test_arguments_of_a_wrong_type_are_named(tmp_path, wrong: Any):
+    with pytest.raises(UserError, match=f"^train: recipe {wrong} must be the name of a recipe, a recipe file or"):
+        recipes.train(wrong, tmp_path / "run")
+    with pytest.raises(UserError, match=f"^train: run {wrong} must be the path of a folder"):
+        recipes.train("emoji_decoder", wrong)
+
+
 def test_a_list_in_a_config_becomes_a_tuple():
     config = recipes.find("emoji_encoder").config
     listed: Any = [0.99, 0.5]

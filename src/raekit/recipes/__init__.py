@@ -135,7 +135,14 @@ def _from_file(path: Path) -> Recipe:
 
 def configured(recipe: str | Path | StageConfig, **overrides: Any) -> StageConfig:
     """Return the config of a recipe with other values for some of its fields. See `train` for the arguments."""
-    config = find(str(recipe)).config if isinstance(recipe, str | Path) else from_dict(type(recipe), recipe, "train")
+    if isinstance(recipe, str | Path):
+        config = find(str(recipe)).config
+    elif isinstance(recipe, StageConfig):
+        config = from_dict(type(recipe), recipe, "train")
+    else:
+        raise UserError(
+            f"train: recipe {recipe!r} must be the name of a recipe, a recipe file or the config of a stage"
+        )
     values = to_dict(config)
     for name, value in overrides.items():
         *parts, field = name.split("__")
@@ -195,6 +202,8 @@ def train(
         Stopped: a signal stopped the training. The same call resumes it.
     """
     config = configured(recipe, **overrides)
+    if not isinstance(run, str | Path):
+        raise UserError(f"train: run {run!r} must be the path of a folder")
     with world(device) as here:
         stages.train(config, Path(run), here, report, progress, change)
     return Path(run) / "artifact"
