@@ -1,6 +1,7 @@
 """References: raekit's own files, the files of other projects, and files that were made to do harm."""
 
 import io
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -282,6 +283,26 @@ def test_files_that_are_not_references_are_rejected(tmp_path: Path, name: str):
 # References of the wrong kind
 
 
+def test_a_reference_knows_its_images_again(images: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Neither another working folder nor another image of the same name passes for them."""
+    for folder in "here", "there":
+        shutil.copytree(images.removeprefix("folder:"), tmp_path / folder / "im")
+    monkeypatch.chdir(tmp_path / "here")
+    reference = measure_reference(data("flat:im"), NETWORKS, ALONE)
+    reference.check_originals("flat:im", "all", 39)
+    monkeypatch.chdir(tmp_path / "there")
+    assert reference.about.source == f"flat:{tmp_path / 'here' / 'im'}"
+    with pytest.raises(UserError, match=r"here/im \(all\), and the originals are flat:.*there/im \(all\)"):
+        reference.check_originals("flat:im", "all", 39)
+    first, second, *_ = sorted((tmp_path / "here" / "im").rglob("*.png"))
+    first.write_bytes(second.read_bytes())
+    with pytest.raises(UserError, match=r"have changed since it was measured on 39 images.*run raekit reference"):
+        reference.check_originals(str(reference.about.source), "all", 39)
+    first.unlink()
+    with pytest.raises(UserError, match="have changed since it was measured on 39 images, and 38 are there now"):
+        reference.check_originals(str(reference.about.source), "all", 38)
+
+
 def test_a_reference_of_the_wrong_kind_is_rejected_with_the_reason(images: str, tmp_path: Path):
     reference = measure_reference(data(images, "heldout"), NETWORKS, ALONE)
     theirs = read_reference(adm(tmp_path / "x.npz"))
@@ -293,11 +314,11 @@ def test_a_reference_of_the_wrong_kind_is_rejected_with_the_reason(images: str, 
         each.check_size(16)
         with pytest.raises(UserError, match="was measured on images of 16 pixels, and these images have 256"):
             each.check_size(256)
-    reference.check_originals(images, "heldout")
+    reference.check_originals(images, "heldout", 9)
     with pytest.raises(UserError, match=r"own originals; run raekit reference folder:.* --split train"):
-        reference.check_originals(images, "train")
+        reference.check_originals(images, "train", 30)
     with pytest.raises(UserError, match=r"images that it does not name.*a reference for generated images"):
-        theirs.check_originals(images, "heldout")
+        theirs.check_originals(images, "heldout", 9)
     np.savez(tmp_path / "plain.npz", allow_pickle=False, **statistics())
     read_reference(tmp_path / "plain.npz").check_size(256)  # the file does not record its image size
     with pytest.raises(UserError, match="at least one network"):

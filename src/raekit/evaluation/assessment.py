@@ -13,7 +13,7 @@ from torch import Tensor
 
 from raekit import __version__
 from raekit.config import differences, read_json, to_dict, to_json
-from raekit.data.sources import stamp
+from raekit.data.sources import absolute, stamp
 from raekit.distributed import World
 from raekit.distributed.locks import lock
 from raekit.errors import UserError
@@ -84,7 +84,7 @@ def assess(
         if intervals:
             raise UserError("intervals: not available for images whose originals are the reference; leave it out")
         for each in against.references:
-            each.check_originals(stream.source, stream.split)
+            each.check_originals(stream.source, stream.split, stream.count)
     if intervals and stream.count < LEAST:
         raise UserError(f"intervals: they need at least {LEAST} images, and there are {stream.count}")
     settings = _settings(stream, against, baselines, intervals)
@@ -195,7 +195,7 @@ def _score_baselines(
         for reference, network in against.pairs():
             # The distance between a set of images and itself says nothing.
             same = isinstance(stream, RealImages) and (reference.about.source, reference.about.split) == (
-                stream.source,
+                absolute(stream.source),
                 stream.split,
             )
             if not same:
@@ -210,7 +210,8 @@ def _score_baselines(
 
 def _settings(stream: Stream, against: Against, baselines: Mapping[str, Stream], intervals: bool) -> dict[str, Any]:
     def about(references: Sequence[Any]) -> list[dict[str, Any]]:
-        known, implied = [to_dict(each.about) for each in references], ("resize", "weights", "classes", "class_names")
+        known = [to_dict(each.about) for each in references]
+        implied = ("names", "sizes", "resize", "weights", "classes", "class_names")
         return [{key: value for key, value in each.items() if key not in implied} for each in known]
 
     rows = {name: {"source": row.source, "count": row.count, **row.settings()} for name, row in baselines.items()}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from raekit import randomness
+from raekit.data.sources import absolute
 from raekit.data.sources.base import Split
 from raekit.distributed import World
 from raekit.errors import UserError
@@ -60,7 +61,7 @@ class Interpolations:
         workers: int = 0,
         progress: Progress = silent,
     ):
-        if source == training and split != "heldout":
+        if absolute(source) == absolute(training) and split != "heldout":
             raise UserError(
                 f"interpolate: the reference has the images of {source} ({split}), so each image would be its own "
                 "neighbour; give a reference of held-out images (raekit reference --split heldout)"

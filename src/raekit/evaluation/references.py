@@ -14,6 +14,7 @@ from torch import Tensor
 from raekit.config import configclass, from_dict, to_dict
 from raekit.data.archives import Npz
 from raekit.data.loader import DataConfig, Loader
+from raekit.data.sources import absolute, listing
 from raekit.data.sources.base import Split
 from raekit.distributed import World
 from raekit.errors import UserError
@@ -48,10 +49,12 @@ class About:
     """Where a reference comes from. The files of other projects leave most fields unknown (None).
 
     Attributes:
-        source: address of the images.
+        source: address of the images, with an absolute path.
         split: split of the source.
         image_size: side in pixels that the images were centre-cropped to.
         count: number of images.
+        names: digest of the names of the files (`listing`).
+        sizes: digest of the sizes of the files.
         resize: {network: how it resized the images}.
         weights: {network: 16 hexadecimal digits that identify its weights}.
         classes: number of images of each class; None for images without classes.
@@ -63,6 +66,8 @@ class About:
     split: Split | None = None
     image_size: int | None = None
     count: int | None = None
+    names: str | None = None
+    sizes: str | None = None
     resize: dict[str, str] = field(default_factory=dict)
     weights: dict[str, str] = field(default_factory=dict)
     classes: tuple[int, ...] | None = None
@@ -131,17 +136,23 @@ class Reference:
                 f"({few(names)}); use balanced labels, or a reference of the model's own classes"
             )
 
-    def check_originals(self, source: str, split: Split) -> None:
+    def check_originals(self, source: str, split: Split, count: int) -> None:
         """Raise UserError unless the reference was measured on the images that are reconstructed or interpolated."""
-        found = (self.about.source, self.about.split)
+        about, source = self.about, absolute(source)
+        found = (about.source, about.split)
         if found == (None, None):
             found, reason = "images that it does not name", "a reference for generated images gives a different score"
         else:
             found, reason = f"{found[0]} ({found[1]})", "these images are compared with their own originals"
-        if (self.about.source, self.about.split) != (source, split):
+        remedy = f"run raekit reference {source} --split {split}"
+        if (about.source, about.split) != (source, split):
             raise UserError(
-                f"{self.place}: was measured on {found}, and the originals are {source} ({split}): {reason}; "
-                f"run raekit reference {source} --split {split}"
+                f"{self.place}: was measured on {found}, and the originals are {source} ({split}): {reason}; {remedy}"
+            )
+        if about.count != count or (about.names and (about.names, about.sizes) != listing(source)):
+            raise UserError(
+                f"{self.place}: the files of {found} have changed since it was measured on {about.count} images, and "
+                f"{count} are there now: {reason}; {remedy}"
             )
 
     def write(self, path: str | Path) -> None:
@@ -349,11 +360,14 @@ def measure_reference(
     score_stream(images_of(loader.once(BATCH, world), world), list(measured.values()), world, shown)
     gaussians = {name: Gaussian.of(part.moments) for name, part in measured.items()}
     features = {name: part.features for name, part in measured.items() if part.keep}
+    names, sizes = listing(data.address) or (None, None)
     about = About(
-        source=data.address,
+        source=absolute(data.address),
         split=data.split,
         image_size=data.image_size,
         count=next(iter(gaussians.values())).count,
+        names=names,
+        sizes=sizes,
         resize={name: network.resize for name, network in networks.items()},
         weights={name: weights_of(network) for name, network in networks.items()},
         classes=_class_counts(loader),
