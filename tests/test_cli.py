@@ -1113,8 +1113,8 @@ def test_the_contact_sheet_has_reconstructions_below_their_originals_and_is_boun
         assert np.array_equal(sheet[y + 18 : y + 34, x : x + 16], pixels(tmp_path / "out" / path.name))
 
 
-def times(folder: Path) -> dict[str, int]:
-    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*.png")}
+def times(folder: Path, files: str = "*.png") -> dict[str, int]:
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob(files)}
 
 
 def test_reconstructing_goes_on_and_redoes_only_what_has_changed(run, tiny_model, tmp_path):
@@ -1313,14 +1313,32 @@ def test_latents_are_written_and_read_back(run, tiny_model, tmp_path):
     assert run(*command).code == 0
     changed = [path.name for path in out.iterdir() if path.stat().st_mtime_ns != before[path.name]]
     assert changed == ["latents-00001-of-00003.safetensors"]
-    # Another shard size would mix two sets of shards.
-    assert_fails(run(*command[:-3], 3), out, "holds shards of other latents")
+    # Another shard size, or another number of images, would mix two sets of shards.
+    for changed in ([*command[:-3], 3], [*command[:2], *paths[:2], *command[3:]]):
+        assert_fails(run(*changed), out, "-of-00003", "images were added or removed, or the shard size is another")
     # Another precision gives other latents.
     assert run(*command, "--precision", "bf16").code == 0
     rounded = torch.cat([shard.latents for shard in raekit.read_latents(out)])
     expected = Autoencoder.load(str(tiny_model), torch.bfloat16).encode(originals)
     assert torch.allclose(rounded[[0, 1, 2, 4]], expected[[0, 1, 2, 4]], atol=1e-6)  # image 3 was replaced
     assert not torch.allclose(rounded[[0, 1, 2, 4]], autoencoder.encode(originals)[[0, 1, 2, 4]], atol=1e-6)
+
+
+def test_latents_of_other_images_are_not_replaced(run, tiny_model, tmp_path, monkeypatch):
+    for name in ("here/a/1.png", "here/b/1.png", "there/a/1.png"):
+        picture(tmp_path / name, 0)
+    out = tmp_path / "latents"
+    monkeypatch.chdir(tmp_path / "here")
+    assert run("encode", tiny_model, "a", "--out", out).code == 0
+    before = times(out, "*.safetensors")
+    assert_fails(run("encode", tiny_model, "b", "--out", out), "holds latents of other images, such as", "here/a/1.png")
+    monkeypatch.chdir(tmp_path / "there")
+    assert_fails(run("encode", tiny_model, "a", "--out", out), "holds latents of other images, such as", "here/a/1.png")
+    assert times(out, "*.safetensors") == before
+    picture(tmp_path / "here" / "a" / "0.png", 1)
+    assert run("encode", tiny_model, tmp_path / "here" / "a", "--out", out).code == 0
+    (shard,) = raekit.read_latents(out)
+    assert [Path(name).name for name in shard.info.images] == ["0.png", "1.png"]
 
 
 def test_one_file_of_latents(run, tiny_model, tmp_path):
@@ -1561,7 +1579,7 @@ def test_a_denoiser_trains_from_cached_latents(run, images, tiny_model, tmp_path
         assert_fails(wrong, out, f"made with data.{name} {made}, but the config has {wanted}")
     assert not (tmp_path / "other").exists()
     assert_fails(run(*cache, other), out, "holds other latents", f'resize: "{resize}" -> "{other}"')
-    assert_fails(run(*command, "--shard-size", 10), out, "holds shards of other latents")
+    assert_fails(run(*command, "--shard-size", 10), out, "images were added or removed, or the shard size is another")
 
 
 def test_generated_latents_decode_to_the_generated_images(run, tiny_model, tmp_path):

@@ -81,7 +81,8 @@ def encode(
     Example: raekit encode builtin:emoji holidays --out latents
 
     The files also record the model and the paths of the images. `raekit.read_latents` reads them. In a folder, existing
-    shards are kept unless the model, an option or an image has changed.
+    shards are kept unless the model, an option or an image has changed. A folder with latents of other images is an
+    error.
 
     Args:
         model: Autoencoder to use: published name, builtin:NAME, model folder, run folder, or OWNER/NAME on the Hub.

@@ -39,7 +39,7 @@ class LatentsInfo(ShardInfo):
     Attributes:
         fit: how the images were made square.
         inputs: a digest of the image files and the settings. A shard with the same digest need not be written again.
-        images: the paths of the images, in the order of their latents.
+        images: the absolute paths of the images, in the order of their latents.
     """
 
     kind: Literal["images"] = "images"
@@ -74,7 +74,8 @@ def encode_files(
 ) -> tuple[int, list[str]]:
     """Write the whitened latents of image files.
 
-    An existing shard is kept if its images and the settings have not changed.
+    An existing shard is kept if its images and the settings have not changed. Images may be added, but the latents of
+    images that are not given are never replaced.
 
     Args:
         autoencoder: the autoencoder whose encoder and latent statistics to use.
@@ -90,7 +91,8 @@ def encode_files(
         The number of images in the shards, and an error message for each image that could not be read.
 
     Raises:
-        UserError: if there are too many images for one file, or the folder holds other shards.
+        UserError: if there are too many images for one file, or the folder holds other shards or latents of other
+            images.
     """
     for name, value in (("batch_size", batch_size), ("shard_size", shard_size)):
         if value < 1:
@@ -106,6 +108,7 @@ def encode_files(
     parts = [images[first : first + shard_size] for first in range(0, len(images), shard_size)]
     places = [out] if single else shard_paths(out, len(parts))
     if not single:
+        _check_images(out, places, images)
         sweep(out)
     encoder = encoder_fingerprint(autoencoder)
     statistics = statistics_fingerprint(autoencoder)
@@ -114,7 +117,7 @@ def encode_files(
     done = encoded = 0
     for number, (part, place) in enumerate(zip(parts, places, strict=True)):
         inputs = _digest(part, encoder, statistics, autoencoder.encoder_dtype, autoencoder.image_size, fit)
-        names = tuple(map(str, part))
+        names = tuple(map(os.path.abspath, part))
         if place.is_file() and (there := read_info(place, LatentsInfo)).inputs == inputs and there.images == names:
             encoded += len(part)
         else:
@@ -143,7 +146,7 @@ def encode_files(
                 inputs=inputs,
                 shard=number,
                 shards=len(parts),
-                images=tuple(map(str, read)),
+                images=tuple(map(os.path.abspath, read)),
             )
             if latents:
                 write_shard(place, info, {"latents": torch.cat(latents)})
@@ -177,6 +180,14 @@ def read_latents(path: Path | str) -> Iterator[Latents]:
                 f"{shard}: must hold `latents` (N, C, h, w) of its N = {len(info.images)} images; encode them again"
             )
         yield Latents(latents, info)
+
+
+def _check_images(folder: Path, shards: Sequence[Path], images: Sequence[Path]) -> None:
+    """Raise UserError if one of the shards, which would be replaced, holds latents of images that are not given."""
+    given = set(map(os.path.abspath, images))
+    for shard in filter(Path.is_file, shards):
+        if others := [image for image in read_info(shard, LatentsInfo).images if os.path.abspath(image) not in given]:
+            raise UserError(f"{folder}: holds latents of other images, such as {others[0]}; give another folder")
 
 
 def _digest(images: Sequence[Path], *settings: object) -> str:

@@ -79,8 +79,8 @@ def shard_paths(folder: Path, shards: int) -> list[Path]:
     check_folder(folder)
     if others := set(folder.glob("latents-*.safetensors")) - set(places):
         raise UserError(
-            f"{folder}: holds shards of other latents or of another shard size, such as {min(others).name}; give the "
-            "original shard size or another folder"
+            f"{folder}: holds {min(others).name}, and these images make {shards} shards: images were added or removed, "
+            "or the shard size is another; give the original images and shard size, or another folder"
         )
     return places
 
