@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -766,6 +767,23 @@ def test_without_out_a_grid_is_written_to_the_working_folder(run, tiny_model, tm
         assert done.code == 0, done.err
         assert done.out.startswith(f"4 images: {name} (")
         assert pixels(tmp_path / name).shape == (2 * 18 + 2, 2 * 18 + 2, 3)
+    # A command takes its name before it works, and gives it back if it fails.
+    taken = []
+    monkeypatch.setattr("raekit.inference.model.load", lambda *options: taken.extend(times(Path())) or load(*options))
+    assert_fails(run("generate", tiny_model, "--class", "violet", "--seed", 3), "violet")
+    assert f"{tiny_model.name}-violet-seed3.png" in taken
+    assert f"{tiny_model.name}-violet-seed3.png" not in times(Path())
+
+
+def test_any_model_and_classes_make_a_file_name(run, tiny_model, tmp_path, monkeypatch):
+    shutil.copytree(tiny_model, tmp_path / "mine")
+    monkeypatch.chdir(tmp_path / "mine")
+    options = ["--count", 1, "--steps", 1, "--class", *["red"] * 80]
+    done = run("generate", ".", *options)
+    assert done.code == 0, done.err
+    (written,) = times(Path())
+    assert written.startswith("mine-red-red-")
+    assert written.endswith("-seed0.png")
 
 
 def test_a_grid_of_many_classes_has_random_classes(run, tiny_model, tmp_path, monkeypatch):

@@ -2,8 +2,8 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import count as count_from
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -80,19 +80,20 @@ def generate(
 
     whole_number("--count", count, 1)
     model, classes = _model_and_classes(model, classes, published)
-    out = out or _free(
-        f"{Path(published or model or '').stem.split(':')[-1]}{''.join(f'-{c}' for c in classes)}-seed{seed}"
-    )
+    if format and (out is None or out.suffix.lower() in (*PICTURES, ".npz")):
+        raise UserError(f"--format: no effect on {out or 'a grid'}; it applies only to a folder")
+    reserved = None if out else _reserve(Path(published or model or ""), classes, seed)
+    out = out or reserved
+    assert out
     suffix = out.suffix.lower()
     single = suffix in PICTURES
     file = single or suffix == ".npz"
     if suffix in FILE_ENDINGS and not file:
         raise UserError(f"--out: {out} must be a .png, .webp or .npz file, or a folder")
     (check_file if file else check_folder)(out)
-    if format and file:
-        raise UserError(f"--format: no effect on {out}; it applies only to a folder")
     filled = parts_of(out) if suffix == ".npz" else out
     with (
+        _given_back(reserved),
         world(device) as here,
         nullcontext() if single else lock(filled, here),
         Display(console.err, quiet=not here.is_main) as progress,
@@ -276,10 +277,33 @@ def _model_and_classes(
     return model, classes
 
 
-def _free(stem: str) -> Path:
-    """Return the path of a new PNG file in the working folder."""
-    stem = re.sub(r"[^\w.-]+", "_", stem)
-    return next(path for i in count_from(1) if not (path := Path(f"{stem}{f'-{i}' if i > 1 else ''}.png")).exists())
+def _reserve(model: Path, classes: Iterable[str], seed: int) -> Path:
+    """Create an empty PNG file in the working folder, so that another command chooses another name, and return it."""
+    name = (model if model.stem.strip(".") else model.resolve()).stem.split(":")[-1]  # "." and ".." are no names
+    name = re.sub(r"[^\w.-]+", "_", "-".join([name, *classes])).lstrip("-")
+    name = f"{name.encode()[:200].decode(errors='ignore')}-seed{seed}"  # a file name has at most 255 bytes
+    check_folder(Path.cwd())
+    paths = (Path(f"{name}{f'-{number}' if number > 1 else ''}.png") for number in count_from(1))
+    return next(path for path in paths if _created(path))
+
+
+def _created(path: Path) -> bool:
+    """Create an empty file, and return whether there was none."""
+    try:
+        path.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+@contextmanager
+def _given_back(reserved: Path | None) -> Iterator[None]:
+    """Remove a reserved file that is still empty at the end of the block, because the command failed."""
+    try:
+        yield
+    finally:
+        if reserved and reserved.is_file() and not reserved.stat().st_size:
+            reserved.unlink()
 
 
 def _load(
