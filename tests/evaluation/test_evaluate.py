@@ -260,6 +260,28 @@ def test_arguments_without_effect_are_errors(tiny_model, tmp_path, options, mess
     refused(message, lambda: evaluate(str(tiny_model), out=tmp_path, world=ALONE, **options))
 
 
+def test_a_report_among_the_evaluated_images_is_refused(trained, plants, tiny_model, tmp_path, monkeypatch):
+    folder = tmp_path / "plants"
+    shutil.copytree(plants, folder)
+    data = DataConfig(source=f"flat:{folder}", image_size=16)
+    reference = tmp_path / "reference.safetensors"
+    measure_reference(data, load_networks(str(tiny_model), ALONE.device), ALONE).write(reference)
+    options: dict[str, Any] = {"features": [str(tiny_model)], "world": ALONE}
+    refused(
+        r"plants/report: lies in the folder of flat:.*give a folder elsewhere \(out\)",
+        lambda: evaluate(f"flat:{folder}", source=f"folder:{plants}", out=folder / "report", **options),
+    )
+    refused(
+        "lies in the folder of folder:",
+        lambda: evaluate(str(trained), source=f"folder:{folder}", out=folder / "report", **options),
+    )
+    options |= {"reconstruct": True, "reference": reference}
+    refused("lies in the folder of flat:", lambda: evaluate(str(tiny_model), out=folder / "report", **options))
+    monkeypatch.chdir(folder)
+    refused("reports: lies in the folder of flat:", lambda: evaluate(str(tiny_model), **options))
+    assert {path.name for path in folder.iterdir()} == {"train", "val"}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

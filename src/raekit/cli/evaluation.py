@@ -72,7 +72,7 @@ def evaluate(
         batch_size: Number of images to process at once, at most 250.
         compile: Compile the blocks of the model. This saves time only for many samples.
         workers: Number of processes that decode images. 0: decode in the main process.
-        out: Folder of the report. Default: reports/HASH.
+        out: Folder of the report. It must not lie in a folder of evaluated images. Default: reports/HASH.
         device: Device to compute on. None: the GPU if there is one, else the CPU.
     """
     from raekit.distributed import world
