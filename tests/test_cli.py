@@ -1290,10 +1290,10 @@ def test_padding_keeps_the_whole_picture(run, tiny_model, tmp_path):
 
 
 def test_originals_are_never_overwritten(run, tiny_model, tmp_path):
-    path = picture(tmp_path / "x.png", 0)
+    path = picture(tmp_path / "in" / "x.png", 0)
     before = path.read_bytes()
-    assert_fails(run("reconstruct", tiny_model, path, "--out", tmp_path), tmp_path, "holds originals")
-    assert_fails(run("reconstruct", tiny_model, tmp_path, "--out", tmp_path), tmp_path, "no images found")
+    for given, out in ((path, path.parent), (path.parent, path.parent), (path.parent, tmp_path)):
+        assert_fails(run("reconstruct", tiny_model, given, "--out", out), f"{out}: holds originals")
     assert path.read_bytes() == before
 
 

@@ -104,8 +104,10 @@ def reconstruct_folder(
     if batch_size < 1:
         raise UserError(f"batch_size: {batch_size} must be at least 1")
     check_folder(out)
-    names = find_images(paths, besides=out)
-    if any(real_path(image.parent) == real_path(out) for image in names):
+    place = real_path(out)
+    inside = any(path.is_dir() and real_path(path).is_relative_to(place) for path in paths)
+    names = {} if inside else find_images(paths, besides=out)
+    if inside or any(real_path(image.parent) == place for image in names):
         raise UserError(f"{out}: holds originals; give another folder for the reconstructions")
     weights = dict(autoencoder.state_dict())
     for name, metric in metrics.items():
