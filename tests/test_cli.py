@@ -1237,9 +1237,17 @@ def test_odd_names_are_written_and_a_bad_one_is_one_line_at_the_end(run, tiny_mo
 
 
 def test_nothing_readable_is_an_error_without_a_table(run, tiny_model, tmp_path):
-    done = run("reconstruct", tiny_model, tmp_path / "no.png", "--out", tmp_path / "out")
+    out = tmp_path / "out"
+    done = run("reconstruct", tiny_model, tmp_path / "no.png", "--out", out)
     assert_fails(done, "1 of 1 images could not be read")
     assert done.out == ""
+    assert not out.exists()
+    # The files of an earlier call stay.
+    assert run("reconstruct", tiny_model, picture(tmp_path / "x.png", 0), "--out", out).code == 0
+    before = times(out, "*.*")
+    assert before.keys() == {"x.png", "scores.csv", "scores.json", "contact-sheet.png"}
+    assert_fails(run("reconstruct", tiny_model, tmp_path / "no.png", "--out", out), "1 of 1 images")
+    assert times(out, "*.*") == before
 
 
 def test_pictures_of_one_name_do_not_overwrite_each_other(run, tiny_model, tmp_path):

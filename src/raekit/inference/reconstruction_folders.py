@@ -86,7 +86,7 @@ def reconstruct_folder(
 
     OUT/scores.csv and OUT/scores.json hold the scores of all images and their means, computed from the 8-bit
     reconstructions. OUT/contact-sheet.png shows the first originals, each above its reconstruction. Each call
-    replaces these three files.
+    replaces these three files, unless it could not read any image.
 
     Args:
         autoencoder: the autoencoder.
@@ -138,8 +138,9 @@ def reconstruct_folder(
         progress("reconstruct", len(tasks) - len(missing) + min(first + batch_size, len(missing)), len(tasks))
     pictures = [Reconstruction(t.image, t.output, scores[t.output]) for t in tasks if t.output in scores]
     results = Reconstructions(pictures, unreadable)
-    _write_scores(results, out)
-    _write_contact_sheet(pictures[:_PAIRS], out, min(autoencoder.image_size, _SIDE), fit)
+    if pictures:  # otherwise keep the files of an earlier call
+        _write_scores(results, out)
+        _write_contact_sheet(pictures[:_PAIRS], out, min(autoencoder.image_size, _SIDE), fit)
     return results
 
 
@@ -195,7 +196,7 @@ def _write_scores(results: Reconstructions, out: Path) -> None:
     with whole(out / "scores.csv") as partial, _open_csv(partial) as file:
         writer = csv.DictWriter(file, ["image", "output", *means])
         writer.writeheader()
-        writer.writerows([*rows, {"image": "mean", **means}] if rows else [])
+        writer.writerows([*rows, {"image": "mean", **means}])
 
 
 def _open_csv(path: Path) -> TextIO:
@@ -203,8 +204,6 @@ def _open_csv(path: Path) -> TextIO:
 
 
 def _write_contact_sheet(pictures: Sequence[Reconstruction], out: Path, side: int, fit: Fit) -> None:
-    if not pictures:
-        return
     pairs = [
         grid([read_image(p.image, side, fit), center_crop(read_image(p.output, side), side)], columns=1)
         for p in pictures
