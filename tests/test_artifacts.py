@@ -12,6 +12,7 @@ from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.formats.conversion import convert
 from raekit.hub import ASSETS
+from raekit.inference.pipeline import Pipeline
 from raekit.models.autoencoder import Autoencoder
 from raekit.models.denoiser import Denoiser
 from raekit.models.encoders import load_encoder
@@ -80,6 +81,15 @@ def test_a_damaged_artifact_is_an_error_and_not_left_out(copy, tmp_path):
 def test_an_artifact_of_another_kind_is_not_loaded(tiny_model):
     with pytest.raises(UserError, match=r"holds no denoiser"):
         Denoiser.load(str(tiny_model / "encoder"))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e4m3fn, torch.float64, "float16"])
+def test_weights_are_not_stored_in_a_type_that_ruins_them(tiny_model, tmp_path, dtype):
+    pipe = Pipeline.from_pretrained(tiny_model)
+    for save in (pipe.save_pretrained, pipe.autoencoder.save, Denoiser.load(str(tiny_model)).save):
+        with pytest.raises(UserError, match=r"dtype: .* is no type that weights are stored in; give one of torch\.f"):
+            save(tmp_path, dtype=dtype)
+    assert not any(tmp_path.iterdir())
 
 
 def test_half_precision_is_for_the_weights_and_not_for_the_statistics(tiny_model, tmp_path):

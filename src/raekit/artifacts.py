@@ -24,6 +24,8 @@ from raekit.weights import check_statistics, read_weights
 STATISTICS = "statistics.safetensors"
 SHARD = 5 * 10**9
 """The largest file of weights in bytes. The Hub recommends files below five GB."""
+STORED = (torch.float32, torch.bfloat16, torch.float16)
+"""The types that weights can be stored in."""
 ARTICLES = {"encoder": "an", "autoencoder": "an", "denoiser": "a", "classifier": "a"}
 REMEDIES = {
     "encoder": "give the name of an encoder",
@@ -142,12 +144,18 @@ def write(
         config: the configuration of the network.
         module: the network, distributed or not.
         world: the processes of this job.
-        dtype: type to store floating-point weights in. Default: their own.
+        dtype: type to store floating-point weights in, one of `STORED`. Default: their own.
         ema: the decay of the average that the weights are, if they are an average.
         trained_on: the address of the data source that the network was trained on, if it is known.
         statistics: latent statistics, always stored in float32: variances span more orders of magnitude than
             float16 holds.
+
+    Raises:
+        UserError: the weights cannot be stored in `dtype`, or the artifact cannot be written.
     """
+    if dtype not in (None, *STORED):
+        known = ", ".join(map(str, STORED))
+        raise UserError(f"dtype: {dtype!r} is no type that weights are stored in; give one of {known}")
     from raekit.distributed.sharding import full_state
 
     state = full_state(module, cpu=True)
