@@ -2,6 +2,8 @@
 
 import operator
 from collections.abc import Iterable
+from numbers import Real
+from typing import Any
 
 
 class UserError(Exception):
@@ -46,6 +48,26 @@ def whole_number(name: str, value: object, least: int | None = None, most: int |
     if most is not None and number > most:
         raise UserError(f"{name}: {number} must be at most {most}")
     return number
+
+
+def real_number(name: str, value: Any) -> float:
+    """Return a setting as an int or a float. Numbers of numpy and torch are numbers, too; booleans are not.
+
+    Args:
+        name: the name of the setting, for the error message.
+        value: the value that a caller gives.
+
+    Raises:
+        UserError: `value` is not a number, or is larger than any float.
+    """
+    number = value.item() if getattr(value, "ndim", None) == 0 else value  # of numpy or torch
+    if isinstance(number, bool) or not isinstance(number, Real):
+        raise UserError(f"{name}: {value!r} must be a number")
+    try:
+        rounded = float(number)
+    except OverflowError:
+        raise UserError(f"{name}: the number is too large; give one below 1.8e308") from None
+    return number if isinstance(number, int) else rounded
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -286,6 +286,8 @@ def test_a_report_among_the_evaluated_images_is_refused(trained, plants, tiny_mo
     ("options", "message"),
     [
         ({"batch_size": 0}, "batch_size: 0 must be at least 1"),
+        ({"batch_size": "8"}, "batch_size: '8' must be a whole number"),
+        ({"workers": 1.5}, "workers: 1.5 must be a whole number"),
         ({"sampling": Sampling(guidance="auto:2.0")}, "guidance: auto needs a weaker model"),  # type: ignore[arg-type]
     ],
 )
@@ -298,7 +300,7 @@ def test_settings_are_checked_before_the_reference_is_measured(
 
 
 def test_one_name_of_features_and_numbers_of_numpy_are_settings(trained, tiny_model, tmp_path):
-    numbers: dict[str, Any] = {"count": np.int64(3), "seed": np.int64(0), **QUICK}
+    numbers: dict[str, Any] = {"count": np.int64(3), "seed": np.int64(0), "batch_size": np.int64(10), **QUICK}
     report, folder = evaluate(str(trained), features=str(tiny_model), out=tmp_path / "report", **numbers)
     assert len(report.results) == 1
     assert (folder / "report.json").is_file()

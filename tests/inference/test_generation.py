@@ -1,4 +1,5 @@
 import copy
+import json
 import math
 import re
 import shutil
@@ -819,6 +820,7 @@ def test_pictures_round_and_keep_every_level():
         ({"steps": 10**9}, "steps: 1000000000 must be at most 100000"),
         ({"steps": 2.0}, "steps: 2.0 must be a whole number"),
         ({"reuse": "2"}, "reuse: '2' must be a number"),
+        ({"reuse": True}, "reuse: True must be a number"),
         ({"guidance": ["cfg:2"]}, r"guidance: \['cfg:2'\] must be a scale, a text"),
         ({"weak": "builtin:emoji"}, "weak: builtin:emoji is a name; give the loaded model"),
         ({"atol": 0.0}, "atol, rtol: 0.0 and 0.001 must be positive"),
@@ -846,3 +848,13 @@ def test_one_rule_of_guidance_or_its_text_is_enough():
     assert {Sampling(guidance=each) for each in given} == {Sampling(guidance=rules)}
     scale: Any = np.float32(2)
     assert Sampling(guidance=scale).guidance == (Guidance(scale=2.0),)
+
+
+def test_numbers_of_numpy_and_torch_become_numbers_of_python():
+    """Reports and fingerprints write settings as JSON."""
+    numbers: list[Any] = [np.int64(2), np.float32(0.5), torch.tensor(0.25, dtype=torch.float64), 3]
+    reuse, atol, rtol, scale = numbers
+    sampling = Sampling(reuse=reuse, guidance=Guidance(scale=scale))  # type: ignore[arg-type]
+    assert json.dumps([sampling.reuse, str(sampling.guidance[0])]) == '[2, "cfg:3.0"]'
+    sampling = Sampling(solver="dopri5", atol=atol, rtol=rtol)
+    assert json.dumps([sampling.atol, sampling.rtol]) == "[0.5, 0.25]"

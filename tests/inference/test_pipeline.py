@@ -21,7 +21,7 @@ from raekit.inference.pipeline import Pipeline
 from raekit.models.denoiser import Denoiser
 from raekit.models.denoiser_config import DenoiserConfig, TransformerConfig
 from raekit.models.encoders import load_encoder
-from raekit.pictures import to_pil
+from raekit.pictures import read_origin, to_pil
 
 FEW: dict[str, Any] = {"steps": 3}
 
@@ -115,12 +115,14 @@ def test_an_exception_of_the_callback_stops_the_work(pipe):
         pipe(callback=callback, **FEW)
 
 
-def test_ends_of_interpolations_and_trajectories_are_the_pipelines_images(pipe):
+def test_ends_of_interpolations_and_trajectories_are_the_pipelines_images(pipe, tmp_path):
     first, last = (pipe(classes=c, seed=s, output="pt", **FEW).images[0] for c, s in (("red", 3), ("blue", 8)))
-    row = pipe.interpolate((3, 8), ("red", "blue"), frames=4, output="pt", **FEW)
+    row = pipe.interpolate(np.array([3, 8]), ("red", "blue"), frames=np.int64(4), output="pt", **FEW)
     assert same(row.images[0], first)
     assert same(row.images[-1], last)
     assert row.labels == ("red", None, None, "blue")
+    row.save(tmp_path / "row")  # writes the seeds as JSON
+    assert read_origin(tmp_path / "row" / "000003.png")["seed"] == 8
     way = pipe.trajectory(labels=[2, 0], seed=[3, 8], frames=3, output="pt", **FEW)
     assert same(way.images[2], first)
     assert same(way.images[5], last)
@@ -305,6 +307,12 @@ def test_wrong_ends_and_images_are_one_clear_error(pipe):
     image = Image.new("RGB", (16, 16))
     for call, words in [
         (lambda: pipe.interpolate((0, 1, 2)), "seeds: [0, 1, 2] must be two numbers"),
+        (lambda: pipe.interpolate({0, 1}), "seeds: {0, 1} must be two numbers, for the first"),
+        (lambda: pipe.interpolate((0, 1), frames="8"), "frames: '8' must be a whole number"),
+        (lambda: pipe.interpolate((0, 1), frames=None), "frames: None must be a whole number"),
+        (lambda: pipe.variations(image, "0.3"), "strength: '0.3' must be a number"),
+        (lambda: pipe.variations(image, None), "strength: None must be a number"),
+        (lambda: pipe(guidance=10**400), "guidance: scale: the number is too large; give one below 1.8e308"),
         (lambda: pipe.interpolate((0, 1), ("red", "blue", "red")), "labels: [2, 0, 2] must be two numbers"),
         (lambda: pipe(guidance="auto:2", weak=pipe), "weak: Pipeline is no denoiser; give the field `denoiser`"),
         (lambda: pipe.variations([image, image]), "image: 2 are given; give one"),

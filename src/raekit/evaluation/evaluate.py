@@ -119,6 +119,7 @@ def evaluate(
         )
     features = [features] if isinstance(features, str) else features
     seed, count = whole_number("seed", seed), None if count is None else whole_number("count", count, 1)
+    batch_size, workers = chunk_batch(batch_size), whole_number("workers", workers, 0)
     if isinstance(model, Model) and ema is not None:
         raise UserError("ema: has no effect on a loaded model, which holds one average; leave it out")
     if isinstance(model, str) and (scheme := Path(model).suffix[1:]) in FORMATS and Path(model).is_file():
@@ -148,7 +149,6 @@ def evaluate(
     loaded = _load(model, own, ema, dtype, world) if not saved else None
     dataset = source or (loaded.trained_on if loaded else None)
     name = model if isinstance(model, str) else "a model in memory"
-    chunk_batch(batch_size)
     if isinstance(loaded, Model):  # before the reference is measured, which may take hours
         check_sampling(sampling or Sampling(), loaded.denoiser, labelled=bool(loaded.classes))
     if not references or baselines:

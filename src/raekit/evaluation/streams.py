@@ -15,7 +15,7 @@ from raekit.data.sources.base import Source, Split
 from raekit.data.sources.folders import Files
 from raekit.data.sources.zip_tar import Archived
 from raekit.distributed import World
-from raekit.errors import UserError
+from raekit.errors import UserError, whole_number
 from raekit.evaluation.features import Images, PairScore
 from raekit.evaluation.labels import Labels, draw_labels
 from raekit.evaluation.streaming import BATCH, images_of
@@ -303,6 +303,4 @@ def batches_of(chunks: Iterable[range], size: int) -> Iterator[range]:
 
 def chunk_batch(size: int) -> int:
     """Return the batch size that is used for `size`: a batch holds at most one chunk. UserError below 1."""
-    if size < 1:
-        raise UserError(f"batch_size: {size} must be at least 1")
-    return min(size, CHUNK)
+    return min(whole_number("batch_size", size, 1), CHUNK)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from raekit.config import configclass
-from raekit.errors import UserError
+from raekit.errors import UserError, real_number
 
 Velocity = Callable[[Tensor, float], Tensor]
 """A velocity field: latents (B, C, H, W) and one time for the batch -> velocities (B, C, H, W)."""
@@ -42,6 +42,8 @@ class Guidance:
     def __post_init__(self) -> None:
         if self.method not in REFERENCES:
             raise UserError(f"guidance: {self.method!r} is not a method; give one of {', '.join(REFERENCES)}")
+        for name in ("scale", "start", "end"):
+            object.__setattr__(self, name, float(real_number(f"guidance: {name}", getattr(self, name))))
         if not 0 <= self.start < self.end <= 1:
             raise UserError(f"guidance: the interval {self.start}-{self.end} must lie in 0-1, start before end")
         if self.scale == 1:
@@ -84,7 +86,7 @@ def as_rules(guidance: float | str | Guidance | Sequence[Guidance] | None) -> tu
         case Guidance():
             return (guidance,)
         case Real():
-            return () if guidance == 1 else (Guidance(scale=float(guidance)),)
+            return () if guidance == 1 else (Guidance(scale=guidance),)
         case [*rules] if all(isinstance(rule, Guidance) for rule in rules):
             return tuple(rules)
     raise UserError(f"guidance: {guidance!r} must be a scale, a text such as 'cfg:2.0@0.1-0.9', or rules (`Guidance`)")

@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from numbers import Real
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from raekit import randomness
-from raekit.errors import UserError, whole_number
+from raekit.errors import UserError, real_number, whole_number
 from raekit.flow.guidance import (
     Guidance,
     Reference,
@@ -82,8 +81,7 @@ class Sampling:
             if getattr(self, name) not in get_args(choices):
                 raise UserError(f"{name}: {getattr(self, name)!r} is none of {', '.join(get_args(choices))}")
         for name in ("reuse", "atol", "rtol"):
-            if not isinstance(getattr(self, name), Real):
-                raise UserError(f"{name}: {getattr(self, name)!r} must be a number")
+            object.__setattr__(self, name, real_number(name, getattr(self, name)))
         if not (self.atol > 0 and self.rtol > 0):
             raise UserError(f"atol, rtol: {self.atol} and {self.rtol} must be positive")
         if not self.reuse > 0 or (self.reuse > 1 and self.reuse % 1):

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -231,8 +231,8 @@ def interpolate(
         UserError: if both ends are the same, a setting is invalid, or an image is not finite.
     """
     sampling, frames = sampling or Sampling(), whole_number("frames", frames, 2)
-    seeds = _ends("seeds", as_seed(seeds))
-    labels = None if labels is None else _ends("labels", class_labels(model, labels))
+    seeds = as_ends("seeds", seeds)
+    labels = None if labels is None else as_ends("labels", class_labels(model, labels))
     if seeds[0] == seeds[1] and (labels is None or labels[0] == labels[1]):
         raise UserError("interpolate: both ends are the same; give two different seeds or classes")
     denoiser, device = model.denoiser, model.device
@@ -434,11 +434,16 @@ def _seed_for_each(seed: Seed, total: int) -> Seed:
     return seed
 
 
-def _ends(name: str, values: Seed) -> tuple[int, int]:
-    """Return the values for the first and the last image of an interpolation."""
-    if isinstance(values, int) or len(values) != 2:
-        raise UserError(f"{name}: {values!r} must be two numbers, for the first and the last image")
-    return (values[0], values[1])
+def as_ends(name: str, values: Sequence[int]) -> tuple[int, int]:
+    """Return the values for the first and the last image of an interpolation as int, see `as_seed`.
+
+    Raises:
+        UserError: if they are not two whole numbers in an order.
+    """
+    ends = values if isinstance(values, Set) else as_seed(values)  # a set has no first value
+    if isinstance(ends, int | Set) or len(ends) != 2:
+        raise UserError(f"{name}: {ends!r} must be two numbers, for the first and the last image")
+    return (ends[0], ends[1])
 
 
 def _chosen(model: Model, labels: Sequence[int] | None, count: int) -> Tensor | None:

@@ -13,7 +13,7 @@ from raekit import artifacts
 from raekit.data.images import read_image
 from raekit.data.transforms import center_crop, to_rgb
 from raekit.distributed import World
-from raekit.errors import UserError, whole_number
+from raekit.errors import UserError, real_number, whole_number
 from raekit.flow.guidance import Guidance, as_rules
 from raekit.flow.path import to_data
 from raekit.flow.sampling import START, Sampling, Watch, check_finite, check_sampling, denoise, sample_noise, slerp
@@ -22,6 +22,7 @@ from raekit.inference.gallery import Pictures
 from raekit.inference.generation import (
     BatchSize,
     Seed,
+    as_ends,
     as_seed,
     class_labels,
     fitting_batch,
@@ -221,6 +222,7 @@ class Pipeline:
             guidance: see `__call__`; so are the other arguments.
         """
         _check_output(output)
+        seeds, frames = as_ends("seeds", seeds), whole_number("frames", frames, 2)
         ends = None if classes is None else [self.model.class_id(name) for name in _names(classes)]
         ends = ends * 2 if ends and len(ends) == 1 else ends
         settings = Sampling(steps=steps, solver=solver, guidance=as_rules(guidance), **sampling)
@@ -295,6 +297,7 @@ class Pipeline:
             guidance: see `__call__`; so are the other arguments.
         """
         _check_output(output)
+        strength = real_number("strength", strength)
         if not 0 <= strength <= 1:
             raise UserError(f"strength: {strength} must be from 0 to 1")
         seeds = _seeds(seed, count)
