@@ -263,6 +263,17 @@ def test_adaptive_steps_keep_their_tolerance(grid):
     assert back.item() == pytest.approx(2.0, abs=1e-7)
 
 
+def test_tolerances_out_of_reach_are_one_clear_error():
+    pytest.importorskip("torchdiffeq")
+    noise = torch.Generator().manual_seed(0)
+
+    def field(x: torch.Tensor, t: float) -> torch.Tensor:
+        return 1e8 * torch.rand(x.shape, generator=noise)
+
+    with pytest.raises(UserError, match="no step is short enough for atol 1e-12 and rtol 1e-12; give larger"):
+        dopri5(field, torch.ones(1), [1.0, 0.0], 1e-12, 1e-12)
+
+
 def test_adaptive_steps_need_torchdiffeq(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "torchdiffeq", None)
     with pytest.raises(UserError, match=r"solver dopri5: torchdiffeq is not installed; pip install 'raekit\[ode\]'"):

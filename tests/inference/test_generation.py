@@ -824,6 +824,7 @@ def test_pictures_round_and_keep_every_level():
         ({"guidance": ["cfg:2"]}, r"guidance: \['cfg:2'\] must be a scale, a text"),
         ({"weak": "builtin:emoji"}, "weak: builtin:emoji is a name; give the loaded model"),
         ({"atol": 0.0}, "atol, rtol: 0.0 and 0.001 must be positive"),
+        ({"solver": "dopri5", "atol": 1e-8, "rtol": 1e-9}, "atol, rtol: 1e-08 and 1e-09 are both too small"),
         ({"reuse": 0}, "reuse: 0 must be a number of steps, or a similarity"),
         ({"reuse": 1.5}, "reuse: 1.5 must be a number of steps"),
         ({"reuse": -0.5}, "reuse: -0.5 must be a number of steps"),

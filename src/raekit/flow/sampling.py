@@ -39,6 +39,9 @@ START = "sample"
 """The stream of random numbers for the noise that samples start from."""
 MAX_STEPS = 100_000
 """The largest number of solver steps. A typing error would fill the memory with times."""
+LEAST_TOLERANCE = 1e-7
+"""The least tolerance of dopri5. The state is float32, whose relative precision is 1.2e-7: below it, dopri5 measures
+rounding instead of its error, and takes ever shorter steps."""
 ONE_PASS_ON_CPU = 2
 """The largest batch whose two predictions for classifier-free guidance a CPU makes in one pass."""
 
@@ -84,6 +87,11 @@ class Sampling:
             object.__setattr__(self, name, real_number(name, getattr(self, name)))
         if not (self.atol > 0 and self.rtol > 0):
             raise UserError(f"atol, rtol: {self.atol} and {self.rtol} must be positive")
+        if max(self.atol, self.rtol) < LEAST_TOLERANCE:
+            raise UserError(
+                f"atol, rtol: {self.atol:g} and {self.rtol:g} are both too small for float32; give at least "
+                f"{LEAST_TOLERANCE:g} for one of them"
+            )
         if not self.reuse > 0 or (self.reuse > 1 and self.reuse % 1):
             raise UserError(f"reuse: {self.reuse} must be a number of steps, or a similarity between 0 and 1")
         self._check_effects()

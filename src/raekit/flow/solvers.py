@@ -126,7 +126,7 @@ def dopri5(field: Velocity, x: Tensor, times: Sequence[float], atol: float = 1e-
     The error of a step is judged over the complete batch, so a sample depends on its batch up to the tolerance.
 
     Raises:
-        UserError: torchdiffeq is not installed.
+        UserError: torchdiffeq is not installed, or no step is short enough for the tolerances.
     """
     try:
         from torchdiffeq import odeint
@@ -135,7 +135,15 @@ def dopri5(field: Velocity, x: Tensor, times: Sequence[float], atol: float = 1e-
     ends = torch.tensor([times[0], times[-1]], dtype=x.dtype, device=x.device)
     # By default torchdiffeq steps past the end, where the field is not defined, and interpolates.
     options = {"step_t": ends[1:]}
-    path = odeint(lambda t, x: field(x, t.item()), x, ends, method="dopri5", atol=atol, rtol=rtol, options=options)
+    try:
+        path = odeint(lambda t, x: field(x, t.item()), x, ends, method="dopri5", atol=atol, rtol=rtol, options=options)
+    except AssertionError as error:  # torchdiffeq's own error
+        if "underflow in dt" not in str(error):
+            raise
+        raise UserError(
+            f"solver dopri5: no step is short enough for atol {atol:g} and rtol {rtol:g}; give larger tolerances, or "
+            "weaker guidance"
+        ) from None
     assert isinstance(path, Tensor)
     return path[-1]
 
