@@ -71,7 +71,7 @@ class Moments:
         if self.diagonal:
             raise ValueError("diagonal moments have no covariance")
         if self.count < 2:
-            raise UserError(f"a covariance needs at least two samples, but there are {self.count}")
+            raise UserError(f"a covariance needs at least two samples, but there are {self.count}; give more images")
         return self.scatter / (self.count - 1)
 
     @property

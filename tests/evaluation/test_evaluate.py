@@ -251,6 +251,7 @@ def test_a_comparison_with_unexpected_images_is_an_error(trained, plants, images
     [
         ({"reconstruct": True, "count": 3}, "count: has no effect with reconstruct"),
         ({"reconstruct": True, "sampling": Sampling(steps=2)}, "sampling: has no effect with reconstruct"),
+        ({"reconstruct": True, "intervals": True}, "intervals: has no effect with reconstruct"),
         ({"lpips": "auto"}, "lpips: has no effect without reconstruct"),
         ({"count": 0}, "count: 0 must be at least 1"),
         ({"reference": "x.npz", "source": "emoji"}, "source: has no effect with reference"),
@@ -288,6 +289,10 @@ def test_a_report_among_the_evaluated_images_is_refused(trained, plants, tiny_mo
         ({"batch_size": 0}, "batch_size: 0 must be at least 1"),
         ({"batch_size": "8"}, "batch_size: '8' must be a whole number"),
         ({"workers": 1.5}, "workers: 1.5 must be a whole number"),
+        ({"relative_to": "nope.safetensors"}, r"nope\.safetensors: no such file"),
+        ({"reconstruct": True, "lpips": "nope", "sampling": None}, "nope: no such file"),
+        ({"intervals": True, "count": 39}, "intervals: they need at least 40 images, and there are 39; evaluate more"),
+        ({"count": 1}, "count: distances need at least 2 images, and there is 1; evaluate more"),
         ({"sampling": Sampling(guidance="auto:2.0")}, "guidance: auto needs a weaker model"),  # type: ignore[arg-type]
     ],
 )

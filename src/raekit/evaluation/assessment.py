@@ -85,8 +85,7 @@ def assess(
             raise UserError("intervals: not available for images whose originals are the reference; leave it out")
         for each in against.references:
             each.check_originals(stream.source, stream.split, stream.count)
-    if intervals and stream.count < LEAST:
-        raise UserError(f"intervals: they need at least {LEAST} images, and there are {stream.count}")
+    check_count(stream.count, intervals)
     settings = _settings(stream, against, baselines, intervals)
     environment = _environment(world)
     claim = {"settings": settings, "environment": environment, "images": _stamps(stream, against, baselines)}
@@ -134,6 +133,14 @@ def assess(
                 discard(_row_folder(out, name))
         world.barrier()
     return read_report(out), out
+
+
+def check_count(count: int, intervals: bool) -> None:
+    """Raise UserError if `count` images are too few for distances, or for intervals of them."""
+    if count < 2:
+        raise UserError(f"count: distances need at least 2 images, and there is {count}; evaluate more images")
+    if intervals and count < LEAST:
+        raise UserError(f"intervals: they need at least {LEAST} images, and there are {count}; evaluate more images")
 
 
 def _features(stream: Stream, against: Against) -> Features:

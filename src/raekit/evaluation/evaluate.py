@@ -1,10 +1,11 @@
 """Evaluate a model, or saved images: the one function behind `raekit evaluate`, `raekit.evaluate` and the demo."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from raekit.data.images import real_path
 from raekit.data.loader import DataConfig
@@ -13,7 +14,7 @@ from raekit.data.sources.base import Split, parse_address
 from raekit.distributed import World, plain_tensors, prepare_device
 from raekit.errors import UserError, whole_number
 from raekit.evaluation.against import Against, find_networks
-from raekit.evaluation.assessment import REPORTS, TRAINING, assess
+from raekit.evaluation.assessment import REPORTS, TRAINING, assess, check_count
 from raekit.evaluation.features import default_features, load_networks
 from raekit.evaluation.interpolations import Interpolations
 from raekit.evaluation.labels import Labels, few
@@ -140,6 +141,7 @@ def evaluate(
         },
         lpips=lpips,
         others=others,
+        intervals=intervals,
         source=source if references and not (baselines or interpolate) else None,
     )
     report_folder = Path(out) if out else None
@@ -149,7 +151,10 @@ def evaluate(
     loaded = _load(model, own, ema, dtype, world) if not saved else None
     dataset = source or (loaded.trained_on if loaded else None)
     name = model if isinstance(model, str) else "a model in memory"
-    if isinstance(loaded, Model):  # before the reference is measured, which may take hours
+    # All that can be wrong is checked before the reference is measured, which may take hours.
+    relative = [read_reference(path) for path in others]
+    scores = reconstruction_metrics(lpips, world.device) if reconstruct else {}
+    if isinstance(loaded, Model):
         check_sampling(sampling or Sampling(), loaded.denoiser, labelled=bool(loaded.classes))
     if not references or baselines:
         dataset = _check_dataset(name, dataset, source is not None, loaded)
@@ -159,6 +164,9 @@ def evaluate(
     _check_apart(report_folder or Path(REPORTS), evaluated)
     stored = StoredImages(name, batch_size, workers, world) if saved else None
     image_size = (loaded or stored).image_size  # type: ignore[union-attr]
+    count = count or (LITERATURE if references else COUNT)
+    if not own:
+        check_count(stored.count if stored else count, intervals)
 
     notes = []
     if read:
@@ -189,12 +197,11 @@ def evaluate(
             progress=progress,
         )
     elif isinstance(loaded, LatentSpace):
-        stream = _reconstructions(loaded, read[0], lpips, batch_size, workers, world)
+        stream = _reconstructions(loaded, read[0], scores, batch_size, workers, world)
     else:
         assert loaded
         if compile:
             loaded.compile(sampling.weak if sampling else None)
-        count = count or (LITERATURE if references else COUNT)
         if labels is None and not references and _has_classes_of(read[0], loaded):
             labels = "reference"
         stream = _samples(loaded, read[0], count, sampling or Sampling(), seed, labels or "balanced", batch_size)
@@ -202,7 +209,7 @@ def evaluate(
     if baselines:
         assert dataset is not None
         rows = _baselines(loaded, dataset, image_size, stream.count, seed, batch_size, workers)
-    compared = Against(read, networks, world.device, [read_reference(path) for path in others])
+    compared = Against(read, networks, world.device, relative)
     names = {
         "model": name,
         "ema": loaded.denoiser.ema if isinstance(loaded, Model) else None,
@@ -235,6 +242,7 @@ def _check_arguments(
     sampled: dict[str, bool],
     lpips: str | None,
     others: Sequence[Path],
+    intervals: bool,
     source: str | None,
 ) -> None:
     """UserError for an argument without effect."""
@@ -243,7 +251,9 @@ def _check_arguments(
         raise UserError("interpolate: cannot be combined with reconstruct; evaluate twice")
     if saved and (wrong := [*given, *["reconstruct"] * reconstruct, *["interpolate"] * interpolate]):
         raise UserError(f"{wrong[0]}: has no effect on saved images, which are scored as they are; leave it out")
-    if (reconstruct or interpolate) and (wrong := [*given, *["relative_to"] * bool(others)]):
+    if (reconstruct or interpolate) and (
+        wrong := [*given, *["relative_to"] * bool(others), *["intervals"] * intervals]
+    ):
         raise UserError(
             f"{wrong[0]}: has no effect with {'reconstruct' if reconstruct else 'interpolate'}; leave it out"
         )
@@ -303,11 +313,15 @@ def _check_dataset(name: str, dataset: str | None, given: bool, loaded: Model | 
 
 
 def _reconstructions(
-    autoencoder: LatentSpace, reference: Reference, lpips: str | None, batch_size: int, workers: int, world: World
+    autoencoder: LatentSpace,
+    reference: Reference,
+    scores: Mapping[str, Callable[[Tensor, Tensor], Tensor]],
+    batch_size: int,
+    workers: int,
+    world: World,
 ) -> Reconstructions:
     """Return the reconstructions of the images that `reference` was measured on."""
     source, split = _originals(reference)
-    scores = reconstruction_metrics(lpips, world.device)
     found = Reconstructions(autoencoder, source, split, scores, batch_size=batch_size, workers=workers)
     found.originals.loader.announce(world)
     return found
