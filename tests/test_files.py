@@ -142,6 +142,17 @@ def test_an_error_keeps_the_old_file(tmp_path):
     assert path.read_text() == "good"
 
 
+@pytest.mark.parametrize("error", [ValueError, OSError])
+def test_any_error_leaves_nothing_behind(tmp_path, error):
+    def fail(partial: Path) -> None:
+        partial.write_text("half")
+        raise error
+
+    with pytest.raises(error), whole(tmp_path / "file") as partial:
+        fail(partial)
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_full_disk_gives_one_message_that_names_the_file(full_disk):
     path = full_disk / "file.txt"
     path.write_text("good")

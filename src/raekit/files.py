@@ -93,7 +93,7 @@ def whole(path: Path, folder: bool = False) -> Iterator[Path]:
 
     Raises:
         UserError: the result cannot be written, or `path` is a folder instead of a file or a file instead of a folder.
-        OSError: something else failed, such as reading another file.
+        Exception: something else failed, such as reading another file. The temporary path is removed.
     """
     (_check_is_folder if folder else _check_is_file)(path)
     given, path = path, Path(os.path.abspath(path))  # "." and ".." have no name
@@ -120,10 +120,10 @@ def whole(path: Path, folder: bool = False) -> Iterator[Path]:
         else:
             (work / path.name).replace(path)
         _remove(work)
-    except (OSError, SafetensorError, UserError) as error:
+    except Exception as error:
         _restore(old, path)  # if the second of the two moves failed
         _remove(work)
-        if isinstance(error, UserError) or (isinstance(error, OSError) and not _is_about(error, path, work)):
+        if not isinstance(error, SafetensorError) and not (isinstance(error, OSError) and _is_about(error, path, work)):
             raise
         reason = error.strerror if isinstance(error, OSError) else None
         raise UserError(f"{given}: could not be written ({reason or error})") from None

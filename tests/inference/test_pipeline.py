@@ -15,6 +15,7 @@ from raekit.flow.guidance import Guidance
 from raekit.flow.sampling import Sampling
 from raekit.formats.native import read_model, write_model
 from raekit.inference.catalogue import list_encoders, list_models
+from raekit.inference.gallery import Pictures
 from raekit.inference.generation import generate, random_labels
 from raekit.inference.model import Model, load, reconstruct
 from raekit.inference.pipeline import Pipeline
@@ -168,6 +169,15 @@ def test_results_are_shown_in_notebooks_and_written(pipe, tmp_path):
     assert np.array_equal(np.asarray(read_image(tmp_path / "folder" / "000001.png", 16)), np.asarray(made[1]))
     with Image.open(tmp_path / "grid.webp") as grid:
         assert grid.size == made.grid().size
+
+
+def test_a_grid_beyond_its_format_is_not_written(tmp_path):
+    image = Image.new("RGB", (100, 8))
+    row = Pictures([image] * 200, (None,) * 200, (None,) * 200, columns=200)
+    with pytest.raises(UserError, match=r"row\.webp: 200 images make a picture of 20,402 x 12 pixels, but a side"):
+        row.save(tmp_path / "row.webp")
+    assert not any(tmp_path.iterdir())
+    row.save(tmp_path / "row.png")
 
 
 def test_saving_overwrites_no_other_picture(pipe, tmp_path):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from raekit.files import check_file, check_folder, whole
 from raekit.inference.sample_folders import numbers_there
-from raekit.pictures import embed, grid, to_pil, write_picture
+from raekit.pictures import check_grid, embed, grid, to_pil, write_picture
 
 SHOWN = 64
 """The most images that a notebook shows of one result."""
@@ -75,12 +75,14 @@ class Pictures(Sequence[Any]):
             path: the file, or the folder.
 
         Raises:
-            UserError: the folder has a file with the name of an image that is another picture, or the path cannot be
-                written.
+            UserError: the folder has a file with the name of an image that is another picture, the grid is too large
+                for its format, or the path cannot be written.
         """
         path = Path(path)
         if path.suffix.lower() in (".png", ".webp"):
             check_file(path)
+            first = self.pil()[0]
+            check_grid(path, len(self), (first.height, first.width), self.columns)
             with whole(path) as partial:
                 self.grid().save(partial, format=path.suffix[1:].upper(), lossless=True)
             return
