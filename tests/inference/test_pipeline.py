@@ -1,3 +1,4 @@
+import math
 import re
 import shutil
 from typing import Any
@@ -330,6 +331,10 @@ def test_wrong_ends_and_images_are_one_clear_error(pipe):
         (lambda: pipe.reconstruct(np.zeros((2, 16, 16, 3), np.uint8)), "got ndarray"),
         (lambda: pipe.reconstruct(Image.new("F", (16, 16))), "images: a PIL image cannot be read (floating-point"),
         (lambda: pipe.decode(np.zeros((1, 16, 4, 4))), "latents: expected a float tensor (B, 16, 4, 4), got ndarray"),
+        *(
+            (lambda value=value: pipe.decode(torch.tensor([0.0, value]).view(2, 1, 1, 1).expand(2, 16, 4, 4)), words)
+            for value, words in [(math.nan, "latents: the values of number 1 are not finite"), (math.inf, "number 1")]
+        ),
     ]:
         with pytest.raises(UserError, match=re.escape(words)):
             call()

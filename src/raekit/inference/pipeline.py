@@ -16,7 +16,17 @@ from raekit.distributed import World
 from raekit.errors import UserError, real_number, whole_number
 from raekit.flow.guidance import Guidance, as_rules
 from raekit.flow.path import to_data
-from raekit.flow.sampling import START, Sampling, Watch, check_finite, check_sampling, denoise, sample_noise, slerp
+from raekit.flow.sampling import (
+    START,
+    Sampling,
+    Watch,
+    check_finite,
+    check_sampling,
+    denoise,
+    finite,
+    sample_noise,
+    slerp,
+)
 from raekit.flow.solvers import SolverName, time_grid
 from raekit.inference.gallery import Pictures
 from raekit.inference.generation import (
@@ -337,6 +347,11 @@ class Pipeline:
         """Return the images of whitened latents (B, C, h, w)."""
         _check_output(output)
         check_latents(latents, self.autoencoder.latent_shape)
+        if not (good := finite(latents)).all():
+            raise UserError(
+                f"latents: the values of number {good.tolist().index(False)} are not finite; load the model that made "
+                "them in float32, or leave them out"
+            )
         return self._plain(self.autoencoder.decode(latents.to(self.device)), output)
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
