@@ -933,6 +933,10 @@ def test_a_weaker_model_guides_and_the_passes_are_told(run, tiny_model, weaker, 
     assert not np.array_equal(pixels(tmp_path / "plain.png"), pixels(tmp_path / "guided.png"))
     same = run(*command, tmp_path / "same.png", "--guidance", "auto:3.0", "--weak", tiny_model)
     assert_fails(same, f"--weak: {tiny_model} is the model itself")
+    same = run(
+        *command, tmp_path / "same.png", "--guidance", "auto:3.0", "--weak", f"{tiny_model}/../{tiny_model.name}/"
+    )
+    assert_fails(same, f"{tiny_model.name}/ is the model itself")
     assert_fails(run(*command, tmp_path / "no.png", "--weak", weaker), "weak: no effect without guidance auto")
 
 

@@ -1,5 +1,6 @@
 """Options shared by all commands that sample."""
 
+import os
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -107,7 +108,7 @@ def load_weaker(weak: str | None, model: str, world: "World", dtype: "torch.dtyp
     """Load the weaker model of auto guidance, if one is given."""
     from raekit.models.denoiser import Denoiser
 
-    if weak == model:
+    if weak and os.path.realpath(weak) == os.path.realpath(model):  # names of models on the Hub are compared as text
         raise UserError(f"--weak: {weak} is the model itself, so guidance has no effect; give a weaker model")
     return Denoiser.load(weak, dtype=dtype).to(world.device) if weak else None
 
