@@ -759,6 +759,24 @@ def test_ranges_of_classes_and_webp(run, tiny_model, tmp_path):
     assert_fails(run("generate", tiny_model, "--format", "webp", "--out", tmp_path / "x.png"), "--format: no effect on")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (["encode", "MODEL", "x.png", "--out", ""], "--out"),
+        (["encode", "MODEL", "", "--out", "latents"], "an argument"),
+        (["generate", "MODEL", "--out=", "--steps", 1], "--out"),
+        (["evaluate", "MODEL", "--out", "report", "--reference", "x.npz", ""], "--reference"),
+        (["train", "emoji_decoder", "--run", ""], "--run"),
+    ],
+)
+def test_an_empty_path_is_not_the_working_folder(run, tiny_model, tmp_path, monkeypatch, arguments, name):
+    monkeypatch.chdir(tmp_path)
+    picture(tmp_path / "x.png", 0)
+    done = run(*(tiny_model if each == "MODEL" else each for each in arguments))
+    assert_fails(done, f"error: {name}: the value is empty; give one, or set the shell's variable", code=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.png"]
+
+
 def test_without_out_a_grid_is_written_to_the_working_folder(run, tiny_model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     command = ["generate", "--class", "blue", "red", tiny_model, "--count", 2, "--steps", 2, "--seed", 3]
@@ -950,7 +968,6 @@ def test_a_weaker_model_guides_and_the_passes_are_told(run, tiny_model, weaker, 
         (["--steps", "0"], ["steps: 0"]),
         (["--guidance", "cfg"], ["guidance: 'cfg'", "cfg:2.0@0.1-0.9"]),
         (["--guidance", "cfg:1"], ["a scale of 1"]),
-        (["--guidance", ""], ["guidance: ''"]),
         (["--guidance", "internal:2"], ["guidance: internal needs a base output"]),
         (["--guidance", "auto:2"], ["guidance: auto needs a weaker model (--weak"]),
         (["--reuse", "2", "--solver", "heun"], ["reuse: it needs solver euler or euler-maruyama, not heun"]),

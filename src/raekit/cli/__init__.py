@@ -93,6 +93,7 @@ def _run(arguments: list[str]) -> None:
         _usage(arguments)
         return
     rest, command = arguments[len(name.split()) :], COMMANDS[name]
+    console.check_filled(rest)
     if command is train:
         with stop_signals():  # also while torch is imported
             train(rest)

@@ -78,6 +78,20 @@ def joined(doc: str) -> str:
     return re.sub(r"\n {12,}(?=\S)", " ", doc)
 
 
+def check_filled(arguments: Sequence[str]) -> None:
+    """Exit with 2 if a value is empty, as a shell variable that is not set: an empty path is the working folder.
+
+    Texts in the settings of a recipe, such as --data.splits, may be empty.
+    """
+    option = ""
+    for argument in arguments:
+        name, assigned, value = argument.partition("=") if argument.startswith("--") else (option, "=", argument)
+        option = name
+        if assigned and not value and "." not in option:
+            err.print(f"error: {option or 'an argument'}: the value is empty; give one, or set the shell's variable")
+            sys.exit(2)
+
+
 def check_lists(options: Iterable[str], arguments: Sequence[str]) -> None:
     """Exit with 2 if an option is given twice that takes a list of values. Only the last list would count."""
     given = [argument.partition("=")[0].replace("_", "-") for argument in arguments]
