@@ -50,15 +50,15 @@ def find_folder(name: str | Path, kind: str | None = None, encoders: Iterable[st
     name = str(name)
     if name.startswith("builtin:"):
         folder = ASSETS / name.removeprefix("builtin:")
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise UserError(f"{name}: no such built-in model; choose one of {', '.join(builtin_names())}")
         return folder
     models = published() if published else None
     if models and name in models.NAMES:
         return models.cached(name, kind)
-    if (path := Path(name)).is_dir():
+    if os.path.isdir(path := Path(name)):  # `Path.is_dir` raises an error for too long a name
         return path
-    if path.is_file():
+    if os.path.isfile(path):
         raise UserError(f"{name}: is a file, and a model is a folder; `raekit convert` reads files of other projects")
     if milestone := _milestone(name):
         return milestone
@@ -142,7 +142,7 @@ def _milestone(name: str) -> Path | None:
         UserError: the run has no such milestone.
     """
     run, _, step = name.rpartition("@")
-    if not (step.isdigit() and run and Path(run).is_dir()):
+    if not (step.isdigit() and run and os.path.isdir(run)):
         return None
     kept = {
         int(folder.name.removeprefix("step-")): folder for folder in sorted(Path(run).glob("milestones/step-*[0-9]"))
@@ -173,7 +173,7 @@ def how_to_fetch(where: str, what: str) -> str:
     Raises:
         UserError: `where` is neither a folder nor OWNER/NAME.
     """
-    if where and Path(where).is_dir():
+    if where and os.path.isdir(where):
         return f"download it again: `hf download ID --local-dir {where}`, where ID is its repository on the Hub"
     if is_repository(where):
         return f"run {command(where)} where there is a network"

@@ -287,6 +287,12 @@ def test_a_report_among_the_evaluated_images_is_refused(trained, plants, tiny_mo
     ("options", "message"),
     [
         ({"batch_size": 0}, "batch_size: 0 must be at least 1"),
+        ({"batch_size": None}, "batch_size: None must be a whole number"),
+        ({"workers": "1"}, "workers: '1' must be a whole number"),
+        ({"reference": None}, "reference: None must be a file, or several"),
+        ({"relative_to": [3]}, r"relative_to: \[3\] must be a file, or several"),
+        ({"source": Path("plants")}, "data source 'plants' is unknown: use one of emoji"),
+        ({"sampling": {"steps": 5}}, "sampling: .* is no `Sampling`"),
         ({"batch_size": "8"}, "batch_size: '8' must be a whole number"),
         ({"workers": 1.5}, "workers: 1.5 must be a whole number"),
         ({"relative_to": "nope.safetensors"}, r"nope\.safetensors: no such file"),

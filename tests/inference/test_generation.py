@@ -4,7 +4,7 @@ import math
 import re
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -841,6 +841,24 @@ def test_pictures_round_and_keep_every_level():
 def test_a_setting_of_another_value_or_without_effect_is_rejected(settings, message):
     with pytest.raises(UserError, match=message):
         Sampling(**settings)
+
+
+def test_a_model_and_sampling_of_another_type_are_rejected(model):
+    noise, images = torch.zeros(1, 16, 4, 4), torch.zeros(1, 3, 16, 16)
+    calls: list[Callable[..., Any]] = [
+        lambda model, sampling: generate(model, count=1, sampling=sampling),
+        lambda model, sampling: interpolate(model, seeds=(0, 1), sampling=sampling),
+        lambda model, sampling: trajectory(model, count=1, sampling=sampling),
+        lambda model, sampling: images_to_noise(model, images, sampling=sampling),
+        lambda model, sampling: noise_to_images(model, noise, sampling=sampling),
+    ]
+    for call in calls:
+        with pytest.raises(UserError, match=r"model: a str is no `Model`; give raekit\.load\(NAME\)"):
+            call("builtin:emoji", None)
+        with pytest.raises(UserError, match=r"sampling: \{'steps': 5\} is no `Sampling`"):
+            call(model, {"steps": 5})
+    with pytest.raises(UserError, match="noise: none is given; give at least one row"):
+        noise_to_images(model, noise[:0])
 
 
 def test_one_rule_of_guidance_or_its_text_is_enough():

@@ -315,6 +315,8 @@ def test_wrong_settings_are_one_clear_error(pipe, options, words):
 
 
 def test_wrong_ends_and_images_are_one_clear_error(pipe):
+    nothing: Any = None
+    name: Any = "builtin:emoji"
     image = Image.new("RGB", (16, 16))
     for call, words in [
         (lambda: pipe.interpolate((0, 1, 2)), "seeds: [0, 1, 2] must be two numbers"),
@@ -331,6 +333,13 @@ def test_wrong_ends_and_images_are_one_clear_error(pipe):
         (lambda: pipe.reconstruct(np.zeros((2, 16, 16, 3), np.uint8)), "got ndarray"),
         (lambda: pipe.reconstruct(Image.new("F", (16, 16))), "images: a PIL image cannot be read (floating-point"),
         (lambda: pipe.decode(np.zeros((1, 16, 4, 4))), "latents: expected a float tensor (B, 16, 4, 4), got ndarray"),
+        (lambda: pipe.to(None), "device: None is not the name of a device"),
+        (lambda: load("builtin:emoji", device=nothing), "device: None is not the name of a device"),
+        (lambda: Pipeline.from_pretrained("a" * 5000), "no such folder or model"),
+        (lambda: Pipeline.from_pretrained("builtin:" + "a" * 5000), "no such built-in model"),
+        (lambda: Pipeline.from_pretrained("a" * 5000 + "@3"), "no such folder or model"),
+        (lambda: reconstruct(name, torch.zeros(1, 3, 16, 16)), "autoencoder: a str is no autoencoder"),
+        (lambda: reconstruct(pipe.model, torch.zeros(1, 3, 16, 16)), "autoencoder: a Model is no autoencoder"),
         *(
             (lambda value=value: pipe.decode(torch.tensor([0.0, value]).view(2, 1, 1, 1).expand(2, 16, 4, 4)), words)
             for value, words in [(math.nan, "latents: the values of number 1 are not finite"), (math.inf, "number 1")]

@@ -32,7 +32,7 @@ from raekit.evaluation.streams import (
     chunk_batch,
 )
 from raekit.files import check_folder
-from raekit.flow.sampling import Sampling, check_sampling
+from raekit.flow.sampling import Sampling, as_sampling, check_sampling
 from raekit.inference.model import Model, load
 from raekit.models.autoencoder import load_autoencoder
 from raekit.models.latent_space import LatentSpace
@@ -48,7 +48,7 @@ def evaluate(
     model: str | Path | Model,
     *,
     reference: Places = (),
-    source: str | None = None,
+    source: str | Path | None = None,
     features: str | Sequence[str] = (),
     count: int | None = None,
     seed: int = 0,
@@ -118,6 +118,7 @@ def evaluate(
         raise UserError(
             f"model: a {type(model).__name__} is neither a name nor a `Model`; of a pipeline, give pipe.model"
         )
+    source = str(source) if isinstance(source, Path) else source
     features = [features] if isinstance(features, str) else features
     seed, count = whole_number("seed", seed), None if count is None else whole_number("count", count, 1)
     batch_size, workers = chunk_batch(batch_size), whole_number("workers", workers, 0)
@@ -125,7 +126,7 @@ def evaluate(
         raise UserError("ema: has no effect on a loaded model, which holds one average; leave it out")
     if isinstance(model, str) and (scheme := Path(model).suffix[1:]) in FORMATS and Path(model).is_file():
         raise UserError(f"{model}: give saved images by their address, {scheme}:{model}")
-    references, others = _places(reference), _places(relative_to)
+    references, others = _places("reference", reference), _places("relative_to", relative_to)
     saved = isinstance(model, str) and is_address(model)
     _check_arguments(
         saved=saved,
@@ -155,7 +156,7 @@ def evaluate(
     relative = [read_reference(path) for path in others]
     scores = reconstruction_metrics(lpips, world.device) if reconstruct else {}
     if isinstance(loaded, Model):
-        check_sampling(sampling or Sampling(), loaded.denoiser, labelled=bool(loaded.classes))
+        check_sampling(as_sampling(sampling), loaded.denoiser, labelled=bool(loaded.classes))
     if not references or baselines:
         dataset = _check_dataset(name, dataset, source is not None, loaded)
     read = [read_reference(path) for path in references]
@@ -204,7 +205,7 @@ def evaluate(
             loaded.compile(sampling.weak if sampling else None)
         if labels is None and not references and _has_classes_of(read[0], loaded):
             labels = "reference"
-        stream = _samples(loaded, read[0], count, sampling or Sampling(), seed, labels or "balanced", batch_size)
+        stream = _samples(loaded, read[0], count, as_sampling(sampling), seed, labels or "balanced", batch_size)
     rows = {}
     if baselines:
         assert dataset is not None
@@ -230,8 +231,12 @@ def evaluate(
     )
 
 
-def _places(places: Places) -> list[Path]:
-    return [Path(places)] if isinstance(places, str | Path) else [Path(place) for place in places]
+def _places(name: str, places: Places) -> list[Path]:
+    if isinstance(places, str | Path):
+        return [Path(places)]
+    if not isinstance(places, Iterable) or not all(isinstance(place, str | Path) for place in places):
+        raise UserError(f"{name}: {places!r} must be a file, or several")
+    return [Path(place) for place in places]
 
 
 def _check_arguments(

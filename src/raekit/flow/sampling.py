@@ -114,6 +114,13 @@ class Sampling:
                 raise UserError(f"reuse: {self.reuse} has no effect on a single step; take more steps")
 
 
+def as_sampling(sampling: Sampling | None) -> Sampling:
+    """Return the settings, by default those of `Sampling()`. UserError if they have another type."""
+    if not isinstance(sampling, Sampling | None):
+        raise UserError(f"sampling: {sampling!r} is no `Sampling`; give raekit.Sampling(steps=50), for example")
+    return sampling or Sampling()
+
+
 Watch = Callable[[Tensor, Tensor, float], object]
 """A function that each evaluation calls with the latents, the guided velocity and the time."""
 

@@ -18,6 +18,7 @@ from raekit.flow.path import to_data
 from raekit.flow.sampling import (
     Sampling,
     Watch,
+    as_sampling,
     check_finite,
     check_sampling,
     denoise,
@@ -104,7 +105,8 @@ def generate(
     Raises:
         UserError: if a label is not a class of the model, a setting is invalid, or a sample is not finite.
     """
-    sampling = sampling or Sampling()
+    _check_model(model)
+    sampling = as_sampling(sampling)
     world = world or World(device=model.device)
     labels, total = _labels_and_total(model, labels, count)
     seed = _seed_for_each(seed, total)
@@ -230,7 +232,8 @@ def interpolate(
     Raises:
         UserError: if both ends are the same, a setting is invalid, or an image is not finite.
     """
-    sampling, frames = sampling or Sampling(), whole_number("frames", frames, 2)
+    _check_model(model)
+    sampling, frames = as_sampling(sampling), whole_number("frames", frames, 2)
     seeds = as_ends("seeds", seeds)
     labels = None if labels is None else as_ends("labels", class_labels(model, labels))
     if seeds[0] == seeds[1] and (labels is None or labels[0] == labels[1]):
@@ -292,7 +295,8 @@ def trajectory(
     Raises:
         UserError: if the solver has too few evaluations for `frames`, a setting is invalid, or a sample is not finite.
     """
-    sampling = sampling or Sampling()
+    _check_model(model)
+    sampling = as_sampling(sampling)
     labels, total = _labels_and_total(model, labels, count)
     seed, frames = _seed_for_each(seed, total), whole_number("frames", frames)
     check_sampling(sampling, model.denoiser, labels is not None)
@@ -339,8 +343,9 @@ def images_to_noise(
     Returns:
         The noise (B, C, h, w) in the shape of the latents.
     """
+    _check_model(model)
     check_images(images)
-    sampling, chosen = sampling or Sampling(), _chosen(model, labels, len(images))
+    sampling, chosen = as_sampling(sampling), _chosen(model, labels, len(images))
     latents = model.autoencoder.encode(images.to(model.device))
     return latents_to_noise(model.denoiser, latents, chosen, sampling)
 
@@ -363,8 +368,11 @@ def noise_to_images(
     Raises:
         UserError: if a setting is invalid, or an image is not finite.
     """
+    _check_model(model)
     check_latents(noise, model.denoiser.config.latent_shape, "noise")
-    sampling, chosen = sampling or Sampling(), _chosen(model, labels, len(noise))
+    if not len(noise):
+        raise UserError("noise: none is given; give at least one row")
+    sampling, chosen = as_sampling(sampling), _chosen(model, labels, len(noise))
     if sampling.solver == "euler-maruyama":
         raise UserError("solver euler-maruyama: adds its own noise at every step; use another solver")
     images = _decode(model, denoise(model.denoiser, lambda stream: noise.to(model.device), chosen, sampling))
@@ -376,6 +384,13 @@ def random_labels(model: Model, seed: Seed, count: int) -> list[int]:
     """Return a random class id for each of `count` samples, a function of the seed and the number of the sample."""
     places = [(seed, i) for i in range(count)] if isinstance(seed, int) else [(each, 0) for each in seed]
     return [int(randomness.uniform(s, "class", [i]).item() * len(model.classes)) for s, i in places]
+
+
+def _check_model(model: object) -> None:
+    if not isinstance(model, Model):
+        raise UserError(
+            f"model: a {type(model).__name__} is no `Model`; give raekit.load(NAME), or the field `model` of a pipeline"
+        )
 
 
 def _noise(denoiser: Denoiser, seed: Seed, indices: Sequence[int], device: torch.device) -> Callable[[str], Tensor]:

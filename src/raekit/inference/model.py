@@ -197,4 +197,8 @@ def reconstruct(autoencoder: LatentSpace, images: Tensor) -> Tensor:
     Returns:
         The reconstructions (B, 3, *autoencoder.image_shape) in [0, 1].
     """
+    if not isinstance(autoencoder, LatentSpace):
+        raise UserError(
+            f"autoencoder: a {type(autoencoder).__name__} is no autoencoder; give the field `autoencoder` of a model"
+        )
     return autoencoder.decode(autoencoder.encode(images))

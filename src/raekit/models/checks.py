@@ -17,7 +17,7 @@ def check_device(device: torch.device | str) -> torch.device:
     """
     try:
         place = torch.device(device)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise UserError(f"device: {device!r} is not the name of a device; give 'cpu' or 'cuda'") from None
     if place.type == "cuda" and (place.index or 0) >= (count := torch.cuda.device_count()):
         raise UserError(f"device: {device} does not exist; torch finds {count} CUDA devices")
