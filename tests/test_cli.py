@@ -210,6 +210,8 @@ def test_a_dataset_is_looked_at(run, images, tmp_path):
     assert "0 of 4 images cannot be read" in few
     assert "nearly equal" not in run("data", images, "--encoder", "None").out
     assert_fails(run("data", images, "--count", 0), "--count: 0 must be at least 1")
+    inside = images.removeprefix("folder:")
+    assert_fails(run("data", images, "--out", f"{inside}/montage.png"), "montage.png: lies in the folder of folder:")
 
 
 def test_a_missing_or_mistyped_option_is_named(run, tiny_model):
@@ -1461,7 +1463,10 @@ def test_latents_of_chosen_blocks_and_sizes_are_measured(run, images, tiny_model
 
 def test_measuring_what_is_not_there(run, images, tiny_model, tmp_path):
     out = tmp_path / "statistics.safetensors"
-    assert_fails(run("latents", "measure", "dino", "--source", images, "--out", out), "encoder dino", "dinov2-s")
+    assert_fails(
+        run("latents", "measure", "dino", "--source", images, "--out", out),
+        "encoder dino: no such folder or model; did you mean dino",
+    )
     done = run("latents", "measure", tiny_model, "--source", "folder:/nowhere", "--out", out)
     assert_fails(done, "/nowhere")
     assert not out.exists()

@@ -269,7 +269,7 @@ def test_a_report_among_the_evaluated_images_is_refused(trained, plants, tiny_mo
     measure_reference(data, load_networks(str(tiny_model), ALONE.device), ALONE).write(reference)
     options: dict[str, Any] = {"features": [str(tiny_model)], "world": ALONE}
     refused(
-        r"plants/report: lies in the folder of flat:.*give a folder elsewhere \(out\)",
+        r"plants/report: lies in the folder of flat:.*give a place elsewhere \(out\)",
         lambda: evaluate(f"flat:{folder}", source=f"folder:{plants}", out=folder / "report", **options),
     )
     refused(

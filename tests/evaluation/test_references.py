@@ -287,6 +287,8 @@ def test_a_reference_knows_its_images_again(images: str, tmp_path: Path, monkeyp
     """Neither another working folder nor another image of the same name passes for them."""
     for folder in "here", "there":
         shutil.copytree(images.removeprefix("folder:"), tmp_path / folder / "im")
+    first, second, *_ = sorted((tmp_path / "there" / "im").rglob("*.png"))
+    first.write_bytes(second.read_bytes())
     monkeypatch.chdir(tmp_path / "here")
     reference = measure_reference(data("flat:im"), NETWORKS, ALONE)
     reference.check_originals("flat:im", "all", 39)
@@ -294,6 +296,8 @@ def test_a_reference_knows_its_images_again(images: str, tmp_path: Path, monkeyp
     assert reference.about.source == f"flat:{tmp_path / 'here' / 'im'}"
     with pytest.raises(UserError, match=r"here/im \(all\), and the originals are flat:.*there/im \(all\)"):
         reference.check_originals("flat:im", "all", 39)
+    shutil.copytree(tmp_path / "here", tmp_path / "moved")
+    reference.check_originals(f"flat:{tmp_path / 'moved' / 'im'}", "all", 39)  # the same files at another place
     first, second, *_ = sorted((tmp_path / "here" / "im").rglob("*.png"))
     first.write_bytes(second.read_bytes())
     with pytest.raises(UserError, match=r"have changed since it was measured on 39 images.*run raekit reference"):

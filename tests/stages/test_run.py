@@ -497,3 +497,11 @@ def test_killed_at_random_moments_a_run_ends_the_same_to_the_bit(images, tmp_pat
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith(f"OK: {KILLS} kills, nothing lost\n")
+
+
+def test_a_run_does_not_become_its_own_images(alone, images, tmp_path):
+    shutil.copytree(images.removeprefix("folder:"), tmp_path / "photos")
+    config = from_source(configs(images, alone[0])[0], f"folder:{tmp_path / 'photos'}")
+    with pytest.raises(UserError, match=r"photos/runs/a: lies in the folder of folder:.* elsewhere \(run\)"):
+        train(config, tmp_path / "photos" / "runs" / "a", ONE)
+    assert not (tmp_path / "photos" / "runs").exists()

@@ -41,6 +41,7 @@ def data(
         out: Output file (.png) for a montage of up to 64 images. None: no montage.
     """
     from raekit.data.images import skipped_in_words
+    from raekit.data.sources import check_apart
     from raekit.evaluation.overview import look_at
     from raekit.files import whole
 
@@ -48,6 +49,7 @@ def data(
         raise UserError(f"--count: {count} must be at least 1")
     if out:
         check_file(out, ".png")
+        check_apart(out, [source], "--out")
     with Display(console.err) as progress:
         found = look_at(source, split, count, encoder, progress)
     unlabelled = f", {found.unlabelled:,} without a class" if found.classes and found.unlabelled else ""

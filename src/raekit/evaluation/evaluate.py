@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raekit.data.images import real_path
 from raekit.data.loader import DataConfig
-from raekit.data.sources import FORMATS, is_address, open_source
-from raekit.data.sources.base import Split, parse_address
+from raekit.data.sources import FORMATS, check_apart, is_address, open_source
+from raekit.data.sources.base import Split
 from raekit.distributed import World, plain_tensors, prepare_device
 from raekit.errors import UserError, whole_number
 from raekit.evaluation.against import Against, find_networks
@@ -162,7 +161,7 @@ def evaluate(
     read = [read_reference(path) for path in references]
     originals = _originals(read[0])[0] if read and own else None
     evaluated = [name if saved else None, originals, dataset if source or baselines or not read else None]
-    _check_apart(report_folder or Path(REPORTS), evaluated)
+    check_apart(report_folder or Path(REPORTS), filter(None, evaluated), "out")
     stored = StoredImages(name, batch_size, workers, world) if saved else None
     image_size = (loaded or stored).image_size  # type: ignore[union-attr]
     count = count or (LITERATURE if references else COUNT)
@@ -266,17 +265,6 @@ def _check_arguments(
         raise UserError("lpips: has no effect without reconstruct; leave it out")
     if source is not None:
         raise UserError("source: has no effect with reference, unless baselines are scored; leave one of them out")
-
-
-def _check_apart(out: Path, evaluated: Iterable[str | None]) -> None:
-    """Raise UserError if the report would lie among the images of a folder: its pictures would become such images."""
-    for address in filter(None, evaluated):
-        place = parse_address(address).path
-        if parse_address(address).place and place.is_dir() and real_path(out).is_relative_to(real_path(place)):
-            raise UserError(
-                f"{out}: lies in the folder of {address}, so the pictures of the report would become images of it; "
-                "give a folder elsewhere (out)"
-            )
 
 
 def _load(model: str | Model, own: bool, ema: float | None, dtype: torch.dtype, world: World) -> Model | LatentSpace:

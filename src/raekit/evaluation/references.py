@@ -14,7 +14,7 @@ from torch import Tensor
 from raekit.config import configclass, from_dict, to_dict
 from raekit.data.archives import Npz
 from raekit.data.loader import DataConfig, Loader
-from raekit.data.sources import absolute, listing
+from raekit.data.sources import absolute, is_copy, listing
 from raekit.data.sources.base import Split
 from raekit.distributed import World
 from raekit.errors import UserError
@@ -145,11 +145,13 @@ class Reference:
         else:
             found, reason = f"{found[0]} ({found[1]})", "these images are compared with their own originals"
         remedy = f"run raekit reference {source} --split {split}"
-        if (about.source, about.split) != (source, split):
+        known = about.names, about.sizes
+        copied = about.source is not None and is_copy(about.source, known, source)
+        if about.split != split or not (copied or about.source == source):
             raise UserError(
                 f"{self.place}: was measured on {found}, and the originals are {source} ({split}): {reason}; {remedy}"
             )
-        if about.count != count or (about.names and (about.names, about.sizes) != listing(source)):
+        if about.count != count or (about.names and not copied):
             raise UserError(
                 f"{self.place}: the files of {found} have changed since it was measured on {about.count} images, and "
                 f"{count} are there now: {reason}; {remedy}"

@@ -13,8 +13,7 @@ from torch.utils.data import Dataset
 
 from raekit.data.images import log_once
 from raekit.data.loader import DataConfig, Rows, augmentation, item_at, stream_shares
-from raekit.data.sources import absolute, listing
-from raekit.data.sources.base import parse_address
+from raekit.data.sources import absolute, is_copy
 from raekit.data.workers import load_parts
 from raekit.distributed import World
 from raekit.errors import UserError
@@ -114,8 +113,9 @@ def _check_fit(info: CacheInfo, folder: Path, config: DataConfig, autoencoder: L
                 f"{folder}: its latents were made with {what}: {info.model} has {cached}, but this "
                 f"autoencoder has {wanted}; cache the latents of this autoencoder in another folder"
             )
+    here = absolute(config.address)
     for field, wanted in (
-        ("source", info.source if _is_copy(info, config) else absolute(config.address)),
+        ("source", info.source if is_copy(info.source, (info.names, info.sizes), config.address) else here),
         ("split", config.split),
         ("image_size", config.image_size),
         ("resize", config.resize),
@@ -128,13 +128,6 @@ def _check_fit(info: CacheInfo, folder: Path, config: DataConfig, autoencoder: L
             )
     if config.flip and not info.flipped:
         raise UserError(f"{folder}: holds no flipped latents, which data.flip needs; cache them with --flip")
-
-
-def _is_copy(info: CacheInfo, config: DataConfig) -> bool:
-    """Return whether the config's data source has the same files as the cached one, perhaps at another place."""
-    there, here = parse_address(info.source), parse_address(config.address)
-    same_form = (there.scheme, there.splits) == (here.scheme, here.splits)
-    return same_form and info.names is not None and listing(config.source) == (info.names, info.sizes)
 
 
 _Read = tuple[Tensor, Tensor, Tensor, Tensor]

@@ -8,7 +8,7 @@ from pathlib import Path
 from raekit import artifacts
 from raekit.config import Mark, from_dict, read_json, replaced, to_dict, to_json
 from raekit.data.loader import DataConfig
-from raekit.data.sources import open_source
+from raekit.data.sources import check_apart, open_source
 from raekit.distributed import World
 from raekit.distributed.locks import lock
 from raekit.errors import UserError
@@ -52,6 +52,7 @@ def describe_config(config: StageConfig, run: Path, world: World, change: bool =
     lines.append(f"{config.train.steps:,} steps of {config.train.batch_size} images: {images:,} images")
     try:
         check_settings(config.train, world)
+        check_apart(run, [config.data.source], "run")
         check_folder(run)
         with lock(run, world) if run.is_dir() else nullcontext():
             if record.is_begun(run):

@@ -6,6 +6,7 @@ import torch
 
 from raekit.artifacts import STATISTICS
 from raekit.config import Mark, from_dict, replaced, to_dict
+from raekit.data.sources import check_apart
 from raekit.distributed import World, check_shared
 from raekit.distributed.locks import lock
 from raekit.errors import UserError
@@ -62,6 +63,7 @@ def train(
             differences) or has a model but no checkpoint, or if the disk is full.
     """
     config = replaced(from_dict(type(config), config, "train"), Mark.PLACE, absolute)
+    check_apart(run, [config.data.source], "run")
     with stop_signals(world) as stop, lock(run, world):
         check_shared(run, world)
         record.check(run, record.config_changes(run, config), change)  # before the stage is built, which takes time

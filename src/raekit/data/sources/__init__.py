@@ -1,13 +1,13 @@
 """Open datasets by their address, `scheme:place`, with random access to (RGB image, label)."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from hashlib import blake2b
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from raekit.data.archives import matching_files
-from raekit.data.images import EXTENSIONS, files_below, skipped_in_words
+from raekit.data.images import EXTENSIONS, files_below, real_path, skipped_in_words
 from raekit.data.sources.base import Address, Source, Split, parse_address
 from raekit.data.sources.emoji import Emoji
 from raekit.data.sources.folders import open_flat, open_folder
@@ -172,3 +172,33 @@ FORMATS = {
     "tar": Format(Archived, "FILES", parts=True),
 }
 """The kinds of sources by the scheme of their address. To add a kind, write a module in this package and add a row."""
+
+
+def is_copy(there: str, known: tuple[str | None, str | None], here: str) -> bool:
+    """Return whether the data source `here` has the files that were at `there`, perhaps at another place.
+
+    Args:
+        there: the address of the files then.
+        known: their digests (`listing`); None if they are not known.
+        here: the address now.
+    """
+    then, now = parse_address(there), parse_address(here)
+    return (then.scheme, then.splits) == (now.scheme, now.splits) and None not in known and listing(here) == known
+
+
+def check_apart(out: Path, addresses: Iterable[str], option: str) -> None:
+    """Raise UserError if pictures would be written to the folder of a data source, and so become images of it.
+
+    Args:
+        out: the folder or the file.
+        addresses: the addresses of the data sources.
+        option: the name of the setting that names `out`, for the error message.
+    """
+    for uri in addresses:
+        address = parse_address(uri)
+        inside = address.place and address.path.is_dir() and real_path(out).is_relative_to(real_path(address.path))
+        if inside:
+            raise UserError(
+                f"{out}: lies in the folder of {uri}, so its pictures would become images of it; give a place "
+                f"elsewhere ({option})"
+            )
