@@ -391,8 +391,9 @@ def test_a_bad_value_is_one_message_that_names_it_and_does_not_occupy_the_run(ru
 
 
 def test_a_folder_without_an_image_says_what_is_read(run, tmp_path):
-    done = run("train", "emoji_encoder", "--run", tmp_path / "run", *tiny(f"folder:{tmp_path}"))
-    assert_fails(done, tmp_path, ".png", ".webp")
+    (tmp_path / "photos").mkdir()
+    done = run("train", "emoji_encoder", "--run", tmp_path / "run", *tiny(f"folder:{tmp_path / 'photos'}"))
+    assert_fails(done, tmp_path / "photos", ".png", ".webp")
 
 
 def test_another_config_on_a_run_prints_the_difference_and_runs_nothing(run, images, tmp_path):
