@@ -144,7 +144,7 @@ def evaluate(
         intervals=intervals,
         source=source if references and not (baselines or interpolate) else None,
     )
-    report_folder = Path(out) if out else None
+    sampling, report_folder = as_sampling(sampling), Path(out) if out else None
     check_folder(report_folder or Path(REPORTS))
     world = world or World(device=prepare_device())
     own = reconstruct or interpolate  # the autoencoder is scored, without a denoiser
@@ -155,7 +155,7 @@ def evaluate(
     relative = [read_reference(path) for path in others]
     scores = reconstruction_metrics(lpips, world.device) if reconstruct else {}
     if isinstance(loaded, Model):
-        check_sampling(as_sampling(sampling), loaded.denoiser, labelled=bool(loaded.classes))
+        check_sampling(sampling, loaded.denoiser, labelled=bool(loaded.classes))
     if not references or baselines:
         dataset = _check_dataset(name, dataset, source is not None, loaded)
     read = [read_reference(path) for path in references]
@@ -201,10 +201,10 @@ def evaluate(
     else:
         assert loaded
         if compile:
-            loaded.compile(sampling.weak if sampling else None)
+            loaded.compile(sampling.weak)
         if labels is None and not references and _has_classes_of(read[0], loaded):
             labels = "reference"
-        stream = _samples(loaded, read[0], count, as_sampling(sampling), seed, labels or "balanced", batch_size)
+        stream = _samples(loaded, read[0], count, sampling, seed, labels or "balanced", batch_size)
     rows = {}
     if baselines:
         assert dataset is not None
@@ -321,7 +321,7 @@ def _reconstructions(
 
 
 def _has_classes_of(reference: Reference, model: Model) -> bool:
-    """Return whether `reference` counts images of as many classes as `model` has."""
+    """Return whether `reference` and `model` have the same number of classes."""
     classes = reference.about.classes
     return classes is not None and len(classes) == model.denoiser.config.num_classes
 

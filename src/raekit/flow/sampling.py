@@ -115,7 +115,7 @@ class Sampling:
 
 
 def as_sampling(sampling: Sampling | None) -> Sampling:
-    """Return the settings, by default those of `Sampling()`. UserError if they have another type."""
+    """Return `sampling`, or `Sampling()` for None; UserError for anything else."""
     if not isinstance(sampling, Sampling | None):
         raise UserError(f"sampling: {sampling!r} is no `Sampling`; give raekit.Sampling(steps=50), for example")
     return sampling or Sampling()

@@ -113,9 +113,11 @@ def _check_fit(info: CacheInfo, folder: Path, config: DataConfig, autoencoder: L
                 f"{folder}: its latents were made with {what}: {info.model} has {cached}, but this "
                 f"autoencoder has {wanted}; cache the latents of this autoencoder in another folder"
             )
-    here = absolute(config.address)
+    source = absolute(config.address)
+    if source != info.source and is_copy(info.source, (info.names, info.sizes), source):
+        source = info.source
     for field, wanted in (
-        ("source", info.source if is_copy(info.source, (info.names, info.sizes), config.address) else here),
+        ("source", source),
         ("split", config.split),
         ("image_size", config.image_size),
         ("resize", config.resize),

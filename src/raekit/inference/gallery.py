@@ -81,10 +81,10 @@ class Pictures(Sequence[Any]):
         path = Path(path)
         if path.suffix.lower() in (".png", ".webp"):
             check_file(path)
-            first = self.pil()[0]
-            check_grid(path, len(self), (first.height, first.width), self.columns)
+            images = self.pil()
+            check_grid(path, len(images), (images[0].height, images[0].width), self.columns)
             with whole(path) as partial:
-                self.grid().save(partial, format=path.suffix[1:].upper(), lossless=True)
+                grid(images, self.columns).save(partial, format=path.suffix[1:].upper(), lossless=True)
             return
         check_folder(path)
         images = self.pil()

@@ -124,7 +124,7 @@ class VAE(nn.Module):
         return (decoded.float() + 1) / 2, posterior.kl().float()
 
     def baseline(self) -> "Baseline":
-        """Return a frozen copy as a latent space. The weights must be complete, so gather those of a sharded VAE."""
+        """Return a frozen copy as a latent space. If the VAE is sharded, call this inside `gathered`."""
         state = dict(self.named_parameters()) | dict(self.named_buffers())  # `state_dict` would shard them again
         copy = self._copy(state).to(next(self.parameters()).device)
         return Baseline(BaselineConfig(baseline="vae:in memory", image_size=self.image_size), copy.vae)

@@ -152,10 +152,10 @@ def check(run: Path, found: Sequence[Change], allowed: bool) -> None:
 
 
 def check_start(run: Path, config: StageConfig, inputs: Inputs, allowed: bool) -> list[Change]:
-    """Return how config and inputs differ from those of the run.
+    """Return the changes of config and inputs since the run's last start.
 
     Raises:
-        UserError: They must not differ so (`check`), or the run has trained more steps than the config has.
+        UserError: The changes are not allowed (`check`), or the run has trained more steps than the config has.
     """
     saved = checkpoints(run / "checkpoints")
     if saved and (step := step_of(saved[-1])) > config.train.steps:
