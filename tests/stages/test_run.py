@@ -166,12 +166,13 @@ def test_two_processes_train_every_stage_as_one(two, alone, how):
         found, expected = artifact(runs / how / name), artifact(alone[0] / name)
         assert found.keys() == expected.keys()
         for key, value in expected.items():
-            if name == "vae" and key.endswith(
-                "bias"
-            ):  # before a norm, the gradient is only rounding, scaled up by Adam
+            # Adam scales up rounding, and before a norm the gradient of a bias is nothing else. A wrong gradient moves
+            # a weight by about the learning rate in each step, together by 4e-3.
+            if name == "vae" and key.endswith("bias"):
                 continue
+            atol = 2e-4 if name == "vae" else 1e-5
             torch.testing.assert_close(
-                found[key], value, rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}"
+                found[key], value, rtol=1e-4, atol=atol, msg=lambda text, key=key: f"{key}: {text}"
             )
 
 
