@@ -8,6 +8,7 @@ from tyro.conf import Positional
 
 from raekit.cli import console
 from raekit.cli.console import Device
+from raekit.cli.launch import processes
 from raekit.cli.sampling import dtype_of
 from raekit.errors import UserError
 from raekit.files import check_file
@@ -44,7 +45,6 @@ def reconstruct(
         batch_size: Number of images to process at once.
         device: Device to compute on. None: the GPU if there is one, else the CPU.
     """
-    from raekit.distributed import world
     from raekit.distributed.locks import lock
     from raekit.evaluation.pairs import reconstruction_metrics
     from raekit.inference.reconstruction_folders import reconstruct_folder
@@ -52,7 +52,7 @@ def reconstruct(
 
     if not paths:
         raise UserError("reconstruct: give at least one image file or folder")
-    with world(device) as here, lock(out, here), Display(console.err) as progress:
+    with processes(device) as here, lock(out, here), Display(console.err) as progress:
         if here.size > 1:
             raise UserError("reconstruct: runs in a single process; start it without torchrun")
         autoencoder = load_autoencoder(model, dtype_of(precision)).to(here.device)
@@ -94,7 +94,6 @@ def encode(
         shard_size: Number of images in a shard. One shard is held in memory until it is written.
         device: Device to compute on. None: the GPU if there is one, else the CPU.
     """
-    from raekit.distributed import world
     from raekit.distributed.locks import lock
     from raekit.inference.latents import encode_files
     from raekit.models.autoencoder import load_autoencoder
@@ -104,7 +103,7 @@ def encode(
     single = out.suffix.lower() == ".safetensors"
     if single:
         check_file(out)
-    with world(device) as here, nullcontext() if single else lock(out, here), Display(console.err) as progress:
+    with processes(device) as here, nullcontext() if single else lock(out, here), Display(console.err) as progress:
         if here.size > 1:
             raise UserError("encode: runs in a single process; start it without torchrun")
         autoencoder = load_autoencoder(model, dtype_of(precision)).to(here.device)

@@ -7,6 +7,7 @@ from rich.table import Table
 from tyro.conf import Positional
 
 from raekit.cli import console
+from raekit.cli.launch import processes
 from raekit.errors import UserError
 from raekit.files import check_file, check_folder
 from raekit.progress import Display
@@ -120,10 +121,9 @@ def data_pack(
         workers: Number of processes that decode and encode images. 0: only the main process.
     """
     from raekit.data.packing import pack
-    from raekit.distributed import world
 
     check_folder(out)
-    with world("cpu") as here, Display(console.err, quiet=not here.is_main) as progress:
+    with processes("cpu") as here, Display(console.err, quiet=not here.is_main) as progress:
         done = pack(
             source,
             size,

@@ -7,6 +7,7 @@ from tyro.conf import Positional
 
 from raekit.cli import console
 from raekit.cli.console import Device
+from raekit.cli.launch import processes
 from raekit.cli.sampling import Options, SamplingOptions
 from raekit.files import check_file
 from raekit.progress import Display
@@ -75,11 +76,10 @@ def evaluate(
         out: Folder of the report. It must not lie in a folder of evaluated images. Default: reports/HASH.
         device: Device to compute on. None: the GPU if there is one, else the CPU.
     """
-    from raekit.distributed import world
     from raekit.evaluation.evaluate import evaluate as run
     from raekit.evaluation.reports import baseline_rows, score_rows
 
-    with world(device) as here, Display(console.err, quiet=not here.is_main) as progress:
+    with processes(device) as here, Display(console.err, quiet=not here.is_main) as progress:
         report, folder = run(
             model,
             reference=reference,
@@ -164,12 +164,11 @@ def reference(
         device: Device to compute on. None: the GPU if there is one, else the CPU.
     """
     from raekit.data.loader import DataConfig
-    from raekit.distributed import world
     from raekit.evaluation.features import load_networks
     from raekit.evaluation.references import measure_reference
 
     check_file(out, ".safetensors")
-    with world(device) as here, Display(console.err, quiet=not here.is_main) as progress:
+    with processes(device) as here, Display(console.err, quiet=not here.is_main) as progress:
         networks = {key: network for name in features for key, network in load_networks(name, here.device).items()}
         data = DataConfig(source=source, split=split, image_size=image_size, workers=workers)
         measured = measure_reference(data, networks, here, keep=keep, progress=progress)
@@ -209,13 +208,12 @@ def probe(
     from dataclasses import asdict
 
     from raekit.config import to_json
-    from raekit.distributed import world
     from raekit.evaluation.probe import probe as run_probe
     from raekit.files import whole
 
     if out:
         check_file(out)
-    with world(device) as here, Display(console.err, quiet=not here.is_main) as progress:
+    with processes(device) as here, Display(console.err, quiet=not here.is_main) as progress:
         results = run_probe(
             name,
             source,

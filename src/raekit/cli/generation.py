@@ -13,6 +13,7 @@ from tyro.conf import Positional
 
 from raekit.cli import console
 from raekit.cli.console import Device
+from raekit.cli.launch import processes
 from raekit.cli.sampling import Options, SamplingOptions
 from raekit.errors import UserError, whole_number
 from raekit.files import FILE_ENDINGS, check_file, check_folder
@@ -69,7 +70,6 @@ def generate(
         compile: Compile the blocks of the model. This saves time only for many images.
         device: Device to compute on. None: the GPU if there is one, else the CPU.
     """
-    from raekit.distributed import world
     from raekit.distributed.locks import lock
     from raekit.files import whole
     from raekit.inference.generation import generate as stream
@@ -94,7 +94,7 @@ def generate(
     filled = parts_of(out) if suffix == ".npz" else out
     with (
         _given_back(reserved),
-        world(device) as here,
+        processes(device) as here,
         nullcontext() if single else lock(filled, here),
         Display(console.err, quiet=not here.is_main) as progress,
     ):
@@ -165,7 +165,6 @@ def interpolate(
         batch_size: Number of images to generate at once. auto: as many as fit into the GPU's memory, or 64 on the CPU.
         device: Device to compute on. None: the GPU if there is one, else the CPU.
     """
-    from raekit.distributed import world
     from raekit.inference.generation import interpolate as between
     from raekit.inference.model import load
     from raekit.pictures import check_grid, to_pil
@@ -174,7 +173,7 @@ def interpolate(
     whole_number("--frames", frames, 2)
     model, classes = _model_and_classes(model, classes)
     assert model is not None
-    with world(device) as here, Display(console.err) as progress:
+    with processes(device) as here, Display(console.err) as progress:
         if here.size > 1:
             raise UserError("interpolate: runs in a single process; start it without torchrun")
         loaded = load(model, here.device, ema, options.dtype)
@@ -226,7 +225,6 @@ def trajectory(
         ema: EMA decay of the weights to use, one of the recipe's `ema` values. None: the first of them.
         device: Device to compute on. None: the GPU if there is one, else the CPU.
     """
-    from raekit.distributed import world
     from raekit.inference.generation import trajectory as follow
     from raekit.inference.model import load
     from raekit.pictures import check_grid, to_pil
@@ -236,7 +234,7 @@ def trajectory(
     assert model is not None
     whole_number("--count", count, 1)
     whole_number("--frames", frames, 2)
-    with world(device) as here:
+    with processes(device) as here:
         if here.size > 1:
             raise UserError("trajectory: runs in a single process; start it without torchrun")
         loaded = load(model, here.device, ema, options.dtype)

@@ -7,6 +7,7 @@ from tyro.conf import Positional
 
 from raekit.cli import console
 from raekit.cli.console import Device
+from raekit.cli.launch import processes
 from raekit.cli.sampling import Options, SamplingOptions
 from raekit.errors import UserError
 from raekit.files import check_file, check_folder
@@ -49,7 +50,6 @@ def latents_measure(
     """
     from raekit.artifacts import write_statistics
     from raekit.data.loader import DataConfig, Loader
-    from raekit.distributed import world
     from raekit.inference.statistics import measure_latents
     from raekit.models.encoders import load_encoder
     from raekit.models.layers import to_grid
@@ -58,7 +58,7 @@ def latents_measure(
     check_file(out, ".safetensors")
     layers = LayersConfig(blocks=blocks, combine=combine, token_mean=token_mean)
 
-    with world(device) as here, Display(console.err, quiet=not here.is_main) as progress:
+    with processes(device) as here, Display(console.err, quiet=not here.is_main) as progress:
         model = load_encoder(encoder, encoder_size, layers).to(here.device)
         size = max(model.input_size) if image_size is None else image_size
         loader = Loader(DataConfig(source=source, split=split, image_size=size, workers=workers), seed=0)
@@ -111,14 +111,13 @@ def latents_cache(
         device: Device to compute on. None: the GPU if there is one, else the CPU.
     """
     from raekit.data.loader import DataConfig
-    from raekit.distributed import world
     from raekit.distributed.locks import lock
     from raekit.inference.cache import cache_latents, relative_error
     from raekit.models.autoencoder import load_autoencoder
     from raekit.training.precision import compute_dtype
 
     check_folder(out)
-    with world(device) as here, lock(out, here), Display(console.err, quiet=not here.is_main) as progress:
+    with processes(device) as here, lock(out, here), Display(console.err, quiet=not here.is_main) as progress:
         autoencoder = load_autoencoder(model, compute_dtype(precision, here.device)).to(here.device)
         data = DataConfig(
             source=source,
@@ -179,7 +178,6 @@ def latents_generate(
     import torch
     from safetensors.torch import save_file
 
-    from raekit.distributed import world
     from raekit.files import whole
     from raekit.flow.sampling import sample_latents
     from raekit.inference.model import load
@@ -189,7 +187,7 @@ def latents_generate(
     for name, value in (("count", count), ("batch-size", batch_size)):
         if value < 1:
             raise UserError(f"--{name}: {value} must be at least 1")
-    with world(device) as here, Display(console.err) as progress:
+    with processes(device) as here, Display(console.err) as progress:
         if here.size > 1:
             raise UserError("latents generate: runs in a single process; start it without torchrun")
         loaded = load(model, here.device, ema, options.dtype)

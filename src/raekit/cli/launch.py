@@ -1,14 +1,22 @@
-"""Start a command in several processes of this machine, with torch's elastic launcher."""
+"""Commands in several processes: start them with torch's elastic launcher, and join those that are started."""
 
 import logging
 import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
+from raekit.cli import console
 from raekit.errors import Stopped, UserError
 from raekit.training.signals import SIGNALS
 
+if TYPE_CHECKING:
+    from raekit.distributed import World
+
+RUN_ID = "raekit"
+"""How the processes know that `launch` started them."""
 SAVING = 600
 """Seconds that the processes have to save their state after a signal to the launcher."""
 
@@ -32,12 +40,13 @@ def launch(count: int, arguments: Sequence[str]) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # each process prints its own errors
+    for part in ("", ".agent.server.api"):  # the processes print their own errors
+        logging.getLogger(f"torch.distributed.elastic{part}").setLevel(logging.CRITICAL)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=count,
-        run_id="raekit",
+        run_id=RUN_ID,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,
@@ -48,16 +57,40 @@ def launch(count: int, arguments: Sequence[str]) -> None:
     except SignalException:
         raise Stopped from None
     except ChildFailedError as error:
-        if {failure.exitcode for failure in error.failures.values()} == {Stopped.STATUS}:
+        statuses = {failure.exitcode for failure in error.failures.values()}
+        if statuses == {Stopped.STATUS}:
             raise Stopped from None
+        ended = {-signal.SIGTERM} if 1 in statuses else set()  # by the launcher, after a process that failed
         for rank, failure in error.failures.items():
-            if failure.exitcode < 0:  # a killed process could not print anything
+            if failure.exitcode < 0 and failure.exitcode not in ended:  # a killed process could not print anything
                 why = ", perhaps because memory ran out" if -failure.exitcode == signal.SIGKILL else ""
                 raise UserError(
                     f"process {rank} was killed by signal {-failure.exitcode} ({failure.signal_name()}){why}; run the "
                     "same command again to resume"
                 ) from None
         sys.exit(1)
+
+
+@contextmanager
+def processes(device: str | None) -> "Iterator[World]":
+    """Join the processes of this command. Of an error, or a stop, that several of them have, one prints the message.
+
+    Args:
+        device: "cpu" or "cuda". None selects CUDA if it is available.
+    """
+    from raekit.distributed import world
+
+    with world(device) as here:
+        try:
+            yield here
+        except UserError as error:  # printed before this process leaves: the launcher may end it then
+            if here.is_first(f"error {str(error)!a}"):
+                console.fail(str(error))
+            sys.exit(1)
+        except Stopped:
+            if os.environ.get("TORCHELASTIC_RUN_ID") != RUN_ID and here.is_first("stopped"):
+                raise
+            sys.exit(Stopped.STATUS)  # `launch` says it for all
 
 
 def without(arguments: Sequence[str], *options: str) -> Iterator[str]:

@@ -13,7 +13,7 @@ from tyro.conf import Positional
 
 from raekit.cli import console
 from raekit.cli.console import Device
-from raekit.cli.launch import launch, without
+from raekit.cli.launch import launch, processes, without
 from raekit.errors import UserError
 from raekit.files import check_file
 from raekit.progress import Display
@@ -188,7 +188,6 @@ class _Options(NamedTuple):
 
 def _train(what: list[str], name: str, about: str, default: Any, run: Path, arguments: list[str]) -> None:
     """Train the config `default`, changed by the arguments that follow `raekit train WHAT` on the command line."""
-    from raekit.distributed import world
     from raekit.stages.inspection import describe_config
     from raekit.stages.run import train as fit
     from raekit.stages.scaling import for_steps, steps_of
@@ -210,7 +209,7 @@ def _train(what: list[str], name: str, about: str, default: Any, run: Path, argu
         # Options of the command line hold as they are, so the default is scaled, and the options are applied again.
         given = parse(for_steps(default, steps_of(given.config, given.epochs)))
     config = given.config
-    with world(given.device) as here:
+    with processes(given.device) as here:
         if given.dry_run:
             console.out.print(describe_config(config, given.run, here, given.change))
             return
