@@ -34,10 +34,21 @@ class Moments:
         rows = values.detach().flatten(1).to(torch.float64)
         if rows.shape[1] != self.dim:
             raise ValueError(f"vectors have {rows.shape[1]} elements, expected {self.dim}")
-        if len(rows):
-            mean = rows.mean(0)
-            rows = rows - mean
-            self._add(len(rows), mean, rows.square().sum(0) if self.diagonal else rows.T @ rows)
+        if not len(rows):
+            return
+        if not self.count:
+            self.mean, self.scatter = self.mean.to(rows.device), self.scatter.to(rows.device, copy=True)
+        rows = rows.to(self.mean.device)
+        mean = rows.mean(0)
+        delta, share = mean - self.mean, len(rows) / (self.count + len(rows))
+        rows = rows - mean
+        # In place: for a few rows of a wide network, the time is that of passes over the scatter matrix.
+        if self.diagonal:
+            self.scatter.add_(rows.square().sum(0)).addcmul_(delta, delta, value=self.count * share)
+        else:
+            self.scatter.addmm_(rows.T, rows).addr_(delta, delta, alpha=self.count * share)
+        self.mean = self.mean + delta * share
+        self.count += len(rows)
 
     def without(self, part: Self) -> Self:
         """Return the moments without the vectors in `part`. They must be among the vectors seen."""
@@ -84,16 +95,6 @@ class Moments:
         if not self.count:
             raise UserError("a variance needs at least one sample, but there are none")
         return (self.scatter if self.diagonal else self.scatter.diagonal()) / self.count
-
-    def _add(self, count: int, mean: Tensor, scatter: Tensor) -> None:
-        if not self.count:
-            self.count, self.mean, self.scatter = count, mean, scatter
-            return
-        mean, scatter = mean.to(self.mean.device), scatter.to(self.mean.device)
-        share, delta = count / (self.count + count), mean - self.mean
-        self.scatter = self.scatter + scatter + self._outer(delta) * (self.count * share)
-        self.mean = self.mean + delta * share
-        self.count += count
 
     def _outer(self, delta: Tensor) -> Tensor:
         return delta.square() if self.diagonal else torch.outer(delta, delta)

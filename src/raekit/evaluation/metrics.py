@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 SPLIT = 5000
 """Images in a split of the Inception Score."""
 
+_TOGETHER = 1000  # features that are divided into groups at once: each group costs a pass over its scatter matrix
 _BLOCK = 65_536  # rows of the bank that are compared at once, which limits the memory of a search
 
 FDR6 = {
@@ -77,6 +78,7 @@ class FrechetDistance:
         self.name = name or frechet_name(network)
         self.moments = Moments(network.width)
         self.groups = [Moments(network.width) for _ in range(GROUPS)] if intervals else []
+        self.waiting: list[tuple[Tensor, Tensor]] = []  # features that no group has yet, and the number of the group
 
     def update(self, batch: Images) -> None:
         features = batch.features(self.network)
@@ -84,11 +86,20 @@ class FrechetDistance:
         if self.groups:
             if batch.indices is None:
                 raise ValueError("an interval needs the images' indices")
-            of_group = (batch.indices % GROUPS).to(features.device)
+            self.waiting.append((features, (batch.indices % GROUPS).to(features.device)))
+            if sum(len(rows) for rows, _ in self.waiting) >= _TOGETHER:
+                self._divide()
+
+    def _divide(self) -> None:
+        """Add the waiting features to their groups."""
+        if self.waiting:
+            features, of_group = map(torch.cat, zip(*self.waiting, strict=True))
             for number, group in enumerate(self.groups):
                 group.update(features[of_group == number])
+        self.waiting = []
 
     def reduce(self, world: World) -> None:
+        self._divide()
         for moments in (self.moments, *self.groups):
             moments.reduce(world)
 
