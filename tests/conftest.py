@@ -69,8 +69,17 @@ def _rank(rank: int, size: int, port: int, folder: Path, function: Callable[...,
 @pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Return the address of a source: 30 training and 9 held-out images in three classes, one colour each."""
-    root = tmp_path_factory.mktemp("images")
-    for split, count in (("train", 30), ("val", 9)):
+    return write_images(tmp_path_factory.mktemp("images"), 30, 9)
+
+
+@pytest.fixture(scope="session")
+def few_images(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return the address of a source with 6 training images and a single held-out image."""
+    return write_images(tmp_path_factory.mktemp("few"), 6, 1)
+
+
+def write_images(root: Path, train: int, heldout: int) -> str:
+    for split, count in (("train", train), ("val", heldout)):
         for i in range(count):
             path = root / split / ("blue", "green", "red")[i % 3] / f"{i:02}.png"
             path.parent.mkdir(parents=True, exist_ok=True)

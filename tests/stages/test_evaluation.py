@@ -163,17 +163,22 @@ def test_two_processes_score_as_one(run_ranks, images, tiny_model, tmp_path):
         assert found == pytest.approx(one, rel=1e-3)  # the two trainings differ in their last digits
 
 
+def test_a_single_held_out_image_is_rejected_before_training(few_images, tiny_model, tmp_path):
+    with pytest.raises(UserError, match="a Frechet distance needs at least two images, and the split 'heldout' has 1"):
+        train(configuration(few_images, tiny_model), tmp_path / "run", ONE)
+
+
 def test_invalid_settings_are_rejected_before_training(images, tiny_model, tmp_path):
     config = configuration(images, tiny_model)
     assert config.evaluation
     with pytest.raises(UserError, match=r"evaluation\.ema: 0\.7 is not one of the averages \(0\.5, 0\.9\)"):
         replace(config, evaluation=replace(config.evaluation, ema=(0.5, 0.7)))
-    for name in ("every", "count", "batch_size"):
+    for name in ("every", "batch_size"):
         with pytest.raises(UserError, match=rf"evaluation\.{name}: 0 must be at least 1"):
             replace(config.evaluation, **{name: 0})
-    with pytest.raises(
-        UserError, match=r"evaluation\.intervals: they need at least 40 images, and evaluation.count is 25"
-    ):
+    with pytest.raises(UserError, match=r"evaluation\.count: distances need at least 2 images, and there is 1"):
+        replace(config.evaluation, count=1)
+    with pytest.raises(UserError, match=r"evaluation\.intervals: they need at least 40 images, and there are 25"):
         replace(config.evaluation, intervals=True)
     against, _ = reference(images, tiny_model)
     replace(against, about=replace(against.about, image_size=32)).write(tmp_path / "large.safetensors")

@@ -172,6 +172,17 @@ def test_data_without_held_out_images_is_rejected_before_the_training(config, tm
         build(replace(config, data=replace(config.data, source=source)), tmp_path, ONE)
 
 
+def test_the_nearest_training_images_predict_the_classes(config, few_images, tmp_path):
+    """Also if there are fewer than 10 of them."""
+    config = replace(config, ema=())
+    (periodic,) = stage(config, tmp_path).periodics
+    scores = periodic.call(1)
+    assert sorted(scores) == ["knn_accuracy_pixels", "knn_accuracy_random", "knn_accuracy_trained"]
+    assert scores["knn_accuracy_pixels"] == 1.0  # the classes are colours
+    few = stage(replace(config, data=replace(config.data, source=few_images)), tmp_path)
+    assert few.periodics[0].call(1)["knn_accuracy_pixels"] in (0.0, 1.0)  # of one image
+
+
 def test_masks_belong_to_positions(config, tmp_path):
     objective = stage(config, tmp_path).objectives[0]
     batch = first_batch(config)

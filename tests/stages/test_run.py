@@ -29,7 +29,7 @@ from raekit.models.denoiser_config import TransformerConfig
 from raekit.models.vit import ViTConfig
 from raekit.stages.classification import ClassificationConfig
 from raekit.stages.compression import CompressionConfig
-from raekit.stages.cost import cost_of
+from raekit.stages.cost import cost_of, memory_advice
 from raekit.stages.generation import DenoiserSize, GenerationConfig
 from raekit.stages.reconstruction import DecoderSize, ReconstructionConfig
 from raekit.stages.record import config_changes, read_config, read_history
@@ -425,6 +425,14 @@ def test_out_of_memory_names_settings_that_fit(alone, images, tmp_path, monkeypa
         r"; set train\.micro_batch 2 \(about .*, or set train\.checkpointing and train\.micro_batch \d ", message
     )
     train(with_train(config, micro_batch=2), tmp_path, ONE)
+
+
+def test_one_of_several_processes_that_runs_out_of_memory_measures_nothing(alone, images, tmp_path, monkeypatch):
+    """Another pass would wait for the other processes, or disturb the step that they are in."""
+    config = configs(images, alone[0])[2]
+    monkeypatch.setattr("raekit.stages.cost.cost_of", None)
+    message = memory_advice(build(config, tmp_path, ONE), config.train, 4, World(rank=1, size=2))
+    assert message.startswith("out of memory on cpu with train.micro_batch 4; set train.checkpointing or a smaller")
 
 
 def test_a_run_killed_while_its_config_was_written_begins_anew(alone, images, tmp_path):

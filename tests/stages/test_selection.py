@@ -108,3 +108,9 @@ def test_latents_of_another_shape_are_rejected(config, tmp_path):
 def test_a_selection_that_never_happens_is_rejected(config):
     with pytest.raises(UserError, match=r"selection\.every: 0 must be at least 1"):
         replace(config.selection, every=0)
+
+
+def test_a_single_held_out_image_is_rejected_before_training(config, few_images, tmp_path):
+    config = replace(config, data=replace(config.data, source=few_images))
+    with pytest.raises(UserError, match="a Frechet distance needs at least two images, and the split 'heldout' has 1"):
+        train(config, tmp_path / "run", ONE)

@@ -335,4 +335,5 @@ def nearest(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _unit(features: Tensor) -> Tensor:
-    return F.normalize(features.double(), dim=1).float()
+    parts = [F.normalize(part.double(), dim=1).float() for part in features.split(_BLOCK)]
+    return torch.cat(parts)

@@ -329,6 +329,21 @@ class _Measured:
         return {}
 
 
+def reference_loader(data: DataConfig) -> Loader:
+    """Return a loader of the images of a reference, in their order.
+
+    Raises:
+        UserError: there are fewer than two images, or an error in the data.
+    """
+    loader = Loader(data, seed=0)
+    if len(loader) < 2:
+        raise UserError(
+            f"{data.source}: a Frechet distance needs at least two images, and the split {data.split!r} has "
+            f"{len(loader)}; add images"
+        )
+    return loader
+
+
 def measure_reference(
     data: DataConfig,
     networks: Mapping[str, ReferenceNetwork],
@@ -351,7 +366,7 @@ def measure_reference(
     """
     if not networks or keep < 0:
         raise UserError(f"a reference needs at least one network, and keep must be at least 0, not {keep}")
-    loader = Loader(data, seed=0)
+    loader = reference_loader(data)
     loader.announce(world)
     keep = min(keep, len(loader))
     measured = {

@@ -129,20 +129,21 @@ class VAE(nn.Module):
         copy = self._copy(state).to(next(self.parameters()).device)
         return Baseline(BaselineConfig(baseline="vae:in memory", image_size=self.image_size), copy.vae)
 
-    def finished(self, images: Iterable[Tensor]) -> Any:
-        """Return a copy of the AutoencoderKL whose config has the shift and the scale of the latents of `images`.
-
-        All processes must call this function. Each gets the complete weights on the CPU, also of a sharded VAE.
-
-        Args:
-            images: Batches of images (B, 3, S, S) in [0, 1].
-        """
+    def complete(self) -> "VAE":
+        """Return a frozen copy on the CPU with the complete weights, also of a sharded VAE. All processes call this."""
         from raekit.distributed.sharding import full_state
 
-        copy = self._copy(full_state(self))
-        latents = torch.cat([copy.vae.encode(2 * batch - 1).latent_dist.mean for batch in images])
-        copy.vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
-        return copy.vae
+        return self._copy(full_state(self))
+
+    def finished(self, images: Iterable[Tensor]) -> Any:
+        """Return the AutoencoderKL, with the shift and the scale of the latents of `images` in its config.
+
+        Args:
+            images: Batches of images (B, 3, S, S) in [0, 1], on the device of the VAE.
+        """
+        latents = torch.cat([self.vae.encode(2 * batch - 1).latent_dist.mean for batch in images])
+        self.vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
+        return self.vae
 
     def _copy(self, state: Mapping[str, Tensor]) -> "VAE":
         """Return a frozen VAE on the CPU with the weights `state`."""

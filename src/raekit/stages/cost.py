@@ -129,9 +129,15 @@ def _storage(tensor: torch.Tensor) -> torch.UntypedStorage:
 def memory_advice(stage: Stage, config: TrainConfig, size: int, world: World) -> str:
     """Return an error message for a step that ran out of memory with micro-batches of `size` images.
 
-    It has the estimated memory of the present setting and of settings that fit.
+    It has the estimated memory of the present setting and of settings that fit. One of several processes measures
+    nothing: a pass needs the other processes, which may have memory left and be anywhere in the step.
     """
     message = f"out of memory on {world.device} with train.micro_batch {size}"
+    if world.size > 1:
+        return (
+            f"{message}; set train.checkpointing or a smaller train.micro_batch, or use more processes or a smaller "
+            "model. --dry-run estimates the memory"
+        )
     try:
         batch = next(stage.batches(0)).split(2)[0].to(world.device)
         present = _total(stage, batch, config, world)

@@ -9,14 +9,13 @@ from typing import Literal
 
 from raekit.config import Interval, Place, configclass
 from raekit.data.loader import DataConfig
-from raekit.data.sources import open_source
 from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.evaluation.against import Against, find_networks
+from raekit.evaluation.assessment import check_count
 from raekit.evaluation.features import Images, default_features, load_networks
-from raekit.evaluation.intervals import LEAST
 from raekit.evaluation.labels import Labels, draw_labels
-from raekit.evaluation.references import measure_reference, read_reference
+from raekit.evaluation.references import measure_reference, read_reference, reference_loader
 from raekit.evaluation.streaming import BATCH, score_stream
 from raekit.evaluation.streams import Samples
 from raekit.flow.guidance import parse_guidance
@@ -36,7 +35,7 @@ class EvaluationConfig:
 
     Attributes:
         every: Steps between scores.
-        count: Number of samples.
+        count: Number of samples, at least 2.
         ema: Decays of the averages to score, logged as evaluation/ema_DECAY/METRIC. Default: the average that is
             exported, logged without a decay.
         reference: A file that `raekit reference` wrote. Default: the held-out images of the data source.
@@ -71,13 +70,13 @@ class EvaluationConfig:
         return Sampling(steps=self.steps, guidance=rules)
 
     def __post_init__(self) -> None:
-        for name in ("every", "count", "batch_size"):
+        for name in ("every", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"evaluation.{name}: {getattr(self, name)} must be at least 1")
-        if self.intervals and self.count < LEAST:
-            raise UserError(
-                f"evaluation.intervals: they need at least {LEAST} images, and evaluation.count is {self.count}"
-            )
+        try:
+            check_count(self.count, self.intervals)
+        except UserError as error:
+            raise UserError(f"evaluation.{error}") from None
         if any(rule.method == "auto" for rule in self.sampling.guidance):
             raise UserError(
                 f"evaluation.guidance: {self.guidance} needs a weaker model, and a training has none; choose another "
@@ -121,7 +120,7 @@ def evaluator(
                 reference.check_classes(denoiser.config.class_names)
             draw_labels(config.labels, classes, config.count, config.seed, reference.about.classes)
     else:
-        open_source(data.address, "heldout")  # fail now if there are no images to compare with
+        reference_loader(heldout)  # fail now if there are too few images to compare with
         names = config.features or default_features(data.address)
         networks = {key: each for name in names for key, each in load_networks(name, world.device).items()}
 

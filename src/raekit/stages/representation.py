@@ -13,10 +13,11 @@ from raekit import randomness
 from raekit.config import Interval, Operation, Place, check_sizes, configclass
 from raekit.data.loader import Batch, DataConfig, Loader
 from raekit.data.sources import open_source
+from raekit.data.sources.base import Split
 from raekit.distributed import World
 from raekit.distributed.sharding import full_state
 from raekit.errors import UserError
-from raekit.evaluation.features import EncoderFeatures
+from raekit.evaluation.features import EncoderFeatures, FeatureNetwork
 from raekit.evaluation.metrics import NearestNeighbours
 from raekit.evaluation.probe import untrained
 from raekit.evaluation.streaming import BATCH, feature_bank, images_of, score_stream
@@ -33,6 +34,9 @@ from raekit.training.trainer import TrainConfig
 
 TARGET_VARIANCE_EPS = 1e-2
 """Added to the variance of a target patch, so that flat patches (a white background) are not scaled up."""
+
+SCORED: tuple[Split, Split] = ("train", "heldout")
+"""The splits on which the class accuracy is measured: the neighbours, and the images whose classes they predict."""
 
 
 @configclass
@@ -79,8 +83,9 @@ class RepresentationConfig:
         train: Settings of the training loop.
         optim: Optimizer and learning rate schedule.
         ema: Decays of the weight averages. The artifact holds the average of the first decay.
-        score_every: Number of steps between two measurements of the class accuracy. Data without classes is not
-            measured.
+        score_every: Number of steps between two measurements of the class accuracy: how well the nearest training
+            images predict the classes of the held-out images, in the mean tokens of the encoder, in those of the same
+            network with random weights, and in the pixels of reduced images. Data without classes is not measured.
     """
 
     stage: Literal["representation"] = "representation"
@@ -179,12 +184,13 @@ def build(config: RepresentationConfig, run: Path, world: World) -> Stage:
     """Build the stage. Its artifact is the encoder with averaged weights.
 
     Raises:
-        UserError: The images have classes, but none is held out to measure the class accuracy on.
+        UserError: The images have classes, but the splits that the class accuracy is measured on are not there.
     """
     loader = Loader(config.data, config.train.seed)
     loader.announce(world)
     if loader.classes:
-        open_source(config.data.address, "heldout")  # fail now, and not at the first score
+        for split in SCORED:
+            open_source(config.data.address, split)  # fail now, and not at the first score
     teacher = None
     if config.teacher:
         side = config.encoder.image_size // config.encoder.patch_size
@@ -223,8 +229,14 @@ def build(config: RepresentationConfig, run: Path, world: World) -> Stage:
         vit.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
         return Encoder(name, config.encoder.spec, vit).to(world.device)
 
+    baselines: dict[str, float] = {}
+
     def accuracy(step: int) -> dict[str, float]:
-        return class_accuracy(trained("trained"), config.data, world)
+        encoder = trained("trained")
+        if not baselines:
+            for network in (EncoderFeatures(untrained(encoder)), Pixels()):
+                baselines.update(class_accuracy(network, config.data, world))
+        return class_accuracy(EncoderFeatures(encoder), config.data, world) | baselines
 
     objective = Objective(
         name="encoder",
@@ -251,9 +263,9 @@ def build(config: RepresentationConfig, run: Path, world: World) -> Stage:
 
 @dataclass(frozen=True)
 class Pixels:
-    """Raw pixels as features (B, 3 * size^2) around zero, a baseline for encoders."""
+    """The pixels of a reduced image as features (B, 3 * size^2) around zero, a baseline for encoders."""
 
-    size: int
+    size: int = 16
     name: str = "pixels"
 
     @property
@@ -261,20 +273,17 @@ class Pixels:
         return 3 * self.size**2
 
     def __call__(self, images: Tensor) -> Tensor:
-        return images.flatten(1) - 0.5
+        return F.adaptive_avg_pool2d(images, self.size).flatten(1) - 0.5
 
 
-def class_accuracy(encoder: Encoder, data: DataConfig, world: World) -> dict[str, float]:
-    """Measure how well the 10 nearest training images predict the classes of the held-out images of `data`.
+def class_accuracy(network: FeatureNetwork, data: DataConfig, world: World) -> dict[str, float]:
+    """Measure how well the nearest training images, 10 if there are as many, predict the classes of held-out images.
 
     Returns:
-        The fraction of correct predictions in three feature spaces: the mean tokens of `encoder`, the mean tokens of
-        the same network with random weights, and raw pixels.
+        The fraction of correct predictions in the features of `network`, as `knn_accuracy_NAME`.
     """
-    scores = {}
-    for network in (EncoderFeatures(encoder), EncoderFeatures(untrained(encoder)), Pixels(data.image_size)):
-        train, heldout = (Loader(replace(data, split=split), seed=0) for split in ("train", "heldout"))
-        bank, labels = feature_bank(images_of(train.once(BATCH, world), world), network, world)
-        neighbours = NearestNeighbours(network, bank, labels)
-        scores |= score_stream(images_of(heldout.once(BATCH, world), world), [neighbours], world)
+    train, heldout = (Loader(replace(data, split=split), seed=0) for split in SCORED)
+    bank, labels = feature_bank(images_of(train.once(BATCH, world), world), network, world)
+    neighbours = NearestNeighbours(network, bank, labels, min(10, len(bank)))
+    scores = score_stream(images_of(heldout.once(BATCH, world), world), [neighbours], world)
     return {name: value for name, value in scores.items() if name.startswith("knn_accuracy")}

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from raekit.config import Defines, Interval, Place, configclass, read_json, to_json
-from raekit.data.loader import DataConfig, Loader
+from raekit.data.loader import DataConfig
 from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.evaluation.features import Images, PairScore, default_features, load_networks
 from raekit.evaluation.metrics import FrechetDistance
 from raekit.evaluation.pairs import PairMean, psnr, ssim
+from raekit.evaluation.references import reference_loader
 from raekit.evaluation.streaming import BATCH, images_of, reference_moments, score_stream
 from raekit.files import whole
 from raekit.inference.model import reconstruct
@@ -74,10 +75,13 @@ def scorer(
         latent_shape: shape (C, h, w) of the latents.
         world: the processes.
         more: further scores of reconstructions, {name: (images, originals) -> (B,)}.
+
+    Raises:
+        UserError: there are fewer than two held-out images, or no default network for them.
     """
     features = config.features or default_features(data.address)[0]
     network = next(iter(load_networks(features, world.device).values()))
-    heldout = Loader(replace(data, split="heldout", flip=False, crop="center"), seed=0)
+    heldout = reference_loader(replace(data, split="heldout", flip=False, crop="center"))
     latents = read_generated(Path(config.latents), latent_shape) if config.latents else None
     pairs = {"psnr": psnr, "ssim": ssim, **(more or {})}
     reference: list[Moments] = []
