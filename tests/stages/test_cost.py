@@ -1,14 +1,14 @@
 """The estimate of `--dry-run` and of the advice after out of memory, compared with the memory that torch allocates."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from raekit.data.loader import DataConfig
+from raekit.data.loader import DataConfig, Rows
 from raekit.distributed import World
 from raekit.models.autoencoder import load_autoencoder
 from raekit.models.discriminator import DiscriminatorConfig
@@ -20,7 +20,8 @@ from raekit.stages.cost import _Memory, cost_of
 from raekit.stages.decoder_losses import AdversarialConfig, PerceptualConfig
 from raekit.stages.reconstruction import DecoderSize, ReconstructionConfig
 from raekit.stages.run import build
-from raekit.training.optim import OptimConfig
+from raekit.training.objective import Objective
+from raekit.training.optim import OptimConfig, build_optimizer
 from raekit.training.precision import autocast
 from raekit.training.trainer import TrainConfig
 
@@ -62,6 +63,32 @@ def test_the_estimate_agrees_with_the_measured_peak(precision, dtype, tmp_path):
 
     frozen = weights(load_autoencoder("builtin:emoji", dtype).encoder)
     assert cost.fixed + 8 * cost.image == pytest.approx(allocated(step) + frozen, rel=0.15)
+
+
+@dataclass(frozen=True)
+class Vectors(Rows):
+    positions: torch.Tensor
+    x: torch.Tensor
+
+
+@pytest.mark.parametrize("method", ["adamw", "muon"])
+def test_the_state_is_that_of_the_optimizer_and_of_one_shard(method):
+    network = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32, 8))
+    optim = OptimConfig(method=method)
+
+    def loss(batch: Vectors, step: int):
+        return network(batch.x).square().mean(), {}
+
+    objective = Objective(name="network", module=network, loss=loss, optim=optim, convolutions=[network[0]], ema=(0.9,))
+    batch, settings = Vectors(torch.arange(4), torch.randn(4, 8)), TrainConfig(steps=1, batch_size=4)
+    state = cost_of(objective, batch, settings, ONE).state
+    assert cost_of(objective, batch, replace(settings, shard=2), ONE).state == state // 2
+    optimizer = build_optimizer(optim, network, objective.convolutions)
+    optimizer.found_inf = torch.zeros(())  # type: ignore[attr-defined]
+    loss(batch, 0)[0].backward()
+    optimizer.step()
+    moments = sum(value.nbytes for each in optimizer.state.values() for value in each.values() if value.ndim)
+    assert state == 3 * weights(network) + moments  # weights, gradients and the average
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

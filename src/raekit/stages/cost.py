@@ -14,6 +14,7 @@ from raekit.distributed import World
 from raekit.stages.stage import Stage
 from raekit.training.memory import capacity, divisors
 from raekit.training.objective import Objective
+from raekit.training.optim import by_muon
 from raekit.training.precision import autocast
 from raekit.training.recompute import checkpoint_blocks
 from raekit.training.throughput import flop_counter
@@ -27,7 +28,7 @@ class Cost:
     Attributes:
         parameters: Number of trained parameters.
         flops: FLOPs of the loss of one image, including frozen parts. The backward pass costs about twice as many.
-        state: Bytes of weights, gradients, two moments of AdamW and the averages, all in float32.
+        state: Bytes of weights, gradients, moments of the optimizer and the averages, all in float32.
         fixed: Bytes of what else does not grow with the batch: the weights of frozen networks, such as the encoder,
             LPIPS and the discriminator's backbone, and autocast's copies of weights.
         image: Bytes of the activations of one image.
@@ -71,11 +72,13 @@ def cost_of(objective: Objective, batch: Any, config: TrainConfig, world: World)
     for parameter, gradient in zip(module.parameters(), gradients, strict=True):
         parameter.grad = gradient
     parameters = sum(parameter.numel() for parameter in module.parameters())
+    matrices = sum(matrix.numel() for matrix in by_muon(objective.optim, module, objective.convolutions))
     image = (all_bytes - half_bytes) / (len(batch) - half)
     return Cost(
         parameters=parameters,
         flops=flops / len(batch),
-        state=4 * parameters * (4 + len(objective.ema)),
+        # AdamW has two moments, Muon one.
+        state=4 * (parameters * (4 + len(objective.ema)) - matrices) // config.shard,
         fixed=max(round(all_bytes - image * len(batch)), 0),
         image=image,
     )

@@ -118,6 +118,14 @@ class MuonAdamW(optim.Optimizer):
         muon_step(matrices, momenta, muon["lr"], muon["weight_decay"], muon["momentum"], found)
 
 
+def by_muon(config: OptimConfig, module: nn.Module, convolutions: Iterable[nn.Module] = ()) -> list[nn.Parameter]:
+    """Return the parameters of `module` that Muon trains: its matrices, without the parameters of `convolutions`."""
+    if config.method == "adamw":
+        return []
+    kernels = {p for each in convolutions for p in each.parameters()}
+    return [p for p in module.parameters() if p.ndim == 2 and p not in kernels]
+
+
 def build_optimizer(config: OptimConfig, module: nn.Module, convolutions: Iterable[nn.Module] = ()) -> optim.Optimizer:
     """Build the optimizer of `module`.
 
@@ -128,9 +136,8 @@ def build_optimizer(config: OptimConfig, module: nn.Module, convolutions: Iterab
     """
     if config.method == "adamw":
         return adamw(config, module.parameters())
-    kernels = {p for each in convolutions for p in each.parameters()}
-    matrices = [p for p in module.parameters() if p.ndim == 2 and p not in kernels]
+    matrices = by_muon(config, module, convolutions)
     if not matrices:
         raise UserError("optim.method: muon trains matrices, but this module has none; use adamw")
-    by_muon = set(matrices)
-    return MuonAdamW(config, matrices, [p for p in module.parameters() if p not in by_muon])
+    chosen = set(matrices)
+    return MuonAdamW(config, matrices, [p for p in module.parameters() if p not in chosen])
