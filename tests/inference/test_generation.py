@@ -834,6 +834,7 @@ def test_pictures_round_and_keep_every_level():
         ({"reuse": 0.9, "steps": 2, "grid": "published"}, r"reuse: 0\.9 has no effect on a single step"),
         ({"reuse": 2, "solver": "heun"}, "reuse: it needs solver euler or euler-maruyama, not heun"),
         ({"rtol": 1e-4}, "rtol: no effect with solver euler; use dopri5, or leave rtol out"),
+        ({"solver": "dopri5", "steps": 3}, "steps: no effect with solver dopri5"),
         ({"solver": "dopri5", "grid": "few"}, "grid: few has no effect with solver dopri5"),
         ({"guidance": "cfg"}, "guidance: 'cfg' is not of the form"),
     ],

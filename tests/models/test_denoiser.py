@@ -206,6 +206,15 @@ def test_positions_are_named():
         DecoderConfig(token_dim=8, grid=(2, 2), positions="none")  # type: ignore[arg-type]
 
 
+def test_sizes_are_limited_by_the_tokens_after_patching():
+    large = {"channels": 3, "backbone": BACKBONE, "head": None, "allow_narrow": True}
+    assert DenoiserConfig(**large, grid=(512, 512), patch_size=16).token_grid == (32, 32)
+    with pytest.raises(UserError, match=r"denoiser\.tokens: 262144 must be from 1 to 65,536"):
+        DenoiserConfig(**large, grid=(512, 512))
+    with pytest.raises(UserError, match=r"denoiser\.token_dim: 786432 must be from 1 to 65,536"):
+        DenoiserConfig(**large, grid=(512, 512), patch_size=512)
+
+
 def test_large_sizes_and_heads():
     rows = {"XXL": (1280, 32, 16), "H": (1536, 32, 16), "G": (2048, 40, 16), "T": (2688, 40, 21)}
     for size, (width, depth, heads) in rows.items():
@@ -300,7 +309,7 @@ def test_velocity_is_float32_under_autocast():
     assert (out - model(x, t, labels)).norm() < 0.03 * out.norm()
 
 
-@pytest.mark.parametrize("changed", [{}, {"context": ContextConfig()}])
+@pytest.mark.parametrize("changed", [{}, {"context": ContextConfig()}, {"positions": "none"}])
 @pytest.mark.parametrize("narrow", [False, True])
 def test_the_residual_stream_under_autocast(narrow: bool, changed):
     model = randomised(tiny(**changed))

@@ -104,6 +104,8 @@ class Sampling:
         """Raise UserError if a setting has no effect, whatever the denoiser is."""
         if self.solver == "dopri5" and self.grid not in ("full", "published"):
             raise UserError(f"grid: {self.grid} has no effect with solver dopri5, which uses only the ends of a grid")
+        if self.solver == "dopri5" and self.steps != Sampling.steps:
+            raise UserError("steps: no effect with solver dopri5, which chooses its own steps; leave steps out")
         for name in ("atol", "rtol"):
             if self.solver != "dopri5" and getattr(self, name) != getattr(Sampling, name):
                 raise UserError(f"{name}: no effect with solver {self.solver}; use dopri5, or leave {name} out")

@@ -77,9 +77,9 @@ class PublishedSampling:
     `weak` is the weaker denoiser of autoguidance and its file, which is not read here.
     """
 
-    steps: int
     solver: SolverName
     grid: Grid
+    steps: int = 50
     atol: float = 1e-6
     rtol: float = 1e-3
     guidance: tuple[Guidance, ...] = ()
@@ -121,13 +121,15 @@ def published_sampling(values: Mapping[str, Any], source: str | Path) -> Publish
         if not file:
             raise UserError(f"{where}.guidance_model.ckpt: missing; give the weaker model's file")
         weak = (config, file)
+    options: dict[str, Any] = {"steps": solver.num_steps}
+    if solver.sampling_method == "dopri5":  # chooses its own steps
+        options = {"atol": solver.atol, "rtol": solver.rtol}
     return PublishedSampling(
-        steps=solver.num_steps,
         solver=SOLVERS[solver.sampling_method],
         grid="published",
         guidance=tuple(rules),
         weak=weak,
-        **({"atol": solver.atol, "rtol": solver.rtol} if solver.sampling_method == "dopri5" else {}),
+        **options,
     )
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
@@ -314,7 +315,9 @@ class Pipeline:
         model, settings = self.model, Sampling(steps=steps, solver=solver, guidance=as_rules(guidance), **sampling)
         ids = None if classes is None else [model.class_id(classes)] * len(seeds)
         check_sampling(settings, model.denoiser, ids is not None)
-        plain = Sampling(steps=steps, solver="euler" if solver == "euler-maruyama" else solver)
+        plain = replace(
+            settings, solver="euler" if solver == "euler-maruyama" else solver, guidance=(), weak=None, reuse=1
+        )
         given = self.tensor(image)
         if given.ndim == 4 and len(given) > 1:
             raise UserError(f"image: {len(given)} are given; give one, and call `variations` for each")

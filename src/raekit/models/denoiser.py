@@ -55,7 +55,7 @@ class Denoiser(nn.Module):
     Attributes:
         compiled: whether `compile` was called. Generation then keeps to one batch size.
         narrow_residual: whether the tokens between the backbone's blocks have autocast's type. By default they have the
-            type of the position table, float32.
+            type of the weights.
     """
 
     positions: Tensor | None
@@ -276,8 +276,8 @@ class Denoiser(nn.Module):
         extra = [(self.time_tokens, time), (self.label_tokens, label)]
         if extra := [(learned + given).to(self.dtype) for learned, given in extra if learned is not None]:
             tokens = torch.cat([tokens, *extra], 1)
-        if self.narrow_residual and torch.is_autocast_enabled(x.device.type):
-            tokens = tokens.to(torch.get_autocast_dtype(x.device.type))
+        if torch.is_autocast_enabled(x.device.type):
+            tokens = tokens.to(torch.get_autocast_dtype(x.device.type) if self.narrow_residual else self.dtype)
         kept: dict[int, Tensor] = {}
         for number, block in enumerate(self.blocks, 1):
             tokens = block(tokens, condition, self._rotary("rotary"))
