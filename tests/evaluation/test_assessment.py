@@ -339,6 +339,10 @@ def test_fdr6_has_six_distances_six_ratios_and_their_mean(inception, images, tin
     }
     assert any(note.startswith("fdr6 divides the distances by the published") for note in report.notes)
     assert "| fdr6 ↓ |" in (folder / "report.md").read_text("utf-8")
+    # With FID and sFID, one Inception serves all.
+    gaussians = {**six.gaussians, "inception_spatial": six.gaussians["inception"]}
+    networks: Any = find_networks([replace(six, gaussians=gaussians)], ["inception", place], ALONE.device)
+    assert networks["inception"].whole is networks["inception_spatial"].whole
     # A streamed distance is the distance of the features of all images at once.
     network = load_networks(place, ALONE.device)["clip_cls"]
     pixels = torch.cat([batch.images for batch in stream.batches([range(60)], ALONE)])

@@ -61,7 +61,7 @@ def find_networks(
         held = {n: network for n, network in loaded.items() if any(n in each.gaussians for each in references)}
         if not held:
             references[0].gaussian(next(iter(loaded.values())))  # raises an error that lists what there is
-        networks |= held
+        networks |= {n: network for n, network in held.items() if n not in networks}  # fdr6 has Inception, too
     return networks
 
 
@@ -88,6 +88,7 @@ class Against:
     ):
         self.references, self.relative_to, self.device = list(references), list(relative_to), device
         self.networks = dict(networks)
+        self._manifolds: dict[str, Manifold] = {}  # their radii serve all evaluations
         for group, option in (self.references, "reference"), (self.relative_to, "relative_to"):
             for name, network in self.networks.items():
                 having = [each for each in group if name in each.gaussians]
@@ -178,9 +179,10 @@ class Against:
                 distances.append(distance)
             features = reference.features.get(network.name)
             if features is not None:
-                manifold = Manifold(features.to(self.device)) if len(features) > 3 else None
-                if manifold and count > manifold.k:
-                    others.append(PrecisionRecall(network, manifold, intervals))
+                if min(count, len(features)) > 3:
+                    if network.name not in self._manifolds:
+                        self._manifolds[network.name] = Manifold(features.to(self.device))
+                    others.append(PrecisionRecall(network, self._manifolds[network.name], intervals))
                 if min(count, len(features)) >= _KID_SIZE:
                     others.append(KernelDistance(network, features.to(self.device), size=_KID_SIZE))
         if "inception_logits" in self.networks:

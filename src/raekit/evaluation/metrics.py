@@ -173,8 +173,8 @@ class InceptionScore:
 
     Args:
         logits: Inception's logits without the bias.
-        count: number of images. They are divided into splits in an order that is drawn from a fixed seed, because the
-            score of images in the order of their classes is too low.
+        count: number of images. They are divided into splits in an order that is drawn from a fixed seed. ADM's
+            evaluator keeps their order, in which the score of images sorted by classes is too low.
         split_size: images in a split. The default gives ten splits for 50,000 images, as in the literature. The last
             split may be shorter.
     """
