@@ -443,6 +443,21 @@ def test_a_run_killed_while_its_config_was_written_begins_anew(alone, images, tm
     assert not (tmp_path / "config.json.partial").exists()
 
 
+@pytest.mark.parametrize("name", ["config.json", "inputs.json"])
+def test_a_run_without_its_record_is_not_continued(alone, images, tmp_path, name):
+    config = configs(images, alone[0])[0]
+    short = replace(config, train=replace(config.train, steps=1))
+    train(short, tmp_path, ONE)
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).unlink()
+    history = (tmp_path / "history.jsonl").read_bytes()
+    with pytest.raises(UserError, match=f"{tmp_path}: has checkpoints but no {name}"):
+        train(short, tmp_path, ONE)
+    assert (tmp_path / "history.jsonl").read_bytes() == history
+    (tmp_path / name).write_bytes(content)
+    train(short, tmp_path, ONE)
+
+
 def test_a_truncated_checkpoint_is_named_and_the_one_before_it_serves(alone, images, tmp_path):
     config = configs(images, alone[0])[0]
     train(config, tmp_path, ONE)

@@ -107,6 +107,20 @@ def test_a_damaged_checkpoint_is_one_message_that_names_the_folder(tmp_path, fil
     assert_holds(tmp_path / "step-00000003", 3)
 
 
+def test_a_changed_value_is_damage(tmp_path):
+    """torch writes a checksum of each tensor, but does not compare it when it reads."""
+    save(tmp_path, 3, state(3), 2, ONE)
+    save(tmp_path, 4, state(4), 2, ONE)
+    file = tmp_path / "step-00000004" / "__0_0.distcp"
+    content = file.read_bytes()
+    four = torch.full((50, 7), 4.0).numpy().tobytes()
+    assert content.count(four) == 1
+    file.write_bytes(content.replace(four, four[:-4] + torch.tensor(5.0).numpy().tobytes()))
+    with pytest.raises(UserError, match=r"damaged \(.*net\.weight.*checksum.*mv .*step-00000004 "):
+        loaded(tmp_path / "step-00000004")
+    assert_holds(tmp_path / "step-00000003", 3)
+
+
 def test_the_state_of_another_network_is_refused(tmp_path):
     save(tmp_path, 1, state(1), 1)
     other = state(1)

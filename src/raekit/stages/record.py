@@ -74,15 +74,16 @@ def read_history(run: Path) -> list[dict[str, Any]]:
 
 
 def is_begun(run: Path) -> bool:
-    """Return whether a run has trained: it has a config, and a checkpoint or an artifact. If not, it is anyone's."""
-    return (run / "config.json").is_file() and (bool(checkpoints(run / "checkpoints")) or (run / "artifact").is_dir())
+    """Return whether a run has trained: it has a checkpoint or an artifact. If not, it is anyone's."""
+    return bool(checkpoints(run / "checkpoints")) or (run / "artifact").is_dir()
 
 
 def config_changes(run: Path, config: StageConfig) -> list[Change]:
     """Return the fields in which `config` differs from the config of the run; none if the run has not begun.
 
     Raises:
-        UserError: The run is of another stage, or has a model but no checkpoint, so that a training would replace it.
+        UserError: The run is of another stage, has no config.json, or has a model but no checkpoint, so that a
+            training would replace it.
     """
     if (run / "artifact").is_dir() and not checkpoints(run / "checkpoints"):
         more = f" (--init-from {run} starts it from this model)" if hasattr(config, "init_from") else ""
@@ -92,6 +93,7 @@ def config_changes(run: Path, config: StageConfig) -> list[Change]:
         )
     if not is_begun(run):
         return []
+    _check_there(run, "config.json")
     before = read_config(run)
     if type(before) is not type(config):
         raise UserError(
@@ -101,11 +103,25 @@ def config_changes(run: Path, config: StageConfig) -> list[Change]:
 
 
 def input_changes(run: Path, inputs: Inputs) -> list[Change]:
-    """Return how the inputs differ from the inputs of the run; none if the run has not begun or has no inputs.json."""
-    if not is_begun(run) or not (run / "inputs.json").is_file():
+    """Return how the inputs differ from the inputs of the run; none if the run has not begun.
+
+    Raises:
+        UserError: The run has no inputs.json.
+    """
+    if not is_begun(run):
         return []
+    _check_there(run, "inputs.json")
     before = _read_inputs(run)
     return list(changes(before, replace(inputs, data=_known(inputs.data, before.data))))
+
+
+def _check_there(run: Path, name: str) -> None:
+    """Raise UserError if the file `name` of a run that has begun is missing."""
+    if not (run / name).is_file():
+        raise UserError(
+            f"{run}: has checkpoints but no {name}, so nothing says whether they belong to this training; put the "
+            "file back (the first line of history.jsonl has its content), or choose another --run"
+        )
 
 
 def is_same(run: Path, config: StageConfig, inputs: Inputs) -> bool:

@@ -1,9 +1,11 @@
 """Training checkpoints on disk, in torch's distributed format: the number of processes may change between runs."""
 
+import io
 import pickle
 import re
 import shutil
 import warnings
+import zipfile
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -17,6 +19,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 
 from raekit.distributed import World
 from raekit.errors import UserError
@@ -199,6 +202,17 @@ class _Reader(dcp.FileSystemReader):
             metadata = _Unpickler(file).load()
         metadata.storage_meta.load_id = self.load_id
         return metadata
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> torch.futures.Future[None]:
+        """Read what `plan` needs, after a comparison with the checksums that torch writes but does not check."""
+        for index in {item.storage_index for item in plan.items}:
+            stored = self.storage_data[index]
+            with (Path(self.path) / stored.relative_path).open("rb") as file:
+                file.seek(stored.offset)
+                content = io.BytesIO(file.read(stored.length))
+            if zipfile.ZipFile(content).testzip() is not None:
+                raise ValueError(f"{index.fqn} does not match its checksum")
+        return super().read_data(plan, planner)
 
 
 class _Planner(DefaultLoadPlanner):
