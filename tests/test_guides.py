@@ -20,6 +20,7 @@ RECIPE = """
 from dataclasses import replace
 
 from raekit.models.denoiser_config import TransformerConfig
+from raekit.models.registry import LayersConfig
 from raekit.recipes import find
 
 def config():
@@ -41,6 +42,8 @@ DECODER = (
     "decoder=replace(config.decoder, width=16, depth=1, heads=2, hidden=32, patch_size=4)"
 )
 SMALL = {"photos_256": DENOISER, "dit_dh_xl_dinov2b_256": DENOISER, "dinov2b_decoder_xl": DECODER}
+SMALL |= {"emoji_decoder": f"{DECODER}, layers=LayersConfig()", "emoji_classifier": "widths=(8, 16)"}
+SMALL |= {"emoji_dit_dh": DENOISER[:-1] + ", base_depth=0, qk_norm=False, prediction='velocity')"}
 """The recipes of the guides, and how each is made small."""
 
 
@@ -60,7 +63,8 @@ def commands(guide: str) -> list[list[str]]:
 
 def smaller(command: list[str], model: str, weaker: str, vgg: str) -> list[str]:
     """Return a command for a small model, few images and one process."""
-    names = {name: f"{name}.py" for name in SMALL} | dict.fromkeys(("rae-dinov2-b", "dinov2-b"), model)
+    names = {name: f"{name}.py" for name in SMALL} | dict.fromkeys(("rae-dinov2-b", "dinov2-b", "builtin:emoji"), model)
+    names |= {"cfg:3+internal:1.5": "cfg:3"}  # the small model has no base output
     names |= {"REFERENCE": "imagenet256.safetensors", "inception": "builtin:vit-tiny"}
     values = {
         "--image-size": "16",
@@ -90,7 +94,7 @@ def smaller(command: list[str], model: str, weaker: str, vgg: str) -> list[str]:
 
 
 @pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of huggingface_hub
-@pytest.mark.parametrize("guide", ["own-images.md", "cluster.md", "reproduce.md"])
+@pytest.mark.parametrize("guide", ["own-images.md", "small-images.md", "cluster.md", "reproduce.md"])
 def test_every_command_of_a_guide_runs(monkeypatch, tmp_path, images, tiny_model, weaker, vgg, hub, capsys, guide):
     monkeypatch.chdir(tmp_path)
     source = Path(images.partition(":")[2])
@@ -99,6 +103,7 @@ def test_every_command_of_a_guide_runs(monkeypatch, tmp_path, images, tiny_model
             target = Path("photos", path.parent.name, f"{copy}-{path.name}")
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
+    shutil.copytree("photos", "pictures")
     shutil.copytree(source, "imagenet")
     for name, model in SMALL.items():
         Path(f"{name}.py").write_text(RECIPE.format(name=name, model=model.format(model=str(tiny_model))))
