@@ -111,7 +111,7 @@ def test_half_precision_is_for_the_weights_and_not_for_the_statistics(tiny_model
 @KINDS
 def test_saving_again_replaces_the_complete_artifact(copy, kind):
     (copy / kind / "stray").touch()
-    partial = copy / f"{kind}.partial"
+    partial = copy / f"{kind}.raekit-partial"
     partial.mkdir()
     (partial / "torn").touch()
     model = LOADERS[kind](str(copy))
@@ -242,7 +242,7 @@ def test_a_model_without_the_wanted_part_says_what_it_holds(tiny_model: Path, tm
 def test_a_milestone_of_a_run_is_a_model(tiny_model, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(tiny_model, run / "milestones" / "step-00000200")
-    shutil.copytree(tiny_model, run / "milestones" / "step-00000300.partial")
+    shutil.copytree(tiny_model, run / "milestones" / "step-00000300.raekit-partial")
     assert artifacts.find(f"{run}@200", "denoiser").path == run / "milestones" / "step-00000200" / "denoiser"
     with pytest.raises(UserError, match=r"run@300: no such milestone; .*run has the steps 200 \(train\.milestones"):
         artifacts.find(f"{run}@300", "denoiser")

@@ -55,17 +55,28 @@ def test_leftovers_of_a_killed_process_are_removed(tmp_path):
 
 def test_leftovers_beside_finished_files_are_swept_but_no_only_copy(tmp_path):
     (tmp_path / "image.png").write_text("finished")
-    (tmp_path / "image.png.partial").mkdir()  # killed just after the file was moved to its place
-    torn = tmp_path / "never.png.partial" / "never.png"
+    (tmp_path / "image.png.raekit-partial").mkdir()  # killed just after the file was moved to its place
+    torn = tmp_path / "never.png.raekit-partial" / "never.png"
     torn.parent.mkdir()
     torn.touch()
-    old = tmp_path / "model.partial" / "old" / "model"  # killed between the two moves of a folder
+    old = tmp_path / "model.raekit-partial" / "old" / "model"  # killed between the two moves of a folder
     old.mkdir(parents=True)
-    (tmp_path / "notes.partial").write_text("a file of the user")
     sweep(tmp_path)
     sweep(tmp_path / "nowhere")
-    assert names(tmp_path) == ["image.png", "model.partial", "notes.partial"]
+    assert names(tmp_path) == ["image.png", "model.raekit-partial"]
     assert old.is_dir()
+
+
+def test_only_what_raekit_made_is_removed_and_no_link_is_followed(tmp_path):
+    for name in ("folder", "thesis"):
+        (tmp_path / f"{name}.partial").mkdir()
+        (tmp_path / f"{name}.partial" / "notes").touch()
+        (tmp_path / f"{name}.raekit-partial").symlink_to(f"{name}.partial")
+    with whole(tmp_path / "folder", folder=True) as partial:
+        partial.mkdir()
+    sweep(tmp_path)
+    assert names(tmp_path) == ["folder", "folder.partial", "thesis.partial"]
+    assert names(tmp_path / "folder.partial") == names(tmp_path / "thesis.partial") == ["notes"]
 
 
 def test_a_folder_is_not_replaced_by_a_file_nor_a_file_by_a_folder(tmp_path):

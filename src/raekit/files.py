@@ -13,7 +13,9 @@ from safetensors import SafetensorError
 
 from raekit.errors import UserError
 
-_LONGEST = 255 - len(".partial")
+PARTIAL = ".raekit-partial"
+"""The ending of temporary names. What has it is deleted, so nobody else may use it."""
+_LONGEST = 255 - len(PARTIAL)
 """The longest name, in bytes, that common file systems allow with the ending of a temporary folder."""
 FILE_ENDINGS = frozenset(
     (
@@ -98,11 +100,11 @@ def whole(path: Path, folder: bool = False) -> Iterator[Path]:
     (_check_is_folder if folder else _check_is_file)(path)
     given, path = path, Path(os.path.abspath(path))  # "." and ".." have no name
     # A separate folder, because a killed writer may leave temporary files with other names.
-    work = path.with_name(_short(path.name) + ".partial")
+    work = path.with_name(_short(path.name) + PARTIAL)
     old = work / "old" / path.name
     try:
         _restore(old, path)  # if the last process was killed between the two moves below
-        _remove(work)
+        remove(work)
         work.mkdir(parents=True)
         yield work / path.name
         # Apply the umask: safetensors writes files that only their owner can read.
@@ -119,10 +121,10 @@ def whole(path: Path, folder: bool = False) -> Iterator[Path]:
             (work / path.name).replace(path)
         else:
             (work / path.name).replace(path)
-        _remove(work)
+        remove(work)
     except Exception as error:
         _restore(old, path)  # if the second of the two moves failed
-        _remove(work)
+        remove(work)
         if not isinstance(error, SafetensorError) and not (isinstance(error, OSError) and _is_about(error, path, work)):
             raise
         reason = error.strerror if isinstance(error, OSError) else None
@@ -138,9 +140,17 @@ def sweep(folder: Path) -> None:
     Args:
         folder: the folder, which need not exist. Its subfolders are not searched.
     """
-    for left in folder.glob("*.partial"):
+    for left in folder.glob(f"*{PARTIAL}"):
         if left.is_dir() and not (left / "old").exists():  # `old` may hold the only copy; `whole` moves it back
-            _remove(left)
+            remove(left)
+
+
+def remove(path: Path) -> None:
+    """Remove a folder with all that is in it, a file or a link, but not what a link leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _restore(old: Path, path: Path) -> None:
@@ -161,10 +171,3 @@ def _is_about(error: OSError, *places: Path) -> bool:
         return error.errno in _NO_SPACE
     name = Path(os.path.abspath(os.fsdecode(error.filename)))
     return any(name.is_relative_to(place) or place.is_relative_to(name) for place in places)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -104,7 +104,7 @@ def test_shards_that_are_there_are_kept(cache, data, tiny_model, tmp_path):
     before = {path: path.stat().st_ino for path in out.iterdir()}
     gone = sorted(out.iterdir())[2]
     gone.unlink()
-    gone.with_name(gone.name + ".partial").write_bytes(b"torn")
+    gone.with_name(gone.name + ".raekit-partial").write_bytes(b"torn")
     write(tiny_model, data, out)
     assert contents(out) == contents(cache)
     assert all(path.stat().st_ino == number for path, number in before.items() if path != gone)

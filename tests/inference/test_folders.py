@@ -129,7 +129,7 @@ def test_an_interrupted_archive_is_completed_to_the_bit(model, tmp_path, monkeyp
         with pytest.raises(KeyboardInterrupt):
             generate_npz(model, tmp_path / "cut.npz", [0, 1], progress=interrupt, **settings)  # type: ignore[arg-type]
         assert not (tmp_path / "cut.npz").exists()
-        assert len(list((tmp_path / "cut.npz.parts").iterdir())) == {"generate": 3, "pack": 7}[stop[0]]
+        assert len(list((tmp_path / "cut.npz.raekit-parts").iterdir())) == {"generate": 3, "pack": 7}[stop[0]]
     generate_npz(model, tmp_path / "cut.npz", [0, 1], **settings)
     assert (tmp_path / "cut.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
     with ZipFile(tmp_path / "cut.npz") as archive:
@@ -149,7 +149,7 @@ def test_two_processes_make_one_archive(model, tmp_path, monkeypatch):
         list(pool.map(lambda rank: archive("two.npz", World(rank=rank, size=2)), range(2)))
     a, b = (np.load(tmp_path / f"{name}.npz")["arr_0"].astype(int) for name in ("one", "two"))
     assert np.abs(a - b).max() <= 1
-    assert not (tmp_path / "two.npz.parts").exists()
+    assert not (tmp_path / "two.npz.raekit-parts").exists()
 
 
 def test_wrong_settings_leave_nothing(model, tmp_path):
@@ -190,7 +190,7 @@ def test_kills_at_random_moments_change_no_bit(tiny_model, tmp_path, suffix):
         return process
 
     alone, out = tmp_path / f"alone{suffix}", tmp_path / f"killed{suffix}"
-    pictures = out.with_name(out.name + ".parts") if suffix else out
+    pictures = out.with_name(out.name + ".raekit-parts") if suffix else out
     process = start(alone)
     process.join()
     assert process.exitcode == 0

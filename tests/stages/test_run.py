@@ -437,10 +437,10 @@ def test_one_of_several_processes_that_runs_out_of_memory_measures_nothing(alone
 
 def test_a_run_killed_while_its_config_was_written_begins_anew(alone, images, tmp_path):
     config = configs(images, alone[0])[0]
-    (tmp_path / "config.json.partial").write_text('{"stage": "rep')
+    (tmp_path / "config.json.raekit-partial").write_text('{"stage": "rep')
     short = replace(config, train=replace(config.train, steps=1))
     train(short, tmp_path, ONE)
-    assert not (tmp_path / "config.json.partial").exists()
+    assert not (tmp_path / "config.json.raekit-partial").exists()
 
 
 @pytest.mark.parametrize("name", ["config.json", "inputs.json"])

@@ -77,7 +77,7 @@ def test_the_first_process_chooses_the_checkpoint(tmp_path, monkeypatch):
 
 def test_what_is_half_written_counts_for_nothing_and_is_cleared_away(tmp_path):
     save(tmp_path, 1, state(1), 2, ONE)
-    for torn in ("step-00000002.partial", "step-00000005.partial"):
+    for torn in ("step-00000002.raekit-partial", "step-00000005.raekit-partial"):
         shutil.copytree(tmp_path / "step-00000001", tmp_path / torn)
         (tmp_path / torn / ".metadata").unlink()
     assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["step-00000001"]

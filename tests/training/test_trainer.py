@@ -217,7 +217,7 @@ def test_the_artifact_follows_each_checkpoint_and_milestones_are_kept(tmp_path, 
     written: list[tuple[str, str]] = []
     config = replace(CONFIG, checkpoint_every=3, milestones=(2, 6))
     trainer(tmp_path, config=config, export=export).fit()
-    kept = [("milestones/step-00000002.partial", "2"), ("milestones/step-00000006.partial", "6")]
+    kept = [("milestones/step-00000002.raekit-partial", "2"), ("milestones/step-00000006.raekit-partial", "6")]
     assert written == [
         ("artifact", "2"), kept[0], ("artifact", "3"), ("artifact", "6"), kept[1], ("artifact", "8"),
     ]  # fmt: skip
@@ -264,7 +264,7 @@ def test_saves_in_the_background_change_nothing(tmp_path, alone, stop):
     resumed.fit()
     assert same(state(resumed), alone[1])
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] != []
-    assert not list((tmp_path / "checkpoints").glob("*.partial"))
+    assert not list((tmp_path / "checkpoints").glob("*.raekit-partial"))
 
 
 def test_a_run_with_an_artifact_has_a_checkpoint(tmp_path):

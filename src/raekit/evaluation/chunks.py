@@ -4,7 +4,6 @@ One process computes a chunk, and one process reads all chunks in order. So the 
 for any number of interruptions and processes.
 """
 
-import shutil
 from collections.abc import Iterator, Mapping
 from hashlib import blake2b
 from pathlib import Path
@@ -18,7 +17,7 @@ from raekit.errors import UserError
 from raekit.evaluation import streams
 from raekit.evaluation.features import FeatureNetwork, Images, PairScore
 from raekit.evaluation.streams import Stream
-from raekit.files import sweep, whole
+from raekit.files import remove, sweep, whole
 from raekit.pictures import grid, to_pil
 from raekit.progress import Progress, silent
 from raekit.weights import read_weights
@@ -105,7 +104,7 @@ def images_digest(count: int, folder: Path) -> str:
 
 def discard(folder: Path) -> None:
     """Remove the stored features."""
-    shutil.rmtree(folder)
+    remove(folder)
 
 
 def _chunks(count: int) -> list[range]:

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,7 +13,7 @@ from PIL import Image
 
 from raekit.distributed import World
 from raekit.errors import UserError
-from raekit.files import sweep, whole
+from raekit.files import remove, sweep, whole
 from raekit.flow.sampling import Sampling, check_sampling
 from raekit.inference.generation import BatchSize, fitting_batch, generate
 from raekit.inference.model import Model
@@ -144,7 +143,7 @@ def _settings(model: Model, seed: int, sampling: Sampling) -> str:
 
 def parts_of(out: Path) -> Path:
     """Return the folder in which `generate_npz` collects the samples of the file `out`."""
-    return out.with_name(out.name + ".parts")
+    return out.with_name(out.name + ".raekit-parts")
 
 
 def generate_npz(
@@ -163,9 +162,9 @@ def generate_npz(
 
     The file holds the images as `arr_0`, uint8 (N, H, W, 3), and the labels, if there are any, as `arr_1`.
 
-    `generate_folder` first collects the samples in the folder OUT.parts. After an interruption, the same call resumes
-    from this folder. The folder is removed at the end. If OUT already holds exactly these samples, it is kept. Any
-    other file at OUT is replaced.
+    `generate_folder` first collects the samples in the folder OUT.raekit-parts. After an interruption, the same call
+    resumes from this folder. The folder is removed at the end. If OUT already holds exactly these samples, it is kept.
+    Any other file at OUT is replaced.
 
     See `generate_folder` for the arguments, the returned forward passes and the errors.
     """
@@ -199,7 +198,7 @@ def generate_npz(
                 with archive.open(ZipInfo("arr_1.npy"), "w") as file:
                     np.lib.format.write_array(file, np.array(every, np.int64))
             archive.comment = json.dumps(origin).encode()
-        shutil.rmtree(parts)
+        remove(parts)
     world.barrier()
     return passes
 

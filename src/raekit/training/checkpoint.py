@@ -3,12 +3,11 @@
 import io
 import pickle
 import re
-import shutil
 import warnings
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 
 from raekit.distributed import World
 from raekit.errors import UserError
+from raekit.files import PARTIAL, remove
 
 _SAVE_ERRORS = (CheckpointException, OSError, RuntimeError)
 
@@ -74,8 +74,9 @@ class Writer:
         """
         self.finish()
         if self.world.is_main:
-            for unfinished in self.folder.glob("step-*.partial"):  # left by a process that was killed while saving
-                shutil.rmtree(unfinished, ignore_errors=True)
+            for unfinished in self.folder.glob(f"step-*{PARTIAL}"):  # left by a process that was killed while saving
+                with suppress(OSError):
+                    remove(unfinished)
         self.world.barrier()
         partial, alone = self._partial(step), self.world.size == 1
         future: Future = Future()
@@ -119,18 +120,19 @@ class Writer:
         self.world.barrier()
 
     def _partial(self, step: int) -> Path:
-        return self.folder / f"{name(step)}.partial"
+        return self.folder / (name(step) + PARTIAL)
 
     def _publish(self) -> None:
         if self.world.is_main:
             final = self.folder / name(self._step)
-            shutil.rmtree(final, ignore_errors=True)
+            remove(final)
             self._partial(self._step).rename(final)
             for old in checkpoints(self.folder)[: -self.keep]:
-                shutil.rmtree(old)
+                remove(old)
 
     def _explained(self, error: BaseException | None) -> UserError:
-        shutil.rmtree(self._partial(self._step), ignore_errors=True)
+        with suppress(OSError):
+            remove(self._partial(self._step))
         kept = checkpoints(self.folder)
         have = f"the newest complete checkpoint is {kept[-1]}" if kept else "there is no earlier checkpoint"
         return UserError(

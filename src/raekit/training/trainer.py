@@ -2,7 +2,6 @@
 
 import json
 import logging
-import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from raekit.config import Interval, OnPurpose, Operation, Steps, configclass
 from raekit.distributed import World
 from raekit.distributed.sharding import gathered, set_gradient_sync, shard
 from raekit.errors import Stopped, UserError
+from raekit.files import PARTIAL, remove
 from raekit.training import checkpoint, ema
 from raekit.training.casting import CastWeights
 from raekit.training.compilation import check_compiler
@@ -364,9 +364,9 @@ class Trainer:
         milestone = self._milestone(self.step)
         if self.step in self.config.milestones and self.world.any(self.world.is_main and not milestone.is_dir()):
             # A milestone can have several artifacts. It gets its name when all of them are there.
-            partial = milestone.with_name(f"{milestone.name}.partial")
+            partial = milestone.with_name(milestone.name + PARTIAL)
             if self.world.is_main:
-                shutil.rmtree(partial, ignore_errors=True)
+                remove(partial)
             self.export(partial)
             if self.world.is_main:
                 partial.replace(milestone)
