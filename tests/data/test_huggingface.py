@@ -154,6 +154,13 @@ def test_splits_whose_labels_do_not_fit_are_rejected(tmp_path: Path, label: Any,
         open_source(uri)
 
 
+def test_names_of_held_out_images_only_are_rejected(tmp_path: Path):
+    text = datasets.Value("string")
+    assert len(open_source(save(tmp_path / "fewer", train=rows(range(3), text), test=rows([1], text)))) == 3
+    with pytest.raises(UserError, match="held-out images have classes that no training image has: ant, cat"):
+        open_source(save(tmp_path / "other", train=rows([0], text), test=rows(range(3), text)))
+
+
 def test_the_address_names_other_splits(tmp_path: Path):
     uri = save(tmp_path, first=rows([1], NAMES), second=rows([2], NAMES))
     with pytest.raises(UserError, match="has no split 'train', only first, second; name the splits"):

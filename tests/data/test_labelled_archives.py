@@ -185,6 +185,9 @@ def test_folders_in_an_archive_are_classes_and_splits(tmp_path: Path, scheme: st
     train, heldout = (open_source(f"{scheme}:{path}", split) for split in ("train", "heldout"))
     assert train.classes == heldout.classes == ("cat", "dog")
     assert (samples(train), samples(heldout)) == ([(2, 0), (1, 1)], [(3, 0)])
+    write(path, [*parts, ("val/Dog/5.png", png(5))])
+    with pytest.raises(UserError, match="held-out images have classes that no training image has: Dog; rename"):
+        open_source(f"{scheme}:{path}")
 
 
 def test_held_out_images_without_class_folders_are_rejected(tmp_path: Path):

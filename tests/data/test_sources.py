@@ -114,13 +114,13 @@ def test_a_tenth_is_held_out_by_a_hash_of_the_path_within(classed, scheme):
 
 
 def test_folders_train_and_val_are_the_splits(tmp_path):
-    for i, path in enumerate(["train/b/0.png", "train/a/1.png", "val/b/2.png", "val/c/3.png", "test/d/4.png"]):
+    for i, path in enumerate(["train/b/0.png", "train/a/1.png", "val/a/2.png", "val/b/3.png", "test/d/4.png"]):
         write_image(tmp_path / path, i)
     uri = f"folder:{tmp_path}"
     train, heldout, both = open_source(uri), open_source(uri, "heldout"), open_source(uri, "all")
-    assert train.classes == heldout.classes == both.classes == ("a", "b", "c")
+    assert train.classes == heldout.classes == both.classes == ("a", "b")
     assert (values(train), labels(train)) == ([1, 0], [0, 1])
-    assert (values(heldout), labels(heldout)) == ([2, 3], [1, 2])
+    assert (values(heldout), labels(heldout)) == ([2, 3], [0, 1])
     assert values(both) == [1, 0, 2, 3]
 
 
@@ -215,6 +215,16 @@ def test_folders_with_usual_names_are_the_splits(tmp_path, scheme, folders, trai
         assert everything.classes == ("a",)
 
 
+def test_classes_of_held_out_images_only_are_rejected(tmp_path):
+    for i, name in enumerate(("train/a", "train/caf\u00e9", "val/cafe\u0301")):  # the last as a Mac writes it
+        write_image(tmp_path / name / f"{i}.png", i)
+    heldout = open_source(f"folder:{tmp_path}", "heldout")
+    assert (heldout.classes, labels(heldout)) == (("a", "caf\u00e9"), [1])
+    write_image(tmp_path / "val/A/3.png", 3)
+    with pytest.raises(UserError, match="held-out images have classes that no training image has: A; rename"):
+        open_source(f"folder:{tmp_path}")
+
+
 def test_a_folder_of_only_training_images_holds_a_tenth_out(tmp_path):
     for i in range(40):
         write_image(tmp_path / "train" / "ab"[i % 2] / f"{i:02}.png", i)
@@ -238,6 +248,8 @@ def test_the_address_names_other_splits(tmp_path):
     assert values(open_source(f"folder:{tmp_path}?train=first,heldout=second", "all")) == [0, 1]
     with pytest.raises(UserError, match="has no part 'third' to use as a split; its parts are first, second, test"):
         open_source(f"folder:{tmp_path}?train=third")
+    with pytest.raises(UserError, match="must be two different parts"):
+        open_source(f"folder:{tmp_path}?train=first,heldout=first")
 
 
 # ImageNet's own val

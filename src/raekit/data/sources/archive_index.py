@@ -24,7 +24,7 @@ from safetensors.numpy import save_file
 
 from raekit.data.archives import Entry, Listing, list_tar, list_zip, matching_files, read_from
 from raekit.data.images import EXTENSIONS, skipped_formats
-from raekit.data.sources.base import Split, held_out, part_of_file, parts_of
+from raekit.data.sources.base import Split, check_classes, class_name, held_out, part_of_file, parts_of
 from raekit.errors import UserError
 from raekit.files import whole
 from raekit.hub import cache_folder
@@ -119,8 +119,7 @@ def open_index(scheme: str, place: Path, splits: Mapping[str, str]) -> ArchiveIn
 def _with_names(index: ArchiveIndex) -> ArchiveIndex:
     """Replace the numbers of the classes by the names in `CLASSES`, if there is such a file."""
     path = index.root / CLASSES
-    numbered = index.classes == tuple(map(str, range(len(index.classes))))
-    if not index.classes or not numbered or not path.is_file():
+    if not index.classes or not _are_numbers(index.classes) or not path.is_file():
         return index
     try:
         names = tuple(path.read_text("utf-8").splitlines())
@@ -132,6 +131,10 @@ def _with_names(index: ArchiveIndex) -> ArchiveIndex:
             f"{len(names):,} lines; complete or remove the file"
         )
     return replace(index, classes=names)
+
+
+def _are_numbers(classes: Sequence[str]) -> bool:
+    return tuple(classes) == tuple(map(str, range(len(classes))))
 
 
 def _index(scheme: str, root: Path, paths: Sequence[Path], splits: Mapping[str, str]) -> ArchiveIndex:
@@ -261,7 +264,7 @@ def _build(scheme: str, root: Path, files: list[tuple[str, int, int]], wanted: M
     while len(folders[0]) > 1 and all(len(f) > 1 and f[0] == folders[0][0] for f in folders):
         folders = [folder[1:] for folder in folders]  # a folder around the dataset
     parts, part_of, depth = _parts(files, shards, folders, wanted, root)
-    classes_of = [folder[depth] if len(folder) > depth else None for folder in folders]
+    classes_of = [class_name(folder[depth]) if len(folder) > depth else None for folder in folders]
     unclassed = {part for part, name in zip(part_of, classes_of, strict=True) if name is None}
     if unclassed and (depth == 0 or parts.get("train") in unclassed):
         classes_of = [None] * len(images)
@@ -269,6 +272,10 @@ def _build(scheme: str, root: Path, files: list[tuple[str, int, int]], wanted: M
     if "heldout" in parts:
         number = {part: _SPLITS[split] for split, part in parts.items()}
         splits = np.array([number.get(part, _UNUSED) for part in part_of], np.uint8)
+        if "train" in parts and not _are_numbers(classes):  # a few shards need not have every number
+            found = {split: labels[splits == number] for split, number in _SPLITS.items()}
+            of_split = {split: {classes[i] for i in set(each.tolist()) - {-1}} for split, each in found.items()}
+            check_classes(of_split["heldout"], of_split["train"], root)
     else:
         shown = [f"{files[shard][0]}/" if len(files) > 1 else "" for shard in range(len(files))]
         tenth = held_out(shown[shard] + name for shard, (name, _) in zip(shards, images, strict=True))

@@ -2,6 +2,7 @@
 
 import os
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatch
 from hashlib import blake2b
@@ -56,6 +57,8 @@ def parse_address(uri: str) -> Address:
         split, _, name = item.partition("=")
         if split not in USUAL or not name or split in splits:
             raise UserError(f"splits {found[1]!r}: must be train=NAME, heldout=NAME, or both with a comma")  # type: ignore[index]
+        if name in splits.values():
+            raise UserError(f"splits {found[1]!r}: must be two different parts; held-out images are not for training")  # type: ignore[index]
         splits[split] = name
     return Address(uri, scheme, place, splits)
 
@@ -154,6 +157,29 @@ def part_of_file(name: str, wanted: Mapping[str, str]) -> str:
     usual = {part for names in USUAL.values() for part in names}
     words = [*(folder.lower() for folder in folders), *re.findall("[a-z]+", file.lower())]
     return next((word for word in words if word in usual), folders[0] if folders else "")
+
+
+def class_name(folder: str) -> str:
+    """Return the name of a folder's class. Macs decompose the accents in the names of files (NFD)."""
+    return unicodedata.normalize("NFC", folder)
+
+
+def check_classes(heldout: Iterable[str], train: Iterable[str], place: object) -> None:
+    """Check that the held-out images have no other classes than the training images. Fewer are fine.
+
+    Args:
+        heldout: the classes of the held-out images.
+        train: the classes of the training images.
+        place: the dataset, for the error message.
+
+    Raises:
+        UserError: a class has held-out images only.
+    """
+    if unknown := sorted({*heldout} - {*train}):
+        raise UserError(
+            f"{place}: the held-out images have classes that no training image has: {_few(unknown)}; rename these "
+            "classes as in the training images, or add training images of them"
+        )
 
 
 def _few(names: Sequence[str]) -> str:

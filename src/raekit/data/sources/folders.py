@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from raekit.data.images import EXTENSIONS, decode, image_files, log_once, stored_size
-from raekit.data.sources.base import Address, Split, in_split, parts_of
+from raekit.data.sources.base import Address, Split, check_classes, class_name, in_split, parts_of
 from raekit.data.sources.label_lists import find_labels
 from raekit.errors import UserError
 
@@ -76,9 +76,12 @@ def open_folder(address: Address, split: Split) -> Files:
             f"{folder}: no images found in class sub-folders (supported extensions: {', '.join(EXTENSIONS)}); "
             f"for images without classes, use flat:{folder}"
         )
-    names = {path: path.split(os.sep)[depth] for path in classed}
+    names = {path: class_name(path.split(os.sep)[depth]) for path in classed}
     classes = tuple(sorted(set(names.values())))
     heldout = parts.get("heldout", "") + os.sep
+    if len(parts) == 2:
+        trained = (name for path, name in names.items() if not path.startswith(heldout))
+        check_classes(classes, trained, folder)
     if "train" in parts and not any(path.startswith(heldout) for path in classed):
         listed = [path for path in used if path.startswith(heldout)]
         if listed and split != "train":

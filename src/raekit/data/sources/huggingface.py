@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from raekit.data.images import UnreadableImage, decode, log_once
-from raekit.data.sources.base import USUAL, Address, Split, in_split, part_of_file, parts_of
+from raekit.data.sources.base import USUAL, Address, Split, check_classes, in_split, part_of_file, parts_of
 from raekit.errors import UserError
 
 IMAGES = ("image", "img", "picture", "jpg", "jpeg", "png", "webp", "image_path", "file", "path", "file_name")
@@ -199,6 +199,8 @@ def _labels(place: object, parts: Mapping[str, Any]) -> tuple[tuple[str, ...], d
         return tuple(map(str, range(top + 1))), {part: np.maximum(each.values, -1) for part, each in codes.items()}
     declared = [each.names or () for each in codes.values() if each.kind == "ClassLabel"]
     classes = declared[0] if declared else tuple(sorted({n for each in codes.values() for n in each.names or ()}))
+    if kinds == ["text"] and "train" in codes:
+        check_classes(classes, codes["train"].names or (), place)
     number = {name: i for i, name in enumerate(classes)}
     labels = {}
     for part, each in codes.items():
