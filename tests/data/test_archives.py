@@ -100,6 +100,10 @@ class Code:
         ({"arr_0": np.zeros((0, 4, 4, 3), np.uint8)}, r"the file holds arr_0"),
         ({"mu": np.zeros(4)}, r"the file holds mu float64 \(4,\)"),
         ({"arr_0": np.zeros((2, 4, 4, 3), np.uint8), "arr_1": np.array([0, -1])}, "labels in arr_1"),
+        (
+            {"arr_0": np.zeros((2, 4, 4, 3), np.uint8), "mu": np.zeros(2), "label": np.arange(2)},
+            "no labels in arr_1, but label has a number for each image",
+        ),
         ({"arr_0": np.asfortranarray(np.zeros((2, 4, 4, 3), np.uint8))}, "arr_0 is in Fortran order"),
     ],
 )

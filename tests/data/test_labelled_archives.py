@@ -216,8 +216,21 @@ def test_held_out_images_without_class_folders_are_rejected(tmp_path: Path):
         ([("a.png", png(1)), ("dataset.json", b"[]")], r"dataset\.json: has no field `labels`"),
         ([("a.png", png(1)), ("dataset.json", b'{"labels": {}}')], "`labels` must be a list of"),
         (
-            [("a.png", png(1)), ("dataset.json", b'{"labels": [["b.png", 1]]}')],
+            [("a.png", png(1)), ("b.png", png(2)), ("dataset.json", b'{"labels": [["b.png", 1]]}')],
             "has no label in dataset",
+        ),
+        (
+            [("a.png", png(1)), ("dataset.json", b'{"labels": [["./a.png", 1], ["b.png", 1], ["c.png", 1]]}')],
+            r"dataset\.json: lists 2 files that are not in the archive, such as b\.png",
+        ),
+        (
+            [("a.png", png(1)), ("dataset.json", b'{"labels": [["a.png", 1], ["a.png", 1], ["a.png", 2]]}')],
+            r"dataset\.json: gives a\.png the labels 1 and 2",
+        ),
+        ([("b.PNG", png(1)), ("b.CLS", b"x")], r"b\.CLS: must be the number of a class"),
+        (
+            [("a/1.png", png(1)), ("../a/2.png", png(2)), ("./../a/3.png", png(3))],
+            r"2 of its files .*\(3 images in all\), such as \.\./a/2\.png \(its path leads out of the archive\)",
         ),
     ],
 )
@@ -225,6 +238,25 @@ def test_damaged_labels_are_rejected_by_name(tmp_path: Path, files: Files, messa
     write_tar(tmp_path / "a.tar", files)
     with pytest.raises(UserError, match=message):
         open_source(f"tar:{tmp_path / 'a.tar'}", "all")
+
+
+@pytest.mark.parametrize("scheme", ["zip", "tar"])
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_images_of_one_name_are_mentioned(tmp_path: Path, scheme: str, caplog: pytest.LogCaptureFixture):
+    write: Callable[[Path, Files], None] = write_zip if scheme == "zip" else write_tar
+    write(tmp_path / "a", [("a.png", png(1)), ("a.cls", b"0"), ("a.png", png(2)), ("a.cls", b"1"), ("b/../c.png", b"")])
+    with pytest.raises(UserError, match="has no"):
+        open_source(f"{scheme}:{tmp_path / 'a'}", "all")
+    assert "several files under one name for 1 of its images, such as a.png" in caplog.text
+
+
+def test_backslashes_in_a_zip_are_slashes_if_it_has_no_others(tmp_path: Path):
+    write_zip(tmp_path / "a.zip", [("d\\", b""), ("d\\dog\\1.png", png(1)), ("d\\cat\\2.png", png(2))])
+    source = open_source(f"zip:{tmp_path / 'a.zip'}", "all")
+    assert (source.classes, samples(source)) == (("cat", "dog"), [(2, 0), (1, 1)])
+    write_zip(tmp_path / "a.zip", [("dog/a\\b.png", png(1)), ("dog/../cat/2.png", png(2))])
+    source = open_source(f"zip:{tmp_path / 'a.zip'}", "all")
+    assert (source.classes, samples(source)) == (("cat", "dog"), [(2, 0), (1, 1)])
 
 
 def test_a_damaged_or_missing_shard_is_rejected_by_name(shards: Path):

@@ -43,35 +43,39 @@ class Listing(NamedTuple):
     Attributes:
         entries: the files that can be read. Of several files with one name, the last counts.
         others: why each other file or link cannot be read.
+        repeated: the names of several files.
     """
 
     entries: dict[str, Entry]
     others: dict[str, str]
+    repeated: set[str]
 
 
 _METHODS = {zipfile.ZIP_BZIP2: "bzip2", zipfile.ZIP_LZMA: "LZMA", 9: "Deflate64", 93: "Zstandard"}
 
 
 def list_zip(path: Path) -> Listing:
-    """List the files of a zip archive.
+    """List the files of a zip archive. Backslashes are slashes if no name has a slash: old packers write them.
 
     Raises:
         UserError: the file does not exist or is not a zip file.
     """
-    listing = Listing({}, {})
+    listing = Listing({}, {}, set())
     try:
         with zipfile.ZipFile(path) as archive:
+            slash = "/" if any("/" in name for name in archive.namelist()) else "\\"
             for info in archive.infolist():
-                if info.is_dir():
+                name = info.filename.replace(slash, "/")
+                if name.endswith("/"):
                     continue
+                if name in listing.entries or name in listing.others:
+                    listing.repeated.add(name)
                 if info.flag_bits & 1:
-                    listing.others[info.filename] = "encrypted"
+                    listing.others[name] = "encrypted"
                 elif info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                    listing.others[info.filename] = (
-                        f"compressed with {_METHODS.get(info.compress_type, 'a rare method')}"
-                    )
+                    listing.others[name] = f"compressed with {_METHODS.get(info.compress_type, 'a rare method')}"
                 else:
-                    listing.entries[info.filename] = Entry(
+                    listing.entries[name] = Entry(
                         info.header_offset,
                         info.compress_size,
                         info.file_size,
@@ -91,13 +95,14 @@ def list_tar(path: Path) -> Listing:
     Raises:
         UserError: the file does not exist or is not an uncompressed tar file.
     """
-    listing, links = Listing({}, {}), dict[str, str]()
+    listing, links = Listing({}, {}, set()), dict[str, str]()
     try:
         size = path.stat().st_size
         with path.open("rb", buffering=0) as file:
             for kind, name, target, entry in _tar_members(file, size):
                 for known in (listing.entries, listing.others, links):
-                    known.pop(name, None)  # a later member replaces an earlier one
+                    if known.pop(name, None) is not None:  # a later member replaces an earlier one
+                        listing.repeated.add(name)
                 if kind == "file":
                     listing.entries[name] = entry
                 elif kind == "link":

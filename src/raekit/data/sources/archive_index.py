@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from raekit.data.archives import Entry, Listing, list_tar, list_zip, matching_files, read_from
-from raekit.data.images import EXTENSIONS, skipped_formats
+from raekit.data.images import EXTENSIONS, log_once, skipped_formats
 from raekit.data.sources.base import Split, check_classes, class_name, held_out, part_of_file, parts_of
 from raekit.errors import UserError
 from raekit.files import whole
@@ -321,7 +321,13 @@ def _parts(
 
 def _scan(path: Path, list_one: Any) -> _Scanned:
     listing: Listing = list_one(path)
-    if lost := [name for name in listing.others if _is_image(name) or name.endswith((".cls", ".json"))]:
+    for name in [name for name in listing.entries if os.path.normpath(name).split("/")[0] == ".."]:
+        listing.others[name] = "its path leads out of the archive"
+        del listing.entries[name]
+    if repeated := sorted(filter(_is_image, listing.repeated)):
+        message = "%s: has several files under one name for %s of its images, such as %s; only the last of each is used"
+        log_once(logging.WARNING, message, str(path), f"{len(repeated):,}", repeated[0])
+    if lost := [name for name in listing.others if _is_image(name) or name.lower().endswith((".cls", ".json"))]:
         known = sum(map(_is_image, (*listing.entries, *listing.others)))
         raise UserError(
             f"{path}: {len(lost):,} of its files with images or labels cannot be read ({known:,} images in all), such "
@@ -334,6 +340,7 @@ def _scan(path: Path, list_one: Any) -> _Scanned:
     with path.open("rb") as file:
         for name, entry in listing.entries.items():
             stem, extension = os.path.splitext(name)
+            extension = extension.lower()
             if extension not in (".cls", ".json", ".txt") or stem not in keys:
                 continue
             if extension == ".txt":
@@ -351,7 +358,7 @@ def _scan(path: Path, list_one: Any) -> _Scanned:
                 if label is not None:
                     scanned.fields[stem] = _checked(label, where)
         if table:
-            scanned = scanned._replace(table=_table(file, listing.entries[table], path, table))
+            scanned = scanned._replace(table=_table(file, listing.entries, path, table))
     if scanned.numbers or scanned.fields or scanned.captions:  # KEY.seg.png belongs to the image KEY.png
         direct = {_key(name) for name, _ in images if os.path.splitext(name)[0] == _key(name)}
         kept = [(n, e) for n, e in images if os.path.splitext(n)[0] == _key(n) or _key(n) not in direct]
@@ -365,7 +372,7 @@ def _is_image(name: str) -> bool:
 
 def _is_visible(name: str) -> bool:
     parts = name.split("/")
-    return parts[0] != "__MACOSX" and not any(part.startswith(".") for part in parts if part != ".")
+    return parts[0] != "__MACOSX" and not any(part.startswith(".") for part in parts if part not in (".", ".."))
 
 
 def _key(name: str) -> str:
@@ -394,10 +401,10 @@ def _checked(label: Any, where: str) -> int | str:
     return label
 
 
-def _table(file: Any, entry: Entry, path: Path, name: str) -> dict[str, Any]:
+def _table(file: Any, entries: Mapping[str, Entry], path: Path, name: str) -> dict[str, Any]:
     """Return {name of an image: label} of a `dataset.json` as EDM2 writes it; empty if its labels are null."""
     where = f"{path}/{name}"
-    values = _json(_content(file, entry, where), where)
+    values = _json(_content(file, entries[name], where), where)
     if not isinstance(values, dict) or "labels" not in values:
         raise UserError(f"{where}: has no field `labels`, a list of [file, label] or null")
     rows = values["labels"]
@@ -407,7 +414,16 @@ def _table(file: Any, entry: Entry, path: Path, name: str) -> dict[str, Any]:
     if not pairs or not all(isinstance(row[0], str) for row in rows):
         raise UserError(f"{where}: `labels` must be a list of [file, label]")
     folder = os.path.dirname(name)
-    return {os.path.normpath(os.path.join(folder, row[0])): _checked(row[1], where) for row in rows}
+    labels: dict[str, Any] = {}
+    for row in rows:
+        image = os.path.normpath(os.path.join(folder, row[0]))
+        if labels.setdefault(image, label := _checked(row[1], where)) != label:
+            raise UserError(f"{where}: gives {row[0]} the labels {labels[image]} and {label}; give it one")
+    if missing := sorted(labels.keys() - set(map(os.path.normpath, entries))):
+        raise UserError(
+            f"{where}: lists {len(missing):,} files that are not in the archive, such as {missing[0]}; pack it again"
+        )
+    return labels
 
 
 def _entry(row: np.ndarray) -> Entry:

@@ -39,6 +39,13 @@ class NpzImages:
             if not 0 <= labels.min() <= labels.max() < 2**20:
                 raise UserError(f"{path}: the labels in arr_1 must be from 0 to {2**20 - 1:,}")
             self.classes = tuple(map(str, range(int(labels.max()) + 1)))
+        elif alike := [
+            name for name, (kind, sizes) in self._npz.arrays.items() if kind.kind in "iu" and sizes == shape[:1]
+        ]:
+            raise UserError(
+                f"{path}: there are no labels in arr_1, but {alike[0]} has a number for each image; name it arr_1 if "
+                "they are the classes, or leave it out"
+            )
         self.labels = labels[self._numbers]
 
     def __len__(self) -> int:
