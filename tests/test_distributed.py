@@ -248,13 +248,23 @@ def test_an_error_of_all_processes_is_one_line(tmp_path):
     assert errors == "error: data source 'folder:nowhere': there is no folder nowhere\n"
 
 
+PAIR = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
+
+
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
         ({"WORLD_SIZE": "4"}, "sets 4 processes, but not RANK, MASTER_ADDR, MASTER_PORT; start"),
         ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "but not MASTER_ADDR, MASTER_PORT; start"),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE: the environment sets 'two'"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE: the environment sets '0', which is no number from 1 to"),
         ({"LOCAL_RANK": "-1"}, "LOCAL_RANK: the environment sets '-1'"),
+        (PAIR | {"RANK": "x"}, "RANK: the environment sets 'x'"),
+        (PAIR | {"RANK": "2"}, "RANK: the environment sets 2, which is not below WORLD_SIZE 2"),
+        (PAIR | {"RANK": ""}, "sets 2 processes, but not RANK; start"),
+        (PAIR | {"MASTER_PORT": "abc"}, "MASTER_PORT: the environment sets 'abc'"),
+        (PAIR | {"MASTER_PORT": "99999999"}, "MASTER_PORT: .* which is no number from 1 to 65535"),
+        (PAIR | {"MASTER_ADDR": "nosuch.invalid"}, "MASTER_ADDR: the host 'nosuch.invalid' is not known"),
     ],
 )
 def test_variables_that_another_job_left_are_named(variables, message, monkeypatch):
@@ -262,8 +272,17 @@ def test_variables_that_another_job_left_are_named(variables, message, monkeypat
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr("raekit.distributed.SHARING", 0.2)
     with pytest.raises(UserError, match=message), world("cpu"):
         pass
+
+
+def test_a_port_in_use_is_one_error(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        for name, value in (PAIR | {"MASTER_PORT": str(taken.getsockname()[1])}).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(UserError, match="the 2 processes could not meet at port"), world("cpu"):
+            pass
 
 
 def test_another_device_is_one_clear_error():

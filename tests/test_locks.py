@@ -73,6 +73,7 @@ def with_owner(folder: Path, **values: object) -> None:
 
 def test_only_a_process_that_is_known_to_be_dead_loses_its_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "")
     with lock(tmp_path, ONE):
         with_owner(tmp_path, host="elsewhere")
         with pytest.raises(UserError, match=rf"on elsewhere since .* if it no longer runs, remove {tmp_path}/\.lock$"):

@@ -37,6 +37,21 @@ def test_a_task_of_srun_is_a_rank():
 
 
 @pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("SLURM_PROCID", "8"),
+        ("SLURM_NTASKS", "many"),
+        ("SLURM_LOCALID", "-1"),
+        ("SLURM_GPUS_ON_NODE", "a100:4"),
+        ("SLURM_JOB_ID", "9" * 5000),
+    ],
+)
+def test_a_variable_that_is_no_number_is_named(name, value):
+    with pytest.raises(UserError, match=f"{name}: the environment sets '{value}', which is no number from"):
+        environment(TASK | {"SLURM_STEP_ID": "0", name: value})
+
+
+@pytest.mark.parametrize(
     ("given", "devices"),
     [
         ({}, "0123"),

@@ -1,6 +1,7 @@
 """Work in one or many processes. One process is a world of size 1, so the same code serves both."""
 
 import os
+import socket
 import time
 import uuid
 from collections.abc import Collection, Iterator
@@ -22,7 +23,7 @@ CPU = torch.device("cpu")
 TIMEOUT = timedelta(minutes=30)
 """How long a process may be ahead of another. A process that died is noticed earlier, see `liveness`."""
 SHARING = 10.0
-"""Seconds until a file of one machine must be visible on the others."""
+"""Seconds until a file of one machine must be visible on the others, and its name known to them."""
 
 
 @contextmanager
@@ -170,12 +171,31 @@ def prepare_device(device: str | None = None, local_rank: int = 0) -> torch.devi
     return this
 
 
-def _number(name: str, default: int) -> int:
-    """Return the whole number in an environment variable that torchrun sets."""
-    value = os.environ.get(name) or str(default)
-    if not value.isdecimal():
-        raise UserError(f"{name}: the environment sets {value!r}, which is no number; unset it, or start with torchrun")
-    return int(value)
+def _meet(rank: int, size: int) -> dist.Store:
+    """Return the store of a world, which its first process opens at MASTER_ADDR and MASTER_PORT.
+
+    Raises:
+        UserError: the host is unknown, its port is in use, or the other processes have not come within `TIMEOUT`.
+    """
+    host, port = os.environ["MASTER_ADDR"], slurm.number(os.environ, "MASTER_PORT", 0, 1, 65_535)
+    deadline = time.monotonic() + SHARING
+    while True:  # torch would try for the whole `TIMEOUT`
+        try:
+            socket.getaddrinfo(host, port)
+            break
+        except (OSError, UnicodeError) as error:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"MASTER_ADDR: the host {host!r} is not known ({error}); give the host of the first process"
+                ) from None
+            time.sleep(0.1)
+    try:
+        return next(dist.rendezvous("env://", rank, size, timeout=TIMEOUT))[0]
+    except dist.DistError as error:
+        raise UserError(
+            f"MASTER_ADDR, MASTER_PORT: the {size} processes could not meet at port {port} of {host} "
+            f"({str(error).splitlines()[0]}); start all of them, with a port that is free"
+        ) from None
 
 
 @contextmanager
@@ -187,8 +207,8 @@ def world(device: str | None = None) -> Iterator[World]:
     """
     if "WORLD_SIZE" not in os.environ:
         os.environ |= slurm.environment(os.environ)
-    size, local_rank = _number("WORLD_SIZE", 1), _number("LOCAL_RANK", 0)
-    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    size, local_rank = slurm.number(os.environ, "WORLD_SIZE", 1, 1), slurm.number(os.environ, "LOCAL_RANK", 0)
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if size > 1 and missing:
         raise UserError(
             f"WORLD_SIZE: the environment sets {size} processes, but not {', '.join(missing)}; start the processes "
@@ -198,7 +218,10 @@ def world(device: str | None = None) -> Iterator[World]:
     if size == 1:
         yield World(device=this)
         return
-    store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    rank = slurm.number(os.environ, "RANK", 0)
+    if rank >= size:
+        raise UserError(f"RANK: the environment sets {rank}, which is not below WORLD_SIZE {size}; number them from 0")
+    store = _meet(rank, size)
     # One communicator for device tensors, and one for small messages between hosts.
     backend = "cpu:gloo,cuda:nccl" if this.type == "cuda" else "gloo"
     device_id = this if this.type == "cuda" else None

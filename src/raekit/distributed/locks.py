@@ -9,7 +9,7 @@ from pathlib import Path
 from platform import node
 from typing import Any
 
-from raekit.distributed import World
+from raekit.distributed import World, slurm
 from raekit.errors import UserError
 from raekit.files import check_folder
 
@@ -92,7 +92,7 @@ def _owner() -> dict[str, Any]:
         "started": _started(os.getpid()),
         "since": datetime.now(UTC).isoformat(timespec="seconds"),
         "job": os.environ.get("SLURM_JOB_ID"),
-        "restarts": int(os.environ.get("SLURM_RESTART_COUNT", 0)),
+        "restarts": slurm.number(os.environ, "SLURM_RESTART_COUNT", 0),
     }
 
 
