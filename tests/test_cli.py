@@ -1347,6 +1347,7 @@ def test_latents_are_written_and_read_back(run, tiny_model, tmp_path):
     command = ["encode", tiny_model, tmp_path / "in", "--out", out, "--shard-size", 2, "--batch-size", 3]
     done = run(*command)
     assert (done.code, done.out) == (0, f"5 images: {out}\n"), done.err
+    assert done.err.count("encode: 5/5") == 1
     assert len(list(out.iterdir())) == 3
     autoencoder = Autoencoder.load(str(tiny_model))
     shards = list(raekit.read_latents(out))

@@ -12,7 +12,6 @@ from rich.progress import (
     TaskID,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 from rich.progress import Progress as Bars
 from rich.table import Column
@@ -29,7 +28,7 @@ class Progress(Protocol):
             done: the number of finished units.
             total: the number of units.
             text: a remark, such as the loss.
-            unit: the number of images in one unit. The rate counts images.
+            unit: the number of images in one unit. The rate counts images; with 0 there is no rate.
         """
         ...
 
@@ -38,10 +37,12 @@ def silent(what: str, done: int, total: int, text: str = "", unit: int = 1) -> N
     """A `Progress` that shows nothing."""
 
 
-def hours(seconds: float) -> str:
-    """Return a duration as h:mm, rounded up to minutes."""
+def duration(seconds: float) -> str:
+    """Return a duration such as "30 s", "4 min" or "1 h 05 min", rounded up."""
+    if (whole := math.ceil(seconds)) < 60:
+        return f"{whole} s"
     minutes = math.ceil(seconds / 60)
-    return f"{minutes // 60}:{minutes % 60:02d}"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def counted(progress: Progress, what: str, total: int, processes: int) -> Callable[[int], None]:
@@ -66,6 +67,7 @@ class Display:
         self.quiet = quiet
         self.tasks: dict[str, TaskID] = {}
         self.began: dict[str, tuple[float, int]] = {}
+        self.last: dict[str, int] = {}
         self.printed = 0.0
         self.bars = Bars(
             TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
@@ -73,8 +75,7 @@ class Display:
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]}", table_column=Column(no_wrap=True)),
             TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[left]}", table_column=Column(no_wrap=True)),
             # The text gets what is left of the line, and its end is cut.
             TextColumn("{task.fields[text]}", markup=False, table_column=Column(ratio=1, no_wrap=True)),
             console=console,
@@ -95,14 +96,21 @@ class Display:
         if self.quiet:
             return
         now = time.monotonic()
-        first, start = self.began.setdefault(what, (now, done))
+        again = done <= self.last.get(what, -1)  # other work of the same name
+        self.last[what] = done
+        if again or what not in self.began:
+            self.began[what] = now, done
+        first, start = self.began[what]
         speed = (done - start) / (now - first) if now > first else 0.0
-        rate = f"{speed * unit:.1f} images/s" if speed else ""
+        rate = f"{speed * unit:.1f} images/s" if speed and unit else ""
+        left = f"{duration((total - done) / speed)} left" if speed and done < total else ""
         if self.live:
             if what not in self.tasks:
-                self.tasks[what] = self.bars.add_task(what, total=total, completed=done, rate="", text="")
-            self.bars.update(self.tasks[what], completed=done, total=total, rate=rate, text=text)
+                self.tasks[what] = self.bars.add_task(what, total=total, rate="", left="", text="")
+            elif again:
+                self.bars.reset(self.tasks[what])
+            self.bars.update(self.tasks[what], completed=done, total=total, rate=rate, left=left, text=text)
         elif now - self.printed > 10 or done == total:
             self.printed = now
-            left = f", {hours((total - done) / speed)} left" if speed and done < total else ""
-            self.console.print(f"{what}: {done}/{total}  {rate}{left}  {text}".rstrip(), markup=False)
+            parts = (f"{what}: {done}/{total}", ", ".join(filter(None, (rate, left))), text)
+            self.console.print("  ".join(filter(None, parts)), markup=False)

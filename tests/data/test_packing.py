@@ -131,3 +131,13 @@ def test_a_wrong_list_of_class_names_is_rejected(tmp_path: Path, source: str):
         (tmp_path / "out" / "classes.txt").write_text(text)
         with pytest.raises(UserError, match=r"classes\.txt: must have a line with a different name for each of the 2"):
             open_source(f"tar:{tmp_path / 'out'}")
+
+
+def test_the_progress_of_packing_counts_images(tmp_path: Path, source: str):
+    shown: list[tuple[int, int]] = []
+
+    def progress(what: str, done: int, total: int, text: str = "", unit: int = 1) -> None:
+        shown.append((done, total))
+
+    pack(source, 16, tmp_path / "out", shard_size=3, world=ONE, progress=progress)
+    assert shown == [(3, 10), (6, 10), (7, 10), (10, 10)]

@@ -76,7 +76,7 @@ def test_the_page_has_the_newest_values_events_and_times(tmp_path):
 def test_the_page_of_a_run_in_training_says_so(tmp_path):
     run = written(tmp_path / "run", [record(10)])
     with lock(run, World()):
-        assert re.search(r"step 10 of 400 · in training on \S+, 1:00 left", text_of(write_report(run)))
+        assert re.search(r"step 10 of 400 · in training on \S+, 1 h 00 min left", text_of(write_report(run)))
     assert "in training" not in text_of(write_report(run))
 
 

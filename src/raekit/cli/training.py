@@ -213,11 +213,11 @@ def _train(what: list[str], name: str, about: str, default: Any, run: Path, argu
         if given.dry_run:
             console.out.print(describe_config(config, given.run, here, given.change))
             return
-        total, batch = config.train.steps, config.train.batch_size
+        total = config.train.steps
         with Display(console.err, quiet=not here.is_main) as progress:
 
             def report(step: int, values: dict[str, float]) -> None:
-                progress(name, step, total, _headline(values), batch)
+                progress(name, step, total, _headline(values), unit=0)  # the record has the speed of the steps
 
             fit(config, given.run, here, report, progress, given.change)
         if here.is_main:
@@ -327,7 +327,7 @@ def _headline(values: dict[str, float]) -> str:
     losses = [f"{name} {value:.4f}" for name, value in values.items() if name.endswith("/loss")]
     share = f"{values['mfu']:.0%} MFU" if "mfu" in values else f"{values['matmul_share']:.0%} of matmul"
     facts = [
-        f"{values['step_seconds']:.3g} s/step",
+        f"{values['images_per_second']:.1f} images/s",
         f"data {values['data_wait']:.0%}",
         f"{values['tflops']:.3g} TFLOP/s ({share})",
         f"{values['peak_memory_gib']:.2g} GiB",

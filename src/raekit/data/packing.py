@@ -148,17 +148,18 @@ def pack(
     missing = [k for k, shard in enumerate(shards) if not (out / shard.name).is_file()]
     world.barrier()  # before a process writes a shard, all have looked for it
     unreadable: dict[str, str] = {}
-    done = len(shards) - len(missing)
+    total = sum(images.values())
+    done = total - sum(len(shards[k].images) for k in missing)
     mine = missing[world.rank :: world.size]
-    for found in load_parts(writer, (range(k, k + 1) for k in mine), workers, world):
+    for k, found in zip(mine, load_parts(writer, (range(k, k + 1) for k in mine), workers, world), strict=True):
         warn_of_unreadable(found, world)
         unreadable |= found
-        done = min(done + world.size, len(shards))
-        progress("pack", done, len(shards), unit=shard_size)
+        done = min(done + len(shards[k].images) * world.size, total)
+        progress("pack", done, total)
     unreadable = {name: reason for part in world.gather(unreadable) for name, reason in part.items()}
-    if len(unreadable) > max_unreadable * sum(images.values()):
+    if len(unreadable) > max_unreadable * total:
         raise UserError(
-            f"data source {source!r}: {len(unreadable):,} of {sum(images.values()):,} images are unreadable, more than "
+            f"data source {source!r}: {len(unreadable):,} of {total:,} images are unreadable, more than "
             f"max_unreadable={max_unreadable:g} allows, such as {next(iter(unreadable))}"
         )
     if world.is_main:

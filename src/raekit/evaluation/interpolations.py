@@ -120,7 +120,7 @@ class Interpolations:
             best = _most_similar([best, (*new, batch.indices.cpu().expand(len(queries), -1))])
             done = min(done + len(batch) * world.size, self.training.count)
             compared = first * self.training.count + done * len(queries)
-            self.progress("neighbours", compared, self.count * self.training.count)
+            self.progress("neighbours", compared, self.count * self.training.count, unit=0)
         return _most_similar(world.gather(best))
 
     def settings(self) -> dict[str, Any]:

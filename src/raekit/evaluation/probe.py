@@ -120,7 +120,9 @@ def probe(
         return {}
     fits = 1 if penalty is not None else len(PENALTIES) + 1
     return {
-        row: linear_probe(*bank, penalty=penalty, fitted=lambda done, row=row: progress(f"{row}, fits", done, fits))
+        row: linear_probe(
+            *bank, penalty=penalty, fitted=lambda done, row=row: progress(f"{row}, fits", done, fits, unit=0)
+        )
         for row, bank in banks.items()
     }
 

@@ -120,6 +120,7 @@ def encode_files(
         names = tuple(map(os.path.abspath, part))
         if place.is_file() and (there := read_info(place, LatentsInfo)).inputs == inputs and there.images == names:
             encoded += len(part)
+            progress("encode", done + len(part), len(images))
         else:
             read: list[Path] = []
             latents: list[Tensor] = []
@@ -154,7 +155,6 @@ def encode_files(
                 empty[place] = info
             encoded += len(read)
         done += len(part)
-        progress("encode", done, len(images))
     for place, info in empty.items():  # no other shard counts without them
         if encoded:
             write_shard(place, info, {"latents": torch.empty(0, *autoencoder.latent_shape)})

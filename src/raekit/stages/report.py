@@ -17,7 +17,7 @@ from raekit.config import read_json, to_json
 from raekit.distributed.locks import holder
 from raekit.evaluation.pages import write_page
 from raekit.pictures import embed
-from raekit.progress import hours
+from raekit.progress import duration
 from raekit.stages.curves import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Chart, Points, draw
 from raekit.stages.record import read_history, read_values
 from raekit.training.checkpoint import checkpoints
@@ -86,7 +86,8 @@ def write_report(run: Path, out: Path | None = None) -> Path:
 def _status(run: Path, step: int, steps: int, records: Records) -> str:
     """Return whether the run trains now."""
     if owner := holder(run):
-        left = f", {hours(_last(records)['seconds_left'])} left" if records and "seconds_left" in _last(records) else ""
+        seconds = _last(records).get("seconds_left") if records else None
+        left = "" if seconds is None else f", {duration(seconds)} left"
         return f"in training on {owner['host']}{left}"
     if step >= steps:
         return "finished"
