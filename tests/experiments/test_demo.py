@@ -25,7 +25,7 @@ from raekit.training.tracking import read_metrics
     [(("a", "b"), 0, ["cfg"]), (("a", "b"), 2, ["cfg", "internal"]), ((), 2, ["internal"]), ((), 0, [])],
 )
 def test_the_guidance_suits_the_model(classes, base_depth, methods):
-    shown: Any = SimpleNamespace(options=SimpleNamespace(quick=False))
+    shown: Any = SimpleNamespace(steps=15)
     model: Any = SimpleNamespace(
         classes=classes, denoiser=SimpleNamespace(config=SimpleNamespace(base_depth=base_depth))
     )
@@ -59,9 +59,11 @@ def test_quick_demo_resumes_after_an_interrupt_and_writes_a_complete_report(tmp_
     # The built-in models come first.
     assert html.index("What the built-in models do") < html.index("What was trained here") < html.index("Scores")
     report = read_report(tmp_path / "evaluation" / "built-in")
-    rows = {*report.baselines, "samples of the built-in model", "samples, 12 minutes of training"}
+    rows = {*report.baselines, "samples of the built-in model", "samples of the denoiser trained here"}
     assert rows >= {"held-out images", "training images", "reconstructions", "decoded noise"}
     assert all(row in html for row in rows)
+    assert "internal guidance and 4 evaluations" in html
+    assert f"few samples ({report.settings['count']})" in html
     distance = {name: row["fd_emoji_classifier"] for name, row in report.baselines.items() if name != "held-out images"}
     # Reconstructions have the same objects and colours as the held-out images; training images have others.
     assert distance["reconstructions"] < distance["training images"] < distance["decoded noise"]

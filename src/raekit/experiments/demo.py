@@ -176,6 +176,8 @@ class Demo:
             raise UserError(f"{run}: was started with other options ({_spelled(before)}); give these, or another --run")
         with whole(path) as partial:
             partial.write_text(to_json(to_dict(options)), "utf-8")
+        self.steps = 4 if options.quick else SAMPLING.steps
+        self.scored_samples = 72 if options.quick else 144
         self.clock = Clock(run / "clock.json")
         self.builtin = load(BUILTIN, world.device)
         self.data = DataConfig(source=source, image_size=self.builtin.image_size)
@@ -225,7 +227,7 @@ class Demo:
         self.samples("samples", model)
         if self.scored:
             report, _ = self.evaluate("trained", model, baselines=False)
-            scores[f"samples, {self.options.minutes:g} minutes of training"] = report.results
+            scores["samples of the denoiser trained here"] = report.results
         return scores
 
     def train(self, name: str, config: Any, until: float, reserve: float) -> None:
@@ -309,7 +311,7 @@ class Demo:
         """Return how to sample from `model`. CFG needs classes, and internal guidance needs a base output."""
         rules = GUIDANCE_WITH_BASE if model.denoiser.config.base_depth else GUIDANCE
         guidance = tuple(rule for rule in rules if model.classes or rule.method != "cfg")
-        return replace(SAMPLING, guidance=guidance, steps=4 if self.options.quick else SAMPLING.steps)
+        return replace(SAMPLING, guidance=guidance, steps=self.steps)
 
     def evaluate(self, name: str, model: Model, baselines: bool) -> Any:
         """Score samples of `model`, and the baselines."""
@@ -319,7 +321,7 @@ class Demo:
         shutil.rmtree(out, ignore_errors=True)  # of a killed demo; the held-out images are measured again
         return evaluate(
             model,
-            count=72 if self.options.quick else 144,
+            count=self.scored_samples,
             sampling=self.sampling(model),
             baselines=baselines,
             out=out,
@@ -364,8 +366,8 @@ class Demo:
             machine=f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
             + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
             settings={name: to_json(read_json(run / name / "config.json")) for name in records},
-            samples=144,
-            evaluations=SAMPLING.steps,
+            samples=self.scored_samples,
+            evaluations=self.steps,
         )
 
 
