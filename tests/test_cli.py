@@ -1295,6 +1295,16 @@ def test_pictures_of_one_name_do_not_overwrite_each_other(run, tiny_model, tmp_p
     assert {name for name in after if after[name] != before.get(name)} == {"contact-sheet.png"}
 
 
+@pytest.mark.parametrize("name", ["scores.json", "scores.csv", "contact-sheet.png"])
+def test_reconstruct_replaces_no_scores_of_something_else(run, tiny_model, tmp_path, name):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("{}")
+    done = run("reconstruct", tiny_model, picture(tmp_path / "x.png", 0), "--out", tmp_path / "out")
+    assert_fails(done, f"out: holds {name} of something else than a reconstruction; give another folder, or move that")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [name]
+    assert (tmp_path / "out" / name).read_text() == "{}"
+
+
 def test_folders_are_read_whole_and_keep_their_shape(run, tiny_model, tmp_path):
     root = tmp_path / "in"
     for i, name in enumerate(["a.png", "deep/er/b.webp", "deep/c.tif", ".hidden/d.png"]):

@@ -3,6 +3,7 @@
 import csv
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import chain, count
@@ -12,7 +13,7 @@ from typing import TextIO
 import torch
 from torch import Tensor, nn
 
-from raekit.config import to_dict, to_json
+from raekit.config import read_json, to_dict, to_json
 from raekit.data.images import find_images, read_image, real_path
 from raekit.data.transforms import Fit, center_crop
 from raekit.errors import UserError
@@ -23,7 +24,7 @@ from raekit.pictures import from_pil, grid, quantize, read_origin, to_pil, write
 from raekit.progress import Progress, silent
 from raekit.weights import fingerprint
 
-CONTACT_SHEET = "contact-sheet.png"
+SCORES, TABLE, CONTACT_SHEET = "scores.json", "scores.csv", "contact-sheet.png"
 _PAIRS, _COLUMNS, _SIDE = 32, 8, 192  # the limits of a contact sheet; _SIDE in pixels
 
 
@@ -86,7 +87,7 @@ def reconstruct_folder(
 
     OUT/scores.csv and OUT/scores.json hold the scores of all images and their means, computed from the 8-bit
     reconstructions. OUT/contact-sheet.png shows the first originals, each above its reconstruction. Each call
-    replaces these three files, unless it could not read any image.
+    replaces these three files, unless it could not read any image. Such files of something else are an error.
 
     Args:
         autoencoder: the autoencoder.
@@ -99,7 +100,7 @@ def reconstruct_folder(
         progress: receives the progress.
 
     Raises:
-        UserError: if `out` holds originals, or a setting is invalid.
+        UserError: if `out` holds originals or scores of something else, or a setting is invalid.
     """
     if batch_size < 1:
         raise UserError(f"batch_size: {batch_size} must be at least 1")
@@ -109,6 +110,7 @@ def reconstruct_folder(
     names = {} if inside else find_images(paths, besides=out)
     if inside or any(real_path(image.parent) == place for image in names):
         raise UserError(f"{out}: holds originals; give another folder for the reconstructions")
+    _check_scores(out)
     weights = dict(autoencoder.state_dict())
     for name, metric in metrics.items():
         if isinstance(metric, nn.Module):
@@ -188,12 +190,25 @@ def _scores_of(task: _Task, metrics: Mapping[str, object]) -> dict[str, float] |
     return scores if origin == task.origin and isinstance(scores, dict) and scores.keys() == metrics.keys() else None
 
 
+def _check_scores(out: Path) -> None:
+    """Raise UserError if `out` holds files with the names of the results, but no scores that were written here."""
+    there = [name for name in (SCORES, TABLE, CONTACT_SHEET) if os.path.lexists(out / name)]
+    with suppress(UserError):
+        scores = read_json(out / SCORES)  # written before the other two
+        if isinstance(scores, dict) and scores.keys() == {"means", "images", "unreadable"}:
+            return
+    if there:
+        raise UserError(
+            f"{out}: holds {there[0]} of something else than a reconstruction; give another folder, or move that file"
+        )
+
+
 def _write_scores(results: Reconstructions, out: Path) -> None:
     means = results.means()
     rows = [{"image": str(p.image), "output": str(p.output), **p.scores} for p in results.pictures]
-    with whole(out / "scores.json") as partial:
+    with whole(out / SCORES) as partial:
         partial.write_text(to_json({"means": means, "images": rows, "unreadable": results.unreadable}), "utf-8")
-    with whole(out / "scores.csv") as partial, _open_csv(partial) as file:
+    with whole(out / TABLE) as partial, _open_csv(partial) as file:
         writer = csv.DictWriter(file, ["image", "output", *means])
         writer.writeheader()
         writer.writerows([*rows, {"image": "mean", **means}])
