@@ -88,7 +88,19 @@ def test_only_a_process_that_is_known_to_be_dead_loses_its_lock(tmp_path: Path, 
         with_owner(tmp_path, started="0")
         with lock(tmp_path, ONE):
             pass
-    (tmp_path / NAME).write_text('{"host": ')
+
+
+def test_a_damaged_lock_is_one_of_an_unknown_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with lock(tmp_path, ONE):
+        with_owner(tmp_path, restarts=None)
+        texts = [(tmp_path / NAME).read_text(), '{"host": ', "[" * 100_000]
+    for text in texts:
+        (tmp_path / NAME).write_text(text)
+        with pytest.raises(UserError, match=rf"in use by an unknown process\. .* remove {tmp_path}/\.lock$"):
+            lock(tmp_path, ONE).__enter__()
+    (tmp_path / NAME).unlink()
+    (tmp_path / NAME).symlink_to("nowhere")
     with pytest.raises(UserError, match="in use by an unknown process"):
         lock(tmp_path, ONE).__enter__()
 

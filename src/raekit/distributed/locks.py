@@ -9,6 +9,7 @@ from pathlib import Path
 from platform import node
 from typing import Any
 
+from raekit.config import read_json
 from raekit.distributed import World, slurm
 from raekit.errors import UserError
 from raekit.files import check_folder
@@ -70,7 +71,7 @@ def _acquire(folder: Path, owner: dict[str, Any]) -> str | None:
                     path.unlink()
                     raise
                 return None
-            if not path.exists():  # just given back
+            if not os.path.lexists(path):  # just given back
                 continue
             if not _is_dead(other):
                 who = "process {pid} on {host} since {since}".format(**other) if other else "an unknown process"
@@ -99,10 +100,12 @@ def _owner() -> dict[str, Any]:
 def _read(path: Path) -> dict[str, Any]:
     """Return the owner of a lock; {} if the file has just been created or removed, or is damaged."""
     try:
-        owner = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+        owner = read_json(path)
+    except UserError:
         return {}
-    return owner if isinstance(owner, dict) and owner.keys() == _owner().keys() else {}
+    types = {"host": str, "pid": int, "started": str | None, "since": str, "job": str | None, "restarts": int}
+    fits = isinstance(owner, dict) and owner.keys() == types.keys()
+    return owner if fits and all(isinstance(owner[key], kind) for key, kind in types.items()) else {}
 
 
 def _is_dead(owner: dict[str, Any]) -> bool:
