@@ -1,6 +1,7 @@
 """Packing a dataset into shards: the images, labels and splits stay, and a stopped packing resumes."""
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,32 @@ def test_images_without_a_class_are_rejected_before_the_work(
 
     monkeypatch.setattr(Files, "__init__", some)
     with pytest.raises(UserError, match="1 images of the split train have no class"):
+        pack(source, 16, tmp_path / "out", world=ONE)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_shard_that_has_changed_is_named_and_made_again(tmp_path: Path, source: str):
+    pack(source, 16, tmp_path / "out", shard_size=3, world=ONE)
+    expected = contents(tmp_path / "out")
+    shard = tmp_path / "out" / "train-000001.tar"
+    for damaged in (b"", expected[shard.name].replace(b"0", b"1", 1)):
+        shard.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"train-000001\.tar: does not have its checksum in SHA256SUMS; remove it"):
+            pack(source, 16, tmp_path / "out", shard_size=3, world=ONE)
+        assert contents(tmp_path / "out") == expected | {shard.name: damaged}
+    shard.unlink()
+    pack(source, 16, tmp_path / "out", shard_size=3, world=ONE)
+    assert contents(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize("name", [b"x\ny", b"x\r", "x\u2028y".encode(), b"\xff"])
+def test_classes_whose_names_are_no_lines_of_text_are_rejected_before_the_work(
+    tmp_path: Path, source: str, name: bytes
+):
+    (tmp_path / "images" / "train" / "b").rename(tmp_path / "images" / "train" / os.fsdecode(name))
+    with pytest.raises(
+        UserError, match=r"has a line break or is not UTF-8, so classes\.txt cannot hold its name; rename"
+    ):
         pack(source, 16, tmp_path / "out", world=ONE)
     assert not (tmp_path / "out").exists()
 

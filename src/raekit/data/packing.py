@@ -106,8 +106,8 @@ def pack(
         progress: receives the progress.
 
     Raises:
-        UserError: a setting is invalid, `out` holds another dataset, only some images have a class, or too many images
-            are unreadable.
+        UserError: a setting is invalid, `out` holds another dataset or a shard that has changed, only some images have
+            a class, the name of a class does not fit on a line, or too many images are unreadable.
     """
     sources: dict[Split, Source] = {"train": open_source(source, "train")}
     try:
@@ -119,6 +119,12 @@ def pack(
             raise UserError(
                 f"data source {source!r}: {unlabelled:,} images of the split {split} have no class, and archives have "
                 "classes for all images or for none; label these images or remove them"
+            )
+    for name in sources["train"].classes:
+        if name.encode("utf-8", "ignore").decode().splitlines() != [name]:
+            raise UserError(
+                f"data source {source!r}: the class {name!r} has a line break or is not UTF-8, so {CLASSES} cannot "
+                "hold its name; rename the class"
             )
     if world.is_main:
         log_once(logging.INFO, "%s", in_words(sources["train"], source, "train"))
@@ -164,6 +170,14 @@ def pack(
         )
     if world.is_main:
         sums = [f"{_sha256(out / shard.name)}  {shard.name}\n" for shard in shards]
+        if (out / SUMS).is_file():
+            before = (out / SUMS).read_text("utf-8", "replace").splitlines(keepends=True)
+            for k in sorted(set(range(len(shards))) - set(missing)):
+                if sums[k] not in before:
+                    raise UserError(
+                        f"{out / shards[k].name}: does not have its checksum in {SUMS}; remove it and run the same "
+                        "command again"
+                    )
         with whole(out / SUMS) as partial:
             partial.write_text("".join(sums))
     world.barrier()
