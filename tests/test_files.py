@@ -1,3 +1,4 @@
+import errno
 import os
 import pwd
 from pathlib import Path
@@ -8,7 +9,7 @@ from huggingface_hub import constants
 from safetensors.torch import save_file
 
 from raekit.errors import UserError
-from raekit.files import check_file, check_folder, sweep, whole
+from raekit.files import check_file, check_folder, entries, sweep, whole
 from raekit.hub import cache_folder, expanded
 
 
@@ -186,6 +187,50 @@ def test_an_output_that_cannot_be_written_is_found_before_the_work(tmp_path):
         check_folder(tmp_path / "x.PNG")
     (tmp_path / "x.PNG").mkdir()
     check_folder(tmp_path / "x.PNG")
+
+
+def test_a_folder_that_cannot_be_read_is_not_an_empty_one(tmp_path, monkeypatch):
+    assert entries(tmp_path / "nowhere") == []
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"link: is a link to nothing; give the path of a folder"):
+        check_folder(tmp_path / "link")
+    with pytest.raises(UserError, match=r"x: cannot be written because .*link is a link to nothing"):
+        check_file(tmp_path / "link" / "x")
+
+    def refuse(folder: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(UserError, match=r"cannot be read \(Permission denied\); allow it, or give another path"):
+        check_folder(tmp_path)
+
+
+def test_the_result_goes_to_where_a_link_leads(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "file.txt").symlink_to("disk/notes")
+    (tmp_path / "folder").symlink_to("disk/model")
+    for content in ("old", "new"):
+        with whole(tmp_path / "file.txt") as partial:
+            partial.write_text(content)
+    (tmp_path / "disk" / "model").mkdir()
+    for content in ("old", "new"):
+        with whole(tmp_path / "folder", folder=True) as partial:
+            partial.mkdir()
+            (partial / content).touch()
+    assert names(tmp_path / "disk") == ["model", "notes"]
+    assert (names(tmp_path / "folder"), (tmp_path / "disk" / "notes").read_text()) == (["new"], "new")
+    assert (tmp_path / "file.txt").is_symlink()
+    assert (tmp_path / "folder").is_symlink()
+
+
+def test_an_error_does_not_name_a_temporary_path(full_disk):
+    path = full_disk / "model"
+    with (
+        pytest.raises(UserError, match=rf"^{path / 'decoder' / 'x'}: could not be written \(No space"),
+        whole(path, folder=True) as folder,
+        whole(folder / "decoder" / "x") as partial,
+    ):
+        partial.write_bytes(bytes(2**23))
 
 
 def test_names_may_have_all_255_bytes(tmp_path):

@@ -45,12 +45,13 @@ def check_folder(path: Path) -> None:
     """Check, before any work starts, that a folder can be written to `path`. Tries to write to it.
 
     Raises:
-        UserError: `path` is a file, has the name of a file, is below a file, or cannot be written.
+        UserError: `path` is a file, has the name of a file, is below a file, or cannot be written or read.
     """
     _check_is_folder(path)
     if path.suffix.lower() in FILE_ENDINGS and not os.path.isdir(path):
         raise UserError(f"{path}: a folder is written here, and {path.suffix} is the ending of a file; give a folder")
     _try(path)
+    entries(path)
 
 
 def _check_is_file(path: Path) -> None:
@@ -60,26 +61,53 @@ def _check_is_file(path: Path) -> None:
 
 
 def _check_is_folder(path: Path) -> None:
-    if os.path.exists(path) and not os.path.isdir(path):
-        raise UserError(f"{path}: is a file; give the path of a folder")
+    if what := _no_folder(path):
+        raise UserError(f"{path}: is {what}; give the path of a folder")
     _check_parents(path)
 
 
 def _check_parents(path: Path) -> None:
-    if above := next((each for each in path.parents if os.path.exists(each) and not os.path.isdir(each)), None):
-        raise UserError(f"{path}: cannot be written because {above} is a file")
+    for above in path.parents:
+        if what := _no_folder(above):
+            raise UserError(f"{path}: cannot be written because {above} is {what}")
+
+
+def _no_folder(path: Path) -> str | None:
+    """Return what is at `path` if it is no folder; None if it is a folder or there is nothing."""
+    if os.path.isdir(path) or not os.path.lexists(path):
+        return None
+    return "a file" if os.path.exists(path) else "a link to nothing"
 
 
 def _try(path: Path) -> None:
     """Write a temporary file to the nearest folder that exists."""
-    place = next(each for each in (path.absolute(), *path.absolute().parents) if os.path.isdir(each))
+    real = Path(os.path.realpath(path))
+    place = next(each for each in (real, *real.parents) if os.path.isdir(each))
     try:
         with suppress(FileNotFoundError):
             path.lstat()  # fails for too long a name
         with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); give another path") from None
+        raise UserError(f"{path}: cannot be written ({error.strerror}); {_remedy(error)}") from None
+
+
+def _remedy(error: OSError) -> str:
+    return "allow it, or give another path" if isinstance(error, PermissionError) else "give another path"
+
+
+def entries(folder: Path) -> list[Path]:
+    """Return the paths in `folder`, in any order; [] if there is no such folder.
+
+    Raises:
+        UserError: the folder cannot be read. `Path.glob` would find nothing in it.
+    """
+    try:
+        return list(folder.iterdir())
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({error.strerror}); {_remedy(error)}") from None
 
 
 @contextmanager
@@ -87,7 +115,7 @@ def whole(path: Path, folder: bool = False) -> Iterator[Path]:
     """Yield a temporary path to write to, and move the result to `path` at the end.
 
     The old content of `path` stays until then, even if the process is killed. The parent folders of `path` are
-    created.
+    created. If `path` is a link, the result goes to where it leads.
 
     Args:
         path: the final place of the result.
@@ -98,7 +126,7 @@ def whole(path: Path, folder: bool = False) -> Iterator[Path]:
         Exception: something else failed, such as reading another file. The temporary path is removed.
     """
     (_check_is_folder if folder else _check_is_file)(path)
-    given, path = path, Path(os.path.abspath(path))  # "." and ".." have no name
+    given, path = path, Path(os.path.realpath(path))  # "." and ".." have no name
     # A separate folder, because a killed writer may leave temporary files with other names.
     work = path.with_name(_short(path.name) + PARTIAL)
     old = work / "old" / path.name
@@ -125,6 +153,8 @@ def whole(path: Path, folder: bool = False) -> Iterator[Path]:
     except Exception as error:
         _restore(old, path)  # if the second of the two moves failed
         remove(work)
+        if isinstance(error, UserError) and str(work) in str(error):  # of a `whole` within this one
+            raise UserError(str(error).replace(str(work / path.name), str(given))) from None
         if not isinstance(error, SafetensorError) and not (isinstance(error, OSError) and _is_about(error, path, work)):
             raise
         reason = error.strerror if isinstance(error, OSError) else None

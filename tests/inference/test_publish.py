@@ -40,6 +40,13 @@ def test_no_local_path_is_published(pipe, tmp_path):
     assert not any("/home" in text or str(tmp_path.parents[1]) in text for text in texts)
 
 
+def test_a_temporary_folder_without_space_is_told_with_its_setting(pipe, full_disk, monkeypatch):
+    (full_disk / "other").write_bytes(bytes(2**22 - 2**13))
+    monkeypatch.setattr("tempfile.tempdir", str(full_disk))
+    with pytest.raises(UserError, match=r"could not be written \(.*No space.*\); set TMPDIR to another folder"):
+        prepared(pipe, "someone/toy").__enter__()
+
+
 def test_the_type_of_the_stored_weights(pipe):
     with (
         prepared(pipe, "someone/toy", dtype=torch.bfloat16) as folder,

@@ -523,6 +523,14 @@ def test_killed_at_random_moments_a_run_ends_the_same_to_the_bit(images, tmp_pat
     assert done.stdout.endswith(f"OK: {KILLS} kills, nothing lost\n")
 
 
+@pytest.mark.parametrize("name", ["checkpoints", "artifact", "milestones", "samples", "heldout"])
+def test_a_folder_that_cannot_be_made_is_found_before_the_training(alone, images, tmp_path, name):
+    (tmp_path / name).touch()
+    with pytest.raises(UserError, match=f"{name}: is a file; give the path of a folder"):
+        train(configs(images, alone[0])[0], tmp_path, ONE)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_a_run_does_not_become_its_own_images(alone, images, tmp_path):
     shutil.copytree(images.removeprefix("folder:"), tmp_path / "photos")
     config = from_source(configs(images, alone[0])[0], f"folder:{tmp_path / 'photos'}")

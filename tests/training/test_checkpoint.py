@@ -225,6 +225,20 @@ def test_a_finished_save_counts_without_another_save(tmp_path):
     assert_holds(tmp_path / "step-00000001", 1)
 
 
+def test_checkpoints_that_may_not_be_read_or_written_are_not_taken_for_none(tmp_path, monkeypatch):
+    (tmp_path / "checkpoints").touch()
+    with pytest.raises(UserError, match=r"checkpoints: cannot be read \(Not a directory\)"):
+        checkpoint.checkpoints(tmp_path / "checkpoints")
+
+    def refuse(*arguments: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(FileSystemWriter, "write_data", refuse)
+    (tmp_path / "new").mkdir()
+    with pytest.raises(UserError, match=r"\(.*Permission denied\).*\. Allow writing to .*new and run the same"):
+        save(tmp_path / "new", 1, state(1), 2)
+
+
 def test_a_failure_in_the_background_is_told_and_costs_only_its_own_checkpoint(tmp_path, monkeypatch):
     save(tmp_path, 1, state(1), 2)
     writer = checkpoint.Writer(tmp_path, 2, ONE, background=True)

@@ -71,7 +71,12 @@ def prepared(
         )
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        pipeline.save_pretrained(folder, dtype=dtype)
+        try:
+            pipeline.save_pretrained(folder, dtype=dtype)
+        except UserError as error:
+            if place not in str(error):
+                raise
+            raise UserError(f"{error}; set TMPDIR to another folder") from None
         for path in folder.glob("*/config.json"):
             path.write_text(to_json(_without_paths(read_json(path))), "utf-8")
         if pipeline.denoiser:

@@ -12,7 +12,6 @@ from raekit.data.sources import check_apart, open_source
 from raekit.distributed import World
 from raekit.distributed.locks import lock
 from raekit.errors import UserError
-from raekit.files import check_folder
 from raekit.hub import find_folder
 from raekit.models.registry import absolute
 from raekit.stages import record
@@ -53,7 +52,7 @@ def describe_config(config: StageConfig, run: Path, world: World, change: bool =
     try:
         check_settings(config.train, world)
         check_apart(run, [config.data.source], "run")
-        check_folder(run)
+        record.check_folders(run)
         with lock(run, world) if run.is_dir() else nullcontext():
             if record.is_begun(run):
                 record.check_start(run, replaced(config, Mark.PLACE, absolute), stage.inputs(), change)

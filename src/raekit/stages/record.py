@@ -17,7 +17,7 @@ from raekit import __version__
 from raekit.config import Change, Mark, changes, from_dict, read_json, read_lines, to_dict, to_json
 from raekit.distributed import World
 from raekit.errors import UserError
-from raekit.files import whole
+from raekit.files import check_folder, whole
 from raekit.stages.classification import ClassificationConfig
 from raekit.stages.compression import CompressionConfig
 from raekit.stages.generation import GenerationConfig
@@ -36,6 +36,7 @@ _STAGES = {
     "generation": GenerationConfig,
 }
 _SHOWN = 20
+_FOLDERS = ("checkpoints", "artifact", "milestones", "samples", "heldout")
 
 
 def read_config(run: Path) -> StageConfig:
@@ -76,6 +77,12 @@ def read_history(run: Path) -> list[dict[str, Any]]:
 def is_begun(run: Path) -> bool:
     """Return whether a run has trained: it has a checkpoint or an artifact. If not, it is anyone's."""
     return bool(checkpoints(run / "checkpoints")) or (run / "artifact").is_dir()
+
+
+def check_folders(run: Path) -> None:
+    """Raise UserError unless each folder of a run can be written and read, or be made."""
+    for folder in (run, *(run / name for name in _FOLDERS)):
+        check_folder(folder)
 
 
 def config_changes(run: Path, config: StageConfig) -> list[Change]:

@@ -66,6 +66,7 @@ def train(
     check_apart(run, [config.data.source], "run")
     with stop_signals(world) as stop, lock(run, world):
         check_shared(run, world)
+        record.check_folders(run)
         record.check(run, record.config_changes(run, config), change)  # before the stage is built, which takes time
         stage = build(config, run, world)
         inputs = world.gather(stage.inputs() if world.is_main else None)[0]

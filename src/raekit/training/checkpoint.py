@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 
 from raekit.distributed import World
 from raekit.errors import UserError
-from raekit.files import PARTIAL, remove
+from raekit.files import PARTIAL, entries, remove
 
 _SAVE_ERRORS = (CheckpointException, OSError, RuntimeError)
 
@@ -38,8 +38,8 @@ def step_of(path: Path) -> int:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Return the complete checkpoints in `folder`, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name))
+    """Return the complete checkpoints in `folder`, oldest first; UserError if it cannot be read."""
+    return sorted(path for path in entries(folder) if re.fullmatch(r"step-\d+", path.name))
 
 
 _ALONE = "torch.distributed is disabled"  # how torch's warning to a single process begins
@@ -135,9 +135,11 @@ class Writer:
             remove(self._partial(self._step))
         kept = checkpoints(self.folder)
         have = f"the newest complete checkpoint is {kept[-1]}" if kept else "there is no earlier checkpoint"
+        denied = isinstance(_root(error) if error else None, PermissionError)
+        remedy = f"Allow writing to {self.folder}" if denied else "Free disk space"
         return UserError(
-            f"{self.folder / name(self._step)}: could not be saved ({_cause(error)}); {have}. Free disk space and run "
-            "the same command again"
+            f"{self.folder / name(self._step)}: could not be saved ({_cause(error)}); {have}. {remedy} and run the "
+            "same command again"
         )
 
 
