@@ -144,7 +144,8 @@ def test_a_shard_that_has_changed_is_named_and_made_again(tmp_path: Path, source
 def test_classes_whose_names_are_no_lines_of_text_are_rejected_before_the_work(
     tmp_path: Path, source: str, name: bytes
 ):
-    (tmp_path / "images" / "train" / "b").rename(tmp_path / "images" / "train" / os.fsdecode(name))
+    for folder in list((tmp_path / "images").glob("*/b")):
+        folder.rename(folder.with_name(os.fsdecode(name)))
     with pytest.raises(
         UserError, match=r"has a line break or is not UTF-8, so classes\.txt cannot hold its name; rename"
     ):
