@@ -395,6 +395,8 @@ def test_published_models_are_listed_with_their_facts(monkeypatch, tmp_path):
     (tmp_path / "rae-siglip2-b" / "autoencoder").mkdir(parents=True)
     assert hub.published
     assert hub.published().in_cache("rae-siglip2-b")  # type: ignore[attr-defined]
+    (tiny,) = list_encoders("tiny")
+    assert (tiny.name, tiny.width, tiny.tokens, tiny.cached, tiny.hub_id) == ("builtin:vit-tiny", 192, 64, True, "")
     dinov3 = next(each for each in list_encoders("dinov3-l"))
     assert (dinov3.width, dinov3.tokens, dinov3.licence) == (1024, 256, "dinov3-license")
 

@@ -17,6 +17,7 @@ from raekit.models.autoencoder import AutoencoderConfig
 from raekit.models.decoder import Decoder, DecoderConfig
 from raekit.models.denoiser import Denoiser
 from raekit.models.denoiser_config import DenoiserConfig
+from raekit.models.encoders import load_encoder
 from raekit.models.registry import REGISTRY, grid_of, sides
 
 BUILT_IN_LICENCE = "apache-2.0"
@@ -51,7 +52,7 @@ class ModelInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderInfo:
-    """A registered encoder.
+    """A built-in or registered encoder.
 
     Attributes:
         name: its name.
@@ -59,7 +60,7 @@ class EncoderInfo:
         patch_size: the side of a patch in pixels.
         input_size: height and width of its input in pixels.
         tokens: the number of tokens of an image.
-        hub_id: the repository of its weights on the Hub.
+        hub_id: the repository of its weights on the Hub, "" if they are in the package.
         licence: the licence of the weights, "" if it is not known.
         cached: whether loading needs no network.
     """
@@ -90,11 +91,13 @@ def list_models(pattern: str = "") -> list[ModelInfo]:
 
 
 def list_encoders(pattern: str = "") -> list[EncoderInfo]:
-    """Return the registered encoders. Other checkpoints are loaded by FAMILY:WHERE, see `load_encoder`.
+    """Return the built-in and the registered encoders. `load_encoder` also loads other checkpoints, by FAMILY:WHERE.
 
     Args:
         pattern: a part of the names to list. Default: all.
     """
+    built_in = [name for name in builtin_names() if pattern in name and _is_encoder(name)]
+    registered = sorted(name for name in REGISTRY if pattern in name)
     return [
         EncoderInfo(
             name=name,
@@ -103,12 +106,22 @@ def list_encoders(pattern: str = "") -> list[EncoderInfo]:
             input_size=sides(spec.image_size),
             tokens=math.prod(grid_of(spec, name, None)),
             hub_id=spec.hub_id,
-            licence=_licence(name),
-            cached=_encoder_cached(name),
+            licence=BUILT_IN_LICENCE if name in built_in else _licence(name),
+            cached=name in built_in or _encoder_cached(name),
         )
-        for name, spec in sorted(REGISTRY.items())
-        if pattern in name
+        for name, spec in (
+            *((name, load_encoder(name).spec) for name in built_in),
+            *((name, REGISTRY[name]) for name in registered),
+        )
     ]
+
+
+def _is_encoder(name: str) -> bool:
+    """Return whether a built-in model is an encoder."""
+    try:
+        return bool(artifacts.find(name, "encoder"))
+    except artifacts.MissingArtifact:
+        return False
 
 
 def _built_in(name: str) -> ModelInfo | None:
