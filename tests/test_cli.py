@@ -476,6 +476,12 @@ def test_epochs_scale_a_recipe_to_the_images(run, images, tmp_path):
     assert_fails(run("train", "emoji_encoder", *arguments, "--epochs", 0), "--epochs: 0.0 must be positive")
 
 
+def test_a_closed_standard_output_is_no_error():
+    command = ["sh", "-c", '"$0" -m raekit --version >&-', sys.executable]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [
@@ -484,9 +490,9 @@ def test_epochs_scale_a_recipe_to_the_images(run, images, tmp_path):
         (["train", "emoji_encoder", "--gpus", 1, "--processes", 1], "leave out one of the two"),
         (
             ["latents", "measure", "builtin:vit-tiny", "--image-size", 0, "--out", "x.safetensors"],
-            "data.image_size must",
+            "data.image_size: ",
         ),
-        (["probe", "builtin:vit-tiny", "--image-size", 0], "data.image_size must be at least 1, not 0"),
+        (["probe", "builtin:vit-tiny", "--image-size", 0], "data.image_size: 0 must be from 1 to 65,536"),
         (["probe", "missing", "--penalty", 0], "penalty: 0.0 must be positive"),
         (["trajectory", "missing", "--frames", 0, "--out", "x.png"], "--frames: 0 must be at least 2"),
         (["interpolate", "missing", "--frames", 0, "--out", "x.png"], "--frames: 0 must be at least 2"),

@@ -7,6 +7,7 @@ import re
 import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from rich.console import Console
@@ -50,11 +51,15 @@ class _Formatter(logging.Formatter):
 
 
 def prepare() -> None:
-    """Set up logging and the standard streams. Characters that a stream cannot encode are printed as escapes."""
+    """Set up logging and the standard streams. Characters that a stream cannot encode are printed as escapes.
+
+    A standard output that is closed, as by `>&-` in a shell, takes everything and prints nothing.
+    """
     handler = logging.StreamHandler()
     handler.setFormatter(_Formatter("%(levelname)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("raekit").setLevel(logging.INFO)
+    sys.stdout = sys.stdout or Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
