@@ -360,7 +360,10 @@ def test_a_pass_without_batches_is_rejected(folder, batch_size):
         loader(folder).once(batch_size, ONE)
 
 
-@pytest.mark.parametrize(("field", "value"), [("image_size", 0), ("workers", -1), ("max_unreadable", 1.5)])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("image_size", 0), ("image_size", 10**6), ("workers", -1), ("workers", 513), ("max_unreadable", float("nan"))],
+)
 def test_settings_out_of_range_are_rejected_by_name(field, value):
     with pytest.raises(UserError, match=rf"{field}.*{value}"):
         DataConfig(**{"image_size": 8, field: value})

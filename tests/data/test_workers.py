@@ -1,10 +1,12 @@
 """What happens when a worker fails, is killed, or has no memory or files left."""
 
+import multiprocessing
 import os
 import resource
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -35,6 +37,8 @@ class Failing(Dataset[Read]):
                 raise FileNotFoundError(2, "No such file or directory", "a.png")
             if self.how == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
+            if self.how == "asleep":
+                time.sleep(1e6)
             if self.how == "full":
                 torch.Tensor.share_memory_ = full  # type: ignore[method-assign]
         return torch.full((100,), float(part.start)), {}
@@ -97,6 +101,13 @@ def test_without_open_files_the_limit_is_named():
     held = []
     with few_files(25), pytest.raises(UserError, match=r"data\.workers: .*ulimit -n.*lower data\.workers"):
         held.extend(read("never"))  # each batch in shared memory is an open file
+
+
+def test_workers_end_in_the_middle_of_their_work():
+    stream = read("asleep", workers=1)
+    next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    assert not multiprocessing.active_children()
 
 
 def test_a_process_that_ends_with_open_workers_does_not_wait_for_them():

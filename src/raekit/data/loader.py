@@ -13,14 +13,14 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from raekit.config import Operation, Place, configclass
+from raekit.config import Operation, Place, check_sizes, configclass
 from raekit.data.images import UnreadableImage, log_once, reduced, warn_of_unreadable
 from raekit.data.sources import in_words, open_source
 from raekit.data.sources.base import Source, Split, parse_address
 from raekit.data.transforms import center_window, random_window, random_window_side
-from raekit.data.workers import load_parts
+from raekit.data.workers import MAX_WORKERS, load_parts
 from raekit.distributed import World
-from raekit.errors import UserError
+from raekit.errors import UserError, whole_number
 from raekit.randomness import numpy_generator
 
 Resize = Literal["fast", "exact"]
@@ -57,10 +57,8 @@ class DataConfig:
     max_unreadable: Operation[float] = 0.01
 
     def __post_init__(self):
-        if self.image_size < 1:
-            raise UserError(f"data.image_size must be at least 1, not {self.image_size}")
-        if self.workers < 0:
-            raise UserError(f"data.workers must be at least 0, not {self.workers}")
+        check_sizes("data", image_size=self.image_size)
+        whole_number("data.workers", self.workers, 0, MAX_WORKERS)
         if not 0 <= self.max_unreadable <= 1:
             raise UserError(f"data.max_unreadable must be between 0 and 1, not {self.max_unreadable}")
         parse_address(self.address)

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from raekit.config import configclass, differences, read_json, to_dict, to_json
 from raekit.data.images import UnreadableImage, log_once, warn_of_unreadable
+from raekit.data.loader import DataConfig
 from raekit.data.sources import absolute, in_words, open_source, stamp
 from raekit.data.sources.archive_index import CLASSES
 from raekit.data.sources.base import Source, Split
@@ -109,6 +110,7 @@ def pack(
         UserError: a setting is invalid, `out` holds another dataset or a shard that has changed, only some images have
             a class, the name of a class does not fit on a line, or too many images are unreadable.
     """
+    DataConfig(source=source, image_size=size, workers=workers, max_unreadable=max_unreadable)  # checks them
     sources: dict[Split, Source] = {"train": open_source(source, "train")}
     try:
         sources["heldout"] = open_source(source, "heldout")

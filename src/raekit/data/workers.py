@@ -19,6 +19,8 @@ from raekit.distributed import World
 from raekit.errors import UserError
 
 _T = TypeVar("_T")
+MAX_WORKERS = 512
+"""The largest number of worker processes. Each of them takes memory and time to start and to end."""
 _NO_HANDOVER = 98
 """Exit status of a worker that could not send a batch."""
 _REMEDY = (
@@ -60,6 +62,8 @@ def load_parts(reader: Dataset[_T], parts: Iterable[range], workers: int, world:
             raise
         raise _explained(error, []) from None
     finally:
+        if batches is not None:
+            _kill(batches._workers)  # the loader would wait for one after another
         del batches  # ends the workers now, also if somebody keeps the error
 
 
@@ -130,9 +134,13 @@ def _ended(workers: list[Process]) -> list[int | None]:
     if not any(exits):  # one may be just ending
         wait([worker.sentinel for worker in workers], timeout=1)
         exits = [worker.exitcode for worker in workers]
+    _kill(workers)
+    return exits
+
+
+def _kill(workers: list[Process]) -> None:
     for worker in workers:
         worker.kill()  # it may wait for a lock of a dead worker, and ignores SIGTERM
-    return exits
 
 
 def _explained(error: Exception, exits: list[int | None]) -> Exception:

@@ -10,6 +10,7 @@ from torch import Tensor
 from raekit.data.loader import DataConfig
 from raekit.data.sources import FORMATS, check_apart, is_address, open_source
 from raekit.data.sources.base import Split
+from raekit.data.workers import MAX_WORKERS
 from raekit.distributed import World, plain_tensors, prepare_device
 from raekit.errors import UserError, whole_number
 from raekit.evaluation.against import Against, find_networks
@@ -120,7 +121,7 @@ def evaluate(
     source = str(source) if isinstance(source, Path) else source
     features = [features] if isinstance(features, str) else features
     seed, count = whole_number("seed", seed), None if count is None else whole_number("count", count, 1)
-    batch_size, workers = chunk_batch(batch_size), whole_number("workers", workers, 0)
+    batch_size, workers = chunk_batch(batch_size), whole_number("workers", workers, 0, MAX_WORKERS)
     if isinstance(model, Model) and ema is not None:
         raise UserError("ema: has no effect on a loaded model, which holds one average; leave it out")
     if isinstance(model, str) and (scheme := Path(model).suffix[1:]) in FORMATS and Path(model).is_file():
