@@ -29,6 +29,21 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 """The errors of a write to an open file, which do not name the file."""
 
 
+def as_path(name: str, value: object) -> Path:
+    """Return a path that a caller gives.
+
+    Args:
+        name: the name of the argument, for the error message.
+        value: a text or a path.
+
+    Raises:
+        UserError: `value` is neither, or empty. An empty path would be the working folder.
+    """
+    if not isinstance(value, str | os.PathLike) or not os.fspath(value):
+        raise UserError(f"{name}: {value!r} is no path; give a text such as 'out', or a pathlib.Path")
+    return Path(value)
+
+
 def check_file(path: Path, suffix: str | None = None) -> None:
     """Check, before any work starts, that a file can be written to `path`. Tries to write to its folder.
 

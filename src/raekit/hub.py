@@ -47,6 +47,8 @@ def find_folder(name: str | Path, kind: str | None = None, encoders: Iterable[st
     Raises:
         UserError: there is no such model, or the Hub did not deliver it.
     """
+    if not isinstance(name, str | os.PathLike) or not str(name):
+        raise UserError(f"model: {name!r} is no name; give builtin:emoji, a folder or OWNER/NAME, for example")
     name = str(name)
     if name.startswith("builtin:"):
         folder = ASSETS / name.removeprefix("builtin:")

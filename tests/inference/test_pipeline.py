@@ -1,3 +1,4 @@
+import copy
 import math
 import re
 import shutil
@@ -20,6 +21,7 @@ from raekit.inference.gallery import Pictures
 from raekit.inference.generation import generate, images_to_noise, noise_to_images, random_labels
 from raekit.inference.model import Model, load, reconstruct
 from raekit.inference.pipeline import Pipeline
+from raekit.inference.reconstruction_folders import reconstruct_folder
 from raekit.models.denoiser import Denoiser
 from raekit.models.denoiser_config import DenoiserConfig, TransformerConfig
 from raekit.models.encoders import load_encoder
@@ -324,13 +326,40 @@ def test_wrong_settings_are_one_clear_error(pipe, options, words):
         pipe(**options)
 
 
+def test_damaged_weights_make_no_black_pictures(pipe, tmp_path):
+    broken = copy.deepcopy(pipe.autoencoder)
+    next(broken.decoder.parameters()).data.fill_(math.nan)
+    image = torch.rand(2, 3, 16, 16)
+    for call in (lambda: Pipeline(broken).reconstruct(image), lambda: Pipeline(broken).decode(broken.encode(image))):
+        with pytest.raises(UserError, match="image 0: its values are not finite; load the model in float32"):
+            call()
+    to_pil(image[0]).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match=r"the reconstruction of .*a\.png: its values are not finite"):
+        reconstruct_folder(broken, [tmp_path / "a.png"], tmp_path / "out", metrics={})
+    assert not list(tmp_path.glob("out/*.png"))
+
+
 def test_wrong_ends_and_images_are_one_clear_error(pipe):
     nothing: Any = None
     name: Any = "builtin:emoji"
+    zero: Any = 0
     image = Image.new("RGB", (16, 16))
     for call, words in [
         (lambda: pipe.interpolate((0, 1, 2)), "seeds: [0, 1, 2] must be two numbers"),
         (lambda: pipe.interpolate({0, 1}), "seeds: {0, 1} must be two numbers, for the first"),
+        (lambda: pipe(callback=3, **FEW), "callback: 3 is no function"),
+        (lambda: pipe(guidance=True), "guidance: True must be a scale"),
+        (lambda: pipe(**FEW).save(""), "path: '' is no path"),
+        (lambda: pipe.save_pretrained(nothing), "folder: None is no path"),
+        (lambda: pipe.save_pretrained("x.png"), "x.png: a folder is written here"),
+        (lambda: pipe.to("meta"), "device: 'meta' is not the name of a device"),
+        (lambda: pipe.decode(torch.zeros(0, 16, 4, 4)), "latents: none are given"),
+        (lambda: Pipeline(pipe.denoiser, pipe.autoencoder), "autoencoder: a Denoiser is no autoencoder"),
+        (lambda: Model(pipe.denoiser, pipe.autoencoder), "Denoiser and Autoencoder are no autoencoder and denoiser"),
+        (lambda: load(""), "model: '' is no name"),
+        (lambda: generate(pipe.model, [0], world=name), "world: 'builtin:emoji' is no `World`"),
+        (lambda: generate(pipe.model, [0], watch=name), "watch: 'builtin:emoji' is no function"),
+        (lambda: generate(pipe.model, [0], indices=zero), "indices: 0 is no list of numbers"),
         (lambda: pipe.interpolate((0, 1), frames="8"), "frames: '8' must be a whole number"),
         (lambda: pipe.interpolate((0, 1), frames=None), "frames: None must be a whole number"),
         (lambda: pipe.variations(image, "0.3"), "strength: '0.3' must be a number"),

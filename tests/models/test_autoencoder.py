@@ -1,3 +1,4 @@
+import math
 import pickle
 from dataclasses import replace
 from pathlib import Path
@@ -147,6 +148,15 @@ def test_measured_statistics_whiten_each_element(model: Autoencoder):
     white = model.whiten(latents)
     assert torch.allclose(white.mean(0), torch.zeros(()), atol=1e-4)
     assert torch.allclose(white.var(0, correction=0), torch.ones(()), atol=0.1)
+
+
+@pytest.mark.parametrize("change", [lambda v: v[0], lambda v: v * math.nan, lambda v: -v - 1, lambda v: None])
+def test_wrong_statistics_are_rejected(model: Autoencoder, change: Any):
+    good = torch.ones(model.latent_shape)
+    before = model.var.clone()
+    with pytest.raises(UserError, match="statistics: "):
+        model.set_statistics(None, change(good))
+    assert torch.equal(model.var, before)
 
 
 def test_without_statistics_nothing_is_moved(model: Autoencoder):

@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -322,6 +323,18 @@ def test_the_residual_stream_under_autocast(narrow: bool, changed):
         out = model(x, t, labels)
     assert seen == [torch.bfloat16 if narrow else torch.float32] * len(model.blocks)
     assert (out - model(x, t, labels)).norm() < 0.05 * out.norm()
+
+
+def test_times_and_labels_of_another_kind_are_rejected():
+    model = tiny()
+    x, t, labels = torch.zeros(3, 8, 3, 4), torch.rand(3), torch.arange(3)
+    wrong: Any
+    for wrong in (0.5, torch.tensor(0.5), torch.rand(2), torch.arange(3)):
+        with pytest.raises(UserError, match=r"t: expected a float tensor \(3,\), a time for each of the latents, got"):
+            model(x, wrong, labels)
+    for wrong in ([0, 1, 2], torch.arange(2), torch.rand(3), torch.rand(3, 5), torch.tensor([0, 1, 6]), -labels):
+        with pytest.raises(UserError, match=r"labels: expected ids \(3,\) from 0 to 5, or float weights \(3, 6\), got"):
+            model(x, t, wrong)
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 4, 3), (3, 8, 2, 6), (8, 3, 4), (3, 7, 3, 4)])

@@ -40,7 +40,7 @@ class Guidance:
     end: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.method not in REFERENCES:
+        if not isinstance(self.method, str) or self.method not in REFERENCES:
             raise UserError(f"guidance: {self.method!r} is not a method; give one of {', '.join(REFERENCES)}")
         for name in ("scale", "start", "end"):
             object.__setattr__(self, name, float(real_number(f"guidance: {name}", getattr(self, name))))
@@ -85,7 +85,7 @@ def as_rules(guidance: float | str | Guidance | Sequence[Guidance] | None) -> tu
             return parse_guidance(guidance)
         case Guidance():
             return (guidance,)
-        case Real():
+        case Real() if not isinstance(guidance, bool):
             return () if guidance == 1 else (Guidance(scale=guidance),)
         case [*rules] if all(isinstance(rule, Guidance) for rule in rules):
             return tuple(rules)

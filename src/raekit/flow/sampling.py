@@ -168,22 +168,25 @@ def finite(samples: Tensor) -> Tensor:
     return samples.flatten(1).isfinite().all(1).cpu()
 
 
-def check_finite(samples: Tensor, numbers: Sequence[int], sampling: Sampling) -> None:
+def check_finite(
+    samples: Tensor, names: Sequence[object], sampling: Sampling | None = None, what: str = "sample"
+) -> None:
     """Check that all samples are finite. The host waits for the device, so call this function once for each batch.
 
     Args:
         samples: latents or images (B, ...).
-        numbers: the numbers (B) of the samples, for the error message.
-        sampling: the settings that made the samples, for the error message.
+        names: the numbers or names (B) of the samples, for the error message.
+        sampling: the settings that made the samples, for the error message. None if the images were not sampled.
+        what: what they are, for the error message.
 
     Raises:
         UserError: a sample has values that are not finite. The message names the first one.
     """
-    wrong = [number for number, good in zip(numbers, finite(samples).tolist(), strict=True) if not good]
+    wrong = [name for name, good in zip(names, finite(samples).tolist(), strict=True) if not good]
     if wrong:
-        rules = "+".join(map(str, sampling.guidance))
+        rules = "+".join(map(str, sampling.guidance)) if sampling else ""
         remedy = f"lower the scale of guidance {rules}" if rules else "load the model in float32, or use another model"
-        raise UserError(f"sample {wrong[0]}: its values are not finite; {remedy}")
+        raise UserError(f"{what} {wrong[0]}: its values are not finite; {remedy}")
 
 
 def sample_noise(

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from raekit.config import read_json, to_dict
 from raekit.errors import UserError
-from raekit.files import check_folder, whole
+from raekit.files import as_path, check_folder, whole
 from raekit.flow.path import Prediction
 from raekit.formats import releases
 from raekit.formats.decoder_files import read_decoder, write_v1
@@ -87,7 +87,9 @@ def convert(source: str | Path, folder: str | Path, to: Format = "raekit", optio
     """
     if to not in get_args(Format):
         raise UserError(f"to: {to!r} is none of {', '.join(get_args(Format))}")
-    source, folder = str(source), Path(folder)
+    source, folder = str(as_path("source", source)), as_path("folder", folder)
+    if not isinstance(options, FileOptions | None):
+        raise UserError(f"options: {options!r} is no `FileOptions`")
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise UserError(f"{folder}: already exists and is not empty; give a new folder")
     check_folder(folder)

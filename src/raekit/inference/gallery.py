@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from raekit.files import check_file, check_folder, whole
+from raekit.files import as_path, check_file, check_folder, whole
 from raekit.inference.sample_folders import numbers_there
 from raekit.pictures import check_grid, embed, grid, to_pil, write_picture
 
@@ -78,7 +78,7 @@ class Pictures(Sequence[Any]):
             UserError: the folder has a file with the name of an image that is another picture, the grid is too large
                 for its format, or the path cannot be written.
         """
-        path = Path(path)
+        path = as_path("path", path)
         if path.suffix.lower() in (".png", ".webp"):
             check_file(path)
             images = self.pil()

@@ -107,6 +107,12 @@ def generate(
     """
     _check_model(model)
     sampling = as_sampling(sampling)
+    if not isinstance(world, World | None):
+        raise UserError(f"world: {world!r} is no `World`; leave it out for a single process")
+    if watch is not None and not callable(watch):
+        raise UserError(f"watch: {watch!r} is no function")
+    if not isinstance(indices, Iterable | None):
+        raise UserError(f"indices: {indices!r} is no list of numbers")
     world = world or World(device=model.device)
     labels, total = _labels_and_total(model, labels, count)
     seed = _seed_for_each(seed, total)

@@ -15,7 +15,7 @@ from raekit.config import configclass
 from raekit.data.images import find_images, read_image, real_path
 from raekit.data.transforms import Fit
 from raekit.errors import UserError
-from raekit.files import check_file, sweep
+from raekit.files import as_path, check_file, sweep
 from raekit.inference.shards import (
     REMEDIES,
     ShardInfo,
@@ -170,7 +170,7 @@ def read_latents(path: Path | str) -> Iterator[Latents]:
         UserError: if there is no shard, a shard is missing or damaged, or the shards come from different models or
             settings.
     """
-    infos = read_infos(Path(path), LatentsInfo)
+    infos = read_infos(as_path("path", path), LatentsInfo)
     if len({(info.encoder, info.statistics, info.image_size, info.fit) for info in infos.values()}) > 1:
         raise UserError(f"{path}: holds latents of different models or sizes; {REMEDIES['images']}")
     for shard, info in infos.items():

@@ -27,7 +27,11 @@ class Model:
     denoiser: Denoiser
 
     def __post_init__(self) -> None:
-        ours, theirs = self.denoiser.config.latent_shape, self.autoencoder.latent_shape
+        ours = getattr(getattr(self.denoiser, "config", None), "latent_shape", None)
+        theirs = getattr(self.autoencoder, "latent_shape", None)
+        if ours is None or theirs is None:
+            kinds = f"{type(self.autoencoder).__name__} and {type(self.denoiser).__name__}"
+            raise UserError(f"{kinds} are no autoencoder and denoiser; give Model(autoencoder, denoiser)")
         if ours != theirs:
             raise UserError(
                 f"the denoiser needs latents of shape {ours}, but the autoencoder has {theirs}; use the autoencoder "

@@ -15,6 +15,7 @@ from raekit.data.images import read_image
 from raekit.data.transforms import center_crop, to_rgb
 from raekit.distributed import World
 from raekit.errors import UserError, real_number, whole_number
+from raekit.files import as_path, check_folder
 from raekit.flow.guidance import Guidance, as_rules
 from raekit.flow.path import to_data
 from raekit.flow.sampling import (
@@ -76,6 +77,10 @@ class Pipeline:
 
     def __init__(self, autoencoder: LatentSpace, denoiser: Denoiser | None = None, name: str | None = None) -> None:
         self.autoencoder, self.denoiser, self.name = autoencoder, denoiser, name
+        if not isinstance(autoencoder, LatentSpace):
+            raise UserError(
+                f"autoencoder: a {type(autoencoder).__name__} is no autoencoder; give Pipeline(autoencoder, denoiser)"
+            )
         self._model = Model(autoencoder, denoiser) if denoiser else None
 
     @classmethod
@@ -350,6 +355,8 @@ class Pipeline:
         """Return the images of whitened latents (B, C, h, w)."""
         _check_output(output)
         check_latents(latents, self.autoencoder.latent_shape)
+        if not len(latents):
+            raise UserError("latents: none are given; give at least one row")
         if not (good := finite(latents)).all():
             raise UserError(
                 f"latents: the values of number {good.tolist().index(False)} are not finite; load the model that made "
@@ -364,9 +371,10 @@ class Pipeline:
             folder: the model folder.
             dtype: the type to store the weights in. Default: the type that they have.
         """
-        self.autoencoder.save(Path(folder), dtype=dtype)
+        check_folder(folder := as_path("folder", folder))
+        self.autoencoder.save(folder, dtype=dtype)
         if self.denoiser:
-            self.denoiser.save(Path(folder), dtype=dtype)
+            self.denoiser.save(folder, dtype=dtype)
 
     def push_to_hub(self, repository: str, *, private: bool = False, dtype: torch.dtype | None = None) -> str:
         """Publish the model with a model card on the Hub, and return its address. `raekit push` adds facts and scores.
@@ -400,6 +408,8 @@ class Pipeline:
         """Return the observer of the solver that calls `callback` once for each step."""
         if callback is None:
             return None
+        if not callable(callback):
+            raise UserError(f"callback: {callback!r} is no function")
         times = time_grid(sampling.steps, self.model.denoiser.config.shift, sampling.grid)[:-1]
         before, last, total = -len(times), 0, len(times) * batches
 
@@ -436,6 +446,7 @@ class Pipeline:
         return torch.stack([from_pil(square) for square in squares]).to(self.device)
 
     def _plain(self, images: Tensor, output: Output) -> Pictures:
+        check_finite(images, range(len(images)), what="image")
         return self._pictures([images], output, None, [None] * len(images))
 
     def _pictures(

@@ -18,6 +18,7 @@ from raekit.data.images import find_images, read_image, real_path
 from raekit.data.transforms import Fit, center_crop
 from raekit.errors import UserError
 from raekit.files import check_file, check_folder, sweep, whole
+from raekit.flow.sampling import check_finite
 from raekit.inference.model import reconstruct
 from raekit.models.latent_space import LatentSpace
 from raekit.pictures import from_pil, grid, quantize, read_origin, to_pil, write_picture
@@ -131,7 +132,9 @@ def reconstruct_folder(
                 unreadable.append(str(error))
         if batch:
             originals = torch.stack([original for _, original in batch]).to(device)
-            decoded = quantize(reconstruct(autoencoder, originals))
+            decoded = reconstruct(autoencoder, originals)
+            check_finite(decoded, [task.image for task, _ in batch], what="the reconstruction of")
+            decoded = quantize(decoded)
             values = {name: metric(decoded, originals).tolist() for name, metric in metrics.items()}
             for i, (task, _) in enumerate(batch):
                 scores[task.output] = {name: values[name][i] for name in metrics}

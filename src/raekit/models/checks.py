@@ -13,12 +13,14 @@ def check_device(device: torch.device | str) -> torch.device:
     """Return the device that a model is moved to.
 
     Raises:
-        UserError: there is no such device, or torch finds no CUDA device.
+        UserError: there is no such device, it is neither the CPU nor CUDA, or torch finds no CUDA device.
     """
     try:
         place = torch.device(device)
     except (RuntimeError, TypeError):
-        raise UserError(f"device: {device!r} is not the name of a device; give 'cpu' or 'cuda'") from None
+        place = None
+    if place is None or place.type not in ("cpu", "cuda"):
+        raise UserError(f"device: {device!r} is not the name of a device; give 'cpu' or 'cuda'")
     if place.type == "cuda" and (place.index or 0) >= (count := torch.cuda.device_count()):
         raise UserError(f"device: {device} does not exist; torch finds {count} CUDA devices")
     return place
@@ -63,6 +65,39 @@ def check_latents(latents: Any, shape: tuple[int, int, int], name: str = "latent
         raise UserError(f"{name}: {wanted}, got {_name(latents.dtype)}")
     if latents.shape[1:] != shape:
         raise UserError(f"{name}: {wanted}, got the shape {tuple(latents.shape)}")
+
+
+def check_times(t: Any, count: int) -> None:
+    """Check the times that a denoiser is given.
+
+    Raises:
+        UserError: they are not a float tensor (B,) with a time for each of the `count` latents.
+    """
+    if not isinstance(t, torch.Tensor) or not t.is_floating_point() or t.shape != (count,):
+        found = f"{_name(t.dtype)} {tuple(t.shape)}" if isinstance(t, torch.Tensor) else type(t).__name__
+        raise UserError(f"t: expected a float tensor ({count},), a time for each of the latents, got {found}")
+
+
+def check_classes(given: Any, count: int, classes: int) -> None:
+    """Check the classes that a denoiser is given. As for images, the range is checked on the CPU only.
+
+    Args:
+        given: the classes.
+        count: the number of latents.
+        classes: the number of classes, which is also the id of "no class".
+
+    Raises:
+        UserError: they are neither ids (B,) from 0 to `classes` nor float weights (B, classes + 1).
+    """
+    wanted = f"expected ids ({count},) from 0 to {classes}, or float weights ({count}, {classes + 1})"
+    if not isinstance(given, torch.Tensor):
+        raise UserError(f"labels: {wanted}, got {type(given).__name__}")
+    if given.shape != ((count, classes + 1) if given.is_floating_point() else (count,)):
+        raise UserError(f"labels: {wanted}, got {_name(given.dtype)} {tuple(given.shape)}")
+    if given.device.type == "cpu" and not given.is_floating_point() and count:
+        low, high = (bound.item() for bound in given.aminmax())
+        if not 0 <= low <= high <= classes:
+            raise UserError(f"labels: {wanted}, got values from {low} to {high}")
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -12,7 +12,7 @@ from raekit import artifacts
 from raekit.config import from_dict
 from raekit.distributed import World, plain_tensors
 from raekit.errors import UserError
-from raekit.models.checks import check_latents
+from raekit.models.checks import check_latents, check_times
 from raekit.models.conditioning import ClassCondition, Condition
 from raekit.models.denoiser_config import DenoiserConfig, TransformerConfig
 from raekit.models.layers import (
@@ -232,9 +232,11 @@ class Denoiser(nn.Module):
             tokens_after: also return the tokens (B, N, width) after this block of the backbone, counted from 1.
 
         Raises:
-            UserError: if `x` has another shape, or `with_base` is asked of a network without a base output.
+            UserError: if `x`, `t` or `labels` has another type or shape, or `with_base` is asked of a network without a
+                base output.
         """
         check_latents(x, self.config.latent_shape)
+        check_times(t, len(x))
         time, label = self._embed_condition(t, labels)
         features = features or self._features(x, time, label, tokens_after)
         if self.config.head:
@@ -257,6 +259,7 @@ class Denoiser(nn.Module):
     def features(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Features:
         """Run the backbone only, with the arguments of `forward`."""
         check_latents(x, self.config.latent_shape)
+        check_times(t, len(x))
         return self._features(x, *self._embed_condition(t, labels))
 
     def _embed_condition(self, t: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | float]:

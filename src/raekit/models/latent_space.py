@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.models.checks import check_latents
-from raekit.weights import VARIANCE_EPS
+from raekit.weights import VARIANCE_EPS, check_statistics
 
 
 class LatentSpace(nn.Module, ABC):
@@ -79,7 +79,16 @@ class LatentSpace(nn.Module, ABC):
         return height
 
     def set_statistics(self, mean: Tensor | None, var: Tensor) -> None:
-        """Set the latent statistics, each (C, H, W). With a mean of None nothing is subtracted."""
+        """Set the latent statistics, each (C, H, W). With a mean of None nothing is subtracted.
+
+        Raises:
+            UserError: a tensor has another shape, a value is not finite, or a variance is negative.
+        """
+        for name, values in (("mean", mean), ("var", var)):
+            if (values is not None or name == "var") and getattr(values, "shape", None) != self.latent_shape:
+                found = tuple(getattr(values, "shape", ())) or type(values).__name__
+                raise UserError(f"statistics: {name} must be a tensor of shape {self.latent_shape}, not {found}")
+        check_statistics(mean, var)
         self.mean = None if mean is None else mean.to(self.var)
         self.var = var.to(self.var)
 
