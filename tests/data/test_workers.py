@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
+from raekit.data import workers
 from raekit.data.workers import load_parts
 from raekit.distributed import World
 from raekit.errors import UserError
@@ -50,13 +51,13 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
     )
 
 
-def read(how: str, workers: int = 2) -> Iterator[Read]:
-    return load_parts(Failing(how), (range(i, i + 1) for i in range(60)), workers, World())
+def read(how: str, count: int = 2) -> Iterator[Read]:
+    return load_parts(Failing(how), (range(i, i + 1) for i in range(60)), count, World())
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_an_error_in_a_worker_is_the_error_without_workers(workers):
-    stream = read("damaged", workers)
+@pytest.mark.parametrize("count", [0, 1])
+def test_an_error_in_a_worker_is_the_error_without_workers(count):
+    stream = read("damaged", count)
     assert [next(stream)[0][0].item() for _ in range(2)] == [0, 1]
     with pytest.raises(UserError) as raised:
         next(stream)
@@ -104,10 +105,24 @@ def test_without_open_files_the_limit_is_named():
 
 
 def test_workers_end_in_the_middle_of_their_work():
-    stream = read("asleep", workers=1)
+    stream = read("asleep", count=1)
     next(stream)
     stream.close()  # type: ignore[attr-defined]
     assert not multiprocessing.active_children()
+
+
+def test_workers_end_if_the_start_of_others_is_stopped(monkeypatch: pytest.MonkeyPatch):
+    def stopped(loaded: DataLoader) -> None:
+        started.append(iter(loaded))
+        raise KeyboardInterrupt
+
+    started: list[object] = []
+    monkeypatch.setattr(workers, "_started", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        next(read("never"))
+    for child in multiprocessing.active_children():
+        child.join()
+    assert started
 
 
 def test_a_process_that_ends_with_open_workers_does_not_wait_for_them():

@@ -3,8 +3,9 @@
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
+from multiprocessing import active_children
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess as Process
 from multiprocessing.queues import Queue
@@ -48,7 +49,7 @@ def load_parts(reader: Dataset[_T], parts: Iterable[range], workers: int, world:
     if not workers:
         yield from loaded
         return
-    batches: Any = None
+    batches, others = None, {*active_children()}
     try:
         batches = _started(loaded)
         # Python ends its child processes with SIGTERM, which the workers ignore, and waits for them.
@@ -62,8 +63,8 @@ def load_parts(reader: Dataset[_T], parts: Iterable[range], workers: int, world:
             raise
         raise _explained(error, []) from None
     finally:
-        if batches is not None:
-            _kill(batches._workers)  # the loader would wait for one after another
+        # The loader would wait for one after another, and after a stop during the start it is not known.
+        _kill({*active_children()} - others if batches is None else batches._workers)
         del batches  # ends the workers now, also if somebody keeps the error
 
 
@@ -138,7 +139,7 @@ def _ended(workers: list[Process]) -> list[int | None]:
     return exits
 
 
-def _kill(workers: list[Process]) -> None:
+def _kill(workers: Collection[Process]) -> None:
     for worker in workers:
         worker.kill()  # it may wait for a lock of a dead worker, and ignores SIGTERM
 
