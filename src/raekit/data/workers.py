@@ -75,10 +75,11 @@ def _started(loaded: DataLoader) -> Any:
     the next request for a batch finds the dead worker within five seconds.
     """
     before = signal.getsignal(signal.SIGCHLD)
-    batches = iter(loaded)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, before)
-    return batches
+    try:
+        return iter(loaded)
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, before)
 
 
 def _next(batches: Any) -> Any:
