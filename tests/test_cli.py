@@ -476,6 +476,12 @@ def test_epochs_scale_a_recipe_to_the_images(run, images, tmp_path):
     assert_fails(run("train", "emoji_encoder", *arguments, "--epochs", 0), "--epochs: 0.0 must be positive")
 
 
+@pytest.mark.parametrize("allocate", [lambda: np.empty(2**55), lambda: torch.empty(2**55)])
+def test_too_little_memory_is_one_message(run, monkeypatch, allocate):
+    monkeypatch.setitem(cli.COMMANDS, "models", lambda: allocate())
+    assert_fails(run("models"), "memory: there is not enough", "ask for fewer or smaller images at once")
+
+
 def test_a_closed_standard_output_is_no_error():
     command = ["sh", "-c", '"$0" -m raekit --version >&-', sys.executable]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -495,6 +501,24 @@ def test_a_closed_standard_output_is_no_error():
         (["probe", "builtin:vit-tiny", "--image-size", 0], "data.image_size: 0 must be from 1 to 65,536"),
         (["probe", "missing", "--penalty", 0], "penalty: 0.0 must be positive"),
         (["trajectory", "missing", "--frames", 0, "--out", "x.png"], "--frames: 0 must be at least 2"),
+        (
+            ["trajectory", "missing", "--count", 10**20, "--out", "x.png"],
+            f"--count: {10**20} must be at most 100000000",
+        ),
+        (["generate", "missing", "--count", 10**12, "--out", "x"], f"--count: {10**12} must be at most 100000000"),
+        (["evaluate", "missing", "--count", 10**14], f"count: {10**14} must be at most 100000000"),
+        (
+            ["latents", "generate", "missing", "--count", 10**11, "--out", "x.safetensors"],
+            "--count: 100000000000 must be",
+        ),
+        (
+            ["train", "emoji_dit_dh", "--train.seed", 10**24, "--run", "x"],
+            "train.seed: 1000000000000000000000000 must be",
+        ),
+        (
+            ["train", "emoji_dit_dh", "--train.steps", 10**23, "--run", "x"],
+            "train.steps: 100000000000000000000000 must",
+        ),
         (["interpolate", "missing", "--frames", 0, "--out", "x.png"], "--frames: 0 must be at least 2"),
     ],
 )

@@ -25,6 +25,10 @@ class Stopped(BaseException):
     """The exit status EX_TEMPFAIL of sysexits.h: try again later."""
 
 
+MAX_COUNT = 10**8
+"""The largest number of samples, or images of a strip, that are asked for at once."""
+
+
 def whole_number(name: str, value: object, least: int | None = None, most: int | None = None) -> int:
     """Return a setting as an int. Integers of numpy and torch are whole numbers, too; booleans are not.
 

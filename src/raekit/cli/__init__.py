@@ -69,6 +69,9 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # of numpy and of torch
+            reason = str(error).splitlines()[:1]
+            console.fail(f"memory: there is not enough ({', '.join(reason)}); ask for fewer or smaller images at once")
         compiler = sys.modules.get("torch._dynamo.exc")  # imported only if something was compiled
         if not compiler or not isinstance(error, compiler.BackendCompilerFailed):
             raise

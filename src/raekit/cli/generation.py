@@ -15,7 +15,7 @@ from raekit.cli import console
 from raekit.cli.console import Device
 from raekit.cli.launch import processes
 from raekit.cli.sampling import Options, SamplingOptions
-from raekit.errors import UserError, whole_number
+from raekit.errors import MAX_COUNT, UserError, whole_number
 from raekit.files import FILE_ENDINGS, check_file, check_folder
 from raekit.progress import Display
 
@@ -78,7 +78,7 @@ def generate(
     from raekit.pictures import check_grid, save_picture, to_pil
     from raekit.pictures import grid as tile
 
-    whole_number("--count", count, 1)
+    whole_number("--count", count, 1, MAX_COUNT)
     model, classes = _model_and_classes(model, classes, published)
     if format and (out is None or out.suffix.lower() in (*PICTURES, ".npz")):
         raise UserError(f"--format: no effect on {out or 'a grid'}; it applies only to a folder")
@@ -170,7 +170,7 @@ def interpolate(
     from raekit.pictures import check_grid, to_pil
 
     form = _form(out)
-    whole_number("--frames", frames, 2)
+    whole_number("--frames", frames, 2, MAX_COUNT)
     model, classes = _model_and_classes(model, classes)
     assert model is not None
     with processes(device) as here, Display(console.err) as progress:
@@ -232,16 +232,16 @@ def trajectory(
     form = _form(out)
     model, classes = _model_and_classes(model, classes)
     assert model is not None
-    whole_number("--count", count, 1)
-    whole_number("--frames", frames, 2)
+    whole_number("--count", count, 1, MAX_COUNT)
+    whole_number("--frames", frames, 2, MAX_COUNT)
     with processes(device) as here:
         if here.size > 1:
             raise UserError("trajectory: runs in a single process; start it without torchrun")
         loaded = load(model, here.device, ema, options.dtype)
         labels = class_ids(loaded, classes)
         sampling = options.sampling(model, here)
-        every = labels * count or None
         check_grid(out, frames * (len(labels) * count or count), loaded.autoencoder.image_shape, frames)
+        every = labels * count or None
         times, images = follow(
             loaded, every, count=None if every else count, frames=frames, seed=seed, sampling=sampling
         )

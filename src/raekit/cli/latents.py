@@ -9,7 +9,7 @@ from raekit.cli import console
 from raekit.cli.console import Device
 from raekit.cli.launch import processes
 from raekit.cli.sampling import Options, SamplingOptions
-from raekit.errors import UserError
+from raekit.errors import MAX_COUNT, UserError, whole_number
 from raekit.files import check_file, check_folder
 from raekit.progress import Display, counted
 
@@ -185,8 +185,7 @@ def latents_generate(
     check_file(out, ".safetensors")
 
     for name, value in (("count", count), ("batch-size", batch_size)):
-        if value < 1:
-            raise UserError(f"--{name}: {value} must be at least 1")
+        whole_number(f"--{name}", value, 1, MAX_COUNT)
     with processes(device) as here, Display(console.err) as progress:
         if here.size > 1:
             raise UserError("latents generate: runs in a single process; start it without torchrun")

@@ -12,7 +12,7 @@ from raekit.data.sources import FORMATS, check_apart, is_address, open_source
 from raekit.data.sources.base import Split
 from raekit.data.workers import MAX_WORKERS
 from raekit.distributed import World, plain_tensors, prepare_device
-from raekit.errors import UserError, whole_number
+from raekit.errors import MAX_COUNT, UserError, whole_number
 from raekit.evaluation.against import Against, find_networks
 from raekit.evaluation.assessment import REPORTS, TRAINING, assess, check_count
 from raekit.evaluation.features import default_features, load_networks
@@ -120,7 +120,7 @@ def evaluate(
         )
     source = str(source) if isinstance(source, Path) else source
     features = [features] if isinstance(features, str) else features
-    seed, count = whole_number("seed", seed), None if count is None else whole_number("count", count, 1)
+    seed, count = whole_number("seed", seed), None if count is None else whole_number("count", count, 1, MAX_COUNT)
     batch_size, workers = chunk_batch(batch_size), whole_number("workers", workers, 0, MAX_WORKERS)
     if isinstance(model, Model) and ema is not None:
         raise UserError("ema: has no effect on a loaded model, which holds one average; leave it out")

@@ -15,7 +15,7 @@ from raekit.data.sources.base import Source, Split
 from raekit.data.sources.folders import Files
 from raekit.data.sources.zip_tar import Archived
 from raekit.distributed import World
-from raekit.errors import UserError, whole_number
+from raekit.errors import MAX_COUNT, UserError, whole_number
 from raekit.evaluation.features import Images, PairScore
 from raekit.evaluation.labels import Labels, draw_labels
 from raekit.evaluation.streaming import BATCH, images_of
@@ -181,8 +181,7 @@ class Samples:
         batch_size: int = BATCH,
         must_be_finite: bool = True,
     ):
-        if count < 1:
-            raise UserError(f"count: {count} must be at least 1")
+        count = whole_number("count", count, 1, MAX_COUNT)
         classes = model.denoiser.config.num_classes
         self.model, self.count, self.sampling, self.must_be_finite = model, count, sampling, must_be_finite
         self.classes = model.denoiser.config.class_names

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from raekit import randomness
 from raekit.distributed import World
-from raekit.errors import UserError, whole_number
+from raekit.errors import MAX_COUNT, UserError, whole_number
 from raekit.flow.path import to_data
 from raekit.flow.sampling import (
     Sampling,
@@ -239,7 +239,7 @@ def interpolate(
         UserError: if both ends are the same, a setting is invalid, or an image is not finite.
     """
     _check_model(model)
-    sampling, frames = as_sampling(sampling), whole_number("frames", frames, 2)
+    sampling, frames = as_sampling(sampling), whole_number("frames", frames, 2, MAX_COUNT)
     seeds = as_ends("seeds", seeds)
     labels = None if labels is None else as_ends("labels", class_labels(model, labels))
     if seeds[0] == seeds[1] and (labels is None or labels[0] == labels[1]):
@@ -304,7 +304,7 @@ def trajectory(
     _check_model(model)
     sampling = as_sampling(sampling)
     labels, total = _labels_and_total(model, labels, count)
-    seed, frames = _seed_for_each(seed, total), whole_number("frames", frames)
+    seed, frames = _seed_for_each(seed, total), whole_number("frames", frames, most=MAX_COUNT)
     check_sampling(sampling, model.denoiser, labels is not None)
     points = evaluated(sampling.solver, time_grid(sampling.steps, model.denoiser.config.shift, sampling.grid))
     most = len({t for t in points if t > 0}) + 1
@@ -442,7 +442,7 @@ def _labels_and_total(model: Model, labels: Iterable[int] | None, count: int | N
     if (labels is None) == (count is None):
         raise UserError("labels, count: give either labels, one for each sample, or count, at least 1")
     if labels is None:
-        return None, whole_number("count", count, 1)
+        return None, whole_number("count", count, 1, MAX_COUNT)
     ids = class_labels(model, labels)
     return ids, len(ids)
 

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from raekit.distributed import World
-from raekit.errors import UserError
+from raekit.errors import MAX_COUNT, UserError, whole_number
 from raekit.files import remove, sweep, whole
 from raekit.flow.sampling import Sampling, check_sampling
 from raekit.inference.generation import BatchSize, fitting_batch, generate
@@ -59,8 +59,8 @@ def generate_folder(
         The forward passes for each image (`Samples.passes`); empty if there was nothing to generate.
 
     Raises:
-        UserError: if a file with the name of a sample is another picture, or is damaged, or if `generate` rejects the
-            settings.
+        UserError: if a file with the name of a sample is another picture, or is damaged, or if `total` is out of range
+            or `generate` rejects the settings.
     """
     every = _labels(labels, total)
     settings = _settings(model, seed, sampling)
@@ -73,12 +73,12 @@ def generate_folder(
     def place(index: int) -> Path:
         return out / f"{index:06d}.{form}"
 
-    missing = set(range(total)) - numbers_there(out, place, origin)
+    there = numbers_there(out, place, origin)
     if world.is_main:
         sweep(out)
     world.barrier()  # no process writes before all have listed the folder
     shares = (range(first, min(first + size, total)) for first in range(0, total, size))
-    numbers = [i for share in shares if not missing.isdisjoint(share) for i in share]
+    numbers = [i for share in shares if not there.issuperset(share) for i in share]
     batches = generate(
         model,
         every,
@@ -93,7 +93,7 @@ def generate_folder(
     for batch in batches:
         passes |= batch.passes
         for image, index in zip(batch.images, batch.indices.tolist(), strict=True):
-            if index in missing:
+            if index not in there:
                 with whole(place(index)) as partial:
                     write_picture(to_pil(image), partial, origin(index), form)
         done = min(done + len(batch) * world.size, total)
@@ -128,6 +128,7 @@ def numbers_there(out: Path, place: Callable[[int], Path], origin: Callable[[int
 
 def _labels(labels: Sequence[int] | None, total: int) -> list[int] | None:
     """Return the label of each sample."""
+    whole_number("total", total, 1, MAX_COUNT)
     return None if labels is None else [labels[i % len(labels)] for i in range(total)]
 
 

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from raekit.config import Interval, OnPurpose, Operation, Steps, configclass
 from raekit.distributed import World
 from raekit.distributed.sharding import gathered, set_gradient_sync, shard
-from raekit.errors import Stopped, UserError
+from raekit.errors import Stopped, UserError, whole_number
 from raekit.files import PARTIAL, remove
 from raekit.training import checkpoint, ema
 from raekit.training.casting import CastWeights
@@ -96,8 +96,9 @@ class TrainConfig:
         counts = ("steps", "batch_size", "micro_batch", "log_every", "checkpoint_every", "keep", "max_skipped", "shard")
         for name in (*counts, "monitor_every"):
             value = getattr(self, name)
-            if isinstance(value, int) and value < 1:
-                raise UserError(f"train.{name}: {value} must be at least 1")
+            if isinstance(value, int):
+                whole_number(f"train.{name}", value, 1, 10**12)
+        whole_number("train.seed", self.seed, -(2**63), 2**63 - 1)  # what torch takes
         if any(step < 1 for step in self.milestones):
             raise UserError(f"train.milestones: {min(self.milestones)} must be at least 1")
         if self.monitor_every and self.monitor_every % self.log_every:
