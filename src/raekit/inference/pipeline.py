@@ -14,7 +14,7 @@ from raekit import artifacts
 from raekit.data.images import read_image
 from raekit.data.transforms import center_crop, to_rgb
 from raekit.distributed import World
-from raekit.errors import UserError, real_number, whole_number
+from raekit.errors import MAX_COUNT, UserError, real_number, whole_number
 from raekit.files import as_path, check_folder
 from raekit.flow.guidance import Guidance, as_rules
 from raekit.flow.path import to_data
@@ -238,7 +238,7 @@ class Pipeline:
             guidance: see `__call__`; so are the other arguments.
         """
         _check_output(output)
-        seeds, frames = as_ends("seeds", seeds), whole_number("frames", frames, 2)
+        seeds, frames = as_ends("seeds", seeds), whole_number("frames", frames, 2, MAX_COUNT)
         ends = None if classes is None else [self.model.class_id(name) for name in _names(classes)]
         ends = ends * 2 if ends and len(ends) == 1 else ends
         settings = Sampling(steps=steps, solver=solver, guidance=as_rules(guidance), **sampling)
@@ -395,7 +395,7 @@ class Pipeline:
         """Return the class id (None without classes) and the seed of each image."""
         if classes is not None and labels is not None:
             raise UserError("labels: no effect with classes; give only one of the two")
-        count = whole_number("count", count, 1)
+        count = whole_number("count", count, 1, MAX_COUNT)
         if classes is not None:
             labels = [self.model.class_id(name) for name in _names(classes)]
         if labels is not None:
@@ -497,7 +497,7 @@ def _names(classes: str | Sequence[str]) -> list[str]:
 
 def _seeds(seed: Seed, count: int) -> list[int]:
     """Return a seed for each of `count` images."""
-    count, seed = whole_number("count", count, 1), as_seed(seed)
+    count, seed = whole_number("count", count, 1, MAX_COUNT), as_seed(seed)
     seeds = list(range(seed, seed + count)) if isinstance(seed, int) else [*seed]
     if len(seeds) != count:
         raise UserError(f"seed: {len(seeds)} seeds for {count} images; give one seed, or one for each image")
