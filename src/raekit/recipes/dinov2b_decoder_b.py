@@ -3,7 +3,7 @@
 Reproduces:     rFID 0.58, without noise (paper, table 1b)
 Command:        torchrun --nproc-per-node 8 -m raekit -- train dinov2b_decoder_b --data.source folder:imagenet
 Size:           86 M parameters
-Memory:         1.7 GiB of state, 0.34 GB an image
+Memory:         1.7 GiB of state, 0.32 GiB an image
 Cost:           16 epochs, 0.4 days on one H100 (estimated from FLOPs, at 35 % in bf16)
 Last verified:  never at this scale (no ImageNet, no GPUs); the parts agree with the reference cases.
 """

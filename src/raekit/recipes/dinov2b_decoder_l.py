@@ -3,7 +3,7 @@
 Reproduces:     rFID 0.50, without noise (paper, table 1b)
 Command:        torchrun --nproc-per-node 8 -m raekit -- train dinov2b_decoder_l --data.source folder:imagenet
 Size:           304 M parameters
-Memory:         5.8 GiB of state, 0.60 GB an image
+Memory:         5.8 GiB of state, 0.56 GiB an image
 Cost:           16 epochs, 0.7 days on one H100 (estimated from FLOPs, at 35 % in bf16)
 Last verified:  never at this scale (no ImageNet, no GPUs); the parts agree with the reference cases.
 """

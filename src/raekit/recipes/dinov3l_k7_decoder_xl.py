@@ -3,7 +3,7 @@
 Reproduces:     rFID 0.29, PSNR 22.6 dB, with tau = 0.8 (RAE v2)
 Command:        torchrun --nproc-per-node 8 -m raekit -- train dinov3l_k7_decoder_xl --data.source folder:imagenet
 Size:           416 M parameters
-Memory:         7.8 GiB of state, 0.69 GB an image
+Memory:         7.8 GiB of state, 0.64 GiB an image
 Cost:           16 epochs, 0.8 days on one H100 (estimated from FLOPs, at 35 % in bf16), and the encoder
 Last verified:  never at this scale (no ImageNet, no GPUs); the parts agree with the reference cases.
 

@@ -3,7 +3,7 @@
 Reproduces:     FID 3.38 unguided (paper, scaling of DiT^DH on DINOv2-B)
 Command:        torchrun --nproc-per-node 8 -m raekit -- train dit_dh_b_dinov2b_256 --data.source folder:imagenet
 Size:           294 M parameters
-Memory:         5.5 GiB of state, 0.41 GB an image (0.03 GB with train.checkpointing)
+Memory:         5.5 GiB of state, 0.38 GiB an image (0.03 GiB with train.checkpointing)
 Cost:           80 epochs, 1.4 days on one H100 (estimated from FLOPs, at 35 % in bf16)
 Last verified:  never at this scale (no ImageNet, no GPUs); the parts agree with the reference cases.
 

@@ -3,7 +3,7 @@
 Reproduces:     no figure is published for this size in the paper
 Command:        torchrun --nproc-per-node 8 -m raekit -- train dit_dh_l_dinov2b_256 --data.source folder:imagenet
 Size:           622 M parameters
-Memory:         11.6 GiB of state, 0.83 GB an image (0.05 GB with train.checkpointing)
+Memory:         11.6 GiB of state, 0.77 GiB an image (0.05 GiB with train.checkpointing)
 Cost:           80 epochs, 2.5 days on one H100 (estimated from FLOPs, at 35 % in bf16)
 Last verified:  never at this scale (no ImageNet, no GPUs); the parts agree with the reference cases.
 

@@ -3,7 +3,7 @@
 Reproduces:     FID 6.07 unguided (paper, scaling of DiT^DH on DINOv2-B)
 Command:        torchrun --nproc-per-node 8 -m raekit -- train dit_dh_s_dinov2b_256 --data.source folder:imagenet
 Size:           197 M parameters
-Memory:         3.7 GiB of state, 0.29 GB an image (0.03 GB with train.checkpointing)
+Memory:         3.7 GiB of state, 0.27 GiB an image (0.03 GiB with train.checkpointing)
 Cost:           80 epochs, 1.0 days on one H100 (estimated from FLOPs, at 35 % in bf16)
 Last verified:  never at this scale (no ImageNet, no GPUs); the parts agree with the reference cases.
 

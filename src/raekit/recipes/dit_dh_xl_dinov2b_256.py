@@ -4,7 +4,7 @@ Reproduces:     FID 1.51 unguided, 1.13 with auto:1.42 by dit_dh_s_dinov2b_256 a
                 3.71 and 2.16 unguided after 20 and 80 epochs
 Command:        torchrun --nproc-per-node 8 -m raekit -- train dit_dh_xl_dinov2b_256 --data.source folder:imagenet
 Size:           839 M parameters
-Memory:         15.6 GiB of state, 1.03 GB an image (0.06 GB with train.checkpointing)
+Memory:         15.6 GiB of state, 0.96 GiB an image (0.06 GiB with train.checkpointing)
 Cost:           800 epochs, 33 days on one H100 (estimated from FLOPs, at 35 % in bf16)
 Last verified:  never at this scale (no ImageNet); the parts agree with the reference cases. 2026-11-27: 392 images/s in
                 bf16 on one H200, 20 compiled steps of 64 made-up images (docs/performance.md).

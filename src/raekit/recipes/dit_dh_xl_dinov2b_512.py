@@ -3,7 +3,7 @@
 Reproduces:     FID 1.13 with auto:1.5 by a DiT^DH-S after 20 epochs (paper, table 7)
 Command:        torchrun --nproc-per-node 8 -m raekit -- train dit_dh_xl_dinov2b_512 --data.source folder:imagenet
 Size:           839 M parameters
-Memory:         15.6 GiB of state, 5.62 GB an image (0.23 GB with train.checkpointing)
+Memory:         15.6 GiB of state, 5.23 GiB an image (0.21 GiB with train.checkpointing)
 Cost:           400 epochs, 72 days on one H100 (estimated from FLOPs, at 35 % in bf16)
 Last verified:  never at this scale (no ImageNet, no GPUs); the parts agree with the reference cases.
 

@@ -7,7 +7,7 @@ Prepare:        raekit latents measure dinov2-s --source folder:imagenet --mirro
                     --statistics dinov2-s.safetensors
 Command:        torchrun --nproc-per-node 8 -m raekit -- train dit_xl_dinov2s --data.source folder:imagenet
 Size:           676 M parameters
-Memory:         12.6 GiB of state, 0.87 GB an image (0.04 GB with train.checkpointing)
+Memory:         12.6 GiB of state, 0.81 GiB an image (0.04 GiB with train.checkpointing)
 Cost:           800 epochs, 24 days on one H100 (estimated from FLOPs, at 35 % in bf16)
 Last verified:  never at this scale (no ImageNet, no GPUs); the parts agree with the reference cases.
 

@@ -6,11 +6,13 @@ Command:        raekit train emoji_decoder --train.compile
                 --perceptual.start 1500, continue as below, then python tools/make_builtin.py autoencoder RUN
 Size:           4.8 M parameters
 Memory:         0.2 GiB
-Cost:           74 minutes on one core of a busy machine (25 images/s, with LPIPS 5), the continuations 2.5 hours and
-                6.5 minutes on an H200 that four other processes used (2,300 images/s)
+Cost:           about 75 minutes on one CPU core
 Last verified:  2026-11-27. Held-out images at step 1,759: PSNR 29.1 dB, SSIM 0.94, and a Frechet distance to real
                 images in VGG16 of 54.6. After the continuation on one core: 27.6 dB, 0.91, 48.5. After that on the
                 H200: 30.9 dB, 0.95, 29.2. The earlier built-in decoder of 4 x 4 tokens had 22.3 dB and 0.78.
+
+The 75 minutes are of one core of a busy machine (25 images/s, with LPIPS 5). The continuations took 2.5 hours on one
+core, and 6.5 minutes on an H200 that four other processes used (2,300 images/s).
 
 The built-in decoder continues from step 1,759 with LPIPS of weight 1 in every step. On one core it was continued three
 times with --init-from, batches of 32 and a cosine schedule: 1,300 steps with noise 0.5, then about 200 steps (of a

@@ -4,7 +4,7 @@ Reproduces:     nothing yet
 Command:        raekit latents cache rae-dinov2-b --source folder:photos --flip --out latents
                 raekit train photos_256 --data.source folder:photos --latents latents
 Size:           839 M parameters
-Memory:         15.6 GiB of state, 0.64 GB an image in bf16 (far less with train.checkpointing)
+Memory:         15.6 GiB of state, 0.60 GiB an image in bf16 (far less with train.checkpointing)
 Cost:           20,000 steps of 128, 2.5e18 FLOPs: about 2 hours on an H100, 12 on an RTX 4090 (estimated, at 35 %)
 Last verified:  never at this scale (no GPU); a test trains it with small sizes.
 

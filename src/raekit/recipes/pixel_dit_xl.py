@@ -3,7 +3,7 @@
 Reproduces:     FID 51.09 unguided (paper, table 11); 30.56 with a wide head
 Command:        torchrun --nproc-per-node 8 -m raekit -- train pixel_dit_xl --data.source folder:imagenet
 Size:           677 M parameters
-Memory:         12.6 GiB of state, 0.92 GB an image
+Memory:         12.6 GiB of state, 0.86 GiB an image
 Cost:           80 epochs, 2.4 days on one H100 (estimated from FLOPs, at 35 % in bf16)
 Last verified:  never at this scale (no ImageNet, no GPUs).
 

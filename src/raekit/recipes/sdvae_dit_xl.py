@@ -4,7 +4,7 @@ Reproduces:     FID 7.13 unguided after 80 epochs (paper, table 2); 11.70 with a
 Prepare:        pip install 'raekit[vae]'
 Command:        torchrun --nproc-per-node 8 -m raekit -- train sdvae_dit_xl --data.source folder:imagenet
 Size:           675 M parameters
-Memory:         12.6 GiB of state, 0.87 GB an image (0.04 GB with train.checkpointing)
+Memory:         12.6 GiB of state, 0.81 GiB an image (0.04 GiB with train.checkpointing)
 Cost:           80 epochs, 2.4 days on one H100 (estimated from FLOPs, at 35 % in bf16)
 Last verified:  never at this scale (no ImageNet, no GPUs); the autoencoder agrees with diffusers.
 

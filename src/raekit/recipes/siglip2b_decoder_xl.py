@@ -4,7 +4,7 @@ Reproduces:     no figure is published for tau = 0.8, which the released decoder
                 (--noise 0; paper, table 1a)
 Command:        torchrun --nproc-per-node 8 -m raekit -- train siglip2b_decoder_xl --data.source folder:imagenet
 Size:           415 M parameters
-Memory:         7.8 GiB of state, 0.69 GB an image
+Memory:         7.8 GiB of state, 0.64 GiB an image
 Cost:           16 epochs, 0.8 days on one H100 (estimated from FLOPs, at 35 % in bf16)
 Last verified:  never at this scale (no ImageNet, no GPUs); the parts agree with the reference cases.
 """
