@@ -557,11 +557,11 @@ def test_a_dataset_is_described_in_one_line(kind: str, images: str, tmp_path: Pa
     uri = f"folder:{folder}" if kind == "folder" else "zip:" + shutil.make_archive(str(tmp_path / "x"), "zip", folder)
     lines = [in_words(open_source(uri, split), uri, split) for split in ("train", "heldout", "all")]
     skipped = "1 skipped (formats that are not read: .heic)"
-    assert lines[0] == f"{uri}: 30 images in 3 classes, 9 held out, {skipped}"
+    assert lines[0] == f"{uri}: 30 training and 9 held-out images in 3 classes, {skipped}"
     assert lines[1] == f"{uri}: 9 held-out images in 3 classes, {skipped}"
-    assert lines[2] == f"{uri}: 39 images in 3 classes, {skipped}"
+    assert lines[2] == f"{uri}: 30 training and 9 held-out images in 3 classes, {skipped}"
     flat = f"flat:{folder}/train/blue"
-    assert in_words(open_source(flat, "all"), flat, "all") == f"{flat}: 10 images"
+    assert in_words(open_source(flat, "all"), flat, "all") == f"{flat}: 9 training and 1 held-out images"
 
 
 def test_images_outside_of_the_class_folders_are_left_out_with_a_warning(images, tmp_path, caplog):

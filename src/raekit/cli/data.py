@@ -41,8 +41,7 @@ def data(
             for near-duplicates.
         out: Output file (.png) for a montage of up to 64 images. None: no montage.
     """
-    from raekit.data.images import skipped_in_words
-    from raekit.data.sources import check_apart
+    from raekit.data.sources import check_apart, in_words, open_source
     from raekit.evaluation.overview import look_at
     from raekit.files import whole
 
@@ -54,7 +53,7 @@ def data(
     with Display(console.err) as progress:
         found = look_at(source, split, count, encoder, progress)
     unlabelled = f", {found.unlabelled:,} without a class" if found.classes and found.unlabelled else ""
-    console.out.print(f"{source}: {found.images:,} images, {len(found.classes)} classes{unlabelled}")
+    console.out.print(f"{in_words(open_source(source, split), source, split)}{unlabelled}")
     _print_classes(found)
     if len(found.sizes):
         table = Table(f"of {found.looked_at:,} images", "smallest", "median", "largest", box=None)
@@ -63,8 +62,6 @@ def data(
             ordered = sorted(values.tolist())
             table.add_row(name, *(f"{each:,}" for each in (ordered[0], ordered[len(ordered) // 2], ordered[-1])))
         console.out.print(table)
-    if found.skipped:
-        console.out.print(skipped_in_words(found.skipped))
     console.out.print(f"{len(found.unreadable)} of {found.looked_at:,} images cannot be read")
     for name, reason in [*found.unreadable.items()][:MOST]:
         console.out.print(f"  {name}: {reason}")

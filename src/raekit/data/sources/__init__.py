@@ -67,16 +67,29 @@ def open_source(uri: str, split: Split = "train") -> Source:
     return source
 
 
+def _count(uri: str, split: Split) -> int:
+    try:
+        return len(open_source(uri, split))
+    except UserError:  # a small dataset without held-out images
+        return 0
+
+
 def in_words(source: Source, uri: str, split: Split) -> str:
-    """Return a line about an opened dataset, such as "folder:plants: 300 images in 3 classes, 33 held out"."""
-    line = f"{uri}: {len(source):,} {'held-out ' if split == 'heldout' else ''}images"
+    """Return a line about an opened dataset, such as "folder:plants: 267 training and 33 held-out images in 3 classes".
+
+    The split "all" may have images that are in no other split.
+    """
+    parts: tuple[Split, ...] = ("heldout",) if split == "heldout" else ("train", "heldout")
+    counts = [len(source) if part == split else _count(uri, part) for part in parts]
+    if split == "all" and sum(counts) != len(source):
+        line = f"{uri}: {len(source):,} images"
+    else:
+        words = [
+            f"{n:,} {'training' if part == 'train' else 'held-out'}" for part, n in zip(parts, counts, strict=True)
+        ]
+        line = f"{uri}: {' and '.join(words)} images"
     if source.classes:
         line += f" in {len(source.classes)} classes"
-    if split == "train":
-        try:
-            line += f", {len(open_source(uri, 'heldout')):,} held out"
-        except UserError:
-            line += ", none held out"
     return line + (f", {skipped_in_words(source.skipped)}" if source.skipped else "")
 
 
