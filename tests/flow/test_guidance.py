@@ -100,6 +100,8 @@ def test_methods_add_up_in_their_own_intervals():
     ("text", "expected"),
     [
         ("cfg:2", [Guidance(scale=2)]),
+        ("2.0", [Guidance(scale=2)]),
+        ("2.0@0.1-0.9+internal:1.5", [Guidance(scale=2, start=0.1, end=0.9), Guidance(method="internal", scale=1.5)]),
         ("cfg:2.0@0.1-0.9", [Guidance(scale=2, start=0.1, end=0.9)]),
         ("cfg:0@0-1", [Guidance(scale=0)]),
         ("auto:1.42", [Guidance(method="auto", scale=1.42)]),
@@ -119,7 +121,7 @@ def test_a_rule_is_written_as_it_is_read(text: str):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "2.0", "cfg", "cfg:", "cfg:two", "weak:2", "cfg:2@0.1", "cfg:2@a-b", "cfg:2:3", "cfg:2+", "cfg:2+auto"],
+    ["", "two", "cfg", "cfg:", "cfg:two", "weak:2", "cfg:2@0.1", "cfg:2@a-b", "cfg:2:3", "cfg:2+", "cfg:2+auto"],
 )
 def test_parse_names_the_text_and_the_form(text: str):
     with pytest.raises(UserError) as error:

@@ -74,7 +74,13 @@ def test_classes_are_random_functions_of_the_seeds_by_default(pipe):
     assert {drawn.count(label) > 60 for label in range(3)} == {True}
 
 
-@pytest.mark.parametrize("guidance", [2.0, 2, "cfg:2.0", Guidance(scale=2.0), [Guidance(scale=2.0)]])
+def test_an_unknown_argument_is_named(pipe):
+    for call in (pipe, pipe.trajectory):
+        with pytest.raises(UserError, match=r"^stepz: no such argument; did you mean steps\?"):
+            call("green", stepz=3)
+
+
+@pytest.mark.parametrize("guidance", [2.0, 2, "2", "cfg:2.0", Guidance(scale=2.0), [Guidance(scale=2.0)]])
 def test_guidance_in_any_form(pipe, guidance):
     wanted = next(generate(pipe.model, [1], sampling=Sampling(steps=3, guidance=(Guidance(scale=2.0),)))).images
     assert same(pipe(classes="green", guidance=guidance, output="pt", **FEW).images, wanted)

@@ -82,8 +82,9 @@ class SamplingOptions(SolverOptions):
 
     Args:
         guidance: Guidance METHOD:SCALE or METHOD:SCALE@START-END, such as cfg:2.0@0.1-0.9. START and END are
-            shifted times: 0 is data, 1 is noise. Methods: cfg; auto, which needs --weak; internal, for models with a
-            base output. Join several methods with +. None: no guidance.
+            shifted times: 0 is data, 1 is noise. Methods: cfg, for which a plain scale is
+            enough, such as 2.0; auto, which needs --weak; internal, for models with a base output. Join several
+            methods with +. None: no guidance.
         weak: Weaker model for auto guidance, in the same form as MODEL.
     """
 

@@ -95,13 +95,15 @@ def as_rules(guidance: float | str | Guidance | Sequence[Guidance] | None) -> tu
 def parse_guidance(text: str) -> tuple[Guidance, ...]:
     """Read METHOD:SCALE or METHOD:SCALE@START-END, for example `cfg:2.0@0.1-0.9`; several rules are joined by `+`.
 
+    Without `METHOD:` the method is `cfg`.
+
     Raises:
         UserError: the text has another form, or a rule is impossible.
     """
     rules = []
     for part in text.split("+"):
         try:
-            method, rest = part.split(":")
+            method, rest = part.split(":") if ":" in part else ("cfg", part)
             scale, _, interval = rest.partition("@")
             start, end = map(float, interval.split("-")) if interval else (0.0, 1.0)
             if method not in REFERENCES:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
@@ -14,7 +14,7 @@ from raekit import artifacts
 from raekit.data.images import read_image
 from raekit.data.transforms import center_crop, to_rgb
 from raekit.distributed import World
-from raekit.errors import MAX_COUNT, UserError, real_number, whole_number
+from raekit.errors import MAX_COUNT, UserError, did_you_mean, real_number, whole_number
 from raekit.files import as_path, check_folder
 from raekit.flow.guidance import Guidance, as_rules
 from raekit.flow.path import to_data
@@ -202,7 +202,7 @@ class Pipeline:
         """
         _check_output(output)
         ids, seeds = self._samples(classes, labels, count, seed)
-        settings = Sampling(steps=steps, solver=solver, guidance=as_rules(guidance), **sampling)
+        settings = _sampling(steps, solver, guidance, sampling)
         size = fitting_batch(self.model, settings, batch_size, World(device=self.device))
         watch = self._watch(settings, callback, math.ceil(len(seeds) / size))
         batches = generate(
@@ -241,7 +241,7 @@ class Pipeline:
         seeds, frames = as_ends("seeds", seeds), whole_number("frames", frames, 2, MAX_COUNT)
         ends = None if classes is None else [self.model.class_id(name) for name in _names(classes)]
         ends = ends * 2 if ends and len(ends) == 1 else ends
-        settings = Sampling(steps=steps, solver=solver, guidance=as_rules(guidance), **sampling)
+        settings = _sampling(steps, solver, guidance, sampling)
         size = fitting_batch(self.model, settings, "auto", World(device=self.device))
         watch = self._watch(settings, callback, math.ceil(frames / size))
         batches = interpolate(
@@ -275,7 +275,7 @@ class Pipeline:
         """
         _check_output(output)
         ids, seeds = self._samples(classes, labels, count, seed)
-        settings = Sampling(steps=steps, solver=solver, guidance=as_rules(guidance), **sampling)
+        settings = _sampling(steps, solver, guidance, sampling)
         number = None if ids else len(seeds)
         watch = self._watch(settings, callback, 1)
         _, images = trajectory(self.model, ids, count=number, frames=frames, seed=seeds, sampling=settings, watch=watch)
@@ -317,7 +317,7 @@ class Pipeline:
         if not 0 <= strength <= 1:
             raise UserError(f"strength: {strength} must be from 0 to 1")
         seeds = _seeds(seed, count)
-        model, settings = self.model, Sampling(steps=steps, solver=solver, guidance=as_rules(guidance), **sampling)
+        model, settings = self.model, _sampling(steps, solver, guidance, sampling)
         ids = None if classes is None else [model.class_id(classes)] * len(seeds)
         check_sampling(settings, model.denoiser, ids is not None)
         plain = replace(
@@ -489,6 +489,15 @@ def _square(image: Image.Image | str | Path, size: int) -> Image.Image:
         f"images: expected PIL images, files, or a float tensor (B, 3, H, W) in [0, 1], got {type(image).__name__}; "
         "PIL.Image.fromarray converts an array (H, W, 3) of uint8"
     )
+
+
+def _sampling(steps: int, solver: SolverName, guidance: Any, more: dict[str, Any]) -> Sampling:
+    """Return the settings of a call; UserError if `more` has a name that is no field of `Sampling`."""
+    known = [field.name for field in fields(Sampling)]
+    for name in more:
+        if name not in known:
+            raise UserError(f"{name}: no such argument; {did_you_mean(name, known) or 'give fields of `Sampling`'}")
+    return Sampling(steps=steps, solver=solver, guidance=as_rules(guidance), **more)
 
 
 def _names(classes: str | Sequence[str]) -> list[str]:
