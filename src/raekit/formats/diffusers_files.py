@@ -142,8 +142,11 @@ def write_diffusers(parts: AutoencoderParts, folder: Path) -> None:
     spec, decoder = encoder.spec, parts.config.decoder
     kind = next((kind for kind, (family, _) in DIFFUSERS_ENCODERS.items() if family == spec.family), None)
     if kind is None:
+        families = [family for family, _ in DIFFUSERS_ENCODERS.values()]
+        named = [name for name, each in REGISTRY.items() if each.family in families]
         raise UserError(
-            f"{parts.config.encoder}: diffusers does not support this encoder, only {', '.join(DIFFUSERS_ENCODERS)}"
+            f"{parts.config.encoder}: diffusers does not support encoders of the family {spec.family}, only of the "
+            f"families {', '.join(families)} ({', '.join(named)}); write v1 or raekit files instead"
         )
     if decoder.positions == "learned":
         raise UserError(
