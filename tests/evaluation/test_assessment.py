@@ -159,6 +159,9 @@ def test_a_stopped_evaluation_resumes_and_gives_the_same_digits(reference, tiny_
     out = tmp_path / "stopped"
     with pytest.raises(KeyboardInterrupt):
         run(reference, tiny_model, out, progress=stop, **options)
+    message = r"holds an unfinished evaluation with other settings:\n  seed: 0 -> 5\nRemove this folder, choose another"
+    with pytest.raises(UserError, match=message):
+        run(reference, tiny_model, out, **{**options, "seed": 5})
     assert [path.name for path in sorted((out / "features").iterdir())] == [
         "00000000.safetensors",
         "00000020.safetensors",
@@ -169,7 +172,7 @@ def test_a_stopped_evaluation_resumes_and_gives_the_same_digits(reference, tiny_
     made.clear()
     assert run(reference, tiny_model, out, **options) == whole
     assert not made
-    with pytest.raises(UserError, match=r"holds another evaluation:\n  settings\.seed: 0 -> 5\n(.|\n)*Choose another"):
+    with pytest.raises(UserError, match=r"holds another evaluation with other settings:\n  seed: 0 -> 5\nChoose an"):
         run(reference, tiny_model, out, seed=5, **options)
 
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from matplotlib.axes import Axes
 from PIL import Image
 
 from raekit.config import to_dict
@@ -42,7 +43,10 @@ def test_a_report_is_written_for_machines_and_people(tmp_path):
     folder = written(tmp_path / "out", made)
     assert read_report(folder) == read_report(folder / "report.json") == made
     assert made.metrics == ["fid", "kid"]
-    assert score_rows(made) == [["fid ↓", "2.5", "2.25 to 2.75", "bias +0.5"], ["kid ↓", "0.1", "", "deviation 0.01"]]
+    head, *rows = score_rows(made)
+    assert head == ["metric", "value", "95 % interval", "bias, deviation"]
+    assert rows == [["fid ↓", "2.5", "2.25 to 2.75", "bias +0.5"], ["kid ↓", "0.1", "", "deviation 0.01"]]
+    assert score_rows(replace(made, results={"fid": 2.5})) == [["metric", "value"], ["fid ↓", "2.5"]]
     text = (folder / "report.md").read_text()
     assert "| fid ↓ | 2.5 | 2.25 to 2.75 | bias +0.5 |" in text
     assert "| sampling.guidance | cfg:2.0 |" in text
@@ -77,7 +81,7 @@ def test_nested_settings_are_flattened():
     assert flat(values) == {"a.b": 1, "d.0.e": 2, "d.1.e": 3, "f": [1, 2], "g": None}
 
 
-def test_reports_are_named_by_the_setting_in_which_they_differ(tmp_path):
+def test_reports_are_named_by_the_setting_in_which_they_differ(tmp_path, monkeypatch):
     plain, guided = written(tmp_path / "a", report()), written(tmp_path / "b", report("cfg:2.0", fid=2.0, recall=0.5))
     compared = Comparison([plain, guided / "report.json"])
     assert compared.labels == ["guidance none", "guidance cfg:2.0"]
@@ -91,13 +95,23 @@ def test_reports_are_named_by_the_setting_in_which_they_differ(tmp_path):
     assert "| fid ↓ | 2.5 (2.25 to 2.75) | 2 |" in (tmp_path / "c.md").read_text()
     compared.write(tmp_path / "c.html")
     assert "guidance cfg:2.0" in (tmp_path / "c.html").read_text()
+    texts: list[str] = []
+    monkeypatch.setattr(Axes, "set_xticks", lambda axes, ticks, labels, **options: texts.extend(labels))
     compared.write(tmp_path / "c.png")
+    assert texts == ["2.5", "2", "0.1", "none", "none", "0.5"]
     with_samples = height(tmp_path / "c.png")
     (plain / "samples.png").unlink()
     compared.write(tmp_path / "d.png")
     assert height(tmp_path / "d.png") < with_samples
     with pytest.raises(UserError, match=r"must end in \.png, \.md or \.html"):
         compared.write(tmp_path / "c.txt")
+
+
+def test_baselines_are_one_setting_of_a_comparison(tmp_path):
+    made = report()
+    settings = [{**made.settings, "baselines": rows} for rows in ({}, {"training images": {"count": 9, "seed": 0}})]
+    places = [written(tmp_path / str(i), replace(made, settings=each)) for i, each in enumerate(settings)]
+    assert Comparison(places).notes() == ["settings differ in baselines: no | yes"]
 
 
 def test_the_reason_against_a_comparison_is_given(tmp_path):

@@ -106,9 +106,7 @@ def evaluate(
             progress=progress,
         )
     if here.is_main:
-        console.print_table(["metric", "value", "95 % interval", ""], score_rows(report))
-        if report.baselines:
-            head, *rows = baseline_rows(report)
+        for head, *rows in [score_rows(report), *([baseline_rows(report)] if report.baselines else [])]:
             console.print_table(head, rows)
         for note in report.notes:
             console.out.print(note)

@@ -204,7 +204,7 @@ def warn_of_unreadable(unreadable: Mapping[str, str], world: "World") -> None:
 
 
 @cache
-def log_once(level: int, message: str, *values: str) -> None:
+def log_once(level: int, message: str, *values: object) -> None:
     """Log a message, once in each process: several loaders may read the same images."""
     _log.log(level, message, *values)
 

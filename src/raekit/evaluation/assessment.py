@@ -3,7 +3,7 @@
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from raekit.evaluation.intervals import LEAST
 from raekit.evaluation.labels import same_classes
 from raekit.evaluation.metrics import SPLIT, Accumulator, FrechetDistance, NearestNeighbours
 from raekit.evaluation.pairs import PairMean
-from raekit.evaluation.reports import LITERATURE, Report, read_report, write_report
+from raekit.evaluation.reports import LITERATURE, Report, read_report, told, write_report
 from raekit.evaluation.streaming import score_stream
 from raekit.evaluation.streams import RealImages, Reconstructions, StoredImages, Stream
 from raekit.files import whole
@@ -38,6 +38,8 @@ _CLAIM = "evaluation.json"
 _BASELINES = "baselines"
 _WRITTEN = ("features", _BASELINES, "samples.png", "report.json", "report.md", "report.html")
 """What an evaluation writes to its folder, apart from the claim."""
+_HASHED = ("drawn_labels", "weights", "networks", "references", "relative_to")
+"""Settings with hashes."""
 TRAINING = "training images"
 """The name of the baseline whose images are searched for the nearest neighbours of all others."""
 _NEIGHBOURS = 10
@@ -263,15 +265,27 @@ def _claim(out: Path, claim: dict[str, Any], world: World) -> None:
     path = out / _CLAIM
     claim = json.loads(json.dumps(claim))
     if path.is_file():
-        if changed := list(differences(read_json(path), claim)):
-            raise UserError(
-                f"{out}: holds another evaluation:\n  " + "\n  ".join(changed) + "\nChoose another --out, or undo these"
-            )
+        if (before := read_json(path)) != claim:
+            finished = (out / "report.json").is_file()
+            kind, remedy = ("another", "Choose") if finished else ("an unfinished", "Remove this folder, choose")
+            lines = [f"{out}: holds {kind} evaluation with other settings:", *_changes(before, claim)]
+            raise UserError("\n  ".join(lines) + f"\n{remedy} another --out, or use the earlier settings")
     elif foreign := [name for name in _WRITTEN if os.path.lexists(out / name)]:
         raise UserError(f"{out}: holds {foreign[0]} of something else than an evaluation; choose another --out")
     elif world.is_main:
         with whole(path) as partial:
             partial.write_text(to_json(claim), "utf-8")
+
+
+def _changes(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
+    """Yield a line for each difference of two claims. Values that are hashes are not given."""
+    for part in ("settings", "environment"):
+        one, other = told(old[part]), told(new[part])
+        hashed = [key for key in _HASHED if key != "drawn_labels" and one.get(key) != other.get(key)]
+        yield from (f"{key}: changed" for key in hashed)
+        yield from differences(*({k: v for k, v in each.items() if k not in _HASHED} for each in (one, other)))
+    if old["images"] != new["images"]:
+        yield "images: changed"
 
 
 def _notes(stream: Stream, against: Against) -> list[str]:

@@ -6,6 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from raekit.data.images import log_once
 from raekit.errors import UserError
 from raekit.moments import Moments
 
@@ -73,7 +74,8 @@ def frechet_distance(samples: Moments | Gaussian, reference: Moments | Gaussian,
     a, b = Gaussian.of(samples), Gaussian.of(reference)
     for part in (a, b):
         if part.count is not None and part.count <= part.dim and not quiet:
-            log.warning(
+            log_once(
+                logging.WARNING,
                 "Frechet distance from %d samples in %d dimensions: the covariance does not have full rank; "
                 "use more samples",
                 part.count,

@@ -81,8 +81,14 @@ def write_report(report: Report, out: Path) -> None:
 
 
 def score_rows(report: Report) -> list[list[str]]:
-    """Return a row for each metric: its name, value, 95 % interval, and its bias or deviation."""
-    return [[_heading(name), *_cells(report, name)] for name in report.metrics]
+    """Return a heading, and a row for each metric: its name, value, 95 % interval, and its bias or deviation.
+
+    An empty column is left out.
+    """
+    rows = [[_heading(name), *_cells(report, name)] for name in report.metrics]
+    head = ("metric", "value", "95 % interval", "bias, deviation")
+    columns = [column for column in zip(head, *rows, strict=True) if not rows or any(column[1:])]
+    return [list(row) for row in zip(*columns, strict=True)]
 
 
 def baseline_rows(report: Report) -> list[list[str]]:
@@ -113,6 +119,11 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def told(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings as a reader is told them: baselines follow from the others, so only whether there are any."""
+    return {**settings, **({"baselines": "yes" if settings["baselines"] else "no"} if "baselines" in settings else {})}
+
+
 def check_comparison(path: Path) -> None:
     """Raise UserError unless a comparison can be written to `path`."""
     if path.suffix not in (".png", ".md", ".html"):
@@ -135,7 +146,7 @@ class Comparison:
             raise UserError("compare: give at least two reports")
         self.reports = [read_report(place) for place in places]
         self.places = [place if place.is_dir() else place.parent for place in places]
-        self.settings = _differing([flat(report.settings) for report in self.reports])
+        self.settings = _differing([flat(told(report.settings)) for report in self.reports])
         self.environment = _differing([flat(report.environment) for report in self.reports])
         self.metrics = list(dict.fromkeys(name for report in self.reports for name in report.metrics))
         (varied, *rest) = self.settings or [""]
@@ -219,7 +230,9 @@ class Comparison:
             bars = axes.bar(range(number), values, yerr=spread, color=colours, capsize=3, width=0.7)
             heading = _heading(name)
             axes.set_title(heading, fontsize=min(9, 240 / len(heading)))  # long names fit their panel too
-            axes.set_xticks(range(number), [f"{value:.4g}" for value in values], fontsize=8)
+            axes.set_xticks(
+                range(number), ["none" if math.isnan(value) else f"{value:.4g}" for value in values], fontsize=8
+            )
             axes.tick_params("y", labelsize=7)
             if not with_samples and name == self.metrics[-1]:
                 figure.legend(bars.patches, self.labels, loc="outside lower center", fontsize=8, ncols=number)
@@ -278,15 +291,13 @@ def _plain(value: Any) -> str:
 
 
 def _markdown(report: Report) -> str:
-    scores = [["metric", "value", "95 % interval", ""]]
-    scores += score_rows(report)
     settings = [["setting", "value"], ["hash", report.hash], ["images", report.images]]
     for part in report.names, report.settings, report.environment:
         settings += map(list, _texts(part).items())
     notes = [f"- {_escaped(note)}" for note in report.notes]
     baselines = [_table(baseline_rows(report)), ""] if report.baselines else []
     title = f"# {_escaped(str(report.names['model']))}"
-    parts = [title, "", _table(scores), "", *baselines, *notes, "", _table(settings), ""]
+    parts = [title, "", _table(score_rows(report)), "", *baselines, *notes, "", _table(settings), ""]
     return "\n".join(parts)
 
 
