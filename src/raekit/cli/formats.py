@@ -48,7 +48,8 @@ def convert(
         layers: For a decoder file, the encoder layers that form the latents, as in RAE v2. Default: only the last.
         statistics: For a decoder file, the file with the mean and variance of the latents. Default: no whitening.
         decoder_config: For a decoder file of an unpublished size, the decoder's config.json or its folder.
-        output: For a decoder file, the colours that the decoder produces: pixels for RAE v2.
+        output: For a decoder file, the colours that the decoder produces. encoder-colours: normalised by the mean
+            and standard deviation of the encoder, as in RAE v1. pixels: from 0 to 1, as in RAE v2.
         denoiser_config: For a denoiser file whose shapes do not determine the architecture, a YAML with a stage_2
             section.
         prediction: For a denoiser file, the quantity that it predicts. Default: velocity for v1, data for v2.

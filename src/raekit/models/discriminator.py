@@ -129,7 +129,8 @@ class DiscriminatorConfig:
     """The backbone of a discriminator and its heads.
 
     Attributes:
-        backbone: Name of the backbone (`load_backbone`).
+        backbone: `dino-s8` (the published backbone, from the Hub), a file of DINO weights (.pth, .pt or .safetensors),
+            or the name of an encoder.
         blocks: Blocks of the backbone, from 0 and increasing, whose outputs get a head each. The last block always
             gets one more head.
         kernel_size: Odd kernel size of each head's residual convolution along the tokens.
