@@ -138,7 +138,7 @@ def _usage(given: list[str]) -> None:
     if wrong:
         asked = " ".join(given[:2] if given[0] in families else given[:1])
         hint = did_you_mean(asked, COMMANDS)
-        to.print(f"error: {' '.join(given[:2])!r} is not a command{hint and '; ' + hint}")
+        to.print(f"error: {asked!r} is not a command{hint and '; ' + hint}")
     prefix = f"{given[0]} " if given and given[0] in families else ""
     version = "" if prefix else "; version: raekit --version"
     to.print(f"usage: raekit {prefix}COMMAND ...   (help: raekit {prefix}COMMAND --help{version})")

@@ -118,10 +118,14 @@ def generate(
             tiles = []
             # The classes take turns, as in a folder.
             every = (random_labels(loaded, seed, count) if mixed else labels * count) or None
-            for batch in stream(loaded, every, count=None if every else count, **shared):
-                tiles += map(to_pil, batch.images)
-                passes |= batch.passes
-                progress("generate", len(tiles), total)
+            try:
+                for batch in stream(loaded, every, count=None if every else count, **shared):
+                    tiles += map(to_pil, batch.images)
+                    passes |= batch.passes
+                    progress("generate", len(tiles), total)
+            except KeyboardInterrupt:
+                console.err.print("stopped; a grid cannot be resumed, so give a folder as --out for many images")
+                raise
             rows = [tiles[row :: len(labels)] for row in range(len(labels))] if several else [tiles]
             sheet = tile([image for row in rows for image in row], columns=columns)
             with whole(out) as partial:

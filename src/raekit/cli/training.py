@@ -152,6 +152,8 @@ def train(arguments: list[str]) -> None:
         if arguments not in (["--help"], ["-h"]):
             sys.exit(2)
     else:
+        if Path(first, "config.json").is_file() and first not in names():
+            raise UserError(f"{first}: a run, not a recipe; to resume it, use raekit train --resume {first}")
         recipe = find(first)
         _train([first], recipe.name, recipe.about, recipe.config, Path("runs") / recipe.name, rest)
 
@@ -217,7 +219,8 @@ def _train(what: list[str], name: str, about: str, default: Any, run: Path, argu
         with Display(console.err, quiet=not here.is_main) as progress:
 
             def report(step: int, values: dict[str, float]) -> None:
-                progress(name, step, total, _headline(values), unit=0)  # the record has the speed of the steps
+                # unit=0: the text has the speed of the steps
+                progress(given.run.name, step, total, _headline(values), unit=0)
 
             fit(config, given.run, here, report, progress, given.change)
         if here.is_main:

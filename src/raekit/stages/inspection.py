@@ -45,7 +45,7 @@ def describe_config(config: StageConfig, run: Path, world: World, change: bool =
             f"  {cost.flops / 1e9:,.2f} GFLOPs per image in the forward pass, including frozen parts",
             f"  memory: about {cost.state / 2**30:,.2f} GiB of state, {cost.fixed / 2**30:,.2f} GiB of frozen networks "
             f"and copies of weights, and {cost.image * share / 2**30:,.2f} GiB of activations for {share} images at a "
-            f"time, {cost.image / 1e9:,.3f} GB for each",
+            f"time, {cost.image / 2**30:,.3f} GiB for each",
         ]
     images = config.train.steps * config.train.batch_size
     lines.append(f"{config.train.steps:,} steps of {config.train.batch_size} images: {images:,} images")
@@ -79,7 +79,8 @@ def describe_folder(name: str, reach: tuple[str, float] | None = None) -> str:
         records = read_metrics(folder)
         lines.append(f"  run: checkpoints {', '.join(saved) or 'none'}")
         if records:
-            lines.append(f"  last record: {json.dumps(records[-1])}")
+            of_steps = (each for each in reversed(records) if "images_per_second" in each)  # with the losses
+            lines.append(f"  last record: {json.dumps(next(of_steps, records[-1]))}")
         if reach:
             lines.append(f"  {_reached(folder, records, *reach)}")
     elif reach:

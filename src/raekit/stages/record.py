@@ -56,6 +56,8 @@ def read_values(run: Path) -> dict[str, Any]:
         UserError: `run` is not a run.
     """
     path = run / "config.json"
+    if not run.is_dir():
+        raise UserError(f"{run}: there is no such folder; start a run with raekit train RECIPE --run")
     if not path.is_file():
         raise UserError(f"{run}: not a run, because it has no config.json; start one with raekit train RECIPE --run")
     values = read_json(path)
