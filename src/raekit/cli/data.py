@@ -41,7 +41,7 @@ def data(
             for near-duplicates.
         out: Output file (.png) for a montage of up to 64 images. None: no montage.
     """
-    from raekit.data.sources import check_apart, in_words, open_source
+    from raekit.data.sources import check_apart
     from raekit.evaluation.overview import look_at
     from raekit.files import whole
 
@@ -53,7 +53,7 @@ def data(
     with Display(console.err) as progress:
         found = look_at(source, split, count, encoder, progress)
     unlabelled = f", {found.unlabelled:,} without a class" if found.classes and found.unlabelled else ""
-    console.out.print(f"{in_words(open_source(source, split), source, split)}{unlabelled}")
+    console.out.print(found.about + unlabelled)
     _print_classes(found)
     if len(found.sizes):
         table = Table(f"of {found.looked_at:,} images", "smallest", "median", "largest", box=None)

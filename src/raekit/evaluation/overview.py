@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from raekit.data.images import UnreadableImage
-from raekit.data.sources import open_source
+from raekit.data.sources import in_words, open_source
 from raekit.data.sources.base import Split
 from raekit.data.transforms import center_crop
 from raekit.evaluation.features import EncoderFeatures
@@ -47,10 +47,9 @@ class Overview:
     """What a dataset contains.
 
     Attributes:
-        images: the number of images.
+        about: a line with the numbers of images and classes (`in_words`).
         classes: the number of images of each class, in the order of the class ids; empty without labels.
         unlabelled: the number of images without a class.
-        skipped: the number of images in formats that are not read, by extension.
         looked_at: the number of images that were decoded.
         sizes: width and height (looked_at - unreadable, 2) of the images in pixels.
         unreadable: the reason for each image that cannot be decoded, by its name.
@@ -58,10 +57,9 @@ class Overview:
         montage: images from all over the dataset, cropped to squares; None if none can be read.
     """
 
-    images: int
+    about: str
     classes: dict[str, int]
     unlabelled: int
-    skipped: dict[str, int]
     looked_at: int
     sizes: np.ndarray
     unreadable: dict[str, str]
@@ -108,10 +106,9 @@ def look_at(
         progress("look", number + 1, len(chosen))
     labels = Counter(source.labels.tolist())
     return Overview(
-        images=len(source),
+        about=in_words(source, uri, split),
         classes={name: labels[number] for number, name in enumerate(source.classes)},
         unlabelled=labels[-1],
-        skipped=source.skipped,
         looked_at=len(chosen),
         sizes=np.array(sizes, int).reshape(-1, 2),
         unreadable=unreadable,

@@ -67,27 +67,23 @@ def open_source(uri: str, split: Split = "train") -> Source:
     return source
 
 
-def _count(uri: str, split: Split) -> int:
-    try:
-        return len(open_source(uri, split))
-    except UserError:  # a small dataset without held-out images
-        return 0
-
-
 def in_words(source: Source, uri: str, split: Split) -> str:
     """Return a line about an opened dataset, such as "folder:plants: 267 training and 33 held-out images in 3 classes".
 
-    The split "all" may have images that are in no other split.
+    Args:
+        source: the dataset.
+        uri: its address.
+        split: the part of it that is open.
     """
-    parts: tuple[Split, ...] = ("heldout",) if split == "heldout" else ("train", "heldout")
-    counts = [len(source) if part == split else _count(uri, part) for part in parts]
-    if split == "all" and sum(counts) != len(source):
-        line = f"{uri}: {len(source):,} images"
+    if split == "heldout":
+        line = f"{uri}: {len(source):,} held-out images"
     else:
-        words = [
-            f"{n:,} {'training' if part == 'train' else 'held-out'}" for part, n in zip(parts, counts, strict=True)
-        ]
-        line = f"{uri}: {' and '.join(words)} images"
+        try:
+            held_out = len(open_source(uri, "heldout"))
+        except UserError:  # a small dataset without held-out images
+            held_out = 0
+        training = len(source) - (held_out if split == "all" else 0)
+        line = f"{uri}: {training:,} training and {held_out:,} held-out images"
     if source.classes:
         line += f" in {len(source.classes)} classes"
     return line + (f", {skipped_in_words(source.skipped)}" if source.skipped else "")
