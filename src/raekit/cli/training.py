@@ -155,7 +155,9 @@ def train(arguments: list[str]) -> None:
         if Path(first, "config.json").is_file() and first not in names():
             raise UserError(f"{first}: a run, not a recipe; to resume it, use raekit train --resume {first}")
         recipe = find(first)
-        _train([first], recipe.name, recipe.about, recipe.config, Path("runs") / recipe.name, rest)
+        facts = "\n\n".join(recipe.about.split("\n\n")[:2])
+        about = f"{facts}\n\nMore about this recipe: raekit recipes {first}"
+        _train([first], recipe.name, about, recipe.config, Path("runs") / recipe.name, rest)
 
 
 def report(run: Positional[Path], out: Path | None = None) -> None:
