@@ -23,9 +23,9 @@ class OptimConfig:
         momentum: Momentum of Muon.
         lr: Learning rate during the warm-up and at the start of the decay.
         final_lr: Learning rate from step `decay_end` on, unless `decay` is `constant`.
-        warmup_steps: Number of steps before the decay starts. `warmup_from_zero` has the learning rate in these steps.
-        warmup_from_zero: Increase the learning rate linearly from zero to `lr` in the warm-up steps. Without it, the
-            learning rate is `lr` in these steps.
+        warmup_steps: Number of steps before the decay starts. In these steps the learning rate is `lr`, or rises to
+            `lr` with `warmup_from_zero`.
+        warmup_from_zero: Increase the learning rate linearly from zero to `lr` in the warm-up steps.
         decay: Curve of the learning rate from `lr` to `final_lr`; `constant` stays at `lr`.
         decay_end: Step at which the decay ends, counted from 0 and including the warm-up.
         betas: The betas of AdamW.
