@@ -214,7 +214,7 @@ class EncoderFeatures:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        # A stream that samples under autocast leaves autocast on between its batches. Features are always float32.
+        # Features are float32, also if the caller computes in bf16.
         with torch.autocast(images.device.type, enabled=False):
             return self.encoder(_resized(images, self.encoder.input_size)).mean(1)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from raekit.config import from_dict
 from raekit.errors import UserError
-from raekit.formats.states import State, is_table, rename, without_tables
+from raekit.formats.states import State, inverse, is_table, rename, without_tables
 from raekit.models.decoder import DecoderConfig
 from raekit.models.layers import decoder_positions
 from raekit.weights import VARIANCE_EPS, check_statistics, is_real
@@ -166,8 +166,7 @@ def decoder_sizes(state: State) -> dict[str, int]:
 def published_decoder_state(ours: State, config: DecoderConfig) -> dict[str, Tensor]:
     """Convert raekit's decoder state dict to the published one. This is the inverse of `decoder_state`."""
     state = {"decoder_pos_embed": ours.get("positions", decoder_positions(config.width, config.grid))[None]}
-    names = {ours: theirs for theirs, ours in _DECODER.items()}
-    block_names = {ours: theirs for theirs, ours in _DECODER_BLOCK.items()}
+    names, block_names = inverse(_DECODER), inverse(_DECODER_BLOCK)
     for key, value in ours.items():
         if key == "cls_token":
             state["trainable_cls_token"] = value[None, None]

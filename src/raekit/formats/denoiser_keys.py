@@ -14,7 +14,7 @@ from torch import Tensor
 from raekit.config import configclass, from_dict
 from raekit.errors import UserError
 from raekit.flow.path import Prediction, shift_factor
-from raekit.formats.states import State, is_table, rename, without_tables
+from raekit.formats.states import State, inverse, is_table, rename, without_tables
 from raekit.models.denoiser_config import ContextConfig, DenoiserConfig, TransformerConfig
 from raekit.models.layers import rotary_table, sincos_positions
 
@@ -268,7 +268,7 @@ def published_denoiser_state(state: State, config: DenoiserConfig) -> dict[str, 
 
     This is the inverse of `denoiser_state` for networks that `published_denoiser` accepts.
     """
-    names = _inverse(_DENOISER | (_DIT_DH if config.head else _DIT))
+    names = inverse(_DENOISER | (_DIT_DH if config.head else _DIT))
     theirs = _denoiser_tables(config)
     for key, value in state.items():
         match = re.fullmatch(r"(head_)?blocks\.(\d+)\.(.+)", key)
@@ -285,13 +285,8 @@ def published_denoiser_state(state: State, config: DenoiserConfig) -> dict[str, 
             value = torch.cat([*(_pairs(x, part) for x in value.chunk(3)[:2]), value.chunk(3)[2]])
         elif name.startswith(("attention.q_norm.", "attention.k_norm.")):
             value = _pairs(value, part)
-        theirs[f"blocks.{index}.{rename(name, _inverse(_DENOISER_BLOCK))}"] = value
+        theirs[f"blocks.{index}.{rename(name, inverse(_DENOISER_BLOCK))}"] = value
     return theirs
-
-
-def _inverse(names: Mapping[str, str]) -> dict[str, str]:
-    """Return {ours: theirs}. Of several published names, the first one counts: the name of v1."""
-    return {ours: theirs for theirs, ours in reversed([*names.items()])}
 
 
 def _denoiser_tables(config: DenoiserConfig) -> dict[str, Tensor]:

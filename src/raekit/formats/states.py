@@ -35,6 +35,11 @@ def unwrap(checkpoint: Any) -> dict[str, Tensor]:
     return {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in state.items()}
 
 
+def inverse(names: Mapping[str, str]) -> dict[str, str]:
+    """Return {ours: theirs} of {theirs: ours}. Of several published names, the first one counts: the name of v1."""
+    return {ours: theirs for theirs, ours in reversed([*names.items()])}
+
+
 def without_tables(state: State, tables: State) -> dict[str, Tensor]:
     """Return the state dict without the fixed tables, after comparing them with the expected values.
 

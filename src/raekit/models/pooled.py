@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from raekit.errors import UserError
 from raekit.models.pretrained import read_pretrained
-from raekit.models.registry import CLIP, HALF, IMAGENET, Colours
+from raekit.models.registry import CLIP, HALF, IMAGENET, Colours, patch_order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +45,7 @@ class PooledSpec:
 
 
 def _mae_class_token(model: Any, pixels: Tensor) -> Tensor:
-    # Mask ratio 0 keeps every patch, and increasing noise keeps the patches in order.
-    patches = (pixels.shape[2] // model.config.patch_size) ** 2
-    order = torch.arange(patches, device=pixels.device).expand(len(pixels), -1)
+    order = patch_order(model, pixels)
     return model(pixels, noise=order, interpolate_pos_encoding=True).last_hidden_state[:, 0]
 
 
@@ -133,7 +131,7 @@ class PooledNetwork(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        # A stream that samples under autocast leaves autocast on between its batches. Features are always float32.
+        # Features are float32, also if the caller computes in bf16.
         with torch.autocast(images.device.type, enabled=False):
             images = images.float()
             size = (self.spec.size, self.spec.size)

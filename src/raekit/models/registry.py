@@ -154,7 +154,11 @@ class Family:
     licence: str = ""
 
 
-def _order(model: Any, pixels: Tensor) -> Tensor:
+def patch_order(model: Any, pixels: Tensor) -> Tensor:
+    """Return increasing noise (B, patches) for MAE, which hides the patches of the largest values and sorts the others.
+
+    With a mask ratio of 0, it keeps all patches in their order.
+    """
     size = model.config.patch_size
     patches = (pixels.shape[2] // size) * (pixels.shape[3] // size)
     return torch.arange(patches, device=pixels.device).expand(len(pixels), -1)
@@ -201,7 +205,7 @@ FAMILIES = {
         licence="apache-2.0",
         blocks="layers",
         norm="layernorm",
-        embed=lambda m, x: m.embeddings(x, noise=_order(m, x), interpolate_pos_encoding=True)[0],
+        embed=lambda m, x: m.embeddings(x, noise=patch_order(m, x), interpolate_pos_encoding=True)[0],
         config={"mask_ratio": 0.0},
     ),
     # Images are not normalised. The register is a second class token.
