@@ -358,7 +358,7 @@ def test_wrong_ends_and_images_are_one_clear_error(pipe):
         (lambda: pipe(**FEW).save(""), "path: '' is no path"),
         (lambda: pipe.save_pretrained(nothing), "folder: None is no path"),
         (lambda: pipe.save_pretrained("x.png"), "x.png: a folder is written here"),
-        (lambda: pipe.to("meta"), "device: 'meta' is not the name of a device"),
+        (lambda: pipe.to("mps"), "device: 'mps' is not the name of a device"),
         (lambda: pipe.decode(torch.zeros(0, 16, 4, 4)), "latents: none are given"),
         (lambda: Pipeline(pipe.denoiser, pipe.autoencoder), "autoencoder: a Denoiser is no autoencoder"),
         (lambda: Model(pipe.denoiser, pipe.autoencoder), "Denoiser and Autoencoder are no autoencoder and denoiser"),

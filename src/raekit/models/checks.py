@@ -13,13 +13,13 @@ def check_device(device: torch.device | str) -> torch.device:
     """Return the device that a model is moved to.
 
     Raises:
-        UserError: there is no such device, it is neither the CPU nor CUDA, or torch finds no CUDA device.
+        UserError: there is no such device, raekit does not run on it, or torch finds no CUDA device.
     """
     try:
         place = torch.device(device)
     except (RuntimeError, TypeError):
         place = None
-    if place is None or place.type not in ("cpu", "cuda"):
+    if place is None or place.type not in ("cpu", "cuda", "meta"):  # meta: only shapes
         raise UserError(f"device: {device!r} is not the name of a device; give 'cpu' or 'cuda'")
     if place.type == "cuda" and (place.index or 0) >= (count := torch.cuda.device_count()):
         raise UserError(f"device: {device} does not exist; torch finds {count} CUDA devices")
