@@ -32,8 +32,9 @@ def reconstruct(
 
     Example: raekit reconstruct builtin:emoji photo.jpg holidays --out reconstructions
 
-    The output folder gets a PNG file for each image, scores.csv, scores.json and contact-sheet.png. The same command
-    resumes after an interruption: reconstructions are kept unless the model, an option or the original has changed.
+    The output folder gets a PNG file for each image, scores.csv, scores.json, and contact-sheet.png with originals
+    above their reconstructions. The same command resumes after an interruption: reconstructions are kept unless the
+    model, an option or the original has changed.
 
     Args:
         model: Autoencoder to use: published name, builtin:NAME, model folder, run folder, or OWNER/NAME on the Hub.

@@ -54,9 +54,10 @@ def generate(
 
     Args:
         model: Model to sample from: published name, builtin:NAME, model folder, run folder, or OWNER/NAME on the Hub.
-        out: A .png or .webp file for one grid, an .npz file in ADM's format, or a folder for one picture per sample. An
-            existing file is replaced. In a folder, a file that has the name of a sample, but was not written by raekit,
-            is an error. None: a grid in the working folder, named after the model, the classes and the seed.
+        out: A .png or .webp file for one grid (of several classes, a row for each), an .npz file in ADM's format, or a
+            folder for one picture per sample. An existing file is replaced. In a folder, a file that has the name of a
+            sample, but was not written by raekit, is an error. None: a grid in the working folder, named after the
+            model, the classes and the seed.
         classes: Classes to generate: names, parts of names, numbers, or ranges of numbers such as 0-9. A number is a
             name if any class is named by a number, and an id if not. If not given, all classes; in a grid of a model
             with more than 16 classes, a random class for each sample.
