@@ -105,14 +105,16 @@ def test_baselines_give_a_meaning_to_the_scores(trained, tiny_model, tmp_path):
     assert evaluate(str(trained), **options)[0] == report  # the second call only reads the report
 
 
-def test_an_unreadable_training_image_ends_the_evaluation_before_samples_are_made(
+def test_too_many_unreadable_training_images_end_the_evaluation_before_samples_are_made(
     trained, plants, tiny_model, tmp_path
 ):
     shutil.copytree(plants, tmp_path / "plants")
     damaged = tmp_path / "plants" / "train" / "plant-3" / "2.png"
     damaged.write_bytes(damaged.read_bytes()[:100])
     work = []
-    with pytest.raises(UserError, match=r"1 of 72 images are unreadable, and all must be readable; repair .*2\.png"):
+    with pytest.raises(
+        UserError, match=r"1 of 72 images are unreadable, more than max_unreadable=0\.01 allows; repair"
+    ):
         evaluate(
             str(trained),
             source=f"folder:{tmp_path / 'plants'}",

@@ -15,7 +15,7 @@ from raekit.evaluation.features import Images, PairScore
 from raekit.evaluation.metrics import Accumulator, FrechetDistance, NearestNeighbours
 from raekit.evaluation.pairs import PairMean, psnr, ssim
 from raekit.evaluation.streaming import feature_bank, reference_moments, score_stream
-from raekit.evaluation.streams import StoredImages
+from raekit.evaluation.streams import RealImages, StoredImages
 from raekit.moments import Moments
 from raekit.pictures import to_pil
 
@@ -180,3 +180,24 @@ def test_saved_images_that_would_be_changed_or_left_out_are_rejected(tmp_path):
     (tmp_path / "b.png").write_bytes(b"")
     with pytest.raises(UserError, match=r"unreadable image .*b\.png"):
         StoredImages(f"flat:{tmp_path}")
+
+
+def test_the_next_image_takes_the_place_of_an_unreadable_one_where_that_is_allowed(tmp_path):
+    for number in range(20):
+        Image.new("L", (4, 4), 10 * number).save(tmp_path / f"{number:02}.png")
+    for number in (7, 19):
+        (tmp_path / f"{number:02}.png").write_bytes(b"")
+
+    def values(max_unreadable: float) -> list[int]:
+        images = RealImages(f"flat:{tmp_path}", "all", 4, batch_size=8, max_unreadable=max_unreadable)
+        batches = list(images.batches([range(12), range(12, 20)], ALONE))
+        assert torch.cat([batch.indices for batch in batches if batch.indices is not None]).tolist() == [*range(20)]
+        return (torch.cat([batch.images[:, 0, 0, 0] for batch in batches]) * 255).round().int().tolist()
+
+    expected = [10 * number for number in range(20)]
+    expected[7], expected[19] = expected[8], expected[0]
+    assert values(0.1) == expected
+    with pytest.raises(UserError, match=r"2 of 20 images are unreadable, more than max_unreadable=0\.05 allows"):
+        values(0.05)
+    with pytest.raises(UserError, match="unreadable, and all must be readable"):
+        values(0)

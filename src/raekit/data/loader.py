@@ -178,14 +178,19 @@ class Loader:
         batches = self.read((range(first, min(first + batch_size, len(self))) for first in firsts), world)
         return (batch for batch in batches if len(batch))
 
-    def read(self, parts: Iterable[range], world: World, resize: Resize = "exact") -> Iterator[Batch]:
+    def read(
+        self, parts: Iterable[range], world: World, resize: Resize = "exact", complete: bool = False
+    ) -> Iterator[Batch]:
         """Yield one centre-cropped batch for each range of source indices in `parts`, without unreadable images.
+
+        With `complete`, the next readable image takes the place of an unreadable one, as in training.
 
         Raises:
             UserError: too many images are unreadable.
         """
         config = replace(self.config, crop="center", flip=False, resize=resize)
-        return self._batches(_Reader(self.source, config, seed=None, attempts=1), parts, world)
+        attempts = self._tolerated + 1 if complete else 1
+        return self._batches(_Reader(self.source, config, seed=None, attempts=attempts), parts, world)
 
     def _batches(self, reader: "_Reader", parts: Iterable[range], world: World) -> Iterator[Batch]:
         for images, labels, read, unreadable in load_parts(reader, parts, self.config.workers, world):
@@ -237,8 +242,8 @@ _Read = tuple[Tensor, Tensor, Tensor, dict[str, str]]
 class _Reader(Dataset[_Read]):
     """Reads a batch in any process: positions -> images, labels, positions, reasons by unreadable image.
 
-    With a seed, positions belong to the training stream, and up to `attempts` images are tried for one position.
-    Without a seed, positions are source indices.
+    With a seed, positions belong to the training stream; without, they are source indices. Up to `attempts` images are
+    tried for one position.
     """
 
     def __init__(self, source: Source, config: DataConfig, seed: int | None, attempts: int):

@@ -364,7 +364,7 @@ def _baselines(
 ) -> dict[str, Stream]:
     rows: dict[str, Stream] = {
         "held-out images": RealImages(dataset, "heldout", image_size, batch_size, workers),
-        TRAINING: RealImages(dataset, "train", image_size, batch_size, workers),
+        TRAINING: RealImages(dataset, "train", image_size, batch_size, workers, DataConfig.max_unreadable),
     }
     if loaded is None:
         return rows

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from raekit import randomness
+from raekit.data.loader import DataConfig
 from raekit.data.sources import absolute
 from raekit.data.sources.base import Split
 from raekit.distributed import World
@@ -69,7 +70,7 @@ class Interpolations:
         size = autoencoder.image_size
         self.autoencoder, self.seed, self.progress = autoencoder, seed, progress
         self.originals = RealImages(source, split, size, batch_size, workers)
-        self.training = RealImages(training, "train", size, batch_size, workers)
+        self.training = RealImages(training, "train", size, batch_size, workers, DataConfig.max_unreadable)
         self.count, self.image_size, self.source = self.originals.count, size, source
         self.classes = self.originals.classes
         self.split: Split = split

@@ -134,17 +134,30 @@ def _read(source: Source, index: int) -> Image.Image:
 
 
 class RealImages:
-    """The images of a split of a data source, centre-cropped to `image_size`."""
+    """The images of a split of a data source, centre-cropped to `image_size`.
 
-    def __init__(self, source: str, split: Split, image_size: int, batch_size: int = BATCH, workers: int = 0):
-        data = DataConfig(source=source, split=split, image_size=image_size, workers=workers, max_unreadable=0)
+    All must be readable, or a share of up to `max_unreadable` is not; others then take their place.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        split: Split,
+        image_size: int,
+        batch_size: int = BATCH,
+        workers: int = 0,
+        max_unreadable: float = 0.0,
+    ):
+        data = DataConfig(
+            source=source, split=split, image_size=image_size, workers=workers, max_unreadable=max_unreadable
+        )
         self.loader, self.batch_size = Loader(data, seed=0), chunk_batch(batch_size)
         self.count, self.image_size, self.source = len(self.loader), image_size, source
         self.classes = self.loader.classes
         self.split: Split = split
 
     def batches(self, chunks: Sequence[range], world: World) -> Iterator[Images]:
-        return images_of(self.loader.read(batches_of(chunks, self.batch_size), world), world)
+        return images_of(self.loader.read(batches_of(chunks, self.batch_size), world, complete=True), world)
 
     def settings(self) -> dict[str, Any]:
         return {"split": self.split, "batch_size": self.batch_size}
