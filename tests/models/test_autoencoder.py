@@ -150,7 +150,9 @@ def test_measured_statistics_whiten_each_element(model: Autoencoder):
     assert torch.allclose(white.var(0, correction=0), torch.ones(()), atol=0.1)
 
 
-@pytest.mark.parametrize("change", [lambda v: v[0], lambda v: v * math.nan, lambda v: -v - 1, lambda v: None])
+@pytest.mark.parametrize(
+    "change", [lambda v: v[0], lambda v: v * math.nan, lambda v: -v - 1, lambda v: None, lambda v: v.numpy()]
+)
 def test_wrong_statistics_are_rejected(model: Autoencoder, change: Any):
     good = torch.ones(model.latent_shape)
     before = model.var.clone()

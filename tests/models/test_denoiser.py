@@ -332,7 +332,15 @@ def test_times_and_labels_of_another_kind_are_rejected():
     for wrong in (0.5, torch.tensor(0.5), torch.rand(2), torch.arange(3)):
         with pytest.raises(UserError, match=r"t: expected a float tensor \(3,\), a time for each of the latents, got"):
             model(x, wrong, labels)
-    for wrong in ([0, 1, 2], torch.arange(2), torch.rand(3), torch.rand(3, 5), torch.tensor([0, 1, 6]), -labels):
+    for wrong in (
+        [0, 1, 2],
+        torch.arange(2),
+        torch.rand(3),
+        torch.rand(3, 5),
+        torch.tensor([0, 1, 6]),
+        -labels,
+        labels > 0,
+    ):
         with pytest.raises(UserError, match=r"labels: expected ids \(3,\) from 0 to 5, or float weights \(3, 6\), got"):
             model(x, t, wrong)
 

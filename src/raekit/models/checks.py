@@ -92,9 +92,12 @@ def check_classes(given: Any, count: int, classes: int) -> None:
     wanted = f"expected ids ({count},) from 0 to {classes}, or float weights ({count}, {classes + 1})"
     if not isinstance(given, torch.Tensor):
         raise UserError(f"labels: {wanted}, got {type(given).__name__}")
-    if given.shape != ((count, classes + 1) if given.is_floating_point() else (count,)):
+    weights = given.is_floating_point()
+    if given.shape != ((count, classes + 1) if weights else (count,)) or not (
+        weights or given.dtype in (torch.int32, torch.int64)
+    ):
         raise UserError(f"labels: {wanted}, got {_name(given.dtype)} {tuple(given.shape)}")
-    if given.device.type == "cpu" and not given.is_floating_point() and count:
+    if given.device.type == "cpu" and not weights and count:
         low, high = (bound.item() for bound in given.aminmax())
         if not 0 <= low <= high <= classes:
             raise UserError(f"labels: {wanted}, got values from {low} to {high}")

@@ -85,8 +85,10 @@ class LatentSpace(nn.Module, ABC):
             UserError: a tensor has another shape, a value is not finite, or a variance is negative.
         """
         for name, values in (("mean", mean), ("var", var)):
-            if (values is not None or name == "var") and getattr(values, "shape", None) != self.latent_shape:
-                found = tuple(getattr(values, "shape", ())) or type(values).__name__
+            if name == "mean" and values is None:
+                continue
+            if not isinstance(values, Tensor) or values.shape != self.latent_shape:
+                found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
                 raise UserError(f"statistics: {name} must be a tensor of shape {self.latent_shape}, not {found}")
         check_statistics(mean, var)
         self.mean = None if mean is None else mean.to(self.var)
