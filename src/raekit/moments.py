@@ -42,7 +42,7 @@ class Moments:
         mean = rows.mean(0)
         delta, share = mean - self.mean, len(rows) / (self.count + len(rows))
         rows = rows - mean
-        # In place: for a few rows of a wide network, the time is that of passes over the scatter matrix.
+        # In place: with few rows of many features, reading and writing the scatter matrix takes most of the time.
         if self.diagonal:
             self.scatter.add_(rows.square().sum(0)).addcmul_(delta, delta, value=self.count * share)
         else:

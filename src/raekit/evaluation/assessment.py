@@ -38,8 +38,8 @@ _CLAIM = "evaluation.json"
 _BASELINES = "baselines"
 _WRITTEN = ("features", _BASELINES, "samples.png", "report.json", "report.md", "report.html")
 """What an evaluation writes to its folder, apart from the claim."""
-_HASHED = ("drawn_labels", "weights", "networks", "references", "relative_to")
-"""Settings with hashes."""
+_HASHED = ("weights", "networks", "references", "relative_to")
+"""Settings that hold hashes, or consist of them."""
 TRAINING = "training images"
 """The name of the baseline whose images are searched for the nearest neighbours of all others."""
 _NEIGHBOURS = 10
@@ -279,11 +279,11 @@ def _claim(out: Path, claim: dict[str, Any], world: World) -> None:
 
 def _changes(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
     """Yield a line for each difference of two claims. Values that are hashes are not given."""
+    hidden = (*_HASHED, "drawn_labels")  # the latter is a hash that follows from other settings
     for part in ("settings", "environment"):
         one, other = told(old[part]), told(new[part])
-        hashed = [key for key in _HASHED if key != "drawn_labels" and one.get(key) != other.get(key)]
-        yield from (f"{key}: changed" for key in hashed)
-        yield from differences(*({k: v for k, v in each.items() if k not in _HASHED} for each in (one, other)))
+        yield from (f"{key}: changed" for key in _HASHED if one.get(key) != other.get(key))
+        yield from differences(*({k: v for k, v in each.items() if k not in hidden} for each in (one, other)))
     if old["images"] != new["images"]:
         yield "images: changed"
 

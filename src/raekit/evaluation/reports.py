@@ -120,8 +120,10 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def told(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings as a reader is told them: baselines follow from the others, so only whether there are any."""
-    return {**settings, **({"baselines": "yes" if settings["baselines"] else "no"} if "baselines" in settings else {})}
+    """Return settings for a comparison. Of the baselines, they only say whether there are any."""
+    if "baselines" not in settings:
+        return dict(settings)
+    return {**settings, "baselines": "yes" if settings["baselines"] else "no"}
 
 
 def check_comparison(path: Path) -> None:

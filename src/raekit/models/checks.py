@@ -78,7 +78,7 @@ def check_times(t: Any, count: int) -> None:
         raise UserError(f"t: expected a float tensor ({count},), a time for each of the latents, got {found}")
 
 
-def check_classes(given: Any, count: int, classes: int) -> None:
+def check_labels(given: Any, count: int, classes: int) -> None:
     """Check the classes that a denoiser is given. As for images, the range is checked on the CPU only.
 
     Args:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raekit.models.checks import check_classes
+from raekit.models.checks import check_labels
 
 
 class Condition(Protocol):
@@ -41,7 +41,7 @@ class ClassCondition(nn.Module):
     def forward(self, given: Tensor | None, count: int) -> Tensor:
         if given is None:
             given = torch.full((count,), self.null, device=self.weight.device)
-        check_classes(given, count, self.null)
+        check_labels(given, count, self.null)
         return given @ self.weight if given.is_floating_point() else F.embedding(given, self.weight)
 
     def without(self, given: Tensor, dropped: Tensor) -> Tensor:

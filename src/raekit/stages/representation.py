@@ -83,9 +83,10 @@ class RepresentationConfig:
         train: Settings of the training loop.
         optim: Optimizer and learning rate schedule.
         ema: Decays of the weight averages. The artifact holds the average of the first decay.
-        score_every: Number of steps between two measurements of the class accuracy: how well the nearest training
-            images predict the classes of the held-out images, in the mean tokens of the encoder, in those of the same
-            network with random weights, and in the pixels of reduced images. Data without classes is not measured.
+        score_every: Number of steps between two measurements of the class accuracy, the share of held-out images whose
+            nearest training images have the same class. Distances are those of the encoder's mean tokens. For
+            comparison, the accuracy is also measured with random weights, and with the pixels of small images. Data
+            without classes is not measured.
     """
 
     stage: Literal["representation"] = "representation"
