@@ -3,7 +3,7 @@ import io
 import pytest
 from rich.console import Console
 
-from raekit.progress import Display, duration
+from raekit.progress import Display, SamplingProgress, duration
 
 
 @pytest.fixture
@@ -67,3 +67,25 @@ def test_on_a_terminal_there_are_bars(clock):
     assert "3/4" in file.getvalue()
     assert "1 s left" in file.getvalue()
     assert "loss 1" in file.getvalue()
+
+
+def test_sampling_reports_the_evaluations_within_a_batch(clock):
+    file = io.StringIO()
+    with Display(Console(file=file, width=200)) as display:
+        progress = SamplingProgress(display, "generate", 2, 6)
+        for _ in range(2):
+            for _ in range(3):
+                clock[0] += 11
+                progress.watch()
+            clock[0] += 11
+            progress.finish(2)
+    assert file.getvalue().splitlines() == [
+        "generate: 2/6  evaluation 1",
+        "generate: 2/6  evaluation 2",
+        "generate: 2/6  evaluation 3",
+        "generate: 4/6  0.061 images/s, 33 s left",
+        "generate: 4/6  0.061 images/s, 22 s left  evaluation 1",
+        "generate: 4/6  0.061 images/s, 11 s left  evaluation 2",
+        "generate: 4/6  0.061 images/s, 0 s left  evaluation 3",
+        "generate: 6/6  0.052 images/s",
+    ]

@@ -53,6 +53,31 @@ def counted(progress: Progress, what: str, total: int, processes: int) -> Callab
     return lambda done: progress(what, min(done * processes, total), total)
 
 
+class SamplingProgress:
+    """The progress of sampling in batches, with the denoiser's evaluations within a batch, which can take minutes.
+
+    Args:
+        progress: receives the progress.
+        what: the name of the work.
+        done: the number of images that are finished already.
+        total: the number of images.
+    """
+
+    def __init__(self, progress: Progress, what: str, done: int, total: int) -> None:
+        self.progress, self.what, self.done, self.total = progress, what, done, total
+        self.evaluations = 0
+
+    def watch(self, *state: object) -> None:
+        """Report an evaluation of the denoiser: the `watch` of sampling."""
+        self.evaluations += 1
+        self.progress(self.what, self.done, self.total, f"evaluation {self.evaluations}")
+
+    def finish(self, images: int) -> None:
+        """Report that a batch is finished."""
+        self.evaluations, self.done = 0, min(self.done + images, self.total)
+        self.progress(self.what, self.done, self.total)
+
+
 class Display:
     """A `Progress` that shows bars with the rate and the remaining time. It is a context manager.
 
@@ -68,6 +93,7 @@ class Display:
         self.tasks: dict[str, TaskID] = {}
         self.began: dict[str, tuple[float, int]] = {}
         self.last: dict[str, int] = {}
+        self.advanced: dict[str, float] = {}  # when `done` last changed
         self.printed = 0.0
         self.bars = Bars(
             TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
@@ -96,14 +122,19 @@ class Display:
         if self.quiet:
             return
         now = time.monotonic()
-        again = done <= self.last.get(what, -1)  # other work of the same name
+        last = self.last.get(what, -1)
+        again = done < last or done == last == total  # other work of the same name
         self.last[what] = done
         if again or what not in self.began:
             self.began[what] = now, done
-        first, start = self.began[what]
-        speed = (done - start) / (now - first) if now > first else 0.0
-        rate = f"{speed * unit:.1f} images/s" if speed and unit else ""
-        left = f"{duration((total - done) / speed)} left" if speed and done < total else ""
+        if done != last:
+            self.advanced[what] = now
+        (first, start), advanced = self.began[what], self.advanced[what]
+        speed = (done - start) / (advanced - first) if advanced > first else 0.0
+        rate = f"{speed * unit:{'.1f' if speed * unit > 1 else '.2g'}} images/s" if speed and unit else ""
+        left = ""
+        if speed and done < total:
+            left = f"{duration(max((total - done) / speed - (now - advanced), 0))} left"
         if self.live:
             if what not in self.tasks:
                 self.tasks[what] = self.bars.add_task(what, total=total, rate="", left="", text="")

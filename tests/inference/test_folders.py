@@ -121,8 +121,8 @@ def test_an_interrupted_archive_is_completed_to_the_bit(model, tmp_path, monkeyp
     settings: dict[str, Any] = {"total": 7, "sampling": FEW, "batch_size": 3, "world": ONE}
     generate_npz(model, tmp_path / "whole.npz", [0, 1], **settings)
 
-    def interrupt(what: str, done: int, total: int) -> None:
-        if (what, done) == stop:
+    def interrupt(what: str, done: int, total: int, text: str = "") -> None:
+        if (what, done, text) == (*stop, ""):
             raise KeyboardInterrupt
 
     for stop in (("generate", 3), ("pack", 2)):

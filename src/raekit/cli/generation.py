@@ -17,7 +17,7 @@ from raekit.cli.launch import processes
 from raekit.cli.sampling import Options, SamplingOptions
 from raekit.errors import MAX_COUNT, UserError, whole_number
 from raekit.files import FILE_ENDINGS, check_file, check_folder
-from raekit.progress import Display
+from raekit.progress import Display, SamplingProgress
 
 if TYPE_CHECKING:
     from raekit.distributed import World
@@ -120,10 +120,11 @@ def generate(
             # The classes take turns, as in a folder.
             every = (random_labels(loaded, seed, count) if mixed else labels * count) or None
             try:
-                for batch in stream(loaded, every, count=None if every else count, **shared):
+                shown = SamplingProgress(progress, "generate", 0, total)
+                for batch in stream(loaded, every, count=None if every else count, watch=shown.watch, **shared):
                     tiles += map(to_pil, batch.images)
                     passes |= batch.passes
-                    progress("generate", len(tiles), total)
+                    shown.finish(len(batch))
             except KeyboardInterrupt:
                 console.err.print("stopped; a grid cannot be resumed, so give a folder as --out for many images")
                 raise
@@ -183,7 +184,7 @@ def interpolate(
             raise UserError("interpolate: runs in a single process; start it without torchrun")
         loaded = load(model, here.device, ema, options.dtype)
         check_grid(out, frames, loaded.autoencoder.image_shape, frames)
-        images, passes = [], Counter()
+        images, passes, shown = [], Counter(), SamplingProgress(progress, "interpolate", 0, frames)
         batches = between(
             loaded,
             seeds=_pair(seeds, "seeds"),
@@ -191,11 +192,12 @@ def interpolate(
             frames=frames,
             sampling=options.sampling(model, here),
             batch_size=batch_size,
+            watch=shown.watch,
         )
         for batch in batches:
             images += map(to_pil, batch.images)
             passes |= batch.passes
-            progress("interpolate", len(images), frames)
+            shown.finish(len(batch))
     _write_rows([images], out, form)
     console.out.print(f"{frames} images: {out}{_cost(passes)}")
 
@@ -239,7 +241,7 @@ def trajectory(
     assert model is not None
     whole_number("--count", count, 1, MAX_COUNT)
     whole_number("--frames", frames, 2, MAX_COUNT)
-    with processes(device) as here:
+    with processes(device) as here, Display(console.err) as progress:
         if here.size > 1:
             raise UserError("trajectory: runs in a single process; start it without torchrun")
         loaded = load(model, here.device, ema, options.dtype)
@@ -247,9 +249,17 @@ def trajectory(
         sampling = options.sampling(model, here)
         check_grid(out, frames * (len(labels) * count or count), loaded.autoencoder.image_shape, frames)
         every = labels * count or None
+        shown = SamplingProgress(progress, "trajectory", 0, len(labels) * count or count)
         times, images = follow(
-            loaded, every, count=None if every else count, frames=frames, seed=seed, sampling=sampling
+            loaded,
+            every,
+            count=None if every else count,
+            frames=frames,
+            seed=seed,
+            sampling=sampling,
+            watch=shown.watch,
         )
+        shown.finish(shown.total)
     rows = [[to_pil(image) for image in row] for row in images.transpose(0, 1)]
     _write_rows([row for first in range(max(len(labels), 1)) for row in rows[first :: max(len(labels), 1)]], out, form)
     shown = ", ".join(f"{t:.3f}" for t in times)

@@ -11,7 +11,7 @@ from raekit.cli.launch import processes
 from raekit.cli.sampling import Options, SamplingOptions
 from raekit.errors import MAX_COUNT, UserError, whole_number
 from raekit.files import check_file, check_folder
-from raekit.progress import Display, counted
+from raekit.progress import Display, SamplingProgress, counted
 
 
 def latents_measure(
@@ -191,11 +191,12 @@ def latents_generate(
             raise UserError("latents generate: runs in a single process; start it without torchrun")
         loaded = load(model, here.device, ema, options.dtype)
         classes, parts, sampling = len(loaded.classes), [], options.sampling(model, here)
+        shown = SamplingProgress(progress, "generate", 0, count)
         for indices in torch.arange(count).split(batch_size):
             labels = indices.to(here.device) % classes if classes else None
-            latents = sample_latents(loaded.denoiser, labels, indices, seed, sampling, here.device)
+            latents = sample_latents(loaded.denoiser, labels, indices, seed, sampling, here.device, watch=shown.watch)
             parts.append(loaded.autoencoder.unwhiten(latents).cpu())
-            progress("generate", int(indices[-1]) + 1, count)
+            shown.finish(len(indices))
         with whole(out) as partial:
             save_file({"unwhitened": torch.cat(parts)}, partial)
     console.out.print(f"{count} latents: {out}")

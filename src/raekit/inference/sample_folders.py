@@ -18,7 +18,7 @@ from raekit.flow.sampling import Sampling, check_sampling
 from raekit.inference.generation import BatchSize, fitting_batch, generate
 from raekit.inference.model import Model
 from raekit.pictures import PictureFormat, read_origin, to_pil, write_picture
-from raekit.progress import Progress, silent
+from raekit.progress import Progress, SamplingProgress, silent
 from raekit.weights import fingerprint
 
 
@@ -79,6 +79,7 @@ def generate_folder(
     world.barrier()  # no process writes before all have listed the folder
     shares = (range(first, min(first + size, total)) for first in range(0, total, size))
     numbers = [i for share in shares if not there.issuperset(share) for i in share]
+    shown = SamplingProgress(progress, "generate", total - len(numbers), total)
     batches = generate(
         model,
         every,
@@ -88,16 +89,16 @@ def generate_folder(
         batch_size=size,
         world=world,
         indices=numbers,
+        watch=shown.watch,
     )
-    done, passes = total - len(numbers), Counter()
+    passes: Counter[str] = Counter()
     for batch in batches:
         passes |= batch.passes
         for image, index in zip(batch.images, batch.indices.tolist(), strict=True):
             if index not in there:
                 with whole(place(index)) as partial:
                     write_picture(to_pil(image), partial, origin(index), form)
-        done = min(done + len(batch) * world.size, total)
-        progress("generate", done, total)
+        shown.finish(len(batch) * world.size)
     return passes
 
 
