@@ -45,6 +45,11 @@ def test_the_matrices_grow_until_a_product_takes_long_enough(monkeypatch: pytest
         ("NVIDIA H100 80GB HBM3", 989.5e12),
         ("NVIDIA H100 PCIe", 756e12),
         ("A100-SXM4-40GB", 312e12),
+        ("NVIDIA GB200", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA GeForce RTX 4090", 165.2e12),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
         ("GT", None),
     ],
 )

@@ -304,6 +304,11 @@ def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
         Trainer(tmp_path, CONFIG, [], partial(rows, ONE), World(size=3))
 
 
+def test_a_milestone_after_the_last_step_is_refused(tmp_path):
+    with pytest.raises(UserError, match=rf"train\.milestones: .*train\.steps = {CONFIG.steps}, before step 999"):
+        trainer(tmp_path, config=replace(CONFIG, milestones=(2, 999)))
+
+
 def test_a_world_that_cannot_be_sharded_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"train\.shard: 3 must divide 4, the number of processes"):
         Trainer(tmp_path, replace(CONFIG, shard=3), [], partial(rows, ONE), World(size=4))

@@ -8,7 +8,7 @@ from tyro.conf import Positional
 
 from raekit.cli import console
 from raekit.cli.launch import processes
-from raekit.errors import UserError
+from raekit.errors import whole_number
 from raekit.files import check_file, check_folder
 from raekit.progress import Display
 
@@ -45,8 +45,7 @@ def data(
     from raekit.evaluation.overview import look_at
     from raekit.files import whole
 
-    if count < 1:
-        raise UserError(f"--count: {count} must be at least 1")
+    whole_number("--count", count, 1)
     if out:
         check_file(out, ".png")
         check_apart(out, [source], "--out")

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from raekit.cli import console
-from raekit.errors import Stopped, UserError
+from raekit.errors import Stopped, UserError, whole_number
 from raekit.training.signals import SIGNALS
 
 if TYPE_CHECKING:
@@ -31,8 +31,7 @@ def launch(count: int, arguments: Sequence[str]) -> None:
         Stopped: If a signal stopped the command.
         SystemExit: With status 1, if a process failed. The process has printed its error.
     """
-    if count < 1:
-        raise UserError(f"--gpus, --processes: {count} must be at least 1")
+    whole_number("--gpus, --processes", count, 1)
     if "WORLD_SIZE" in os.environ:
         raise UserError("--gpus, --processes: torchrun has started this process already; leave out one of the two")
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVING))

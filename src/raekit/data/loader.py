@@ -172,8 +172,7 @@ class Loader:
         Raises:
             UserError: the batch size is not positive, or too many images are unreadable.
         """
-        if batch_size < 1:
-            raise UserError(f"batch size {batch_size} must be at least 1")
+        whole_number("batch_size", batch_size, 1)
         firsts = range(world.rank * batch_size, len(self), world.size * batch_size)
         batches = self.read((range(first, min(first + batch_size, len(self))) for first in firsts), world)
         return (batch for batch in batches if len(batch))

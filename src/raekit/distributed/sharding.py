@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 
 from raekit.distributed import World
 
@@ -61,6 +62,11 @@ def gathered(modules: Iterable[nn.Module]) -> Iterator[None]:
         for part in parts:
             part.reshard()
             part.set_reshard_after_forward(True, recurse=False)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this process's part of a distributed tensor, and any other tensor itself, without its gradient."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def full_state(module: nn.Module, cpu: bool = False) -> dict[str, Tensor]:

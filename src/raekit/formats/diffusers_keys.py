@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from raekit.config import configclass
-from raekit.errors import UserError
+from raekit.errors import UserError, whole_number
 from raekit.formats.states import State, rename
 from raekit.models.decoder import DecoderConfig
 from raekit.weights import VARIANCE_EPS, check_statistics
@@ -59,8 +59,7 @@ class DiffusersAutoencoder:
     use_encoder_loss: bool = False
 
     def __post_init__(self) -> None:
-        if self.encoder_patch_size < 1:
-            raise UserError(f"encoder_patch_size: {self.encoder_patch_size} must be at least 1")
+        whole_number("encoder_patch_size", self.encoder_patch_size, 1)
         if self.encoder_hidden_size < 64 or self.encoder_hidden_size % 64:
             raise UserError(
                 f"encoder_hidden_size: {self.encoder_hidden_size} must be a multiple of 64, the channels of a head"

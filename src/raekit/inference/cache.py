@@ -16,7 +16,7 @@ from raekit.data.loader import Batch, DataConfig, Loader, Resize
 from raekit.data.sources import absolute, listing
 from raekit.data.sources.base import Split
 from raekit.distributed import World
-from raekit.errors import UserError
+from raekit.errors import UserError, whole_number
 from raekit.files import sweep
 from raekit.inference.shards import (
     ShardInfo,
@@ -130,8 +130,7 @@ def cache_latents(
         UserError: if the folder holds other latents, or the latents are not finite.
     """
     for name, value in (("batch_size", batch_size), ("shard_size", shard_size)):
-        if value < 1:
-            raise UserError(f"{name}: {value} must be at least 1")
+        whole_number(name, value, 1)
     check_crop(data)
     loader = Loader(data, seed=0)
     loader.announce(world)

@@ -14,7 +14,7 @@ from raekit import __version__
 from raekit.config import configclass
 from raekit.data.images import find_images, read_image, real_path
 from raekit.data.transforms import Fit
-from raekit.errors import UserError
+from raekit.errors import UserError, whole_number
 from raekit.files import as_path, check_file, sweep
 from raekit.inference.shards import (
     REMEDIES,
@@ -95,8 +95,7 @@ def encode_files(
             images.
     """
     for name, value in (("batch_size", batch_size), ("shard_size", shard_size)):
-        if value < 1:
-            raise UserError(f"{name}: {value} must be at least 1")
+        whole_number(name, value, 1)
     images = list(find_images(paths))
     single = out.suffix.lower() == ".safetensors"
     if single:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from raekit.config import read_json, to_dict, to_json
 from raekit.data.images import find_images, read_image, real_path
 from raekit.data.transforms import Fit, center_crop
-from raekit.errors import UserError
+from raekit.errors import UserError, whole_number
 from raekit.files import check_file, check_folder, sweep, whole
 from raekit.flow.sampling import check_finite
 from raekit.inference.model import reconstruct
@@ -103,8 +103,7 @@ def reconstruct_folder(
     Raises:
         UserError: if `out` holds originals or scores of something else, or a setting is invalid.
     """
-    if batch_size < 1:
-        raise UserError(f"batch_size: {batch_size} must be at least 1")
+    whole_number("batch_size", batch_size, 1)
     check_folder(out)
     place = real_path(out)
     inside = any(path.is_dir() and real_path(path).is_relative_to(place) for path in paths)

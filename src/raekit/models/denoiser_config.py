@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Literal, get_args
 
 from raekit.config import check_sizes, configclass
-from raekit.errors import UserError
+from raekit.errors import UserError, whole_number
 from raekit.models.layers import (
     MLPKind,
     NormKind,
@@ -69,8 +69,7 @@ class ContextConfig:
 
     def __post_init__(self) -> None:
         for name in ("time_tokens", "label_tokens"):
-            if getattr(self, name) < 1:
-                raise UserError(f"denoiser.context.{name}: {getattr(self, name)} must be at least 1")
+            whole_number(f"denoiser.context.{name}", getattr(self, name), 1)
 
 
 @configclass

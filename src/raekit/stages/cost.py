@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from raekit.distributed import World
+from raekit.distributed.sharding import local
 from raekit.stages.stage import Stage
 from raekit.training.memory import capacity, divisors
 from raekit.training.objective import Objective
@@ -126,7 +126,7 @@ class _Memory(TorchDispatchMode):
 
 
 def _storage(tensor: torch.Tensor) -> torch.UntypedStorage:
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
+    return local(tensor).untyped_storage()
 
 
 def memory_advice(stage: Stage, config: TrainConfig, size: int, world: World) -> str:

@@ -10,7 +10,7 @@ from typing import Literal
 from raekit.config import Interval, Place, configclass
 from raekit.data.loader import DataConfig
 from raekit.distributed import World
-from raekit.errors import UserError
+from raekit.errors import UserError, whole_number
 from raekit.evaluation.against import Against, find_networks
 from raekit.evaluation.assessment import check_count
 from raekit.evaluation.features import Images, default_features, load_networks
@@ -71,8 +71,7 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         for name in ("every", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"evaluation.{name}: {getattr(self, name)} must be at least 1")
+            whole_number(f"evaluation.{name}", getattr(self, name), 1)
         try:
             check_count(self.count, self.intervals)
         except UserError as error:

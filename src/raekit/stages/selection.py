@@ -11,7 +11,7 @@ from torch import Tensor
 from raekit.config import Defines, Interval, Place, configclass, read_json, to_json
 from raekit.data.loader import DataConfig
 from raekit.distributed import World
-from raekit.errors import UserError
+from raekit.errors import UserError, whole_number
 from raekit.evaluation.features import Images, PairScore, default_features, load_networks
 from raekit.evaluation.metrics import FrechetDistance
 from raekit.evaluation.pairs import PairMean, psnr, ssim
@@ -42,8 +42,7 @@ class SelectionConfig:
     features: Defines[Place | None] = None
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            raise UserError(f"selection.every: {self.every} must be at least 1")
+        whole_number("selection.every", self.every, 1)
 
 
 def read_generated(path: Path, shape: tuple[int, int, int]) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from raekit.config import Interval, configclass
 from raekit.data.loader import Batch, DataConfig, Loader
 from raekit.distributed import World
-from raekit.errors import UserError
+from raekit.errors import UserError, whole_number
 from raekit.evaluation.streaming import BATCH
 from raekit.flow.guidance import parse_guidance
 from raekit.flow.sampling import Sampling, check_sampling
@@ -47,8 +47,7 @@ class PicturesConfig:
 
     def __post_init__(self) -> None:
         for name in ("every", "count"):
-            if getattr(self, name) < 1:
-                raise UserError(f"samples.{name}: {getattr(self, name)} must be at least 1")
+            whole_number(f"samples.{name}", getattr(self, name), 1)
 
 
 @configclass
@@ -91,8 +90,7 @@ class HeldoutConfig:
 
     def __post_init__(self) -> None:
         for name in ("every", "count"):
-            if getattr(self, name) < 1:
-                raise UserError(f"heldout.{name}: {getattr(self, name)} must be at least 1")
+            whole_number(f"heldout.{name}", getattr(self, name), 1)
 
 
 def samples(

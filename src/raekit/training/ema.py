@@ -1,11 +1,11 @@
 """Exponential moving averages of a module's weights."""
 
 import copy
-from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import nn
+
+from raekit.distributed.sharding import local
 
 
 def averaged_copy(module: nn.Module) -> nn.Module:
@@ -21,10 +21,6 @@ def warmed_up(decay: float, updates: int) -> float:
 @torch.no_grad()
 def update(average: nn.Module, module: nn.Module, decay: float) -> None:
     """Set `average` to decay * average + (1 - decay) * module, in place, and copy the buffers."""
-    torch._foreach_lerp_(_local(average.parameters()), _local(module.parameters()), 1 - decay)
+    torch._foreach_lerp_(list(map(local, average.parameters())), list(map(local, module.parameters())), 1 - decay)
     for old, new in zip(average.buffers(), module.buffers(), strict=True):
         old.copy_(new)
-
-
-def _local(tensors: Iterable[Tensor]) -> list[Tensor]:
-    return [t.to_local() if isinstance(t, DTensor) else t.detach() for t in tensors]

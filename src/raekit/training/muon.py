@@ -7,6 +7,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from raekit.distributed.sharding import local
+
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 EPS = 1e-7
@@ -59,14 +61,14 @@ def muon_step(
     updates = []
     for matrix, buffer in zip(matrices, momenta, strict=True):
         assert matrix.grad is not None
-        old, gradient = _local(buffer), _local(matrix.grad)
+        old, gradient = local(buffer), local(matrix.grad)
         if keep is not None:  # the momentum moves towards itself
             gradient = torch.where(keep.bool(), gradient, old)
         old.lerp_(gradient, 1 - momentum)
         updates.append(gradient.lerp(old, momentum).to(precision(gradient.device)))
     for matrix, update in zip(matrices, _orthogonalise_all(matrices, updates), strict=True):
         size = 0.2 * max(matrix.shape) ** 0.5
-        weights, kept = _local(matrix), 1.0 if keep is None else keep
+        weights, kept = local(matrix), 1.0 if keep is None else keep
         weights.mul_(1 - lr * weight_decay * kept)
         weights.add_(update.float() * (-lr * size * kept))  # a bfloat16 tensor times a number is rounded
 
@@ -92,10 +94,6 @@ def _orthogonalise_all(matrices: Sequence[nn.Parameter], updates: list[Tensor]) 
         for i, update, values in zip(chosen, full, received[: len(chosen)], strict=True):
             results[i] = _part_of(matrices[i], values[: update.numel()].view_as(update))
     return results
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def _like(matrix: Tensor, part: Tensor) -> DTensor:

@@ -6,9 +6,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn, optim
-from torch.distributed.tensor import DTensor
 
 from raekit.config import OnPurpose, Steps, configclass
+from raekit.distributed.sharding import local
 from raekit.errors import UserError
 from raekit.training.muon import muon_step
 
@@ -110,7 +110,7 @@ class MuonAdamW(optim.Optimizer):
         self.adamw.param_groups, self.adamw.state = [adamw], self.state
         self.adamw.found_inf = self.found_inf  # type: ignore[attr-defined]
         self.adamw.step()
-        found = self.found_inf.to_local() if isinstance(self.found_inf, DTensor) else self.found_inf
+        found = None if self.found_inf is None else local(self.found_inf)
         matrices = [p for p in muon["params"] if p.grad is not None]
         for matrix in matrices:
             if "momentum_buffer" not in self.state[matrix]:

@@ -1,5 +1,6 @@
 """How fast a training is: its speed, its FLOPs, and the share of the rate that the device can reach."""
 
+import re
 import resource
 import sys
 import time
@@ -24,13 +25,16 @@ PEAKS = {
     "L40S": {"bf16": 362, "tf32": 183, "fp32": 91.6},
     "RTX 4090": {"bf16": 165.2, "tf32": 82.6, "fp32": 82.6},
 }
-"""Peak TFLOP/s of dense products according to the data sheets, by a part of the device's name, more specific first."""
+"""Peak TFLOP/s of dense products according to the data sheets, by words of the device's name, more specific first."""
+_SLOWER = re.compile(r"\b(Laptop|MIG|RTX 4090 D)\b")
+"""Words of a device's name that has less than the peak of the card: a laptop's, a part of a GPU, and the 4090 D."""
 
 
 def stated_peak(precision: str, device: torch.device) -> float | None:
     """Return the FLOP/s of the device's data sheet, or None for a CPU and for GPUs that PEAKS does not list."""
     name = torch.cuda.get_device_name() if device.type == "cuda" else ""
-    known = next((values for part, values in PEAKS.items() if part in name), {})
+    peaks = () if _SLOWER.search(name) else PEAKS.items()
+    known = next((values for words, values in peaks if re.search(rf"\b{words}\b", name)), {})
     return 1e12 * known[precision] if precision in known else None
 
 

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from raekit.config import Interval, OnPurpose, Operation, Steps, configclass
 from raekit.distributed import World
-from raekit.distributed.sharding import gathered, set_gradient_sync, shard
+from raekit.distributed.sharding import gathered, local, set_gradient_sync, shard
 from raekit.errors import Stopped, UserError, whole_number
 from raekit.files import PARTIAL, remove
 from raekit.training import checkpoint, ema
@@ -99,8 +99,8 @@ class TrainConfig:
             if isinstance(value, int):
                 whole_number(f"train.{name}", value, 1, 10**12)
         whole_number("train.seed", self.seed, -(2**63), 2**63 - 1)  # what torch takes
-        if any(step < 1 for step in self.milestones):
-            raise UserError(f"train.milestones: {min(self.milestones)} must be at least 1")
+        for step in self.milestones:
+            whole_number("train.milestones", step, 1)
         if self.monitor_every and self.monitor_every % self.log_every:
             raise UserError(
                 f"train.monitor_every: {self.monitor_every} must be a multiple of train.log_every = {self.log_every}"
@@ -116,6 +116,8 @@ def check_settings(config: TrainConfig, world: World) -> int:
             f"train.batch_size: {config.batch_size} must divide into {world.size} processes with whole micro-batches "
             f"of train.micro_batch = {config.micro_batch}"
         )
+    if (last := max(config.milestones, default=0)) > config.steps:
+        raise UserError(f"train.milestones: the training ends at train.steps = {config.steps}, before step {last}")
     if world.size % config.shard:
         raise UserError(f"train.shard: {config.shard} must divide {world.size}, the number of processes")
     if config.compile:
@@ -436,11 +438,11 @@ class Trainer:
         for decay, average in objective.averages.items():
             updates = self.step - objective.start
             ema.update(average, module, ema.warmed_up(decay, updates) if self.config.ema_warmup else decay)
-        failed = failed.to_local() if isinstance(failed, DTensor) else failed
+        failed = local(failed)
         skipped = self.skipped[objective.name]
         skipped[0] += failed
         skipped[1] = (skipped[1] + 1) * failed
-        totals[f"{objective.name}/grad_norm"] = norm.to_local() if isinstance(norm, DTensor) else norm
+        totals[f"{objective.name}/grad_norm"] = local(norm)
         return totals
 
     def _monitor(self, objective: Objective, part: TrainingBatch) -> Metrics:
