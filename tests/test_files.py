@@ -2,6 +2,7 @@ import errno
 import os
 import pwd
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from huggingface_hub import constants
 from safetensors.torch import save_file
 
 from raekit.errors import UserError
-from raekit.files import check_file, check_folder, entries, sweep, whole
+from raekit.files import check_file, check_folder, check_space, entries, sweep, whole
 from raekit.hub import cache_folder, expanded
 
 
@@ -273,3 +274,15 @@ def test_without_a_home_folder_the_message_says_what_to_set(tmp_path, monkeypatc
     for action in (lambda: expanded("~/x"), cache_folder):
         with pytest.raises(UserError, match=r"~/.*: no home folder is known, .* set HOME"):
             action()
+
+
+def test_too_little_space_is_an_error_before_the_work(tmp_path, monkeypatch):
+    disk = SimpleNamespace(free=2**30)
+    monkeypatch.setattr("shutil.disk_usage", lambda place: {tmp_path: disk}[place])
+    check_space(tmp_path / "new" / "out", 2**30, "give another path")
+    with pytest.raises(UserError) as error:
+        check_space(tmp_path / "new" / "out", 3 * 2**29, "give another path")
+    assert str(error.value) == (
+        f"{tmp_path}/new/out: needs 1.5 GiB, but only 1.0 GiB of its disk are free; free some space, or give another "
+        "path"
+    )

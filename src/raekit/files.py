@@ -96,15 +96,38 @@ def _no_folder(path: Path) -> str | None:
 
 def _try(path: Path) -> None:
     """Write a temporary file to the nearest folder that exists."""
-    real = Path(os.path.realpath(path))
-    place = next(each for each in (real, *real.parents) if os.path.isdir(each))
     try:
         with suppress(FileNotFoundError):
             path.lstat()  # fails for too long a name
-        with tempfile.TemporaryFile(dir=place):
+        with tempfile.TemporaryFile(dir=_existing(path)):
             pass
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); {_remedy(error)}") from None
+
+
+def _existing(path: Path) -> Path:
+    """Return the nearest folder above `path` that exists, or `path` itself."""
+    real = Path(os.path.realpath(path))
+    return next(each for each in (real, *real.parents) if os.path.isdir(each))
+
+
+def check_space(path: Path, needed: int, remedy: str) -> None:
+    """Raise UserError if the disk has no room for what will be written.
+
+    Args:
+        path: the file or the folder to be written.
+        needed: the number of bytes.
+        remedy: what the user can do instead of freeing space, for the error message.
+    """
+    try:
+        free = shutil.disk_usage(_existing(path)).free
+    except OSError:  # not every file system tells
+        return
+    if free < needed:
+        raise UserError(
+            f"{path}: needs {needed / 2**30:,.1f} GiB, but only {free / 2**30:,.1f} GiB of its disk are free; free "
+            f"some space, or {remedy}"
+        )
 
 
 def _remedy(error: OSError) -> str:

@@ -305,3 +305,14 @@ def test_latents_that_are_not_finite_are_not_cached(data, tiny_model, tmp_path):
 def test_an_encoder_is_the_same_in_any_precision(tiny_model, autoencoder):
     other = Autoencoder.load(str(tiny_model), torch.bfloat16)
     assert encoder_fingerprint(other) == encoder_fingerprint(autoencoder)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
+def test_a_cache_needs_the_space_of_its_latents(data, tiny_model, tmp_path, monkeypatch, dtype):
+    needed: list[int] = []
+    monkeypatch.setattr("raekit.inference.cache.check_space", lambda path, size, remedy: needed.append(size))
+    infos = write(tiny_model, data, tmp_path, dtype=dtype)
+    shards = [load_file(path) for path in tmp_path.glob("*.safetensors")]
+    assert needed == [sum(shard["latents"].nbytes + shard["scale"].nbytes for shard in shards)]
+    assert infos == write(tiny_model, data, tmp_path, dtype=dtype)
+    assert needed[1:] == [0]

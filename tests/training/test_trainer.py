@@ -1209,3 +1209,19 @@ def test_checkpoints_of_shared_and_whole_weights_are_interchangeable(four, alone
         alone_again = trainer(four[0] / f"adamw{ways}")
         assert alone_again.step == 8
         assert_close(state(alone_again), alone[1])
+
+
+@pytest.mark.parametrize("method", ["adamw", "muon"])
+def test_a_new_training_needs_space_for_its_checkpoints(tmp_path, monkeypatch, method):
+    needed: list[int] = []
+    monkeypatch.setattr("raekit.training.trainer.check_space", lambda path, size, remedy: needed.append(size))
+    net = nn.Linear(6, 30_000)
+    optim = replace(OPTIM, method=method)
+    one = Objective(name="net", module=net, loss=lambda batch, step: (net(batch.values).mean(), {}), optim=optim)
+    parts = trainer(tmp_path, config=replace(CONFIG, steps=1), one=one)
+    fit(parts)
+    newest = checkpoint.checkpoints(tmp_path / "checkpoints")[-1]
+    written = sum(path.stat().st_size for path in newest.iterdir())
+    assert needed == [pytest.approx((CONFIG.keep + 1) * written, rel=0.05)]
+    trainer(tmp_path, config=replace(CONFIG, steps=1), one=one)
+    assert len(needed) == 1  # a run that has checkpoints goes on

@@ -17,7 +17,7 @@ from raekit.data.sources import absolute, listing
 from raekit.data.sources.base import Split
 from raekit.distributed import World
 from raekit.errors import UserError, whole_number
-from raekit.files import sweep
+from raekit.files import check_space, sweep
 from raekit.inference.shards import (
     ShardInfo,
     encoder_fingerprint,
@@ -163,6 +163,8 @@ def cache_latents(
     if world.is_main:
         sweep(out)
     missing = sorted(k for found in world.gather(looked) for k in found)
+    each = sum(t.nbytes for t in pack(torch.zeros(1, *autoencoder.latent_shape, device="cpu"), dtype)) * (1 + data.flip)
+    check_space(out, each * sum(len(parts[k]) for k in missing), "give another folder or a smaller dtype")
     mine = missing[world.rank :: world.size]
     chunks = (chunk for k in mine for chunk in _chunks(parts[k], batch_size))
     batches = loader.read(chunks, world, data.resize)  # the pixels of the training stream

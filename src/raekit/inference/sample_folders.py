@@ -13,7 +13,7 @@ from PIL import Image
 
 from raekit.distributed import World
 from raekit.errors import MAX_COUNT, UserError, whole_number
-from raekit.files import remove, sweep, whole
+from raekit.files import check_space, remove, sweep, whole
 from raekit.flow.sampling import Sampling, check_sampling
 from raekit.inference.generation import BatchSize, fitting_batch, generate
 from raekit.inference.model import Model
@@ -174,6 +174,8 @@ def generate_npz(
     origin = {"settings": _settings(model, seed, sampling), "total": total, "classes": fingerprint({}, every)}
     if _npz_origin(out) == origin:
         return Counter()
+    height, width = model.autoencoder.image_shape
+    check_space(out, total * height * width * 3, "give another path")
     passes = generate_folder(
         model,
         parts,
@@ -187,7 +189,6 @@ def generate_npz(
     )
     world.barrier()
     if world.is_main:
-        height, width = model.autoencoder.image_shape
         with whole(out) as partial, ZipFile(partial, "w") as archive:
             with archive.open(ZipInfo("arr_0.npy"), "w", force_zip64=True) as file:  # ZipInfo: without the current date
                 shape = (total, height, width, 3)

@@ -14,7 +14,7 @@ from raekit.distributed.sharding import local
 from raekit.stages.stage import Stage
 from raekit.training.memory import capacity, divisors
 from raekit.training.objective import Objective
-from raekit.training.optim import by_muon
+from raekit.training.optim import count_moments
 from raekit.training.precision import autocast
 from raekit.training.recompute import checkpoint_blocks
 from raekit.training.throughput import flop_counter
@@ -72,13 +72,12 @@ def cost_of(objective: Objective, batch: Any, config: TrainConfig, world: World)
     for parameter, gradient in zip(module.parameters(), gradients, strict=True):
         parameter.grad = gradient
     parameters = sum(parameter.numel() for parameter in module.parameters())
-    matrices = sum(matrix.numel() for matrix in by_muon(objective.optim, module, objective.convolutions))
+    moments = count_moments(objective.optim, module, objective.convolutions)
     image = (all_bytes - half_bytes) / (len(batch) - half)
     return Cost(
         parameters=parameters,
         flops=flops / len(batch),
-        # AdamW has two moments, Muon one.
-        state=4 * (parameters * (4 + len(objective.ema)) - matrices) // config.shard,
+        state=4 * (parameters * (2 + len(objective.ema)) + moments) // config.shard,
         fixed=max(round(all_bytes - image * len(batch)), 0),
         image=image,
     )

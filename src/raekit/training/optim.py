@@ -127,6 +127,12 @@ def by_muon(config: OptimConfig, module: nn.Module, convolutions: Iterable[nn.Mo
     return [p for p in module.parameters() if p.ndim == 2 and p not in kernels]
 
 
+def count_moments(config: OptimConfig, module: nn.Module, convolutions: Iterable[nn.Module] = ()) -> int:
+    """Return the number of values in the optimizer's moments: one for each parameter of Muon, two for the others."""
+    matrices = sum(matrix.numel() for matrix in by_muon(config, module, convolutions))
+    return 2 * sum(parameter.numel() for parameter in module.parameters()) - matrices
+
+
 def build_optimizer(config: OptimConfig, module: nn.Module, convolutions: Iterable[nn.Module] = ()) -> optim.Optimizer:
     """Build the optimizer of `module`.
 

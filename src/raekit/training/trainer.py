@@ -24,13 +24,13 @@ from raekit.config import Interval, OnPurpose, Operation, Steps, configclass
 from raekit.distributed import World
 from raekit.distributed.sharding import gathered, local, set_gradient_sync, shard
 from raekit.errors import Stopped, UserError, whole_number
-from raekit.files import PARTIAL, remove
+from raekit.files import PARTIAL, check_space, remove
 from raekit.training import checkpoint, ema
 from raekit.training.casting import CastWeights
 from raekit.training.compilation import check_compiler
 from raekit.training.memory import fitting
 from raekit.training.objective import Metrics, Objective, Periodic, TrainingBatch
-from raekit.training.optim import build_optimizer
+from raekit.training.optim import build_optimizer, count_moments
 from raekit.training.precision import Precision, autocast, compute_dtype, float32_precision
 from raekit.training.recompute import checkpoint_blocks, without_recomputation
 from raekit.training.signals import Stop
@@ -176,6 +176,9 @@ class Trainer:
         self.writer = checkpoint.Writer(self.folder, config.keep, world, background)
         if saved := checkpoint.newest(self.folder, world):
             self._load(saved)
+        else:
+            # A new checkpoint is written before the oldest is deleted.
+            check_space(self.folder, (config.keep + 1) * self._checkpoint_size(), "put the run on another disk")
         missed = [step for step in config.milestones if step < self.step and not self._milestone(step).is_dir()]
         if missed and world.is_main:
             _log.warning(
@@ -183,6 +186,14 @@ class Trainer:
                 ", ".join(map(str, missed)),
                 self.step,
             )
+
+    def _checkpoint_size(self) -> int:
+        """Return the bytes of the weights, moments and averages of all objectives, which are float32."""
+        return 4 * sum(
+            sum(p.numel() for p in o.module.parameters()) * (1 + len(o.averages))
+            + count_moments(o.optim, o.module, o.convolutions)
+            for o in self.objectives
+        )
 
     def _prepare(self, objective: Objective) -> None:
         module = objective.module.to(self.world.device)
