@@ -204,3 +204,14 @@ def test_numbers_must_be_finite(value: float):
     for config, field in configs:
         with pytest.raises(UserError, match=f"{field}: .* must be a finite number"):
             config(**{field: value})
+
+
+def test_a_value_that_is_none_of_the_choices_is_refused_in_python():
+    @configclass
+    class Kind:
+        kind: Operation[Literal["one", "two"]] = "one"
+        other: Literal["x"] | None = None
+
+    assert Kind(kind="two").kind == "two"
+    with pytest.raises(UserError, match="kind: 'three' is none of one, two"):
+        Kind(kind="three")  # type: ignore[arg-type]

@@ -8,7 +8,18 @@ from enum import Enum
 from functools import cache
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, NamedTuple, TypeVar, Union, dataclass_transform, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    TypeVar,
+    Union,
+    dataclass_transform,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -44,7 +55,7 @@ _PARTS = {Mark.DEFINES, Mark.OPERATION, Mark.ON_PURPOSE}
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def configclass(cls: type[T]) -> type[T]:
-    """Make `cls` a frozen, keyword-only dataclass of finite numbers that rejects unknown fields in JSON.
+    """Make `cls` a frozen, keyword-only dataclass of finite numbers and known choices that rejects unknown JSON fields.
 
     The type of a field says whether the field may change between the starts of a run, see `Mark`.
     """
@@ -58,6 +69,9 @@ def configclass(cls: type[T]) -> type[T]:
             value = getattr(self, field.name)
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"{field.name}: {value} must be a finite number")
+        for name, choices in _choices(type(self)).items():
+            if (value := getattr(self, name)) not in choices:
+                raise UserError(f"{name}: {value!r} is none of {', '.join(map(str, choices))}")
         if check:
             check(self)
         elif parent := getattr(super(cls, self), "__post_init__", None):
@@ -65,6 +79,12 @@ def configclass(cls: type[T]) -> type[T]:
 
     cls.__post_init__ = __post_init__  # type: ignore[attr-defined]
     return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+
+
+@cache
+def _choices(cls: type) -> dict[str, tuple[Any, ...]]:
+    """Return the fields of a config class that have one of a few values, and these values."""
+    return {name: get_args(hint) for name, hint in get_type_hints(cls).items() if get_origin(hint) is Literal}
 
 
 @cache

@@ -10,6 +10,7 @@ from scipy import stats
 from raekit.errors import UserError
 from raekit.flow.path import (
     TIME_CAP,
+    exact,
     interpolate,
     sample_times,
     shift,
@@ -150,3 +151,16 @@ def test_similarity_is_the_expected_cosine_on_the_path():
         a, b = (interpolate(x, noise, torch.tensor([time], dtype=torch.float64)) for time in (t, s))
         assert similarity(t, s) == pytest.approx(torch.cosine_similarity(a, b).item(), abs=0.01)
     assert similarity(0.4, 0.4) == pytest.approx(1)
+
+
+def test_unknown_choices_are_refused():
+    x, t = torch.zeros(2, 3), torch.zeros(2)
+    for call in (lambda: to_velocity(x, x, t, "noise"), lambda: exact(x, x, "noise")):  # type: ignore[arg-type]
+        with pytest.raises(UserError, match="prediction: 'noise' is none of velocity, data"):
+            call()
+    with pytest.raises(UserError, match="time_law: 'beta' is none of uniform, logit-normal"):
+        sample_times(t, "beta", 1.0)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="alpha: -1 must be positive"):
+        sample_times(t, "uniform", -1)
+    with pytest.raises(UserError, match=r"latent_shape: \(16, 768, 16, 16\) has too many dimensions"):
+        shift_factor((16, 768, 16, 16))

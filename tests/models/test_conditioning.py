@@ -1,15 +1,22 @@
 """A condition other than classes needs only a new module."""
 
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
+from torch.testing import assert_close
 
 from raekit import randomness
 from raekit.data.loader import Batch
 from raekit.distributed import World
+from raekit.errors import UserError
 from raekit.flow.guidance import Guidance
 from raekit.flow.sampling import Sampling, denoise
+from raekit.inference.generation import generate, images_to_noise, noise_to_images, trajectory
+from raekit.inference.model import Model
+from raekit.models.autoencoder import load_autoencoder
 from raekit.models.conditioning import ClassCondition
 from raekit.models.denoiser import Denoiser
 from raekit.models.denoiser_config import DenoiserConfig, TransformerConfig
@@ -41,14 +48,14 @@ def test_a_condition_of_ones_own_is_trained_and_guides(tmp_path: Path):
     torch.manual_seed(0)
     part = TransformerConfig(width=16, depth=2, heads=2)
     condition = Described(16)
-    model = Denoiser(DenoiserConfig(channels=4, grid=(2, 2), backbone=part), condition)
+    model = Denoiser(DenoiserConfig(channels=4, grid=(2, 2), num_classes=0, backbone=part), condition)
     target = torch.tanh(GIVEN @ torch.ones(5))[:, None, None, None].expand(-1, 4, 2, 2)  # depends on the condition only
 
     def loss(batch: Batch, step: int) -> tuple[Tensor, Metrics]:
         items = batch.positions % 8
         dropped = randomness.uniform(0, "dropout", batch.positions, ()) < 0.2
         given = condition.without(GIVEN[items], dropped)
-        return flow_matching_loss(model, target[items], given, batch.positions, seed=0, time_law="uniform", alpha=1.0)
+        return flow_matching_loss(model, target[items], given, batch.positions, seed=0, time_law="uniform")
 
     def batches(start: int):
         while True:
@@ -78,3 +85,49 @@ def test_unknown_classes_are_no_class():
     dropped = torch.tensor([False, False, True])
     assert condition.without(given, dropped).tolist() == [0, 3, 3]
     assert torch.equal(condition(None, 2), condition.weight[[3, 3]])
+
+
+def small(condition: Described | None = None, classes: int = 0) -> Denoiser:
+    part = TransformerConfig(width=16, depth=1, heads=2)
+    torch.manual_seed(0)
+    config = DenoiserConfig(channels=3, grid=(2, 2), num_classes=classes, backbone=part)
+    return Denoiser(config, condition)
+
+
+def test_a_denoiser_with_a_condition_of_its_own_is_saved_and_loaded(tmp_path: Path):
+    model = small(Described(16))
+    model.save(tmp_path)
+    loaded = Denoiser.load(tmp_path, condition=Described(16))
+    assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
+    with pytest.raises(UserError, match="has a condition of its own; load it in Python"):
+        Denoiser.load(tmp_path)
+
+
+def test_a_condition_replaces_the_classes():
+    with pytest.raises(UserError, match=r"denoiser\.num_classes: 3 must be 0"):
+        small(Described(16), classes=3)
+    with pytest.raises(UserError, match="labels: the denoiser has no classes and no condition"):
+        small()(torch.zeros(2, 3, 2, 2), torch.zeros(2), torch.zeros(2, dtype=torch.int64))
+
+
+def test_images_are_generated_with_a_condition_of_ones_own():
+    denoiser = small(Described(16)).eval()
+    for layer in (denoiser.final.out, denoiser.final.modulation):
+        torch.nn.init.normal_(layer.weight, std=0.1)
+    model, sampling = Model(load_autoencoder("pixels@2"), denoiser), Sampling(steps=2)
+
+    def images(given: Tensor | None, **options: Any) -> Tensor:
+        batches = generate(model, given, sampling=sampling, batch_size=2, **options)
+        return torch.cat([batch.images for batch in batches])
+
+    made = images(GIVEN[:3])
+    assert torch.equal(images(GIVEN[:3], indices=[2]), made[2:])
+    assert not torch.allclose(made, images(None, count=3))
+    assert {label for batch in generate(model, GIVEN[:3], sampling=sampling) for label in batch.labels.tolist()} == {-1}
+    noise = images_to_noise(model, made, GIVEN[:3], sampling)
+    assert noise_to_images(model, noise, GIVEN[:3], sampling).shape == made.shape
+    assert torch.equal(trajectory(model, GIVEN[:3], frames=2, sampling=sampling)[1][-1], made)
+    with pytest.raises(UserError, match="labels: the model has a condition of its own; give a float tensor"):
+        images([0, 1])  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="labels: 3 given for 2 images"):
+        images_to_noise(model, made[:2], GIVEN[:3], sampling)

@@ -5,7 +5,7 @@ THE TIME CONVENTION, here and everywhere: t = 0 is data, t = 1 is noise,
 """
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -37,9 +37,24 @@ def to_velocity(x_t: Tensor, predicted: Tensor, t: Tensor, prediction: Predictio
     From predicted data, the velocity is (x_t - data) / max(t, 0.05) (RAE v2). The floor limits the error that the
     division would amplify near t = 0. The training target uses the same formula with the true data.
     """
-    if prediction == "velocity":
-        return predicted
-    return (x_t - predicted) / _per_sample(t, x_t).clamp_min(DATA_PREDICTION_FLOOR)
+    match prediction:
+        case "velocity":
+            return predicted
+        case "data":
+            return (x_t - predicted) / _per_sample(t, x_t).clamp_min(DATA_PREDICTION_FLOOR)
+        case other:
+            raise UserError(f"prediction: {other!r} is none of {', '.join(get_args(Prediction))}")
+
+
+def exact(x: Tensor, noise: Tensor, prediction: Prediction) -> Tensor:
+    """Return the output (B, ...) of a network without error, for data and noise (B, ...)."""
+    match prediction:
+        case "velocity":
+            return velocity(x, noise)
+        case "data":
+            return x
+        case other:
+            raise UserError(f"prediction: {other!r} is none of {', '.join(get_args(Prediction))}")
 
 
 def to_data(x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
@@ -60,10 +75,14 @@ def shift_factor(latent_shape: tuple[int, ...], base: int = SHIFT_BASE) -> float
     """Return alpha = sqrt(m / base) for latents of m elements, channels included (RAE v1).
 
     Raises:
-        UserError: `base` is not positive.
+        UserError: `base` is not positive, or the shape includes a batch.
     """
     if base <= 0:
         raise UserError(f"shift_base: {base} must be positive")
+    if len(latent_shape) > 3:
+        raise UserError(
+            f"latent_shape: {tuple(latent_shape)} has too many dimensions; give (C, H, W), without the batch"
+        )
     return math.sqrt(math.prod(latent_shape) / base)
 
 
@@ -77,12 +96,21 @@ def sample_times(u: Tensor, law: TimeLaw, alpha: float) -> Tensor:
 
     Args:
         u: uniform numbers on [0, 1).
-        law: `uniform` is U(0, 0.999). `logit-normal` is the sigmoid of a standard normal, truncated to [0, 0.999] with
-            the inverse of the normal's distribution function.
-        alpha: the shift factor.
+        law: `uniform` is U(0, 0.999). `logit-normal` is the sigmoid of a standard normal, given that it is at most
+            0.999: the numbers go through the inverse of the normal's distribution function.
+        alpha: the shift factor, above 0.
+
+    Raises:
+        UserError: there is no such law, or `alpha` is not positive.
     """
-    if law == "uniform":
-        return shift(u * TIME_CAP, alpha)
-    cap = torch.special.ndtr(torch.logit(torch.tensor(TIME_CAP, dtype=torch.float64))).item()
-    normal = torch.special.ndtri((u.double() * cap).clamp_min(torch.finfo(torch.float32).tiny))
-    return shift(normal.sigmoid(), alpha).to(u.dtype)
+    if not alpha > 0:
+        raise UserError(f"alpha: {alpha} must be positive")
+    match law:
+        case "uniform":
+            return shift(u * TIME_CAP, alpha)
+        case "logit-normal":
+            cap = torch.special.ndtr(torch.logit(torch.tensor(TIME_CAP, dtype=torch.float64))).item()
+            normal = torch.special.ndtri((u.double() * cap).clamp_min(torch.finfo(torch.float32).tiny))
+            return shift(normal.sigmoid(), alpha).to(u.dtype)
+        case other:
+            raise UserError(f"time_law: {other!r} is none of {', '.join(get_args(TimeLaw))}")

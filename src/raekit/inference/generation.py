@@ -70,7 +70,7 @@ BatchSize = int | Literal["auto"]
 
 def generate(
     model: Model,
-    labels: Sequence[int] | None = None,
+    labels: Sequence[int] | Tensor | None = None,
     *,
     count: int | None = None,
     seed: Seed = 0,
@@ -90,7 +90,8 @@ def generate(
 
     Args:
         model: the model to sample from.
-        labels: a class id for each sample. None generates `count` samples without a class.
+        labels: a class id for each sample; for a denoiser with a condition of its own, a float tensor with the
+            condition of each sample, (N, ...). None generates `count` samples without a class.
         count: the number of samples, if `labels` is None.
         seed: the seed of the noise, or a seed for each sample.
         sampling: the solver, steps and guidance. Default: `Sampling()`.
@@ -124,12 +125,13 @@ def generate(
 
     def make(part: Sequence[int]) -> Samples:
         batch = torch.tensor(part, device="cpu")
-        chosen = None if labels is None else torch.tensor([labels[i] for i in part], device=world.device)
+        chosen = None if labels is None else labels[batch].to(world.device)
         passes: Counter[str] = Counter()
         noise = _noise(model.denoiser, seed, part, world.device)
         latents = denoise(model.denoiser, noise, chosen, sampling, passes, watch)
         images = _decode(model, latents)
-        return Samples(images, torch.full_like(batch, -1) if chosen is None else chosen, batch, passes)
+        shown = torch.full_like(batch, -1) if chosen is None or not model.classes else chosen
+        return Samples(images, shown, batch, passes)
 
     shares = (numbers[first : first + size] for first in range(world.rank * size, len(numbers), world.size * size))
     batches = _in_parts(make, shares, min(size, total) if model.denoiser.compiled else 0)
@@ -272,7 +274,7 @@ def interpolate(
 
 def trajectory(
     model: Model,
-    labels: Sequence[int] | None = None,
+    labels: Sequence[int] | Tensor | None = None,
     *,
     count: int | None = None,
     frames: int = 8,
@@ -287,7 +289,8 @@ def trajectory(
 
     Args:
         model: the model to sample from.
-        labels: a class id for each sample. None generates `count` samples without a class.
+        labels: a class id or a condition for each sample, as in `generate`. None generates `count` samples without a
+            class.
         count: the number of samples, if `labels` is None.
         frames: the number of images for each sample, at least 2, including the finished sample.
         seed: the seed of the noise, or a seed for each sample.
@@ -310,7 +313,7 @@ def trajectory(
     most = len({t for t in points if t > 0}) + 1
     if not 2 <= frames <= most:
         raise UserError(f"frames: {frames} must be from 2 to {most} (the solver's evaluations plus the sample)")
-    chosen = None if labels is None else torch.tensor(labels, device=model.device)
+    chosen = None if labels is None else labels.to(model.device)
     seen: dict[float, Tensor] = {}
 
     def keep(x: Tensor, v: Tensor, t: float) -> None:
@@ -333,7 +336,7 @@ def trajectory(
 
 @torch.no_grad()
 def images_to_noise(
-    model: Model, images: Tensor, labels: Sequence[int] | None = None, sampling: Sampling | None = None
+    model: Model, images: Tensor, labels: Sequence[int] | Tensor | None = None, sampling: Sampling | None = None
 ) -> Tensor:
     """Return the noise from which `noise_to_images` generates the given images.
 
@@ -343,7 +346,7 @@ def images_to_noise(
     Args:
         model: the model to invert.
         images: the images (B, 3, H, W) in [0, 1].
-        labels: a class id for each image. Default: no class.
+        labels: a class id or a condition for each image, as in `generate`. Default: no class.
         sampling: the solver, steps and guidance. Default: `Sampling()`.
 
     Returns:
@@ -358,14 +361,14 @@ def images_to_noise(
 
 @torch.no_grad()
 def noise_to_images(
-    model: Model, noise: Tensor, labels: Sequence[int] | None = None, sampling: Sampling | None = None
+    model: Model, noise: Tensor, labels: Sequence[int] | Tensor | None = None, sampling: Sampling | None = None
 ) -> Tensor:
     """Generate images from the given noise.
 
     Args:
         model: the model to sample from.
         noise: the noise (B, C, h, w) in the shape of the latents, with values from a standard normal distribution.
-        labels: a class id for each image. Default: no class.
+        labels: a class id or a condition for each image, as in `generate`. Default: no class.
         sampling: the solver, steps and guidance, without euler-maruyama. Default: `Sampling()`.
 
     Returns:
@@ -421,7 +424,20 @@ def as_seed(seed: Seed) -> Seed:
     return whole_number("seed", seed)
 
 
-def class_labels(model: Model, labels: Iterable[int]) -> list[int]:
+def _given(model: Model, labels: Iterable[int] | Tensor) -> Tensor:
+    """Return what the denoiser is given of each sample: ids (N,), or the rows of a condition of its own (N, ...).
+
+    Raises:
+        UserError: if they are no classes of the model, or no rows of numbers for a condition of its own.
+    """
+    if model.denoiser.label is None or model.classes:
+        return torch.tensor(class_labels(model, labels), device="cpu")
+    if not isinstance(labels, Tensor) or not labels.is_floating_point() or labels.ndim < 1 or not len(labels):
+        raise UserError("labels: the model has a condition of its own; give a float tensor with a row for each sample")
+    return labels
+
+
+def class_labels(model: Model, labels: Iterable[int] | Tensor) -> list[int]:
     """Return class ids as a list of int. Python, numpy and torch may give them.
 
     Raises:
@@ -437,14 +453,16 @@ def class_labels(model: Model, labels: Iterable[int]) -> list[int]:
     return ids
 
 
-def _labels_and_total(model: Model, labels: Iterable[int] | None, count: int | None) -> tuple[list[int] | None, int]:
-    """Return the class id of each sample, None without classes, and the number of samples."""
+def _labels_and_total(
+    model: Model, labels: Iterable[int] | Tensor | None, count: int | None
+) -> tuple[Tensor | None, int]:
+    """Return what the denoiser is given of each sample, None for nothing, and the number of samples."""
     if (labels is None) == (count is None):
         raise UserError("labels, count: give either labels, one for each sample, or count, at least 1")
     if labels is None:
         return None, whole_number("count", count, 1, MAX_COUNT)
-    ids = class_labels(model, labels)
-    return ids, len(ids)
+    given = _given(model, labels)
+    return given, len(given)
 
 
 def _seed_for_each(seed: Seed, total: int) -> Seed:
@@ -467,13 +485,13 @@ def as_ends(name: str, values: Sequence[int]) -> tuple[int, int]:
     return (ends[0], ends[1])
 
 
-def _chosen(model: Model, labels: Sequence[int] | None, count: int) -> Tensor | None:
+def _chosen(model: Model, labels: Sequence[int] | Tensor | None, count: int) -> Tensor | None:
     if labels is None:
         return None
-    ids = class_labels(model, labels)
-    if len(ids) != count:
-        raise UserError(f"labels: {len(ids)} given for {count} images; give one label for each image")
-    return torch.tensor(ids, device=model.device)
+    given = _given(model, labels)
+    if len(given) != count:
+        raise UserError(f"labels: {len(given)} given for {count} images; give one label for each image")
+    return given.to(model.device)
 
 
 @torch.no_grad()

@@ -8,6 +8,8 @@ from raekit.errors import UserError
 
 _LOW, _HIGH = -0.5, 2.0  # bicubic resizing leaves [0, 1] by less; images in [-1, 1] or up to 255 by more
 
+_ROUNDING = 1e-3  # of shifted times
+
 
 def check_device(device: torch.device | str) -> torch.device:
     """Return the device that a model is moved to.
@@ -68,14 +70,18 @@ def check_latents(latents: Any, shape: tuple[int, int, int], name: str = "latent
 
 
 def check_times(t: Any, count: int) -> None:
-    """Check the times that a denoiser is given.
+    """Check the times that a denoiser is given. As for images, the range is checked on the CPU only.
 
     Raises:
-        UserError: they are not a float tensor (B,) with a time for each of the `count` latents.
+        UserError: they are not a float tensor (B,) with a time in [0, 1] for each of the `count` latents.
     """
     if not isinstance(t, torch.Tensor) or not t.is_floating_point() or t.shape != (count,):
         found = f"{_name(t.dtype)} {tuple(t.shape)}" if isinstance(t, torch.Tensor) else type(t).__name__
         raise UserError(f"t: expected a float tensor ({count},), a time for each of the latents, got {found}")
+    if t.device.type == "cpu" and count:
+        low, high = (bound.item() for bound in t.aminmax())
+        if not -_ROUNDING <= low <= high <= 1 + _ROUNDING:  # also false for NaN
+            raise UserError(f"t: the times must be from 0 (data) to 1 (noise), got values from {low:g} to {high:g}")
 
 
 def check_labels(given: Any, count: int, classes: int) -> None:

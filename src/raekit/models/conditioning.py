@@ -1,9 +1,9 @@
 """Conditions: the input of a denoiser in addition to the noisy latents and the time.
 
 A `Denoiser` holds its condition as the module `label`. The data and the callers of `raekit.flow.sampling` provide the
-module's input for each image: here a class, elsewhere perhaps a text embedding. The trainer, the loss, the solvers and
-guidance pass this input on without looking inside; for them, None means unconditional. A new kind of condition
-therefore needs only a new module.
+module's input for each image. The built-in condition is a class. A condition of your own may take any float tensor with
+a row for each image, such as a text embedding. The trainer, the loss, the solvers, guidance and `raekit.generate` pass
+this input on without looking inside; for them, None means unconditional.
 """
 
 from typing import Protocol
@@ -19,7 +19,10 @@ class Condition(Protocol):
     """The interface of a denoiser's `label`, which is also an nn.Module."""
 
     def __call__(self, given: Tensor | None, count: int) -> Tensor:
-        """Embed the condition of `count` images as (count, width); None gives the unconditional embedding, for CFG."""
+        """Embed the condition of `count` images as one vector each, (count, width).
+
+        None gives the unconditional embedding, for CFG.
+        """
         ...
 
     def without(self, given: Tensor, dropped: Tensor) -> Tensor:

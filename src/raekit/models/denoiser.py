@@ -49,8 +49,8 @@ class Denoiser(nn.Module):
 
     Args:
         config: the sizes and switches.
-        condition: a module (see `models.conditioning`) that replaces the class embedding. Only denoisers with the
-            configured classes, or without any, can be saved and loaded.
+        condition: a module (see `models.conditioning`) that replaces the class embedding. `config.num_classes` must
+            be 0. To load such a denoiser, give `load` a new module.
 
     Attributes:
         compiled: whether `compile` was called. Generation then keeps to one batch size.
@@ -68,11 +68,15 @@ class Denoiser(nn.Module):
 
     def __init__(self, config: DenoiserConfig, condition: Condition | None = None) -> None:
         super().__init__()
+        if condition is not None and config.num_classes:
+            raise UserError(
+                f"denoiser.num_classes: {config.num_classes} must be 0, because `condition` replaces classes"
+            )
         self.config = config
         width = config.backbone.width
         self.embed = Linear(config.token_dim, width)
         self.time = TimeEmbedding(width)
-        self.label = condition or (ClassCondition(config.num_classes, width) if config.num_classes else None)
+        self.label = ClassCondition(config.num_classes, width) if config.num_classes else condition
         context = config.context
         self.time_tokens = nn.Parameter(torch.zeros(context.time_tokens, width)) if context else None
         tokens = torch.zeros(context.label_tokens, width) if context and self.label else None
@@ -97,7 +101,13 @@ class Denoiser(nn.Module):
 
     @classmethod
     @plain_tensors()
-    def load(cls, name: str | Path, ema: float | None = None, dtype: torch.dtype = torch.float32) -> Self:
+    def load(
+        cls,
+        name: str | Path,
+        ema: float | None = None,
+        dtype: torch.dtype = torch.float32,
+        condition: Condition | None = None,
+    ) -> Self:
         """Load a denoiser.
 
         Args:
@@ -105,13 +115,15 @@ class Denoiser(nn.Module):
                 OWNER/NAME on the Hub.
             ema: the decay of the average to load. Default: the first average that was trained.
             dtype: float32 or bfloat16, see `set_dtype`.
+            condition: for a denoiser with a condition of its own, a module like the one that it was trained with. It
+                gets the saved weights.
 
         Raises:
             UserError: if a file is missing or damaged.
         """
         found = artifacts.find(name, "denoiser", ema)
         config = from_dict(DenoiserConfig, found.config, found.path / "config.json")
-        model = cls.build(config, artifacts.read(found.path), found.path, dtype)
+        model = cls.build(config, artifacts.read(found.path), found.path, dtype, condition)
         model.trained_on, model.ema = found.trained_on, found.ema
         return model
 
@@ -122,9 +134,14 @@ class Denoiser(nn.Module):
         state: Mapping[str, Tensor],
         source: object,
         dtype: torch.dtype = torch.float32,
+        condition: Condition | None = None,
     ) -> Self:
         """Return the frozen denoiser with the weights `state`; UserError, naming their `source`, if they do not fit."""
-        model = load_network(lambda: cls(config), state, source)
+        if condition is None and not config.num_classes and any(name.startswith("label.") for name in state):
+            raise UserError(
+                f"{source}: has a condition of its own; load it in Python, with Denoiser.load(NAME, condition=MODULE)"
+            )
+        model = load_network(lambda: cls(config, condition), state, source)
         return model.set_dtype(dtype).requires_grad_(False).eval()
 
     @property
@@ -266,6 +283,10 @@ class Denoiser(nn.Module):
         """Return the embeddings (B, 1, width) of time and class. The latter is 0 in an unconditional network."""
         time = self.time(t)[:, None]
         if self.label is None:
+            if labels is not None:
+                raise UserError(
+                    "labels: the denoiser has no classes and no condition, so labels have no effect; give None"
+                )
             return time, 0.0
         return time, self.label(labels, len(t))[:, None]
 

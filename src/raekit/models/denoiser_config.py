@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import replace
-from typing import Literal, get_args
+from typing import Literal
 
 from raekit.config import check_sizes, configclass
 from raekit.errors import UserError, whole_number
@@ -124,9 +124,6 @@ class DenoiserSize:
                 f"denoiser.base_depth: {self.base_depth} must be at most denoiser.backbone.depth = "
                 f"{self.backbone.depth}; 0 means no base output"
             )
-        if self.positions not in get_args(PositionKind):
-            kinds = ", ".join(get_args(PositionKind))
-            raise UserError(f"denoiser.positions: {self.positions!r} is unknown; choose one of {kinds}")
         if self.positions == "none" and not self.rotary:
             raise UserError(
                 "denoiser.rotary: off, and denoiser.positions is none; switch one on, so that tokens have a position"

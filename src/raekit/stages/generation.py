@@ -103,7 +103,7 @@ def flow_matching_loss(
     *,
     seed: int,
     time_law: path.TimeLaw,
-    alpha: float,
+    alpha: float | None = None,
     tokens: Tensor | None = None,
 ) -> tuple[Tensor, Metrics]:
     """Return the mean squared error of the predicted velocity, in float32, and metrics to log.
@@ -114,22 +114,22 @@ def flow_matching_loss(
     Args:
         denoiser: the denoiser.
         latents: whitened latents (B, C, H, W).
-        labels: class labels (B,), or None.
+        labels: what the denoiser is given of each image, for example class ids (B,) without negative ones
+            (`denoiser.label.without` replaces them). None: unconditional.
         positions: numbers (B,) of the latents in the training stream. Noise and times are functions of seed and number.
         seed: seed of noise and times.
         time_law: distribution of the times, before the shift.
-        alpha: factor of the time shift (`path.shift_factor`).
+        alpha: factor of the time shift. Default: the denoiser's `config.shift`, with which it is sampled.
         tokens: the tokens (B, N, D) with which the tokens of an `Aligned` denoiser are aligned. The metric `alignment`
             is their similarity.
     """
     config = denoiser.denoiser.config if isinstance(denoiser, Aligned) else denoiser.config
     u = randomness.uniform(seed, "time", positions, (), latents.device)
-    t = path.sample_times(u, time_law, alpha)
+    t = path.sample_times(u, time_law, config.shift if alpha is None else alpha)
     noise = randomness.normal(seed, "noise", positions, latents.shape[1:], latents.device)
     x_t = path.interpolate(latents, noise, t)
     prediction = config.prediction
-    exact = latents if prediction == "data" else path.velocity(latents, noise)
-    target = path.to_velocity(x_t, exact, t, prediction)
+    target = path.to_velocity(x_t, path.exact(latents, noise, prediction), t, prediction)
 
     def error(predicted: Tensor) -> Tensor:
         return (path.to_velocity(x_t, predicted, t, prediction) - target).square().mean()
@@ -186,7 +186,6 @@ def build(config: GenerationConfig, run: Path, world: World) -> Stage:
             batch.positions,
             seed=seed,
             time_law=config.time_law,
-            alpha=model.config.shift,
             tokens=tokens,
         )
 
