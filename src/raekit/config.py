@@ -23,7 +23,7 @@ from typing import (
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from raekit.errors import UserError
+from raekit.errors import UserError, check_choice
 
 T = TypeVar("T")
 
@@ -70,8 +70,7 @@ def configclass(cls: type[T]) -> type[T]:
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"{field.name}: {value} must be a finite number")
         for name, choices in _choices(type(self)).items():
-            if (value := getattr(self, name)) not in choices:
-                raise UserError(f"{name}: {value!r} is none of {', '.join(map(str, choices))}")
+            check_choice(name, getattr(self, name), choices)
         if check:
             check(self)
         elif parent := getattr(super(cls, self), "__post_init__", None):

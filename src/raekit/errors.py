@@ -1,7 +1,7 @@
 """The exceptions that end a command: an error that the user can fix, and a stop that can be resumed."""
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from numbers import Real
 from typing import Any
 
@@ -72,6 +72,12 @@ def real_number(name: str, value: Any) -> float:
     except OverflowError:
         raise UserError(f"{name}: the number is too large; give one below 1.8e308") from None
     return number if isinstance(number, int) else rounded
+
+
+def check_choice(name: str, value: object, choices: Collection[object]) -> None:
+    """Raise UserError if `value` is not one of the `choices` for the setting `name`."""
+    if value not in choices:
+        raise UserError(f"{name}: {value!r} is none of {', '.join(map(str, choices))}")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

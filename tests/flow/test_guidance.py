@@ -206,5 +206,5 @@ def test_a_rule_acts_in_complete_pieces(reverse: bool):
 
 def test_an_unknown_method_is_rejected():
     method: Any = "CFG"
-    with pytest.raises(UserError, match="guidance: 'CFG' is not a method; give one of cfg, auto, internal"):
+    with pytest.raises(UserError, match="method: 'CFG' is none of cfg, auto, internal"):
         Guidance(method=method, scale=2.0)

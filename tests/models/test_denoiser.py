@@ -166,7 +166,8 @@ def test_weights_of_classes_mix_their_embeddings(context: ContextConfig | None):
 def test_unconditional_network_has_no_labels():
     model = randomised(tiny(num_classes=0))
     x, t, labels = inputs(model)
-    assert model.label is None and labels is None
+    assert model.label is None
+    assert labels is None
     assert model(x, t).any()
 
 
@@ -203,9 +204,9 @@ def test_positions_are_named():
         with pytest.raises(UserError, match="test: positions: "):
             from_dict(DenoiserConfig, values | {"positions": wrong}, "test")
     for wrong in (True, "Learned"):
-        with pytest.raises(UserError, match="positions: .* is none of none, sincos, learned"):
+        with pytest.raises(UserError, match=r"positions: .* is none of none, sincos, learned"):
             tiny(positions=wrong)
-    with pytest.raises(UserError, match=r"decoder\.positions: 'none' is unknown"):
+    with pytest.raises(UserError, match=r"positions: 'none' is none of sincos, learned"):
         DecoderConfig(token_dim=8, grid=(2, 2), positions="none")  # type: ignore[arg-type]
 
 

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from raekit.errors import UserError
+from raekit.errors import UserError, check_choice
 from raekit.randomness import numpy_generator
 
 Labels = Literal["balanced", "random", "reference"]
@@ -45,8 +45,7 @@ def draw_labels(kind: Labels, classes: int, count: int, seed: int, of_reference:
         UserError: `kind` is none of the three; or it is "reference", and the reference does not count its classes or
             has another number of classes.
     """
-    if kind not in get_args(Labels):
-        raise UserError(f"labels: {kind!r} is none of {', '.join(get_args(Labels))}")
+    check_choice("labels", kind, get_args(Labels))
     generator = numpy_generator(seed, "labels", 0)
     if kind == "random":
         return generator.integers(classes, size=count).tolist()

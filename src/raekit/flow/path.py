@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from raekit.errors import UserError
+from raekit.errors import UserError, check_choice
 
 SHIFT_BASE = 4096
 TIME_CAP = 0.999
@@ -37,24 +37,16 @@ def to_velocity(x_t: Tensor, predicted: Tensor, t: Tensor, prediction: Predictio
     From predicted data, the velocity is (x_t - data) / max(t, 0.05) (RAE v2). The floor limits the error that the
     division would amplify near t = 0. The training target uses the same formula with the true data.
     """
-    match prediction:
-        case "velocity":
-            return predicted
-        case "data":
-            return (x_t - predicted) / _per_sample(t, x_t).clamp_min(DATA_PREDICTION_FLOOR)
-        case other:
-            raise UserError(f"prediction: {other!r} is none of {', '.join(get_args(Prediction))}")
+    check_choice("prediction", prediction, get_args(Prediction))
+    if prediction == "velocity":
+        return predicted
+    return (x_t - predicted) / _per_sample(t, x_t).clamp_min(DATA_PREDICTION_FLOOR)
 
 
 def exact(x: Tensor, noise: Tensor, prediction: Prediction) -> Tensor:
     """Return the output (B, ...) of a network without error, for data and noise (B, ...)."""
-    match prediction:
-        case "velocity":
-            return velocity(x, noise)
-        case "data":
-            return x
-        case other:
-            raise UserError(f"prediction: {other!r} is none of {', '.join(get_args(Prediction))}")
+    check_choice("prediction", prediction, get_args(Prediction))
+    return velocity(x, noise) if prediction == "velocity" else x
 
 
 def to_data(x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
@@ -105,12 +97,9 @@ def sample_times(u: Tensor, law: TimeLaw, alpha: float) -> Tensor:
     """
     if not alpha > 0:
         raise UserError(f"alpha: {alpha} must be positive")
-    match law:
-        case "uniform":
-            return shift(u * TIME_CAP, alpha)
-        case "logit-normal":
-            cap = torch.special.ndtr(torch.logit(torch.tensor(TIME_CAP, dtype=torch.float64))).item()
-            normal = torch.special.ndtri((u.double() * cap).clamp_min(torch.finfo(torch.float32).tiny))
-            return shift(normal.sigmoid(), alpha).to(u.dtype)
-        case other:
-            raise UserError(f"time_law: {other!r} is none of {', '.join(get_args(TimeLaw))}")
+    check_choice("time_law", law, get_args(TimeLaw))
+    if law == "uniform":
+        return shift(u * TIME_CAP, alpha)
+    cap = torch.special.ndtr(torch.logit(torch.tensor(TIME_CAP, dtype=torch.float64))).item()
+    normal = torch.special.ndtri((u.double() * cap).clamp_min(torch.finfo(torch.float32).tiny))
+    return shift(normal.sigmoid(), alpha).to(u.dtype)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from raekit import randomness
-from raekit.errors import UserError, real_number, whole_number
+from raekit.errors import UserError, check_choice, real_number, whole_number
 from raekit.flow.guidance import (
     Guidance,
     Reference,
@@ -81,8 +81,7 @@ class Sampling:
         object.__setattr__(self, "guidance", as_rules(self.guidance))
         object.__setattr__(self, "steps", whole_number("steps", self.steps, 1, MAX_STEPS))
         for name, choices in (("solver", SolverName), ("grid", Grid)):
-            if getattr(self, name) not in get_args(choices):
-                raise UserError(f"{name}: {getattr(self, name)!r} is none of {', '.join(get_args(choices))}")
+            check_choice(name, getattr(self, name), get_args(choices))
         for name in ("reuse", "atol", "rtol"):
             object.__setattr__(self, name, real_number(name, getattr(self, name)))
         if not (self.atol > 0 and self.rtol > 0):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from raekit.config import read_json, to_dict
-from raekit.errors import UserError
+from raekit.errors import UserError, check_choice
 from raekit.files import as_path, check_folder, whole
 from raekit.flow.path import Prediction
 from raekit.formats import releases
@@ -85,8 +85,7 @@ def convert(source: str | Path, folder: str | Path, to: Format = "raekit", optio
     Raises:
         UserError: the source cannot be read, the folder is not empty, or the format cannot represent the model.
     """
-    if to not in get_args(Format):
-        raise UserError(f"to: {to!r} is none of {', '.join(get_args(Format))}")
+    check_choice("to", to, get_args(Format))
     source, folder = str(as_path("source", source)), as_path("folder", folder)
     if not isinstance(options, FileOptions | None):
         raise UserError(f"options: {options!r} is no `FileOptions`")

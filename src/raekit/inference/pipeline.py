@@ -14,7 +14,7 @@ from raekit import artifacts
 from raekit.data.images import read_image
 from raekit.data.transforms import center_crop, to_rgb
 from raekit.distributed import World
-from raekit.errors import MAX_COUNT, UserError, did_you_mean, real_number, whole_number
+from raekit.errors import MAX_COUNT, UserError, check_choice, did_you_mean, real_number, whole_number
 from raekit.files import as_path, check_folder
 from raekit.flow.guidance import Guidance, as_rules
 from raekit.flow.path import to_data
@@ -471,8 +471,7 @@ class Pipeline:
 
 def _check_output(output: str) -> None:
     """Raise UserError, before any work starts, if `output` is no `Output`."""
-    if output not in get_args(Output):
-        raise UserError(f"output: {output!r} is none of {', '.join(get_args(Output))}")
+    check_choice("output", output, get_args(Output))
 
 
 def _square(image: Image.Image | str | Path, size: int) -> Image.Image:
