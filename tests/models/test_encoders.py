@@ -15,11 +15,23 @@ from torch.nn.functional import interpolate
 
 from raekit.config import from_dict, to_dict, to_json
 from raekit.errors import UserError
+from raekit.inference.catalogue import list_encoders
 from raekit.models.autoencoder import Autoencoder, AutoencoderConfig
 from raekit.models.decoder import DecoderConfig
 from raekit.models.encoders import Encoder, load_encoder
 from raekit.models.layers import patchify
-from raekit.models.registry import FAMILIES, LAYERS, REGISTRY, LayersConfig, absolute, grid_of, register, sides
+from raekit.models.registry import (
+    FAMILIES,
+    LAYERS,
+    REGISTRY,
+    EncoderSpec,
+    Family,
+    LayersConfig,
+    absolute,
+    grid_of,
+    register,
+    sides,
+)
 from raekit.models.vit import ViT, ViTConfig
 
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
@@ -702,7 +714,10 @@ def cached(cache: Path, hub_id: str, source: Path) -> Path:
     return variant(source, root / "snapshots" / ("0" * 40))
 
 
-def test_the_cache_serves_without_a_network(offline: Path, checkpoint: Callable[..., Path]):
+def test_the_cache_serves_without_a_network(
+    offline: Path, checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(REGISTRY, "dinov2-s", replace(REGISTRY["dinov2-s"], width=WIDTH))
     source = checkpoint("dinov2_with_registers")
     cached(offline, "facebook/dinov2-with-registers-small", source)
     images = torch.rand(1, 3, 28, 28)
@@ -764,6 +779,70 @@ def test_registering_takes_one_line(monkeypatch: pytest.MonkeyPatch):
 
 def test_every_registered_family_has_an_adapter():
     assert {spec.family for spec in REGISTRY.values()} <= FAMILIES.keys()
+
+
+class Plain(nn.Module):
+    """A network that no class of `transformers` describes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(48, 8)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.GELU()) for _ in range(2))
+        self.norm = nn.LayerNorm(8)
+
+
+@pytest.fixture
+def plain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EncoderSpec:
+    """The spec of a family that loads its network from a file."""
+
+    def read(where: str, dtype: torch.dtype) -> nn.Module:
+        network = Plain()
+        network.load_state_dict(load_file(where))
+        return network.to(dtype)
+
+    torch.manual_seed(0)
+    save_file(Plain().state_dict(), weights := tmp_path / "plain.safetensors")
+    family = Family(
+        load=read, blocks="blocks", norm="norm", embed=lambda m, x: m.embed(patchify(x, 4).to(m.embed.weight))
+    )
+    monkeypatch.setitem(FAMILIES, "plain", family)
+    monkeypatch.delitem(REGISTRY, "mine", raising=False)  # afterwards too
+    grey = (0.5, 0.5, 0.5)
+    return EncoderSpec(
+        family="plain", width=8, patch_size=4, image_size=16, prefix_tokens=0, mean=grey, std=grey, hub_id=str(weights)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_family_may_load_any_network(dtype: torch.dtype, plain: EncoderSpec, tmp_path: Path):
+    register("mine", plain)
+    encoder = load_encoder("mine", layers=LayersConfig(blocks=(0, 1)), dtype=dtype)
+    images = torch.rand(2, 3, 16, 16)
+    assert encoder(images).shape == (2, 16, 8)
+    decoder = DecoderConfig(token_dim=8, grid=(4, 4), width=8, depth=1, heads=2, hidden=8, patch_size=4)
+    model = Autoencoder(AutoencoderConfig(encoder="mine", layers=encoder.layers, decoder=decoder), encoder)
+    model.save(tmp_path)
+    assert torch.equal(Autoencoder.load(tmp_path, encoder_dtype=dtype).encode(images), model.encode(images))
+    assert [each.cached for each in list_encoders("mine")] == [True]
+    del REGISTRY["mine"]
+    with pytest.raises(UserError, match=r"encoder mine: .* that your own code registers is known only in Python"):
+        Autoencoder.load(tmp_path)
+    with pytest.raises(UserError, match="encoder mine: raekit saves only encoders that it pretrained"):
+        encoder.save(tmp_path)
+
+
+@pytest.mark.parametrize("wrong", [{"width": 9}, {"prefix_tokens": 1}, {"patch_size": 8}])
+def test_a_wrong_spec_is_an_error_before_any_block_runs(wrong: dict[str, int], plain: EncoderSpec):
+    register("mine", replace(plain, **wrong))
+    with pytest.raises(UserError, match=r"encoder mine: .* but its network makes \(1, 16, 8\) of an image"):
+        load_encoder("mine")
+
+
+def test_what_cannot_be_loaded_is_not_registered(plain: EncoderSpec):
+    with pytest.raises(UserError, match=r"register mine: family: 'other' is none of dinov2, .*plain"):
+        register("mine", replace(plain, family="other"))
+    with pytest.raises(UserError, match="register mine: hub_id is empty"):
+        register("mine", replace(plain, family="dinov2", hub_id=""))
 
 
 # Our own ViT.

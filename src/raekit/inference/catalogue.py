@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -18,7 +19,7 @@ from raekit.models.decoder import Decoder, DecoderConfig
 from raekit.models.denoiser import Denoiser
 from raekit.models.denoiser_config import DenoiserConfig
 from raekit.models.encoders import load_encoder
-from raekit.models.registry import REGISTRY, grid_of, sides
+from raekit.models.registry import FAMILIES, REGISTRY, grid_of, sides
 
 BUILT_IN_LICENCE = "apache-2.0"
 PATCH = 16
@@ -189,5 +190,7 @@ def _licence(encoder: str) -> str:
 
 def _encoder_cached(encoder: str) -> bool:
     spec = REGISTRY[encoder]
+    if FAMILIES[spec.family].load or Path(spec.hub_id).exists():
+        return True
     files = (spec.file,) if spec.file else ("model.safetensors", "pytorch_model.bin")
     return any(isinstance(try_to_load_from_cache(spec.hub_id, file), str) for file in files)

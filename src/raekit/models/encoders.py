@@ -1,5 +1,6 @@
 """Frozen, pretrained encoders, loaded by name and run block by block (RAE v1 and v2)."""
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from raekit.models.registry import (
 from raekit.models.vit import ViT, ViTConfig
 from raekit.weights import load_network
 
-_OWN = Family(model_class="", blocks="blocks", norm="norm", embed=lambda m, x: m.tokens(x), prefix_tokens=0)
+_OWN = Family(blocks="blocks", norm="norm", embed=lambda m, x: m.tokens(x), prefix_tokens=0)
 
 
 class Encoder(nn.Module):
@@ -74,8 +75,15 @@ class Encoder(nn.Module):
         super().train(False)
 
     def save(self, folder: str | Path, world: World | None = None, dtype: torch.dtype | None = None) -> None:
-        """Write FOLDER/encoder, for `load_encoder`. Only encoders that raekit pretrained can be saved."""
-        assert isinstance(self.model, ViT), "public encoders are shared by name"
+        """Write FOLDER/encoder, for `load_encoder`.
+
+        Raises:
+            UserError: the encoder is not one that raekit pretrained. Others are loaded by name.
+        """
+        if not isinstance(self.model, ViT):
+            raise UserError(
+                f"encoder {self.name}: raekit saves only encoders that it pretrained; load this one by name"
+            )
         artifacts.write(
             Path(folder) / "encoder", "encoder", self.model.config, self.model, world or World(), dtype=dtype
         )
@@ -187,7 +195,7 @@ def load_encoder(
     family, _, where = name.partition(":")
     if spec := REGISTRY.get(name):
         model, _ = _read_family(name, spec.family, spec.hub_id, dtype, spec.file)
-    elif family in FAMILIES:
+    elif family in FAMILIES and not FAMILIES[family].load:
         model, folder = _read_family(name, family, where, dtype)
         spec = _spec(name, family, where, folder, model.config)
     else:
@@ -196,13 +204,29 @@ def load_encoder(
         except UserError as error:
             raise UserError(
                 f"encoder {error}{'' if str(error).endswith('?') else '.'} Any checkpoint of a known family is "
-                f"FAMILY:WHERE; WHERE is a folder or OWNER/NAME on the Hub, FAMILY one of {', '.join(FAMILIES)}"
+                f"FAMILY:WHERE; WHERE is a folder or OWNER/NAME on the Hub, FAMILY one of {', '.join(FAMILIES)}. A "
+                "name that your own code registers is known only in Python, after that code has run"
             ) from None
         found = artifacts.find(name, "encoder")
         path, config = found.path, from_dict(ViTConfig, found.config, found.path / "config.json")
         state = artifacts.read(path)
         model, spec = load_network(lambda: ViT(config), state, path).to(dtype), config.spec
-    return Encoder(name, spec, model, input_size, layers)
+    encoder = Encoder(name, spec, model, input_size, layers)
+    if name in REGISTRY:
+        _check_spec(encoder)
+    return encoder
+
+
+@torch.no_grad()
+def _check_spec(encoder: Encoder) -> None:
+    """Raise UserError unless the network makes the tokens that its spec promises. No block is run."""
+    pixels = torch.zeros(1, 3, *encoder.input_size, dtype=encoder.dtype)
+    made, spec = tuple(encoder.family.embed(encoder.model, pixels).shape), encoder.spec
+    if made != (wanted := (1, spec.prefix_tokens + math.prod(encoder.grid), spec.width)):
+        raise UserError(
+            f"encoder {encoder.name}: is registered with {spec.prefix_tokens} + {math.prod(encoder.grid)} tokens of "
+            f"{spec.width} channels, {wanted}, but its network makes {made} of an image; correct its EncoderSpec"
+        )
 
 
 def _read_family(name: str, family: str, where: str, dtype: torch.dtype, file: str = "") -> tuple[Any, Path]:
@@ -222,6 +246,8 @@ def _read_family(name: str, family: str, where: str, dtype: torch.dtype, file: s
         except UserError as error:
             raise UserError(f"encoder {name}: {error}") from None
     kind = FAMILIES[family]
+    if kind.load:
+        return kind.load(where, dtype), Path(where)
     return read_pretrained(
         f"encoder {name}",
         where,

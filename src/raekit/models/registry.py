@@ -1,7 +1,7 @@
 """The registered encoders, and how to run each model family (RAE v1 and v2).
 
 A new model of a known family needs one `register(...)` line, or no code at all: the name FAMILY:WHERE loads any
-checkpoint of a family. A new family needs one `Family` entry.
+checkpoint of a family of `transformers`. A new family needs one `Family` entry; `Family.load` may build any network.
 """
 
 import re
@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from raekit import hub
 from raekit.config import check_sizes, configclass
-from raekit.errors import UserError
+from raekit.errors import UserError, check_choice
 
 Colours = tuple[float, float, float]
 Size = int | tuple[int, int]
@@ -71,14 +71,14 @@ class EncoderSpec:
     """The properties of an encoder that the library needs.
 
     Attributes:
-        family: Key of `FAMILIES`, or "raekit" for the library's own ViT.
+        family: Key of `FAMILIES`; "raekit" for the library's own ViT, which is never registered.
         width: Channels of a token.
         patch_size: Side of a patch in pixels.
         image_size: Default input size in pixels.
         prefix_tokens: Tokens before the patches (class token and registers).
         mean: Mean colour that is subtracted from images in [0, 1].
         std: Standard deviation of the colours, by which images are divided.
-        hub_id: Hub repository or folder of the weights; empty for the library's own ViT.
+        hub_id: Hub repository, folder or file of the weights; empty for the library's own ViT.
         licence: Licence of the weights, as published with them; empty if it is not known.
         file: File of the weights in the layout of the published code; empty for the layout of `transformers`.
     """
@@ -103,7 +103,14 @@ REGISTRY: dict[str, EncoderSpec] = {}
 
 
 def register(name: str, spec: EncoderSpec) -> None:
-    """Register an encoder under `name`."""
+    """Register an encoder under `name`, for this process.
+
+    Raises:
+        UserError: If there is no such family, or `transformers` would load it and no weights are named.
+    """
+    check_choice(f"register {name}: family", spec.family, FAMILIES)
+    if not spec.hub_id and not FAMILIES[spec.family].load:
+        raise UserError(f"register {name}: hub_id is empty; name the Hub repository or the folder of the weights")
     REGISTRY[name] = spec
 
 
@@ -125,12 +132,13 @@ def grid_of(spec: EncoderSpec, name: str, input_size: Size | None) -> tuple[int,
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """How to run the models of a `transformers` model type block by block.
+    """How to load the models of a family, and to run them block by block.
 
     Attributes:
-        model_class: Name of the class in `transformers`.
-        blocks: Path of the attribute with the blocks.
-        norm: Path of the attribute with the norm after the last block.
+        model_class: Name of the class in `transformers`; empty with `load`.
+        load: Maps (hub_id, dtype) to any other network, with its weights. None: the class of `transformers`.
+        blocks: Path of the attribute with the blocks, an `nn.ModuleList`. Each maps tokens (B, N, width) to tokens.
+        norm: Path of the attribute with the norm after the last block. Only its `eps` is used.
         embed: Maps (model, normalised pixels) to the tokens that enter the first block.
         context: Maps (model, normalised pixels) to the keyword arguments of every block.
         prefix_tokens: Tokens before the patches, without the registers, whose number is in the model's config.
@@ -141,7 +149,8 @@ class Family:
         licence: Licence of most registered weights, as published with them; empty if there are none.
     """
 
-    model_class: str
+    model_class: str = ""
+    load: Callable[[str, torch.dtype], nn.Module] | None = None
     blocks: str
     norm: str
     embed: Callable[[Any, Tensor], Tensor]
