@@ -28,7 +28,7 @@ class SolverOptions:
             tolerance; euler-maruyama: the SDE. None: euler.
         grid: Time grid. full: from noise to the data; few: as full, with more times near noise and data, for ab2 or
             abm with few steps; published: the grid of the official sampler, with one step fewer, which stops shortly
-            before the data; diffusers: the grid of its RAEDiTPipeline, with a long last step. None: full.
+            before the data; diffusers: the grid of diffusers' RAEDiTPipeline, with a long last step. None: full.
         atol: Absolute tolerance of dopri5. None: 1e-6.
         rtol: Relative tolerance of dopri5. None: 1e-3.
         reuse: How long to reuse the output of the backbone. A whole number k: run the backbone at every k-th step and

@@ -24,7 +24,10 @@ _EPOCHS = (
     "Options that you give are not scaled."
 )
 _DRY_RUN = "Show the config and the cost without training, and whether the run could start."
-_CHANGE = "Allow changes to an existing run: steps, learning rates, schedules, precision, images."
+_CHANGE = (
+    "Allow changes to an existing run: steps, learning rates, schedules, clipping, starts of losses, VGG16's weights, "
+    "precision, residual, latents, images."
+)
 _PROCESSES = "Train in this number of processes on this machine."
 _GPUS = "Train on this number of GPUs of this machine, with one process for each GPU."
 _DEVICE = "Device to train on. None: the GPU if there is one, else the CPU."

@@ -1,7 +1,7 @@
 """Stage 2 on ImageNet 256: plain DiT-XL on the latents of an SD-VAE, the baseline that the paper compares with RAE.
 
 Reproduces:     FID 7.13 unguided after 80 epochs (paper, table 2); 11.70 with a wide head (table 10)
-Prepare:        pip install 'raekit[vae]'
+Prepare:        pip install '.[vae]' in a clone
 Command:        torchrun --nproc-per-node 8 -m raekit -- train sdvae_dit_xl --data.source folder:imagenet
 Size:           675 M parameters
 Memory:         12.6 GiB of state, 0.81 GiB an image (0.04 GiB with train.checkpointing)
