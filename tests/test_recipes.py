@@ -115,7 +115,7 @@ LAST = LayersConfig()
             0.8,
             LAST,
             "encoder-colours",
-            "rFID 0.57, PSNR 18.9",
+            "rFID 0.57",
         ),
         ("siglip2b_decoder_xl", "siglip2-b", None, 16, 1152, 0.8, LAST, "encoder-colours", "rFID 0.53"),
         ("mae_decoder_xl", "mae-b", None, 16, 1152, 0.8, LAST, "encoder-colours", "rFID 0.16"),
