@@ -538,13 +538,18 @@ def test_a_printed_recipe_trains_as_a_file(run, images, tmp_path, monkeypatch):
     assert done.out == find("emoji_encoder").path.read_text()
     Path("mine.py").write_text(done.out)
     assert run("train", "mine.py", *tiny(images, train__steps=1)).out == "artifact: runs/mine/artifact\n"
+    derived = "\nclass Mine(RepresentationConfig): ...\nbase = config()\ndef config():\n    return Mine(**vars(base))"
     for text, words in (
         ("import nowhere", ["mine.py: the recipe failed in line 1", "nowhere"]),
         ("x = (", ["mine.py: the recipe failed", "SyntaxError"]),
         ("def config():\n    return 3", ["mine.py: config() must return the config of a stage, not int"]),
+        (f"{done.out}{derived}", ["config() must return the config of a stage, not Mine"]),
         ("y = 1", ["mine.py: the recipe failed", "config"]),
         (done.out.replace("ema=(0.998,)", "ema=(0.998)"), ["error: mine.py: ema: Input should be a valid tuple"]),
-        (done.out.replace('"cosine"', '"cos"'), ["error: mine.py: optim.decay: Input should be"]),
+        (
+            done.out.replace('"cosine"', '"cos"'),
+            ["error: mine.py: OptimConfig.decay: 'cos' is none of constant, linear, cosine"],
+        ),
     ):
         Path("mine.py").write_text(text)
         assert_fails(run("train", "mine.py"), *words)

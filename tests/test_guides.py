@@ -6,12 +6,14 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from raekit import cli, recipes
 from raekit.cli.completion import _words
 from raekit.config import to_dict
+from raekit.models.registry import FAMILIES, REGISTRY
 
 ROOT = Path(__file__).parents[1]
 GUIDES = ROOT / "docs" / "guides"
@@ -120,6 +122,18 @@ def test_every_command_of_a_guide_runs(monkeypatch, tmp_path, images, tiny_model
     if guide == "own-images.md":
         assert "README.md" in hub.repositories["OWNER/NAME"]
         assert Path("published.png").is_file()
+
+
+def test_the_code_of_ones_own_loop_runs(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(FAMILIES, "mine", raising=False)  # afterwards too
+    monkeypatch.delitem(REGISTRY, "my-encoder", raising=False)
+    text = (GUIDES / "own-loop.md").read_text("utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(block.replace("STEPS = 1000", "STEPS = 2"), names)
+    assert names["step"] == 2
 
 
 def test_the_notebook_runs(monkeypatch, tmp_path):

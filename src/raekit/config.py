@@ -70,7 +70,7 @@ def configclass(cls: type[T]) -> type[T]:
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"{field.name}: {value} must be a finite number")
         for name, choices in _choices(type(self)).items():
-            check_choice(name, getattr(self, name), choices)
+            check_choice(f"{type(self).__name__}.{name}", getattr(self, name), choices)
         if check:
             check(self)
         elif parent := getattr(super(cls, self), "__post_init__", None):

@@ -146,6 +146,16 @@ class FakeInception:
         return torch.arange(2048 + 1008 + 2023).float().expand(len(images), -1)
 
 
+def test_a_batch_of_stored_features_has_no_images():
+    features, _ = network()
+    batch = Images.gone({features: torch.ones(2, 3)}, torch.zeros(2), torch.arange(2))
+    assert len(batch) == 2
+    assert torch.equal(batch.features(features), torch.ones(2, 3))
+    with pytest.raises(ValueError, match="stored features and no images"):
+        _ = batch.images
+    assert not hasattr(batch, "other")
+
+
 def test_the_parts_of_inception_share_one_pass():
     inception = FakeInception()
     features = InceptionFeatures(cast(Inception, inception))

@@ -84,6 +84,22 @@ def test_evaluations(grid, evaluations: int, solver, per_step: int):
     assert set(seen) == set(evaluated(solver, times))
 
 
+@pytest.mark.parametrize("name", [*SOLVERS, "euler-maruyama"])
+def test_evaluated_has_every_time_at_which_a_solver_evaluates(name: SolverName):
+    seen: set[float] = set()
+
+    def field(x: torch.Tensor, t: float) -> torch.Tensor:
+        seen.add(t)
+        return torch.zeros_like(x)
+
+    x, times = torch.zeros(1, 2), time_grid(4, ALPHA)
+    if name == "euler-maruyama":
+        euler_maruyama(field, x, times, lambda step: torch.zeros_like(x))
+    else:
+        SOLVERS[name](field, x, times)
+    assert seen == set(evaluated(name, times))
+
+
 def test_every_solver_has_a_name_and_an_option():
     names = {*get_args(SolverName)}
     assert {*SOLVERS, "dopri5", "euler-maruyama"} == names

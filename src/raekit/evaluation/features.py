@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -99,13 +99,20 @@ class Images:
             object.__setattr__(self, "originals", quantize(self.originals))
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.labels)
+
+    def __getattr__(self, name: str) -> Any:
+        """Explain the missing images of a batch of stored features."""
+        if name == "images":
+            raise ValueError("this batch has stored features and no images; compute what you need in a FeatureNetwork")
+        raise AttributeError(name)
 
     @classmethod
     def gone(cls, features: "Mapping[FeatureNetwork | PairScore, Tensor]", labels: Tensor, indices: Tensor) -> Self:
         """Return a batch that holds features, but no images."""
-        batch = cls(torch.empty(len(labels), 3, 0, 0), labels, indices=indices)
-        batch._features.update(features)
+        batch = cls.__new__(cls)
+        for name, value in {"labels": labels, "indices": indices, "_features": dict(features)}.items():
+            object.__setattr__(batch, name, value)
         return batch
 
     def features(self, network: "FeatureNetwork | PairScore") -> Tensor:

@@ -40,7 +40,11 @@ _FRECHET_NAMES = {"inception": "fid", "inception_spatial": "sfid", "clean_incept
 
 
 class Accumulator(Protocol):
-    """A metric that is computed over a stream of batches."""
+    """A metric that is computed over a stream of batches.
+
+    `raekit evaluate` first stores the features of all networks, and scores batches that have no images. So a metric of
+    pixels needs a `FeatureNetwork`, whose features may be a single number.
+    """
 
     def update(self, batch: Images, /) -> None:
         """Add a batch."""

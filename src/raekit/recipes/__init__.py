@@ -22,7 +22,7 @@ from raekit.models.autoencoder import load_autoencoder
 from raekit.progress import Progress, silent
 from raekit.stages import run as stages
 from raekit.stages.generation import GenerationConfig
-from raekit.stages.run import StageConfig
+from raekit.stages.record import STAGES, StageConfig
 from raekit.training.trainer import Report
 
 
@@ -73,7 +73,8 @@ class Recipe:
     def _line(self, name: str) -> str:
         """Return an entry of the docstring. Its further lines are indented."""
         found = re.search(rf"^{name}:(.*(?:\n +.*)*)", self.about, re.MULTILINE)
-        assert found, f"{self.name}: its docstring has no line {name!r}"
+        if not found:
+            raise UserError(f"{self.path}: the docstring of a recipe needs the line {name!r}, as other recipes have it")
         return " ".join(found[1].split())
 
     @property
@@ -128,7 +129,7 @@ def _from_file(path: Path) -> Recipe:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == spec.origin]
         line = f" in line {lines[-1]}" if lines else ""
         raise UserError(f"{path}: the recipe failed{line} ({type(error).__name__}: {error})") from error
-    if not isinstance(config, StageConfig):
+    if type(config) not in STAGES.values():
         raise UserError(f"{path}: config() must return the config of a stage, not {type(config).__name__}")
     return Recipe(path.stem, module.__doc__ or str(path), from_dict(type(config), config, path), path)
 
@@ -137,7 +138,7 @@ def configured(recipe: str | Path | StageConfig, **overrides: Any) -> StageConfi
     """Return the config of a recipe with other values for some of its fields. See `train` for the arguments."""
     if isinstance(recipe, str | Path):
         config = find(str(recipe)).config
-    elif isinstance(recipe, StageConfig):
+    elif type(recipe) in STAGES.values():
         config = from_dict(type(recipe), recipe, "train")
     else:
         raise UserError(

@@ -9,7 +9,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from platform import node
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -28,13 +28,7 @@ from raekit.training.checkpoint import checkpoints, step_of
 from raekit.training.throughput import peak_of
 
 StageConfig = ClassificationConfig | RepresentationConfig | CompressionConfig | ReconstructionConfig | GenerationConfig
-_STAGES = {
-    "classification": ClassificationConfig,
-    "representation": RepresentationConfig,
-    "compression": CompressionConfig,
-    "reconstruction": ReconstructionConfig,
-    "generation": GenerationConfig,
-}
+STAGES: dict[str, type[StageConfig]] = {kind.stage: kind for kind in get_args(StageConfig)}
 _SHOWN = 20
 _FOLDERS = ("checkpoints", "artifact", "milestones", "samples", "heldout")
 
@@ -46,7 +40,7 @@ def read_config(run: Path) -> StageConfig:
         UserError: `run` is not a run, or its config does not fit this version of raekit.
     """
     values = read_values(run)
-    return from_dict(_STAGES[values["stage"]], values, run / "config.json")
+    return from_dict(STAGES[values["stage"]], values, run / "config.json")
 
 
 def read_values(run: Path) -> dict[str, Any]:
@@ -61,7 +55,7 @@ def read_values(run: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{run}: not a run, because it has no config.json; start one with raekit train RECIPE --run")
     values = read_json(path)
-    if not isinstance(values, dict) or values.get("stage") not in _STAGES:
+    if not isinstance(values, dict) or values.get("stage") not in STAGES:
         raise UserError(f"{path}: not the config of a training; choose another --run")
     return values
 
