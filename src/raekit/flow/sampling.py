@@ -58,9 +58,9 @@ class Sampling:
         guidance: the rules, at most one of each method. Any other form that `as_rules` reads, such as a scale or the
             text `cfg:2.0@0.1-0.9`, becomes a tuple.
         weak: the weaker denoiser of `auto` guidance.
-        reuse: k > 1 runs the backbone of a denoiser with a head only at every k-th step. A value below 1 runs the
-            backbone when the expected cosine similarity of the latents to the latents of its last run
-            (`flow.path.similarity`, a function of the times) is below this value. 1 runs the backbone at each step.
+        reuse: k > 1 runs the backbone of a denoiser with a head only at every k-th step. With k < 1,
+            the backbone runs again when the expected cosine similarity of the latents to those of its last run
+            (`flow.path.similarity`, a function of the times) falls below k. 1 runs the backbone at each step.
         atol: absolute tolerance of dopri5.
         rtol: relative tolerance of dopri5.
 
@@ -142,7 +142,7 @@ def sample_latents(
 
     Args:
         denoiser: the denoiser to sample from.
-        labels: what the denoiser is given of each image; None for nothing.
+        labels: the condition of each image, such as class ids (B,). None: unconditional.
         indices: (B,) numbers of the samples. Each sample has its own noise.
         seed: of the noise.
         sampling: the settings.
@@ -214,7 +214,7 @@ def denoise(
     Args:
         denoiser: the denoiser to sample from.
         noise: gives the noise (B, C, H, W) of a stream: "sample", and with euler-maruyama one stream for each step.
-        labels: what the denoiser is given of each image; None for nothing.
+        labels: the condition of each image, such as class ids (B,). None: unconditional.
         sampling: the settings.
         passes: a counter to which the forward passes are added.
         watch: called at each evaluation.
@@ -383,7 +383,7 @@ class _Predictor:
 
     Attributes:
         kind: the name that its passes are counted under.
-        labels: what the denoiser is given of each image.
+        labels: the condition of each image.
         output: the last prediction.
         base: the last base output, if it was asked for.
         features: the backbone's last output, if `Sampling.reuse` needs it; `seen` is its time, `since` counts the

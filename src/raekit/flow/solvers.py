@@ -31,8 +31,8 @@ def time_grid(steps: int, alpha: float, grid: Grid = "full") -> list[float]:
             together near both ends, where the velocity of the built-in model changes fastest: for ab2 and abm with few
             steps (docs/results/solvers.md). `published` has the official sampler's `steps` times, so one
             solver step fewer, and ends at shift(0.001), short of the data (RAE v1). `diffusers` has the steps + 1
-            times of diffusers' RAEDiTPipeline: its scheduler shifts even times, which end at shift(0.001), a second
-            time, and adds 0. So the last step is long: from 0.0458 for 50 steps and alpha 6.93.
+            times of diffusers' RAEDiTPipeline: even times from 1 to shift(0.001), shifted, and then 0. So the last
+            step is long: from 0.0458 for 50 steps and alpha 6.93.
 
     Raises:
         UserError: there are too few steps.

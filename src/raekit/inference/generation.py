@@ -425,7 +425,7 @@ def as_seed(seed: Seed) -> Seed:
 
 
 def _given(model: Model, labels: Iterable[int] | Tensor) -> Tensor:
-    """Return what the denoiser is given of each sample: ids (N,), or the rows of a condition of its own (N, ...).
+    """Return the condition of each sample: class ids (N,), or the rows of a condition of its own (N, ...).
 
     Raises:
         UserError: if they are no classes of the model, or no rows of numbers for a condition of its own.
@@ -456,7 +456,7 @@ def class_labels(model: Model, labels: Iterable[int] | Tensor) -> list[int]:
 def _labels_and_total(
     model: Model, labels: Iterable[int] | Tensor | None, count: int | None
 ) -> tuple[Tensor | None, int]:
-    """Return what the denoiser is given of each sample, None for nothing, and the number of samples."""
+    """Return the condition of each sample, None for unconditional samples, and the number of samples."""
     if (labels is None) == (count is None):
         raise UserError("labels, count: give either labels, one for each sample, or count, at least 1")
     if labels is None:

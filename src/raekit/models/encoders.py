@@ -43,7 +43,7 @@ class Encoder(nn.Module):
 
     Args:
         name: the name that it was loaded by.
-        spec: the facts about it.
+        spec: its token width, patch size, colours and prefix tokens.
         model: the network.
         input_size: the size that images are resized to (bicubic). Default: the encoder's own.
         layers: the blocks whose outputs make the latents. Default: the last block.

@@ -114,8 +114,8 @@ def flow_matching_loss(
     Args:
         denoiser: the denoiser.
         latents: whitened latents (B, C, H, W).
-        labels: what the denoiser is given of each image, for example class ids (B,) without negative ones
-            (`denoiser.label.without` replaces them). None: unconditional.
+        labels: the condition of each image, such as class ids (B,). `denoiser.label.without` replaces the ids below 0
+            of images without a class. None: unconditional.
         positions: numbers (B,) of the latents in the training stream. Noise and times are functions of seed and number.
         seed: seed of noise and times.
         time_law: distribution of the times, before the shift.
