@@ -29,6 +29,8 @@ PEAKS = {
 _SLOWER = re.compile(r"\b(Laptop|MIG|RTX 4090 D)\b")
 """Words of a device's name that has less than the peak of the card: a laptop's, a part of a GPU, and the 4090 D."""
 
+_MEASURED_SECONDS = 0.3
+
 
 def stated_peak(precision: str, device: torch.device) -> float | None:
     """Return the FLOP/s of the device's data sheet, or None for a CPU and for GPUs that PEAKS does not list."""
@@ -82,11 +84,11 @@ def peak_of(device: torch.device, precision: Precision) -> Peak:
 
 
 def _measured(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the FLOP/s of the fastest of a few large matrix products."""
+    """Return the FLOP/s of the fastest large matrix product within some time, as other programs slow some of them."""
     size = 8192 if device.type == "cuda" else 768
     matrix = torch.linspace(-1, 1, size * size, device=device, dtype=dtype).view(size, size)
-    seconds = []
-    for _ in range(5):
+    seconds: list[float] = []
+    while len(seconds) < 5 or sum(seconds) < _MEASURED_SECONDS:
         began = time.perf_counter()
         (matrix @ matrix)[0, 0].item()  # waits for the device
         seconds.append(time.perf_counter() - began)
