@@ -39,7 +39,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("format", ["png", "jpeg"])
 def test_a_packed_dataset_has_the_same_images_labels_and_splits(tmp_path: Path, source: str, format: str):
     done = pack(source, 16, tmp_path / "out", format=format, shard_size=3, world=ONE)  # type: ignore[arg-type]
-    assert (done.images, done.shards, done.unreadable) == ({"train": 7, "heldout": 3}, 4, {})
+    assert (done.images, done.shards, done.left_out) == ({"train": 7, "heldout": 3}, 4, 0)
     for split in ("train", "heldout"):
         ours, theirs = open_source(f"tar:{tmp_path / 'out'}", split), open_source(source, split)
         assert ours.classes == theirs.classes == ("a", "b")
@@ -105,10 +105,15 @@ def test_another_dataset_or_folder_is_rejected(tmp_path: Path, source: str):
 def test_unreadable_images_are_left_out_up_to_a_limit(tmp_path: Path, source: str):
     broken = tmp_path / "images" / "train" / "a" / "2.png"
     broken.write_bytes(b"damaged")
-    with pytest.raises(UserError, match=r"1 of 10 images are unreadable, .*2\.png"):
+    with pytest.raises(UserError, match=r"1 of 10 images are unreadable, such as .*2\.png; this is more than"):
         pack(source, 16, tmp_path / "strict", world=ONE)
-    done = pack(source, 16, tmp_path / "out", max_unreadable=0.2, world=ONE)
-    assert (done.images, list(done.unreadable)) == ({"train": 6, "heldout": 3}, [str(broken)])
+    for _ in range(2):  # shards that are there already do not hide it
+        done = pack(source, 16, tmp_path / "out", max_unreadable=0.2, world=ONE)
+        assert (done.images, done.left_out) == ({"train": 6, "heldout": 3}, 1)
+    (tmp_path / "out" / "SHA256SUMS").unlink()
+    with pytest.raises(UserError, match=r"1 of 10 images are unreadable; this is more than max_unreadable=0.05 allows"):
+        pack(source, 16, tmp_path / "out", max_unreadable=0.05, world=ONE)
+    assert not (tmp_path / "out" / "SHA256SUMS").exists()
 
 
 def test_images_without_a_class_are_rejected_before_the_work(

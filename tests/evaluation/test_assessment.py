@@ -418,6 +418,21 @@ def test_images_and_references_that_do_not_fit_are_rejected(reference, images, t
     refused("has 0 labelled images", lambda: Samples(model, 5, SAMPLING, labels="reference"))
 
 
+def test_a_reference_that_was_measured_again_belongs_to_the_same_evaluation(reference, tiny_model, tmp_path):
+    def stop(what: str, done: int, total: int, text: str = "", unit: int = 1) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(reference, tiny_model, tmp_path, progress=stop)
+    # As with another number of threads.
+    other = replace(reference, about=replace(reference.about, hash="0" * 16))
+    report = run(other, tiny_model, tmp_path)
+    assert report.settings["references"][0]["hash"] == "0" * 16
+    assert run(reference, tiny_model, tmp_path) == report
+    with pytest.raises(UserError, match="holds another evaluation with other settings:\n  references: changed"):
+        run(replace(other, measured=False), tiny_model, tmp_path)
+
+
 def test_labels_of_the_reference_are_drawn_in_its_proportions(images, tiny_model):
     unlike = measured(images, [str(tiny_model)])
     assert unlike.about.classes == (13, 13, 13)
@@ -428,4 +443,5 @@ def test_labels_of_the_reference_are_drawn_in_its_proportions(images, tiny_model
 
 def test_the_claim_holds_what_the_report_says(reference, tiny_model, tmp_path):
     report = run(reference, tiny_model, tmp_path)
-    assert read_json(tmp_path / "evaluation.json")["settings"] == report.settings
+    claimed, (measured,) = read_json(tmp_path / "evaluation.json")["settings"], report.settings["references"]
+    assert claimed == report.settings | {"references": [measured | {"hash": ""}]}

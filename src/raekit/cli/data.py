@@ -117,9 +117,10 @@ def data_pack(
         workers: Number of processes that decode and encode images. 0: only the main process.
     """
     from raekit.data.packing import pack
+    from raekit.distributed.locks import lock
 
     check_folder(out)
-    with processes("cpu") as here, Display(console.err, quiet=not here.is_main) as progress:
+    with processes("cpu") as here, lock(out, here), Display(console.err, quiet=not here.is_main) as progress:
         done = pack(
             source,
             size,
@@ -135,7 +136,7 @@ def data_pack(
     if here.is_main:
         counts = ", ".join(f"{count:,} images in the split {split}" for split, count in done.images.items())
         megabytes = sum(path.stat().st_size for path in out.glob("*.tar")) / 2**20
-        left_out = f"; {len(done.unreadable)} unreadable images were left out" if done.unreadable else ""
+        left_out = f"; {done.left_out:,} unreadable images were left out" if done.left_out else ""
         console.out.print(
             f"{out}: {counts}; {done.shards} shards, {megabytes:,.1f} MiB{left_out}. Read it as tar:{out}", markup=False
         )

@@ -262,8 +262,8 @@ def trajectory(
         shown.finish(shown.total)
     rows = [[to_pil(image) for image in row] for row in images.transpose(0, 1)]
     _write_rows([row for first in range(max(len(labels), 1)) for row in rows[first :: max(len(labels), 1)]], out, form)
-    shown = ", ".join(f"{t:.3f}" for t in times)
-    console.out.print(f"{len(rows)} x {frames} images at times {shown}: {out}")
+    at = ", ".join(f"{t:.3f}" for t in times)
+    console.out.print(f"{len(rows)} x {frames} images at times {at}: {out}")
 
 
 def class_ids(model: "Model", classes: Iterable[str]) -> list[int]:

@@ -4,7 +4,7 @@ import hashlib
 import io
 import logging
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -67,12 +67,12 @@ class Report:
     Attributes:
         images: the number of images in the shards, by split.
         shards: the number of shards.
-        unreadable: maps the name of each image that could not be read to the reason. Shards that existed are not read.
+        left_out: the number of images that could not be read.
     """
 
     images: dict[str, int]
     shards: int
-    unreadable: dict[str, str]
+    left_out: int
 
 
 def pack(
@@ -110,7 +110,7 @@ def pack(
         UserError: a setting is invalid, `out` holds another dataset or a shard that has changed, only some images have
             a class, the name of a class does not fit on a line, or too many images are unreadable.
     """
-    DataConfig(source=source, image_size=size, workers=workers, max_unreadable=max_unreadable)  # checks them
+    config = DataConfig(source=source, image_size=size, workers=workers, max_unreadable=max_unreadable)
     sources: dict[Split, Source] = {"train": open_source(source, "train")}
     try:
         sources["heldout"] = open_source(source, "heldout")
@@ -133,7 +133,7 @@ def pack(
     images = {split: len(each) for split, each in sources.items()}
     settings = Packed(
         source=absolute(source),
-        stamp=stamp(source),
+        stamp=world.gather(stamp(source) if world.is_main else None)[0],
         images=images,
         size=size,
         format=format,
@@ -162,29 +162,40 @@ def pack(
     for k, found in zip(mine, load_parts(writer, (range(k, k + 1) for k in mine), workers, world), strict=True):
         warn_of_unreadable(found, world)
         unreadable |= found
+        _check_left_out(source, len(unreadable), unreadable, total, config)
         done = min(done + len(shards[k].images) * world.size, total)
         progress("pack", done, total)
     unreadable = {name: reason for part in world.gather(unreadable) for name, reason in part.items()}
-    if len(unreadable) > max_unreadable * total:
-        raise UserError(
-            f"data source {source!r}: {len(unreadable):,} of {total:,} images are unreadable, more than "
-            f"max_unreadable={max_unreadable:g} allows, such as {next(iter(unreadable))}"
-        )
+    hashed = world.gather([_sha256(out / shard.name) for shard in shards[world.rank :: world.size]])
+    digests = [hashed[k % world.size][k // world.size] for k in range(len(shards))]
+    sums = [f"{digest}  {shard.name}\n" for digest, shard in zip(digests, shards, strict=True)]
+    if (out / SUMS).is_file():
+        before = (out / SUMS).read_text("utf-8", "replace").splitlines(keepends=True)
+        for k in sorted(set(range(len(shards))) - set(missing)):
+            if sums[k] not in before:
+                raise UserError(
+                    f"{out / shards[k].name}: does not have its checksum in {SUMS}; remove it and run the same "
+                    "command again"
+                )
+    kept = {split: len(open_source(f"tar:{out}", split)) for split in sources}  # also makes the index
+    left_out = total - sum(kept.values())  # also by earlier calls
+    _check_left_out(source, left_out, unreadable, total, config)
+    world.barrier()  # all have read the earlier checksums
     if world.is_main:
-        sums = [f"{_sha256(out / shard.name)}  {shard.name}\n" for shard in shards]
-        if (out / SUMS).is_file():
-            before = (out / SUMS).read_text("utf-8", "replace").splitlines(keepends=True)
-            for k in sorted(set(range(len(shards))) - set(missing)):
-                if sums[k] not in before:
-                    raise UserError(
-                        f"{out / shards[k].name}: does not have its checksum in {SUMS}; remove it and run the same "
-                        "command again"
-                    )
         with whole(out / SUMS) as partial:
             partial.write_text("".join(sums))
     world.barrier()
-    kept = {split: len(open_source(f"tar:{out}", split)) for split in sources}  # also makes the index
-    return Report(kept, len(shards), unreadable)
+    return Report(kept, len(shards), left_out)
+
+
+def _check_left_out(source: str, count: int, known: Mapping[str, str], total: int, config: DataConfig) -> None:
+    """Raise UserError if `count` unreadable images, some of which are `known` by name, are too many."""
+    if count > config.tolerated(total):
+        example = f", such as {next(iter(known))}" if known else ""
+        raise UserError(
+            f"data source {source!r}: {count:,} of {total:,} images are unreadable{example}; this is more than "
+            f"max_unreadable={config.max_unreadable:g} allows"
+        )
 
 
 def _check_folder(out: Path, settings: Packed) -> None:
@@ -192,7 +203,7 @@ def _check_folder(out: Path, settings: Packed) -> None:
     if (out / SETTINGS).is_file():
         if changed := list(differences(read_json(out / SETTINGS), to_dict(settings))):
             raise UserError(f"{out}: holds another dataset:\n  " + "\n  ".join(changed) + "\nGive another folder")
-    elif out.is_dir() and any(out.iterdir()):
+    elif out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):  # .lock
         raise UserError(f"{out}: is not empty; give a new folder")
     with whole(out / SETTINGS) as partial:
         partial.write_text(to_json(to_dict(settings)))

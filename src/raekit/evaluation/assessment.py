@@ -18,7 +18,7 @@ from raekit.distributed import World
 from raekit.distributed.locks import lock
 from raekit.errors import UserError
 from raekit.evaluation.against import Against
-from raekit.evaluation.chunks import Features, collect, collected, discard, images_digest
+from raekit.evaluation.chunks import Features, collect, collected, images_digest
 from raekit.evaluation.features import PairScore, weights_of
 from raekit.evaluation.interpolations import Interpolations
 from raekit.evaluation.intervals import LEAST
@@ -28,7 +28,7 @@ from raekit.evaluation.pairs import PairMean
 from raekit.evaluation.reports import LITERATURE, Report, read_report, told, write_report
 from raekit.evaluation.streaming import score_stream
 from raekit.evaluation.streams import RealImages, Reconstructions, StoredImages, Stream
-from raekit.files import whole
+from raekit.files import remove, whole
 from raekit.progress import Progress, silent
 from raekit.weights import fingerprint
 
@@ -89,12 +89,18 @@ def assess(
             each.check_originals(stream.source, stream.split, stream.count)
     check_count(stream.count, intervals)
     settings = _settings(stream, against, baselines, intervals)
-    environment = _environment(world)
-    claim = {"settings": settings, "environment": environment, "images": _stamps(stream, against, baselines)}
+    claim: dict[str, Any] = {}
+    if world.is_main:  # other machines may have other GPUs, and copies of the images with other times
+        claim["settings"] = _lasting(settings, against)
+        claim["environment"] = _environment(world)
+        claim["images"] = _stamps(stream, against, baselines)
+    claim = world.gather(claim)[0]
     digest = fingerprint({}, json.dumps(settings, sort_keys=True))
     out = out or Path(REPORTS, fingerprint({}, json.dumps(claim, sort_keys=True)))
     if (out / "report.json").is_file():
         _claim(out, claim, world)
+        if world.is_main:  # of a process that was killed after it wrote the report
+            _discard_features(out, baselines)
         return read_report(out), out
     with lock(out, world):
         with world.main_first():
@@ -127,12 +133,10 @@ def assess(
                 baselines=rows,
                 notes=(*notes, *_notes(stream, against)),
                 settings=settings,
-                environment={**environment, "processes": world.size, "threads": torch.get_num_threads()},
+                environment={**claim["environment"], "processes": world.size, "threads": torch.get_num_threads()},
             )
             write_report(report, out)
-            discard(out / "features")
-            for name in baselines:
-                discard(_row_folder(out, name))
+            _discard_features(out, baselines)
         world.barrier()
     return read_report(out), out
 
@@ -143,6 +147,11 @@ def check_count(count: int, intervals: bool) -> None:
         raise UserError(f"count: distances need at least 2 images, and there is {count}; evaluate more images")
     if intervals and count < LEAST:
         raise UserError(f"intervals: they need at least {LEAST} images, and there are {count}; evaluate more images")
+
+
+def _discard_features(out: Path, baselines: Mapping[str, Stream]) -> None:
+    for folder in (out / "features", *(_row_folder(out, name) for name in baselines)):
+        remove(folder)
 
 
 def _features(stream: Stream, against: Against) -> Features:
@@ -179,7 +188,7 @@ def _bank(against: Against, baselines: Mapping[str, Stream], out: Path, device: 
         return {}
     networks = {name: n for name, n in against.networks.items() if not name.endswith(("_spatial", "_logits"))}
     training = baselines[TRAINING]
-    batches = list(collected(against.networks, training.count, _row_folder(out, TRAINING), device))
+    batches = list(collected(networks, training.count, _row_folder(out, TRAINING), device))
     labels = torch.cat([batch.labels for batch in batches])
     return {name: (torch.cat([batch.features(n) for batch in batches]), labels) for name, n in networks.items()}
 
@@ -240,6 +249,12 @@ def _settings(stream: Stream, against: Against, baselines: Mapping[str, Stream],
     }
 
 
+def _lasting(settings: dict[str, Any], against: Against) -> dict[str, Any]:
+    """Return the settings without the hashes of references that every call measures anew."""
+    pairs = zip(settings["references"], against.references, strict=True)
+    return settings | {"references": [about | ({"hash": ""} if each.measured else {}) for about, each in pairs]}
+
+
 def _environment(world: World) -> dict[str, Any]:
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else platform.machine()
     packages = ("torch", "numpy", "pillow", "transformers")
@@ -256,7 +271,8 @@ def _environment(world: World) -> dict[str, Any]:
 def _stamps(stream: Stream, against: Against, baselines: Mapping[str, Stream]) -> list[str]:
     """Return stamps of the image files, which no hash in the settings covers."""
     streams = [stream.source, *(row.source for row in baselines.values())]
-    places = dict.fromkeys([*streams, *(each.images for each in against.references)])
+    measured = [each.about.source for each in against.references if each.measured]
+    places = dict.fromkeys([*streams, *measured, *(each.images for each in against.references)])
     return [stamp(place) for place in places if place]
 
 

@@ -17,7 +17,7 @@ from raekit.errors import UserError
 from raekit.evaluation import streams
 from raekit.evaluation.features import FeatureNetwork, Images, PairScore
 from raekit.evaluation.streams import Stream
-from raekit.files import remove, sweep, whole
+from raekit.files import sweep, whole
 from raekit.pictures import grid, to_pil
 from raekit.progress import Progress, silent
 from raekit.weights import read_weights
@@ -100,11 +100,6 @@ def images_digest(count: int, folder: Path) -> str:
     for chunk in _chunks(count):
         digest.update(bytes(_read(folder, chunk)["digest"].tolist()))
     return digest.hexdigest()
-
-
-def discard(folder: Path) -> None:
-    """Remove the stored features."""
-    remove(folder)
 
 
 def _chunks(count: int) -> list[range]:

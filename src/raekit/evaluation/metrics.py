@@ -115,7 +115,7 @@ class FrechetDistance:
             raise UserError(
                 f"an interval needs at least {LEAST} images, and there are {self.moments.count}; add images"
             )
-        rests = [self.moments.without(group) for group in self.groups]
+        rests = map(self.moments.without, self.groups)  # one matrix at a time
         interval = jackknife(distance, [frechet_distance(rest, self.reference, quiet=True) for rest in rests])
         return {self.name: distance} | {f"{self.name}_{part}": value for part, value in interval._asdict().items()}
 

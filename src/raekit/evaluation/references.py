@@ -93,6 +93,8 @@ class Reference:
         gaussians: mean and covariance of the features of all images.
         features: features (N, width) float32 of some images, for precision, recall and KID.
         images: address of the images if the file contains images, such as ADM's files. `data.sources` reads it.
+        measured: whether this call measured it. Measured again, its last digits depend on the number of processes and
+            threads, and so does its hash.
     """
 
     place: str
@@ -100,6 +102,7 @@ class Reference:
     gaussians: Mapping[str, Gaussian]
     features: Mapping[str, Tensor] = field(default_factory=dict)
     images: str | None = None
+    measured: bool = False
 
     def gaussian(self, network: FeatureNetwork) -> Gaussian:
         """Return the statistics in the features of `network`. UserError if the reference has none."""
@@ -390,4 +393,4 @@ def measure_reference(
         classes=_class_counts(loader),
         class_names=loader.classes or None,
     )
-    return _reference(f"{data.source} ({data.split})", about, gaussians, features)
+    return replace(_reference(f"{data.source} ({data.split})", about, gaussians, features), measured=True)

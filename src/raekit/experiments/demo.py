@@ -318,7 +318,7 @@ class Demo:
         out = self.run / "evaluation" / name
         if (out / "report.json").is_file():
             return read_report(out), out
-        shutil.rmtree(out, ignore_errors=True)  # of a killed demo; the held-out images are measured again
+        shutil.rmtree(out, ignore_errors=True)  # of a killed demo
         return evaluate(
             model,
             count=self.scored_samples,

@@ -134,7 +134,7 @@ def cache_latents(
     check_crop(data)
     loader = Loader(data, seed=0)
     loader.announce(world)
-    names, sizes = listing(data.source) or (None, None)
+    names, sizes = listing(data.address) or (None, None)
     parts = list(_chunks(range(len(loader)), shard_size))
     places = shard_paths(out, len(parts))
     about = CacheInfo(

@@ -4,7 +4,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -157,7 +157,8 @@ def fitting_batch(model: Model, sampling: Sampling, batch_size: BatchSize, world
     short = Sampling(steps=2, guidance=rules, weak=sampling.weak)
     labels = torch.zeros(trial, dtype=torch.int64, device=world.device) if model.classes else None
     each = math.inf
-    with suppress(torch.OutOfMemoryError):
+    compiled = model.denoiser.compiled  # for one batch size, so not for the trial's
+    with suppress(torch.OutOfMemoryError), torch.compiler.set_stance("force_eager") if compiled else nullcontext():
         latents = sample_latents(model.denoiser, labels, torch.arange(trial, device="cpu"), 0, short, world.device)
         _decode(model, latents)
         each = (torch.cuda.max_memory_allocated(world.device) - held) / trial
