@@ -3,6 +3,7 @@
 import io
 import shutil
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -305,6 +306,15 @@ def test_a_reference_knows_its_images_again(images: str, tmp_path: Path, monkeyp
     first.unlink()
     with pytest.raises(UserError, match="have changed since it was measured on 39 images, and 38 are there now"):
         reference.check_originals(str(reference.about.source), "all", 38)
+
+
+def test_unreadable_originals_are_named_as_the_reason(images: str, tmp_path: Path):
+    shutil.copytree(images.removeprefix("folder:"), tmp_path / "im")
+    next((tmp_path / "im").rglob("*.png")).write_bytes(b"damaged")
+    source = f"flat:{tmp_path / 'im'}"
+    reference = measure_reference(replace(data(source), max_unreadable=0.1), NETWORKS, ALONE)
+    with pytest.raises(UserError, match=r"1 of the 39 images of .* could not be read when it was measured"):
+        reference.check_originals(source, "all", 39)
 
 
 def test_a_reference_of_the_wrong_kind_is_rejected_with_the_reason(images: str, tmp_path: Path):

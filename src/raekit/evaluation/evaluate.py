@@ -176,7 +176,10 @@ def evaluate(
         assert dataset is not None
         chosen = features or default_features(dataset)
         networks = {key: network for each in chosen for key, network in load_networks(each, world.device).items()}
-        data = DataConfig(source=dataset, split="heldout", image_size=image_size, workers=workers)
+        tolerated = 0.0 if own else DataConfig.max_unreadable  # every original is reconstructed
+        data = DataConfig(
+            source=dataset, split="heldout", image_size=image_size, workers=workers, max_unreadable=tolerated
+        )
         read = [measure_reference(data, networks, world, progress=progress)]
         trained = "" if source or saved else ", the dataset that the model was trained on"
         notes.append(f"Compared with the {read[0].about.count:,} held-out images of {dataset}{trained}.")

@@ -154,6 +154,11 @@ class Reference:
             raise UserError(
                 f"{self.place}: was measured on {found}, and the originals are {source} ({split}): {reason}; {remedy}"
             )
+        if copied and about.count is not None and about.count < count:
+            raise UserError(
+                f"{self.place}: {count - about.count} of the {count} images of {source} ({split}) could not be read "
+                f"when it was measured, and reconstructions need every image; repair or remove them, then {remedy}"
+            )
         if about.count != count or (about.names and not copied):
             raise UserError(
                 f"{self.place}: the files of {found} have changed since it was measured on {about.count} images, and "
