@@ -1225,3 +1225,36 @@ def test_a_new_training_needs_space_for_its_checkpoints(tmp_path, monkeypatch, m
     assert needed == [pytest.approx((CONFIG.keep + 1) * written, rel=0.05)]
     trainer(tmp_path, config=replace(CONFIG, steps=1), one=one)
     assert len(needed) == 1  # a run that has checkpoints goes on
+
+
+def test_a_trial_has_the_memory_of_a_step_with_several_micro_batches(tmp_path):
+    """The last pass of a trial finds gradients, and the trial leaves none."""
+    one = objective()
+    found: list[bool] = []
+    loss = one.loss
+
+    def watched(batch: Rows, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        found.append(all(p.grad is not None for p in one.module.parameters()))
+        assert len(batch) == 3
+        return loss(batch, step)
+
+    one.loss = watched
+    parts = trainer(tmp_path, one=one)
+    before = state(parts)
+    parts._trial(next(rows(ONE, 0)), 3)
+    assert found == [False, True]
+    assert all(p.grad is None for p in one.module.parameters())
+    assert_close(state(parts), before)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_error_leaves_the_checkpoint_that_is_being_written_in_the_background(tmp_path, error):
+    def fail(step: int) -> dict[str, float]:
+        raise error
+
+    config = replace(CONFIG, background_saves=True, checkpoint_every=2)
+    parts = trainer(tmp_path, config=config, periodics=[Periodic(name="score", every=6, call=fail)])
+    with pytest.raises(error):
+        fit(parts)
+    assert [path.name for path in checkpoint.checkpoints(tmp_path / "checkpoints")][-1] == "step-00000006"
+    assert not list((tmp_path / "checkpoints").glob("*.raekit-partial"))

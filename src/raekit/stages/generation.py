@@ -170,15 +170,17 @@ def build(config: GenerationConfig, run: Path, world: World) -> Stage:
         network = Aligned(model, config.alignment, encoder.width)
 
     def error(network: Denoiser | Aligned, batch: Batch | LatentBatch, dropout: float) -> tuple[Tensor, Metrics]:
-        latents = batch.latents if isinstance(batch, LatentBatch) else autoencoder.encode(batch.pixels())
+        if isinstance(batch, LatentBatch):
+            images, latents = None, batch.latents
+        else:
+            images = batch.pixels()
+            latents = autoencoder.encode(images)
         labels = None
         if config.conditional:
             dropped = randomness.uniform(seed, "class dropout", batch.positions, (), world.device) < dropout
             assert model.label
             labels = model.label.without(batch.labels, dropped)
-        tokens = None
-        if encoder and isinstance(network, Aligned) and isinstance(batch, Batch):
-            tokens = encoder(batch.pixels())
+        tokens = encoder(images) if encoder and isinstance(network, Aligned) else None
         return flow_matching_loss(
             network,
             latents,

@@ -53,6 +53,8 @@ def initialise_denoiser(denoiser: Denoiser, source: str) -> None:
     _check_same(source, _architecture(config), _architecture(denoiser.config))
     if not _same_classes(pretrained.config, denoiser.config):
         own += ("label.",)
+    if bool(pretrained.config.num_classes) != bool(denoiser.config.num_classes):
+        own += ("label_tokens",)
     kept = {key: value for key, value in denoiser.state_dict().items() if key.startswith(own)}
     denoiser.load_state_dict({key: value for key, value in state.items() if not key.startswith(own)} | kept)
 

@@ -13,6 +13,7 @@ from raekit.data.loader import Batch, DataConfig, Loader
 from raekit.data.sources import absolute
 from raekit.distributed import World
 from raekit.errors import UserError
+from raekit.evaluation.streaming import BATCH
 from raekit.inference.shards import encoder_fingerprint
 from raekit.inference.statistics import measure_latents
 from raekit.models.autoencoder import Autoencoder, AutoencoderConfig, Output, load_autoencoder
@@ -36,6 +37,7 @@ from raekit.training.objective import Objective, Periodic
 from raekit.training.optim import OptimConfig
 from raekit.training.precision import compute_dtype
 from raekit.training.trainer import TrainConfig
+from raekit.weights import NoRandomWeights
 
 
 @configclass
@@ -139,7 +141,8 @@ def build(config: ReconstructionConfig, run: Path, world: World) -> Stage:
                 schedule_start=0 if adversarial.schedule == "common" else None,
             )
         )
-    averaged = Autoencoder(model.config, encoder)
+    with NoRandomWeights():
+        averaged = Autoencoder(model.config, encoder)
     averaged.decoder = model.decoder  # shared, to save memory; `current` replaces it by the average
     averaged.to(world.device)
     averaged.trained_on = absolute(config.data.address)
@@ -156,7 +159,7 @@ def build(config: ReconstructionConfig, run: Path, world: World) -> Stage:
             if world.is_main:
                 write_statistics(path, var, mean)
         else:
-            batches = loader.once(max(config.train.batch_size // world.size, 1), world)
+            batches = loader.once(BATCH, world)
             shown = counted(progress, "measure latents", len(loader), world.size)
             mean, var = measure_latents(
                 model.tokens, batches, model.latent_shape, world, mirror=config.data.flip, shown=shown

@@ -30,7 +30,7 @@ from raekit.training.throughput import peak_of
 StageConfig = ClassificationConfig | RepresentationConfig | CompressionConfig | ReconstructionConfig | GenerationConfig
 STAGES: dict[str, type[StageConfig]] = {kind.stage: kind for kind in get_args(StageConfig)}
 _SHOWN = 20
-_FOLDERS = ("checkpoints", "artifact", "milestones", "samples", "heldout")
+_FOLDERS = ("checkpoints", "artifact", "milestones", "samples")
 
 
 def read_config(run: Path) -> StageConfig:

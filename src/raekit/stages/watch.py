@@ -1,6 +1,7 @@
 """Pictures of a model while it trains, and its loss on held-out images."""
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -189,7 +190,7 @@ def heldout_loss(
                 means = [loss(batch, step).item() for loss in losses.values()]
             totals += len(batch) * torch.tensor([*means, 1.0], dtype=torch.float64)
         *sums, images = world.sum(totals).tolist()
-        return {name: total / images for name, total in zip(losses, sums, strict=True)}
+        return {name: total / images if images else math.nan for name, total in zip(losses, sums, strict=True)}
 
     return Periodic(name="heldout", every=config.every, call=call)
 

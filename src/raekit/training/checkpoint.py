@@ -45,6 +45,10 @@ def checkpoints(folder: Path) -> list[Path]:
 _ALONE = "torch.distributed is disabled"  # how torch's warning to a single process begins
 
 
+_SETTLING = 600
+"""The longest time in seconds to wait after an error for a save in the background."""
+
+
 class Writer:
     """Writes the checkpoints of a run, and deletes all but the newest.
 
@@ -119,6 +123,13 @@ class Writer:
             raise error or self._explained(None)
         self.world.barrier()
 
+    def settle(self) -> None:
+        """Complete the save in the background after an error, if this needs no other process that has ended."""
+        if self._saving:
+            with suppress(TimeoutError):
+                self._saving.exception(timeout=_SETTLING)
+            self.failure()
+
     def _partial(self, step: int) -> Path:
         return self.folder / (name(step) + PARTIAL)
 
@@ -135,8 +146,10 @@ class Writer:
             remove(self._partial(self._step))
         kept = checkpoints(self.folder)
         have = f"the newest complete checkpoint is {kept[-1]}" if kept else "there is no earlier checkpoint"
-        denied = isinstance(_root(error) if error else None, PermissionError)
-        remedy = f"Allow writing to {self.folder}" if denied else "Free disk space"
+        root = _root(error) if error else None
+        remedy = f"Allow writing to {self.folder}" if isinstance(root, PermissionError) else "Free disk space"
+        if not isinstance(root, OSError | None):
+            remedy = "Remove the cause"
         return UserError(
             f"{self.folder / name(self._step)}: could not be saved ({_cause(error)}); {have}. {remedy} and run the "
             "same command again"

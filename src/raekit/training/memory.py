@@ -33,9 +33,12 @@ def fitting(share: int, trial: Callable[[int], None], world: World) -> int:
     The memory grows in proportion to the number of images. So a trial with one image and one with a few say how many
     fit, and no trial runs out of memory while another process waits for this one. On a CPU everything fits.
 
+    In a trial, gradients must be there before the last forward pass, as in a step of several micro-batches. Without
+    them, a step on few images takes the most memory at its end, for the gradients and not for the images.
+
     Args:
         share: The number of images of a step on one process.
-        trial: `trial(size)` does the work of a step on `size` images, and changes nothing.
+        trial: `trial(size)` does the work of a step on two micro-batches of `size` images, and changes nothing.
         world: The processes, which must all call this function.
     """
     if world.device.type == "cpu" or share == 1:

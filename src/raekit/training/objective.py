@@ -38,7 +38,7 @@ class Objective:
     Attributes:
         name: Prefix of the logged metrics.
         module: The trained module.
-        loss: `loss(batch, step)` returns the mean loss of a (micro-)batch, and detached metrics to log. Its random
+        loss: `loss(batch, step)` returns the mean loss of a (micro-)batch, and metrics to log. Its random
             numbers must depend only on the positions of the samples, so that they are the same for any number of
             processes and any micro-batch size.
         optim: Optimizer and learning rate schedule.

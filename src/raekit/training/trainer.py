@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -228,7 +229,8 @@ class Trainer:
                 self._publish()
                 self._evaluate(tracker, again=False)
             if self.config.micro_batch == "auto":
-                self.micro_batch = fitting(self.micro_batch, self._trial, self.world)
+                first = cache(lambda: next(self.batches(0)))
+                self.micro_batch = fitting(self.micro_batch, lambda size: self._trial(first(), size), self.world)
             stream = self.batches(self.step * self.config.batch_size)
             peak = peak_of(self.world.device, self.config.precision)
             speed = Speed(self.step, self.config.batch_size, self.world, peak)
@@ -255,6 +257,10 @@ class Trainer:
         except Stopped:
             with self.stop.deferred():
                 self.writer.finish()
+            raise
+        except BaseException:  # of this process; others may be anywhere
+            with self.stop.deferred():
+                self.writer.settle()
             raise
         else:
             with self.stop.deferred():
@@ -301,23 +307,26 @@ class Trainer:
             self._passes(batch.split(1)[0], self.step)
         return counter.get_total_flops()
 
-    def _trial(self, size: int) -> None:
-        """Do the work of the last step on `size` images, and change nothing."""
+    def _trial(self, batch: TrainingBatch, size: int) -> None:
+        """Do the work of the last step on two micro-batches of `size` images of `batch`, and change nothing."""
         self._state()  # allocates the state of new optimizers
-        self._passes(next(self.batches(0)).split(size)[0].to(self.world.device), self.config.steps - 1)
+        self._passes(batch.split(size)[0].to(self.world.device), self.config.steps - 1, count=2)
 
-    def _passes(self, part: TrainingBatch, step: int) -> None:
-        """Do the forward and backward passes of a step on `part`, and change nothing."""
+    def _passes(self, part: TrainingBatch, step: int, count: int = 1) -> None:
+        """Do the forward and backward passes of a step on `count` micro-batches `part`, and change nothing."""
         modes = [objective.module.training for objective in self.objectives]
         for objective in self.objectives:
             objective.module.eval()  # no buffer changes
         for objective in self.objectives:
             if step >= objective.start:
-                # A distributed module would keep a gradient that is not synchronised until the next step.
-                set_gradient_sync(objective.module, True)
                 # With the casts of several micro-batches, which take the most memory.
                 with torch.compiler.set_stance("force_eager"):
-                    self._backward(objective, part, step, self._cast_weights(objective, parts=2))
+                    weights = self._cast_weights(objective, parts=2)
+                    for number in range(1, count + 1):
+                        # A distributed module would keep a gradient that is never synchronised until the next step.
+                        set_gradient_sync(objective.module, number == count)
+                        self._backward(objective, part, step, weights)
+                    del weights
                 for optimizer in self.optimizers.values():
                     optimizer.zero_grad(set_to_none=True)
         for objective, mode in zip(self.objectives, modes, strict=True):
