@@ -11,8 +11,9 @@ from torch import Tensor
 
 from raekit.distributed import World
 from raekit.evaluation import streams
-from raekit.evaluation.chunks import collect, collected, discard, images_digest
+from raekit.evaluation.chunks import collect, collected, images_digest
 from raekit.evaluation.features import Images
+from raekit.files import remove
 from raekit.pictures import quantize
 
 ALONE = World()
@@ -63,6 +64,6 @@ def test_features_come_back_in_order_for_all_batch_sizes(tmp_path: Path, monkeyp
         digests.append(images_digest(23, out / "features"))
         with Image.open(out / "samples.png") as picture:
             assert picture.width > picture.height // 2
-        discard(out / "features")
+        remove(out / "features")
         assert [path.name for path in out.iterdir()] == ["samples.png"]
     assert digests[0] == digests[1]

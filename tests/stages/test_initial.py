@@ -13,7 +13,7 @@ from raekit.errors import UserError
 from raekit.inference.shards import statistics_fingerprint
 from raekit.models.autoencoder import Autoencoder
 from raekit.models.denoiser import Denoiser
-from raekit.models.denoiser_config import TransformerConfig
+from raekit.models.denoiser_config import ContextConfig, TransformerConfig
 from raekit.models.registry import LayersConfig
 from raekit.stages.generation import DenoiserSize, GenerationConfig
 from raekit.stages.reconstruction import DecoderSize, ReconstructionConfig
@@ -142,6 +142,20 @@ def test_other_classes_start_anew(config, tiny_model, tmp_path):
     other.save(folder)
     renamed = initial(replace(tuned, init_from=str(folder)), tmp_path)
     assert same(renamed, published) == [key for key in published if key != "label.weight"]
+
+
+@pytest.mark.parametrize("conditional", [True, False])
+def test_tokens_of_the_class_come_and_go_with_the_classes(config, tmp_path, conditional: bool):
+    given = config("denoiser")
+    size = replace(given.denoiser, context=ContextConfig())
+    first = replace(given, denoiser=size, conditional=conditional)
+    module = build(first, tmp_path / "first", ONE).objectives[0].module
+    assert isinstance(module, Denoiser)
+    module.save(tmp_path / "first")
+    tuned = replace(first, conditional=not conditional, init_from=str(tmp_path / "first"))
+    began, before = initial(tuned, tmp_path / "second"), module.state_dict()
+    assert began.keys() ^ before.keys() == {"label.weight", "label_tokens"}
+    assert all(torch.equal(value, before[key]) for key, value in began.items() if key in before)
 
 
 @pytest.mark.parametrize(
