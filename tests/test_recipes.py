@@ -294,11 +294,9 @@ def test_a_recipe_is_trained_from_python(images, tmp_path):
 @pytest.mark.parametrize(
     ("part", "values"),
     [
-        ("optim", {"decay": "cos"}),
-        ("train", {"precision": "fp64"}),
         ("train", {"checkpoint_every": None}),
         ("train", {"track": "tensorboard"}),
-        ("data", {"crop": "middle"}),
+        ("data", {"flip": "yes please"}),
     ],
 )
 def test_a_config_made_in_python_is_checked(tmp_path, part, values):

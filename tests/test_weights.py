@@ -10,7 +10,7 @@ from torch import nn
 from raekit import hub
 from raekit.errors import UserError
 from raekit.hub import find_file, find_folder
-from raekit.weights import check_fit, fingerprint, load_network, load_strict, read_weights
+from raekit.weights import NoRandomWeights, check_fit, fingerprint, load_network, load_strict, read_weights
 
 STATE = {"weight": torch.arange(6.0).view(2, 3), "bias": torch.ones(2)}
 
@@ -289,3 +289,13 @@ def test_a_host_without_an_address(endpoint: str, monkeypatch: pytest.MonkeyPatc
     hub._has_network.cache_clear()
     assert not hub._has_network()
     hub._has_network.cache_clear()
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("bounds", [(-2.0, 2.0), (3.0, 9.0), (-0.01, 0.01)])
+def test_networks_without_random_weights_do_not_wait_for_values_within_bounds(monkeypatch, bounds):
+    memory = torch.full((100,), 1e9)  # what is not initialised may hold anything
+    monkeypatch.setattr(torch, "empty_like", lambda like: torch.full_like(like, 1e9))
+    low, high = bounds
+    with NoRandomWeights():
+        nn.init.trunc_normal_(memory, (low + high) / 2, 1.0, low, high)

@@ -144,8 +144,13 @@ class NoRandomWeights(TorchFunctionMode):
     ) -> Any:
         if func is torch.randn:
             return torch.empty(*args, **(kwargs or {}))
-        if func in (Tensor.normal_, Tensor.uniform_) or getattr(func, "__module__", None) == "torch.nn.init":
+        if getattr(func, "__module__", None) == "torch.nn.init":
             return args[0] if args else (kwargs or {})["tensor"]
+        # Filled, because torch's trunc_normal_ draws again until all values are within its bounds.
+        if func is Tensor.normal_:
+            return args[0].fill_(args[1] if len(args) > 1 else (kwargs or {}).get("mean", 0.0))
+        if func is Tensor.uniform_:
+            return args[0].zero_()
         return func(*args, **(kwargs or {}))
 
 

@@ -356,7 +356,7 @@ def test_a_batch_that_the_ranks_cannot_share_is_rejected(folder, batch_size):
 
 @pytest.mark.parametrize("batch_size", [0, -2])
 def test_a_pass_without_batches_is_rejected(folder, batch_size):
-    with pytest.raises(UserError, match=f"batch size {batch_size} must be at least 1"):
+    with pytest.raises(UserError, match=f"batch_size: {batch_size} must be at least 1"):
         loader(folder).once(batch_size, ONE)
 
 

@@ -345,7 +345,7 @@ def test_model_that_diffusers_cannot_build_is_not_written(tiny_model, tmp_path, 
     import transformers
 
     config = transformers.Dinov2WithRegistersConfig(
-        hidden_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=28, mlp_ratio=2
+        hidden_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14, mlp_ratio=2
     )
     model = diffusers_model("dinov2")
     register_its_encoder(model, tmp_path / "encoder", monkeypatch)

@@ -523,7 +523,7 @@ def test_killed_at_random_moments_a_run_ends_the_same_to_the_bit(images, tmp_pat
     assert done.stdout.endswith(f"OK: {KILLS} kills, nothing lost\n")
 
 
-@pytest.mark.parametrize("name", ["checkpoints", "artifact", "milestones", "samples", "heldout"])
+@pytest.mark.parametrize("name", ["checkpoints", "artifact", "milestones", "samples"])
 def test_a_folder_that_cannot_be_made_is_found_before_the_training(alone, images, tmp_path, name):
     (tmp_path / name).touch()
     with pytest.raises(UserError, match=f"{name}: is a file; give the path of a folder"):

@@ -431,7 +431,7 @@ def _given(model: Model, labels: Iterable[int] | Tensor) -> Tensor:
     Raises:
         UserError: if they are no classes of the model, or no rows of numbers for a condition of its own.
     """
-    if model.denoiser.label is None or model.classes:
+    if model.classes or model.denoiser.label is None:
         return torch.tensor(class_labels(model, labels), device="cpu")
     if not isinstance(labels, Tensor) or not labels.is_floating_point() or labels.ndim < 1 or not len(labels):
         raise UserError("labels: the model has a condition of its own; give a float tensor with a row for each sample")
