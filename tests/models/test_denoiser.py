@@ -150,6 +150,7 @@ def test_no_labels_means_the_null_class(head: TransformerConfig | None):
 def test_weights_of_classes_mix_their_embeddings(context: ContextConfig | None):
     model = randomised(tiny(context=context))
     x, t, labels = inputs(model)
+    assert labels is not None
     weights = torch.nn.functional.one_hot(labels, 6).float()
     assert torch.allclose(model(x, t, weights), model(x, t, labels), atol=1e-6)
     none = torch.zeros(3, 6)
