@@ -97,7 +97,10 @@ def small(condition: Described | None = None, classes: int = 0) -> Denoiser:
 def test_a_denoiser_with_a_condition_of_its_own_is_saved_and_loaded(tmp_path: Path):
     model = small(Described(16))
     model.save(tmp_path)
-    loaded = Denoiser.load(tmp_path, condition=Described(16))
+    given = Described(16)
+    before = {name: value.clone() for name, value in given.state_dict().items()}
+    loaded = Denoiser.load(tmp_path, condition=given)
+    assert_close(given.state_dict(), before, rtol=0, atol=0)
     assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
     with pytest.raises(UserError, match="has a condition of its own; load it in Python"):
         Denoiser.load(tmp_path)

@@ -1,6 +1,7 @@
 """The diffusion transformer: DiT, DiT^DH with a shallow, wide head (RAE v1), and RAE v2's network."""
 
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, overload
 
@@ -115,8 +116,8 @@ class Denoiser(nn.Module):
                 OWNER/NAME on the Hub.
             ema: the decay of the average to load. Default: the first average that was trained.
             dtype: float32 or bfloat16, see `set_dtype`.
-            condition: for a denoiser with a condition of its own, a module like the one that it was trained with. It
-                gets the saved weights.
+            condition: for a denoiser with a condition of its own, a module like the one that it was trained with. A copy
+                of it gets the saved weights.
 
         Raises:
             UserError: if a file is missing or damaged.
@@ -141,7 +142,7 @@ class Denoiser(nn.Module):
             raise UserError(
                 f"{source}: has a condition of its own; load it in Python, with Denoiser.load(NAME, condition=MODULE)"
             )
-        model = load_network(lambda: cls(config, condition), state, source)
+        model = load_network(lambda: cls(config, deepcopy(condition)), state, source)  # called twice
         return model.set_dtype(dtype).requires_grad_(False).eval()
 
     @property
