@@ -116,8 +116,8 @@ class Denoiser(nn.Module):
                 OWNER/NAME on the Hub.
             ema: the decay of the average to load. Default: the first average that was trained.
             dtype: float32 or bfloat16, see `set_dtype`.
-            condition: for a denoiser with a condition of its own, a module like the one that it was trained with. A copy
-                of it gets the saved weights.
+            condition: for a denoiser with a condition of its own, a module like the one that it was trained with. A
+                copy of it gets the saved weights.
 
         Raises:
             UserError: if a file is missing or damaged.
