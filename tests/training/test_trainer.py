@@ -1224,7 +1224,7 @@ def test_a_new_training_needs_space_for_its_checkpoints(tmp_path, monkeypatch, m
     written = sum(path.stat().st_size for path in newest.iterdir())
     assert needed == [pytest.approx((CONFIG.keep + 1) * written, rel=0.05)]
     trainer(tmp_path, config=replace(CONFIG, steps=1), one=one)
-    assert len(needed) == 1  # a run that has checkpoints goes on
+    assert len(needed) == 1  # a resumed run is not checked
 
 
 def test_a_trial_has_the_memory_of_a_step_with_several_micro_batches(tmp_path):

@@ -58,9 +58,9 @@ class Sampling:
         guidance: the rules, at most one of each method. Any other form that `as_rules` reads, such as a scale or the
             text `cfg:2.0@0.1-0.9`, becomes a tuple.
         weak: the weaker denoiser of `auto` guidance.
-        reuse: k > 1 runs the backbone of a denoiser with a head only at every k-th step. With k < 1,
-            the backbone runs again when the expected cosine similarity of the latents to those of its last run
-            (`flow.path.similarity`, a function of the times) falls below k. 1 runs the backbone at each step.
+        reuse: k > 1 runs the backbone of a denoiser with a head only at every k-th step. k < 1 runs it again when the
+            latents have changed enough: when their expected cosine similarity to the latents at its last run
+            (`flow.path.similarity`, a function of the times) is below k. 1 runs it at each step.
         atol: absolute tolerance of dopri5.
         rtol: relative tolerance of dopri5.
 

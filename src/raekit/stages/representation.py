@@ -84,7 +84,7 @@ class RepresentationConfig:
         optim: Optimizer and learning rate schedule.
         ema: Decays of the weight averages. The artifact holds the average of the first decay.
         score_every: Number of steps between two measurements of the class accuracy, the share of held-out images whose
-            nearest training images have the same class. Distances are those of the encoder's mean tokens. For
+            nearest training images have the same class. An image is compared by the mean of its tokens. For
             comparison, the accuracy is also measured with random weights, and with the pixels of small images. Data
             without classes is not measured.
     """
