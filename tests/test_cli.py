@@ -376,7 +376,7 @@ def test_a_wrong_override_is_named_and_nothing_runs(run, images, tmp_path, overr
         ({"encoder.heads": 3}, ["width: 16", "heads = 3"]),
         ({"decoder-width": 18}, ["decoder_width: 18"]),
         ({"optim.lr": -1}, ["optim.lr: -1.0 must not be negative"]),
-        ({"optim.eps": "nan"}, ["eps: nan must be a finite number"]),
+        ({"optim.eps": "nan"}, ["OptimConfig.eps: Input should be a finite number (given: nan)"]),
         ({"optim.betas": "0.9 1.0"}, ["optim.betas: (0.9, 1.0)"]),
         ({"ema": 1.5}, ["ema: 1.5 must be at least 0 and below 1"]),
         ({"optim.decay-end": 0}, ["optim.decay_end: 0", "optim.warmup_steps"]),
@@ -548,7 +548,7 @@ def test_a_printed_recipe_trains_as_a_file(run, images, tmp_path, monkeypatch):
         (done.out.replace("ema=(0.998,)", "ema=(0.998)"), ["error: mine.py: ema: Input should be a valid tuple"]),
         (
             done.out.replace('"cosine"', '"cos"'),
-            ["error: mine.py: OptimConfig.decay: 'cos' is none of constant, linear, cosine"],
+            ["error: mine.py: OptimConfig.decay: Input should be 'constant', 'linear' or 'cosine' (given: 'cos')"],
         ),
     ):
         Path("mine.py").write_text(text)

@@ -194,15 +194,15 @@ def test_numbers_must_be_finite(value: float):
         scale: float = 1.0
 
     for make in (Parent, Child):
-        with pytest.raises(UserError, match=r"rate: .* must be a finite number"):
+        with pytest.raises(UserError, match=r"rate: Input should be a finite number"):
             make(rate=value)
         with pytest.raises(UserError, match=r"file.json: .*rate: "):
             from_dict(make, {"rate": value}, "file.json")
-    with pytest.raises(UserError, match=r"scale: .* must be a finite number"):
+    with pytest.raises(UserError, match=r"scale: Input should be a finite number"):
         Child(scale=value)
     configs: Any = ((OptimConfig, "lr"), (DecoderLossConfig, "noise"))
     for config, field in configs:
-        with pytest.raises(UserError, match=f"{field}: .* must be a finite number"):
+        with pytest.raises(UserError, match=f"{field}: Input should be a finite number"):
             config(**{field: value})
 
 
@@ -213,5 +213,5 @@ def test_a_value_that_is_none_of_the_choices_is_refused_in_python():
         other: Literal["x"] | None = None
 
     assert Kind(kind="two").kind == "two"
-    with pytest.raises(UserError, match="kind: 'three' is none of one, two"):
+    with pytest.raises(UserError, match=r"Kind\.kind: Input should be 'one' or 'two' \(given: 'three'\)"):
         Kind(kind="three")  # type: ignore[arg-type]

@@ -8,7 +8,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from raekit import recipes
 from raekit.config import from_dict, to_dict
-from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.formats.releases import DENOISERS
 from raekit.hub import ASSETS
@@ -20,7 +19,7 @@ from raekit.models.registry import LAYERS, REGISTRY, LayersConfig, grid_of
 from raekit.stages.decoder_losses import PerceptualConfig
 from raekit.stages.generation import GenerationConfig
 from raekit.stages.reconstruction import ReconstructionConfig
-from raekit.stages.run import StageConfig, train
+from raekit.stages.run import StageConfig
 from raekit.training.optim import by_muon, learning_rate
 
 EVERY = pytest.mark.parametrize("name", recipes.names())
@@ -299,15 +298,10 @@ def test_a_recipe_is_trained_from_python(images, tmp_path):
         ("data", {"flip": "yes please"}),
     ],
 )
-def test_a_config_made_in_python_is_checked(tmp_path, part, values):
-    config = recipes.find("emoji_encoder").config
-    wrong = dataclasses.replace(config, **{part: dataclasses.replace(getattr(config, part), **values)})
-    message = rf"^train: {part}\.{next(iter(values))}: Input should be "
-    with pytest.raises(UserError, match=message):
-        recipes.train(wrong, tmp_path / "run")
-    with pytest.raises(UserError, match=message):
-        train(wrong, tmp_path / "run", World())
-    assert not (tmp_path / "run").exists()
+def test_a_config_made_in_python_is_checked(part, values):
+    made = getattr(recipes.find("emoji_encoder").config, part)
+    with pytest.raises(UserError, match=rf"^{type(made).__name__}\.{next(iter(values))}: Input should be "):
+        dataclasses.replace(made, **values)
 
 
 @pytest.mark.parametrize("wrong", [None, 3])
@@ -321,7 +315,7 @@ def test_arguments_of_a_wrong_type_are_named(tmp_path, wrong: Any):
 def test_a_list_in_a_config_becomes_a_tuple():
     config = recipes.find("emoji_encoder").config
     listed: Any = [0.99, 0.5]
-    assert recipes.configured(dataclasses.replace(config, ema=listed)).ema == (0.99, 0.5)
+    assert dataclasses.replace(config, ema=listed).ema == (0.99, 0.5)
 
 
 @pytest.mark.parametrize("name", ["nothing", "", "../emoji_encoder", "emoji_encoder.config"])

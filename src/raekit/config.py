@@ -2,16 +2,14 @@
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable, Iterator
 from enum import Enum
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 from types import UnionType
 from typing import (
     Annotated,
     Any,
-    Literal,
     NamedTuple,
     TypeVar,
     Union,
@@ -22,8 +20,9 @@ from typing import (
 )
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
-from raekit.errors import UserError, check_choice
+from raekit.errors import UserError
 
 T = TypeVar("T")
 
@@ -55,35 +54,33 @@ _PARTS = {Mark.DEFINES, Mark.OPERATION, Mark.ON_PURPOSE}
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def configclass(cls: type[T]) -> type[T]:
-    """Make `cls` a frozen, keyword-only dataclass of finite numbers and known choices that rejects unknown JSON fields.
+    """Make `cls` a frozen, keyword-only dataclass that checks the types of its fields and rejects unknown fields.
 
     The type of a field says whether the field may change between the starts of a run, see `Mark`.
     """
-    cls.__pydantic_config__ = ConfigDict(  # type: ignore[attr-defined]
-        extra="forbid", arbitrary_types_allowed=False, revalidate_instances="always"
-    )
-    check = cls.__dict__.get("__post_init__")
+    config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    made: Any = dataclass(frozen=True, kw_only=True, config=config)(cls)
+    construct = made.__init__
 
-    def __post_init__(self: Any) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, float) and not math.isfinite(value):
-                raise UserError(f"{field.name}: {value} must be a finite number")
-        for name, choices in _choices(type(self)).items():
-            check_choice(f"{type(self).__name__}.{name}", getattr(self, name), choices)
-        if check:
-            check(self)
-        elif parent := getattr(super(cls, self), "__post_init__", None):
-            parent()
+    @wraps(construct)
+    def __init__(self: Any, **fields: Any) -> None:
+        try:
+            construct(self, **fields)
+        except ValidationError as error:
+            raise UserError(_faults(error, f"{made.__name__}.")) from None
 
-    cls.__post_init__ = __post_init__  # type: ignore[attr-defined]
-    return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+    made.__init__ = __init__
+    return made
 
 
-@cache
-def _choices(cls: type) -> dict[str, tuple[Any, ...]]:
-    """Return the fields of a config class that have one of a few values, and these values."""
-    return {name: get_args(hint) for name, hint in get_type_hints(cls).items() if get_origin(hint) is Literal}
+def _faults(error: ValidationError, prefix: str = "") -> str:
+    """Return the fields that `error` is about, each with what is wrong and the value if it is a single one."""
+    faults = []
+    for fault in error.errors():
+        value = fault["input"]
+        given = f" (given: {value!r})" if isinstance(value, bool | int | float | str) else ""
+        faults.append(f"{prefix}{'.'.join(map(str, fault['loc'])) or error.title}: {fault['msg']}{given}")
+    return "; ".join(faults)
 
 
 @cache
@@ -97,11 +94,11 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(cls: type[T], values: Any, source: str | Path) -> T:
-    """Build a `cls` from JSON values, or check a `cls` that was made in Python, where no type is checked.
+    """Build a `cls` from JSON values.
 
     Args:
         cls: a dataclass made by `configclass`.
-        values: the JSON values of its fields, or a `cls`.
+        values: the JSON values of its fields.
         source: the file of the values, for the error message.
 
     Raises:
@@ -110,8 +107,7 @@ def from_dict(cls: type[T], values: Any, source: str | Path) -> T:
     try:
         return _adapter(cls).validate_python(values)
     except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, e['loc'])) or cls.__name__}: {e['msg']}" for e in error.errors())
-        raise UserError(f"{source}: {faults}") from None
+        raise UserError(f"{source}: {_faults(error)}") from None
     except UserError as error:  # raised by __post_init__
         raise UserError(f"{source}: {error}") from None
 

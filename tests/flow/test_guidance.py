@@ -137,9 +137,9 @@ def test_parse_names_the_text_and_the_form(text: str):
         ("cfg:2@0.5-1.5", "interval 0.5-1.5"),
         ("auto:1", "scale of 1 has no effect"),
         ("cfg:2+internal:1.0", "scale of 1 has no effect"),
-        ("cfg:nan", "scale: nan must be a finite number"),
-        ("cfg:inf", "scale: inf must be a finite number"),
-        ("cfg:2@nan-1", "start: nan must be a finite number"),
+        ("cfg:nan", "scale: Input should be a finite number"),
+        ("cfg:inf", "scale: Input should be a finite number"),
+        ("cfg:2@nan-1", "start: Input should be a finite number"),
     ],
 )
 def test_impossible_guidance_is_named(text: str, message: str):
@@ -206,5 +206,5 @@ def test_a_rule_acts_in_complete_pieces(reverse: bool):
 
 def test_an_unknown_method_is_rejected():
     method: Any = "CFG"
-    with pytest.raises(UserError, match="method: 'CFG' is none of cfg, auto, internal"):
+    with pytest.raises(UserError, match="method: Input should be 'cfg', 'auto' or 'internal'"):
         Guidance(method=method, scale=2.0)

@@ -95,7 +95,7 @@ def test_an_alignment_that_does_not_fit_is_rejected(config, tmp_path):
         r"alignment\.encoder_size: .* grid of \(2, 2\) tokens .* but the denoiser has \(4, 4\); set it to 16",
         encoder_size=8,
     )
-    fails(r"alignment\.weight: -1 must not be negative", weight=-1)
+    fails(r"alignment\.weight: -1\.0 must not be negative", weight=-1)
     with pytest.raises(UserError, match="alignment: not with a base output"):
         build(replace(config, denoiser=replace(config.denoiser, base_depth=1)), tmp_path, ONE)
     with pytest.raises(UserError, match="alignment: needs the training images"):

@@ -111,5 +111,5 @@ def test_settings_that_do_not_fit_are_rejected(config, tmp_path):
         build(replace(config, vae=VAESize(widths=(32,) * 6)), tmp_path, ONE)
     with pytest.raises(UserError, match=r"vae\.widths: \(48,\) must be multiples of 32"):
         VAESize(widths=(48,))
-    with pytest.raises(UserError, match=r"kl_weight: -1 must not be negative"):
+    with pytest.raises(UserError, match=r"kl_weight: -1\.0 must not be negative"):
         replace(config, kl_weight=-1)

@@ -144,5 +144,5 @@ def test_muon_multiplies_in_float32_on_a_cpu():
 def test_muon_without_matrices_is_refused():
     with pytest.raises(UserError, match=r"optim\.method: muon trains matrices, but this module has none"):
         build_optimizer(MUON, nn.LayerNorm(4))
-    with pytest.raises(UserError, match=r"optim\.momentum: 1 must be"):
+    with pytest.raises(UserError, match=r"optim\.momentum: 1\.0 must be"):
         OptimConfig(momentum=1)

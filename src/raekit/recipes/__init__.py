@@ -131,7 +131,7 @@ def _from_file(path: Path) -> Recipe:
         raise UserError(f"{path}: the recipe failed{line} ({type(error).__name__}: {error})") from error
     if type(config) not in STAGES.values():
         raise UserError(f"{path}: config() must return the config of a stage, not {type(config).__name__}")
-    return Recipe(path.stem, module.__doc__ or str(path), from_dict(type(config), config, path), path)
+    return Recipe(path.stem, module.__doc__ or str(path), config, path)
 
 
 def configured(recipe: str | Path | StageConfig, **overrides: Any) -> StageConfig:
@@ -139,7 +139,7 @@ def configured(recipe: str | Path | StageConfig, **overrides: Any) -> StageConfi
     if isinstance(recipe, str | Path):
         config = find(str(recipe)).config
     elif type(recipe) in STAGES.values():
-        config = from_dict(type(recipe), recipe, "train")
+        config = recipe
     else:
         raise UserError(
             f"train: recipe {recipe!r} must be the name of a recipe, a recipe file or the config of a stage"

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from raekit.artifacts import STATISTICS
-from raekit.config import Mark, from_dict, replaced, to_dict
+from raekit.config import Mark, replaced, to_dict
 from raekit.data.sources import check_apart
 from raekit.distributed import World, check_shared
 from raekit.distributed.locks import lock
@@ -62,7 +62,7 @@ def train(
         UserError: If another process uses `run`, if `run` belongs to a different training (the message lists the
             differences) or has a model but no checkpoint, or if the disk is full.
     """
-    config = replaced(from_dict(type(config), config, "train"), Mark.PLACE, absolute)
+    config = replaced(config, Mark.PLACE, absolute)
     check_apart(run, [config.data.source], "run")
     with stop_signals(world) as stop, lock(run, world):
         check_shared(run, world)
