@@ -87,15 +87,16 @@ def formulas(count: int, dim: int) -> Rows:
         yield row("Frechet distance", peer, frechet_distance(*moments), float(theirs), 1e-9)
 
     network, logits = Given(dim), Given(dim, "inception_logits")
+    score = InceptionScore(logits, count, split_size=count // 10)
     ours = {
         **value(PrecisionRecall(network, Manifold(real)), fake),
         **value(KernelDistance(network, real, subsets=1, size=count), fake),
-        **value(InceptionScore(logits, split_size=count // 10), fake),
+        **value(score, fake),
     }
     theirs = {
         **prc_features_to_metric(fake, real, verbose=False),
         **kid_features_to_metric(fake.double(), real.double(), kid_subsets=1, kid_subset_size=count, verbose=False),
-        **isc_features_to_metric(fake, shuffle=False),
+        **isc_features_to_metric(fake[score.order.argsort()], shuffle=False),  # in the splits of `score`
     }
     for name in "precision", "recall":
         yield row(name, "torch-fidelity", ours[name], theirs[name], 1e-6)  # torch-fidelity returns float32

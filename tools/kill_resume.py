@@ -132,12 +132,14 @@ class Lives:
 
 def activity(name: str, out: Path, began: float) -> str:
     """Return what a process that was started at the time `began` and killed was doing, from what it left."""
+    from raekit.files import PARTIAL
     from raekit.training.tracking import read_metrics
 
-    left = {path.name for path in out.rglob("*.partial") if path.stat().st_mtime >= began}  # not of an earlier life
-    if left & {"artifact.partial", "autoencoder.partial", "encoder.partial", "denoiser.partial"}:
+    torn = [path for path in out.rglob(f"*{PARTIAL}") if path.stat().st_mtime >= began]  # not of an earlier life
+    left = {path.name.removesuffix(PARTIAL) for path in torn}
+    if left & {"artifact", "autoencoder", "encoder", "denoiser"}:
         return "exporting"
-    if any(partial.startswith("step-") for partial in left):
+    if any(name.startswith("step-") for name in left):
         return "saving"
     if left or WORKS[name][0] != "train":
         return "writing" if left else "working"

@@ -87,6 +87,8 @@ def life(
     run: Path, arguments: list[str], number: signal.Signals, target: int, randomly: random.Random, limit: float
 ) -> None:
     """Start the world, send `number` to one process near step `target`, and wait for the end of all."""
+    from raekit.training import checkpoint
+
     world = World(run, arguments)
     began = time.monotonic()
     while step_of(run) < target and world.processes() and time.monotonic() - began < 5 * limit:
@@ -100,8 +102,7 @@ def life(
     os.kill(chosen, number)
     sent = time.monotonic()
     in_time = world.ended(everyone, limit)
-    saved = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
-    complete = [int(name.removeprefix("step-")) for name in saved if not name.endswith(".partial")]
+    complete = [checkpoint.step_of(path) for path in checkpoint.checkpoints(run / "checkpoints")]
     statuses = ", ".join(str(launcher.returncode) for launcher in world.launchers)
     print(
         f"{number.name:7} to {who:10} at step {at:4}: all ended after {time.monotonic() - sent:4.1f} s, launchers with "

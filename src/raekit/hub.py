@@ -2,10 +2,11 @@
 
 import json
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from raekit.errors import UserError, did_you_mean
 
@@ -31,7 +32,7 @@ class Published(Protocol):
         ...
 
 
-published: Callable[[], Published] | None = None
+published: Callable[[], Published] = cast(Any, None)
 """Return the published models. `import raekit` sets it, because they are defined in a higher layer."""
 
 
@@ -55,8 +56,8 @@ def find_folder(name: str | Path, kind: str | None = None, encoders: Iterable[st
         if not os.path.isdir(folder):
             raise UserError(f"{name}: no such built-in model; choose one of {', '.join(builtin_names())}")
         return folder
-    models = published() if published else None
-    if models and name in models.NAMES:
+    models = published()
+    if name in models.NAMES:
         return models.cached(name, kind)
     if os.path.isdir(path := Path(name)):  # `Path.is_dir` raises an error for too long a name
         return path
@@ -65,11 +66,11 @@ def find_folder(name: str | Path, kind: str | None = None, encoders: Iterable[st
     if milestone := _milestone(name):
         return milestone
     if not is_repository(name):
-        known = [*builtin_names(), *(encoders or (models.NAMES if models else ()))]
+        known = [*builtin_names(), *(encoders or models.NAMES)]
         lists = "raekit models --encoders" if encoders else "raekit models"
         hint = did_you_mean(name, known) or f"give a folder, OWNER/NAME on the Hub, or a name that `{lists}` lists"
         raise UserError(f"{name}: no such folder or model; {hint}")
-    if models and (same := models.REPLACED.get(name.partition("@")[0])):
+    if same := models.REPLACED.get(name.partition("@")[0]):
         raise UserError(
             f"{name}: needs code of its repository, and raekit runs no such code; use {same}, which is the same model"
         )
@@ -135,6 +136,20 @@ def cache_folder() -> Path:
     from huggingface_hub import constants
 
     return expanded(os.environ.get("RAEKIT_CACHE") or Path(constants.HF_HOME, "raekit"))
+
+
+@contextmanager
+def cache_lock(path: Path) -> Iterator[None]:
+    """Hold a lock file in the cache, so that only one of several processes makes what the cache lacks."""
+    from huggingface_hub.utils import WeakFileLock
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    except OSError as error:
+        raise UserError(f"{path.parent}: {error.strerror}; set RAEKIT_CACHE to a writable folder") from None
+    with WeakFileLock(path):
+        yield
 
 
 def _milestone(name: str) -> Path | None:

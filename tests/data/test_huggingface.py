@@ -55,6 +55,14 @@ def rows(numbers: Sequence[int], label: Any = None) -> datasets.Dataset:
 NAMES = datasets.ClassLabel(names=["a", "b", "c"])
 
 
+def test_a_single_part_can_be_named(tmp_path: Path):
+    (tmp_path / "mine").mkdir()
+    rows(range(20), NAMES).to_parquet(tmp_path / "mine" / "x.parquet")
+    named, every = open_source(f"hf:{tmp_path}?train=mine", "all"), open_source(f"hf:{tmp_path}", "all")
+    assert samples(named) == samples(every)
+    assert len(named) == 20
+
+
 @pytest.mark.parametrize("kind", ["features", "struct", "bytes"])
 def test_a_folder_of_parquet_files(tmp_path: Path, kind: str):
     """As repositories on the Hub have them, with and without the description of the features."""

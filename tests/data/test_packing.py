@@ -98,7 +98,7 @@ def test_another_dataset_or_folder_is_rejected(tmp_path: Path, source: str):
     (tmp_path / "other" / "file").touch()
     with pytest.raises(UserError, match="is not empty; give a new folder"):
         pack(source, 12, tmp_path / "other", world=ONE)
-    with pytest.raises(UserError, match="quality: 101 must be from 1 to 100"):
+    with pytest.raises(UserError, match="quality: 101 must be at most 100"):
         pack(source, 12, tmp_path / "new", quality=101, world=ONE)
 
 

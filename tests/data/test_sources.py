@@ -137,6 +137,16 @@ def test_a_flat_folder_is_read_recursively_in_order_and_has_no_labels(tmp_path):
     assert values(source) == pytest.approx([2, 1, 3], abs=1)
 
 
+@pytest.mark.parametrize(("folder", "splits"), [("train", ""), ("mine", "?train=mine")])
+def test_only_the_folder_of_the_training_images_is_split(tmp_path, folder, splits):
+    for number in range(40):
+        write_image(tmp_path / folder / f"{number}.png", 1)
+        write_image(tmp_path / f"{number}.png", 9)
+    train, heldout = (open_source(f"flat:{tmp_path}{splits}", split) for split in ("train", "heldout"))
+    assert {*values(train)} == {*values(heldout)} == {1}
+    assert len(train) + len(heldout) == 40
+
+
 def test_links_to_folders_are_followed(tmp_path, classed):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "animals").symlink_to(classed / "cat")
@@ -289,6 +299,19 @@ def test_held_out_images_get_their_classes_from_a_list(imagenet, place, text):
     assert labels(heldout) == [1, 0, 2, 0]
     assert values(heldout) == pytest.approx([100, 101, 102, 103], abs=1)
     assert labels(both) == [0, 1, 2, 1, 0, 2, 0]
+
+
+def test_a_number_in_a_list_is_the_name_of_a_class_if_classes_are_named_by_numbers(tmp_path):
+    for name in range(11):
+        write_image(tmp_path / "train" / str(name) / "0.png", name)
+    for name in "ab":
+        write_image(tmp_path / "val" / f"{name}.png", 99)
+    (tmp_path / "val.txt").write_text("a.png 2\nb.png 10\n")
+    heldout = open_source(f"folder:{tmp_path}", "heldout")
+    assert [heldout.classes[label] for label in labels(heldout)] == ["2", "10"]
+    (tmp_path / "val.txt").write_text("a.png 2\nb.png 11\n")
+    with pytest.raises(UserError, match="the class '11' is none of the 11 classes"):
+        open_source(f"folder:{tmp_path}", "heldout")
 
 
 @pytest.mark.parametrize(

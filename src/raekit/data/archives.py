@@ -258,19 +258,13 @@ def expand_braces(text: str) -> list[str]:
     return [text[: found.start()] + part + end for part in parts for end in rest]
 
 
-def read_entry(path: Path, entry: Entry) -> bytes:
-    """Return the content of one file.
+def read_from(file: BinaryIO, entry: Entry) -> bytes:
+    """Return the content of one file in an open archive.
 
     Raises:
         ValueError: the file is damaged or larger than `MAX_FILE`.
         OSError: the archive cannot be read.
     """
-    with path.open("rb") as file:
-        return read_from(file, entry)
-
-
-def read_from(file: BinaryIO, entry: Entry) -> bytes:
-    """Return the content of one file in an open archive, see `read_entry`."""
     if max(entry.size, entry.packed) > MAX_FILE:
         raise ValueError(f"{max(entry.size, entry.packed):,} bytes, more than the limit of {MAX_FILE:,}")
     file.seek(_start(file, entry))

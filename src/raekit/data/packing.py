@@ -21,7 +21,7 @@ from raekit.data.sources.base import Source, Split
 from raekit.data.transforms import shrink
 from raekit.data.workers import load_parts
 from raekit.distributed import World
-from raekit.errors import UserError
+from raekit.errors import UserError, whole_number
 from raekit.files import sweep, whole
 from raekit.progress import Progress, silent
 
@@ -50,14 +50,13 @@ class Packed:
     stamp: str
     images: dict[str, int]
     size: int
-    format: Literal["jpeg", "png"] = "jpeg"
-    quality: int = 95
-    shard_size: int = 1000
+    format: Literal["jpeg", "png"]
+    quality: int
+    shard_size: int
 
     def __post_init__(self) -> None:
         for name, low, high in (("size", 1, 65_536), ("quality", 1, 100), ("shard_size", 1, 10**6)):
-            if not low <= getattr(self, name) <= high:
-                raise UserError(f"{name}: {getattr(self, name)} must be from {low} to {high:,}")
+            whole_number(name, getattr(self, name), low, high)
 
 
 @dataclass(frozen=True)

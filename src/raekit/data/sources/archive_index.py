@@ -18,23 +18,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from huggingface_hub.utils import WeakFileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from raekit.data.archives import Entry, Listing, list_tar, list_zip, matching_files, read_from
 from raekit.data.images import EXTENSIONS, log_once, skipped_formats
-from raekit.data.sources.base import Split, check_classes, class_name, held_out, part_of_file, parts_of
+from raekit.data.sources.base import MAX_CLASSES, Split, check_classes, class_name, held_out, part_of_file, parts_of
 from raekit.errors import UserError
 from raekit.files import whole
-from raekit.hub import cache_folder
+from raekit.hub import cache_folder, cache_lock
 
 _log = logging.getLogger(__name__)
 
 KEPT_FROM = 64 * 2**20
 """The size of the archives, in bytes, from which the index is kept in a file. Smaller ones are read in a moment."""
-
-MAX_CLASSES = 2**20
 CLASSES = "classes.txt"
 """A file next to the archives with the names of numbered classes, a line for each."""
 _SPLITS = {"train": 0, "heldout": 1}
@@ -148,12 +145,7 @@ def _index(scheme: str, root: Path, paths: Sequence[Path], splits: Mapping[str, 
     candidates = [root / name, cache_folder() / "indexes" / name[1:]]
     if found := _kept(candidates, root, files):
         return found
-    lock = candidates[1].with_suffix(".lock")
-    try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{lock.parent}: {error.strerror}; set RAEKIT_CACHE to a writable folder") from None
-    with WeakFileLock(lock):
+    with cache_lock(candidates[1].with_suffix(".lock")):
         if found := _kept(candidates, root, files):
             return found
         built = _build(scheme, root, files, splits)

@@ -20,6 +20,9 @@ Split = Literal["train", "heldout", "all"]
 USUAL = {"train": ("train", "training"), "heldout": ("validation", "val", "valid", "dev", "test", "testing")}
 """The usual names of the parts of a dataset, by the split that each is read as. The first name that is found counts."""
 
+MAX_CLASSES = 2**20
+"""The largest number of classes."""
+
 _SPLITS = re.compile(r"\?((?:train|heldout)=.*)$")
 
 

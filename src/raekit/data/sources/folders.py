@@ -103,4 +103,6 @@ def _in_part(paths: list[str], parts: dict[str, str], split: Split) -> list[str]
     """Return the paths of a split: of its folder, or chosen by a hash if the held-out images have no folder."""
     if "heldout" in parts:
         return [path for path in paths if split in parts and path.startswith(parts[split] + os.sep)]
+    if "train" in parts:
+        paths = [path for path in paths if path.startswith(parts["train"] + os.sep)]
     return [paths[i] for i in in_split(paths, split)]

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from raekit.data.images import UnreadableImage, decode, log_once
-from raekit.data.sources.base import USUAL, Address, Split, check_classes, in_split, part_of_file, parts_of
+from raekit.data.sources.base import MAX_CLASSES, USUAL, Address, Split, check_classes, in_split, part_of_file, parts_of
 from raekit.errors import UserError
 
 IMAGES = ("image", "img", "picture", "jpg", "jpeg", "png", "webp", "image_path", "file", "path", "file_name")
@@ -112,7 +112,7 @@ def _load_parquet(folder: Path, wanted: Mapping[str, str]) -> dict[str, Any]:
         raise ValueError("no state.json, no dataset_dict.json and no parquet files")
     keys = {part: f"part{i}" for i, part in enumerate(files)}  # datasets does not take every name
     found: Any = datasets.load_dataset("parquet", data_files={keys[part]: paths for part, paths in files.items()})
-    if len(keys) == 1 and next(iter(keys)) not in USUAL["heldout"]:
+    if len(keys) == 1 and not wanted and next(iter(keys)) not in USUAL["heldout"]:
         keys = {"train": "part0"}
     return {part: found[key] for part, key in keys.items()}
 
@@ -194,8 +194,8 @@ def _labels(place: object, parts: Mapping[str, Any]) -> tuple[tuple[str, ...], d
         raise UserError(f"{place}: which number is which class? {listed}; use ClassLabel in every split")
     if kinds == ["number"]:
         top = max(int(each.values.max(initial=-1)) for each in codes.values())
-        if top >= 2**20:
-            raise UserError(f"{place}: the labels reach {top:,}, and must be below {2**20:,}")
+        if top >= MAX_CLASSES:
+            raise UserError(f"{place}: the labels reach {top:,}, and must be below {MAX_CLASSES:,}")
         return tuple(map(str, range(top + 1))), {part: np.maximum(each.values, -1) for part, each in codes.items()}
     declared = [each.names or () for each in codes.values() if each.kind == "ClassLabel"]
     classes = declared[0] if declared else tuple(sorted({n for each in codes.values() for n in each.names or ()}))

@@ -50,7 +50,7 @@ def find_labels(folder: Path, part: str, paths: Sequence[str], classes: Sequence
         if missing := [path for path, stem in stems.items() if stem not in listed]:
             few = f"{len(missing):,} of {len(paths):,} images, such as {missing[0]}"
             raise UserError(f"{place}: has no class for {few}; complete the list")
-        numbers = dict(zip(map(str, range(len(classes))), classes, strict=True))
+        numbers = {} if any(map(str.isdigit, classes)) else {str(i): name for i, name in enumerate(classes)}
         found = {path: numbers.get(listed[stem], listed[stem]) for path, stem in stems.items()}
     known = set(classes)
     if unknown := next((name for name in found.values() if name not in known), None):

@@ -7,7 +7,7 @@ from PIL import Image
 
 from raekit.data.archives import MAX_FILE, Npz
 from raekit.data.images import UnreadableImage
-from raekit.data.sources.base import Address, Split, in_split
+from raekit.data.sources.base import MAX_CLASSES, Address, Split, in_split
 from raekit.errors import UserError
 
 
@@ -36,8 +36,8 @@ class NpzImages:
             if kind.kind not in "iu":
                 raise UserError(f"{path}: arr_1 has type {kind}, and must have the numbers of classes (integers)")
             labels = self._npz.read("arr_1").astype(np.int64).reshape(-1)
-            if not 0 <= labels.min() <= labels.max() < 2**20:
-                raise UserError(f"{path}: the labels in arr_1 must be from 0 to {2**20 - 1:,}")
+            if not 0 <= labels.min() <= labels.max() < MAX_CLASSES:
+                raise UserError(f"{path}: the labels in arr_1 must be from 0 to {MAX_CLASSES - 1:,}")
             self.classes = tuple(map(str, range(int(labels.max()) + 1)))
         elif alike := [
             name for name, (kind, sizes) in self._npz.arrays.items() if kind.kind in "iu" and sizes == shape[:1]

@@ -4,7 +4,7 @@ import io
 
 from PIL import Image
 
-from raekit.data.archives import read_entry
+from raekit.data.archives import read_from
 from raekit.data.images import UnreadableImage, decode, stored_size
 from raekit.data.sources.archive_index import open_index
 from raekit.data.sources.base import Address, Split
@@ -49,6 +49,7 @@ class Archived:
         path = self._index.archive(number)
         name = f"{path}/{self._index.name(number)}"
         try:
-            return read_entry(path, self._index.entry(number)), name
+            with path.open("rb") as archive:
+                return read_from(archive, self._index.entry(number)), name
         except (OSError, ValueError) as error:
             raise UnreadableImage(name, str(error)) from None
