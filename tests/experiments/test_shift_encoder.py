@@ -27,7 +27,7 @@ def write_idx(folder: Path, images: int = 60) -> None:
 
 def test_a_trial_of_the_study_runs_on_images_in_its_folder(tmp_path: Path):
     write_idx(tmp_path / shift_encoder.FASHION)
-    shift_encoder.prepare(tmp_path, True, silent)
+    shift_encoder.prepare(tmp_path, True, "cpu", silent)
     images = np.load(tmp_path / "images" / "train.npz")["arr_0"]
     assert images.shape == (60, 32, 32, 3)
     assert not images[:, :2].any()  # the margin
@@ -44,7 +44,7 @@ def test_a_trial_of_the_study_runs_on_images_in_its_folder(tmp_path: Path):
 def test_without_images_the_study_says_what_to_install(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(shift_encoder, "DEBIAN", tmp_path / "absent")
     with pytest.raises(UserError, match="apt install dataset-fashion-mnist"):
-        shift_encoder.prepare(tmp_path, True, silent)
+        shift_encoder.prepare(tmp_path, True, "cpu", silent)
 
 
 def test_a_description_sees_the_content_and_the_fine_structure():

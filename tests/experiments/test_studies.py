@@ -102,14 +102,14 @@ def test_a_trial_reports_every_claim_and_makes_the_shared_parts_once(tmp_path: P
         assert claim.found in page
         assert (tmp_path / f"{claim.name}.png").stat().st_size > 10_000
     made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    guidance.prepare(tmp_path, True, silent)
+    guidance.prepare(tmp_path, True, "cpu", silent)
     assert made == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
 
 
 def test_a_shared_model_of_another_config_is_rejected(tmp_path: Path):
     (tmp_path / "finished.json").write_text('{"config": "of another training"}')
     with pytest.raises(UserError, match="other settings; choose another --out"):
-        execution.train_shared(small_decoder(2, 0, "heldout"), tmp_path, silent, "decoder")
+        execution.train_shared(small_decoder(2, 0, "heldout"), tmp_path, "cpu", silent, "decoder")
 
 
 def test_a_wrong_name_is_corrected(tmp_path: Path):
@@ -140,8 +140,8 @@ def test_the_closed_form_is_the_least_squares_fit_of_samples():
 
 
 def test_the_shared_parts_are_made_once(tmp_path: Path):
-    width.prepare(tmp_path, True, silent)
+    width.prepare(tmp_path, True, "cpu", silent)
     made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
     assert len(made) == len(width.WIDTHS)
-    width.prepare(tmp_path, True, silent)
+    width.prepare(tmp_path, True, "cpu", silent)
     assert made == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}

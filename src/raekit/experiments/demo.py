@@ -30,7 +30,7 @@ from raekit.errors import UserError
 from raekit.evaluation.evaluate import evaluate
 from raekit.evaluation.pages import write_page
 from raekit.evaluation.pairs import METRICS
-from raekit.evaluation.reports import read_report
+from raekit.evaluation.reports import Report, read_report
 from raekit.files import whole
 from raekit.flow.guidance import Guidance
 from raekit.flow.sampling import Sampling
@@ -213,7 +213,7 @@ class Demo:
 
     def score_builtin(self) -> "Scores":
         """Score samples of the built-in model next to real images."""
-        report, _ = self.evaluate("built-in", self.builtin, baselines=True)
+        report = self.evaluate("built-in", self.builtin, baselines=True)
         return {**report.baselines, "samples of the built-in model": report.results}
 
     def show_trained(self) -> "Scores":
@@ -226,7 +226,7 @@ class Demo:
             scores[f"decoded by the {name} decoder"] = self.reconstructions(name, autoencoder)
         self.samples("samples", model)
         if self.scored:
-            report, _ = self.evaluate("trained", model, baselines=False)
+            report = self.evaluate("trained", model, baselines=False)
             scores["samples of the denoiser trained here"] = report.results
         return scores
 
@@ -313,13 +313,13 @@ class Demo:
         guidance = tuple(rule for rule in rules if model.classes or rule.method != "cfg")
         return replace(SAMPLING, guidance=guidance, steps=self.steps)
 
-    def evaluate(self, name: str, model: Model, baselines: bool) -> Any:
+    def evaluate(self, name: str, model: Model, baselines: bool) -> Report:
         """Score samples of `model`, and the baselines."""
         out = self.run / "evaluation" / name
         if (out / "report.json").is_file():
-            return read_report(out), out
+            return read_report(out)
         shutil.rmtree(out, ignore_errors=True)  # of a killed demo
-        return evaluate(
+        report, _ = evaluate(
             model,
             count=self.scored_samples,
             sampling=self.sampling(model),
@@ -328,6 +328,7 @@ class Demo:
             world=self.world,
             progress=self.progress,
         )
+        return report
 
     def reconstructions(self, name: str, autoencoder: LatentSpace) -> dict[str, float]:
         """Save a picture of held-out images, each left of its reconstruction, and return the scores of both."""

@@ -94,7 +94,7 @@ def run_study(
     check_folder(out)
     runs = found.study.plan(out, quick)
     mine = runs if only is None else execution.share(only, runs)
-    found.study.prepare(out, quick, progress)
+    found.study.prepare(out, quick, device, progress)
     for number, run in enumerate(mine, 1):
         execution.finish(found.study, run, out, device, progress, f"run {number} of {len(mine)}, {run.name}")
     if left := sum(not execution.is_finished(run, out) for run in runs):

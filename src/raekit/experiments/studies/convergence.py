@@ -56,12 +56,12 @@ SHIFT_BASE = 256
 """Dimension of the VAE's latents, whose schedule is not shifted."""
 
 
-def prepare(folder: Path, quick: bool, progress: Progress) -> None:
+def prepare(folder: Path, quick: bool, device: str | None, progress: Progress) -> None:
     """Train the decoder and the VAE, cache the latents, and measure the real images."""
     measure_real(folder, [CLASSIFIER], quick, progress)
     split = split_of(quick)
-    train_shared(small_decoder(2 if quick else DECODER_STEPS, 0, split), folder / RAE, progress, "decoder")
-    train_shared(small_vae(2 if quick else VAE_STEPS, 0, split), folder / VAE, progress, "VAE")
+    train_shared(small_decoder(2 if quick else DECODER_STEPS, 0, split), folder / RAE, device, progress, "decoder")
+    train_shared(small_vae(2 if quick else VAE_STEPS, 0, split), folder / VAE, device, progress, "VAE")
     for space in (RAE, VAE, PIXELS):
         cache(_config(space, 0, folder, quick), progress)
 

@@ -134,7 +134,7 @@ MEASURES = {
 """What is measured on the latents, without a denoiser."""
 
 
-def prepare(folder: Path, quick: bool, progress: Progress) -> None:
+def prepare(folder: Path, quick: bool, device: str | None, progress: Progress) -> None:
     """Train the encoders and a decoder for each, cache the latents, and measure the latents and the real images."""
     measure_real(folder, [CLASSIFIER], quick, progress)
     random = folder / "encoders" / "random"
@@ -142,12 +142,14 @@ def prepare(folder: Path, quick: bool, progress: Progress) -> None:
         untrained(load_encoder(BUILT_IN)).save(random)
     for name, pretraining in PRETRAINED.items():
         if any(latents.encoder == name for latents in _chosen(folder, quick).values()):
-            train_shared(_encoder(pretraining, folder, quick), folder / "encoders" / name, progress, f"encoder {name}")
+            train_shared(
+                _encoder(pretraining, folder, quick), folder / "encoders" / name, device, progress, f"encoder {name}"
+            )
     for name, latents in _chosen(folder, quick).items():
         measured = _measured(folder, name)
         if not measured.is_file():
             place = folder / "decoders" / name
-            train_shared(_decoder(latents, folder, quick), place, progress, f"decoder {name}")
+            train_shared(_decoder(latents, folder, quick), place, device, progress, f"decoder {name}")
             cache(_config(name, 0, folder, quick), progress)
             values = _measure_latents(place, split_of(quick))
             with whole(measured) as partial:

@@ -59,11 +59,11 @@ STEPS, EARLY = 400, 40
 DECODER_STEPS = 200
 
 
-def prepare(folder: Path, quick: bool, progress: Progress) -> None:
+def prepare(folder: Path, quick: bool, device: str | None, progress: Progress) -> None:
     """Train the decoder, cache the latents, and measure the real images in the classifier's features."""
     split = split_of(quick)
     decoder = small_decoder(2 if quick else DECODER_STEPS, 0, split, noise=0.4)
-    train_shared(decoder, folder / "decoder", progress, "decoder")
+    train_shared(decoder, folder / "decoder", device, progress, "decoder")
     cache(_config(0, folder, quick), progress)
     measure_real(folder, [CLASSIFIER], quick, progress)
 

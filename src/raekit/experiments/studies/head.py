@@ -16,15 +16,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 import raekit
+from raekit.experiments.studies.engine import waves
 from raekit.experiments.studies.engine.drawing import draw_pairs, draw_seeds
 from raekit.experiments.studies.engine.plan import Claim, Result, Run, Settings, Values, geometric, within
 from raekit.experiments.studies.engine.training import small_dit
-from raekit.experiments.studies.engine.waves import distance, draw_numbers, images
-from raekit.files import whole
+from raekit.experiments.studies.engine.waves import draw_numbers, write_images
 from raekit.models.denoiser import Denoiser
 from raekit.progress import Progress
 from raekit.recipes import cache, configured
@@ -43,21 +42,17 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 SEEDS = (0, 1, 2)
 IMAGES = 4096
-SAMPLES = 1024
 EVALUATIONS = 20
 STEPS = 250
 SHIFT_BASE = 192
 """Dimension of the latents whose schedule is not shifted."""
 
 
-def prepare(folder: Path, quick: bool, progress: Progress) -> None:
+def prepare(folder: Path, quick: bool, device: str | None, progress: Progress) -> None:
     """Write the images of each size, and cache their latents."""
     numbers = draw_numbers(IMAGES, seed=0)
     for n in DIMENSIONS:
-        path = _images(folder, n)
-        if not path.is_file():
-            with whole(path) as partial, partial.open("wb") as file:
-                np.savez(file, arr_0=images(numbers, _side(n)))
+        write_images(_images(folder, n), numbers, _side(n))
         cache(_config("DiT", n, seed=0, folder=folder, steps=2), progress)
 
 
@@ -103,16 +98,8 @@ def _config(network: str, dimension: int, seed: int, folder: Path, steps: int) -
 def measure(artifact: Path, settings: Settings, folder: Path) -> Values:
     """Return the distance of generated images from the true distribution, and the FLOPs of a forward pass."""
     model = raekit.load(str(artifact))
-    stream = raekit.generate(
-        model,
-        count=SAMPLES,
-        seed=int(settings["seed"]),
-        sampling=raekit.Sampling(steps=EVALUATIONS),
-        batch_size=256,
-    )
-    pixels = np.concatenate([batch.images.permute(0, 2, 3, 1).numpy() for batch in stream])
-    numbers, rest = distance(pixels, _side(int(settings["dimension"])))
-    return {"distance": numbers + rest, "numbers": numbers, "rest": rest, "flops": forward_flops(model.denoiser)}
+    found = waves.measure(model, int(settings["seed"]), EVALUATIONS, _side(int(settings["dimension"])))
+    return found | {"flops": forward_flops(model.denoiser)}
 
 
 @torch.no_grad()

@@ -67,14 +67,14 @@ EVALUATIONS = 8
 DECODER_STEPS = 300
 
 
-def prepare(folder: Path, quick: bool, progress: Progress) -> None:
+def prepare(folder: Path, quick: bool, device: str | None, progress: Progress) -> None:
     """Train the denoiser, save its early and late latents for each seed, and measure the real images."""
     measure_real(folder, list(JUDGES), quick, progress)
     # One step, because only the statistics of the latents are needed. They are the same for all decoders.
-    train_shared(_decoder(NONE, 0, quick, steps=1), folder / "statistics", progress, "statistics")
+    train_shared(_decoder(NONE, 0, quick, steps=1), folder / "statistics", device, progress, "statistics")
     config = _denoiser(folder, quick)
     cache(config, progress)
-    train_shared(config, folder / "denoiser", progress, "denoiser")
+    train_shared(config, folder / "denoiser", device, progress, "denoiser")
     sampling = Sampling(steps=EVALUATIONS, solver="abm")
     for kind, steps in _steps(quick).items():
         denoiser = Denoiser.load(f"{folder / 'denoiser'}@{steps}")

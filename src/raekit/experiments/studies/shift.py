@@ -16,14 +16,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import raekit
+from raekit.experiments.studies.engine import waves
 from raekit.experiments.studies.engine.plan import Claim, Result, Run, Settings, Values
 from raekit.experiments.studies.engine.shifts import shift_claims
 from raekit.experiments.studies.engine.training import small_dit
-from raekit.experiments.studies.engine.waves import distance, draw_numbers, images
-from raekit.files import whole
+from raekit.experiments.studies.engine.waves import draw_numbers, write_images
 from raekit.progress import Progress
 from raekit.recipes import cache
 
@@ -33,18 +31,14 @@ BASES = (12288, 3072, 768, 192, 48, 12, 3)
 """Values of `shift_base`. The shifts are 0.125 to 8 for m = 192, and 0.5 to 32 for m = 3,072."""
 SEEDS = (0, 1, 2, 3)
 IMAGES = 4096
-SAMPLES = 1024
 STEPS = 20
 
 
-def prepare(folder: Path, quick: bool, progress: Progress) -> None:
+def prepare(folder: Path, quick: bool, device: str | None, progress: Progress) -> None:
     """Write the images of each size, and cache their latents."""
     numbers = draw_numbers(IMAGES, seed=0)
     for side in SIDES:
-        path = folder / "images" / f"{side}.npz"
-        if not path.is_file():
-            with whole(path) as partial, partial.open("wb") as file:
-                np.savez(file, arr_0=images(numbers, side))
+        write_images(folder / "images" / f"{side}.npz", numbers, side)
         cache(_config(side, base=1, seed=0, folder=folder, steps=2), progress)
 
 
@@ -88,16 +82,7 @@ def _config(side: int, base: int, seed: int, folder: Path, steps: int) -> Any:
 
 def measure(artifact: Path, settings: Settings, folder: Path) -> Values:
     """Return the distance of generated images from the true distribution, and its two parts."""
-    stream = raekit.generate(
-        raekit.load(str(artifact)),
-        count=SAMPLES,
-        seed=int(settings["seed"]),
-        sampling=raekit.Sampling(steps=STEPS),
-        batch_size=256,
-    )
-    pixels = np.concatenate([batch.images.permute(0, 2, 3, 1).numpy() for batch in stream])
-    numbers, rest = distance(pixels, int(settings["side"]))
-    return {"distance": numbers + rest, "numbers": numbers, "rest": rest}
+    return waves.measure(raekit.load(str(artifact)), int(settings["seed"]), STEPS, int(settings["side"]))
 
 
 def judge(results: Sequence[Result], folder: Path) -> list[Claim]:

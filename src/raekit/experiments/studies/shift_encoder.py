@@ -70,16 +70,18 @@ EVALUATIONS = 10
 PRETRAINING_STEPS, STEPS = 600, 300
 
 
-def prepare(folder: Path, quick: bool, progress: Progress) -> None:
+def prepare(folder: Path, quick: bool, device: str | None, progress: Progress) -> None:
     """Write the images, train the encoders, cache their latents, and describe the latents of real images."""
     for split, count in IMAGES.items():
         _write_images(folder, split, 64 if quick else count)
     for rows in dict.fromkeys(int(run.settings["rows"]) for run in plan(folder, quick)):
         if not _described(folder, rows).is_file():
-            train_shared(_encoder(rows, folder, quick), folder / "encoders" / str(rows), progress, f"encoder {rows}")
+            train_shared(
+                _encoder(rows, folder, quick), folder / "encoders" / str(rows), device, progress, f"encoder {rows}"
+            )
             # One step, because only the statistics of the latents are needed.
             autoencoder = folder / "autoencoders" / str(rows)
-            train_shared(_autoencoder(rows, folder), autoencoder, progress, f"statistics {rows}")
+            train_shared(_autoencoder(rows, folder), autoencoder, device, progress, f"statistics {rows}")
             cache(_config(rows, 1, 0, folder, quick), progress)
             _describe_images(rows, folder)
 

@@ -65,7 +65,7 @@ ROUNDING = 1e-9
 """Largest difference that counts as rounding."""
 
 
-def prepare(folder: Path, quick: bool, progress: Progress) -> None:
+def prepare(folder: Path, quick: bool, device: str | None, progress: Progress) -> None:
     """Save the image, and cache its latents for each token dimension."""
     if not (folder / "image" / "emoji.png").is_file():
         with whole(folder / "image" / "emoji.png") as partial:

@@ -42,7 +42,7 @@ def finish(study: Study, run: Run, folder: Path, device: str | None, progress: P
         partial.write_text(to_json({"config": _digest(run.config), "values": values}))
 
 
-def train_shared(config: StageConfig, place: Path, progress: Progress, what: str) -> None:
+def train_shared(config: StageConfig, place: Path, device: str | None, progress: Progress, what: str) -> None:
     """Train a model that several runs share, in the folder `place`. A finished training is kept.
 
     Raises:
@@ -51,7 +51,7 @@ def train_shared(config: StageConfig, place: Path, progress: Progress, what: str
     """
     finished = place / "finished.json"
     if not _is_of(finished, config):
-        _train(config, place, None, progress, what)
+        _train(config, place, device, progress, what)
         with whole(finished) as partial:
             partial.write_text(to_json({"config": _digest(config)}))
 

@@ -80,7 +80,7 @@ class Study(Protocol):
 
     __doc__: str | None
 
-    def prepare(self, folder: Path, quick: bool, progress: Progress) -> None:
+    def prepare(self, folder: Path, quick: bool, device: str | None, progress: Progress) -> None:
         """Make the images and cached latents that all runs share, in `folder`. Finished parts are kept."""
         ...
 

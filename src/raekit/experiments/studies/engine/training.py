@@ -19,8 +19,6 @@ def small_dit(side: int, latents: Path, steps: int, seed: int, **overrides: Any)
     """
     return configured(
         "emoji_dit_dh",
-        data__split="all",
-        data__image_size=side,
         autoencoder=f"pixels@{side}",
         latents=str(latents),
         conditional=False,
@@ -28,16 +26,9 @@ def small_dit(side: int, latents: Path, steps: int, seed: int, **overrides: Any)
         denoiser__head=None,
         denoiser__base_depth=0,
         denoiser__allow_narrow=True,
-        train__steps=steps,
-        train__precision="fp32",
-        train__seed=seed,
         optim__lr=1e-2,
         optim__final_lr=1e-4,
-        optim__warmup_steps=min(50, steps - 1),
-        optim__decay_end=steps,
-        ema=[],
-        heldout=None,
-        samples=None,
+        **_short(steps, seed, "all", side, warmup=50),
         **overrides,
     )
 
@@ -104,15 +95,15 @@ def small_denoiser(
     )
 
 
-def _short(steps: int, seed: int, split: Split) -> dict[str, Any]:
-    """Return the fields that short trainings on small emoji share."""
+def _short(steps: int, seed: int, split: Split, side: int = SIDE, warmup: int = 20) -> dict[str, Any]:
+    """Return the fields that all short trainings share."""
     return {
         "data__split": split,
-        "data__image_size": SIDE,
+        "data__image_size": side,
         "train__steps": steps,
         "train__precision": "fp32",
         "train__seed": seed,
-        "optim__warmup_steps": min(20, steps - 1),
+        "optim__warmup_steps": min(warmup, steps - 1),
         "optim__decay_end": steps,
         "ema": [],
         "heldout": None,

@@ -4,13 +4,20 @@ The same numbers give images of any size, so that only the dimension grows and n
 """
 
 import math
+from pathlib import Path
 
 import numpy as np
+
+from raekit.files import whole
+from raekit.flow.sampling import Sampling
+from raekit.inference.generation import generate
+from raekit.inference.model import Model
 
 WAVES = 6
 """Number of waves: two directions in three colours."""
 DEVIATION = 0.35
 """Standard deviation of the pixels in [-1, 1]."""
+SAMPLES = 1024
 SPREAD = 0.15
 """Standard deviation of a number around -1 or +1."""
 
@@ -41,6 +48,20 @@ def draw_numbers(count: int, seed: int) -> np.ndarray:
     signs = generator.choice([-1.0, 1.0], (count, WAVES))
     spread = SPREAD * generator.standard_normal((count, WAVES))
     return (signs + spread) / math.sqrt(1 + SPREAD**2)
+
+
+def write_images(path: Path, numbers: np.ndarray, side: int) -> None:
+    """Write the images of `numbers`, as `npz:` reads them. A file is kept."""
+    if not path.is_file():
+        with whole(path) as partial, partial.open("wb") as file:
+            np.savez(file, arr_0=images(numbers, side))
+
+
+def measure(model: Model, seed: int, steps: int, side: int) -> dict[str, float]:
+    """Return the distance of generated images from the true distribution, and its two parts (`distance`)."""
+    stream = generate(model, count=SAMPLES, seed=seed, sampling=Sampling(steps=steps), batch_size=256)
+    numbers, rest = distance(np.concatenate([batch.images.permute(0, 2, 3, 1).numpy() for batch in stream]), side)
+    return {"distance": numbers + rest, "numbers": numbers, "rest": rest}
 
 
 def distance(pixels: np.ndarray, side: int) -> tuple[float, float]:
