@@ -70,7 +70,7 @@ def find(name: str | Path, kind: str, ema: float | None = None) -> Artifact:
     """
     folder = find_folder(name, kind)
     known = _places(folder, kind)
-    if not known and hub.published and (made := hub.published().converted(folder)):
+    if not known and (made := hub.published().converted(folder)):
         known = _places(made, kind)
     if known:
         return known[0] if ema is None else _average(name, known[0], kind, ema)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy.integrate import solve_ivp
 
-from raekit.cli.sampling import SolverOptions
+from raekit.cli.sampling import SamplingOptions
 from raekit.errors import UserError
 from raekit.flow.guidance import Guidance, pieces, with_interval_ends
 from raekit.flow.path import interpolate, shift, shift_factor, velocity
@@ -103,7 +103,7 @@ def test_evaluated_has_every_time_at_which_a_solver_evaluates(name: SolverName):
 def test_every_solver_has_a_name_and_an_option():
     names = {*get_args(SolverName)}
     assert {*SOLVERS, "dopri5", "euler-maruyama"} == names
-    option, _ = get_args(get_type_hints(SolverOptions)["solver"])
+    option, _ = get_args(get_type_hints(SamplingOptions)["solver"])
     assert {*get_args(option)} == names
 
 

@@ -285,7 +285,7 @@ def test_siglip_2(tmp_path, monkeypatch):
     [
         ({"encoder_type": "clip"}, {}, "encoder_type"),
         ({"novel": 1}, {}, "AutoencoderRAE: novel: Unexpected"),
-        ({"_class_name": "AutoencoderKL"}, {}, "diffusers' AutoencoderKL is not supported"),
+        ({"_class_name": "AutoencoderKL"}, {}, "holds AutoencoderKL; only diffusers' AutoencoderRAE is supported"),
         ({"image_size": 17}, {}, "image_size: 17 must be 16 patches of patch_size = 8"),
         ({"encoder_input_size": 30}, {}, "encoder_input_size: 30 must be a multiple"),
         ({"encoder_hidden_size": 65}, {}, "encoder_hidden_size: 65 must be a multiple"),

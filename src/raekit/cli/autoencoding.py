@@ -53,9 +53,7 @@ def reconstruct(
 
     if not paths:
         raise UserError("reconstruct: give at least one image file or folder")
-    with processes(device) as here, lock(out, here), Display(console.err) as progress:
-        if here.size > 1:
-            raise UserError("reconstruct: runs in a single process; start it without torchrun")
+    with processes(device, "reconstruct") as here, lock(out, here), Display(console.err) as progress:
         autoencoder = load_autoencoder(model, dtype_of(precision)).to(here.device)
         metrics = reconstruction_metrics(lpips, here.device)
         results = reconstruct_folder(
@@ -104,9 +102,11 @@ def encode(
     single = out.suffix.lower() == ".safetensors"
     if single:
         check_file(out)
-    with processes(device) as here, nullcontext() if single else lock(out, here), Display(console.err) as progress:
-        if here.size > 1:
-            raise UserError("encode: runs in a single process; start it without torchrun")
+    with (
+        processes(device, "encode") as here,
+        nullcontext() if single else lock(out, here),
+        Display(console.err) as progress,
+    ):
         autoencoder = load_autoencoder(model, dtype_of(precision)).to(here.device)
         encoded, unreadable = encode_files(
             autoencoder,

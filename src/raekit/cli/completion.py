@@ -1,6 +1,6 @@
 """The command `raekit completion`: scripts that complete commands and options in a shell, without starting raekit."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from inspect import signature
 from typing import Any, Literal, get_args, get_type_hints
@@ -80,15 +80,11 @@ def zsh(commands: Commands) -> str:
 
 def fish(commands: Commands) -> str:
     """Return the script for fish."""
-
-    def lines(condition: str, words: Iterable[str]) -> list[str]:
-        return [f'complete -c raekit -n "{condition}" -a "{" ".join(words)}"']
-
-    out = []
+    lines = []
     for name, words in _words(commands).items():
-        seen = " and ".join(f"__fish_seen_subcommand_from {part}" for part in name.split())
-        out += lines(seen.replace(" and ", "; and ") or "__fish_use_subcommand", words)
-    return "\n".join(out)
+        seen = "; and ".join(f"__fish_seen_subcommand_from {part}" for part in name.split())
+        lines.append(f'complete -c raekit -n "{seen or "__fish_use_subcommand"}" -a "{" ".join(words)}"')
+    return "\n".join(lines)
 
 
 SCRIPTS: dict[str, Callable[[Commands], str]] = {"bash": bash, "zsh": zsh, "fish": fish}

@@ -72,12 +72,10 @@ def generate(
         device: Device to compute on. None: the GPU if there is one, else the CPU.
     """
     from raekit.distributed.locks import lock
-    from raekit.files import whole
     from raekit.inference.generation import generate as stream
     from raekit.inference.generation import random_labels
     from raekit.inference.sample_folders import generate_folder, generate_npz, parts_of
-    from raekit.pictures import check_grid, save_picture, to_pil
-    from raekit.pictures import grid as tile
+    from raekit.pictures import check_grid, to_pil
 
     whole_number("--count", count, 1, MAX_COUNT)
     model, classes = _model_and_classes(model, classes, published)
@@ -129,9 +127,7 @@ def generate(
                 console.err.print("stopped; a grid cannot be resumed, so give a folder as --out for many images")
                 raise
             rows = [tiles[row :: len(labels)] for row in range(len(labels))] if several else [tiles]
-            sheet = tile([image for row in rows for image in row], columns=columns)
-            with whole(out) as partial:
-                save_picture(sheet, partial, _form(out))
+            _write_grid(rows, out, columns)
         elif suffix == ".npz":
             shared |= {"total": total, "world": here, "progress": progress}
             passes = generate_npz(loaded, out, labels or None, **shared)
@@ -175,13 +171,11 @@ def interpolate(
     from raekit.inference.model import load
     from raekit.pictures import check_grid, to_pil
 
-    form = _form(out)
+    _check_picture(out)
     whole_number("--frames", frames, 2, MAX_COUNT)
     model, classes = _model_and_classes(model, classes)
     assert model is not None
-    with processes(device) as here, Display(console.err) as progress:
-        if here.size > 1:
-            raise UserError("interpolate: runs in a single process; start it without torchrun")
+    with processes(device, "interpolate") as here, Display(console.err) as progress:
         loaded = load(model, here.device, ema, options.dtype)
         check_grid(out, frames, loaded.autoencoder.image_shape, frames)
         images, passes, shown = [], Counter(), SamplingProgress(progress, "interpolate", 0, frames)
@@ -198,7 +192,7 @@ def interpolate(
             images += map(to_pil, batch.images)
             passes |= batch.passes
             shown.finish(len(batch))
-    _write_rows([images], out, form)
+    _write_grid([images], out, columns=len(images))
     console.out.print(f"{frames} images: {out}{_cost(passes)}")
 
 
@@ -236,14 +230,12 @@ def trajectory(
     from raekit.inference.model import load
     from raekit.pictures import check_grid, to_pil
 
-    form = _form(out)
+    _check_picture(out)
     model, classes = _model_and_classes(model, classes)
     assert model is not None
     whole_number("--count", count, 1, MAX_COUNT)
     whole_number("--frames", frames, 2, MAX_COUNT)
-    with processes(device) as here, Display(console.err) as progress:
-        if here.size > 1:
-            raise UserError("trajectory: runs in a single process; start it without torchrun")
+    with processes(device, "trajectory") as here, Display(console.err) as progress:
         loaded = load(model, here.device, ema, options.dtype)
         labels = class_ids(loaded, classes)
         sampling = options.sampling(model, here)
@@ -261,7 +253,8 @@ def trajectory(
         )
         shown.finish(shown.total)
     rows = [[to_pil(image) for image in row] for row in images.transpose(0, 1)]
-    _write_rows([row for first in range(max(len(labels), 1)) for row in rows[first :: max(len(labels), 1)]], out, form)
+    classes_first = [row for first in range(max(len(labels), 1)) for row in rows[first :: max(len(labels), 1)]]
+    _write_grid(classes_first, out, columns=frames)
     at = ", ".join(f"{t:.3f}" for t in times)
     console.out.print(f"{len(rows)} x {frames} images at times {at}: {out}")
 
@@ -339,13 +332,11 @@ def _load(
     return loaded, replace(sampling, **ours)
 
 
-def _form(out: Path) -> Literal["png", "webp"]:
-    """Return the picture format of the file to write."""
-    suffix = out.suffix.lower()
-    if suffix not in PICTURES:
+def _check_picture(out: Path) -> None:
+    """Check, before any work starts, that a grid can be written to `out`."""
+    if out.suffix.lower() not in PICTURES:
         raise UserError(f"--out: {out} must be a .png or .webp file")
     check_file(out)
-    return "webp" if suffix == ".webp" else "png"
 
 
 def _pair(values: Sequence[int], name: str) -> tuple[int, int]:
@@ -355,14 +346,14 @@ def _pair(values: Sequence[int], name: str) -> tuple[int, int]:
     return (values[0], values[-1])
 
 
-def _write_rows(rows: Sequence[Sequence[Any]], out: Path, form: Literal["png", "webp"]) -> None:
+def _write_grid(rows: Sequence[Sequence[Any]], out: Path, columns: int | None) -> None:
+    """Write the images of `rows` as one picture, in the format of the suffix of `out`."""
     from raekit.files import whole
-    from raekit.pictures import grid as tile
-    from raekit.pictures import save_picture
+    from raekit.pictures import grid, save_picture
 
-    sheet = tile([image for row in rows for image in row], columns=len(rows[0]))
+    sheet = grid([image for row in rows for image in row], columns)
     with whole(out) as partial:
-        save_picture(sheet, partial, form)
+        save_picture(sheet, partial, "webp" if out.suffix.lower() == ".webp" else "png")
 
 
 def _cost(passes: Counter[str]) -> str:

@@ -9,7 +9,7 @@ from raekit.cli import console
 from raekit.cli.console import Device
 from raekit.cli.launch import processes
 from raekit.cli.sampling import Options, SamplingOptions
-from raekit.errors import MAX_COUNT, UserError, whole_number
+from raekit.errors import MAX_COUNT, whole_number
 from raekit.files import check_file, check_folder
 from raekit.progress import Display, SamplingProgress, counted
 
@@ -186,9 +186,7 @@ def latents_generate(
 
     for name, value in (("count", count), ("batch-size", batch_size)):
         whole_number(f"--{name}", value, 1, MAX_COUNT)
-    with processes(device) as here, Display(console.err) as progress:
-        if here.size > 1:
-            raise UserError("latents generate: runs in a single process; start it without torchrun")
+    with processes(device, "latents generate") as here, Display(console.err) as progress:
         loaded = load(model, here.device, ema, options.dtype)
         classes, parts, sampling = len(loaded.classes), [], options.sampling(model, here)
         shown = SamplingProgress(progress, "generate", 0, count)

@@ -71,16 +71,19 @@ def launch(count: int, arguments: Sequence[str]) -> None:
 
 
 @contextmanager
-def processes(device: str | None) -> "Iterator[World]":
+def processes(device: str | None, alone: str = "") -> "Iterator[World]":
     """Join the processes of this command. Of an error, or a stop, that several of them have, one prints the message.
 
     Args:
         device: "cpu" or "cuda". None selects CUDA if it is available.
+        alone: the name of a command that runs in a single process, for the error message.
     """
     from raekit.distributed import world
 
     with world(device) as here:
         try:
+            if alone and here.size > 1:
+                raise UserError(f"{alone}: runs in a single process; start it without torchrun")
             yield here
         except UserError as error:  # printed before this process leaves: the launcher may end it then
             if here.is_first(f"error {str(error)!a}"):

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class SolverOptions:
-    """Options of the solver.
+class SamplingOptions:
+    """Options of the solver and of guidance.
 
     Args:
         steps: Number of solver steps. dopri5 chooses its own. None: 50.
@@ -36,6 +36,11 @@ class SolverOptions:
             the latents of its last run falls below this number. Only for a DiT^DH, with euler or euler-maruyama. None:
             run the backbone at every step.
         precision: Precision of the weights and of the computation. None: fp32, as for published scores.
+        guidance: Guidance METHOD:SCALE or METHOD:SCALE@START-END, such as cfg:2.0@0.1-0.9. START and END are
+            shifted times: 0 is data, 1 is noise. Methods: cfg, for which a plain scale is
+            enough, such as 2.0; auto, which needs --weak; internal, for models with a base output. Join several
+            methods with +. None: no guidance.
+        weak: Weaker model for auto guidance, in the same form as MODEL.
     """
 
     steps: int | None = None
@@ -45,30 +50,29 @@ class SolverOptions:
     rtol: float | None = None
     reuse: int | float | None = None
     precision: Literal["fp32", "bf16"] | None = None
+    guidance: str | None = None
+    weak: str | None = None
 
     def given(self) -> list[str]:
         """Return the names of the options that were given on the command line."""
         return [field.name for field in fields(self) if getattr(self, field.name) is not None]
 
-    def unguided(self) -> "Sampling":
-        """Return the sampling settings without guidance.
+    def sampling(self, model: str, world: "World") -> "Sampling":
+        """Return the sampling settings for `model`, with the weaker model loaded to the device.
 
         Raises:
             UserError: if an option has no effect with the chosen solver.
         """
+        from raekit.flow.guidance import parse_guidance
         from raekit.flow.sampling import Sampling
 
         unused = ("steps",) if self.solver == "dopri5" else ("atol", "rtol")
         for name in unused:
             if name in self.given():
                 raise UserError(f"--{name}: no effect with --solver {self.solver or 'euler'}")
-        return Sampling(
-            **{
-                field.name: getattr(self, field.name)
-                for field in fields(SolverOptions)
-                if field.name != "precision" and getattr(self, field.name) is not None
-            }
-        )
+        solver = {name: getattr(self, name) for name in self.given() if name not in ("precision", "guidance", "weak")}
+        rules = parse_guidance(self.guidance) if self.guidance is not None else ()
+        return Sampling(**solver, guidance=rules, weak=load_weaker(self.weak, model, world, self.dtype))
 
     @property
     def dtype(self) -> "torch.dtype":
@@ -76,32 +80,6 @@ class SolverOptions:
         return dtype_of(self.precision)
 
 
-@dataclass(frozen=True)
-class SamplingOptions(SolverOptions):
-    """Options of the solver and of guidance.
-
-    Args:
-        guidance: Guidance METHOD:SCALE or METHOD:SCALE@START-END, such as cfg:2.0@0.1-0.9. START and END are
-            shifted times: 0 is data, 1 is noise. Methods: cfg, for which a plain scale is
-            enough, such as 2.0; auto, which needs --weak; internal, for models with a base output. Join several
-            methods with +. None: no guidance.
-        weak: Weaker model for auto guidance, in the same form as MODEL.
-    """
-
-    guidance: str | None = None
-    weak: str | None = None
-
-    def sampling(self, model: str, world: "World") -> "Sampling":
-        """Return the sampling settings for `model`, with the weaker model loaded to the device."""
-        from dataclasses import replace
-
-        from raekit.flow.guidance import parse_guidance
-
-        rules = parse_guidance(self.guidance) if self.guidance is not None else ()
-        return replace(self.unguided(), guidance=rules, weak=load_weaker(self.weak, model, world, self.dtype))
-
-
-Solver = Annotated[SolverOptions, tyro.conf.arg(name="")]
 Options = Annotated[SamplingOptions, tyro.conf.arg(name="")]
 
 

@@ -138,7 +138,7 @@ def read(source: str, options: FileOptions | None = None, *, denoiser: bool = Tr
     values = read_json(config) if config.is_file() else None
     reject_code(config, values)
     if isinstance(values, dict) and "_class_name" in values:
-        return Parts(read_diffusers(folder, values))
+        return Parts(read_diffusers(folder))
     if (folder / "model.pt").is_file() and not (folder / "autoencoder").is_dir():
         raise UserError(
             f"{source}: holds a v1 decoder, but no config.yaml that names its encoder; give its files: raekit convert "
@@ -152,12 +152,10 @@ def _read_file(path: Path, options: FileOptions, denoiser: bool) -> Parts:
     weights = read_weights(path)
     with about(path):
         state = decoder_part(unwrap(weights))
-    not_denoiser = not any(key.startswith(("x_embedder.", "s_embedder.")) for key in state)
-    if not_denoiser and decoder_sizes(state):
-        _reject(path, "a decoder", options.given() & _DENOISER_OPTIONS)
-        return Parts(_read_decoder(path, weights, options))
-    if not_denoiser:
-        return Parts(_read_decoder(path, weights, options))  # fails, and says what the file looks like
+    if not any(key.startswith(("x_embedder.", "s_embedder.")) for key in state):
+        if decoder_sizes(state):
+            _reject(path, "a decoder", options.given() & _DENOISER_OPTIONS)
+        return Parts(_read_decoder(path, weights, options))  # of another file it says what the file looks like
     _reject(path, "a denoiser", options.given() - _DENOISER_OPTIONS)
     if not denoiser:
         raise UserError(

@@ -28,7 +28,7 @@ from raekit.formats.yaml_model import ENCODER_CLASSES
 from raekit.models.autoencoder import AutoencoderConfig
 from raekit.models.decoder import Decoder, DecoderConfig
 from raekit.models.registry import EncoderSpec, LayersConfig
-from raekit.weights import mismatches, read_weights
+from raekit.weights import VARIANCE_EPS, mismatches, read_weights
 
 
 def read_decoder(
@@ -39,7 +39,7 @@ def read_decoder(
     weights: Mapping[str, Any] | None = None,
     config: Path | None = None,
     patch_size: int | None = None,
-    eps: float | None = None,
+    eps: float = VARIANCE_EPS,
 ) -> AutoencoderParts:
     """Read an autoencoder from the published files of RAE v1 or v2.
 
@@ -50,7 +50,7 @@ def read_decoder(
         weights: the contents of the file `decoder`, if the caller has read it already.
         config: the decoder's ViT-MAE style `config.json`, or its folder. Default: the published decoder of this width.
         patch_size: the side of a decoded patch in pixels. Default: derived from the shapes in the file.
-        eps: the value that the publisher adds to the variance. Default: raekit's own.
+        eps: the value that the publisher adds to the variance.
 
     Raises:
         UserError: the file holds no decoder, no configuration is known for it, or the files do not fit the encoder.
@@ -106,13 +106,11 @@ def checked_decoder(state: State, config: DecoderConfig, fault: str) -> tuple[De
     return config, decoder_state(state, config)
 
 
-def _read_statistics(
-    path: Path | None, shape: tuple[int, ...], eps: float | None = None
-) -> tuple[Tensor | None, Tensor]:
+def _read_statistics(path: Path | None, shape: tuple[int, ...], eps: float) -> tuple[Tensor | None, Tensor]:
     if path is None:
         return statistics({"var": torch.ones(shape)}, eps=0.0)  # leaves latents unchanged
     with about(path):
-        mean, var = statistics(read_weights(path), *([] if eps is None else [eps]))
+        mean, var = statistics(read_weights(path), eps)
     if var.shape != shape:
         raise UserError(
             f"{path}: the statistics have shape {tuple(var.shape)}, but the encoder's latents have shape {shape}; "

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from raekit.config import from_dict, to_dict, to_json
+from raekit.config import from_dict, read_json, to_dict, to_json
 from raekit.errors import UserError
 from raekit.files import whole
 from raekit.formats.decoder_files import checked_decoder, to_published_decoder
@@ -35,23 +35,18 @@ DIFFUSERS_VERSION = "0.42.1"
 """The diffusers version whose format `write_diffusers` writes."""
 
 
-def read_diffusers(folder: Path, values: dict[str, Any]) -> AutoencoderParts:
+def read_diffusers(folder: Path) -> AutoencoderParts:
     """Read the folder of an AutoencoderRAE.
 
     Args:
         folder: the folder, with `config.json` and the weights.
-        values: the contents of `config.json`.
 
     Raises:
         UserError: a file is missing or does not fit the configuration, or the encoder is not a registered encoder.
     """
     path, source = folder / "config.json", folder / DIFFUSERS_WEIGHTS
-    if values["_class_name"] != "AutoencoderRAE":
-        raise UserError(f"{path}: diffusers' {values['_class_name']} is not supported, only AutoencoderRAE")
     with about(path):
-        config = from_dict(
-            DiffusersAutoencoder, {k: v for k, v in values.items() if not k.startswith("_")}, "AutoencoderRAE"
-        )
+        config = from_dict(DiffusersAutoencoder, fields_of(path, "AutoencoderRAE"), "AutoencoderRAE")
         built = config.decoder
     if config.grid != DIFFUSERS_GRID:
         _log.warning(
@@ -81,6 +76,15 @@ def read_diffusers(folder: Path, values: dict[str, Any]) -> AutoencoderParts:
     return AutoencoderParts(
         AutoencoderConfig(encoder=name, encoder_size=config.encoder_input_size, decoder=built), ours, mean, var
     )
+
+
+def fields_of(path: Path, name: str) -> dict[str, Any]:
+    """Return the fields of a config file of diffusers, if it describes the class `name`."""
+    values = read_json(path)
+    found = values.get("_class_name") if isinstance(values, dict) else None
+    if found != name:
+        raise UserError(f"{path}: holds {found or 'no class of diffusers'}; only diffusers' {name} is supported")
+    return {key: value for key, value in values.items() if not key.startswith("_")}
 
 
 def _registered_name(config: DiffusersAutoencoder, state: State, colours: tuple[Tensor, Tensor], source: Path) -> str:

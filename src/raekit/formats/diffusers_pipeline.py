@@ -15,12 +15,18 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from raekit.config import configclass, from_dict, read_json, to_dict, to_json
+from raekit.config import configclass, from_dict, to_dict, to_json
 from raekit.errors import UserError
 from raekit.files import whole
 from raekit.formats.denoiser_files import read_denoiser
 from raekit.formats.denoiser_keys import denoiser_config, published_denoiser, published_denoiser_state
-from raekit.formats.diffusers_files import DIFFUSERS_VERSION, DIFFUSERS_WEIGHTS, read_diffusers, write_diffusers
+from raekit.formats.diffusers_files import (
+    DIFFUSERS_VERSION,
+    DIFFUSERS_WEIGHTS,
+    fields_of,
+    read_diffusers,
+    write_diffusers,
+)
 from raekit.formats.parts import DenoiserParts, Parts, about
 from raekit.formats.states import State, rename
 from raekit.models.denoiser_config import DenoiserConfig
@@ -74,20 +80,19 @@ def read_pipeline(folder: Path, denoiser: bool = True) -> Parts:
         UserError: a file is missing or does not fit, or the pipeline has other parts.
     """
     path = folder / INDEX
-    index = _fields(path, PIPELINE)
+    index = fields_of(path, PIPELINE)
     for name, expected in _PARTS.items():
         if index.get(name) != expected:
             raise UserError(f"{path}: {name} is {index.get(name)}; only diffusers' {expected[1]} is supported")
     transformer = _read_transformer(folder, index.get("id2label")) if denoiser else None
-    autoencoder = _fields(folder / "vae" / "config.json", "AutoencoderRAE")
-    return Parts(read_diffusers(folder / "vae", {"_class_name": "AutoencoderRAE", **autoencoder}), transformer)
+    return Parts(read_diffusers(folder / "vae"), transformer)
 
 
 def _read_transformer(folder: Path, id2label: Any) -> DenoiserParts:
     path, scheduler = folder / "transformer" / "config.json", folder / "scheduler" / "scheduler_config.json"
-    values = _fields(path, "RAEDiT2DModel")
+    values = fields_of(path, "RAEDiT2DModel")
     with about(scheduler):
-        fields = _fields(scheduler, "FlowMatchEulerDiscreteScheduler")
+        fields = fields_of(scheduler, "FlowMatchEulerDiscreteScheduler")
         shift = from_dict(DiffusersScheduler, fields, "scheduler").shift
     with about(path):
         config = denoiser_config(
@@ -100,15 +105,6 @@ def _read_transformer(folder: Path, id2label: Any) -> DenoiserParts:
     source = folder / "transformer" / DIFFUSERS_WEIGHTS
     state = {key: value.float() for key, value in read_weights(source).items()}
     return read_denoiser(source, config, weights=from_diffusers_transformer(state, config))
-
-
-def _fields(path: Path, name: str) -> dict[str, Any]:
-    """Return the fields of a config file of diffusers, if it describes the class `name`."""
-    values = read_json(path)
-    found = values.get("_class_name") if isinstance(values, dict) else None
-    if found != name:
-        raise UserError(f"{path}: holds {found or 'no class of diffusers'}; only diffusers' {name} is supported")
-    return {key: value for key, value in values.items() if not key.startswith("_")}
 
 
 def _class_names(id2label: Any, classes: int) -> tuple[str, ...]:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.utils import WeakFileLock
 
 from raekit.config import read_json, to_dict
 from raekit.errors import UserError
@@ -19,7 +18,7 @@ from raekit.formats.diffusers_files import read_diffusers
 from raekit.formats.diffusers_pipeline import INDEX, read_pipeline
 from raekit.formats.native import write_model
 from raekit.formats.parts import Parts, reject_code
-from raekit.hub import ASSETS, cache_folder, command, find_file
+from raekit.hub import ASSETS, cache_folder, cache_lock, command, find_file
 from raekit.models.denoiser_config import SIZES, DenoiserConfig, wide_head
 from raekit.models.registry import LAYERS, REGISTRY
 
@@ -230,7 +229,7 @@ def converted(folder: Path) -> Path | None:
     if (folder / INDEX).is_file():
         read, kind = partial(read_pipeline, folder), "denoiser"
     elif isinstance(values, dict) and "_class_name" in values:
-        read, kind = (lambda: Parts(read_diffusers(folder, values))), "autoencoder"
+        read, kind = (lambda: Parts(read_diffusers(folder))), "autoencoder"
     else:
         return None
     files = sorted(path for place in ("", "vae", "transformer", "scheduler") for path in (folder / place).glob("*.*"))
@@ -244,13 +243,7 @@ def _kept(name: str, kind: str, read: Callable[[], Parts]) -> Path:
     made = folder / kind
     if made.is_dir():  # also in a cache that cannot be written
         return folder
-    lock = folder.with_name(f"{name}.lock")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock.touch()
-    except OSError as error:
-        raise UserError(f"{folder.parent}: {error.strerror}; set RAEKIT_CACHE to a writable folder") from None
-    with WeakFileLock(lock):  # only one of several processes converts
+    with cache_lock(folder.with_name(f"{name}.lock")):  # only one of several processes converts
         if not made.is_dir():
             write_model(read(), folder)
     return folder

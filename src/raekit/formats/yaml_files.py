@@ -1,5 +1,6 @@
 """Read a published YAML and the model files that it names."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,17 +63,9 @@ def read_published(path: Path) -> tuple[Parts, Sampling]:
     described = published_denoiser(values, path)
     if not described or not described[1]:
         raise UserError(f"{path}: names no denoiser; stage_2.ckpt is missing")
-    sampling = published_sampling(values, path)
-    weak = _read_denoiser(path, *sampling.weak).build() if sampling.weak else None
-    return read_yaml(path), Sampling(
-        steps=sampling.steps,
-        solver=sampling.solver,
-        grid=sampling.grid,
-        guidance=sampling.guidance,
-        weak=weak,
-        atol=sampling.atol,
-        rtol=sampling.rtol,
-    )
+    sampling, weaker = published_sampling(values, path)
+    weak = _read_denoiser(path, *weaker).build() if weaker else None
+    return read_yaml(path), replace(sampling, weak=weak)
 
 
 def _read_denoiser(path: Path, config: DenoiserConfig, file: str) -> DenoiserParts:

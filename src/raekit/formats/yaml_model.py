@@ -19,8 +19,19 @@ from raekit.models.denoiser_config import DenoiserConfig
 from raekit.models.registry import REGISTRY, LayersConfig
 from raekit.weights import VARIANCE_EPS
 
-YAML_SECTIONS = ("stage_1", "stage_2", "transport", "sampler", "guidance", "misc", "training", "eval", "gan")
-YAML_SECTIONS_V2 = ("conditioning", "dataset")
+YAML_SECTIONS = (
+    "stage_1",
+    "stage_2",
+    "transport",
+    "sampler",
+    "guidance",
+    "misc",
+    "training",
+    "eval",
+    "gan",
+    "conditioning",
+    "dataset",
+)
 
 
 def check_sections(values: Any, source: str | Path) -> Mapping[str, Any]:
@@ -35,9 +46,8 @@ def check_sections(values: Any, source: str | Path) -> Mapping[str, Any]:
     """
     if not isinstance(values, Mapping) or not isinstance(values.get("stage_1"), Mapping):
         raise UserError(f"{source}: not a published YAML, because it has no section stage_1")
-    known = YAML_SECTIONS + YAML_SECTIONS_V2
-    if unknown := sorted(str(key) for key in values.keys() - set(known)):
-        raise UserError(f"{source}: unknown section {', '.join(unknown)}; expected {', '.join(known)}")
+    if unknown := sorted(str(key) for key in values.keys() - set(YAML_SECTIONS)):
+        raise UserError(f"{source}: unknown section {', '.join(unknown)}; expected {', '.join(YAML_SECTIONS)}")
     return values
 
 
@@ -269,9 +279,9 @@ def described_denoiser(
             raise UserError(f"{source}: misc.{name} = {theirs}, but the denoiser of {where} has {ours}")
     if misc.null_label not in (None, config.num_classes):
         raise UserError(f"{source}: misc.null_label = {misc.null_label} is not supported, only {config.num_classes}")
-    if min(misc.time_dist_shift_base, misc.time_dist_shift_dim or 1) < 1:
+    dimension = math.prod(config.latent_shape) if misc.time_dist_shift_dim is None else misc.time_dist_shift_dim
+    if min(misc.time_dist_shift_base, dimension) < 1:
         raise UserError(f"{source}: misc.time_dist_shift_dim and time_dist_shift_base must be positive")
-    dimension = misc.time_dist_shift_dim or math.prod(config.latent_shape)
     return replace(config, shift=math.sqrt(dimension / misc.time_dist_shift_base)), stage.ckpt
 
 

@@ -1,14 +1,14 @@
 """The schema of published YAML files of RAE v1 and v2: the sections that describe sampling."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from raekit.config import configclass, from_dict
 from raekit.errors import UserError
 from raekit.flow.guidance import Guidance
-from raekit.flow.solvers import Grid, SolverName
+from raekit.flow.sampling import Sampling
+from raekit.flow.solvers import SolverName
 from raekit.formats.yaml_model import VERSIONS, PublishedStage2, class_name, described_denoiser
 from raekit.models.denoiser_config import DenoiserConfig
 
@@ -70,28 +70,17 @@ class PublishedGuidanceV2:
     ig: PublishedInterval = PublishedInterval()
 
 
-@dataclass(frozen=True, kw_only=True)
-class PublishedSampling:
-    """The sampling settings of a published YAML, as in `Sampling`.
-
-    `weak` is the weaker denoiser of autoguidance and its file, which is not read here.
-    """
-
-    solver: SolverName
-    grid: Grid
-    steps: int = 50
-    atol: float = 1e-6
-    rtol: float = 1e-3
-    guidance: tuple[Guidance, ...] = ()
-    weak: tuple[DenoiserConfig, str] | None = None
-
-
-def published_sampling(values: Mapping[str, Any], source: str | Path) -> PublishedSampling:
+def published_sampling(
+    values: Mapping[str, Any], source: str | Path
+) -> tuple[Sampling, tuple[DenoiserConfig, str] | None]:
     """Return the sampling settings of a published YAML.
 
     Args:
         values: the contents of the YAML.
         source: the file's name for error messages.
+
+    Returns:
+        The settings, and for autoguidance the weaker denoiser and its file, which is not read here.
 
     Raises:
         UserError: a section or field is missing, unknown or not supported.
@@ -104,7 +93,7 @@ def published_sampling(values: Mapping[str, Any], source: str | Path) -> Publish
         steps = from_dict(PublishedSamplerV2, values["sampler"], f"{source}: sampler").num_steps
         guidance = from_dict(PublishedGuidanceV2, given, where)
         rules = [*_rule("cfg", guidance.cfg, where), *_rule("internal", guidance.ig, where)]
-        return PublishedSampling(steps=steps, solver="euler", grid="full", guidance=tuple(rules))
+        return Sampling(steps=steps, guidance=tuple(rules)), None
     solver = from_dict(PublishedSampler, values["sampler"], f"{source}: sampler").params
     if isinstance(given, Mapping):
         spelled = {str(key).replace("t-m", "t_m"): value for key, value in given.items()}
@@ -124,13 +113,8 @@ def published_sampling(values: Mapping[str, Any], source: str | Path) -> Publish
     options: dict[str, Any] = {"steps": solver.num_steps}
     if solver.sampling_method == "dopri5":  # chooses its own steps
         options = {"atol": solver.atol, "rtol": solver.rtol}
-    return PublishedSampling(
-        solver=SOLVERS[solver.sampling_method],
-        grid="published",
-        guidance=tuple(rules),
-        weak=weak,
-        **options,
-    )
+    name = SOLVERS[solver.sampling_method]
+    return Sampling(solver=name, grid="published", guidance=tuple(rules), **options), weak
 
 
 def _rule(method: Literal["cfg", "auto", "internal"], given: PublishedInterval, where: str) -> list[Guidance]:

@@ -313,7 +313,7 @@ def absolute(name: str) -> str:
 
     The absolute name means the same from any working folder. Names that are looked up elsewhere first stay as they are.
     """
-    known = hub.published().NAMES if hub.published else ()
+    known = hub.published().NAMES
     prefix, place, size = re.fullmatch(r"(?:(\w+):)?(.*?)(@\d+)?", name, re.DOTALL).groups("")  # type: ignore[union-attr]
     path = hub.expanded(place)
     if prefix == "builtin" or name in REGISTRY or name in known or not place or not path.exists():
