@@ -1,6 +1,7 @@
 """The training loop, on networks of a few hundred weights and random data."""
 
 import copy
+import importlib
 import math
 import os
 import shutil
@@ -32,7 +33,7 @@ from raekit.training import checkpoint, ema
 from raekit.training.casting import CastWeights
 from raekit.training.objective import Objective, Periodic
 from raekit.training.optim import OptimConfig, learning_rate
-from raekit.training.signals import SIGNALS, stop_signals
+from raekit.training.signals import SIGNALS, keyboard_interrupts, stop_signals
 from raekit.training.tracking import read_metrics
 from raekit.training.trainer import TrainConfig, Trainer
 
@@ -707,6 +708,23 @@ def test_a_stream_that_fails_ends_the_run_after_a_checkpoint(tmp_path):
     with pytest.raises(UserError, match="no more images"):
         trained.fit()
     assert trained.step == trained.saved == 1
+
+
+@pytest.mark.parametrize(("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Stopped)])
+def test_a_signal_in_an_import_ends_what_follows_the_import(tmp_path, monkeypatch, number, raised):
+    """An import may lose an exception, as torch's C++ code does when it imports numpy."""
+    name = f"loses_{number.name.lower()}"
+    lines = "import signal", "try:", f"    signal.raise_signal({int(number)})", "except BaseException:", "    pass"
+    (tmp_path / f"{name}.py").write_text("\n".join(lines))
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def work() -> None:
+        with keyboard_interrupts() if number == signal.SIGINT else stop_signals():
+            importlib.import_module(name)
+            time.sleep(10)
+
+    with pytest.raises(raised):
+        work()
 
 
 def test_outside_the_main_thread_a_training_runs_without_signals(tmp_path):

@@ -19,7 +19,7 @@ from raekit.cli.generation import generate, interpolate, trajectory
 from raekit.cli.latents import latents_cache, latents_generate, latents_measure
 from raekit.cli.training import demo, recipes, report, study, train
 from raekit.errors import Stopped, UserError, did_you_mean
-from raekit.training.signals import stop_signals
+from raekit.training.signals import keyboard_interrupts, stop_signals
 
 GROUPS: dict[str, dict[str, Callable[..., None]]] = {
     "start here": {"demo": demo, "models": models, "recipes": recipes},
@@ -56,7 +56,8 @@ def main() -> None:
     """
     console.prepare()
     try:
-        _run(sys.argv[1:])
+        with keyboard_interrupts():
+            _run(sys.argv[1:])
         sys.stdout.flush()
     except BrokenPipeError:
         console.out.on_broken_pipe()

@@ -3,7 +3,8 @@
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from raekit.errors import Stopped
@@ -13,6 +14,48 @@ if TYPE_CHECKING:  # this module does not wait for torch
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 """The signals that stop a training. Schedulers send SIGTERM, or SIGUSR1 or SIGUSR2 as an early warning."""
+
+
+def _postponed(number: int, frame: FrameType | None, later: ExitStack) -> bool:
+    """Return whether `frame` is part of an import. The signal `number` then arrives again in a moment, within `later`.
+
+    A signal handler must not raise an exception in an import: C++ code that imports, as in torch, loses the exception
+    or aborts the process.
+    """
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            again = threading.Timer(0.05, signal.pthread_kill, (threading.get_ident(), number))
+            again.daemon = True
+            again.start()
+            later.callback(again.cancel)
+            return True
+        frame = frame.f_back
+    return False
+
+
+@contextmanager
+def keyboard_interrupts() -> Iterator[None]:
+    """Raise KeyboardInterrupt at SIGINT, as Python does, but after an import that the signal interrupts."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if not _postponed(number, frame, later):
+            raise KeyboardInterrupt
+
+    # A background job of a shell ignores SIGINT.
+    own = signal.getsignal(signal.SIGINT) is signal.default_int_handler and _in_main_thread()
+    if own:
+        signal.signal(signal.SIGINT, handle)
+    later = ExitStack()
+    try:
+        with later:
+            yield
+    finally:
+        if own:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 class Stop:
@@ -60,16 +103,18 @@ def stop_signals(world: "World | None" = None) -> Iterator[Stop]:
     nothing requests a stop.
     """
     stop = Stop()
-    if threading.current_thread() is not threading.main_thread():
+    if not _in_main_thread():
         yield stop
         return
-    watch = world.watch if world else None
+    watch, later = world.watch if world else None, ExitStack()
     main = threading.get_ident()
 
-    def handle(number: int, frame: object) -> None:
+    def handle(number: int, frame: FrameType | None) -> None:
         again, stop.requested = stop.requested, True
         if watch:
             watch.request_stop()
+        if _postponed(signal.SIGTERM, frame, later):
+            return
         if again and number == signal.SIGINT:
             raise KeyboardInterrupt
         stop.check()
@@ -82,7 +127,7 @@ def stop_signals(world: "World | None" = None) -> Iterator[Stop]:
 
     previous = {number: signal.signal(number, handle) for number in SIGNALS}
     try:
-        with watch.on_stop(interrupt, lambda: stop.immediate) if watch else nullcontext():
+        with later, watch.on_stop(interrupt, lambda: stop.immediate) if watch else nullcontext():
             yield stop
     except RuntimeError:
         # A process that stops breaks the connection of the others, and torch raises RuntimeError. Other errors, such as
