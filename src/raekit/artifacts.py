@@ -1,7 +1,7 @@
 """Shareable models: folders with `config.json` and `model.safetensors`, which is split into shards above five GB.
 
-A model folder holds up to three artifacts: `encoder/` (only an encoder that raekit pretrained), `autoencoder/` (decoder
-and latent statistics; the encoder by name) and `denoiser/`. Further averages of a denoiser's weights are in
+A model folder holds artifacts: `encoder/` (only an encoder that raekit pretrained), `autoencoder/` (decoder and latent
+statistics; the encoder by name), `denoiser/` and `classifier/`. Further averages of a denoiser's weights are in
 `denoiser-ema-DECAY/`. An artifact is written completely or not at all. Reading is strict: a missing, unexpected or
 misshapen tensor is an error.
 """

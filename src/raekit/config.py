@@ -78,7 +78,7 @@ def _faults(error: ValidationError, prefix: str = "") -> str:
     faults = []
     for fault in error.errors():
         value = fault["input"]
-        given = f" (given: {value!r})" if isinstance(value, bool | int | float | str) else ""
+        given = f" (given: {value!r:.80})" if isinstance(value, bool | int | float | str) else ""
         faults.append(f"{prefix}{'.'.join(map(str, fault['loc'])) or error.title}: {fault['msg']}{given}")
     return "; ".join(faults)
 

@@ -111,8 +111,11 @@ def check_fit(make: Callable[[], nn.Module], state: Mapping[str, Tensor], source
     Raises:
         UserError: the weights do not fit, see `load_strict`.
     """
-    with torch.device("meta"), NoRandomWeights():
-        load_strict(make(), state, source)
+    try:
+        with torch.device("meta"), NoRandomWeights():
+            load_strict(make(), state, source)
+    except (RuntimeError, TypeError) as error:  # torch, of sizes that overflow
+        raise UserError(f"{source}: config.json has an impossible size ({_first_line(error)})") from None
 
 
 def load_network(make: Callable[[], Network], state: Mapping[str, Tensor], source: object) -> Network:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import raekit
@@ -125,6 +126,13 @@ def test_too_many_unreadable_training_images_end_the_evaluation_before_samples_a
             **QUICK,
         )
     assert "images" not in work
+
+
+def test_a_loaded_model_is_evaluated_on_its_own_device(trained, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr("raekit.evaluation.evaluate.prepare_device", lambda: torch.device("meta"))  # nothing runs there
+    options: dict[str, Any] = {"features": [str(tiny_model)], "count": 18, "sampling": Sampling(steps=1)}
+    report, _ = evaluate(load(str(trained)), out=tmp_path / "out", **options)
+    assert report.results
 
 
 def test_a_stopped_evaluation_with_baselines_resumes_with_the_same_digits(trained, tiny_model, tmp_path):

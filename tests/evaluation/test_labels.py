@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from raekit.errors import UserError
-from raekit.evaluation.labels import draw_labels, same_classes
+from raekit.evaluation.labels import draw_labels
+from raekit.models.conditioning import same_classes
 
 
 def counts(labels: list[int], classes: int) -> list[int]:

@@ -7,10 +7,9 @@ from torch import Tensor
 
 from raekit.errors import UserError
 from raekit.flow.guidance import (
-    REFERENCES,
+    METHODS,
     Guidance,
     Method,
-    Reference,
     check_guidance,
     guided,
     parse_guidance,
@@ -22,23 +21,21 @@ from raekit.flow.solvers import time_grid
 X = torch.zeros(2, 3, 2, 2)
 
 
-VALUES: dict[Reference, float] = {"unconditional": 2, "weak": 3, "base": 4}
+VALUES: dict[Method, float] = {"cfg": 2, "auto": 3, "internal": 4}
 
 
 class Field:
-    """Return constant velocities, 5 and VALUES of the references, and record which references were asked for."""
+    """Return constant velocities, 5 and the worse ones in VALUES, and record which methods were asked for."""
 
     def __init__(self) -> None:
-        self.asked: list[list[Reference]] = []
+        self.asked: list[list[Method]] = []
 
-    def __call__(
-        self, x: Tensor, t: float, references: Collection[Reference]
-    ) -> tuple[Tensor, dict[Reference, Tensor]]:
-        self.asked.append(list(references))
-        return torch.full_like(x, 5), {name: torch.full_like(x, VALUES[name]) for name in references}
+    def __call__(self, x: Tensor, t: float, methods: Collection[Method]) -> tuple[Tensor, dict[Method, Tensor]]:
+        self.asked.append(list(methods))
+        return torch.full_like(x, 5), {name: torch.full_like(x, VALUES[name]) for name in methods}
 
 
-def at(t: float, *rules: Guidance) -> tuple[float, list[Reference]]:
+def at(t: float, *rules: Guidance) -> tuple[float, list[Method]]:
     """The guided velocity, the same everywhere, and what was asked for."""
     field = Field()
     out = guided(field, rules)(X, t)
@@ -48,12 +45,12 @@ def at(t: float, *rules: Guidance) -> tuple[float, list[Reference]]:
 
 
 @pytest.mark.parametrize("scale", [1.7, 0.0, 0.25, -1.0])
-@pytest.mark.parametrize("method", list(REFERENCES))
-def test_scale_is_measured_from_the_reference(method: Method, scale: float):
-    reference = VALUES[REFERENCES[method]]
+@pytest.mark.parametrize("method", METHODS)
+def test_scale_is_measured_from_the_worse_prediction(method: Method, scale: float):
+    worse = VALUES[method]
     v, asked = at(0.5, Guidance(method=method, scale=scale))
-    assert v == pytest.approx(reference + scale * (5 - reference))
-    assert asked == [REFERENCES[method]]
+    assert v == pytest.approx(worse + scale * (5 - worse))
+    assert asked == [method]
 
 
 def test_without_rules_it_is_the_velocity():
@@ -63,11 +60,11 @@ def test_without_rules_it_is_the_velocity():
 @pytest.mark.parametrize(
     ("t", "inside"), [(0.0, False), (0.19, False), (0.2, True), (0.5, True), (0.8, True), (0.81, False), (1.0, False)]
 )
-@pytest.mark.parametrize("method", list(REFERENCES))
+@pytest.mark.parametrize("method", METHODS)
 def test_outside_its_interval_guidance_costs_nothing(method: Method, t: float, inside: bool):
     v, asked = at(t, Guidance(method=method, scale=2, start=0.2, end=0.8))
-    assert v == (2 * 5 - VALUES[REFERENCES[method]] if inside else 5)
-    assert asked == ([REFERENCES[method]] if inside else [])
+    assert v == (2 * 5 - VALUES[method] if inside else 5)
+    assert asked == ([method] if inside else [])
 
 
 @pytest.mark.parametrize("end", [0.1, 0.3, 0.7, 0.9, 1.0])
@@ -85,15 +82,15 @@ def test_whole_interval_by_default():
     rounded = time_grid(50, 6**0.5)[0]
     assert rounded > 1
     for t in (0.0, 0.5, 1.0, rounded):
-        assert at(t, Guidance(scale=2))[1] == ["unconditional"]
+        assert at(t, Guidance(scale=2))[1] == ["cfg"]
 
 
 def test_methods_add_up_in_their_own_intervals():
     rules = Guidance(method="internal", scale=1.5, start=0.1), Guidance(scale=3, end=0.6)
-    assert at(0.05, *rules) == (5 + 2 * 3, ["unconditional"])
-    assert at(0.5, *rules) == (5 + 0.5 * 1 + 2 * 3, ["base", "unconditional"])
+    assert at(0.05, *rules) == (5 + 2 * 3, ["cfg"])
+    assert at(0.5, *rules) == (5 + 0.5 * 1 + 2 * 3, ["internal", "cfg"])
     assert at(0.5, *reversed(rules))[0] == at(0.5, *rules)[0]
-    assert at(0.9, *rules) == (5.5, ["base"])
+    assert at(0.9, *rules) == (5.5, ["internal"])
 
 
 @pytest.mark.parametrize(
@@ -113,7 +110,7 @@ def test_parse(text: str, expected: list[Guidance]):
     assert parse_guidance(text) == tuple(expected)
 
 
-@pytest.mark.parametrize("text", ["cfg:2.0", "auto:1.4@0.1-0.9", "internal:-0.123456789@0.0-0.5"])
+@pytest.mark.parametrize("text", ["cfg:2.0", "auto:1.4@0.1-0.9", "internal:-0.123456789@0.0-0.5", "cfg:2.0@1e-05-0.9"])
 def test_a_rule_is_written_as_it_is_read(text: str):
     (rule,) = parse_guidance(text)
     assert str(rule) == text
@@ -157,9 +154,9 @@ def test_impossible_guidance_is_named(text: str, message: str):
     ],
 )
 def test_guidance_without_effect_is_refused(text: str, message: str):
-    check_guidance(parse_guidance("internal:2+cfg:2@0.5-0.6"), {"weak": "needs a weaker model"}, [1.0, 0.5])
+    check_guidance(parse_guidance("internal:2+cfg:2@0.5-0.6"), {"auto": "needs a weaker model"}, [1.0, 0.5])
     with pytest.raises(UserError, match=message):
-        check_guidance(parse_guidance(text), {"weak": "needs a weaker model"}, [1.0, 0.5])
+        check_guidance(parse_guidance(text), {"auto": "needs a weaker model"}, [1.0, 0.5])
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,15 @@ from raekit.flow.guidance import Guidance, parse_guidance, with_interval_ends
 from raekit.flow.path import similarity
 from raekit.flow.sampling import Sampling, latents_to_noise, sample_latents, slerp
 from raekit.flow.solvers import time_grid
-from raekit.inference.generation import _fitting, generate, images_to_noise, interpolate, noise_to_images, trajectory
+from raekit.inference.generation import (
+    _fitting,
+    _trial_labels,
+    generate,
+    images_to_noise,
+    interpolate,
+    noise_to_images,
+    trajectory,
+)
 from raekit.inference.model import Model, load, reconstruct
 from raekit.inference.statistics import measure_latents
 from raekit.models.autoencoder import Autoencoder
@@ -181,6 +189,18 @@ def test_batch_sizes_that_fit_the_memory():
     assert _fitting(2**30, 2**20) == 512
     assert _fitting(2**40, 1) == 1024
     assert _fitting(2**20, 2**30) == _fitting(2**20, math.inf) == 1
+
+
+def test_a_trial_has_the_condition_of_the_samples(model):
+    classes = _trial_labels(model, torch.tensor([2, 1]), 4)
+    assert classes is not None
+    assert classes.tolist() == [0] * 4
+    own = Model(model.autoencoder, Denoiser(replace(model.denoiser.config, num_classes=0, class_names=())))
+    rows = torch.arange(6.0).view(2, 3)
+    repeated = _trial_labels(own, rows, 4)
+    assert repeated is not None
+    assert torch.equal(repeated, rows[:1].repeat(4, 1))
+    assert _trial_labels(own, None, 4) is None
 
 
 def test_interpolation_goes_from_one_sample_to_another(model, two_outputs):

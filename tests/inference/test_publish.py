@@ -64,6 +64,7 @@ def test_a_card_says_what_the_model_is(pipe, images, tmp_path):
         "ema": [0.999],
     }
     (tmp_path / "config.json").write_text(to_json(config))
+    (tmp_path / "inputs.json").write_text(to_json({"data": {"count": 30}}))
     card = model_card(pipe, "someone/toy", run=tmp_path, scores=[Score("fid", 3.25, "photos (held out)")])
     data = card.data.to_dict()
     assert (data["library_name"], data["pipeline_tag"]) == ("raekit", "unconditional-image-generation")

@@ -265,6 +265,9 @@ def test_wide_head_makes_a_narrow_backbone_allowed():
     ("changes", "message"),
     [
         ({"patch_size": 2}, r"denoiser.patch_size: 2 does not divide the grid \(3, 4\)"),
+        ({"grid": (-3, -4)}, r"denoiser.patch_size: 1 does not divide the grid \(-3, -4\)"),
+        ({"grid": 8}, "DenoiserConfig.grid: Input should be a valid tuple"),
+        ({"shift": 0.0}, r"denoiser.shift: 0\.0 must be positive"),
         ({"num_classes": -1}, "denoiser.num_classes: -1"),
         ({"mlp_ratio": -1.0}, r"denoiser\.mlp_ratio: -1\.0 must be positive"),
         ({"base_depth": 3}, "denoiser.base_depth: 3 must be at most denoiser.backbone.depth = 2"),

@@ -15,6 +15,7 @@ from torch.nn.functional import interpolate
 
 from raekit.config import from_dict, to_dict, to_json
 from raekit.errors import UserError
+from raekit.evaluation.probe import probe
 from raekit.inference.catalogue import list_encoders
 from raekit.models.autoencoder import Autoencoder, AutoencoderConfig
 from raekit.models.decoder import DecoderConfig
@@ -829,6 +830,11 @@ def test_a_family_may_load_any_network(dtype: torch.dtype, plain: EncoderSpec, t
         Autoencoder.load(tmp_path)
     with pytest.raises(UserError, match="encoder mine: raekit saves only encoders that it pretrained"):
         encoder.save(tmp_path)
+
+
+def test_an_encoder_of_any_network_is_probed_without_random_weights(plain: EncoderSpec):
+    register("mine", plain)
+    assert list(probe("mine", "emoji", penalty=1.0)) == ["mine"]
 
 
 @pytest.mark.parametrize("wrong", [{"width": 9}, {"prefix_tokens": 1}, {"patch_size": 8}])

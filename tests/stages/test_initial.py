@@ -13,9 +13,10 @@ from raekit.errors import UserError
 from raekit.inference.shards import statistics_fingerprint
 from raekit.models.autoencoder import Autoencoder
 from raekit.models.denoiser import Denoiser
-from raekit.models.denoiser_config import ContextConfig, TransformerConfig
+from raekit.models.denoiser_config import ContextConfig, DenoiserConfig, TransformerConfig
 from raekit.models.registry import LayersConfig
 from raekit.stages.generation import DenoiserSize, GenerationConfig
+from raekit.stages.initial import initialise_denoiser
 from raekit.stages.reconstruction import DecoderSize, ReconstructionConfig
 from raekit.stages.run import StageConfig, build, train
 from raekit.training.optim import OptimConfig
@@ -142,6 +143,18 @@ def test_other_classes_start_anew(config, tiny_model, tmp_path):
     other.save(folder)
     renamed = initial(replace(tuned, init_from=str(folder)), tmp_path)
     assert same(renamed, published) == [key for key in published if key != "label.weight"]
+
+
+def test_imagenets_folders_are_the_classes_of_published_models(tmp_path):
+    config = DenoiserConfig(
+        channels=4, grid=(2, 2), backbone=TransformerConfig(width=8, depth=1, heads=1), num_classes=2
+    )
+    published = Denoiser(replace(config, class_names=("tench", "goldfish")))
+    published.save(tmp_path)
+    for names, kept in ((("n01440764", "n01443537"), True), (("cat", "dog"), False)):
+        new = Denoiser(replace(config, class_names=names))
+        initialise_denoiser(new, str(tmp_path))
+        assert torch.equal(new.state_dict()["label.weight"], published.state_dict()["label.weight"]) == kept
 
 
 @pytest.mark.parametrize("conditional", [True, False])

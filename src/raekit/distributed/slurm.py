@@ -39,9 +39,8 @@ def environment(given: Mapping[str, str]) -> dict[str, str]:
     Raises:
         UserError: If the first node cannot be found.
     """
-    in_batch_script = (
-        "SLURM_JOB_ID" in given and "SLURM_STEP_ID" not in given
-    )  # one process, whatever SLURM_NTASKS says
+    # One process, whatever SLURM_NTASKS says.
+    in_batch_script = "SLURM_JOB_ID" in given and "SLURM_STEP_ID" not in given
     if "SLURM_PROCID" not in given or in_batch_script:
         return {}
     size = number(given, "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in given else "SLURM_NTASKS", 1, 1)

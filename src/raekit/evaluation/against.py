@@ -19,7 +19,6 @@ from raekit.evaluation.features import (
     weights_of,
 )
 from raekit.evaluation.frechet import Gaussian
-from raekit.evaluation.labels import same_classes
 from raekit.evaluation.manifold import KernelDistance, Manifold, PrecisionRecall
 from raekit.evaluation.metrics import (
     FDR6,
@@ -31,6 +30,7 @@ from raekit.evaluation.metrics import (
     frechet_name,
 )
 from raekit.evaluation.references import Reference, measure_reference
+from raekit.models.conditioning import same_classes
 from raekit.models.pooled import POOLED
 from raekit.models.registry import REGISTRY
 from raekit.progress import Progress, silent

@@ -22,13 +22,13 @@ from raekit.evaluation.chunks import Features, collect, collected, images_digest
 from raekit.evaluation.features import PairScore, weights_of
 from raekit.evaluation.interpolations import Interpolations
 from raekit.evaluation.intervals import LEAST
-from raekit.evaluation.labels import same_classes
 from raekit.evaluation.metrics import SPLIT, Accumulator, FrechetDistance, NearestNeighbours
 from raekit.evaluation.pairs import PairMean
 from raekit.evaluation.reports import LITERATURE, Report, read_report, told, write_report
 from raekit.evaluation.streaming import score_stream
 from raekit.evaluation.streams import RealImages, Reconstructions, StoredImages, Stream
 from raekit.files import remove, whole
+from raekit.models.conditioning import same_classes
 from raekit.progress import Progress, silent
 from raekit.weights import fingerprint
 

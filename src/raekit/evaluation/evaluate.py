@@ -1,11 +1,10 @@
 """Evaluate a model, or saved images: the one function behind `raekit evaluate`, `raekit.evaluate` and the demo."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from raekit.data.loader import DataConfig
 from raekit.data.sources import FORMATS, check_apart, is_address, open_source
@@ -35,6 +34,7 @@ from raekit.files import check_folder
 from raekit.flow.sampling import Sampling, as_sampling, check_sampling
 from raekit.inference.model import Model, load
 from raekit.models.autoencoder import load_autoencoder
+from raekit.models.conditioning import same_classes
 from raekit.models.latent_space import LatentSpace
 from raekit.progress import Progress, silent
 
@@ -147,7 +147,7 @@ def evaluate(
     )
     sampling, report_folder = as_sampling(sampling), Path(out) if out else None
     check_folder(report_folder or Path(REPORTS))
-    world = world or World(device=prepare_device())
+    world = world or World(device=model.device if isinstance(model, Model) else prepare_device())
     own = reconstruct or interpolate  # the autoencoder is scored, without a denoiser
     loaded = _load(model, own, ema, dtype, world) if not saved else None
     dataset = source or (loaded.trained_on if loaded else None)
@@ -188,27 +188,33 @@ def evaluate(
     if stored:
         stored.images.loader.announce(world)
         stream = stored
-    elif isinstance(loaded, LatentSpace) and interpolate:
-        originals, split = _originals(read[0])
-        stream = Interpolations(
-            loaded,
-            originals,
-            split,
-            training=source or originals,
-            seed=seed,
-            batch_size=batch_size,
-            workers=workers,
-            progress=progress,
-        )
     elif isinstance(loaded, LatentSpace):
-        stream = _reconstructions(loaded, read[0], scores, batch_size, workers, world)
+        originals, split = _originals(read[0])
+        if interpolate:
+            stream = Interpolations(
+                loaded,
+                originals,
+                split,
+                training=source or originals,
+                seed=seed,
+                batch_size=batch_size,
+                workers=workers,
+                progress=progress,
+            )
+        else:
+            stream = Reconstructions(loaded, originals, split, scores, batch_size=batch_size, workers=workers)
+            stream.originals.loader.announce(world)
     else:
         assert loaded
         if compile:
             loaded.compile(sampling.weak)
-        if labels is None and not references and _has_classes_of(read[0], loaded):
+        classes, config = read[0].about.classes, loaded.denoiser.config
+        if labels is None and not references and classes is not None and len(classes) == config.num_classes:
             labels = "reference"
-        stream = _samples(loaded, read[0], count, sampling, seed, labels or "balanced", batch_size)
+        if labels == "reference":
+            read[0].check_classes(config.class_names)
+        labels = labels or "balanced"
+        stream = Samples(loaded, count, sampling, seed=seed, labels=labels, of_reference=classes, batch_size=batch_size)
     rows = {}
     if baselines:
         assert dataset is not None
@@ -301,48 +307,12 @@ def _check_dataset(name: str, dataset: str | None, given: bool, loaded: Model | 
             "file that `raekit reference` wrote (reference)"
         ) from None
     ours = loaded.denoiser.config.class_names if isinstance(loaded, Model) else ()
-    if ours and classes and ours != classes:
+    if not same_classes(ours, classes):
         raise UserError(
             f"{dataset}: its classes ({few(classes)}) are not the classes of {name} ({few(ours)}); give the dataset "
             "that the model was trained on"
         )
     return dataset
-
-
-def _reconstructions(
-    autoencoder: LatentSpace,
-    reference: Reference,
-    scores: Mapping[str, Callable[[Tensor, Tensor], Tensor]],
-    batch_size: int,
-    workers: int,
-    world: World,
-) -> Reconstructions:
-    """Return the reconstructions of the images that `reference` was measured on."""
-    source, split = _originals(reference)
-    found = Reconstructions(autoencoder, source, split, scores, batch_size=batch_size, workers=workers)
-    found.originals.loader.announce(world)
-    return found
-
-
-def _has_classes_of(reference: Reference, model: Model) -> bool:
-    """Return whether `reference` and `model` have the same number of classes."""
-    classes = reference.about.classes
-    return classes is not None and len(classes) == model.denoiser.config.num_classes
-
-
-def _samples(
-    model: Model,
-    reference: Reference,
-    count: int,
-    sampling: Sampling,
-    seed: int,
-    labels: Labels,
-    batch_size: int,
-) -> Samples:
-    if labels == "reference":
-        reference.check_classes(model.denoiser.config.class_names)
-    classes = reference.about.classes
-    return Samples(model, count, sampling, seed=seed, labels=labels, of_reference=classes, batch_size=batch_size)
 
 
 def _originals(reference: Reference) -> tuple[str, Split]:

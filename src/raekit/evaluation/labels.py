@@ -1,6 +1,5 @@
 """Class labels of the samples to evaluate."""
 
-import re
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -17,18 +16,6 @@ independently; "reference" has the classes in the proportions of the reference."
 def few(names: Sequence[str]) -> str:
     """Return at most five of the names, for messages."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def same_classes(ours: Sequence[str], theirs: Sequence[str]) -> bool:
-    """Return whether a label means the same in two lists of class names.
-
-    A list without names, or with the ids as names, fits every list. ImageNet's folders, named by WordNet ids, fit the
-    names of as many classes: the labels of ImageNet count the sorted ids.
-    """
-    numbered = any(list(names) == [str(label) for label in range(len(names))] for names in (ours, theirs))
-    wordnet = [all(re.fullmatch(r"n\d{8}", name) for name in names) for names in (ours, theirs)]
-    translated = wordnet[0] != wordnet[1] and len(ours) == len(theirs)
-    return numbered or translated or list(ours) == list(theirs)
 
 
 def draw_labels(kind: Labels, classes: int, count: int, seed: int, of_reference: Sequence[int] | None) -> list[int]:

@@ -1,6 +1,5 @@
 """Streaming metrics: each metric receives batch after batch, and processes exchange results once, at the end."""
 
-import logging
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -15,8 +14,6 @@ from raekit.evaluation.frechet import Gaussian, frechet_distance
 from raekit.evaluation.intervals import GROUPS, LEAST, jackknife, wilson_interval
 from raekit.moments import Moments
 from raekit.randomness import numpy_generator
-
-log = logging.getLogger(__name__)
 
 SPLIT = 5000
 """Images in a split of the Inception Score."""

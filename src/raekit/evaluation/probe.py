@@ -105,7 +105,7 @@ def probe(
         size = max(model.input_size) if isinstance(model, Encoder) else model.image_size
     networks = {name: _Features(name, _tokens_of(model), _shape(model), tokens)}
     encoder = model.encoder if isinstance(model, Autoencoder) else model
-    if isinstance(encoder, Encoder):
+    if isinstance(encoder, Encoder) and hasattr(encoder.model, "config"):  # `untrained` builds the network from it
         random = untrained(encoder)
         networks["random weights"] = _Features("random weights", random, _shape(random), tokens)
     loaders = {split: _loader(source, split, size, workers) for split in ("train", "heldout")}

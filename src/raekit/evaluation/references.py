@@ -20,10 +20,11 @@ from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.evaluation.features import FeatureNetwork, Images, ReferenceNetwork, weights_of
 from raekit.evaluation.frechet import Gaussian
-from raekit.evaluation.labels import few, same_classes
+from raekit.evaluation.labels import few
 from raekit.evaluation.manifold import Kept
 from raekit.evaluation.streaming import BATCH, images_of, score_stream
 from raekit.files import whole
+from raekit.models.conditioning import same_classes
 from raekit.moments import Moments
 from raekit.progress import Progress, counted, silent
 from raekit.weights import fingerprint, read_weights
@@ -127,13 +128,9 @@ class Reference:
                 f"{image_size}; distances between resolutions mean nothing, so use a reference of {image_size} pixels"
             )
 
-    def has_classes(self, names: Sequence[str]) -> bool:
-        """Return whether the classes of the reference are, as far as it is known, the classes `names`."""
-        return same_classes(names, self.about.class_names or ())
-
     def check_classes(self, names: Sequence[str]) -> None:
         """Raise UserError if labels in the proportions of the reference mean nothing for a model of classes `names`."""
-        if not self.has_classes(names):
+        if not same_classes(names, self.about.class_names or ()):
             raise UserError(
                 f"{self.place}: its classes ({few(self.about.class_names or ())}) are not the classes of the model "
                 f"({few(names)}); use balanced labels, or a reference of the model's own classes"

@@ -1,26 +1,26 @@
 """Guidance: functions that move a predicted velocity away from a worse prediction for the same input."""
 
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from numbers import Real
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from raekit.config import configclass
-from raekit.errors import UserError, real_number
+from raekit.errors import UserError
 
 Velocity = Callable[[Tensor, float], Tensor]
 """A velocity field: latents (B, C, H, W) and one time for the batch -> velocities (B, C, H, W)."""
 Method = Literal["cfg", "auto", "internal"]
-Reference = Literal["unconditional", "weak", "base"]
-REFERENCES: dict[Method, Reference] = {"cfg": "unconditional", "auto": "weak", "internal": "base"}
-"""The worse prediction that each method moves away from: the prediction without a class, the prediction of a weaker
-model, or the denoiser's own base output."""
-Predict = Callable[[Tensor, float, Collection[Reference]], tuple[Tensor, Mapping[Reference, Tensor]]]
-"""Latents, a time and the references needed -> the velocity, and the velocity of each reference."""
+"""The worse prediction that a method moves away from is the prediction without a class (`cfg`), the prediction of a
+weaker model (`auto`), or the denoiser's own base output (`internal`)."""
+METHODS: tuple[Method, ...] = get_args(Method)
+Predict = Callable[[Tensor, float, Collection[Method]], tuple[Tensor, Mapping[Method, Tensor]]]
+"""Latents, a time and methods -> the velocity, and the worse velocity of each method."""
 
 
 @configclass
@@ -40,8 +40,6 @@ class Guidance:
     end: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("scale", "start", "end"):
-            object.__setattr__(self, name, float(real_number(f"guidance: {name}", getattr(self, name))))
         if not 0 <= self.start < self.end <= 1:
             raise UserError(f"guidance: the interval {self.start}-{self.end} must lie in 0-1, start before end")
         if self.scale == 1:
@@ -103,14 +101,14 @@ def parse_guidance(text: str) -> tuple[Guidance, ...]:
         try:
             method, rest = part.split(":") if ":" in part else ("cfg", part)
             scale, _, interval = rest.partition("@")
-            start, end = map(float, interval.split("-")) if interval else (0.0, 1.0)
-            if method not in REFERENCES:
+            start, end = map(float, re.split(r"(?<!e)-", interval)) if interval else (0.0, 1.0)
+            if method not in METHODS:
                 raise ValueError
             value = float(scale)
         except ValueError:
             raise UserError(
                 f"guidance: {text!r} is not of the form METHOD:SCALE or METHOD:SCALE@START-END with METHOD one of "
-                f"{', '.join(REFERENCES)}, as in cfg:2.0@0.1-0.9; several are joined by +"
+                f"{', '.join(METHODS)}, as in cfg:2.0@0.1-0.9; several are joined by +"
             ) from None
         rules.append(Guidance(method=method, scale=value, start=start, end=end))
     return tuple(rules)
@@ -125,10 +123,10 @@ def guided(predict: Predict, rules: Sequence[Guidance]) -> Velocity:
 
     def velocity(x: Tensor, t: float) -> Tensor:
         active = [rule for rule in rules if rule.holds(t)]
-        v, references = predict(x, t, [REFERENCES[rule.method] for rule in active])
+        v, worse = predict(x, t, [rule.method for rule in active])
         out = v
         for rule in active:
-            out = out + (rule.scale - 1) * (v - references[REFERENCES[rule.method]])
+            out = out + (rule.scale - 1) * (v - worse[rule.method])
         return out
 
     return velocity
@@ -183,7 +181,7 @@ def pieces(times: Sequence[float], rules: Sequence[Guidance]) -> list[tuple[list
     return out
 
 
-def check_guidance(rules: Sequence[Guidance], missing: Mapping[Reference, str], times: Sequence[float]) -> None:
+def check_guidance(rules: Sequence[Guidance], missing: Mapping[Method, str], times: Sequence[float]) -> None:
     """Check that each rule can be applied and has an effect.
 
     Args:
@@ -197,7 +195,7 @@ def check_guidance(rules: Sequence[Guidance], missing: Mapping[Reference, str], 
     for rule in rules:
         if methods.count(rule.method) > 1:
             raise UserError(f"guidance: {rule.method} is given twice; give each method once")
-        if reason := missing.get(REFERENCES[rule.method]):
+        if reason := missing.get(rule.method):
             raise UserError(f"guidance: {rule.method} {reason}")
         if not any(map(rule.holds, times)):
             near = min(times, key=lambda t: max(rule.start - t, t - rule.end))

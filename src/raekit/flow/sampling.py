@@ -14,7 +14,7 @@ from raekit import randomness
 from raekit.errors import UserError, check_choice, real_number, whole_number
 from raekit.flow.guidance import (
     Guidance,
-    Reference,
+    Method,
     Velocity,
     as_rules,
     check_guidance,
@@ -33,6 +33,7 @@ from raekit.flow.solvers import (
     evaluated,
     time_grid,
 )
+from raekit.models.conditioning import same_classes
 from raekit.models.denoiser import Denoiser, Features
 
 START = "sample"
@@ -284,13 +285,13 @@ def check_sampling(sampling: Sampling, denoiser: Denoiser, labelled: bool, rever
         reverse: whether the flow is followed from data to noise.
     """
     weak, config = sampling.weak, denoiser.config
-    missing: dict[Reference, str] = {}
+    missing: dict[Method, str] = {}
     if not labelled:
-        missing["unconditional"] = "needs labels, and none are given"
+        missing["cfg"] = "needs labels, and none are given"
     if not config.base_depth:
-        missing["base"] = "needs a base output, which this denoiser was trained without (denoiser.base_depth is 0)"
+        missing["internal"] = "needs a base output, which this denoiser was trained without (denoiser.base_depth is 0)"
     if weak is None:
-        missing["weak"] = "needs a weaker model (--weak, Sampling.weak)"
+        missing["auto"] = "needs a weaker model (--weak, Sampling.weak)"
     elif not any(rule.method == "auto" for rule in sampling.guidance):
         raise UserError("weak: no effect without guidance auto:SCALE")
     elif weak is denoiser:
@@ -300,7 +301,7 @@ def check_sampling(sampling: Sampling, denoiser: Denoiser, labelled: bool, rever
             f"weak: it is for latents {weak.config.latent_shape} and {weak.config.num_classes} classes, the model for "
             f"{config.latent_shape} and {config.num_classes}; give a weaker model of the same latents and classes"
         )
-    elif weak.config.class_names and config.class_names and weak.config.class_names != config.class_names:
+    elif not same_classes(weak.config.class_names, config.class_names):
         raise UserError("weak: its classes have other names than the model's classes; give a model of the same classes")
     times = time_grid(sampling.steps, config.shift, sampling.grid)
     if sampling.solver in MULTISTEP:
@@ -334,11 +335,11 @@ def _velocity(
             labels, torch.ones(len(labels), dtype=torch.bool, device=labels.device)
         )
 
-    def predict(x: Tensor, t: float, references: Collection[Reference]) -> tuple[Tensor, dict[Reference, Tensor]]:
-        wanted = [conditional] + [unconditional] * ("unconditional" in references)
+    def predict(x: Tensor, t: float, methods: Collection[Method]) -> tuple[Tensor, dict[Method, Tensor]]:
+        wanted = [conditional] + [unconditional] * ("cfg" in methods)
         groups = [wanted] if one_pass_is_faster(x) else [[each] for each in wanted]
         for group in groups:
-            base = "base" in references and group[0] is conditional
+            base = "internal" in methods and group[0] is conditional
             _predict(group, denoiser, x, t, sampling.reuse, passes, base)
         times = torch.full((len(x),), t, dtype=torch.float32, device=x.device)
 
@@ -346,15 +347,15 @@ def _velocity(
             assert output is not None
             return to_velocity(x, output.to(x.dtype), times, of.config.prediction)
 
-        found: dict[Reference, Tensor] = {}
-        if "base" in references:
-            found["base"] = velocity(conditional.base)
-        if "unconditional" in references:
-            found["unconditional"] = velocity(unconditional.output)
-        if "weak" in references:
+        found: dict[Method, Tensor] = {}
+        if "internal" in methods:
+            found["internal"] = velocity(conditional.base)
+        if "cfg" in methods:
+            found["cfg"] = velocity(unconditional.output)
+        if "auto" in methods:
             assert sampling.weak
             passes["weak"] += 1
-            found["weak"] = velocity(sampling.weak(x, times, labels), sampling.weak)
+            found["auto"] = velocity(sampling.weak(x, times, labels), sampling.weak)
         return velocity(conditional.output), found
 
     field = guided(predict, sampling.guidance)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -170,14 +170,15 @@ def cache_latents(
     batches = loader.read(chunks, world, data.resize)  # the pixels of the training stream
     done = len(loader) - sum(len(parts[k]) for k in missing)
     for k in mine:
-        rows: list[_Encoded] = []
+        rows: list[tuple[dict[str, Tensor], float, float]] = []
         for chunk in _chunks(parts[k], batch_size):
             rows.append(_encode(autoencoder, next(batches).to(world.device), dtype, data.flip))
             done = min(done + len(chunk) * world.size, len(loader))
             progress("encode", done, len(loader))
-        tensors = {name: torch.cat([row.tensors[name] for row in rows]) for name in rows[0].tensors}
+        parts_of, errors, squares = zip(*rows, strict=True)
+        tensors = {name: torch.cat([part[name] for part in parts_of]) for name in parts_of[0]}
         numbers = tensors["latents"].numel() or 1
-        error, rms = (math.sqrt(sum(r.squares[i] for r in rows) / numbers) for i in range(2))
+        error, rms = (math.sqrt(sum(each) / numbers) for each in (errors, squares))
         if not math.isfinite(rms):
             raise UserError(f"{data.source}: some of its latents are not finite; encode with --precision fp32")
         info = replace(about, shard=k, images=len(tensors["labels"]), error=error, rms=rms)
@@ -249,21 +250,11 @@ def checksum(*tensors: Tensor) -> int:
     return (total + 2**63) % 2**64 - 2**63
 
 
-@dataclass(frozen=True)
-class _Encoded:
-    """One encoded batch of a shard.
-
-    Attributes:
-        tensors: the tensors to store.
-        squares: the sum of squares of the storage error, and the sum of squares of the latents.
-    """
-
-    tensors: dict[str, Tensor]
-    squares: tuple[float, float]
-
-
 @torch.no_grad()
-def _encode(autoencoder: LatentSpace, batch: Batch, dtype: Storage, flip: bool) -> _Encoded:
+def _encode(
+    autoencoder: LatentSpace, batch: Batch, dtype: Storage, flip: bool
+) -> tuple[dict[str, Tensor], float, float]:
+    """Return the tensors to store, and the sums of squares of the storage error and of the latents."""
     pixels = batch.pixels()
     views = [pixels, pixels.flip(-1)] if flip else [pixels]
     if len(batch):
@@ -271,7 +262,7 @@ def _encode(autoencoder: LatentSpace, batch: Batch, dtype: Storage, flip: bool) 
     else:  # no image of the batch was readable
         exact = torch.empty(0, *autoencoder.latent_shape, device=pixels.device)
     stored, scale = pack(exact, dtype)
-    squares = _squares(unpack(stored, scale) - exact), _squares(exact)
+    error, squares = _squares(unpack(stored, scale) - exact), _squares(exact)
     stored, scale = stored.cpu().contiguous(), scale.cpu()
     shape = len(batch), len(views)
     checksums = [checksum(*row) for row in zip(stored, scale, strict=True)]
@@ -282,7 +273,7 @@ def _encode(autoencoder: LatentSpace, batch: Batch, dtype: Storage, flip: bool) 
         "labels": batch.labels.cpu(),
         "positions": batch.positions,
     }
-    return _Encoded(tensors, squares)
+    return tensors, error, squares
 
 
 def _squares(values: Tensor) -> float:

@@ -107,7 +107,7 @@ def list_encoders(pattern: str = "") -> list[EncoderInfo]:
             input_size=sides(spec.image_size),
             tokens=math.prod(grid_of(spec, name, None)),
             hub_id=spec.hub_id,
-            licence=BUILT_IN_LICENCE if name in built_in else _licence(name),
+            licence=BUILT_IN_LICENCE if name in built_in else spec.licence,
             cached=name in built_in or _encoder_cached(name),
         )
         for name, spec in (
@@ -158,7 +158,7 @@ def _autoencoder(name: str) -> ModelInfo:
         image_size=grid[0] * PATCH,
         classes=0,
         encoder=encoder,
-        licence=_licence(encoder),
+        licence=spec.licence,
         cached=in_cache(name) and _encoder_cached(encoder),
     )
 
@@ -182,10 +182,6 @@ def _parameters(build: Callable[[], nn.Module]) -> int:
     """Return the number of parameters of a network, without taking memory for them."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in build().parameters())
-
-
-def _licence(encoder: str) -> str:
-    return REGISTRY[encoder].licence
 
 
 def _encoder_cached(encoder: str) -> bool:

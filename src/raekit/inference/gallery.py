@@ -1,13 +1,13 @@
 """The images that a pipeline returns, with what they were made from."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from html import escape
 from io import BytesIO
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import torch
 from PIL import Image
@@ -40,15 +40,8 @@ class Pictures(Sequence[Any]):
     def __len__(self) -> int:
         return len(self.images)
 
-    @overload
-    def __getitem__(self, index: int) -> Any: ...
-    @overload
-    def __getitem__(self, index: slice) -> Any: ...
     def __getitem__(self, index: int | slice) -> Any:
         return self.images[index]
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.images)
 
     def __repr__(self) -> str:
         classes = ", ".join(sorted({label for label in self.labels if label is not None}))

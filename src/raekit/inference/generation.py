@@ -118,7 +118,7 @@ def generate(
     labels, total = _labels_and_total(model, labels, count)
     seed = _seed_for_each(seed, total)
     check_sampling(sampling, model.denoiser, labels is not None)
-    size = fitting_batch(model, sampling, batch_size, world)
+    size = fitting_batch(model, sampling, batch_size, world, labels)
     numbers = range(total) if indices is None else [whole_number("indices", each, 0) for each in indices]
     if numbers and max(numbers) >= total:
         raise UserError(f"indices: {max(numbers)} is not among the {total} samples, which are counted from 0")
@@ -138,7 +138,9 @@ def generate(
     return _finite(batches, sampling) if must_be_finite else batches
 
 
-def fitting_batch(model: Model, sampling: Sampling, batch_size: BatchSize, world: World) -> int:
+def fitting_batch(
+    model: Model, sampling: Sampling, batch_size: BatchSize, world: World, labels: Tensor | None = None
+) -> int:
     """Return `batch_size` as a number, the same in all processes. All processes must call this function.
 
     On a GPU, "auto" is found by sampling a few images and measuring the memory that they take.
@@ -155,15 +157,23 @@ def fitting_batch(model: Model, sampling: Sampling, batch_size: BatchSize, world
     # Guidance takes memory, too. The scale does not change how much.
     rules = tuple(replace(rule, scale=2.0, start=0.0, end=1.0) for rule in sampling.guidance)
     short = Sampling(steps=2, guidance=rules, weak=sampling.weak)
-    labels = torch.zeros(trial, dtype=torch.int64, device=world.device) if model.classes else None
+    labels = _trial_labels(model, labels, trial)
     each = math.inf
     compiled = model.denoiser.compiled  # for one batch size, so not for the trial's
     with suppress(torch.OutOfMemoryError), torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+        labels = None if labels is None else labels.to(world.device)
         latents = sample_latents(model.denoiser, labels, torch.arange(trial, device="cpu"), 0, short, world.device)
         _decode(model, latents)
         each = (torch.cuda.max_memory_allocated(world.device) - held) / trial
     torch.cuda.empty_cache()
     return min(world.gather(_fitting(torch.cuda.mem_get_info(world.device)[0], each)))
+
+
+def _trial_labels(model: Model, labels: Tensor | None, count: int) -> Tensor | None:
+    """Return the labels of `count` trial samples: a class, or the first row of a condition of the user's own."""
+    if model.classes:
+        return torch.zeros(count, dtype=torch.int64)
+    return None if labels is None else labels[:1].expand(count, *labels.shape[1:])
 
 
 def _fitting(free: int, each: float) -> int:

@@ -1,7 +1,7 @@
 """Publish a model on the Hub: its files, and a model card that says what the model is."""
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +11,7 @@ import torch
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from raekit.config import from_dict, read_json, to_json
-from raekit.data.loader import DataConfig
-from raekit.data.sources import open_source
+from raekit.config import read_json, to_json
 from raekit.errors import UserError
 from raekit.hub import ASSETS, is_repository
 from raekit.inference.catalogue import BUILT_IN_LICENCE
@@ -153,7 +151,7 @@ def model_card(
         classes=pipeline.denoiser.config.class_names if pipeline.denoiser else (),
         grid=GRID if pipeline.denoiser else None,
         parts=_parts(pipeline, encoder),
-        training=_training(read_json(run / "config.json")) if run else [],
+        training=_training(run) if run else [],
         scores=scores,
         encoder=encoder,
         licence=licence,
@@ -188,17 +186,13 @@ def _parts(pipeline: Pipeline, encoder: str) -> list[tuple[str, str]]:
     return rows
 
 
-def _training(config: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return the facts of a run's config, as rows of a table. Local paths are left out."""
+def _training(run: Path) -> list[tuple[str, str]]:
+    """Return the facts of a run, as rows of a table. Local paths are left out."""
+    config, images = read_json(run / "config.json"), read_json(run / "inputs.json")["data"]["count"]
     train, optim = config["train"], config["optim"]
-    try:
-        data = from_dict(DataConfig, config["data"], "data")
-        images = f"{len(open_source(data.address, data.split)):,} images"
-    except UserError:
-        images = "a dataset that is not here any more"
     return [
         ("stage", config["stage"]),
-        ("data", f"{images} at {config['data']['image_size']} pixels"),
+        ("data", f"{images:,} images at {config['data']['image_size']} pixels"),
         ("steps", f"{train['steps']:,} of {train['batch_size']} images"),
         ("optimizer", f"{optim['method']}, learning rate {optim['lr']:g} to {optim['final_lr']:g}"),
         ("weight averages", ", ".join(map(str, config["ema"]))),

@@ -6,6 +6,8 @@ a row for each image, such as a text embedding. The trainer, the loss, the solve
 this input on without looking inside; for them, None means unconditional.
 """
 
+import re
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -53,3 +55,15 @@ class ClassCondition(nn.Module):
             nothing = F.one_hot(torch.tensor(self.null, device=given.device), self.null + 1).to(given)
             return torch.where(dropped[:, None], nothing, given)
         return given.masked_fill(dropped | (given < 0), self.null)
+
+
+def same_classes(ours: Sequence[str], theirs: Sequence[str]) -> bool:
+    """Return whether a label means the same in two lists of class names.
+
+    A list without names, or with the ids as names, fits every list. ImageNet's folders, named by WordNet ids, fit the
+    names of as many classes: the labels of ImageNet count the sorted ids.
+    """
+    numbered = any(list(names) == [str(label) for label in range(len(names))] for names in (ours, theirs))
+    wordnet = [all(re.fullmatch(r"n\d{8}", name) for name in names) for names in (ours, theirs)]
+    translated = wordnet[0] != wordnet[1] and len(ours) == len(theirs)
+    return numbered or translated or list(ours) == list(theirs)

@@ -45,7 +45,7 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         check_sizes("decoder", token_dim=self.token_dim, width=self.width, heads=self.heads, hidden=self.hidden)
         height, width = self.grid
-        check_sizes("decoder", patch_size=self.patch_size, tokens=height * width)
+        check_sizes("decoder", patch_size=self.patch_size, rows=height, tokens=height * width)
         check_sizes("decoder", limit=1024, depth=self.depth)
         if self.width % self.heads or self.width % 4:
             raise UserError(f"decoder.width: {self.width} must be a multiple of 4 and of decoder.heads = {self.heads}")

@@ -151,9 +151,11 @@ class DenoiserConfig(DenoiserSize):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_sizes("denoiser", channels=self.channels, patch_size=self.patch_size)
-        if any(side % self.patch_size for side in self.grid):
+        if any(side < 1 or side % self.patch_size for side in self.grid):
             raise UserError(f"denoiser.patch_size: {self.patch_size} does not divide the grid {self.grid}")
         check_sizes("denoiser", tokens=math.prod(self.token_grid), token_dim=self.token_dim)
+        if not self.shift > 0:
+            raise UserError(f"denoiser.shift: {self.shift} must be positive")
         if self.num_classes < 0:
             raise UserError(f"denoiser.num_classes: {self.num_classes} is negative; 0 means unconditional")
         if self.class_names and len(self.class_names) != self.num_classes:

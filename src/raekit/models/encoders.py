@@ -181,8 +181,7 @@ def load_encoder(
     Args:
         name: a registered name, read from the Hub or its cache; FAMILY:WHERE, a `transformers` checkpoint of one of
             FAMILIES in the folder or Hub repository WHERE (`dinov3_vit:FILE` is a file of DINOv3's published code); or
-            `builtin:NAME`, a folder or a Hub repository of an
-            encoder that raekit pretrained.
+            `builtin:NAME`, a folder or a Hub repository of an encoder that raekit pretrained.
         input_size: the size that images are resized to. Default: the encoder's own.
         layers: the blocks whose outputs make the latents. Default: the last block.
         dtype: float32 or bfloat16, the type that the weights are held and used in.

@@ -60,7 +60,7 @@ def build(config: ClassificationConfig, run: Path, world: World) -> Stage:
     if (count := len(loader.classes)) < 2:
         known = "one class" if count else "no classes"
         raise UserError(f"data.source: {config.data.source} has {known}, and a classifier needs at least two")
-    heldout = Loader(replace(config.data, split="heldout", crop="center", flip=False), 0)
+    heldout = Loader(replace(config.data, split="heldout"), 0)
     for split in (loader, heldout):
         if unlabelled := int((split.source.labels < 0).sum()):
             raise UserError(

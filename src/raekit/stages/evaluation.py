@@ -18,7 +18,7 @@ from raekit.evaluation.labels import Labels, draw_labels
 from raekit.evaluation.references import measure_reference, read_reference, reference_loader
 from raekit.evaluation.streaming import BATCH, score_stream
 from raekit.evaluation.streams import Samples
-from raekit.flow.guidance import parse_guidance
+from raekit.flow.guidance import as_rules
 from raekit.flow.sampling import Sampling, check_sampling, finite
 from raekit.inference.model import Model
 from raekit.models.denoiser import Denoiser
@@ -66,8 +66,7 @@ class EvaluationConfig:
     @property
     def sampling(self) -> Sampling:
         """How the samples are made."""
-        rules = parse_guidance(self.guidance) if self.guidance is not None else ()
-        return Sampling(steps=self.steps, guidance=rules)
+        return Sampling(steps=self.steps, guidance=as_rules(self.guidance))
 
     def __post_init__(self) -> None:
         for name in ("every", "batch_size"):
@@ -107,7 +106,7 @@ def evaluator(
         check_sampling(config.sampling, denoiser, labelled=bool(classes))
     except UserError as error:
         raise UserError(f"evaluation.{error}") from None
-    heldout = replace(data, split="heldout", flip=False, crop="center")
+    heldout = replace(data, split="heldout")
     compared: list[Against] = []
     if config.reference:
         reference = read_reference(Path(config.reference))

@@ -8,6 +8,7 @@ from torch import Tensor
 from raekit.config import differences, to_dict
 from raekit.errors import UserError
 from raekit.models.autoencoder import Autoencoder, load_autoencoder
+from raekit.models.conditioning import same_classes
 from raekit.models.decoder import Decoder
 from raekit.models.denoiser import Denoiser
 from raekit.models.denoiser_config import DenoiserConfig
@@ -51,7 +52,8 @@ def initialise_denoiser(denoiser: Denoiser, source: str) -> None:
         config = replace(config, base_depth=denoiser.config.base_depth)
         own += ("base_final.",)
     _check_same(source, _architecture(config), _architecture(denoiser.config))
-    if not _same_classes(pretrained.config, denoiser.config):
+    theirs, ours = pretrained.config, denoiser.config
+    if theirs.num_classes != ours.num_classes or not same_classes(theirs.class_names, ours.class_names):
         own += ("label.",)
     if bool(pretrained.config.num_classes) != bool(denoiser.config.num_classes):
         own += ("label_tokens",)
@@ -79,9 +81,3 @@ def _check_same(source: str, pretrained: Any, wanted: Any) -> None:
 def _architecture(config: DenoiserConfig) -> DenoiserConfig:
     """Return `config` without its classes and without the fields that only affect random weights."""
     return replace(config, num_classes=0, class_names=(), label_std=0.0, allow_narrow=True)
-
-
-def _same_classes(one: DenoiserConfig, other: DenoiserConfig) -> bool:
-    """Return whether both configs have the same classes; unknown class names match any names."""
-    named = one.class_names and other.class_names
-    return one.num_classes == other.num_classes and (not named or one.class_names == other.class_names)

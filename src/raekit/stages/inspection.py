@@ -6,9 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from raekit import artifacts
-from raekit.config import Mark, from_dict, read_json, replaced, to_dict, to_json
-from raekit.data.loader import DataConfig
-from raekit.data.sources import check_apart, open_source
+from raekit.config import Mark, read_json, replaced, to_dict, to_json
+from raekit.data.sources import check_apart
 from raekit.distributed import World
 from raekit.distributed.locks import lock
 from raekit.errors import UserError
@@ -112,8 +111,6 @@ def _reached(run: Path, records: list[dict[str, float]], metric: str, target: fl
     if steps is None:
         best = min(record[metric] for record in records if metric in record)
         return f"{metric} has not reached {target:g}; its lowest is {best:g}"
-    config = read_json(run / "config.json")
-    data = from_dict(DataConfig, config["data"], run / "config.json")
-    images = len(open_source(data.address, data.split))
-    epochs = steps * config["train"]["batch_size"] / images
+    images = read_json(run / "inputs.json")["data"]["count"]
+    epochs = steps * read_json(run / "config.json")["train"]["batch_size"] / images
     return f"{metric} reached {target:g} after {epochs:.4g} epochs of {images:,} images ({steps:,.0f} steps)"

@@ -154,14 +154,11 @@ def build(config: ReconstructionConfig, run: Path, world: World) -> Stage:
         path = run / STATISTICS
         if path.is_file():
             mean, var = read_statistics(path, model.latent_shape)
-        elif config.init_from and (kept := _statistics_of(config.init_from, model)):
-            mean, var = kept
-            if world.is_main:
-                write_statistics(path, var, mean)
         else:
+            kept = _statistics_of(config.init_from, model) if config.init_from else None
             batches = loader.once(BATCH, world)
             shown = counted(progress, "measure latents", len(loader), world.size)
-            mean, var = measure_latents(
+            mean, var = kept or measure_latents(
                 model.tokens, batches, model.latent_shape, world, mirror=config.data.flip, shown=shown
             )
             if world.is_main:

@@ -169,14 +169,12 @@ def _charts(records: Records, restarts: Sequence[int]) -> dict[str, list[Chart]]
 
 def _pictures(run: Path) -> list[dict[str, Any]]:
     """Return the newest picture, and some earlier ones from new to old, each with its step and its data URL."""
-    *earlier, newest = pictures_of(run) or [None]
-    if newest is None:
-        return []
-    chosen = earlier
+    found = pictures_of(run)
+    earlier, newest = found[:-1], found[-1:]
     if len(earlier) > _SHOWN:
-        chosen = [earlier[round(i * (len(earlier) - 1) / (_SHOWN - 1))] for i in range(_SHOWN)]
+        earlier = [earlier[round(i * (len(earlier) - 1) / (_SHOWN - 1))] for i in range(_SHOWN)]
     shown = []
-    for step, path in [newest, *reversed([each for each in chosen if each is not None])]:
+    for step, path in [*newest, *reversed(earlier)]:
         try:
             with Image.open(path) as image:
                 image.load()

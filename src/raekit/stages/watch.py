@@ -15,7 +15,7 @@ from raekit.data.loader import Batch, DataConfig, Loader
 from raekit.distributed import World
 from raekit.errors import UserError, whole_number
 from raekit.evaluation.streaming import BATCH
-from raekit.flow.guidance import parse_guidance
+from raekit.flow.guidance import as_rules
 from raekit.flow.sampling import Sampling, check_sampling
 from raekit.flow.solvers import SolverName
 from raekit.inference.generation import generate
@@ -72,8 +72,7 @@ class SamplesConfig(PicturesConfig):
     @property
     def sampling(self) -> Sampling:
         """How the samples are made."""
-        rules = parse_guidance(self.guidance) if self.guidance is not None else ()
-        return Sampling(steps=self.steps, solver=self.solver, guidance=rules)
+        return Sampling(steps=self.steps, solver=self.solver, guidance=as_rules(self.guidance))
 
 
 @configclass
@@ -202,7 +201,7 @@ def _heldout(part: str, data: DataConfig, count: int) -> tuple[Loader, range]:
         UserError: There are no held-out images. The error names the `part` of the config that needs them.
     """
     try:
-        loader = Loader(replace(data, split="heldout", crop="center", flip=False), seed=0)
+        loader = Loader(replace(data, split="heldout"), seed=0)
     except UserError as error:
         raise UserError(f"{part}: {error}. To train without it, give --{part} None") from None
     stride = max(len(loader) // count, 1)

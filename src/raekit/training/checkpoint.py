@@ -104,7 +104,7 @@ class Writer:
         if not self._saving or not self._saving.done():
             return None
         if (error := self._saving.exception()) is not None:
-            return self._explained(error)
+            return self._unsaved(error)
         self._publish()  # the first process learns that all have written their parts
         self._saving = None
         return None
@@ -120,7 +120,7 @@ class Writer:
         error = self.failure()
         self._saving = None
         if self.world.any(error is not None):
-            raise error or self._explained(None)
+            raise error or self._unsaved(None)
         self.world.barrier()
 
     def settle(self) -> None:
@@ -141,7 +141,7 @@ class Writer:
             for old in checkpoints(self.folder)[: -self.keep]:
                 remove(old)
 
-    def _explained(self, error: BaseException | None) -> UserError:
+    def _unsaved(self, error: BaseException | None) -> UserError:
         with suppress(OSError):
             remove(self._partial(self._step))
         kept = checkpoints(self.folder)
@@ -181,7 +181,7 @@ def load(path: Path, state: dict[str, Any], world: World) -> None:
     except UserError:
         raise
     except (CheckpointException, Exception) as error:
-        raise _explained(path, _root(error)) from None
+        raise _unloadable(path, _root(error)) from None
 
 
 class _Unpickler(pickle.Unpickler):
@@ -272,7 +272,7 @@ def _tensors(state: Any, prefix: str = "") -> Iterator[tuple[str, tuple[int, ...
             yield from _tensors(value, f"{prefix}.{i}")
 
 
-def _explained(path: Path, error: BaseException) -> UserError:
+def _unloadable(path: Path, error: BaseException) -> UserError:
     """Return the error for a checkpoint that cannot be loaded, with the true cause."""
     cause = _cause(error)
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):

@@ -106,9 +106,6 @@ class RunFiles:
             if number > step:
                 path.unlink()
 
-    def config(self, values: Mapping[str, Any]) -> None:
-        """Do nothing, because `stages.record` writes RUN/config.json."""
-
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Append a record.
 
@@ -133,9 +130,6 @@ class RunFiles:
         for name, image in images.items():
             with whole(self.run / name / f"step-{step:08d}.png") as partial:
                 image.save(partial, format="PNG")
-
-    def close(self) -> None:
-        """Do nothing, because every record is on disk at once."""
 
 
 def pictures_of(run: Path) -> list[tuple[int, Path]]:
