@@ -128,6 +128,11 @@ def test_too_many_unreadable_training_images_end_the_evaluation_before_samples_a
     assert "images" not in work
 
 
+def test_a_folder_of_images_is_no_model(plants):
+    with pytest.raises(UserError, match=r"holds no autoencoder.*saved images are given as flat:"):
+        evaluate(str(plants), source=f"folder:{plants}")
+
+
 def test_a_loaded_model_is_evaluated_on_its_own_device(trained, tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr("raekit.evaluation.evaluate.prepare_device", lambda: torch.device("meta"))  # nothing runs there
     options: dict[str, Any] = {"features": [str(tiny_model)], "count": 18, "sampling": Sampling(steps=1)}

@@ -3,6 +3,7 @@
 A folder stands in for the Hub.
 """
 
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from raekit.formats.releases import RELEASES, REPLACED, Release
 from raekit.models.autoencoder import Autoencoder
 from raekit.models.decoder import Decoder, DecoderConfig
 from raekit.models.layers import to_grid
-from raekit.models.registry import LAYERS, REGISTRY
+from raekit.models.registry import LAYERS, REGISTRY, LayersConfig
 from raekit.weights import load_strict
 from tests.formats.conftest import SIZES, Hub, save
 from tests.formats.test_keys import decoder_shapes, published_decoder
@@ -241,6 +242,24 @@ def test_unsuitable_statistics_are_rejected(content: Any, message: str, files):
     save(options.statistics, content)
     with pytest.raises(UserError, match=f"stat.pt: .*{message}"):
         read(str(path), options)
+
+
+def test_the_last_block_may_be_given_by_its_number(files, encoder_folder, tmp_path):
+    path, options = files
+    encoder = f"dinov2_with_registers:{encoder_folder}"
+    own = replace(options, encoder=encoder, encoder_size=28, layers=LayersConfig(blocks=(0,)))  # its only block
+    convert(str(path), tmp_path / "model", options=own)
+    convert(str(tmp_path / "model"), tmp_path / "v1", "v1")
+    assert (tmp_path / "v1" / "model.pt").is_file()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_not_converted(files, tmp_path, value):
+    path, options = files
+    save(path, TINY | {"decoder_norm.weight": TINY["decoder_norm.weight"] * value})
+    with pytest.raises(UserError, match=r"model\.pt: .*norm.* has values that are not finite"):
+        convert(str(path), tmp_path / "out", options=options)
+    assert not (tmp_path / "out").exists()
 
 
 def test_layers_that_the_encoder_lacks_are_rejected(files, encoder_folder):

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from raekit.config import read_json, to_json
 from raekit.errors import UserError
 from raekit.formats.conversion import convert, read
 from raekit.formats.parts import AutoencoderParts
@@ -127,6 +128,21 @@ def test_raekit_folder_read_by_diffusers(theirs, tmp_path):
     given = theirs.state_dict()
     for key, value in back.state_dict().items():
         assert torch.allclose(value, given[key], rtol=1e-6, atol=1e-7), key
+
+
+def test_an_encoder_that_is_not_registered_is_written_with_a_warning(tmp_path, monkeypatch, caplog):
+    model = diffusers_model("dinov2")
+    register_its_encoder(model, tmp_path / "encoder", monkeypatch)
+    model.save_pretrained(tmp_path / "theirs")
+    convert(str(tmp_path / "theirs"), tmp_path / "ours")
+    convert(str(tmp_path / "ours"), tmp_path / "registered", "diffusers")
+    assert "keep the original" not in caplog.text
+    path = tmp_path / "ours" / "autoencoder" / "config.json"
+    name, _, size = KINDS["dinov2"]
+    changed = {"encoder": f"{REGISTRY[name].family}:{tmp_path / 'encoder'}", "encoder_size": size}
+    path.write_text(to_json(read_json(path) | changed))
+    convert(str(tmp_path / "ours"), tmp_path / "back", "diffusers")
+    assert "raekit reads this folder only if the encoder is a registered one" in caplog.text
 
 
 def test_without_statistics_or_mean(tmp_path, monkeypatch):

@@ -106,6 +106,14 @@ def test_a_denoiser_with_a_condition_of_its_own_is_saved_and_loaded(tmp_path: Pa
         Denoiser.load(tmp_path)
 
 
+def test_what_a_condition_gives_is_checked():
+    latents, times = torch.zeros(2, 3, 2, 2), torch.zeros(2)
+    with pytest.raises(UserError, match=r"condition gives \(2, 12\) for 2 images, but the denoiser needs \(2, 16\)"):
+        small(Described(12))(latents, times, GIVEN[:2])
+    with pytest.raises(UserError, match=r"condition gives \(3, 16\) for 2 images"):
+        small(Described(16))(latents, times, GIVEN[:3])
+
+
 def test_a_condition_replaces_the_classes():
     with pytest.raises(UserError, match=r"denoiser\.num_classes: 3 must be 0"):
         small(Described(16), classes=3)
@@ -124,6 +132,7 @@ def test_images_are_generated_with_a_condition_of_ones_own():
         return torch.cat([batch.images for batch in batches])
 
     made = images(GIVEN[:3])
+    assert torch.equal(images(GIVEN[:3].double()), made)  # numpy's usual type
     assert torch.equal(images(GIVEN[:3], indices=[2]), made[2:])
     assert not torch.allclose(made, images(None, count=3))
     assert {label for batch in generate(model, GIVEN[:3], sampling=sampling) for label in batch.labels.tolist()} == {-1}

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from raekit.artifacts import MissingArtifact
 from raekit.data.loader import DataConfig
 from raekit.data.sources import FORMATS, check_apart, is_address, open_source
 from raekit.data.sources.base import Split
@@ -280,9 +281,10 @@ def _check_arguments(
 def _load(model: str | Model, own: bool, ema: float | None, dtype: torch.dtype, world: World) -> Model | LatentSpace:
     if isinstance(model, Model):
         return model.autoencoder if own else model
-    if own:
-        return load_autoencoder(model, dtype).to(world.device)
-    return load(model, world.device, ema, dtype)
+    try:
+        return load_autoencoder(model, dtype).to(world.device) if own else load(model, world.device, ema, dtype)
+    except MissingArtifact as error:
+        raise UserError(f"{error}; saved images are given as flat:{model}") from None
 
 
 def _check_dataset(name: str, dataset: str | None, given: bool, loaded: Model | LatentSpace | None) -> str:

@@ -93,6 +93,7 @@ def convert(source: str | Path, folder: str | Path, to: Format = "raekit", optio
         raise UserError(f"{folder}: already exists and is not empty; give a new folder")
     check_folder(folder)
     parts = read(source, options, denoiser=to != "v1")
+    parts.check_finite(source)
     if to == "raekit":
         with whole(folder, folder=True) as partial:
             write_model(parts, partial)
@@ -142,7 +143,8 @@ def read(source: str, options: FileOptions | None = None, *, denoiser: bool = Tr
     if (folder / "model.pt").is_file() and not (folder / "autoencoder").is_dir():
         raise UserError(
             f"{source}: holds a v1 decoder, but no config.yaml that names its encoder; give its files: raekit convert "
-            f"{folder / 'model.pt'} DEST --encoder ENCODER --statistics {folder / 'stat.pt'} --decoder-config {folder}"
+            f"{folder / 'model.pt'} DEST --encoder ENCODER [--encoder-size SIZE] --statistics {folder / 'stat.pt'} "
+            f"--decoder-config {folder}"
         )
     return read_model(source, denoiser)
 

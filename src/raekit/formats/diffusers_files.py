@@ -152,6 +152,12 @@ def write_diffusers(parts: AutoencoderParts, folder: Path) -> None:
             f"{parts.config.encoder}: diffusers does not support encoders of the family {spec.family}, only of the "
             f"families {', '.join(families)} ({', '.join(named)}); write v1 or raekit files instead"
         )
+    if parts.config.encoder not in REGISTRY:
+        _log.warning(
+            "%s: raekit reads this folder only if the encoder is a registered one, which %s is not; keep the original",
+            folder,
+            parts.config.encoder,
+        )
     if decoder.positions == "learned":
         raise UserError(
             "diffusers: cannot hold the learned positions of this decoder, because its files contain no positions; "

@@ -5,7 +5,7 @@ This module also holds the checks and error messages that several readers and wr
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,13 @@ class Parts:
             if ours != theirs:
                 raise UserError(f"the denoiser is for latents {ours}, the autoencoder has {theirs}")
 
+    def check_finite(self, source: str) -> None:
+        """Raise UserError, naming the `source`, if a weight is not finite."""
+        for state in (self.autoencoder and self.autoencoder.decoder, self.denoiser and self.denoiser.state):
+            for name, value in (state or {}).items():
+                if not value.isfinite().all():
+                    raise UserError(f"{source}: {name} has values that are not finite; export it again from a good run")
+
 
 def geometry(
     encoder: str, size: Size | None, layers: LayersConfig | None = None
@@ -99,10 +106,12 @@ def geometry(
 
 def only_last_block(parts: AutoencoderParts, form: str) -> None:
     """Raise a UserError, naming the format `form`, unless the latents come from the encoder's last block only."""
-    if parts.config.layers != LayersConfig():
-        raise UserError(
-            f"{parts.config.encoder}, {parts.config.layers}: {form} supports only latents of the encoder's last block"
-        )
+    config, layers = parts.config, parts.config.layers
+    if len(layers.blocks) == 1 and layers.blocks[0] >= 0:  # the last block may be given by its number
+        depth = len(load_encoder(config.encoder, config.encoder_size).blocks)
+        layers = replace(layers, blocks=(layers.blocks[0] - depth,))
+    if layers != LayersConfig():
+        raise UserError(f"{config.encoder}, {config.layers}: {form} supports only latents of the encoder's last block")
 
 
 def reject_code(path: Path, values: Any) -> None:

@@ -445,7 +445,7 @@ def _given(model: Model, labels: Iterable[int] | Tensor) -> Tensor:
         return torch.tensor(class_labels(model, labels), device="cpu")
     if not isinstance(labels, Tensor) or not labels.is_floating_point() or labels.ndim < 1 or not len(labels):
         raise UserError("labels: the model has a condition of its own; give a float tensor with a row for each sample")
-    return labels
+    return labels.float() if labels.dtype == torch.float64 else labels  # the usual type of numpy
 
 
 def class_labels(model: Model, labels: Iterable[int] | Tensor) -> list[int]:

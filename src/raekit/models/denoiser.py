@@ -289,7 +289,13 @@ class Denoiser(nn.Module):
                     "labels: the denoiser has no classes and no condition, so labels have no effect; give None"
                 )
             return time, 0.0
-        return time, self.label(labels, len(t))[:, None]
+        label = self.label(labels, len(t))
+        if label.shape != time[:, 0].shape:
+            raise UserError(
+                f"labels: their condition gives {tuple(label.shape)} for {len(t)} images, but the denoiser needs "
+                f"{tuple(time[:, 0].shape)}: a row of denoiser.backbone.width channels for each image"
+            )
+        return time, label[:, None]
 
     def _features(self, x: Tensor, time: Tensor, label: Tensor | float, chosen: int | None = None) -> Features:
         tokens = self.embed(self._patches(x))

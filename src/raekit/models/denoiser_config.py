@@ -162,11 +162,11 @@ class DenoiserConfig(DenoiserSize):
             raise UserError(f"denoiser.class_names: {len(self.class_names)} names for {self.num_classes} classes")
         n, d = self.token_dim, self.output_width
         if d < n and not self.allow_narrow:
-            part = "head" if self.head else "backbone"
+            part, more = ("head", "") if self.head else ("backbone", ", add a wide head")
             raise UserError(
                 f"denoiser.{part}.width: {d} is below the token dimension {n}. The noise fills all {n} dimensions, "
                 f"so no such network gets its mean squared error below {(n - d) / n:.3f} on one image "
-                f"(paper, theorem 1). Widen it to {n}, add a wide head, or set denoiser.allow_narrow"
+                f"(paper, theorem 1). Widen it to {n}{more}, or set denoiser.allow_narrow"
             )
 
     @property

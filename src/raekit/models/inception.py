@@ -282,6 +282,6 @@ def _cached() -> Path:
     except (OSError, RuntimeError) as error:  # RuntimeError: the hash does not match
         raise UserError(
             f"FID's Inception weights could not be fetched ({error}); "
-            f"download {URL} to {folder}, or name a file that holds them"
+            f"download {URL} to {folder}, or give a file that holds them as inception:FILE (--features)"
         ) from None
     return folder / CHECKPOINTS[0]

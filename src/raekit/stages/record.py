@@ -4,7 +4,7 @@ RUN/config.json and RUN/inputs.json hold the present config and inputs. RUN/hist
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +17,7 @@ from raekit import __version__
 from raekit.config import Change, Mark, changes, from_dict, read_json, read_lines, to_dict, to_json
 from raekit.distributed import World
 from raekit.errors import UserError
+from raekit.evaluation.labels import few
 from raekit.files import check_folder, whole
 from raekit.stages.classification import ClassificationConfig
 from raekit.stages.compression import CompressionConfig
@@ -109,13 +110,19 @@ def input_changes(run: Path, inputs: Inputs) -> list[Change]:
     """Return how the inputs differ from the inputs of the run; none if the run has not begun.
 
     Raises:
-        UserError: The run has no inputs.json.
+        UserError: The run has no inputs.json, or its model learns other classes.
     """
     if not is_begun(run):
         return []
     _check_there(run, "inputs.json")
     before = _read_inputs(run)
-    return list(changes(before, replace(inputs, data=_known(inputs.data, before.data))))
+    inputs = replace(inputs, data=_known(inputs.data, before.data))
+    if before.labels != inputs.labels and (names := _differing(before.data.classes, inputs.data.classes)):
+        raise UserError(
+            f"{run}: was trained on other classes ({names}), and a run keeps its classes; undo this change, or choose "
+            f"another --run (--init-from {run} starts it from this model)"
+        )
+    return list(changes(before, inputs))
 
 
 def _check_there(run: Path, name: str) -> None:
@@ -145,6 +152,14 @@ def _read_inputs(run: Path) -> Inputs:
 def _known(images: Images, before: Images) -> Images:
     """Return `images` with the earlier value of every unknown property."""
     return replace(images, **{name: getattr(before, name) for name, value in vars(images).items() if value is None})
+
+
+def _differing(before: Mapping[str, int] | None, now: Mapping[str, int] | None) -> str:
+    """Return the class names that only one of two datasets has, as text; "" if there are none, or they are unknown."""
+    if before is None or now is None:
+        return ""
+    added, removed = [name for name in now if name not in before], [name for name in before if name not in now]
+    return "; ".join(f"{what}: {few(names)}" for what, names in (("new", added), ("missing", removed)) if names)
 
 
 def check(run: Path, found: Sequence[Change], allowed: bool) -> None:

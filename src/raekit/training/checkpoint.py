@@ -1,8 +1,11 @@
 """Training checkpoints on disk, in torch's distributed format: the number of processes may change between runs."""
 
+import errno
 import io
+import os
 import pickle
 import re
+import shutil
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -47,6 +50,10 @@ _ALONE = "torch.distributed is disabled"  # how torch's warning to a single proc
 
 _SETTLING = 600
 """The longest time in seconds to wait after an error for a save in the background."""
+
+
+_FULL = 2**24
+"""A disk is full if it has fewer free bytes while a partial checkpoint is on it."""
 
 
 class Writer:
@@ -142,16 +149,18 @@ class Writer:
                 remove(old)
 
     def _unsaved(self, error: BaseException | None) -> UserError:
+        full = shutil.disk_usage(self.folder).free < _FULL  # torch raises RuntimeError for a full disk
         with suppress(OSError):
             remove(self._partial(self._step))
         kept = checkpoints(self.folder)
         have = f"the newest complete checkpoint is {kept[-1]}" if kept else "there is no earlier checkpoint"
         root = _root(error) if error else None
         remedy = f"Allow writing to {self.folder}" if isinstance(root, PermissionError) else "Free disk space"
-        if not isinstance(root, OSError | None):
+        if not (full or isinstance(root, OSError | None)):
             remedy = "Remove the cause"
+        cause = os.strerror(errno.ENOSPC) if full else _cause(error)
         return UserError(
-            f"{self.folder / name(self._step)}: could not be saved ({_cause(error)}); {have}. {remedy} and run the "
+            f"{self.folder / name(self._step)}: could not be saved ({cause}); {have}. {remedy} and run the "
             "same command again"
         )
 
