@@ -321,6 +321,12 @@ def test_sde_converges_to_the_data_in_first_order():
     assert errors[-1] < 0.02
 
 
+def test_the_noise_of_a_step_of_the_sde_has_the_spread_of_its_first_time():
+    still = torch.zeros(1, dtype=torch.float64)
+    end = euler_maruyama(lambda x, t: still, still, [1.0, 0.6, 0.0], lambda step: still + 1)
+    assert end.item() == pytest.approx(math.sqrt(1.0 * 0.4) * (1 - 0.6 / 2))
+
+
 def test_sde_does_not_run_backwards():
     with pytest.raises(UserError, match="solver euler-maruyama: goes from noise to data only"):
         euler_maruyama(gaussian, torch.zeros(1), [0.0, 1.0], lambda step: torch.zeros(1))

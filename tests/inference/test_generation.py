@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.flow.guidance import Guidance, parse_guidance, with_interval_ends
 from raekit.flow.path import similarity
-from raekit.flow.sampling import Sampling, latents_to_noise, sample_latents, slerp
+from raekit.flow.sampling import Sampling, latents_to_noise, sample_latents, sample_noise, slerp
 from raekit.flow.solvers import time_grid
 from raekit.inference.generation import (
     _fitting,
@@ -613,6 +613,38 @@ def test_reusing_the_backbone_by_similarity(model):
     close = images_of(model, sampling=Sampling(steps=20, reuse=0.99))
     near, far = ((images - plain).abs().mean() for images in (close, batch.images))
     assert 0 < near < far < 0.2 * plain.std()
+
+
+@pytest.mark.parametrize("solver", ["euler", "ab2", "euler-maruyama"])
+def test_samples_follow_the_times_that_the_denoiser_was_trained_with(model, solver):
+    shifted = Denoiser(replace(model.denoiser.config, shift=3.0))
+    seen: list[float] = []
+    batches = generate(
+        Model(model.autoencoder, shifted),
+        [0],
+        sampling=Sampling(steps=4, solver=solver),
+        watch=lambda x, v, t: seen.append(t),
+    )
+    assert len(list(batches)) == 1
+    assert seen == pytest.approx([1.0, 0.9, 0.75, 0.5])
+    if solver != "euler-maruyama":
+        times: list[float] = []
+        shifted.register_forward_pre_hook(lambda _, inputs: times.append(inputs[1][0].item()))
+        latents_to_noise(shifted, torch.zeros(1, 16, 4, 4), None, Sampling(steps=4, solver=solver))
+        assert times == pytest.approx([0.0, 0.5, 0.75, 0.9])
+
+
+def test_each_step_of_the_sde_has_noise_of_its_own(model, monkeypatch):
+    drawn: list[Tensor] = []
+
+    def draw(denoiser, seed, stream, indices, device="cpu") -> Tensor:
+        drawn.append(sample_noise(denoiser, seed, stream, indices, device))
+        return drawn[-1]
+
+    monkeypatch.setattr("raekit.inference.generation.sample_noise", draw)
+    images_of(model, [1], Sampling(steps=4, solver="euler-maruyama"))
+    assert len(drawn) == 4  # the start and all steps but the last
+    assert all(not torch.equal(a, b) for a, b in combinations(drawn, 2))
 
 
 @pytest.mark.parametrize("solver", ["heun", "ab2", "abm"])

@@ -354,6 +354,13 @@ def test_gelu_mlp_with_tanh():
     assert torch.allclose(layer(x), F.linear(gelu, *parameters(layer[2])), atol=1e-6)
 
 
+def test_the_gelu_of_a_dit_block_is_its_tanh_approximation():
+    block, x = DiTBlock(8, 2, 12, mlp="gelu"), 3 * torch.randn(3, 8)
+    hidden = F.linear(x, *parameters(block.mlp[0]))  # type: ignore[index]
+    expected = F.linear(F.gelu(hidden, approximate="tanh"), *parameters(block.mlp[2]))  # type: ignore[index]
+    assert torch.allclose(block.mlp(x), expected, atol=1e-7)
+
+
 def test_tokens_without_a_place_are_not_turned():
     rotary = rotary_table(8, (2, 3), unplaced=2)
     x = torch.randn(1, 1, 8, 8)
@@ -400,3 +407,13 @@ def test_the_largest_logit_is_that_of_the_softmax(monkeypatch, qk_norm: NormKind
         assert layers[0].max_logit(inputs[0], rotary).dtype == torch.float32
     layers[0](100 * inputs[0], rotary)
     assert seen["max_logit"].item() == pytest.approx(max(logits[:2]).item(), rel=1e-5)
+
+
+def test_a_large_negative_logit_counts_for_any_number_of_tokens():
+    layer, x = Attention(8, 2), torch.randn(1, 7, 8)
+    with torch.no_grad():
+        layer.qkv.bias.zero_()
+        layer.qkv.weight[8:16] = -layer.qkv.weight[:8]  # a token's logit for itself is negative
+    queries = F.linear(x, layer.qkv.weight[:8]).unflatten(-1, (2, 4))
+    expected = queries.square().sum(-1).max() / math.sqrt(4)
+    assert layer.max_logit(x).item() == pytest.approx(expected.item(), rel=1e-5)

@@ -84,7 +84,7 @@ def weights(module: nn.Module) -> list[torch.Tensor]:
     return [p.detach().clone() for p in module.parameters()]
 
 
-MUON = OptimConfig(method="muon", lr=0.01, betas=(0.6, 0.7), momentum=0.9)
+MUON = OptimConfig(method="muon", lr=0.01, betas=(0.6, 0.7), momentum=0.9, weight_decay=0.1)
 
 
 @pytest.mark.parametrize(("dtype", "off"), [(torch.bfloat16, 1e-7), (torch.float32, 3e-4)])
@@ -99,8 +99,8 @@ def test_muon_moves_the_matrices_but_of_convolutions_and_adamw_the_rest(dtype, o
     others = [p for p in expected.parameters() if all(p is not m for m in matrices)]
     assert (len(matrices), len(others)) == (5, 10)
     by_hand = [
-        torch.optim.Muon(matrices, lr=0.01, weight_decay=0, momentum=0.9, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=0.01, weight_decay=0, betas=(0.6, 0.7)),
+        torch.optim.Muon(matrices, lr=0.01, weight_decay=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=0.01, weight_decay=0.1, betas=(0.6, 0.7)),
     ]
     for step in range(3):
         torch.manual_seed(step)
