@@ -140,6 +140,12 @@ def test_flip_mirrors_about_half_of_the_images(folder):
     assert 0.35 < sum(image in mirrored for image in images) / len(images) < 0.65
 
 
+def test_flips_do_not_repeat(folder):
+    config = loader(folder).config
+    flips = [augmentation(config, 0, position)[0] for position in range(1000)]
+    assert all(flips[:100] != flips[first : first + 100] for first in range(1, 901))
+
+
 def test_labels_match_their_images(folder):
     data = loader(folder, crop="center", flip=False)
     label = {image: label for label, image in join(data.once(4, ONE)).values()}
@@ -175,6 +181,8 @@ def test_the_fast_training_stream_reads_large_jpegs_at_a_reduced_size(tmp_path, 
     generator = augmentation(data.config, 0, 0)[1]
     window = center_window(small, 16) if crop == "center" else random_window(small, 16, generator)
     assert np.array_equal(next(data.stream(0, 1, ONE)).images[0].numpy(), window.fast())
+    exact = np.asarray(center_crop(data.source[0][0], 16)).transpose(2, 0, 1)  # of the image in its full size
+    assert np.array_equal(next(data.once(1, ONE)).images[0].numpy(), exact)
 
 
 # One pass

@@ -114,6 +114,11 @@ def test_random_crop_is_a_window_of_the_scaled_image_and_reaches_every_place():
     assert found == set(windows.values())
 
 
+def test_random_crop_rounds_the_long_side_down_as_torchvision_does():
+    sides = [random_window(noise(*size), 16, np.random.default_rng(0)).sides for size in ((148, 100), (100, 148))]
+    assert sides == [(35, 24), (24, 35)]  # 148 * 24 / 100 is 35.52
+
+
 def test_random_crop_follows_its_generator():
     crops = [random_window(noise(50, 37), 16, np.random.default_rng(5)).exact().tobytes() for _ in range(2)]
     assert crops[0] == crops[1]

@@ -91,6 +91,21 @@ def test_processes_that_share_the_search_find_the_same_neighbours(images, pixels
     assert all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))
 
 
+def test_the_nearest_of_similar_images_is_drawn_most_often(images, pixels, monkeypatch):
+    stream = Interpolations(pixels, images, "heldout", training=images)
+    differences, numbers = torch.tensor([[90.0, 0.0, 90.0]]), torch.tensor([[3, 8, 5]])
+    monkeypatch.setattr(
+        stream, "_nearest", lambda queries, *_: [x.expand(len(queries), 3) for x in (differences, differences, numbers)]
+    )
+    assert stream._neighbours(ALONE) == [8] * 7
+
+
+def test_of_equally_similar_images_the_first_is_kept():
+    cosine = torch.full((1, 12), 0.5, dtype=torch.float64)
+    _, _, number = interpolations._most_similar([(cosine, cosine, torch.arange(12).flip(0)[None])])
+    assert number.tolist() == [[*range(10)]]
+
+
 def test_ifid_of_an_autoencoder(images, tiny_model, tmp_path):
     options = {"source": images, "features": [str(tiny_model)], "interpolate": True, "world": ALONE}
     report, _ = evaluate(str(tiny_model), out=tmp_path / "a", **options)

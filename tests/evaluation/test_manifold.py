@@ -120,8 +120,8 @@ def kid_by_definition(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def test_kid_of_all_images_agrees_with_the_definition():
-    real, fake = pictures(12, 1), pictures(12, 2, shift=0.05)
-    metric = KernelDistance(Rows(), Rows()(real), subsets=3, size=12)
+    real, fake = pictures(11, 1), pictures(11, 2, shift=0.05)  # of 12 features
+    metric = KernelDistance(Rows(), Rows()(real), subsets=3, size=11)
     result = score_stream(stream(fake, 5), [metric], ALONE)
     expected = kid_by_definition(*(x.flatten(1).double().numpy() for x in (real, fake)))
     assert result == {"kid": pytest.approx(expected, rel=1e-9), "kid_std": pytest.approx(0, abs=1e-12)}
@@ -135,6 +135,10 @@ def test_kid_is_unbiased_and_its_deviation_is_over_subsets():
     )
     assert abs(same["kid"]) < 3 * same["kid_std"] / 60**0.5 + 1e-4
     assert other["kid"] > 5 * other["kid_std"] > 0
+    metric = KernelDistance(Rows(), reference)
+    assert metric.subsets == 100
+    metric.values = torch.tensor([1.0, 3.0])
+    assert metric.result() == {"kid": 2.0, "kid_std": 1.0}
     with pytest.raises(UserError, match="subsets of 1000 images, and there are 500"):
         score_stream(stream(pictures(500, 2), 100), [KernelDistance(Rows(), reference)], ALONE)
 

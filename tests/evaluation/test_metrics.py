@@ -12,6 +12,7 @@ from raekit.errors import UserError
 from raekit.evaluation import metrics
 from raekit.evaluation.features import Images, PairScore
 from raekit.evaluation.frechet import Gaussian, frechet_distance
+from raekit.evaluation.intervals import wilson_interval
 from raekit.evaluation.metrics import FDR6, FrechetDistance, FrechetRatio, InceptionScore, NearestNeighbours
 from raekit.evaluation.pairs import PairMean, psnr, ssim
 from raekit.moments import Moments
@@ -140,7 +141,8 @@ def test_the_inception_score_is_the_mean_over_splits():
             metric.update(numbered(images[index], index))
         metric.reduce(World())
         assert metric.result() == {"inception_score": pytest.approx(sum(parts) / 3, rel=1e-12)}
-    metric = InceptionScore(network, 23)  # 5000 images in a split
+    metric = InceptionScore(network, 23)
+    assert metric.split_size == 5000  # ten splits of 50,000 images, as in the literature
     for given in map(batch, images.split(7)):
         with torch.device("meta"):  # a default device of the caller changes nothing
             metric.update(given)
@@ -232,6 +234,22 @@ def test_a_tied_vote_goes_to_the_nearest_class():
         metric = NearestNeighbours(Corner(), bank, torch.tensor(labels), k=4)
         metric.update(batch(images, [1]))
         assert metric.result()["knn_accuracy_corner"] == expected
+
+
+def test_neighbours_closer_than_float32_can_tell_are_in_order():
+    near, far = [1.0, 5e-5, 0, 0], [1.0, 1e-4, 0, 0]  # the products of both with the image are 1 in float32
+    for bank in (near, far), (far, near):
+        metric = NearestNeighbours(Corner(), torch.tensor(bank), torch.tensor([each is near for each in bank]), k=2)
+        metric.update(batch(levels([200, 0, 0, 0]), [1]))
+        assert metric.result() == {"knn_accuracy_corner": 1.0, "nearest_distance_corner": pytest.approx(5e-5, rel=1e-2)}
+
+
+def test_the_interval_of_an_accuracy_is_that_of_its_hits():
+    # 1 / 49 * 49 is below 1 in float64.
+    metric = NearestNeighbours(Corner(), torch.eye(4), torch.tensor([0, 1, 1, 1]), k=1, intervals=True)
+    metric.update(batch(levels([200, 0, 0, 0]).expand(49, -1, -1, -1), [0] + [1] * 48))
+    result = metric.result()
+    assert (result["knn_accuracy_corner_low"], result["knn_accuracy_corner_high"]) == wilson_interval(1, 49)
 
 
 def test_unlabelled_images_or_banks_have_no_accuracy():

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,8 @@ import transformers
 from scipy.optimize import minimize
 
 from raekit.errors import UserError
-from raekit.evaluation.probe import linear_probe, probe, untrained
+from raekit.evaluation.probe import _Regression, linear_probe, probe, untrained
+from raekit.evaluation.streaming import images_of
 from raekit.models.autoencoder import Autoencoder
 from raekit.models.encoders import Encoder, load_encoder
 from raekit.models.registry import HALF, EncoderSpec
@@ -47,6 +49,9 @@ def test_the_penalty_is_the_penalty_of_the_mean_loss():
         return np.logaddexp(0, np.where(labels == 1, -z, z)).mean() + 0.5 / 2 * (w[:2] ** 2).sum()
 
     w = minimize(loss, np.zeros(3)).x
+    regression = _Regression(torch.from_numpy(features), torch.arange(2))
+    assert regression.fit(torch.from_numpy(features), torch.from_numpy(labels), torch.arange(80), 0.5)
+    assert regression.weights.flatten().tolist() == pytest.approx(w, abs=1e-3)
     assert result.accuracy == result.training == ((x @ w[:2] + w[2] > 0) == (labels == 1)).mean()
     assert result.penalty == 0.5
 
@@ -68,6 +73,15 @@ def test_the_penalty_is_chosen_by_images_that_were_not_fitted(monkeypatch):
     assert chosen.accuracy > loose.accuracy
     monkeypatch.setattr("raekit.evaluation.probe.PENALTIES", (1e6, 1e-3, 1e5))  # the large penalties leave no weights
     assert linear_probe(*train, *heldout).penalty == 1e-3
+
+
+@pytest.mark.parametrize("penalty", [None, 1.0])
+def test_held_out_images_change_nothing_about_the_fit(penalty, monkeypatch):
+    monkeypatch.setattr("raekit.evaluation.probe.PENALTIES", (1.0,))
+    train = blobs(300, 0, spread=3.0)
+    of_other_scales = np.array([[0, 0, 0], [1, 1e5, 1]], np.float32)
+    results = [linear_probe(*train, *heldout, penalty=penalty) for heldout in (train, (of_other_scales, np.arange(2)))]
+    assert results[0].training == results[1].training
 
 
 def test_blocks_change_nothing(monkeypatch):
@@ -116,8 +130,10 @@ def test_untrained_weights_have_the_same_shapes_and_do_not_change_the_encoder(ti
         parameter.add_(1)
     before = {key: value.clone() for key, value in encoder.state_dict().items()}
     state = torch.get_rng_state()
-    twin, again = untrained(encoder), untrained(encoder)
+    twin = untrained(encoder)
     assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(1)  # which changes the state
+    again = untrained(encoder)
     assert all(torch.equal(encoder.state_dict()[key], value) for key, value in before.items())
     assert {k: v.shape for k, v in twin.state_dict().items()} == {k: v.shape for k, v in before.items()}
     assert all(not torch.equal(*pair) for pair in zip(twin.parameters(), encoder.parameters(), strict=True))
@@ -175,6 +191,16 @@ def test_an_autoencoders_latents_are_whitened(tiny_model, images, tmp_path, monk
     result = probe(str(tiny_model), images, penalty=0.01)
     assert sum(encoded) == 39
     assert result[str(tiny_model)].accuracy == pytest.approx(1 / 3)
+
+
+def test_images_without_a_label_do_not_count(tiny_model, images, monkeypatch):
+    def without_blue(batches, world):
+        for batch in images_of(batches, world):
+            yield replace(batch, labels=batch.labels - 1)  # -1 for the first class
+
+    monkeypatch.setattr("raekit.evaluation.probe.images_of", without_blue)
+    result = probe(str(tiny_model), images, penalty=0.01)[str(tiny_model)]
+    assert (result.images, result.accuracy) == (6, 1.0)
 
 
 def test_a_source_without_labels_is_rejected(tiny_model, images):

@@ -15,7 +15,9 @@ from raekit.evaluation.features import Images, PairScore
 from raekit.evaluation.metrics import Accumulator, FrechetDistance, NearestNeighbours
 from raekit.evaluation.pairs import PairMean, psnr, ssim
 from raekit.evaluation.streaming import feature_bank, reference_moments, score_stream
-from raekit.evaluation.streams import RealImages, StoredImages
+from raekit.evaluation.streams import DecodedNoise, RealImages, Samples, StoredImages
+from raekit.flow.sampling import Sampling
+from raekit.inference.model import load
 from raekit.moments import Moments
 from raekit.pictures import to_pil
 
@@ -201,3 +203,23 @@ def test_the_next_image_takes_the_place_of_an_unreadable_one_where_that_is_allow
         values(0.05)
     with pytest.raises(UserError, match="unreadable, and all must be readable"):
         values(0)
+
+
+def test_processes_share_the_samples(tiny_model: Path):
+    stream = Samples(load(str(tiny_model)), 7, Sampling(steps=1), batch_size=2)
+    shares = [[batch.indices for batch in stream.share(World(rank=rank, size=2))] for rank in (0, 1)]
+    assert [torch.cat(share).tolist() for share in shares] == [[0, 1, 4, 5], [2, 3, 6]]  # type: ignore[arg-type]
+
+
+def test_decoded_noise_is_a_function_of_seed_and_number(tiny_model: Path):
+    autoencoder = load(str(tiny_model)).autoencoder
+
+    def images(seed: int, size: int, *chunks: range) -> Tensor:
+        batches = [*DecodedNoise(autoencoder, 6, seed, size).batches(chunks, ALONE)]
+        assert torch.equal(torch.cat([batch.indices for batch in batches]), torch.arange(6))  # type: ignore[arg-type]
+        return torch.cat([batch.images for batch in batches])
+
+    found = images(1, 6, range(6))
+    assert torch.allclose(images(1, 2, range(3), range(3, 6)), found, atol=1.01 / 255)
+    assert (found[3:] - found[:3]).abs().mean() > 0.02
+    assert (images(2, 6, range(6)) - found).abs().mean() > 0.02
