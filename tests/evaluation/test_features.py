@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 import raekit.evaluation.features
 from raekit.data.loader import Batch
-from raekit.evaluation.features import EncoderFeatures, Images, InceptionFeatures, load_networks
+from raekit.evaluation.features import ClassifierFeatures, EncoderFeatures, Images, InceptionFeatures, load_networks
+from raekit.models.classifier import Classifier, ClassifierConfig
 from raekit.models.encoders import Encoder
 from raekit.models.inception import Inception
 from raekit.models.perceptual import LPIPS
@@ -61,11 +62,12 @@ def test_other_sizes_are_resized_without_aliasing():
 
 
 def test_features_stay_float32_under_autocast():
-    features, _ = network()
-    images = torch.rand(2, 3, 16, 16)
-    exact = features(images)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(features(images), exact)
+    classifier = Classifier(ClassifierConfig(image_size=16, num_classes=2, widths=(8, 8)))
+    for features in (network()[0], ClassifierFeatures("classifier", classifier)):
+        images = torch.rand(2, 3, 16, 16)
+        exact = features(images)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(features(images), exact)
 
 
 def test_names_say_which_encoder(tmp_path):

@@ -237,6 +237,7 @@ def test_a_cache_of_something_else_is_refused(cache, data, autoencoder, tmp_path
 
     refused(r"made with data\.image_size 16, but the config has 20", replace(data, image_size=20))
     refused(r"made with data\.split train, but the config has all", replace(data, split="all"))
+    refused(r"made with data\.resize fast, but the config has exact", replace(data, resize="exact"))
     refused(r"made with data\.source folder:.*, but the config has emoji", replace(data, source="emoji"))
     refused(r"data\.crop: random does not work with cached latents", replace(data, crop="random"))
     refused(r"holds no latents; give a folder that `raekit latents cache` wrote", folder=tmp_path)

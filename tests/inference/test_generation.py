@@ -220,6 +220,21 @@ def test_interpolation_goes_from_one_sample_to_another(model, two_outputs):
         assert torch.allclose(torch.cat(parts), images, atol=1e-5)
 
 
+def test_interpolation_goes_in_equal_steps(model, monkeypatch):
+    given: list[Tensor] = []
+
+    def see(denoiser: Denoiser, noise: Callable[[str], Tensor], labels: Tensor, *_: Any) -> Tensor:
+        given.extend([noise("sample"), labels])
+        return given[0]
+
+    monkeypatch.setattr("raekit.inference.generation.denoise", see)
+    list(interpolate(model, seeds=(3, 4), labels=(0, 2), frames=5))
+    way = torch.linspace(0, 1, 5, dtype=torch.float64)
+    ends = [randomness.normal(seed, "sample", [0], (16, 4, 4))[0] for seed in (3, 4)]
+    assert torch.allclose(given[0], slerp(*ends, way), atol=1e-6)
+    assert torch.equal(given[1], torch.stack([1 - way, 0 * way, way, 0 * way], 1).float())
+
+
 def test_interpolation_without_classes(unconditional):
     batches = list(interpolate(unconditional, seeds=(0, 1), frames=3, sampling=FEW))
     assert batches[0].labels.tolist() == [-1] * 3
