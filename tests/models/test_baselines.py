@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from raekit.errors import UserError
 from raekit.models.autoencoder import load_autoencoder
-from raekit.models.baselines import Baseline, BaselineConfig
+from raekit.models.baselines import VAE, Baseline, BaselineConfig, VAESize
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -96,6 +96,19 @@ def test_only_the_encoder_computes_in_bfloat16(vae: Path):
     assert latents.dtype == torch.float32
     assert 0 < (latents - exact.encode(images)).norm() / latents.norm() < 0.02
     assert torch.equal(model.decode(latents), exact.decode(latents))
+
+
+def test_a_vae_in_training_decodes_a_sample_of_its_posterior():
+    torch.manual_seed(0)
+    model, images = VAE(VAESize(channels=2, widths=(32, 32)), 16), torch.rand(2, 3, 16, 16)
+    noise = torch.randn(2, *model.latent_shape)
+    with torch.no_grad():
+        decoded, divergence = model(images, noise)
+        mean, log_variance = model.vae.encode(2 * images - 1).latent_dist.parameters.chunk(2, 1)
+        expected = (model.vae.decode(mean + (log_variance / 2).exp() * noise).sample + 1) / 2
+    torch.testing.assert_close(decoded, expected)
+    nats = (mean.square() + log_variance.exp() - 1 - log_variance).flatten(1).sum(1) / 2
+    torch.testing.assert_close(divergence, nats)
 
 
 def test_a_folder_names_the_weights(vae: Path, tmp_path: Path):

@@ -299,6 +299,9 @@ def test_initial_weights():
         assert abs(state["time.mlp.0.weight"].std() - 0.02) < 0.002
         assert not state["embed.bias"].any()
         assert state["embed.weight"].abs().max() <= math.sqrt(6 / (8 + 16))
+        modulations = [value for name, value in state.items() if "modulation" in name]
+        assert len(modulations) > 4
+        assert not any(value.any() for value in modulations), "adaLN-zero"
     # Xavier-uniform with zero biases in the plain network, torch's default in the wide one.
     weight = "blocks.0.mlp.w_out.weight"
     hidden = plain[weight].shape[1]
@@ -306,6 +309,9 @@ def test_initial_weights():
     assert wide[weight].abs().max() == pytest.approx(math.sqrt(1 / hidden), rel=0.05)
     assert not plain["blocks.0.mlp.w_out.bias"].any()
     assert wide["blocks.0.mlp.w_out.bias"].any()
+    tokens = tiny(context=ContextConfig(time_tokens=30, label_tokens=30)).state_dict()
+    for name in ("time_tokens", "label_tokens"):
+        assert tokens[name].std() == pytest.approx(0.02, rel=0.2)
 
 
 def test_velocity_is_float32_under_autocast():

@@ -170,3 +170,12 @@ def test_a_config_of_endless_depth_is_rejected(tmp_path: Path, monkeypatch: pyte
     (folder / "config.json").write_text(json.dumps(values | {"depths": [1, 1, 10**9, 1]}))
     with pytest.raises(UserError, match=r"^fdr6 convnextv2: .* depths: \[1, 1, 1000000000, 1\] in config.json"):
         load_pooled("convnextv2", folder)
+
+
+def test_images_have_the_published_colours():
+    imagenet = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    clip = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+    expected = {"siglip2_pool": ((0.5,) * 3, (0.5,) * 3), "clip_cls": clip}
+    assert {name: spec.colours for name, spec in POOLED.items()} == {
+        name: expected.get(name, imagenet) for name in POOLED
+    }

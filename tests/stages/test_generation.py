@@ -29,6 +29,7 @@ from raekit.models.encoders import Encoder
 from raekit.progress import silent
 from raekit.stages.generation import DenoiserSize, GenerationConfig, build, flow_matching_loss
 from raekit.stages.inspection import describe_folder
+from raekit.stages.watch import HeldoutConfig
 from raekit.training.optim import OptimConfig
 from raekit.training.recompute import checkpoint_blocks
 from raekit.training.tracking import read_metrics
@@ -198,6 +199,27 @@ def test_the_network_sees_whitened_latents_and_dropped_labels(config, tmp_path):
         objective.module.register_forward_pre_hook(lambda module, arguments: seen.append(arguments))
         objective.loss(batch, 0)
         assert int((seen[-1][2] == 3).sum()) == pytest.approx(expected, abs=0.4 * expected)
+
+
+@pytest.mark.parametrize(("law", "base"), [("uniform", 4096), ("logit-normal", 64)])
+def test_the_law_of_the_times_and_the_base_of_their_shift_follow_the_config(config, tmp_path, law, base):
+    objective = stage(replace(config, time_law=law, shift_base=base), tmp_path).objectives[0]
+    seen = []
+    objective.module.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[1]))
+    batch = batch_of(config, 6)
+    objective.loss(batch, 0)
+    uniform = randomness.uniform(5, "time", batch.positions)
+    assert torch.allclose(seen[0], path.sample_times(uniform, law, math.sqrt(16 * 4 * 4 / base)))
+
+
+def test_the_held_out_loss_drops_no_class(config, tmp_path):
+    made = stage(replace(config, class_dropout=0.9, heldout=HeldoutConfig(every=1)), tmp_path)
+    Trainer(tmp_path, config.train, made.objectives, made.batches, ONE)
+    seen = []
+    for network in (made.objectives[0].module, made.objectives[0].averaged):
+        network.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[2].tolist()))
+    made.periodics[0].call(1)
+    assert seen == [[0] * 3 + [1] * 3 + [2] * 3] * 2
 
 
 def test_without_classes_the_network_gets_no_labels(config, tmp_path, images):

@@ -277,6 +277,16 @@ def test_the_adversarial_loss_and_its_gradient(adversarial, tmp_path):
     assert before.item() == pytest.approx(l1.item(), rel=1e-5), "the adversarial term starts later"
 
 
+def test_the_decoders_loss_makes_no_power_iteration(adversarial, tmp_path):
+    made = stage(adversarial, tmp_path)
+    decoder, discriminator = parts(made)
+    heads = discriminator.module.train()  # as its own step leaves it
+    before = [buffer.clone() for buffer in heads.buffers()]
+    decoder.loss(first_encoded(made), 1)
+    assert before
+    assert all(torch.equal(a, b) for a, b in zip(before, heads.buffers(), strict=True))
+
+
 def test_the_discriminator_tells_images_from_reconstructions_of_8_bits(adversarial, tmp_path):
     made = stage(adversarial, tmp_path)
     decoder, discriminator = parts(made)
