@@ -20,7 +20,7 @@ from raekit.inference.catalogue import list_encoders
 from raekit.models.autoencoder import Autoencoder, AutoencoderConfig
 from raekit.models.decoder import DecoderConfig
 from raekit.models.encoders import Encoder, load_encoder
-from raekit.models.layers import patchify
+from raekit.models.layers import patchify, sincos_positions
 from raekit.models.registry import (
     FAMILIES,
     LAYERS,
@@ -980,3 +980,19 @@ def test_a_model_names_its_encoder_by_an_absolute_path_and_knows_its_weights(
     shutil.rmtree(tmp_path / "models")
     with pytest.raises(UserError, match="neither a folder nor OWNER/NAME on the Hub"):
         Autoencoder.load(str(tmp_path / "model"))
+
+
+def test_our_own_encoder_places_each_patch():
+    torch.manual_seed(0)
+    network, size = ViT(CONFIG), CONFIG.patch_size
+    for side in (CONFIG.image_size, 2 * CONFIG.image_size):
+        pixels, grid = torch.randn(2, 3, side, side), (side // size, side // size)
+        expected = network.embed(patchify(pixels, size)) + sincos_positions(CONFIG.width, grid)
+        assert torch.equal(network.tokens(pixels), expected)
+
+
+def test_our_own_encoder_keeps_patches_in_the_order_that_is_asked_for():
+    torch.manual_seed(0)
+    network, pixels = ViT(CONFIG), torch.randn(2, 3, CONFIG.image_size, CONFIG.image_size)
+    keep = torch.tensor([[2, 0, 3], [1, 3, 0]])
+    assert torch.allclose(network(pixels, keep.flip(1)), network(pixels, keep).flip(1), atol=1e-5)

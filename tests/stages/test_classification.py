@@ -15,7 +15,7 @@ from raekit.evaluation.against import Against
 from raekit.evaluation.features import Images, load_networks
 from raekit.evaluation.references import measure_reference
 from raekit.evaluation.streaming import score_stream
-from raekit.models.augment import AugmentConfig
+from raekit.models.augment import AugmentConfig, augment
 from raekit.models.classifier import ClassifierConfig, load_classifier
 from raekit.stages.classification import ClassificationConfig, build
 from raekit.training.optim import OptimConfig
@@ -148,3 +148,32 @@ def test_images_that_cannot_be_judged_are_rejected_before_the_training(config, t
 def test_wrong_sizes_are_rejected(changed, message):
     with pytest.raises(UserError, match=message):
         replace(ClassifierConfig(image_size=16, num_classes=3, widths=(8, 16)), **changed)
+
+
+def test_the_accuracy_is_that_of_the_held_out_images_of_all_processes(config, tmp_path):
+    class Two(World):
+        """A process whose partner has nine images, all of them wrong."""
+
+        def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+            return tensor + torch.tensor([0.0, 9.0])
+
+    accuracies, images = [], []
+    for world in (ONE, Two()):
+        torch.manual_seed(0)
+        made = build(replace(config, ema=()), tmp_path, world)
+        made.objectives[0].module.register_forward_pre_hook(lambda module, inputs: images.append(len(inputs[0])))
+        accuracies.append(made.periodics[0].call(1)["heldout_accuracy"])
+    assert images == [9, 9]
+    assert 0 < accuracies[0] == 2 * accuracies[1]
+
+
+def test_the_classifier_sees_augmented_images(config, tmp_path):
+    made = build(replace(config, augment=AugmentConfig()), tmp_path, ONE)
+    seen, batch = [], next(made.batches(0))
+    made.objectives[0].module.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    made.objectives[0].loss(batch, 3)
+    expected = augment(
+        batch.pixels(), AugmentConfig(), seed=0, stream="classifier", step=3, positions=batch.positions
+    )
+    assert torch.equal(seen[0], expected)
+    assert not torch.equal(seen[0], batch.pixels())

@@ -16,6 +16,7 @@ from raekit.inference.publish import prepared
 from raekit.models.autoencoder import load_autoencoder
 from raekit.models.baselines import VAE, Baseline, VAESize
 from raekit.stages.compression import CompressionConfig, build
+from raekit.stages.decoder_losses import PerceptualConfig
 from raekit.stages.inspection import describe_folder
 from raekit.stages.run import train
 from raekit.stages.watch import HeldoutConfig, PicturesConfig
@@ -113,3 +114,22 @@ def test_settings_that_do_not_fit_are_rejected(config, tmp_path):
         VAESize(widths=(48,))
     with pytest.raises(UserError, match=r"kl_weight: -1\.0 must not be negative"):
         replace(config, kl_weight=-1)
+
+
+def test_the_divergence_is_a_mean_over_images(config, tmp_path):
+    torch.manual_seed(0)
+    stage = build(config, Path(tmp_path), ONE)
+    batch = next(stage.batches(0))
+    whole, *parts = (stage.objectives[0].loss(part, 0)[1]["kl"].item() for part in (batch, *batch.split(4)))
+    assert whole == pytest.approx(sum(parts) / 2, rel=1e-4)
+
+
+def test_lpips_has_its_weight_from_its_start_on(config, tmp_path, vgg):
+    torch.manual_seed(0)
+    perceptual = PerceptualConfig(weight=0.5, start=2, weights=vgg)
+    stage = build(replace(config, perceptual=perceptual, kl_weight=0.0), Path(tmp_path), ONE)
+    batch = next(stage.batches(0))
+    for step, weight in ((1, 0.0), (2, 0.5)):
+        loss, metrics = stage.objectives[0].loss(batch, step)
+        assert ("lpips" in metrics) == (step == 2)
+        assert loss.item() == pytest.approx((metrics["l1"] + weight * metrics.get("lpips", 0)).item(), rel=1e-5)

@@ -235,3 +235,15 @@ def test_the_config_goes_through_json_strictly(config):
     values["encoder"]["widht"] = 3
     with pytest.raises(UserError, match=r"config\.json: encoder\.widht: "):
         from_dict(RepresentationConfig, values, "config.json")
+
+
+def test_the_decoder_knows_the_place_of_each_patch(config, tmp_path):
+    torch.manual_seed(0)
+    made = build(config, tmp_path, ONE)
+    model, seen = made.objectives[0].module, []
+    model.blocks[0].register_forward_pre_hook(lambda block, inputs: seen.append(inputs[0]))  # type: ignore[index,union-attr]
+    made.objectives[0].loss(next(made.batches(0)), 0)
+    positions = model.get_buffer("positions")
+    hidden = (seen[0] == positions).all(-1)  # the mask token is zero at the start
+    patches = len(positions)
+    assert hidden.sum(1).tolist() == [round(config.mask_ratio * patches)] * len(hidden)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from raekit.config import read_json
 from raekit.data.loader import DataConfig
@@ -114,3 +114,11 @@ def test_a_single_held_out_image_is_rejected_before_training(config, few_images,
     config = replace(config, data=replace(config.data, source=few_images))
     with pytest.raises(UserError, match="a Frechet distance needs at least two images, and the split 'heldout' has 1"):
         train(config, tmp_path / "run", ONE)
+
+
+def test_generated_latents_are_decoded_as_they_are(config, tmp_path, tiny_model, generated):
+    model, seen = Autoencoder.load(str(tiny_model)), []
+    call = selector(config.selection, config.data, model.latent_shape, tmp_path, lambda: model, ONE)
+    model.decoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    call(2)
+    assert torch.allclose(torch.cat(seen)[-20:], load_file(generated)["unwhitened"], atol=1e-4)
