@@ -996,3 +996,10 @@ def test_our_own_encoder_keeps_patches_in_the_order_that_is_asked_for():
     network, pixels = ViT(CONFIG), torch.randn(2, 3, CONFIG.image_size, CONFIG.image_size)
     keep = torch.tensor([[2, 0, 3], [1, 3, 0]])
     assert torch.allclose(network(pixels, keep.flip(1)), network(pixels, keep).flip(1), atol=1e-5)
+
+
+def test_blocks_below_zero_count_from_the_end():
+    encoder, images = Encoder("own", CONFIG.spec, ViT(CONFIG)), torch.rand(1, 3, 16, 16)
+    for block in range(DEPTH):
+        (expected,), (found,) = encoder.features(images, [block]), encoder.features(images, [block - DEPTH])
+        assert torch.equal(found, expected)

@@ -172,8 +172,6 @@ def test_the_classifier_sees_augmented_images(config, tmp_path):
     seen, batch = [], next(made.batches(0))
     made.objectives[0].module.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     made.objectives[0].loss(batch, 3)
-    expected = augment(
-        batch.pixels(), AugmentConfig(), seed=0, stream="classifier", step=3, positions=batch.positions
-    )
+    expected = augment(batch.pixels(), AugmentConfig(), seed=0, stream="classifier", step=3, positions=batch.positions)
     assert torch.equal(seen[0], expected)
     assert not torch.equal(seen[0], batch.pixels())

@@ -22,7 +22,7 @@ from raekit.stages.run import train
 from raekit.stages.watch import HeldoutConfig, PicturesConfig
 from raekit.training.optim import OptimConfig
 from raekit.training.tracking import read_metrics
-from raekit.training.trainer import TrainConfig
+from raekit.training.trainer import TrainConfig, Trainer
 
 ONE = World()
 SIZE = VAESize(channels=2, widths=(32, 32))
@@ -133,3 +133,27 @@ def test_lpips_has_its_weight_from_its_start_on(config, tmp_path, vgg):
         loss, metrics = stage.objectives[0].loss(batch, step)
         assert ("lpips" in metrics) == (step == 2)
         assert loss.item() == pytest.approx((metrics["l1"] + weight * metrics.get("lpips", 0)).item(), rel=1e-5)
+
+
+def test_the_average_is_exported_and_watched(config, tmp_path):
+    config = replace(config, train=replace(config.train, steps=2), heldout=HeldoutConfig(every=2, count=4))
+    torch.manual_seed(0)
+    stage = build(config, tmp_path, ONE)
+    objective = stage.objectives[0]
+    Trainer(tmp_path, config.train, stage.objectives, stage.batches, ONE).fit()
+    stage.export(tmp_path / "made")
+    theirs: Any = AutoencoderKL.from_pretrained(tmp_path / "made" / "vae")
+    average, trained = (network.vae.state_dict() for network in (objective.averaged, objective.module))  # type: ignore[union-attr]
+    assert all(torch.equal(value, average[name]) for name, value in theirs.state_dict().items())
+    assert not all(torch.equal(value, trained[name]) for name, value in average.items())
+    used = []
+    for network in (objective.averaged, objective.module):
+        network.register_forward_pre_hook(lambda module, inputs: used.append(module))
+    (losses,) = (each for each in stage.periodics if each.name == "heldout")
+    losses.call(2)
+    assert used == [objective.module, objective.averaged]
+    copied = []
+    objective.averaged.baseline = lambda: copied.append(1) or load_autoencoder("pixels@16")  # type: ignore[union-attr]
+    (pictures,) = (each for each in stage.periodics if each.name == "samples")
+    pictures.call(2)
+    assert copied
