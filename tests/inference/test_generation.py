@@ -231,7 +231,7 @@ def test_interpolation_goes_in_equal_steps(model, monkeypatch):
     list(interpolate(model, seeds=(3, 4), labels=(0, 2), frames=5))
     way = torch.linspace(0, 1, 5, dtype=torch.float64)
     ends = [randomness.normal(seed, "sample", [0], (16, 4, 4))[0] for seed in (3, 4)]
-    assert torch.allclose(given[0], slerp(*ends, way), atol=1e-6)
+    assert torch.allclose(given[0], slerp(*ends, way), atol=1e-6)  # type: ignore[reportCallIssue]
     assert torch.equal(given[1], torch.stack([1 - way, 0 * way, way, 0 * way], 1).float())
 
 

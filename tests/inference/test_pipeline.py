@@ -141,6 +141,15 @@ def test_ends_of_interpolations_and_trajectories_are_the_pipelines_images(pipe, 
     assert way.grid().size == (3 * 18 + 2, 2 * 18 + 2)
 
 
+def test_each_row_of_a_trajectory_is_one_image(pipe):
+    made = pipe.trajectory(count=2, frames=3, seed=4, output="pt", **FEW)
+    assert torch.allclose(made.images[2::3], pipe(count=2, seed=4, output="pt", **FEW).images, atol=1e-5)
+
+
+def test_a_random_class_depends_on_the_seed_of_its_image_alone(pipe):
+    assert all(len({*pipe(count=12, seed=[seed] * 12, output="pt", **FEW).labels}) == 1 for seed in (3, 4))
+
+
 def test_variations_leave_the_image_by_their_strength(pipe):
     image = pipe(classes="red", seed=1, output="pt", steps=20)
     settings = {"classes": "red", "steps": 20, "solver": "heun", "output": "pt", "count": 2}
