@@ -1,7 +1,7 @@
 """The exceptions that end a command: an error that the user can fix, and a stop that can be resumed."""
 
 import operator
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from numbers import Real
 from typing import Any
 
@@ -78,6 +78,11 @@ def check_choice(name: str, value: object, choices: Collection[object]) -> None:
     """Raise UserError if `value` is not one of the `choices` for the setting `name`."""
     if value not in choices:
         raise UserError(f"{name}: {value!r} is none of {', '.join(map(str, choices))}")
+
+
+def some(names: Sequence[str], most: int = 8) -> str:
+    """Return at most `most` of the names as text, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -60,7 +60,7 @@ def test_each_sample_has_its_own_time():
 def test_a_velocity_points_to_its_data(x: float, noise: float, t: float):
     data, eps, time = (torch.tensor([value], dtype=torch.float64) for value in (x, noise, t))
     x_t, v = interpolate(data, eps, time), velocity(data, eps)
-    assert to_data(x_t, v, time).item() == pytest.approx(x, abs=1e-12)
+    assert to_data(x_t, v, t).item() == pytest.approx(x, abs=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from raekit.evaluation.features import (
     weights_of,
 )
 from raekit.evaluation.frechet import Gaussian
-from raekit.evaluation.manifold import KernelDistance, Manifold, PrecisionRecall
+from raekit.evaluation.manifold import KID_SIZE, KernelDistance, Manifold, PrecisionRecall
 from raekit.evaluation.metrics import (
     FDR6,
     Accumulator,
@@ -34,8 +34,6 @@ from raekit.models.conditioning import same_classes
 from raekit.models.pooled import POOLED
 from raekit.models.registry import REGISTRY
 from raekit.progress import Progress, silent
-
-_KID_SIZE = 1000
 
 
 def find_networks(
@@ -183,8 +181,8 @@ class Against:
                     if network.name not in self._manifolds:
                         self._manifolds[network.name] = Manifold(features.to(self.device))
                     others.append(PrecisionRecall(network, self._manifolds[network.name], intervals))
-                if min(count, len(features)) >= _KID_SIZE:
-                    others.append(KernelDistance(network, features.to(self.device), size=_KID_SIZE))
+                if min(count, len(features)) >= KID_SIZE:
+                    others.append(KernelDistance(network, features.to(self.device)))
         if "inception_logits" in self.networks:
             others.append(InceptionScore(self.networks["inception_logits"], count))
         others += [ClassAccuracy(each.logits, each.pool.name, intervals) for each in self.judges_of(classes)]

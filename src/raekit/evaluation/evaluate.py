@@ -12,12 +12,12 @@ from raekit.data.sources import FORMATS, check_apart, is_address, open_source
 from raekit.data.sources.base import Split
 from raekit.data.workers import MAX_WORKERS
 from raekit.distributed import World, plain_tensors, prepare_device
-from raekit.errors import MAX_COUNT, UserError, whole_number
+from raekit.errors import MAX_COUNT, UserError, some, whole_number
 from raekit.evaluation.against import Against, find_networks
 from raekit.evaluation.assessment import REPORTS, TRAINING, assess, check_count
 from raekit.evaluation.features import default_features, load_networks
 from raekit.evaluation.interpolations import Interpolations
-from raekit.evaluation.labels import Labels, few
+from raekit.evaluation.labels import Labels
 from raekit.evaluation.pairs import METRICS, reconstruction_metrics
 from raekit.evaluation.references import Reference, measure_reference, read_reference
 from raekit.evaluation.reports import LITERATURE, Report
@@ -311,7 +311,7 @@ def _check_dataset(name: str, dataset: str | None, given: bool, loaded: Model | 
     ours = loaded.denoiser.config.class_names if isinstance(loaded, Model) else ()
     if not same_classes(ours, classes):
         raise UserError(
-            f"{dataset}: its classes ({few(classes)}) are not the classes of {name} ({few(ours)}); give the dataset "
+            f"{dataset}: its classes ({some(classes)}) are not the classes of {name} ({some(ours)}); give the dataset "
             "that the model was trained on"
         )
     return dataset

@@ -13,11 +13,6 @@ Labels = Literal["balanced", "random", "reference"]
 independently; "reference" has the classes in the proportions of the reference."""
 
 
-def few(names: Sequence[str]) -> str:
-    """Return at most five of the names, for messages."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
 def draw_labels(kind: Labels, classes: int, count: int, seed: int, of_reference: Sequence[int] | None) -> list[int]:
     """Return `count` labels from 0 to `classes` - 1. Their order is a function of the seed.
 

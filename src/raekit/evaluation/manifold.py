@@ -149,6 +149,10 @@ class PrecisionRecall:
         return results
 
 
+KID_SIZE = 1000
+"""Images in a subset of KID."""
+
+
 class KernelDistance:
     """KID (Bińkowski et al., 2018): unbiased squared maximum mean discrepancy for the kernel (x . y / D + 1)^3.
 
@@ -159,13 +163,12 @@ class KernelDistance:
         reference: features (N, D) of the real images.
         subsets: number of subsets.
         size: number of images, and of real images, in each subset.
-        seed: seed of the subsets.
     """
 
-    def __init__(self, network: FeatureNetwork, reference: Tensor, subsets: int = 100, size: int = 1000, seed: int = 0):
+    def __init__(self, network: FeatureNetwork, reference: Tensor, subsets: int = 100, size: int = KID_SIZE):
         check_width("reference", reference.shape[1], network)
         self.network, self.reference = network, reference
-        self.subsets, self.size, self.seed = subsets, size, seed
+        self.subsets, self.size = subsets, size
         self.kept = Kept()
         self.values = torch.empty(0)
 
@@ -181,7 +184,7 @@ class KernelDistance:
         self.values = torch.tensor(values, dtype=torch.float64)
 
     def _subset(self, samples: Tensor, number: int) -> float:
-        generator = numpy_generator(self.seed, "kid", number)
+        generator = numpy_generator(0, "kid", number)
 
         def drawn(features: Tensor) -> Tensor:
             rows = torch.from_numpy(generator.choice(len(features), self.size, replace=False))

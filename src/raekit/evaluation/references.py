@@ -17,10 +17,9 @@ from raekit.data.loader import DataConfig, Loader
 from raekit.data.sources import absolute, is_copy, listing
 from raekit.data.sources.base import Split
 from raekit.distributed import World
-from raekit.errors import UserError
+from raekit.errors import UserError, some
 from raekit.evaluation.features import FeatureNetwork, Images, ReferenceNetwork, weights_of
 from raekit.evaluation.frechet import Gaussian
-from raekit.evaluation.labels import few
 from raekit.evaluation.manifold import Kept
 from raekit.evaluation.streaming import BATCH, images_of, score_stream
 from raekit.files import whole
@@ -132,8 +131,8 @@ class Reference:
         """Raise UserError if labels in the proportions of the reference mean nothing for a model of classes `names`."""
         if not same_classes(names, self.about.class_names or ()):
             raise UserError(
-                f"{self.place}: its classes ({few(self.about.class_names or ())}) are not the classes of the model "
-                f"({few(names)}); use balanced labels, or a reference of the model's own classes"
+                f"{self.place}: its classes ({some(self.about.class_names or ())}) are not the classes of the model "
+                f"({some(names)}); use balanced labels, or a reference of the model's own classes"
             )
 
     def check_originals(self, source: str, split: Split, count: int) -> None:

@@ -49,9 +49,9 @@ def exact(x: Tensor, noise: Tensor, prediction: Prediction) -> Tensor:
     return velocity(x, noise) if prediction == "velocity" else x
 
 
-def to_data(x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
+def to_data(x_t: Tensor, v: Tensor, t: float) -> Tensor:
     """Return the data (B, ...) that the velocity `v` at (x_t, t) points to."""
-    return x_t - _per_sample(t, x_t) * v
+    return x_t - t * v
 
 
 def similarity(t: float, s: float) -> float:

@@ -134,7 +134,6 @@ def sample_latents(
     seed: int,
     sampling: Sampling,
     device: torch.device | str,
-    passes: Counter[str] | None = None,
     watch: Watch | None = None,
 ) -> Tensor:
     """Return the whitened latents (B, C, H, W) of the samples `indices`, over the time grid shifted as in training.
@@ -148,7 +147,6 @@ def sample_latents(
         seed: of the noise.
         sampling: the settings.
         device: of the denoiser.
-        passes: a counter to which the forward passes are added.
         watch: called at each evaluation.
 
     Raises:
@@ -158,7 +156,7 @@ def sample_latents(
     def noise(stream: str) -> Tensor:
         return sample_noise(denoiser, seed, stream, indices, device)
 
-    latents = denoise(denoiser, noise, labels, sampling, passes, watch)
+    latents = denoise(denoiser, noise, labels, sampling, watch=watch)
     check_finite(latents, indices.tolist(), sampling)
     return latents
 

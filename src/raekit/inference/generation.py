@@ -328,7 +328,7 @@ def trajectory(
     seen: dict[float, Tensor] = {}
 
     def keep(x: Tensor, v: Tensor, t: float) -> None:
-        seen[t] = to_data(x, v, torch.full((len(x),), t, dtype=torch.float32, device=x.device)).cpu()
+        seen[t] = to_data(x, v, t).cpu()
         if watch is not None:
             watch(x, v, t)
 

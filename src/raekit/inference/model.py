@@ -1,6 +1,5 @@
 """Loading complete models: an autoencoder and a denoiser of its latents."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 
 from raekit.distributed import plain_tensors
-from raekit.errors import UserError, did_you_mean
+from raekit.errors import UserError, did_you_mean, some
 from raekit.flow.sampling import Sampling
 from raekit.formats.yaml_files import read_published
 from raekit.models.autoencoder import load_autoencoder
@@ -104,8 +103,10 @@ class Model:
         if len(found) == 1:
             return found[0]
         if found:
-            raise UserError(f"class {name!r}: stands for {_some([self.classes[i] for i in found])}; give a longer part")
-        hint = did_you_mean(name, self.classes) or f"the classes are {_some(self.classes)}"
+            raise UserError(
+                f"class {name!r}: stands for {some([self.classes[i] for i in found], 20)}; give a longer part"
+            )
+        hint = did_you_mean(name, self.classes) or f"the classes are {some(self.classes, 20)}"
         raise UserError(f"class {name!r}: no such class; {hint}")
 
     def class_ids(self, name: str) -> list[int]:
@@ -134,12 +135,6 @@ class Model:
 
 def _is_number(name: str) -> bool:
     return name.isdecimal() and len(name) < 100  # Python converts at most 4,300 digits
-
-
-def _some(names: Sequence[str]) -> str:
-    """Return the names as text, at most twenty of them."""
-    more = f" and {len(names) - 20:,} more" if len(names) > 20 else ""
-    return ", ".join(names[:20]) + more
 
 
 def load(

@@ -420,8 +420,7 @@ class Pipeline:
             step = max(sum(t <= each for each in times), 1)
 
             def preview() -> list[Image.Image]:
-                data = to_data(x, v, torch.full((len(x),), t, dtype=torch.float32, device=x.device))
-                images = self.autoencoder.decode(data)
+                images = self.autoencoder.decode(to_data(x, v, t))
                 check_finite(images, range(len(images)), sampling)
                 return [to_pil(image) for image in images]
 

@@ -16,8 +16,7 @@ import torch
 from raekit import __version__
 from raekit.config import Change, Mark, changes, from_dict, read_json, read_lines, to_dict, to_json
 from raekit.distributed import World
-from raekit.errors import UserError
-from raekit.evaluation.labels import few
+from raekit.errors import UserError, some
 from raekit.files import check_folder, whole
 from raekit.stages.classification import ClassificationConfig
 from raekit.stages.compression import CompressionConfig
@@ -159,7 +158,7 @@ def _differing(before: Mapping[str, int] | None, now: Mapping[str, int] | None) 
     if before is None or now is None:
         return ""
     added, removed = [name for name in now if name not in before], [name for name in before if name not in now]
-    return "; ".join(f"{what}: {few(names)}" for what, names in (("new", added), ("missing", removed)) if names)
+    return "; ".join(f"{what}: {some(names)}" for what, names in (("new", added), ("missing", removed)) if names)
 
 
 def check(run: Path, found: Sequence[Change], allowed: bool) -> None:

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 from PIL import Image
 
-from raekit.errors import UserError
+from raekit.errors import UserError, some
 from raekit.hub import expanded
 
 Split = Literal["train", "heldout", "all"]
@@ -132,7 +132,7 @@ def parts_of(names: Iterable[str], wanted: Mapping[str, str], place: object) -> 
     """
     names = sorted(set(names))
     if missing := [name for name in wanted.values() if name not in names]:
-        raise UserError(f"{place}: has no part {missing[0]!r} to use as a split; its parts are {_few(names)}")
+        raise UserError(f"{place}: has no part {missing[0]!r} to use as a split; its parts are {some(names) or 'none'}")
     if wanted:
         return dict(wanted)
     by_usual = {name.lower(): name for name in names}
@@ -180,10 +180,6 @@ def check_classes(heldout: Iterable[str], train: Iterable[str], place: object) -
     """
     if unknown := sorted({*heldout} - {*train}):
         raise UserError(
-            f"{place}: the held-out images have classes that no training image has: {_few(unknown)}; rename these "
+            f"{place}: the held-out images have classes that no training image has: {some(unknown)}; rename these "
             "classes as in the training images, or add training images of them"
         )
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") or "none"
