@@ -134,6 +134,14 @@ def test_a_row_is_interpolated(page, pipe):
     assert close(page, "#row", list(pipe.interpolate((0, 1), "blue", frames=8, guidance=3.0)))
 
 
+def test_an_empty_field_is_one_clear_message(page):
+    page.get_by_role("tab", name="Interpolate").click()
+    page.get_by_label("First seed").locator("visible=true").fill("")
+    press(page, "Interpolate", "Interpolate")
+    page.get_by_text("seed: None must be a whole number").wait_for()
+    page.get_by_label("First seed").locator("visible=true").fill("0")
+
+
 def test_a_slider_shows_how_an_image_forms(page, pipe):
     page.get_by_role("tab", name="Trajectory").click()
     choose(page, "Class", "green")

@@ -14,7 +14,7 @@ from PIL import Image
 from raekit.cli import console
 from raekit.config import to_json
 from raekit.data.images import UnreadableImage, decode
-from raekit.errors import UserError
+from raekit.errors import UserError, whole_number
 from raekit.evaluation.pairs import psnr, ssim
 from raekit.files import whole
 from raekit.flow.guidance import Guidance, Method
@@ -179,9 +179,7 @@ class _Page:
             classes = None if a is None or b is None else (a, b)
             options = self.options(*settings)
             yield from _stream(
-                lambda callback: self.pipeline.interpolate(
-                    (int(s), int(e)), classes, frames=n, callback=callback, **options
-                )
+                lambda callback: self.pipeline.interpolate((s, e), classes, frames=n, callback=callback, **options)
             )
 
         self.connect(start, stop, work, [first, last, start_seed, end_seed, frames, *settings], [images, status])
@@ -205,7 +203,7 @@ class _Page:
             frames = min(MOST_FRAMES, options["steps"] + 1)
             for pictures, text in _stream(
                 lambda callback: self.pipeline.trajectory(
-                    classes, seed=int(seed), frames=frames, callback=callback, **options
+                    classes, seed=seed, frames=frames, callback=callback, **options
                 )
             ):
                 done = [_enlarged(each) for each, _ in pictures]
@@ -251,8 +249,7 @@ class _Page:
                 status = gr.Markdown()
 
         def work(path: str | None, strength: float, kind: str | None, count: int, *settings: Any) -> Iterator:
-            with _shown_errors():
-                image = _given(path)
+            image = _given(path)
             classes = None if kind in (None, NONE) else kind
             options = self.options(*settings, labelled=classes is not None)
             yield from _stream(
@@ -293,7 +290,7 @@ class _Page:
             "internal": internal if self.has_base else 1,
         }
         guidance = [Guidance(method=method, scale=value) for method, value in scales.items() if value != 1]
-        return {"guidance": guidance, "steps": int(steps), "solver": solver}
+        return {"guidance": guidance, "steps": whole_number("steps", steps, 1), "solver": solver}
 
     def buttons(self, text: str) -> tuple[gr.Button, gr.Button]:
         with gr.Row():
@@ -303,7 +300,12 @@ class _Page:
         self, start: gr.Button, stop: gr.Button, work: Callable[..., Iterator], inputs: list[Any], outputs: list[Any]
     ) -> None:
         """Run `work` with the start button, and end it with the stop button."""
-        running = start.click(work, inputs, outputs, show_progress="minimal", api_visibility="private")
+
+        def shown(*given: Any) -> Iterator:
+            with _shown_errors():
+                yield from work(*given)
+
+        running = start.click(shown, inputs, outputs, show_progress="minimal", api_visibility="private")
         stop.click(None, cancels=[running])
 
 
@@ -352,8 +354,6 @@ def _stream(work: Callable[[Callback], Pictures]) -> Iterator[tuple[Gallery, str
     threading.Thread(target=run, daemon=True).start()
     try:
         while (event := events.get()) is not None:
-            if isinstance(event, UserError):
-                raise gr.Error(str(event), print_exception=False)
             if isinstance(event, Exception):
                 raise event
             yield event
