@@ -651,6 +651,30 @@ def test_a_step_that_changed_a_weight_is_finished(tmp_path, pair_alone):
     assert trained.step == 5
 
 
+@pytest.mark.parametrize("stop", [3, 4])
+def test_a_step_of_two_objectives_that_changed_no_weight_begins_again(tmp_path, stop):
+    """The first objective's loss has left gradients and a changed buffer in the second, which starts at step 3."""
+    config = replace(CONFIG, micro_batch=4)
+    straight = pair_trainer(tmp_path / "straight", config=config)
+    straight.fit()
+    first, second = pair()
+    loss, parts = first.loss, Counter()
+
+    def send(batch: Rows, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        parts[step] += 1
+        if (step, parts[step]) == (stop, 1):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss(batch, step)
+
+    first.loss = send
+    stopped = Trainer(tmp_path / "stopped", config, [first, second], partial(rows, ONE), ONE)
+    assert not finishes(stopped)
+    assert stopped.step == stop
+    resumed = pair_trainer(tmp_path / "stopped", config=config)
+    resumed.fit()
+    assert same(state(resumed), state(straight))
+
+
 def test_a_signal_while_a_batch_is_loaded_is_heard_at_once(tmp_path):
     def slow(start: int) -> Iterator[Rows]:
         stream = rows(ONE, start)
@@ -909,6 +933,19 @@ def test_its_schedule_and_its_metrics_count_from_its_start(tmp_path, pair_alone)
     assert records[1]["discriminator/loss"] == pytest.approx(sum(losses[4:]) / 4, rel=1e-5)
 
 
+def test_averages_warm_up_from_the_start_of_their_objective(tmp_path):
+    trained = pair_trainer(tmp_path, config=replace(CONFIG, steps=START + 2, ema_warmup=True))
+    name, weights = "out.weight", []
+    trained.periodics = [
+        Periodic(every=1, call=lambda step: weights.append(state(trained)[f"discriminator weights {name}"]) or {})
+    ]
+    trained.fit()
+    average = weights[START - 1]
+    for n, new in enumerate(weights[START:]):
+        average = average.lerp(new, 1 - (1 + n) / (10 + n))
+    torch.testing.assert_close(state(trained)[f"discriminator average 0.8 {name}"], average)
+
+
 @pytest.mark.parametrize("stop", [1, 3, 4])
 def test_two_objectives_resume_exactly(tmp_path, pair_alone, stop):
     """Also from a checkpoint before the start of the second objective, which the uninterrupted run does not save."""
@@ -965,6 +1002,22 @@ def test_a_step_whose_gradient_is_not_finite_changes_nothing(tmp_path, value, cl
     assert states[5]["net optimizer 1 step"] == 3
     records = read_metrics(tmp_path)
     assert [r["net/skipped"] for r in records if "net/skipped" in r] == [1, 1, 1, 2, 2]
+
+
+def test_a_step_with_one_infinite_gradient_is_skipped(tmp_path):
+    """None of its gradients is NaN, but clipping would make one."""
+    one = objective()
+    loss, bias = one.loss, one.module.get_parameter("out.bias")
+
+    def infinite(batch: Rows, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        clean, metrics = loss(batch, step)
+        return clean + bias[0] * (math.inf if step == 1 else 0.0), metrics
+
+    one.loss = infinite
+    trained = trainer(tmp_path, config=replace(CONFIG, steps=3), one=one)
+    trained.fit()
+    assert trained.skipped["net"].tolist() == [1, 0]
+    assert all(value.isfinite().all() for value in state(trained).values())
 
 
 def test_a_skipped_step_does_not_spoil_the_mean_of_its_window(tmp_path):
