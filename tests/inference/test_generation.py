@@ -279,6 +279,18 @@ def test_a_trajectory_ends_in_the_sample(model, solver):
     assert trajectory(model, count=1, frames=7, sampling=Sampling(steps=6))[1].shape == (7, 1, 3, 16, 16)
 
 
+def test_a_trajectory_shows_the_data_predicted_at_times_spread_evenly(model):
+    seen: dict[float, Tensor] = {}
+
+    def keep(x: Tensor, v: Tensor, t: float) -> None:
+        seen[t] = x - t * v
+
+    times, images = trajectory(model, [1], frames=5, sampling=Sampling(steps=6), watch=keep)
+    assert times == [*(sorted(seen, reverse=True)[i] for i in (0, 2, 3, 5)), 0]
+    for t, image in zip(times[:-1], images[:-1], strict=True):
+        assert torch.allclose(image, model.autoencoder.decode(seen[t]), atol=1e-5)
+
+
 def test_two_processes_share_the_samples_of_one(model):
     alone = images_of(model, batch_size=2)
     shares = [list(generate(model, LABELS, sampling=FEW, batch_size=2, world=World(rank=r, size=2))) for r in (0, 1)]

@@ -13,7 +13,7 @@ from torch import Tensor
 from raekit import artifacts, hub
 from raekit.data.images import read_image
 from raekit.errors import UserError
-from raekit.flow.guidance import Guidance
+from raekit.flow.guidance import Guidance, parse_guidance
 from raekit.flow.sampling import Sampling
 from raekit.formats.native import read_model, write_model
 from raekit.inference.catalogue import list_encoders, list_models
@@ -171,6 +171,23 @@ def test_variations_go_to_the_noise_as_they_come_back(pipe, settings):
     back = noise_to_images(pipe.model, images_to_noise(pipe.model, image, [2], there), [2], there)
     kept = pipe.variations(image, 0.0, "red", count=1, output="pt", **settings).images
     assert same(kept, back)
+
+
+def test_variations_go_to_the_noise_without_guidance(pipe):
+    image = pipe(classes="red", seed=1, output="pt").images
+    noise = images_to_noise(pipe.model, image, [2], Sampling(steps=6))
+    back = noise_to_images(pipe.model, noise, [2], Sampling(steps=6, guidance=parse_guidance("cfg:2.0")))
+    kept = pipe.variations(image, 0.0, "red", count=1, steps=6, guidance="cfg:2.0", output="pt").images
+    assert same(kept, back)
+
+
+def test_variations_of_full_strength_have_the_noise_of_their_seeds_at_every_step(pipe):
+    settings = {"classes": "red", "seed": 5, "count": 2, "steps": 4, "solver": "euler-maruyama", "output": "pt"}
+    made = pipe(**settings).images
+    assert not same(made[0], made[1])
+    assert same(pipe.variations(made[:1], 1.0, **settings).images, made)
+    kept = pipe.variations(made[:1], 0.0, **settings).images  # of one start, with the steps' noise of two seeds
+    assert not same(kept[0], kept[1])
 
 
 def test_images_of_any_kind_are_encoded_and_reconstructed(pipe, tmp_path):

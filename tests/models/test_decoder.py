@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from raekit.errors import UserError
 from raekit.models.decoder import Decoder, DecoderConfig
@@ -15,6 +16,11 @@ def tiny(**changes) -> Decoder:
 def test_output_covers_the_image(grid: tuple[int, int]):
     out = tiny(grid=grid)(torch.randn(2, 12, *grid))
     assert out.shape == (2, 3, 4 * grid[0], 4 * grid[1])
+
+
+def test_every_norm_has_the_epsilon_of_the_config():
+    for model, expected in ((tiny(), 1e-12), (tiny(norm_eps=0.5), 0.5)):
+        assert [m.eps for m in model.modules() if isinstance(m, nn.LayerNorm)] == [expected] * 5
 
 
 def test_published_size_of_vit_xl():

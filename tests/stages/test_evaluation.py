@@ -2,17 +2,19 @@
 
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from raekit import artifacts
 from raekit.data.loader import DataConfig
 from raekit.distributed import World
 from raekit.errors import UserError
-from raekit.evaluation.features import load_networks
+from raekit.evaluation.features import Images, load_networks
 from raekit.evaluation.metrics import FrechetDistance
 from raekit.evaluation.references import measure_reference
 from raekit.evaluation.streaming import score_stream
@@ -21,6 +23,7 @@ from raekit.flow.guidance import parse_guidance
 from raekit.flow.sampling import Sampling
 from raekit.inference.model import load
 from raekit.models.denoiser_config import TransformerConfig
+from raekit.stages import evaluation
 from raekit.stages.evaluation import EvaluationConfig, evaluator
 from raekit.stages.generation import DenoiserSize, GenerationConfig
 from raekit.stages.inspection import describe_folder
@@ -112,6 +115,30 @@ def test_samples_that_are_not_finite_have_a_score_of_nan(images, tiny_model, cap
     assert "step 7: samples have values that are not finite, so their scores are NaN" in caplog.text
 
 
+def lost_in_one(world: World, images: str, tiny_model: Path) -> tuple[list[bool], int]:
+    """Return which scores are NaN if the samples of the second process are, and the number of warnings."""
+    model, config, warnings = load(str(tiny_model)), configuration(images, tiny_model), []
+    if not world.is_main:
+        torch.nn.init.constant_(model.denoiser.final.out.weight, math.nan)
+    evaluation._log.addFilter(lambda record: warnings.append(record) or False)
+    assert config.evaluation
+    scores = evaluator(config.evaluation, config.data, model.denoiser, lambda: {"": model}, world)(7)
+    return [math.isnan(value) for value in scores.values()], len(warnings)
+
+
+def test_samples_that_one_process_lost_have_a_score_of_nan_in_all(images, tiny_model, run_ranks):
+    assert run_ranks(lost_in_one, 2, images, tiny_model) == [([True], 1), ([True], 0)]
+
+
+def test_scores_have_intervals_if_asked(images, tiny_model):
+    model, config = load(str(tiny_model)), configuration(images, tiny_model)
+    assert config.evaluation
+    settings = replace(config.evaluation, count=40, intervals=True)
+    scores = evaluator(settings, config.data, model.denoiser, lambda: {"": model}, ONE)(1)
+    name = f"fd_{load_networks(str(tiny_model), ONE.device).popitem()[0]}"
+    assert {name, f"{name}_low", f"{name}_high"} <= scores.keys()
+
+
 @pytest.mark.parametrize("changed", [{}, {"labels": "random"}, {"seed": 3}, {"guidance": "cfg:3.0"}, {"steps": 3}])
 def test_every_setting_of_the_samples_counts(images, tiny_model, changed):
     against, networks = reference(images, tiny_model)
@@ -129,6 +156,24 @@ def test_every_setting_of_the_samples_counts(images, tiny_model, changed):
     assert call(1) == {f"x/fd_{name}": pytest.approx(expected, rel=1e-9)}
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_samples_alone_are_made_in_the_precision_and_in_batches(images, tiny_model, monkeypatch, precision):
+    model, config = load(str(tiny_model)), configuration(images, tiny_model, precision=precision)
+    making: set[bool] = set()
+    scoring: set[tuple[bool, int]] = set()
+
+    def score(stream: Iterator[Images], metrics: object, world: World) -> dict[str, float]:
+        scoring.update((torch.is_autocast_enabled("cpu"), len(batch.images)) for batch in stream)
+        return {}
+
+    monkeypatch.setattr("raekit.stages.evaluation.score_stream", score)
+    model.denoiser.register_forward_hook(lambda *_: making.add(torch.is_autocast_enabled("cpu")))
+    assert config.evaluation
+    evaluator(config.evaluation, config.data, model.denoiser, lambda: {"": model}, ONE)(1)
+    assert making == {precision == "bf16"}
+    assert scoring == {(False, 4), (False, 1)}  # 25 samples in batches of 4
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -136,12 +181,15 @@ def test_every_setting_of_the_samples_counts(images, tiny_model, changed):
         ({"guidance": "internal:2.0"}, "evaluation.guidance: internal needs a base output"),
         ({"guidance": "cfg:2.0@0.6-0.7"}, "evaluation.guidance: cfg would have no effect"),
         ({"reference": "unlabelled.safetensors", "labels": "reference"}, "labels: the reference has 0 labelled images"),
+        ({"reference": "animals.safetensors", "labels": "reference"}, "(ant, bee, cat) are not the classes of"),
     ],
 )
 def test_an_invalid_evaluation_is_rejected_before_training(images, tiny_model, tmp_path, monkeypatch, changed, message):
     monkeypatch.chdir(tmp_path)
     measured, _ = reference(images, tiny_model)
     replace(measured, about=replace(measured.about, classes=None)).write(Path("unlabelled.safetensors"))
+    animals = replace(measured.about, class_names=("ant", "bee", "cat"))
+    replace(measured, about=animals).write(Path("animals.safetensors"))
     with pytest.raises(UserError, match=re.escape(message)):
         train(configuration(images, tiny_model, **changed), tmp_path / "run", ONE)
     assert not (tmp_path / "run").exists()

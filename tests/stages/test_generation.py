@@ -30,7 +30,7 @@ from raekit.progress import silent
 from raekit.stages.generation import DenoiserSize, GenerationConfig, build, flow_matching_loss
 from raekit.stages.inspection import describe_folder
 from raekit.stages.watch import HeldoutConfig
-from raekit.training.optim import OptimConfig
+from raekit.training.optim import OptimConfig, by_muon
 from raekit.training.recompute import checkpoint_blocks
 from raekit.training.tracking import read_metrics
 from raekit.training.trainer import TrainConfig, Trainer
@@ -66,6 +66,14 @@ def test_the_encoder_follows_the_training(config, tmp_path, monkeypatch):
     assert not compiled  # a dry run must not compile
     made.prepare(silent)
     assert compiled == used
+
+
+@pytest.mark.parametrize("name", ["embed", "head_embed"])
+def test_muon_does_not_train_the_embeddings_of_latents(config, tmp_path, name):
+    (objective,) = stage(config, tmp_path).objectives
+    embedding = objective.module.get_parameter(f"{name}.weight")
+    matrices = by_muon(OptimConfig(lr=1e-3, method="muon"), objective.module, objective.convolutions)
+    assert all(matrix is not embedding for matrix in matrices)
 
 
 @pytest.mark.parametrize("residual", ["fp32", "bf16"])

@@ -3,6 +3,7 @@ import shutil
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,11 +13,12 @@ from raekit.config import Mark, from_dict, replaced, to_dict
 from raekit.data.loader import Batch, DataConfig, Loader
 from raekit.distributed import World
 from raekit.errors import UserError
+from raekit.evaluation.metrics import NearestNeighbours
 from raekit.models.encoders import Encoder, load_encoder
 from raekit.models.registry import LayersConfig
 from raekit.models.vit import ViT, ViTConfig
-from raekit.stages.representation import RepresentationConfig, TeacherConfig, build
-from raekit.training.optim import OptimConfig
+from raekit.stages.representation import Pixels, RepresentationConfig, TeacherConfig, build, class_accuracy
+from raekit.training.optim import OptimConfig, by_muon
 from raekit.training.trainer import TrainConfig, Trainer
 
 ONE = World()
@@ -181,6 +183,26 @@ def test_the_nearest_training_images_predict_the_classes(config, few_images, tmp
     assert scores["knn_accuracy_pixels"] == 1.0  # the classes are colours
     few = stage(replace(config, data=replace(config.data, source=few_images)), tmp_path)
     assert few.periodics[0].call(1)["knn_accuracy_pixels"] == 1.0
+
+
+def test_ten_neighbours_predict_a_class_and_pixels_are_around_zero(config, monkeypatch):
+    voters: list[int] = []
+
+    def neighbours(network: Any, bank: Tensor, labels: Tensor, count: int) -> NearestNeighbours:
+        voters.append(count)
+        return NearestNeighbours(network, bank, labels, count)
+
+    monkeypatch.setattr("raekit.stages.representation.NearestNeighbours", neighbours)
+    assert class_accuracy(Pixels(), config.data, ONE) == {"knn_accuracy_pixels": 1.0}
+    assert voters == [10]
+    assert torch.equal(Pixels()(torch.full((2, 3, 32, 32), 0.5)), torch.zeros(2, 3 * 16**2))
+
+
+def test_muon_does_not_train_the_patch_embedding(config, tmp_path):
+    (objective,) = stage(config, tmp_path).objectives
+    embedding = objective.module.get_parameter("encoder.embed.weight")
+    matrices = by_muon(OptimConfig(lr=1e-3, method="muon"), objective.module, objective.convolutions)
+    assert all(matrix is not embedding for matrix in matrices)
 
 
 def test_masks_belong_to_positions(config, tmp_path):

@@ -11,6 +11,7 @@ from raekit.data.loader import DataConfig
 from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.models.autoencoder import Autoencoder
+from raekit.stages import selection
 from raekit.stages.reconstruction import DecoderSize, ReconstructionConfig
 from raekit.stages.run import train
 from raekit.stages.selection import SelectionConfig, selector
@@ -122,3 +123,27 @@ def test_generated_latents_are_decoded_as_they_are(config, tmp_path, tiny_model,
     model.decoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     call(2)
     assert torch.allclose(torch.cat(seen)[-20:], load_file(generated)["unwhitened"], atol=1e-4)
+
+
+def in_any_world(world: World, config: ReconstructionConfig, model: Path, run: Path) -> dict[str, float]:
+    """Score the decoder by latents in batches of 8."""
+    selection.BATCH = 8
+    decoder = Autoencoder.load(str(model))
+    assert config.selection
+    return selector(config.selection, config.data, decoder.latent_shape, run, lambda: decoder, world)(2)
+
+
+def test_two_processes_share_the_latents_and_score_as_one(config, tmp_path, tiny_model, run_ranks, monkeypatch):
+    monkeypatch.setattr(selection, "BATCH", 8)
+    one = in_any_world(ONE, config, tiny_model, tmp_path / "one")
+    for found in run_ranks(in_any_world, 2, config, tiny_model, tmp_path / "two"):
+        assert found == pytest.approx(one, rel=1e-5)
+
+
+def test_latents_that_are_not_finite_or_too_few_are_rejected(config, tmp_path):
+    path = tmp_path / "other.safetensors"
+    wrong = replace(config, selection=replace(config.selection, latents=str(path)))
+    for latents in (torch.zeros(1, 16, 4, 4), torch.full((3, 16, 4, 4), torch.inf)):
+        save_file({"unwhitened": latents}, path)
+        with pytest.raises(UserError, match=r"needs two generated latents or more .* all finite"):
+            train(wrong, tmp_path / "run", ONE)
