@@ -20,6 +20,7 @@ from raekit.config import (
     differences,
     from_dict,
     read_json,
+    read_lines,
     replaced,
     to_dict,
     to_json,
@@ -124,6 +125,17 @@ def test_files(tmp_path: Path):
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match=f"{path}: not valid JSON"):
         read_json(path)
+
+
+def test_only_the_last_line_of_records_may_be_torn(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert read_lines(path, lambda record: True, torn=True) == [{"step": 1}, {"step": 2}]
+    with pytest.raises(UserError, match="line 3 is damaged"):
+        read_lines(path, lambda record: True)
+    path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(UserError, match="line 2 is damaged"):
+        read_lines(path, lambda record: True, torn=True)
 
 
 def test_differences():

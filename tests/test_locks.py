@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from raekit.distributed import World
-from raekit.distributed.locks import NAME, lock
+from raekit.distributed.locks import NAME, _remove, _started, lock
 from raekit.errors import UserError
 
 ONE = World()
@@ -88,6 +88,37 @@ def test_only_a_process_that_is_known_to_be_dead_loses_its_lock(tmp_path: Path, 
         with_owner(tmp_path, started="0")
         with lock(tmp_path, ONE):
             pass
+
+
+def test_a_lock_of_another_slurm_job_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with lock(tmp_path, ONE):
+        with_owner(tmp_path, host="elsewhere", job="7", restarts=0)
+        with pytest.raises(UserError, match=r"in use by process .* on elsewhere"):
+            lock(tmp_path, ONE).__enter__()
+
+
+def test_a_lock_that_another_process_has_taken_over_is_kept(tmp_path: Path):
+    with lock(tmp_path, ONE):
+        stale = json.loads((tmp_path / NAME).read_text())
+        with_owner(tmp_path, host="elsewhere")
+    taken = (tmp_path / NAME).read_text()
+    _remove(tmp_path / NAME, stale)
+    assert [path.name for path in tmp_path.iterdir()] == [NAME]
+    assert (tmp_path / NAME).read_text() == taken
+
+
+def test_the_start_of_a_process_does_not_change_and_is_its_own():
+    before = _started(os.getpid())
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        started = _started(other.pid)
+        sum(range(10**6))  # takes processor time
+        assert _started(os.getpid()) == before
+        assert _started(other.pid) == started
+        assert None not in (before, started)
+        assert started != before
+        other.kill()
 
 
 def test_a_damaged_lock_is_one_of_an_unknown_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
