@@ -214,15 +214,15 @@ def _rules(method: Method, scale: float, interval: Sequence[float]) -> list[Guid
 
 
 def _predictions(model: Denoiser, labels: Tensor) -> Predict:
-    def predict(x: Tensor, t: float, references: Collection[str]) -> tuple[Tensor, dict[Any, Tensor]]:
+    def predict(x: Tensor, t: float, methods: Collection[Method]) -> tuple[Tensor, dict[Method, Tensor]]:
         times = torch.full((len(x),), t)
-        found = {}
-        if "base" in references:
-            full, found["base"] = model(x, times, labels, with_base=True)
+        found: dict[Method, Tensor] = {}
+        if "internal" in methods:
+            full, found["internal"] = model(x, times, labels, with_base=True)
         else:
             full = model(x, times, labels)
-        if "unconditional" in references:
-            found["unconditional"] = model(x, times)
+        if "cfg" in methods:
+            found["cfg"] = model(x, times)
         prediction = model.config.prediction
         return to_velocity(x, full, times, prediction), {
             name: to_velocity(x, output, times, prediction) for name, output in found.items()

@@ -545,7 +545,10 @@ def test_a_printed_recipe_trains_as_a_file(run, images, tmp_path, monkeypatch):
         ("def config():\n    return 3", ["mine.py: config() must return the config of a stage, not int"]),
         (f"{done.out}{derived}", ["config() must return the config of a stage, not Mine"]),
         ("y = 1", ["mine.py: the recipe failed", "config"]),
-        (done.out.replace("ema=(0.998,)", "ema=(0.998)"), ["error: mine.py: ema: Input should be a valid tuple"]),
+        (
+            done.out.replace("ema=(0.998,)", "ema=(0.998)"),
+            ["error: mine.py: RepresentationConfig.ema: Input should be a valid tuple"],
+        ),
         (
             done.out.replace('"cosine"', '"cos"'),
             ["error: mine.py: OptimConfig.decay: Input should be 'constant', 'linear' or 'cosine' (given: 'cos')"],

@@ -741,14 +741,18 @@ def test_a_signal_in_an_import_ends_what_follows_the_import(tmp_path, monkeypatc
     lines = "import signal", "try:", f"    signal.raise_signal({int(number)})", "except BaseException:", "    pass"
     (tmp_path / f"{name}.py").write_text("\n".join(lines))
     monkeypatch.syspath_prepend(tmp_path)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
 
     def work() -> None:
         with keyboard_interrupts() if number == signal.SIGINT else stop_signals():
             importlib.import_module(name)
             time.sleep(10)
 
-    with pytest.raises(raised):
-        work()
+    try:
+        with pytest.raises(raised):
+            work()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_outside_the_main_thread_a_training_runs_without_signals(tmp_path):
