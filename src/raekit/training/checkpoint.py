@@ -149,12 +149,14 @@ class Writer:
                 remove(old)
 
     def _unsaved(self, error: BaseException | None) -> UserError:
-        full = shutil.disk_usage(self.folder).free < _FULL  # torch raises RuntimeError for a full disk
+        root, full = _root(error) if error else None, False
+        with suppress(OSError):  # not every file system tells
+            # torch raises RuntimeError for a full disk.
+            full = isinstance(root, RuntimeError) and shutil.disk_usage(self.folder).free < _FULL
         with suppress(OSError):
             remove(self._partial(self._step))
         kept = checkpoints(self.folder)
         have = f"the newest complete checkpoint is {kept[-1]}" if kept else "there is no earlier checkpoint"
-        root = _root(error) if error else None
         remedy = f"Allow writing to {self.folder}" if isinstance(root, PermissionError) else "Free disk space"
         if not (full or isinstance(root, OSError | None)):
             remedy = "Remove the cause"

@@ -36,6 +36,7 @@ def _postponed(number: int, frame: FrameType | None, later: ExitStack) -> bool:
 @contextmanager
 def keyboard_interrupts() -> Iterator[None]:
     """Raise KeyboardInterrupt at SIGINT, as Python does, but after an import that the signal interrupts."""
+    later = ExitStack()
 
     def handle(number: int, frame: FrameType | None) -> None:
         if not _postponed(number, frame, later):
@@ -45,7 +46,6 @@ def keyboard_interrupts() -> Iterator[None]:
     own = signal.getsignal(signal.SIGINT) is signal.default_int_handler and _in_main_thread()
     if own:
         signal.signal(signal.SIGINT, handle)
-    later = ExitStack()
     try:
         with later:
             yield
