@@ -228,6 +228,43 @@ def test_an_interrupt_is_130(run, monkeypatch):
     assert run("info", "x").code == 130
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("command", "work"),
+    [
+        ("demo --run OUT", "raekit.experiments.demo.run_demo"),
+        ("study width --out OUT", "raekit.experiments.studies.run_study"),
+        ("evaluate builtin:emoji --out OUT", "raekit.evaluation.evaluate.evaluate"),
+        ("generate builtin:emoji --out OUT", "raekit.inference.sample_folders.generate_folder"),
+        ("generate builtin:emoji --out OUT.npz", "raekit.inference.sample_folders.generate_npz"),
+        ("reconstruct builtin:emoji x.png --out OUT", "raekit.inference.reconstruction_folders.reconstruct_folder"),
+        ("latents cache builtin:emoji --out OUT", "raekit.inference.cache.cache_latents"),
+        ("data pack emoji --size 32 --out OUT", "raekit.data.packing.pack"),
+    ],
+)
+def test_a_signal_ends_work_that_can_be_resumed_with_the_status_for_that(
+    run, tmp_path, monkeypatch, command, work, number
+):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
+    monkeypatch.setattr(work, lambda *arguments, **options: signal.raise_signal(number))
+    try:
+        done = run(*command.replace("OUT", str(tmp_path / "out")).split())
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert done.code == 75
+    assert done.err.endswith("stopped; run the same command again to resume\n")
+
+
+def test_an_interrupted_grid_cannot_be_resumed(run, tmp_path, monkeypatch):
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("raekit.inference.generation.generate", interrupted)
+    done = run("generate", "builtin:emoji", "--class", "flags", "--out", tmp_path / "grid.png")
+    assert done.code == 130
+    assert "a grid cannot be resumed" in done.err
+
+
 def test_studies_are_listed_with_their_claims_and_costs(run):
     done = run("study")
     assert done.code == 0

@@ -107,7 +107,9 @@ def check_grid(path: Path, count: int, shape: tuple[int, int], columns: int | No
 
 
 def _layout(count: int, columns: int | None) -> tuple[int, int]:
-    """Return the columns and rows of a grid."""
+    """Return the columns and rows of a grid. UserError if there is no image."""
+    if not count:
+        raise UserError("there are no images to put into a grid")
     columns = min(columns or math.ceil(math.sqrt(count)), count)
     return columns, math.ceil(count / columns)
 

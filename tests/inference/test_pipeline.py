@@ -218,6 +218,19 @@ def test_results_are_shown_in_notebooks_and_written(pipe, tmp_path):
         assert grid.size == made.grid().size
 
 
+@pytest.mark.parametrize("output", ["pil", "pt", "np"])
+def test_a_part_of_a_result_keeps_its_classes_and_seeds(pipe, tmp_path, output):
+    made = pipe(classes=["red", "green", "blue"], output=output, **FEW)
+    part = made[1:]
+    assert (part.labels, part.seeds) == (("green", "blue"), made.seeds[1:])
+    assert [image.tobytes() for image in part.pil()] == [image.tobytes() for image in made.pil()[1:]]
+    assert repr(part) == "2 images of blue, green"
+    part.save(tmp_path / "part.png")
+    assert repr(made[:0]) == "0 images"
+    with pytest.raises(UserError, match="there are no images to put into a grid"):
+        made[:0].save(tmp_path / "none.png")
+
+
 def test_a_grid_beyond_its_format_is_not_written(tmp_path):
     image = Image.new("RGB", (100, 8))
     row = Pictures([image] * 200, (None,) * 200, (None,) * 200, columns=200)

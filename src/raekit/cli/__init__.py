@@ -51,8 +51,8 @@ COMMANDS: dict[str, Callable[..., None]] = {name: each for group in GROUPS.value
 def main() -> None:
     """Run the command in sys.argv.
 
-    The exit status is 0 after success, 2 for a wrong command line, 75 for a training that a signal stopped and that the
-    same command resumes, 130 after Ctrl-C in another command, and 1 for any other error.
+    The exit status is 0 after success, 2 for a wrong command line, 75 for work that a signal stopped and that the same
+    command resumes, 130 after Ctrl-C in another command, and 1 for any other error.
     """
     console.prepare()
     try:

@@ -53,7 +53,7 @@ def reconstruct(
 
     if not paths:
         raise UserError("reconstruct: give at least one image file or folder")
-    with processes(device, "reconstruct") as here, lock(out, here), Display(console.err) as progress:
+    with processes(device, "reconstruct", resumable=True) as here, lock(out, here), Display(console.err) as progress:
         autoencoder = load_autoencoder(model, dtype_of(precision)).to(here.device)
         metrics = reconstruction_metrics(lpips, here.device)
         results = reconstruct_folder(

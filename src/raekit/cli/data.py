@@ -120,7 +120,11 @@ def data_pack(
     from raekit.distributed.locks import lock
 
     check_folder(out)
-    with processes("cpu") as here, lock(out, here), Display(console.err, quiet=not here.is_main) as progress:
+    with (
+        processes("cpu", resumable=True) as here,
+        lock(out, here),
+        Display(console.err, quiet=not here.is_main) as progress,
+    ):
         done = pack(
             source,
             size,

@@ -79,7 +79,7 @@ def evaluate(
     from raekit.evaluation.evaluate import evaluate as run
     from raekit.evaluation.reports import baseline_rows, score_rows
 
-    with processes(device) as here, Display(console.err, quiet=not here.is_main) as progress:
+    with processes(device, resumable=True) as here, Display(console.err, quiet=not here.is_main) as progress:
         report, folder = run(
             model,
             reference=reference,

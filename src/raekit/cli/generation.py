@@ -93,7 +93,7 @@ def generate(
     filled = parts_of(out) if suffix == ".npz" else out
     with (
         _given_back(reserved),
-        processes(device) as here,
+        processes(device, resumable=not single) as here,
         nullcontext() if single else lock(filled, here),
         Display(console.err, quiet=not here.is_main) as progress,
     ):

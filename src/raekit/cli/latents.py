@@ -117,7 +117,11 @@ def latents_cache(
     from raekit.training.precision import compute_dtype
 
     check_folder(out)
-    with processes(device) as here, lock(out, here), Display(console.err, quiet=not here.is_main) as progress:
+    with (
+        processes(device, resumable=True) as here,
+        lock(out, here),
+        Display(console.err, quiet=not here.is_main) as progress,
+    ):
         autoencoder = load_autoencoder(model, compute_dtype(precision, here.device)).to(here.device)
         data = DataConfig(
             source=source,

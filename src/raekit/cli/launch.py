@@ -5,12 +5,12 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 from raekit.cli import console
 from raekit.errors import Stopped, UserError, whole_number
-from raekit.training.signals import SIGNALS
+from raekit.training.signals import SIGNALS, stop_signals
 
 if TYPE_CHECKING:
     from raekit.distributed import World
@@ -71,12 +71,13 @@ def launch(count: int, arguments: Sequence[str]) -> None:
 
 
 @contextmanager
-def processes(device: str | None, alone: str = "") -> "Iterator[World]":
+def processes(device: str | None, alone: str = "", resumable: bool = False) -> "Iterator[World]":
     """Join the processes of this command. Of an error, or a stop, that several of them have, one prints the message.
 
     Args:
         device: "cpu" or "cuda". None selects CUDA if it is available.
         alone: the name of a command that runs in a single process, for the error message.
+        resumable: whether the same command resumes the work, so that a signal ends it with the status for that.
     """
     from raekit.distributed import world
 
@@ -84,7 +85,8 @@ def processes(device: str | None, alone: str = "") -> "Iterator[World]":
         try:
             if alone and here.size > 1:
                 raise UserError(f"{alone}: runs in a single process; start it without torchrun")
-            yield here
+            with stop_signals(here) if resumable else nullcontext():
+                yield here
         except UserError as error:  # printed before this process leaves: the launcher may end it then
             if here.is_first(f"error {str(error)!a}"):
                 console.fail(str(error))

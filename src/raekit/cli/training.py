@@ -17,6 +17,7 @@ from raekit.cli.launch import launch, processes, without
 from raekit.errors import UserError
 from raekit.files import check_file
 from raekit.progress import Display
+from raekit.training.signals import stop_signals
 
 _RUN = "Folder of the run, for checkpoints, metrics and the trained artifact. An existing run is resumed."
 _EPOCHS = (
@@ -50,7 +51,7 @@ def demo(run: Path = Path("runs/demo"), minutes: float = 12, images: Path | None
     """
     from raekit.experiments.demo import run_demo
 
-    with Display(console.err) as progress:
+    with stop_signals(), Display(console.err) as progress:
         run_demo(run, minutes, quick, progress, images)
     console.out.print(f"report: {run / 'report.html'}")
 
@@ -112,7 +113,7 @@ def study(
         )
         return
     out = out or Path("studies") / name
-    with Display(console.err) as progress:
+    with stop_signals(), Display(console.err) as progress:
         claims = run_study(name, out, quick=quick, only=only, device=device, progress=progress)
     if isinstance(claims, int):
         console.out.print(f"{out}: {claims} runs are left; the part that finishes the last run writes the report")

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from html import escape
 from io import BytesIO
@@ -23,7 +23,7 @@ SHOWN = 64
 
 @dataclass(frozen=True, repr=False)
 class Pictures(Sequence[Any]):
-    """Images, and what they were made from. A sequence of the images.
+    """Images, and what they were made from. A sequence of the images; a slice is `Pictures`, too.
 
     Attributes:
         images: PIL images; or float32 in [0, 1], as a tensor (N, 3, H, W) or an array (N, H, W, 3).
@@ -41,7 +41,10 @@ class Pictures(Sequence[Any]):
         return len(self.images)
 
     def __getitem__(self, index: int | slice) -> Any:
-        return self.images[index]
+        images = self.images[index]
+        if isinstance(index, slice):
+            return replace(self, images=images, labels=self.labels[index], seeds=self.seeds[index])
+        return images
 
     def __repr__(self) -> str:
         classes = ", ".join(sorted({label for label in self.labels if label is not None}))
@@ -75,7 +78,8 @@ class Pictures(Sequence[Any]):
         if path.suffix.lower() in (".png", ".webp"):
             check_file(path)
             images = self.pil()
-            check_grid(path, len(images), (images[0].height, images[0].width), self.columns)
+            width, height = images[0].size if images else (0, 0)
+            check_grid(path, len(images), (height, width), self.columns)
             with whole(path) as partial:
                 grid(images, self.columns).save(partial, format=path.suffix[1:].upper(), lossless=True)
             return

@@ -1,4 +1,4 @@
-"""Stop a training in an orderly way when a signal arrives."""
+"""Stop work in an orderly way when a signal arrives."""
 
 import signal
 import threading
@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # this module does not wait for torch
     from raekit.distributed import World
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-"""The signals that stop a training. Schedulers send SIGTERM, or SIGUSR1 or SIGUSR2 as an early warning."""
+"""The signals that stop work. Schedulers send SIGTERM, or SIGUSR1 or SIGUSR2 as an early warning."""
 
 
 def _postponed(number: int, frame: FrameType | None, later: ExitStack) -> bool:

@@ -88,7 +88,7 @@ def run_study(
 
     Raises:
         UserError: There is no such study, or `out` has results of other settings.
-        Stopped: A signal stopped a training. The same call resumes it.
+        Stopped: A signal stopped a training. The same call resumes the study.
     """
     found = find(name)
     check_folder(out)
