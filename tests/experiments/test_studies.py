@@ -35,11 +35,18 @@ def test_the_interval_of_three_seeds_is_students():
         (0.95, 1.05, Verdict.SHOWN),
         (1.05, 1.15, Verdict.UNDECIDED),
         (0.8, 1.2, Verdict.UNDECIDED),
+        (1.1, 1.1, Verdict.UNDECIDED),
+        (0.9, 1.0, Verdict.UNDECIDED),
         (1.2, 1.3, Verdict.NOT_SHOWN),
     ],
 )
 def test_an_interval_across_a_bound_decides_nothing(low, high, verdict):
     assert within(Estimate((low + high) / 2, low, high), 0.9, 1.1) == verdict
+
+
+@pytest.mark.parametrize("high", [2.0, math.inf])
+def test_a_single_seed_decides_nothing(high):
+    assert within(estimate([1.0]), 0, high) == Verdict.UNDECIDED
 
 
 def test_undecided_statements_may_still_be_enough():

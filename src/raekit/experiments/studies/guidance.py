@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 import raekit
 from raekit.distributed import World
 from raekit.evaluation.evaluate import evaluate
@@ -52,11 +54,11 @@ METHODS = {"cfg": "CFG", "auto": "AutoGuidance", "internal": "internal guidance"
 RULES = (UNGUIDED, *(f"{method}:{scale}" for method in METHODS for scale in (SMALL, LARGE)), INTERVAL)
 """The rules of guidance that are compared."""
 SEEDS = (0, 1, 2)
-SAMPLES = 270
-EVALUATIONS = 8
-STEPS, EARLY = 400, 40
+SAMPLES = 540
+EVALUATIONS = 15
+STEPS, EARLY = 8000, 500
 """Training steps of the denoiser, and of its early checkpoint."""
-DECODER_STEPS = 200
+DECODER_STEPS = 1500
 
 
 def prepare(folder: Path, quick: bool, device: str | None, progress: Progress) -> None:
@@ -102,6 +104,7 @@ def measure(artifact: Path, settings: Settings, folder: Path) -> Values:
         sampling = Sampling(
             steps=int(settings["evaluations"]),
             solver="abm",
+            grid="few",
             guidance=() if rule == UNGUIDED else parse_guidance(rule),
             weak=weak if rule.startswith("auto") else None,
         )
@@ -112,7 +115,7 @@ def measure(artifact: Path, settings: Settings, folder: Path) -> Values:
             count=int(settings["samples"]),
             seed=int(settings["seed"]),
             sampling=sampling,
-            out=artifact.parent / "evaluations" / rule.replace(":", "-"),
+            out=_evaluation(artifact.parent, rule),
             world=World(),
         )
         found = report.results
@@ -125,9 +128,13 @@ def measure(artifact: Path, settings: Settings, folder: Path) -> Values:
     return values
 
 
+def _evaluation(run: Path, rule: str) -> Path:
+    return run / "evaluations" / rule.replace(":", "-")
+
+
 def judge(results: Sequence[Result], folder: Path) -> list[Claim]:
     """Compare the guided samples with the unguided samples of the same seed."""
-    return [_distance(results), _interval(results), _recall(results), _classes(results)]
+    return [_distance(results), _interval(results), _recall(results), _classes(results, folder)]
 
 
 def values_of(results: Sequence[Result], rule: str, metric: str) -> list[float]:
@@ -164,7 +171,7 @@ def _distance(results: Sequence[Result]) -> Claim:
 
 
 def _draw_scales(figure: Any, results: Sequence[Result], metric: str, label: str) -> None:
-    """Draw a metric against the scale, for each method."""
+    """Draw a metric against the scale, for each method, in a figure or a part of one."""
     axes = figure.add_subplot(xlabel="scale of the guidance", ylabel=label)
     scales = [1, SMALL, LARGE]
     for place, (method, name) in enumerate(METHODS.items()):
@@ -255,10 +262,21 @@ def _recall(results: Sequence[Result]) -> Claim:
     )
 
 
-def _classes(results: Sequence[Result]) -> Claim:
+def _classes(results: Sequence[Result], folder: Path) -> Claim:
     """Judge whether guided samples show their class more clearly."""
     changes = {rule: gain(results, rule, "accuracy") for rule in (f"auto:{SMALL}", f"cfg:{SMALL}")}
     verdicts: list[Verdict] = [within(change, 0, float("inf")) for change in changes.values()]
+    shown = [UNGUIDED, *(f"{method}:{LARGE}" for method in METHODS)]
+
+    def draw(figure: Any) -> None:
+        left, right = figure.subfigures(1, 2)
+        _draw_scales(left, results, "accuracy", "class accuracy (independent classifier)")
+        for axes, rule in zip(right.subplots(2, 2).flat, shown, strict=True):
+            with Image.open(_evaluation(folder / "runs" / "seed0", rule) / "samples.png") as samples:
+                axes.imshow(samples.convert("RGB"), interpolation="none")
+            axes.set_title("unguided" if rule == UNGUIDED else _spelled(rule))
+            axes.axis("off")
+
     return Claim(
         name="classes",
         text="Guided samples show their class more clearly, with AutoGuidance and with CFG",
@@ -266,7 +284,8 @@ def _classes(results: Sequence[Result]) -> Claim:
         found=f"class accuracy unguided {estimate(values_of(results, UNGUIDED, 'accuracy'))}; changes: "
         f"{_gains(results, 'accuracy')}; shown if the intervals of both methods at scale {SMALL} lie above 0",
         verdict=at_least(len(verdicts), verdicts),
-        draw=lambda figure: _draw_scales(figure, results, "accuracy", "class accuracy (independent classifier)"),
-        caption="Share of samples to which the classifier gives their class, against the scale of the guidance: means, "
-        "95 % intervals and seeds.",
+        draw=draw,
+        caption="Left: share of samples to which the classifier gives their class, against the scale of the guidance: "
+        "means, 95 % intervals and seeds. Right: the first samples of seed 0, from the same noise and with the same "
+        "classes.",
     )

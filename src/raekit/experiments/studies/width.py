@@ -11,6 +11,7 @@ Here:   One built-in emoji is learned as 2 x 2 patches of pixels with n = 48 and
 Cost:   about 10 minutes on one core of an Intel Xeon with AVX-512
 """
 
+import math
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
@@ -227,7 +228,7 @@ def _learned(losses: Losses) -> Claim:
     """Judge the loss from the token dimension on."""
     sweep = _sweep(losses)
     wide = {(n, d): estimate(values) for n, row in sweep.items() for d, values in row.items() if d >= n}
-    verdicts = [within(value, 0, LEARNED) for value in wide.values()]
+    verdicts = [within(value, -math.inf, LEARNED) for value in wide.values()]
 
     def draw(figure: Any) -> None:
         axes = figure.add_subplot(

@@ -155,10 +155,10 @@ def rank_correlation(x: Sequence[float], y: Sequence[float]) -> Estimate:
 
 
 def within(value: Estimate, low: float, high: float) -> Verdict:
-    """Return whether a value lies between two bounds: undecided if its interval contains one of them."""
-    if low <= value.low and value.high <= high:
-        return Verdict.SHOWN
-    return Verdict.NOT_SHOWN if value.high < low or value.low > high else Verdict.UNDECIDED
+    """Return whether a value lies between two bounds: undecided if its interval contains a finite one of them."""
+    if any(value.low <= bound <= value.high for bound in (low, high) if math.isfinite(bound)):
+        return Verdict.UNDECIDED
+    return Verdict.SHOWN if low <= value.low and value.high <= high else Verdict.NOT_SHOWN
 
 
 def at_least(needed: int, verdicts: Sequence[Verdict]) -> Verdict:
