@@ -84,6 +84,7 @@ def test_nobody_waits_for_a_process_that_died(rank, end, says):
 
 FAILING = """
 import os
+import socket
 from raekit.recipes.emoji_encoder import config
 from raekit.stages import run
 
@@ -92,6 +93,7 @@ def fail(*arguments):
 
 if os.environ.get("RANK") == "0":  # the other process waits for this one
     run.build = fail
+socket.getfqdn = lambda name="": "name.invalid"  # as in a container whose name has no address
 """
 
 

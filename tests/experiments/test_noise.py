@@ -7,8 +7,8 @@ from raekit.experiments.studies import noise
 from raekit.experiments.studies.engine.plan import Result, Verdict
 
 
-def results(late: float, early: float, psnr: float, spread: float) -> list[Result]:
-    """Return results in which noise divides the distances by `late` and `early` and adds `psnr`, with a spread."""
+def results(late: float, early: float, psnr: float, halfway: float, spread: float) -> list[Result]:
+    """Return results in which noise divides distances by `late`, `early` and `halfway`, and adds `psnr`."""
     found = []
     for seed in noise.SEEDS:
         level = 1.0 + seed  # the seeds differ more than the decoders
@@ -22,19 +22,21 @@ def results(late: float, early: float, psnr: float, spread: float) -> list[Resul
                     **dict.fromkeys(noise.JUDGES, 0.5),
                     "psnr": 20 + seed + (0 if plain else psnr + spread * (seed - 1)),
                 },
+                noise.HALFWAY: {noise.CLASSIFIER: level * factor / (1 if plain else halfway)},
             }
             found.append(Result({"law": law, "tau": tau, "seed": seed}, values))
     return found
 
 
 @pytest.mark.parametrize(
-    ("late", "early", "psnr", "spread", "verdicts"),
+    ("late", "early", "psnr", "halfway", "spread", "verdicts"),
     [
-        (1.5, 2.0, -0.3, 0.01, (Verdict.SHOWN, Verdict.SHOWN, Verdict.SHOWN)),
-        (0.7, 0.5, 0.3, 0.01, (Verdict.NOT_SHOWN, Verdict.NOT_SHOWN, Verdict.NOT_SHOWN)),
-        (1.2, 1.4, -0.1, 0.5, (Verdict.UNDECIDED, Verdict.UNDECIDED, Verdict.UNDECIDED)),
+        (1.5, 2.0, -0.3, 1.2, 0.01, [Verdict.SHOWN] * 4),
+        (1.5, 2.0, -0.3, 0.8, 0.01, [*[Verdict.SHOWN] * 3, Verdict.NOT_SHOWN]),
+        (0.7, 0.5, 0.3, 1.2, 0.01, [Verdict.NOT_SHOWN] * 4),
+        (1.2, 1.4, -0.1, 1.1, 0.5, [Verdict.UNDECIDED] * 4),
     ],
 )
-def test_the_verdicts_follow_from_pairs_of_a_seed(tmp_path: Path, late, early, psnr, spread, verdicts):
-    claims = noise.judge(results(late, early, psnr, spread), tmp_path)
-    assert tuple(claim.verdict for claim in claims) == verdicts
+def test_the_verdicts_follow_from_pairs_of_a_seed(tmp_path: Path, late, early, psnr, halfway, spread, verdicts):
+    claims = noise.judge(results(late, early, psnr, halfway, spread), tmp_path)
+    assert [claim.verdict for claim in claims] == verdicts

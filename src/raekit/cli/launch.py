@@ -48,6 +48,7 @@ def launch(count: int, arguments: Sequence[str]) -> None:
         run_id=RUN_ID,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
+        local_addr="localhost",  # the name of the machine may have no address, as in a container
         max_restarts=0,
         signals_to_handle=",".join([number.name for number in SIGNALS]),
     )
