@@ -282,6 +282,19 @@ def test_a_full_disk_costs_nothing_that_was_saved(full_disk):
     assert names(full_disk) == ["step-00000003"]
 
 
+def test_a_full_disk_is_still_the_cause_when_the_partial_checkpoint_is_gone(full_disk, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_FULL", 2**16)  # the whole disk is small
+    writer = checkpoint.Writer(full_disk, 2, ONE, background=True)
+    writer.save(1, state(1, size=200_000))
+    deadline = time.monotonic() + 30
+    while (failure := writer.failure()) is None and time.monotonic() < deadline:
+        pass
+    assert "(No space left on device)" in str(failure)
+    assert not any(full_disk.iterdir())
+    with pytest.raises(UserError, match=re.escape(str(failure))):
+        writer.finish()
+
+
 def test_a_first_save_that_fails_says_that_there_is_no_other(tmp_path, monkeypatch):
     def refuse(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

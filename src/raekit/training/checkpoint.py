@@ -6,6 +6,8 @@ import os
 import pickle
 import re
 import shutil
+import sys
+import traceback
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -76,6 +78,7 @@ class Writer:
             warnings.filterwarnings("ignore", message=_ALONE)
         self._step = 0  # of the latest save
         self._saving: Future | None = None
+        self._failure: UserError | None = None
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Save `state` as the checkpoint of `step`. An earlier save in the background is completed first.
@@ -108,13 +111,13 @@ class Writer:
 
     def failure(self) -> UserError | None:
         """Complete the save in the background if it is done; return its error. Processes may call it at any time."""
-        if not self._saving or not self._saving.done():
-            return None
-        if (error := self._saving.exception()) is not None:
-            return self._unsaved(error)
-        self._publish()  # the first process learns that all have written their parts
-        self._saving = None
-        return None
+        if self._saving and self._saving.done():
+            if (error := self._saving.exception()) is not None:
+                self._failure = self._unsaved(error)
+            else:
+                self._publish()  # the first process learns that all have written their parts
+            self._saving = None
+        return self._failure
 
     def finish(self) -> None:
         """Wait for the save in the background and complete it.
@@ -124,8 +127,7 @@ class Writer:
         """
         if self._saving:
             self._saving.exception()  # waits
-        error = self.failure()
-        self._saving = None
+        error, self._failure = self.failure(), None
         if self.world.any(error is not None):
             raise error or self._unsaved(None)
         self.world.barrier()
@@ -149,6 +151,7 @@ class Writer:
                 remove(old)
 
     def _unsaved(self, error: BaseException | None) -> UserError:
+        _forget_files(error)
         root, full = _root(error) if error else None, False
         with suppress(OSError):  # not every file system tells
             # torch raises RuntimeError for a full disk.
@@ -312,6 +315,20 @@ def _quietly() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=_ALONE)
         yield
+
+
+def _forget_files(error: BaseException | None) -> None:
+    """Delete the local variables of a failed save. From Python 3.13 on, torch's files print errors when they go."""
+    if error is None:
+        return
+    before, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
+    try:
+        traceback.clear_frames(error.__traceback__)
+    finally:
+        sys.unraisablehook = before
+    failures = [failure for failure, _ in error.failures.values()] if isinstance(error, CheckpointException) else []
+    for other in (*failures, error.__cause__, error.__context__):
+        _forget_files(other)
 
 
 def _root(error: BaseException) -> BaseException:
