@@ -82,6 +82,21 @@ def test_nobody_waits_for_a_process_that_died(rank, end, says):
     assert "run the same command again to resume" in errors[1 - rank]
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_has_done_its_work_waits_for_the_others(rank):
+    code = f"with world('cpu') as here:\n    here.barrier()\n    time.sleep(9 if here.rank == {rank} else 0)"
+    processes = pair_of(code)  # a process is dead after 5 seconds
+    errors = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+
+
+def test_a_process_that_has_done_its_work_does_not_wait_for_a_dead_one():
+    code = "with world('cpu') as here:\n    here.barrier()\n    here.rank and os.kill(os.getpid(), 9)"
+    processes = pair_of(code)
+    errors = [process.communicate(timeout=300)[1] for process in processes]
+    assert processes[0].returncode == 0, errors
+
+
 FAILING = """
 import os
 import socket

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint import FileSystemWriter, filesystem
 
 from raekit.distributed import World
 from raekit.errors import UserError
@@ -293,6 +293,19 @@ def test_a_full_disk_is_still_the_cause_when_the_partial_checkpoint_is_gone(full
     assert not any(full_disk.iterdir())
     with pytest.raises(UserError, match=re.escape(str(failure))):
         writer.finish()
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_save_does_not_wait_for_a_gpu(tmp_path, monkeypatch, background):
+    def wait(*arguments: object, **options: object) -> None:
+        raise AssertionError("torch waits for the GPU")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(filesystem, "_OverlappingCpuLoader", wait)
+    writer = checkpoint.Writer(tmp_path, 2, ONE, background)
+    writer.save(1, state(1))
+    writer.finish()
+    assert_holds(tmp_path / "step-00000001", 1)
 
 
 def test_a_first_save_that_fails_says_that_there_is_no_other(tmp_path, monkeypatch):

@@ -159,6 +159,8 @@ def _explained(error: Exception, exits: list[int | None]) -> Exception:
             f"data.workers: a worker process was killed by {signal.Signals(killed[0]).name}, perhaps because the "
             "memory is full; lower data.workers, and run the same command again"
         )
+    if "Pin memory thread" in str(error):  # on CUDA a thread receives the batches, and prints its own error
+        return UserError(f"data.workers: a batch could not be received; {_REMEDY}")
     return error
 
 

@@ -226,10 +226,10 @@ def world(device: str | None = None) -> Iterator[World]:
     backend = "cpu:gloo,cuda:nccl" if this.type == "cuda" else "gloo"
     device_id = this if this.type == "cuda" else None
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT, device_id=device_id)
-    watch, failed = Watch(store, rank, size), True
+    watch, failed, complete = Watch(store, rank, size), True, False
     try:
         yield World(rank=rank, size=size, device=this, watch=watch)
-        failed = False
+        failed, complete = False, True
     except Stopped:
         failed = False
         raise
@@ -246,4 +246,5 @@ def world(device: str | None = None) -> Iterator[World]:
         raise
     finally:
         watch.leave(failed)
-        dist.destroy_process_group()
+        if complete or this.type == "cpu":  # NCCL waits for all processes, and some may have ended
+            dist.destroy_process_group()

@@ -3,6 +3,7 @@
 Collectives cannot tell: a process that waits in one for a dead process waits until a timeout of many minutes.
 """
 
+import itertools
 import os
 import sys
 import threading
@@ -23,12 +24,16 @@ DEAD = 60.0
 GRACE = 20.0
 """Seconds that a process has to end by itself after another process stopped or failed."""
 
+_worlds = itertools.count()
+"""The number of the next world of this process. All of its processes count the same."""
+
 
 class Watch:
     """Watches the other processes of a world through their common store.
 
     Each process counts a pulse. The first process watches the pulses of all, and the others watch the first. When a
-    process fails or dies, the others end too, with the exit status 1, at the latest after `GRACE` seconds.
+    process fails or dies, the others end too, with the exit status 1, at the latest after `GRACE` seconds. A process
+    that has done its work waits for the others.
 
     Args:
         store: The store of the world. The watch uses a connection of its own.
@@ -40,7 +45,7 @@ class Watch:
         from torch.distributed import PrefixStore
 
         connection = store.clone()  # pyright: ignore[reportAttributeAccessIssue]
-        self._store, self._rank, self._size = PrefixStore("watch", connection), rank, size
+        self._store, self._rank, self._size = PrefixStore(f"watch/{next(_worlds)}", connection), rank, size
         self._wanted = False  # this process wants all to stop
         self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._given: dict[str, set[str]] = {}  # the names that this process has counted
@@ -48,7 +53,7 @@ class Watch:
         self._interrupt: Callable[[], None] | None = None
         self._may_end: Callable[[], bool] = lambda: True
         self._failed = False  # another process failed, as far as this one has noticed
-        self._left = threading.Event()
+        self._leaving, self._left = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
 
@@ -114,23 +119,29 @@ class Watch:
             self._interrupt, self._may_end = None, lambda: True
 
     def leave(self, failed: bool) -> None:
-        """Stop watching, and tell the others that this process ends.
+        """Tell the others that this process ends, and stop watching.
 
-        The first process waits for the others, because the store may end with it. If it failed, it only waits until
-        they have noticed: they may wait for it themselves, and when they give up, a launcher ends this process before
-        it has said why it failed.
+        A process that did not fail waits until all have left, or one has failed. The store may end with the first
+        process. So after a failure, the first process waits until the others have noticed, but no longer: they may wait
+        for it themselves, and when they give up, a launcher ends this process before it has said why it failed.
         """
+        self._leaving.set()
+        if failed:
+            self._left.set()
+            self._thread.join()
+            self._tell("failed", str(self._rank))
+        with suppress(RuntimeError):  # the store has ended: nobody is left to tell
+            self._store.add("left", 1)
+            while self._thread.is_alive() and not self._all_have_left():
+                time.sleep(0.01)
+            deadline = time.monotonic() + 4 * PULSE
+            while self._rank == 0 and not self._all_have_left() and time.monotonic() < deadline:
+                time.sleep(0.01)
         self._left.set()
         self._thread.join()
-        if failed:
-            self._tell("failed", str(self._rank))
-        try:
-            self._store.add("left", 1)
-            deadline = time.monotonic() + 4 * PULSE + (0 if failed else GRACE)
-            while self._rank == 0 and self._store.add("left", 0) < self._size and time.monotonic() < deadline:
-                time.sleep(0.01)
-        except RuntimeError:
-            pass  # the store has ended: nobody is left to tell
+
+    def _all_have_left(self) -> bool:
+        return self._store.add("left", 0) >= self._size
 
     def _run(self) -> None:
         seen: dict[int, tuple[int, float]] = {}
@@ -169,12 +180,14 @@ class Watch:
 
     def _end(self, why: str, status: int, stopping: float | None) -> None:
         """End this process, unless it leaves by itself within `GRACE` seconds."""
-        if why and self._left.wait(GRACE):
+        if self._leaving.wait(GRACE if why else 0):
             return
         if stopping and self._may_end():
             status = Stopped.STATUS
         elif why:
             sys.stderr.write(f"error: {why}; run the same command again to resume\n")
+        with suppress(RuntimeError):  # the store has ended
+            self._store.add("left", 1)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

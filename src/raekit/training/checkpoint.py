@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from raekit.distributed import World
 from raekit.errors import UserError
@@ -92,16 +93,20 @@ class Writer:
                 with suppress(OSError):
                     remove(unfinished)
         self.world.barrier()
-        partial, alone = self._partial(step), self.world.size == 1
+        # With copies ahead, torch would wait for the GPU in the thread that writes, although the state is on the host.
+        files, alone = dcp.FileSystemWriter(self._partial(step), per_thread_copy_ahead=0), self.world.size == 1
         future: Future = Future()
         try:
             with _quietly():
                 if self.background:
-                    saving = dcp.async_save(state, checkpoint_id=partial, process_group=self._group, no_dist=alone)
+                    copies = DefaultStager(StagingOptions(False, False, False, False))
+                    saving = dcp.async_save(
+                        state, storage_writer=files, async_stager=copies, process_group=self._group, no_dist=alone
+                    )
                     assert isinstance(saving, Future)
                     future = saving
                 else:
-                    dcp.save(state, checkpoint_id=partial, no_dist=alone)
+                    dcp.save(state, storage_writer=files, no_dist=alone)
                     future.set_result(None)
         except _SAVE_ERRORS as error:
             future.set_exception(error)

@@ -251,6 +251,8 @@ class Trainer:
                     if self._saves():
                         with speed.paused():
                             self.save()
+                            if any(map(self._is_due, self.periodics)):
+                                self.writer.finish()  # a process that stops in an evaluation ends its threads
                             with self.stop.allowed():
                                 self._publish()
                                 self._evaluate(tracker)
