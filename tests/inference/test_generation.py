@@ -26,9 +26,11 @@ from raekit.flow.guidance import Guidance, parse_guidance, with_interval_ends
 from raekit.flow.path import similarity
 from raekit.flow.sampling import Sampling, latents_to_noise, sample_latents, sample_noise, slerp
 from raekit.flow.solvers import time_grid
+from raekit.inference import generation
 from raekit.inference.generation import (
     _fitting,
     _trial_labels,
+    fitting_batch,
     generate,
     images_to_noise,
     interpolate,
@@ -189,6 +191,22 @@ def test_batch_sizes_that_fit_the_memory():
     assert _fitting(2**30, 2**20) == 512
     assert _fitting(2**40, 1) == 1024
     assert _fitting(2**20, 2**30) == _fitting(2**20, math.inf) == 1
+
+
+def test_the_batch_of_a_gpu_is_found_by_a_trial_unless_few_images_are_wanted(model, monkeypatch):
+    trials = []
+    monkeypatch.setattr(generation, "_trial_labels", lambda *arguments: None)
+    monkeypatch.setattr(generation, "sample_latents", lambda *arguments: trials.append(len(arguments[2])))
+    monkeypatch.setattr(generation, "_decode", lambda *arguments: None)
+    for name, value in {"memory_allocated": 100, "max_memory_allocated": 140, "mem_get_info": (1290, 2000)}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    for name in ("reset_peak_memory_stats", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda *arguments: None)
+    gpu = World(device=torch.device("cuda"))
+    assert [fitting_batch(model, Sampling(), "auto", gpu, total) for total in (1, 4)] == [4, 4]
+    assert trials == []
+    assert fitting_batch(model, Sampling(), "auto", gpu, 5) == 64  # 80 % of 1290 bytes, at 10 bytes an image
+    assert trials == [4]
 
 
 def test_a_trial_has_the_condition_of_the_samples(model):

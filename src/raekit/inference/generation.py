@@ -67,6 +67,9 @@ sample depends on its own seed only, and is sample 0 of that seed."""
 BatchSize = int | Literal["auto"]
 """Number of images in a batch; "auto" takes as many as the memory of the GPU holds, and 64 on the CPU."""
 
+_TRIAL = 4
+"""Number of images by which the memory of an image is measured."""
+
 
 def generate(
     model: Model,
@@ -118,7 +121,7 @@ def generate(
     labels, total = _labels_and_total(model, labels, count)
     seed = _seed_for_each(seed, total)
     check_sampling(sampling, model.denoiser, labels is not None)
-    size = fitting_batch(model, sampling, batch_size, world, labels)
+    size = fitting_batch(model, sampling, batch_size, world, total, labels)
     numbers = range(total) if indices is None else [whole_number("indices", each, 0) for each in indices]
     if numbers and max(numbers) >= total:
         raise UserError(f"indices: {max(numbers)} is not among the {total} samples, which are counted from 0")
@@ -139,11 +142,12 @@ def generate(
 
 
 def fitting_batch(
-    model: Model, sampling: Sampling, batch_size: BatchSize, world: World, labels: Tensor | None = None
+    model: Model, sampling: Sampling, batch_size: BatchSize, world: World, total: int, labels: Tensor | None = None
 ) -> int:
     """Return `batch_size` as a number, the same in all processes. All processes must call this function.
 
-    On a GPU, "auto" is found by sampling a few images and measuring the memory that they take.
+    On a GPU, "auto" is found by sampling a few images and measuring the memory that they take. If no more are wanted,
+    there is no trial: a batch that does not fit is halved.
 
     Raises:
         UserError: if `batch_size` is below 1.
@@ -152,19 +156,21 @@ def fitting_batch(
         return whole_number("batch_size", batch_size, 1)
     if world.device.type != "cuda":
         return 64
+    if total <= _TRIAL:
+        return _TRIAL
     torch.cuda.reset_peak_memory_stats(world.device)
-    held, trial = torch.cuda.memory_allocated(world.device), 4
+    held = torch.cuda.memory_allocated(world.device)
     # Guidance takes memory, too. The scale does not change how much.
     rules = tuple(replace(rule, scale=2.0, start=0.0, end=1.0) for rule in sampling.guidance)
     short = Sampling(steps=2, guidance=rules, weak=sampling.weak)
-    labels = _trial_labels(model, labels, trial)
+    labels = _trial_labels(model, labels, _TRIAL)
     each = math.inf
     compiled = model.denoiser.compiled  # for one batch size, so not for the trial's
     with suppress(torch.OutOfMemoryError), torch.compiler.set_stance("force_eager") if compiled else nullcontext():
         labels = None if labels is None else labels.to(world.device)
-        latents = sample_latents(model.denoiser, labels, torch.arange(trial, device="cpu"), 0, short, world.device)
+        latents = sample_latents(model.denoiser, labels, torch.arange(_TRIAL, device="cpu"), 0, short, world.device)
         _decode(model, latents)
-        each = (torch.cuda.max_memory_allocated(world.device) - held) / trial
+        each = (torch.cuda.max_memory_allocated(world.device) - held) / _TRIAL
     torch.cuda.empty_cache()
     return min(world.gather(_fitting(torch.cuda.mem_get_info(world.device)[0], each)))
 
@@ -278,7 +284,7 @@ def interpolate(
         numbers = torch.tensor(part, device="cpu")
         return Samples(images, torch.full_like(numbers, -1), numbers, passes)
 
-    size = fitting_batch(model, sampling, batch_size, World(device=device))
+    size = fitting_batch(model, sampling, batch_size, World(device=device), frames)
     shares = (range(frames)[first : first + size] for first in range(0, frames, size))
     return _finite(_in_parts(make, shares, min(size, frames) if model.denoiser.compiled else 0), sampling)
 

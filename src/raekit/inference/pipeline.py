@@ -203,7 +203,7 @@ class Pipeline:
         _check_output(output)
         ids, seeds = self._samples(classes, labels, count, seed)
         settings = _sampling(steps, solver, guidance, sampling)
-        size = fitting_batch(self.model, settings, batch_size, World(device=self.device))
+        size = fitting_batch(self.model, settings, batch_size, World(device=self.device), len(seeds))
         watch = self._watch(settings, callback, math.ceil(len(seeds) / size))
         batches = generate(
             self.model,
@@ -242,7 +242,7 @@ class Pipeline:
         ends = None if classes is None else [self.model.class_id(name) for name in _names(classes)]
         ends = ends * 2 if ends and len(ends) == 1 else ends
         settings = _sampling(steps, solver, guidance, sampling)
-        size = fitting_batch(self.model, settings, "auto", World(device=self.device))
+        size = fitting_batch(self.model, settings, "auto", World(device=self.device), frames)
         watch = self._watch(settings, callback, math.ceil(frames / size))
         batches = interpolate(
             self.model, seeds=seeds, labels=ends, frames=frames, sampling=settings, batch_size=size, watch=watch

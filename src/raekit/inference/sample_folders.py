@@ -65,7 +65,7 @@ def generate_folder(
     every = _labels(labels, total)
     settings = _settings(model, seed, sampling)
     check_sampling(sampling, model.denoiser, labels is not None)
-    size = fitting_batch(model, sampling, batch_size, world)
+    size = fitting_batch(model, sampling, batch_size, world, total)
 
     def origin(index: int) -> dict[str, object]:
         return {"settings": settings, "sample": index, "class": labels[index % len(labels)] if labels else None}
