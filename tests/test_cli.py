@@ -238,6 +238,7 @@ def test_an_interrupt_is_130(run, monkeypatch):
         ("generate builtin:emoji --out OUT", "raekit.inference.sample_folders.generate_folder"),
         ("generate builtin:emoji --out OUT.npz", "raekit.inference.sample_folders.generate_npz"),
         ("reconstruct builtin:emoji x.png --out OUT", "raekit.inference.reconstruction_folders.reconstruct_folder"),
+        ("encode builtin:emoji x.png --out OUT", "raekit.inference.latents.encode_files"),
         ("latents cache builtin:emoji --out OUT", "raekit.inference.cache.cache_latents"),
         ("data pack emoji --size 32 --out OUT", "raekit.data.packing.pack"),
     ],

@@ -50,6 +50,7 @@ def test_a_trained_vae_is_a_latent_space_of_unit_scale(config, tmp_path):
     model = load_autoencoder(str(run))
     assert isinstance(model, Baseline)
     assert model.latent_shape == (2, 8, 8)
+    assert model.trained_on == config.data.source  # by which an evaluation finds the held-out images
     batch = next(iter(Loader(config.data, 0).once(64, ONE)))
     latents = model.encode(batch.pixels())
     assert abs(latents.mean()) < 0.3  # measured over the training images

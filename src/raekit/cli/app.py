@@ -20,11 +20,11 @@ def app(
     precision: Literal["fp32", "bf16"] = "fp32",
     device: Device | None = None,
 ) -> None:
-    """Open a page in the browser that generates, reconstructs and varies images.
+    """Serve a page for the browser that generates, reconstructs and varies images.
 
     Example: raekit app builtin:emoji
 
-    The page is served on this machine only. Ctrl-C ends it.
+    The command prints the address of the page, which is served on this machine only. Ctrl-C ends it.
 
     Args:
         model: Model to show: published name, builtin:NAME, model folder, run folder, or OWNER/NAME on the Hub.

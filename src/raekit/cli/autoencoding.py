@@ -80,13 +80,13 @@ def encode(
     Example: raekit encode builtin:emoji holidays --out latents
 
     The files also record the model and the paths of the images. `raekit.read_latents` reads them. In a folder, existing
-    shards are kept unless the model, an option or an image has changed. A folder with latents of other images is an
-    error.
+    shards are kept unless the model, an option or an image has changed, so the same command resumes after an
+    interruption. A folder with latents of other images is an error.
 
     Args:
         model: Autoencoder to use: published name, builtin:NAME, model folder, run folder, or OWNER/NAME on the Hub.
         paths: Image files, and folders to search for images.
-        out: A .safetensors file, or a folder for shards.
+        out: A .safetensors file for at most SHARD_SIZE images, or a folder for shards.
         fit: How to make an image square. crop: cut out the middle; pad: add white borders.
         precision: Precision that the model is loaded and computes in.
         batch_size: Number of images to process at once.
@@ -103,7 +103,7 @@ def encode(
     if single:
         check_file(out)
     with (
-        processes(device, "encode") as here,
+        processes(device, "encode", resumable=not single) as here,
         nullcontext() if single else lock(out, here),
         Display(console.err) as progress,
     ):

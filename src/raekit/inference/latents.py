@@ -74,8 +74,8 @@ def encode_files(
 ) -> tuple[int, list[str]]:
     """Write the whitened latents of image files.
 
-    An existing shard is kept if its images and the settings have not changed. Images may be added, but the latents of
-    images that are not given are never replaced.
+    An existing shard is kept if its images and the settings have not changed. Images may be added if the number of
+    shards stays the same, but the latents of images that are not given are never replaced.
 
     Args:
         autoencoder: the autoencoder whose encoder and latent statistics to use.

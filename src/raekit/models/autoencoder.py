@@ -194,5 +194,8 @@ def load_autoencoder(
     if "baseline" in found.config:
         config = from_dict(BaselineConfig, found.config, found.path / "config.json")
         own = found.path.parent / "vae"  # of a VAE that raekit trained; the path in the config may be out of date
-        return Baseline.load(replace(config, baseline=f"vae:{own}") if own.is_dir() else config, dtype, encoder_dtype)
+        here = replace(config, baseline=f"vae:{own}") if own.is_dir() else config
+        baseline = Baseline.load(here, dtype, encoder_dtype)
+        baseline.trained_on = found.trained_on
+        return baseline
     return Autoencoder.load(name, dtype, encoder_dtype)

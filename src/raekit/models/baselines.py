@@ -209,7 +209,16 @@ class Baseline(LatentSpace):
     def save(self, folder: str | Path, world: World | None = None, dtype: torch.dtype | None = None) -> None:
         """Write FOLDER/autoencoder. The artifact names the weights and does not contain them."""
         config = replace(self.config, baseline=absolute(self.config.baseline), weights=self.weights)
-        artifacts.write(Path(folder) / "autoencoder", "autoencoder", config, nn.Module(), world or World(), dtype=dtype)
+        target = Path(folder) / "autoencoder"
+        artifacts.write(
+            target,
+            "autoencoder",
+            config,
+            nn.Module(),
+            world or World(),
+            dtype=dtype,
+            trained_on=self.trained_on,
+        )
 
     @cached_property
     def weights(self) -> str | None:

@@ -23,12 +23,12 @@ class Condition(Protocol):
     def __call__(self, given: Tensor | None, count: int) -> Tensor:
         """Embed the condition of `count` images as one vector each, (count, width).
 
-        None gives the unconditional embedding, for CFG.
+        None means that no image has a condition.
         """
         ...
 
     def without(self, given: Tensor, dropped: Tensor) -> Tensor:
-        """Return `given` without the conditions of the images in the mask `dropped` (B,), for condition dropout."""
+        """Return `given` without the conditions of the images in the mask `dropped` (B,), for dropout and for CFG."""
         ...
 
 

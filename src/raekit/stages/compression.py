@@ -9,6 +9,7 @@ from torch import Tensor
 from raekit import randomness
 from raekit.config import Operation, configclass
 from raekit.data.loader import Batch, DataConfig, Loader
+from raekit.data.sources import absolute
 from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.evaluation.streaming import BATCH
@@ -111,7 +112,9 @@ def build(config: CompressionConfig, run: Path, world: World) -> Stage:
         with whole(folder / "vae", folder=True) as partial:
             vae.save_pretrained(partial)
         name = f"vae:{folder / 'vae'}"
-        Baseline(BaselineConfig(baseline=name, image_size=config.data.image_size), vae).save(folder)
+        trained = Baseline(BaselineConfig(baseline=name, image_size=config.data.image_size), vae)
+        trained.trained_on = absolute(config.data.address)
+        trained.save(folder)
 
     def loss_of(vae: Callable[[], VAE]) -> Callable[[Batch, int], Tensor]:
         return lambda batch, step: error(vae(), batch, step)[0]

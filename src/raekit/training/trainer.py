@@ -69,7 +69,7 @@ class TrainConfig:
         ema_warmup: Averages start with a small decay, min(decay, (1 + n) / (10 + n)) after n updates, so that the
             averages of a short training do not contain its initial weights. If off, the decay is constant, as
             published.
-        max_skipped: Training fails after this many steps in a row whose gradient is not finite.
+        max_skipped: Training fails if the gradient was not finite in at least this many steps up to a log record.
         shard: Number of processes that share one copy of weights, gradients, moments and averages. The copies are
             replicated over the other processes. 1 needs the most memory and the fewest messages.
         track: Trackers to send the config, values and pictures to: TensorBoard, Weights & Biases, trackio.
