@@ -19,6 +19,7 @@ from raekit.models.autoencoder import load_autoencoder
 from raekit.models.baselines import VAESize
 from raekit.models.denoiser_config import TransformerConfig
 from raekit.models.discriminator import DiscriminatorConfig
+from raekit.models.encoders import load_encoder
 from raekit.models.vit import ViTConfig
 from raekit.stages import generation
 from raekit.stages.alignment import AlignmentConfig
@@ -101,6 +102,18 @@ def test_conversion_between_images_and_noise(tiny_model):
     expected = there_and_back(torch.device("cpu"))
     with virtual_gpu():
         made = there_and_back(GPU)
+    torch.testing.assert_close(made, expected, rtol=0, atol=1e-4)
+
+
+def test_an_encoder_at_another_size_does_not_wait_for_its_positions():
+    encoder, images = load_encoder("builtin:vit-tiny", 32), torch.rand(1, 3, 32, 32)
+    expected = encoder(images)
+    with virtual_gpu() as waits:
+        encoder, remote = encoder.to(GPU), images.to(GPU)
+        before = waits()
+        made = encoder(remote)
+        assert waits() == before
+        made = made.cpu()
     torch.testing.assert_close(made, expected, rtol=0, atol=1e-4)
 
 

@@ -50,15 +50,19 @@ def _only_shapes() -> bool:
     return torch.empty(0).device.type == "meta"
 
 
-def sincos_positions(width: int, grid: tuple[int, int]) -> Tensor:
-    """Return the fixed 2-D position embedding (H*W, width).
+def sincos_positions(width: int, grid: tuple[int, int], device: torch.device | None = None) -> Tensor:
+    """Return the fixed 2-D position embedding (H*W, width), on torch's default device if none is given.
 
     The first half of the channels encodes the column, the second half the row (RAE v1).
     """
     if _only_shapes():
         return torch.empty(grid[0] * grid[1], width)
-    frequencies = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
+
+    def counted(count: int) -> Tensor:
+        return torch.arange(count, dtype=torch.float64, device=device)
+
+    frequencies = 10000.0 ** (-counted(width // 4) / (width // 4))
+    rows, columns = torch.meshgrid(*map(counted, grid), indexing="ij")
     angles = [p.flatten()[:, None] * frequencies for p in (columns, rows)]
     return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1).float()
 

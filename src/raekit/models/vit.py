@@ -79,7 +79,10 @@ class ViT(nn.Module):
         """Embed the patches (B, N, width) and add their positions, as the input of the first block."""
         size = self.config.patch_size
         grid = (pixels.shape[2] // size, pixels.shape[3] // size)
-        positions = self.get_buffer("positions") if grid == self.grid else sincos_positions(self.config.width, grid)
+        if grid == self.grid:
+            positions = self.get_buffer("positions")
+        else:
+            positions = sincos_positions(self.config.width, grid, pixels.device)  # a copy would wait for the GPU
         return self.embed(patchify(pixels, size)) + positions.to(pixels)
 
     def forward(self, pixels: Tensor, keep: Tensor | None = None) -> Tensor:

@@ -3,14 +3,15 @@
 Paper:  RAE v1, tables 1 and 15. A linear probe on the tokens of DINOv2-B, SigLIP2-B and MAE-B gives 84.5, 79.1 and
         68.0 %, and a DiT-XL on their latents reaches an FID of 4.81, 6.69 and 16.14. MAE-B reconstructs best: rFID
         0.16, 0.49 for DINOv2-B and 0.53 for SigLIP2-B. "What matters for representation alignment" (arXiv 2512.10794)
-        finds over 27 encoders that the spatial structure of the tokens goes with the FID (|r| > 0.85), and the accuracy
-        of a linear probe hardly does (|r| = 0.26). There the encoder is the target of REPA, not the latent space.
+        finds over 27 encoders that the FID correlates with the spatial structure of the tokens (|r| > 0.85), and hardly
+        with the accuracy of a linear probe (|r| = 0.26). There the encoder is the target of REPA, not the latent space.
 Here:   The built-in emoji at 32 x 32 pixels, as 4 x 4 tokens of 192 channels. The encoders have one architecture:
         random weights, masked autoencoders (MAE) that are trained here, and the built-in encoder, which was distilled
         from a ViT-S/14. Early and middle blocks of the built-in encoder give more latents. For each encoder: accuracy
         of a linear probe on the mean token, the spatial structure of the whitened tokens (how much more similar
         neighbours are than tokens at least 4 steps apart), the reconstructions of held-out images by a small decoder,
-        and the images of a small DiT. Decoders and DiTs have one size and one number of steps. The built-in
+        iFID (arXiv 2603.05630: decoded latents halfway between a held-out image and a similar training image), and the
+        images of a small DiT. Decoders and DiTs have one size and one number of steps. The built-in
         classifier, which took part in no training, judges the images. Seeds are seeds of the DiT.
         Three encoders are added if the folder of a ViT-S/14 (vit-s14-focus, which is not part of raekit), or a link to
         it, is in the folder of the study under this name: this network itself, which runs at 56 pixels and gives tokens
