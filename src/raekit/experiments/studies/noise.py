@@ -10,7 +10,7 @@ Here:   The built-in emoji at 32 x 32 pixels, as 4 x 4 tokens of the built-in en
         early (after 500 steps) and late (8,000) in its training. iFID (arXiv 2603.05630) judges a decoder without a
         denoiser, by latents halfway between a held-out image and a similar training image. The built-in classifier,
         which took part in no training, judges the decoded images. The encoder, at 32 pixels, is a second judge.
-Cost:   about 8 minutes on one core of an Intel Xeon with AVX-512
+Cost:   about 41 minutes on one core of an AMD EPYC with AVX-512
 """
 
 import math
