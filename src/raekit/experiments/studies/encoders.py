@@ -17,7 +17,7 @@ Here:   The built-in emoji at 32 x 32 pixels, as 4 x 4 tokens of 192 channels. T
         it, is in the folder of the study under this name: this network itself, which runs at 56 pixels and gives tokens
         of 384 channels, and two encoders that are distilled from it here, with all patches visible and with 60 % of
         them hidden.
-Cost:   about 40 minutes on one core of an Intel Xeon with AVX-512
+Cost:   about 95 minutes on one core of an AMD EPYC with AVX-512
 """
 
 import math
@@ -385,13 +385,16 @@ def _scatter(results: Sequence[Result], measure: str) -> Callable[[Any], None]:
     """Return a function that draws the distance of each encoder against a measure."""
 
     def draw(figure: Any) -> None:
-        axes = figure.add_subplot(xlabel=MEASURES[measure], ylabel="Frechet distance of generated images", yscale="log")
+        scales = {"xscale": "log" if measure == "ifid" else "linear", "yscale": "log"}
+        axes = figure.add_subplot(xlabel=MEASURES[measure], ylabel="Frechet distance of generated images", **scales)
         for place, (name, label) in enumerate(_encoders(results).items()):
             distances = _values(results, name, "distance")
             x = _values(results, name, measure)
             style = {"color": f"C{place}", "marker": _MARKERS[place]}
             draw_seeds(axes, x[:1], [distances], mean=geometric, linestyle="", label=label, **style)
-        plain_numbers(axes.yaxis)
+        for axis in (axes.xaxis, axes.yaxis):
+            if axis.get_scale() == "log":
+                plain_numbers(axis)
         count = len(results) // len(_encoders(results))
         title = f"mean of {count} seeds, 95 % interval;\nsmall: each seed"
         figure.legend(loc="outside right center", fontsize=7, title=title, title_fontsize=7)
