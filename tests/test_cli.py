@@ -578,11 +578,11 @@ def test_a_printed_recipe_trains_as_a_file(run, images, tmp_path, monkeypatch):
     assert run("train", "mine.py", *tiny(images, train__steps=1)).out == "artifact: runs/mine/artifact\n"
     derived = "\nclass Mine(RepresentationConfig): ...\nbase = config()\ndef config():\n    return Mine(**vars(base))"
     for text, words in (
-        ("import nowhere", ["mine.py: the recipe failed in line 1", "nowhere"]),
-        ("x = (", ["mine.py: the recipe failed", "SyntaxError"]),
+        ("import nowhere", ["mine.py: the code failed in line 1", "nowhere"]),
+        ("x = (", ["mine.py: the code failed", "SyntaxError"]),
         ("def config():\n    return 3", ["mine.py: config() must return the config of a stage, not int"]),
         (f"{done.out}{derived}", ["config() must return the config of a stage, not Mine"]),
-        ("y = 1", ["mine.py: the recipe failed", "config"]),
+        ("y = 1", ["mine.py: has no function config()"]),
         (
             done.out.replace("ema=(0.998,)", "ema=(0.998)"),
             ["error: mine.py: RepresentationConfig.ema: Input should be a valid tuple"],
@@ -596,6 +596,30 @@ def test_a_printed_recipe_trains_as_a_file(run, images, tmp_path, monkeypatch):
         assert_fails(run("train", "mine.py"), *words)
     assert_fails(run("train", "other.py"), "other.py: no such file; `raekit recipes NAME > other.py`")
     assert_fails(run("recipes", "emoji"), "recipe 'emoji': no such recipe")
+
+
+def test_commands_load_encoders_that_a_file_registers(run, images, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for known, name in ((registry.REGISTRY, "my-encoder"), (registry.FAMILIES, "mine")):
+        monkeypatch.setitem(known, name, None)  # so that it is forgotten after the test
+        del known[name]
+    guide = Path(__file__).parent.parent / "docs/guides/own-loop.md"
+    *_, code, weights = re.findall(r"```python\n(.*?)```", guide.read_text(), re.DOTALL)
+    Path("mine.py").write_text(code)
+    exec(f"{code}\n{weights}", {"__name__": "guide"})
+    del registry.REGISTRY["my-encoder"]
+    probe = ("probe", "my-encoder", "--source", images)
+    assert_fails(run(*probe), "my-encoder", "set RAEKIT_IMPORT to its FILE.py")
+    monkeypatch.setenv("RAEKIT_IMPORT", "mine.py")
+    assert run(*probe).code == 0
+    assert "my-encoder" in run("models", "--encoders").out
+    Path("mine.py").write_text("\n1 / 0")
+    assert_fails(run(*probe), "RAEKIT_IMPORT: mine.py: the code failed in line 2 (ZeroDivisionError")
+    monkeypatch.setenv("RAEKIT_IMPORT", "mine")
+    assert_fails(run(*probe), "RAEKIT_IMPORT: mine: must be a Python file")
+    monkeypatch.setenv("RAEKIT_IMPORT", f"mine.py{os.pathsep}other.py")
+    Path("mine.py").write_text("")
+    assert_fails(run(*probe), "RAEKIT_IMPORT: other.py: no such file")
 
 
 def test_a_recipe_file_may_register_encoders(run, tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ from raekit.cli.generation import generate, interpolate, trajectory
 from raekit.cli.latents import latents_cache, latents_generate, latents_measure
 from raekit.cli.training import demo, recipes, report, study, train
 from raekit.errors import Stopped, UserError, did_you_mean
+from raekit.extensions import run_extensions
 from raekit.training.signals import keyboard_interrupts, stop_signals
 
 GROUPS: dict[str, dict[str, Callable[..., None]]] = {
@@ -100,8 +101,10 @@ def _run(arguments: list[str]) -> None:
     console.check_filled(rest)
     if command is train:
         with stop_signals():  # also while torch is imported
+            run_extensions()
             train(rest)
     else:
+        run_extensions()
         command.__doc__ = console.joined(command.__doc__ or "")
         console.check_lists(_lists(command), rest)
         _name_positionals(command)

@@ -204,7 +204,7 @@ def load_encoder(
             raise UserError(
                 f"encoder {error}{'' if str(error).endswith('?') else '.'} Any checkpoint of a known family is "
                 f"FAMILY:WHERE; WHERE is a folder or OWNER/NAME on the Hub, FAMILY one of {', '.join(FAMILIES)}. A "
-                "name that your own code registers is known only in Python, after that code has run"
+                "name that your own code registers is known after that code has run: set RAEKIT_IMPORT to its FILE.py"
             ) from None
         found = artifacts.find(name, "encoder")
         path, config = found.path, from_dict(ViTConfig, found.config, found.path / "config.json")

@@ -4,11 +4,8 @@ To make a variant of a recipe, apply `dataclasses.replace` to its `config()`.
 """
 
 import importlib
-import importlib.util
 import pkgutil
 import re
-import sys
-import traceback
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -17,6 +14,7 @@ from typing import Any
 from raekit.config import from_dict, to_dict
 from raekit.distributed import World, plain_tensors, world
 from raekit.errors import UserError, did_you_mean
+from raekit.extensions import failed, run_file
 from raekit.inference.cache import cache_latents
 from raekit.models.autoencoder import load_autoencoder
 from raekit.progress import Progress, silent
@@ -97,7 +95,7 @@ def find(name: str) -> Recipe:
 
     Args:
         name: Name of a recipe of this package, or the path of a Python file (.py) with a function `config()` that
-            returns the config of a stage. The file is run, and may register encoders (`raekit.models.registry`).
+            returns the config of a stage. The file is run.
 
     Raises:
         UserError: If there is no such recipe (the message lists all recipes), or if the file fails.
@@ -116,19 +114,13 @@ def find(name: str) -> Recipe:
 def _from_file(path: Path) -> Recipe:
     if not path.is_file():
         raise UserError(f"{path}: no such file; `raekit recipes NAME > {path.name}` writes one to start from")
-    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
-    assert spec
-    assert spec.loader
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    module = run_file(path)
+    if not callable(getattr(module, "config", None)):
+        raise UserError(f"{path}: has no function config(), which every recipe needs")
     try:
-        spec.loader.exec_module(module)
         config = module.config()
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
     except Exception as error:  # of any code that a user writes
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == spec.origin]
-        line = f" in line {lines[-1]}" if lines else ""
-        raise UserError(f"{path}: the recipe failed{line} ({type(error).__name__}: {error})") from error
+        raise failed(path, error) from error
     if type(config) not in STAGES.values():
         raise UserError(f"{path}: config() must return the config of a stage, not {type(config).__name__}")
     return Recipe(path.stem, module.__doc__ or str(path), config, path)
