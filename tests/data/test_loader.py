@@ -200,6 +200,14 @@ def test_one_pass_has_every_image_exactly_once_over_all_ranks(folder, share, siz
         assert pixels == np.asarray(center_crop(image, 8)).transpose(2, 0, 1).tobytes()
 
 
+@given(most=st.integers(1, N + 3), size=st.integers(1, 3))
+def test_one_pass_may_read_images_spread_evenly(folder, most, size):
+    data = loader(folder)
+    read = [i for rank in range(size) for b in data.once(2, World(rank=rank, size=size), most) for i in b.positions]
+    assert sorted(read) == [*range(0, N, -(-N // most))]
+    assert len(read) <= most
+
+
 @forks
 def test_one_pass_is_in_order_with_a_short_last_batch_and_the_same_with_workers(folder):
     expected = list(loader(folder).once(4, ONE))

@@ -195,6 +195,9 @@ def test_ten_neighbours_predict_a_class_and_pixels_are_around_zero(config, monke
     monkeypatch.setattr("raekit.stages.representation.NearestNeighbours", neighbours)
     assert class_accuracy(Pixels(), config.data, ONE) == {"knn_accuracy_pixels": 1.0}
     assert voters == [10]
+    monkeypatch.setattr("raekit.stages.representation.MOST", 3)
+    class_accuracy(Pixels(), config.data, ONE)
+    assert voters == [10, 3]  # a neighbour for each image that is read
     assert torch.equal(Pixels()(torch.full((2, 3, 32, 32), 0.5)), torch.zeros(2, 3 * 16**2))
 
 

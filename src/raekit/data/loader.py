@@ -1,6 +1,7 @@
 """Load batches of images, in an order that depends only on the seed and the number of images seen."""
 
 import logging
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
@@ -160,7 +161,7 @@ class Loader:
         reader = _Reader(self.source, self.config, self.seed, attempts=self._tolerated + 1)
         return self._batches(reader, stream_shares(start, batch_size, world), world)
 
-    def once(self, batch_size: int, world: World) -> Iterator[Batch]:
+    def once(self, batch_size: int, world: World, most: int | None = None) -> Iterator[Batch]:
         """Yield centre-cropped batches of a single pass over the source, in its order.
 
         Ranks take turns, so that together they read every readable image exactly once. The last batch may be shorter.
@@ -168,13 +169,15 @@ class Loader:
         Args:
             batch_size: the size of a batch on one rank.
             world: the processes that share the pass.
+            most: read at most so many images, spread evenly over the source. None reads all.
 
         Raises:
             UserError: the batch size is not positive, or too many images are unreadable.
         """
         whole_number("batch_size", batch_size, 1)
-        firsts = range(world.rank * batch_size, len(self), world.size * batch_size)
-        batches = self.read((range(first, min(first + batch_size, len(self))) for first in firsts), world)
+        read = range(0, len(self), math.ceil(len(self) / most) if most else 1)
+        firsts = range(world.rank * batch_size, len(read), world.size * batch_size)
+        batches = self.read((read[first : first + batch_size] for first in firsts), world)
         return (batch for batch in batches if len(batch))
 
     def read(

@@ -37,6 +37,8 @@ TARGET_VARIANCE_EPS = 1e-2
 
 SCORED: tuple[Split, Split] = ("train", "heldout")
 """The splits on which the class accuracy is measured: the neighbours, and the images whose classes they predict."""
+MOST = 50_000
+"""The most images of a split that the class accuracy reads, as many as ImageNet's validation images."""
 
 
 @configclass
@@ -85,8 +87,8 @@ class RepresentationConfig:
         ema: Decays of the weight averages. The artifact holds the average of the first decay.
         score_every: Number of steps between two measurements of the class accuracy, the share of held-out images whose
             nearest training images have the same class. An image is compared by the mean of its tokens. For
-            comparison, the accuracy is also measured with random weights, and with the pixels of small images. Data
-            without classes is not measured.
+            comparison, the accuracy is also measured with random weights, and with the pixels of small images. At most
+            50,000 images of each split are read, spread evenly over it. Data without classes is not measured.
     """
 
     stage: Literal["representation"] = "representation"
@@ -284,7 +286,7 @@ def class_accuracy(network: FeatureNetwork, data: DataConfig, world: World) -> d
         The fraction of correct predictions in the features of `network`, as `knn_accuracy_NAME`.
     """
     train, heldout = (Loader(replace(data, split=split), seed=0) for split in SCORED)
-    bank, labels = feature_bank(images_of(train.once(BATCH, world), world), network, world)
+    bank, labels = feature_bank(images_of(train.once(BATCH, world, MOST), world), network, world)
     neighbours = NearestNeighbours(network, bank, labels, min(10, len(bank)))
-    scores = score_stream(images_of(heldout.once(BATCH, world), world), [neighbours], world)
+    scores = score_stream(images_of(heldout.once(BATCH, world, MOST), world), [neighbours], world)
     return {name: value for name, value in scores.items() if name.startswith("knn_accuracy")}
