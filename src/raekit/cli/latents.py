@@ -173,7 +173,8 @@ def latents_generate(
     Args:
         model: Model to sample from: published name, builtin:NAME, model folder, run folder, or OWNER/NAME on the Hub.
         out: Output file (.safetensors) for `unwhitened` of shape (COUNT, C, H, W).
-        count: Number of latents over all classes.
+        count: Number of latents over all classes. They are held in memory until the end: 1.5 GiB for 1,000 latents of
+            DINOv2-B at 256 pixels.
         seed: Seed of the noise. Latent i depends only on the seed, i and its class.
         ema: EMA decay of the weights to use, one of the recipe's `ema` values. None: the first of them.
         batch_size: Number of latents to generate at once.
