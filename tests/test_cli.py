@@ -1516,6 +1516,20 @@ def test_latents_of_other_images_are_not_replaced(run, tiny_model, tmp_path, mon
     assert [Path(name).name for name in shard.info.images] == ["0.png", "1.png"]
 
 
+def test_latents_change_with_the_fit_and_the_model(run, tiny_model, tmp_path):
+    path = picture(tmp_path / "x.png", 0)
+    other = Autoencoder.load(str(tiny_model))
+    other.set_statistics(torch.full((16, 4, 4), 0.2), torch.full((16, 4, 4), 2.0))
+    other.save(tmp_path / "other")
+    for model, fit in ((tiny_model, "crop"), (tiny_model, "pad"), (tmp_path / "other", "pad")):
+        assert run("encode", model, path, "--out", tmp_path / "latents", "--fit", fit).code == 0
+        (shard,) = raekit.read_latents(tmp_path / "latents")
+        image = from_pil(read_image(path, 16, fit))  # type: ignore[arg-type]
+        expected = Autoencoder.load(str(model)).encode(image[None])
+        assert torch.allclose(shard.latents, expected, atol=1e-5)
+        assert shard.info.fit == fit
+
+
 def test_one_file_of_latents(run, tiny_model, tmp_path):
     paths = [picture(tmp_path / f"{i}.png", i) for i in range(3)]
     (tmp_path / "bad.png").write_text("bad")

@@ -14,13 +14,14 @@ from raekit.distributed.sharding import full_state
 from raekit.errors import UserError
 from raekit.models.augment import AugmentConfig, augment
 from raekit.models.autoencoder import Autoencoder
-from raekit.models.discriminator import DiscriminatorConfig
+from raekit.models.discriminator import DiscriminatorConfig, discriminator_loss
 from raekit.models.encoders import Encoder, load_encoder
 from raekit.models.layers import to_grid
 from raekit.models.perceptual import load_perceptual
 from raekit.models.registry import LayersConfig
+from raekit.pictures import quantize
 from raekit.progress import silent
-from raekit.stages.decoder_losses import AdversarialConfig, Encoded, PerceptualConfig, noise_scales, noisy
+from raekit.stages.decoder_losses import AdversarialConfig, Encoded, Losses, PerceptualConfig, noise_scales, noisy
 from raekit.stages.reconstruction import DecoderSize, ReconstructionConfig, build
 from raekit.stages.stage import Stage
 from raekit.training.objective import Objective
@@ -78,15 +79,15 @@ def test_noise_scales_follow_their_laws():
         assert torch.equal(noise_scales(0.8, law, 0, positions[7:9], CPU), scales[7:9])  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("tau", [0.0, 0.8])
-def test_the_loss_is_the_distance_of_pixels_decoded_from_noisy_tokens(config, tmp_path, tau):
-    config = replace(config, noise=tau)
+@pytest.mark.parametrize(("tau", "law"), [(0.0, "half-normal"), (0.8, "half-normal"), (0.8, "uniform")])
+def test_the_loss_is_the_distance_of_pixels_decoded_from_noisy_tokens(config, tmp_path, tau, law):
+    config = replace(config, noise=tau, noise_law=law)
     made = stage(config, tmp_path)
     objective = made.objectives[0]
     batch = first_batch(config)
     encoder = load_encoder(config.encoder)
     tokens = to_grid(encoder(batch.pixels()), (4, 4))
-    scales = noise_scales(tau, "half-normal", 5, batch.positions, CPU)
+    scales = noise_scales(tau, law, 5, batch.positions, CPU)
     noise = randomness.normal(5, "noise", batch.positions, (16, 4, 4))
     decoded = objective.module(tokens + scales.view(-1, 1, 1, 1) * noise) * encoder.std + encoder.mean
     expected = (decoded - batch.pixels()).abs().mean()
@@ -96,6 +97,13 @@ def test_the_loss_is_the_distance_of_pixels_decoded_from_noisy_tokens(config, tm
     assert metrics == {"l1": loss}
     parts = [objective.loss(part, 3)[0].item() for part in encoded.split(2)]
     assert sum(parts) / 3 == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_a_heldout_loss_has_the_noise_of_the_training(config, tmp_path):
+    batch = first_encoded(stage(config, tmp_path))
+    model = Autoencoder.load(config.encoder)
+    losses = Losses(config, model, 5, ONE)
+    assert losses.reconstruction(model.decoder, batch, 0).item() == pytest.approx(losses.decoder(batch, 0)[0].item())
 
 
 def test_only_the_decoder_is_trained(config, tmp_path):
@@ -306,6 +314,24 @@ def test_the_discriminator_tells_images_from_reconstructions_of_8_bits(adversari
     loss.backward()
     assert all(p.grad is not None for p in heads.parameters())
     assert all(p.grad is None for p in decoder.module.parameters())
+
+
+def test_loss_augmentation_and_limit_are_as_configured(adversarial, tmp_path):
+    """None of them has its default here."""
+    settings = replace(adversarial.adversarial, loss="softplus", augment=AugmentConfig(prob=0.0), max_weight=1e-3)
+    made = stage(replace(adversarial, noise=0.0, adversarial=settings), tmp_path)
+    decoder, discriminator = parts(made)
+    batch = first_encoded(made)
+    heads = discriminator.module.eval()
+    encoder = load_encoder(adversarial.encoder)
+    with torch.no_grad():
+        decoded = decoder.module(batch.latents) * encoder.std + encoder.mean
+        real, fake = heads(batch.images), heads(quantize(decoded))
+    loss, _ = discriminator.loss(batch, 2)
+    assert loss.item() == pytest.approx(discriminator_loss(real, fake, "softplus").item(), rel=1e-5)
+    _, metrics = decoder.loss(batch, 2)
+    assert metrics["gan"].item() == pytest.approx(-heads(decoded).mean().item(), rel=1e-4, abs=1e-6)
+    assert metrics["adaptive_weight"].item() == pytest.approx(1e-3)
 
 
 @pytest.mark.parametrize(("schedule", "last"), [("published", 1e-3 - 0.9e-3 / 4), ("common", 1e-3 - 0.9e-3 * 3 / 4)])

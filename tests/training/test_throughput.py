@@ -36,7 +36,20 @@ def test_a_record_has_speed_flops_and_the_time_left(monkeypatch):
         now[0] += 10
     steps(5, 0.0)
     record = speed.record(20, 40)
-    assert (record["step_seconds"], record["data_wait"], record["seconds_left"]) == (2.0, 0.0, 60.0)
+    names = ("step_seconds", "data_wait", "tflops", "seconds_left")
+    assert [record[name] for name in names] == [2.0, 0.0, 0.25, 60.0]
+
+
+def test_a_record_covers_all_processes(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(World, "gather", lambda world, own: [own, (3.0, 1e6)])  # the other waits, and needs more
+    speed = Speed(0, 8, World(size=2), Peak(1e12, stated=True))
+    speed.add(2e12)
+    now[0] = 4.0
+    record = speed.record(1, 2)
+    assert (record["images_per_second"], record["tflops"], record["mfu"]) == (2.0, 0.25, 0.25)
+    assert (record["data_wait"], record["peak_memory_gib"]) == (0.75, 1e6)
 
 
 def test_a_share_of_a_measured_rate_is_not_called_mfu():
@@ -50,6 +63,12 @@ def test_an_unknown_device_is_measured_once():
     assert not peak.stated
     assert 1e8 < peak.flops < 1e15
     assert peak_of(CPU, "fp32") is peak
+
+
+def test_the_fastest_product_is_the_measured_rate(monkeypatch):
+    now = iter([0.0, 1.0, 1.0, 1.25, 2.0, 5.0, 5.0, 6.0, 6.0, 7.0])  # the start and the end of each product
+    monkeypatch.setattr(time, "perf_counter", lambda: next(now))
+    assert peak_of.__wrapped__(CPU, "fp32").flops == 2 * 768**3 / 0.25
 
 
 def test_attention_on_a_cpu_is_counted():

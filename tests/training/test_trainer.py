@@ -34,6 +34,7 @@ from raekit.training.casting import CastWeights
 from raekit.training.objective import Objective, Periodic
 from raekit.training.optim import OptimConfig, learning_rate
 from raekit.training.signals import SIGNALS, keyboard_interrupts, stop_signals
+from raekit.training.throughput import Speed, flop_counter
 from raekit.training.tracking import read_metrics
 from raekit.training.trainer import TrainConfig, Trainer
 
@@ -902,6 +903,21 @@ def test_two_objectives_train_as_by_hand(pair_alone):
             torch.testing.assert_close(pair_alone[1][f"{name} {key}"], tensor.detach(), rtol=1e-5, atol=1e-6)
 
 
+def test_the_flops_of_a_step_are_those_of_the_objectives_that_train_in_it(tmp_path, monkeypatch):
+    counted: list[float] = []
+    monkeypatch.setattr(Speed, "add", lambda speed, flops: counted.append(flops))
+    pair_trainer(tmp_path, config=replace(CONFIG, micro_batch=2)).fit()
+
+    def flops(step: int) -> int:
+        with flop_counter() as counter:
+            for one in pair():
+                if step >= one.start:
+                    one.loss(next(rows(ONE, 0)), step)[0].backward()
+        return counter.get_total_flops()
+
+    assert counted == [flops(0)] * START + [flops(START)] * (8 - START)
+
+
 def test_an_objective_is_untouched_before_its_start(tmp_path):
     """Neither the checkpoints nor the gradients of the other objective's loss change it."""
     generator, discriminator = pair()
@@ -1067,6 +1083,8 @@ def test_the_count_of_skipped_steps_survives_a_restart(tmp_path):
 
 # Two processes
 
+BETWEEN = replace(CONFIG, checkpoint_every=4, log_every=5)  # with a checkpoint between two records
+
 
 def in_two(world: World, folder: Path) -> dict[str, Any]:
     """Run everything that the tests of two processes need, so that the processes start only once."""
@@ -1084,6 +1102,7 @@ def in_two(world: World, folder: Path) -> dict[str, Any]:
     resumed = trainer(folder / "from one", world)
     found["from one"] = resumed.step, fit(resumed), state(resumed)
     trainer(folder / "for one", world, replace(CONFIG, steps=4)).fit()
+    trainer(folder / "between records", world, BETWEEN).fit()
 
     def evaluate(step: int) -> dict[str, float]:
         """Run the average and the module forward, without a backward pass."""
@@ -1178,6 +1197,14 @@ def test_one_process_goes_on_from_the_checkpoint_of_two(two, alone):
     assert trained.step == 4
     assert fit(trained) == pytest.approx(alone[0][4:], rel=1e-5)
     assert_close(state(trained), alone[1])
+
+
+def test_a_record_of_one_process_covers_the_earlier_steps_of_two(two, alone):
+    run = two[0] / "between records"
+    shutil.rmtree(run / "checkpoints" / "step-00000008")
+    trainer(run, config=BETWEEN).fit()
+    first = read_metrics(run)[0]
+    assert (first["step"], first["net/loss"]) == (5, pytest.approx(sum(alone[0][:5]) / 5, rel=1e-5))
 
 
 def test_evaluation_between_steps_disturbs_no_average(tmp_path, two, alone):
@@ -1292,7 +1319,9 @@ def test_a_new_training_needs_space_for_its_checkpoints(tmp_path, monkeypatch, m
     monkeypatch.setattr("raekit.training.trainer.check_space", lambda path, size, remedy: needed.append(size))
     net = nn.Linear(6, 30_000)
     optim = replace(OPTIM, method=method)
-    one = Objective(name="net", module=net, loss=lambda batch, step: (net(batch.values).mean(), {}), optim=optim)
+    one = Objective(
+        name="net", module=net, loss=lambda batch, step: (net(batch.values).mean(), {}), optim=optim, ema=(0.9, 0.5)
+    )
     parts = trainer(tmp_path, config=replace(CONFIG, steps=1), one=one)
     fit(parts)
     newest = checkpoint.checkpoints(tmp_path / "checkpoints")[-1]
