@@ -20,7 +20,7 @@ import torch
 
 import raekit
 from raekit.experiments.studies.engine import waves
-from raekit.experiments.studies.engine.drawing import draw_pairs, draw_seeds
+from raekit.experiments.studies.engine.drawing import draw_pairs, draw_seeds, plain_numbers
 from raekit.experiments.studies.engine.plan import Claim, Result, Run, Settings, Values, geometric, within
 from raekit.experiments.studies.engine.training import small_dit
 from raekit.experiments.studies.engine.waves import draw_numbers, write_images
@@ -197,14 +197,14 @@ def _growth(distances: Distances) -> Claim:
 
     def draw(figure: Any) -> None:
         axes = figure.add_subplot(
-            xlabel="token dimension n", ylabel="distance of DiT over distance of DiT^DH", xscale="log"
+            xlabel="token dimension n", ylabel="distance of DiT over distance of DiT^DH", xscale="log", yscale="log"
         )
         label = f"mean of {len(factors[largest])} seeds, 95 % interval"
         draw_seeds(axes, list(factors), list(factors.values()), mean=geometric, label=label)
         axes.axhline(1, color="black", linewidth=1, label="no difference")
         axes.set_xticks(list(factors), list(map(str, factors)))
-        axes.minorticks_off()
-        axes.set_ylim(bottom=0)
+        axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
+        plain_numbers(axes.yaxis)
         axes.legend()
 
     return Claim(
