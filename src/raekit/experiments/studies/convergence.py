@@ -25,7 +25,7 @@ from raekit.distributed import World
 from raekit.evaluation.evaluate import evaluate
 from raekit.experiments.studies.engine.drawing import draw_seeds, plain_numbers
 from raekit.experiments.studies.engine.execution import train_shared
-from raekit.experiments.studies.engine.judging import CLASSIFIER, measure_real, reconstruction, reference
+from raekit.experiments.studies.engine.judging import CLASSIFIER, JUDGE, measure_real, reconstruction, reference
 from raekit.experiments.studies.engine.plan import (
     Claim,
     Result,
@@ -56,8 +56,6 @@ STEPS = 4000
 PARTS = (32, 16, 8, 4, 2, 1)
 """The denoiser is judged after these parts of the steps."""
 DECODER_STEPS, VAE_STEPS = 1500, 6000
-JUDGE = "emoji_classifier"
-"""The name of the classifier's features in a report."""
 SHIFT_BASE = 256
 """Dimension of the VAE's latents, whose schedule is not shifted."""
 

@@ -39,7 +39,7 @@ from raekit.evaluation.evaluate import evaluate
 from raekit.evaluation.probe import linear_probe, untrained
 from raekit.experiments.studies.engine.drawing import draw_seeds, error_bars, plain_numbers
 from raekit.experiments.studies.engine.execution import train_shared
-from raekit.experiments.studies.engine.judging import CLASSIFIER, measure_real, reference
+from raekit.experiments.studies.engine.judging import CLASSIFIER, JUDGE, measure_real, reference
 from raekit.experiments.studies.engine.latents import encode
 from raekit.experiments.studies.engine.plan import (
     Claim,
@@ -119,8 +119,6 @@ STUDENTS = {
     "student-masked": Latents("distilled here, 60 % hidden", "student-masked"),
 }
 """Latents of the encoders that are distilled from the added encoder."""
-JUDGE = "emoji_classifier"
-"""The name of the features of the network that judges."""
 SEEDS = (0, 1, 2)
 SAMPLES = 540
 EVALUATIONS = 15

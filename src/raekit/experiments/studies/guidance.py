@@ -24,7 +24,7 @@ from raekit.distributed import World
 from raekit.evaluation.evaluate import evaluate
 from raekit.experiments.studies.engine.drawing import draw_seeds, error_bars
 from raekit.experiments.studies.engine.execution import train_shared
-from raekit.experiments.studies.engine.judging import CLASSIFIER, measure_real, reference
+from raekit.experiments.studies.engine.judging import CLASSIFIER, JUDGE, measure_real, reference
 from raekit.experiments.studies.engine.plan import (
     Claim,
     Estimate,
@@ -44,8 +44,6 @@ from raekit.models.denoiser import Denoiser
 from raekit.progress import Progress
 from raekit.recipes import cache
 
-JUDGE = "emoji_classifier"
-"""The name of the features of the network that judges."""
 UNGUIDED = "none"
 SMALL, LARGE = 1.5, 2.5
 """The scales. The small scale is the published default of AutoGuidance."""

@@ -28,7 +28,7 @@ from raekit.evaluation.features import Images
 from raekit.evaluation.streaming import BATCH
 from raekit.experiments.studies.engine.drawing import draw_seeds
 from raekit.experiments.studies.engine.execution import train_shared
-from raekit.experiments.studies.engine.judging import CLASSIFIER, distances, measure_real, reconstruction
+from raekit.experiments.studies.engine.judging import CLASSIFIER, JUDGE, distances, measure_real, reconstruction
 from raekit.experiments.studies.engine.latents import generate
 from raekit.experiments.studies.engine.plan import (
     Claim,
@@ -57,8 +57,6 @@ NONE: Noise = ("half-normal", 0.0)
 DECISIVE: Noise = ("half-normal", 0.4)
 """The noise by which the claims are decided, chosen before any result."""
 NOISES = (NONE, ("half-normal", 0.2), DECISIVE, ("half-normal", 0.8), ("uniform", 0.4), ("uniform", 0.8))
-JUDGE = "emoji_classifier"
-"""The name of the classifier's features in a report."""
 ENCODER = f"builtin:vit-tiny@{SIDE}"
 JUDGES = {CLASSIFIER: "classifier", ENCODER: "encoder"}
 """The networks that judge, and what the figures call them."""

@@ -19,6 +19,8 @@ from raekit.progress import Progress
 
 CLASSIFIER = "classifier:builtin:emoji"
 """The judge that decides."""
+JUDGE = "emoji_classifier"
+"""The name of its features in a report."""
 
 
 def reference(folder: Path) -> Path:
