@@ -2,11 +2,13 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import raekit
 from raekit import artifacts
 from raekit.distributed import World
 from raekit.errors import UserError
@@ -87,9 +89,22 @@ def test_an_artifact_of_another_kind_is_not_loaded(tiny_model):
 def test_weights_are_not_stored_in_a_type_that_ruins_them(tiny_model, tmp_path, dtype):
     pipe = Pipeline.from_pretrained(tiny_model)
     for save in (pipe.save_pretrained, pipe.autoencoder.save, Denoiser.load(str(tiny_model)).save):
-        with pytest.raises(UserError, match=r"dtype: .* is no type that weights are stored in; give one of torch\.f"):
+        with pytest.raises(UserError, match=r"dtype: .* is none of None, torch\.f"):
             save(tmp_path, dtype=dtype)
     assert not any(tmp_path.iterdir())
+
+
+def test_a_value_of_a_wrong_type_is_one_clear_error(tiny_model):
+    for wrong in ([0.5], {}, "0.5", np.zeros(3)):
+        with pytest.raises(UserError, match=r"^ema: .* must be a number$"):
+            raekit.load(tiny_model, ema=wrong)
+    with pytest.raises(UserError, match=r"^dtype: .* is none of torch\.float32, torch\.bfloat16$"):
+        raekit.load(tiny_model, dtype=np.zeros(3))
+    with pytest.raises(UserError, match=r"^solver: array\(.* is none of euler"):
+        raekit.Sampling(solver=np.zeros(3))
+    for listed in (raekit.list_models, raekit.list_encoders):
+        with pytest.raises(UserError, match=r"^pattern: 3 must be a text$"):
+            listed(3)
 
 
 def test_half_precision_is_for_the_weights_and_not_for_the_statistics(tiny_model, tmp_path):

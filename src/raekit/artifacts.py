@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from raekit import hub
 from raekit.config import read_json, to_dict, to_json
 from raekit.distributed import World
-from raekit.errors import UserError
+from raekit.errors import UserError, check_choice, real_number
 from raekit.files import whole
 from raekit.hub import find_folder
 from raekit.weights import check_statistics, read_weights
@@ -66,8 +66,9 @@ def find(name: str | Path, kind: str, ema: float | None = None) -> Artifact:
 
     Raises:
         MissingArtifact: the model has no such artifact. The message says where it was looked for.
-        UserError: there is no such model, or its config is damaged.
+        UserError: there is no such model, its config is damaged, or `ema` is not a number.
     """
+    ema = None if ema is None else real_number("ema", ema)
     folder = find_folder(name, kind)
     known = _places(folder, kind)
     if not known and (made := hub.published().converted(folder)):
@@ -153,9 +154,7 @@ def write(
     Raises:
         UserError: the weights cannot be stored in `dtype`, or the artifact cannot be written.
     """
-    if dtype not in (None, *STORED):
-        known = ", ".join(map(str, STORED))
-        raise UserError(f"dtype: {dtype!r} is no type that weights are stored in; give one of {known}")
+    check_choice("dtype", dtype, (None, *STORED))
     from raekit.distributed.sharding import full_state
 
     state = full_state(module, cpu=True)

@@ -1,7 +1,7 @@
 """The exceptions that end a command: an error that the user can fix, and a stop that can be resumed."""
 
 import operator
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from numbers import Real
 from typing import Any
 
@@ -74,9 +74,15 @@ def real_number(name: str, value: Any) -> float:
     return number if isinstance(number, int) else rounded
 
 
+def check_text(name: str, value: object) -> None:
+    """Raise UserError if `value` is not a text, for the setting `name`."""
+    if not isinstance(value, str):
+        raise UserError(f"{name}: {value!r} must be a text")
+
+
 def check_choice(name: str, value: object, choices: Collection[object]) -> None:
     """Raise UserError if `value` is not one of the `choices` for the setting `name`."""
-    if value not in choices:
+    if not isinstance(value, Hashable) or value not in choices:  # an array has no truth value to compare by
         raise UserError(f"{name}: {value!r} is none of {', '.join(map(str, choices))}")
 
 

@@ -106,6 +106,8 @@ def test_a_rejected_upload_is_one_clear_error(hub, pipe, tmp_path):
         pipe.push_to_hub("toy")
     with pytest.raises(UserError, match="someone/toy@main: not the name of a repository; give OWNER/NAME"):
         pipe.push_to_hub("someone/toy@main")
+    with pytest.raises(UserError, match=r"^repository: None must be a text$"):
+        pipe.push_to_hub(None)
 
 
 def test_large_weights_are_stored_in_shards(pipe, tmp_path, monkeypatch):

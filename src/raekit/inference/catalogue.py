@@ -11,6 +11,7 @@ from torch import nn
 
 from raekit import artifacts
 from raekit.config import from_dict
+from raekit.errors import check_text
 from raekit.formats.decoder_keys import DECODERS
 from raekit.formats.releases import DENOISERS, RELEASES, in_cache
 from raekit.hub import builtin_names
@@ -81,7 +82,11 @@ def list_models(pattern: str = "") -> list[ModelInfo]:
 
     Args:
         pattern: a part of the names to list. Default: all.
+
+    Raises:
+        UserError: `pattern` is not a text.
     """
+    check_text("pattern", pattern)
     found = []
     for name in builtin_names():
         if pattern in name and (info := _built_in(name)):
@@ -96,7 +101,11 @@ def list_encoders(pattern: str = "") -> list[EncoderInfo]:
 
     Args:
         pattern: a part of the names to list. Default: all.
+
+    Raises:
+        UserError: `pattern` is not a text.
     """
+    check_text("pattern", pattern)
     built_in = [name for name in builtin_names() if pattern in name and _is_encoder(name)]
     registered = sorted(name for name in REGISTRY if pattern in name)
     return [

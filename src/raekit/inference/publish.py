@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from raekit.config import read_json, to_json
-from raekit.errors import UserError
+from raekit.errors import UserError, check_text
 from raekit.hub import ASSETS, is_repository
 from raekit.inference.catalogue import BUILT_IN_LICENCE
 from raekit.inference.pipeline import Pipeline
@@ -85,6 +85,7 @@ def prepared(
 
 def check_name(repository: str) -> None:
     """Raise UserError unless `repository` has the form OWNER/NAME."""
+    check_text("repository", repository)
     if not is_repository(repository) or "@" in repository:
         raise UserError(f"{repository}: not the name of a repository; give OWNER/NAME")
 

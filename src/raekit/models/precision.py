@@ -5,7 +5,7 @@ from collections.abc import Collection
 import torch
 from torch import nn
 
-from raekit.errors import UserError
+from raekit.errors import check_choice
 from raekit.models.linear import Linear
 
 
@@ -15,8 +15,7 @@ def check_dtype(dtype: object) -> None:
     Raises:
         UserError: it is neither float32 nor bfloat16.
     """
-    if dtype not in (torch.float32, torch.bfloat16):
-        raise UserError(f"dtype: {dtype!r} is neither torch.float32 nor torch.bfloat16; give one of them")
+    check_choice("dtype", dtype, (torch.float32, torch.bfloat16))
 
 
 def set_dtype(module: nn.Module, dtype: torch.dtype, keep: Collection[object] = ()) -> None:
