@@ -13,7 +13,7 @@ def keep_freed_memory() -> None:
 
     By default, glibc returns large tensors to the system when they are freed. Each step of a training then asks for
     the same memory again, and the system clears every page of it: a fifth of a compiled step of DiT^DH-S on a CPU
-    (docs/performance.md). The process holds as much memory as it needed at its peak.
+    (docs/results/cpu.md). The process holds as much memory as it needed at its peak.
 
     Settings in the environment (MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_THRESHOLD_, GLIBC_TUNABLES) take precedence. C
     libraries without these settings are left as they are.

@@ -78,7 +78,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     instructions: the bfloat16 values are widened, and the sums are rounded at the end. The result is the same up to the
     order of the sums, because torch's bfloat16 products also sum in float32. This is faster: on a Xeon with AVX-512
     BF16, torch's products have two thirds of the rate, and far less without instructions for bfloat16
-    (docs/performance.md).
+    (docs/results/cpu.md).
     """
     if NATIVE or weight.device.type != "cpu":
         return F.linear(x, weight, bias)

@@ -20,7 +20,7 @@ def multiplies_bf16(device: torch.device) -> bool:
     """Return whether torch multiplies bfloat16 faster than float32.
 
     It does on GPUs with native bfloat16, with AMX, and with AVX-512 BF16 of AMD: an EPYC (Zen 4) has twice its rate of
-    float32 products, but an Intel Xeon half to two thirds of it (docs/performance.md).
+    float32 products, but an Intel Xeon half to two thirds of it (docs/results/cpu.md).
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
