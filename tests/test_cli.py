@@ -1665,6 +1665,7 @@ def test_samples_and_saved_images_are_compared_with_a_reference(run, images, tin
     assert re.search(rf"{name} ↓ .* {report.results[name]:.6g} .* to .* bias", done.out)
     assert f"report: {tmp_path / 'plain' / 'report.html'}, settings {report.hash}" in done.out
     assert "An early estimate" in done.out
+    assert "Precision and recall depend on the numbers of images" in done.out
     done = run(*command, "--out", tmp_path / "guided", "--labels", "reference", "--guidance", "cfg:2.0")
     assert done.code == 0, done.err
     done = run("compare", tmp_path / "plain", tmp_path / "guided", "--out", tmp_path / "both.png")

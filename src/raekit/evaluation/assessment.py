@@ -310,7 +310,8 @@ def _notes(stream: Stream, against: Against) -> list[str]:
     if count < LITERATURE:
         notes.append(
             f"An early estimate: Frechet distances of {count:,} images are biased upwards, about in inverse proportion "
-            f"to their number, and cannot be compared with distances of {LITERATURE:,} images."
+            f"to their number, and cannot be compared with distances of {LITERATURE:,} images. Precision and recall "
+            "depend on the numbers of images, too."
         )
     for name, network in against.networks.items():
         if count <= network.width and name != "inception_logits":
