@@ -26,13 +26,13 @@ def small_dit(side: int, latents: Path, steps: int, seed: int, **overrides: Any)
         denoiser__head=None,
         denoiser__base_depth=0,
         denoiser__allow_narrow=True,
-        optim__lr=1e-2,
-        optim__final_lr=1e-4,
+        **({"optim__lr": 1e-2, "optim__final_lr": 1e-4} | overrides),
         **_short(steps, seed, "all", side, warmup=50),
-        **overrides,
     )
 
 
+LARGER_DECODER = {"width": 256, "depth": 6, "heads": 4, "hidden": 768, "patch_size": 8}
+"""Sizes of a decoder that leaves no edges between the patches after 4,500 steps, about 13 minutes on one core."""
 SIDE = 32
 """Side in pixels of the emoji of the functions below. The built-in encoder gives 4 x 4 tokens of 192 channels."""
 
@@ -54,9 +54,8 @@ def small_decoder(steps: int, seed: int, split: Split, **overrides: Any) -> Stag
     return configured(
         "emoji_decoder",
         encoder_size=SIDE,
-        decoder={"width": 128, "depth": 3, "heads": 4, "hidden": 256, "patch_size": 8},
+        **({"decoder": {"width": 128, "depth": 3, "heads": 4, "hidden": 256, "patch_size": 8}} | overrides),
         **_short(steps, seed, split),
-        **overrides,
     )
 
 
