@@ -1,6 +1,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -95,14 +96,17 @@ def test_weights_are_not_stored_in_a_type_that_ruins_them(tiny_model, tmp_path, 
 
 
 def test_a_value_of_a_wrong_type_is_one_clear_error(tiny_model):
-    for wrong in ([0.5], {}, "0.5", np.zeros(3)):
+    array: Any = np.zeros(3)
+    numbers: list[Any] = [[0.5], {}, "0.5", array]
+    for wrong in numbers:
         with pytest.raises(UserError, match=r"^ema: .* must be a number$"):
             raekit.load(tiny_model, ema=wrong)
     with pytest.raises(UserError, match=r"^dtype: .* is none of torch\.float32, torch\.bfloat16$"):
-        raekit.load(tiny_model, dtype=np.zeros(3))
+        raekit.load(tiny_model, dtype=array)
     with pytest.raises(UserError, match=r"^solver: array\(.* is none of euler"):
-        raekit.Sampling(solver=np.zeros(3))
-    for listed in (raekit.list_models, raekit.list_encoders):
+        raekit.Sampling(solver=array)
+    lists: list[Any] = [raekit.list_models, raekit.list_encoders]
+    for listed in lists:
         with pytest.raises(UserError, match=r"^pattern: 3 must be a text$"):
             listed(3)
 
