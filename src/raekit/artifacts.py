@@ -154,7 +154,8 @@ def write(
     Raises:
         UserError: the weights cannot be stored in `dtype`, or the artifact cannot be written.
     """
-    check_choice("dtype", dtype, (None, *STORED))
+    if dtype is not None:
+        check_choice("dtype", dtype, STORED)
     from raekit.distributed.sharding import full_state
 
     state = full_state(module, cpu=True)
