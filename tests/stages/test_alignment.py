@@ -1,6 +1,7 @@
 """The alignment of a denoiser's tokens with an encoder's (REPA)."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -74,6 +75,19 @@ def test_a_run_trains_the_projector_and_exports_the_denoiser_only(config, tmp_pa
     assert not [key for key in found.denoiser.state_dict() if "projector" in key]
     train(replace(config, train=replace(config.train, steps=3)), run, ONE, change=True)  # resumes with its projector
     assert read_metrics(run)[-1]["step"] == 3
+
+
+def in_two(world: World, config: GenerationConfig, run: Path) -> None:
+    train(replace(config, heldout=None, samples=None), run, world)
+    # The evaluation of step 2 comes before the first step of this process.
+    train(replace(config, train=replace(config.train, steps=3)), run, world, change=True)
+
+
+def test_two_processes_resume_into_an_evaluation(config, tmp_path, run_ranks):
+    run_ranks(in_two, 2, config, tmp_path / "run")
+    steps = [each["step"] for each in read_metrics(tmp_path / "run") if "heldout/loss" in each]
+    assert steps == [2, 3]
+    assert read_metrics(tmp_path / "run")[-1]["step"] == 3
 
 
 def test_the_weights_of_the_denoiser_start_as_without_alignment(config, tmp_path):

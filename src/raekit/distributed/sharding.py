@@ -52,6 +52,12 @@ def gathered(modules: Iterable[nn.Module]) -> Iterator[None]:
 
     A forward pass then needs no other process, so that processes may make different numbers of passes.
     """
+    modules = list(modules)
+    for module in modules:
+        if isinstance(module, FSDPModule):
+            # The first forward pass decides what FSDP takes for the root. It may be a pass of a part alone, as in a run
+            # that resumes into an evaluation of a denoiser with an alignment.
+            module._get_fsdp_state()._lazy_init()
     parts = [part for module in modules for part in module.modules() if isinstance(part, FSDPModule)]
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
