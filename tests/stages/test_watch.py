@@ -1,6 +1,7 @@
 """Pictures and held-out losses during training."""
 
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from raekit.data.loader import DataConfig, Loader
+from raekit.data.loader import Batch, DataConfig, Loader
 from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.flow.path import shift_factor
@@ -133,6 +134,20 @@ def test_the_held_out_loss_of_stage_2_has_fixed_images_times_and_noise(images, t
             model.denoiser, latents, batch.labels, batch.positions, seed=2, time_law="uniform", alpha=alpha
         )
     assert found[3] == pytest.approx(loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("count", [3, 5, 8, 100])
+def test_the_held_out_images_are_spread_over_the_classes(images, count):
+    data, seen = DataConfig(source=images, image_size=16), Counter()
+
+    def loss(batch: Batch, step: int) -> torch.Tensor:
+        seen.update(batch.labels.tolist())
+        return torch.zeros(())
+
+    heldout_loss(HeldoutConfig(every=1, count=count), data, {"loss": loss}, "fp32", ONE).call(1)
+    assert seen.total() == min(count, 9)
+    assert len(seen) == 3
+    assert max(seen.values()) - min(seen.values()) <= 1
 
 
 def test_an_unreadable_image_does_not_make_the_held_out_loss_nan(images, tmp_path, monkeypatch):

@@ -1,8 +1,7 @@
 """Load batches of images, in an order that depends only on the seed and the number of images seen."""
 
 import logging
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from itertools import count
@@ -175,15 +174,15 @@ class Loader:
             UserError: the batch size is not positive, or too many images are unreadable.
         """
         whole_number("batch_size", batch_size, 1)
-        read = range(0, len(self), math.ceil(len(self) / most) if most else 1)
+        read = range(len(self)) if most is None else spread(len(self), most)
         firsts = range(world.rank * batch_size, len(read), world.size * batch_size)
         batches = self.read((read[first : first + batch_size] for first in firsts), world)
         return (batch for batch in batches if len(batch))
 
     def read(
-        self, parts: Iterable[range], world: World, resize: Resize = "exact", complete: bool = False
+        self, parts: Iterable[Sequence[int]], world: World, resize: Resize = "exact", complete: bool = False
     ) -> Iterator[Batch]:
-        """Yield one centre-cropped batch for each range of source indices in `parts`, without unreadable images.
+        """Yield one centre-cropped batch for each group of source indices in `parts`, without unreadable images.
 
         With `complete`, the next readable image takes the place of an unreadable one, as in training.
 
@@ -194,7 +193,7 @@ class Loader:
         attempts = self._tolerated + 1 if complete else 1
         return self._batches(_Reader(self.source, config, seed=None, attempts=attempts), parts, world)
 
-    def _batches(self, reader: "_Reader", parts: Iterable[range], world: World) -> Iterator[Batch]:
+    def _batches(self, reader: "_Reader", parts: Iterable[Sequence[int]], world: World) -> Iterator[Batch]:
         for images, labels, read, unreadable in load_parts(reader, parts, self.config.workers, world):
             self._note(unreadable, world)
             yield Batch(images, labels, read)
@@ -213,6 +212,11 @@ class Loader:
                 f"data source {self.source.name!r}: {share} are unreadable, {limit}; "
                 f"repair or remove them, starting with {names}"
             )
+
+
+def spread(items: int, most: int) -> Sequence[int]:
+    """Return the indices of `most` of so many items, spread evenly over them, or of all items."""
+    return range(items) if most >= items else [k * items // most for k in range(most)]
 
 
 def stream_shares(start: int, batch_size: int, world: World) -> Iterator[range]:
@@ -251,7 +255,7 @@ class _Reader(Dataset[_Read]):
     def __init__(self, source: Source, config: DataConfig, seed: int | None, attempts: int):
         self.source, self.config, self.seed, self.attempts = source, config, seed, attempts
 
-    def __getitem__(self, positions: range) -> _Read:
+    def __getitem__(self, positions: Sequence[int]) -> _Read:
         size = self.config.image_size
         images, labels, read = np.empty((len(positions), 3, size, size), np.uint8), [], []
         unreadable: dict[str, str] = {}

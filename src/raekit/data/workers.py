@@ -3,7 +3,7 @@
 import os
 import signal
 import threading
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import active_children
 from multiprocessing.connection import wait
@@ -30,7 +30,7 @@ _REMEDY = (
 )
 
 
-def load_parts(reader: Dataset[_T], parts: Iterable[range], workers: int, world: World) -> Iterator[_T]:
+def load_parts(reader: Dataset[_T], parts: Iterable[Sequence[int]], workers: int, world: World) -> Iterator[_T]:
     """Yield `reader[part]` for each of `parts`. `workers` processes read ahead; with 0, this process reads.
 
     Raises:
@@ -100,7 +100,7 @@ class _Worker(Dataset[Any]):
     def __init__(self, reader: Dataset[Any]) -> None:
         self.reader = reader
 
-    def __getitem__(self, part: range) -> Any:
+    def __getitem__(self, part: Sequence[int]) -> Any:
         try:
             read = self.reader[part]
         except (UserError, OSError) as error:

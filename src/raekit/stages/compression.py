@@ -104,10 +104,7 @@ def build(config: CompressionConfig, run: Path, world: World) -> Stage:
         complete = averaged().complete()
         if not world.is_main:
             return
-        stride = max(len(loader) // MEASURED, 1)
-        indices = range(0, len(loader), stride)[:MEASURED]
-        chunks = (indices[first : first + BATCH] for first in range(0, len(indices), BATCH))
-        batches = (batch.to(world.device).pixels() for batch in loader.read(chunks, World()))
+        batches = (batch.to(world.device).pixels() for batch in loader.once(BATCH, World(), MEASURED))
         vae = complete.to(world.device).finished(batches).cpu()
         with whole(folder / "vae", folder=True) as partial:
             vae.save_pretrained(partial)

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -11,7 +11,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from raekit.config import Interval, configclass
-from raekit.data.loader import Batch, DataConfig, Loader
+from raekit.data.loader import Batch, DataConfig, Loader, spread
 from raekit.distributed import World
 from raekit.errors import UserError, whole_number
 from raekit.evaluation.streaming import BATCH
@@ -194,8 +194,8 @@ def heldout_loss(
     return Periodic(name="heldout", every=config.every, call=call)
 
 
-def _heldout(part: str, data: DataConfig, count: int) -> tuple[Loader, range]:
-    """Return a loader of the held-out images of a source, and the indices of `count` of them, or of all.
+def _heldout(part: str, data: DataConfig, count: int) -> tuple[Loader, Sequence[int]]:
+    """Return a loader of the held-out images of a source, and the indices of `count` of them, evenly spread.
 
     Raises:
         UserError: There are no held-out images. The error names the `part` of the config that needs them.
@@ -204,5 +204,4 @@ def _heldout(part: str, data: DataConfig, count: int) -> tuple[Loader, range]:
         loader = Loader(replace(data, split="heldout"), seed=0)
     except UserError as error:
         raise UserError(f"{part}: {error}. To train without it, give --{part} None") from None
-    stride = max(len(loader) // count, 1)
-    return loader, range(0, len(loader), stride)[:count]
+    return loader, spread(len(loader), count)
