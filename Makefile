@@ -39,7 +39,7 @@ lint: .venv/test
 .venv-app/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-app
 	grep -v '^pillow==' constraints.txt > .venv-app/constraints.txt
-	.venv-app/bin/python -m pip install --quiet --constraint .venv-app/constraints.txt --editable '.[app,browser]' pytest pytest-timeout
+	.venv-app/bin/python -m pip install --quiet --constraint .venv-app/constraints.txt --editable '.[app,browser,test]'
 	command -v chromium || .venv-app/bin/python -m playwright install chromium
 	touch $@
 
