@@ -81,8 +81,8 @@ def main() -> None:
 
         reason = str(error).splitlines()[0]
         console.fail(
-            f"torch.compile: {reason}. If an earlier compilation was killed, remove {cache_dir()}; if not, leave out "
-            "--train.compile"
+            f"torch.compile: {reason}. If an earlier compilation was killed, remove {cache_dir()}; if not, leave "
+            "out the option that compiles"
         )
 
 

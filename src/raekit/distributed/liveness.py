@@ -171,9 +171,9 @@ class Watch:
                     self._store.set("failed", str(rank))
                     self._end(f"process {rank} gave no sign of life for {DEAD:.0f} seconds", 1, stopping)
                     return
-            if stop and self._interrupt:
+            if stop and (interrupt := self._interrupt):  # the main thread may set it to None at any time
                 stopping = stopping or now
-                self._interrupt()
+                interrupt()
                 if now - stopping > GRACE and self._may_end():
                     self._end("", Stopped.STATUS, stopping)
                     return

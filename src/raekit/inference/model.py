@@ -15,7 +15,7 @@ from raekit.models.autoencoder import load_autoencoder
 from raekit.models.checks import check_device
 from raekit.models.denoiser import Denoiser
 from raekit.models.latent_space import LatentSpace
-from raekit.training.compilation import check_compiler
+from raekit.training.compilation import check_compiler, compile_parts
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,7 @@ class Model:
             UserError: if the machine has no compiler.
         """
         check_compiler("compile", self.device)
-        for part in (self.denoiser, self.autoencoder.decoder, *([weak] if weak else [])):
-            part.compile(dynamic=False)
+        compile_parts([self.denoiser, self.autoencoder.decoder, *([weak] if weak else [])], dynamic=False)
         return self
 
     @property

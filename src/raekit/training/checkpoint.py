@@ -166,7 +166,7 @@ class Writer:
         kept = checkpoints(self.folder)
         have = f"the newest complete checkpoint is {kept[-1]}" if kept else "there is no earlier checkpoint"
         remedy = f"Allow writing to {self.folder}" if isinstance(root, PermissionError) else "Free disk space"
-        if not (full or isinstance(root, OSError | None)):
+        if not (full or isinstance(root, OSError)):
             remedy = "Remove the cause"
         cause = os.strerror(errno.ENOSPC) if full else _cause(error)
         return UserError(
@@ -259,7 +259,7 @@ class _Planner(DefaultLoadPlanner):
 
 
 def _check_shapes(path: Path, metadata: Metadata, state: dict[str, Any]) -> None:
-    """Raise UserError if the tensors of a checkpoint and of this run have different names or shapes."""
+    """Raise UserError if a checkpoint lacks a tensor of this run, or has it in another shape."""
     then = {
         name: tuple(stored.size)
         for name, stored in metadata.state_dict_metadata.items()
@@ -267,9 +267,9 @@ def _check_shapes(path: Path, metadata: Metadata, state: dict[str, Any]) -> None
     }
     now = dict(_tensors(state))
     changed = [
-        f"{name}: {then.get(name, 'absent')} -> {now.get(name, 'absent')}"
-        for name in sorted(then | now)
-        if then.get(name) != now.get(name) and name in now  # a checkpoint may hold more
+        f"{name}: {then.get(name, 'absent')} -> {now[name]}"
+        for name in sorted(now)  # a checkpoint may hold more
+        if then.get(name) != now[name]
     ]
     if changed:
         more = [f"and {len(changed) - 10} more"] if len(changed) > 10 else []
@@ -344,7 +344,9 @@ def _root(error: BaseException) -> BaseException:
 
 
 def _cause(error: BaseException | None) -> str:
-    """Return the innermost cause of an error in one line."""
-    root = _root(error) if error else None
+    """Return the innermost cause of an error in one line. None: the error is another process's."""
+    if error is None:
+        return "another process failed; its own message says why"
+    root = _root(error)
     lines = [line for line in str(root).splitlines() if line.strip()]
-    return f"{type(root).__name__}: {lines[0][:200]}" if root and lines else type(root).__name__
+    return f"{type(root).__name__}: {lines[0][:200]}" if lines else type(root).__name__

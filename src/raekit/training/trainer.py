@@ -28,7 +28,7 @@ from raekit.errors import Stopped, UserError, whole_number
 from raekit.files import PARTIAL, check_space, remove
 from raekit.training import checkpoint, ema
 from raekit.training.casting import CastWeights
-from raekit.training.compilation import check_compiler
+from raekit.training.compilation import check_compiler, compile_parts
 from raekit.training.memory import fitting
 from raekit.training.objective import Metrics, Objective, Periodic, TrainingBatch
 from raekit.training.optim import build_optimizer, count_moments
@@ -206,8 +206,7 @@ class Trainer:
                 checkpoint_blocks(blocks)
             shard(replica, blocks, self.world, self.config.shard)
             if self.config.compile:
-                for block in blocks or [replica]:
-                    block.compile()
+                compile_parts(blocks or [replica])
         optimizer = self.optimizers[objective.name] = build_optimizer(objective.optim, module, objective.convolutions)
         # To read the state of a new optimizer, torch runs one step. With found_inf = 1 that step changes nothing.
         optimizer.found_inf = torch.ones((), device=self.world.device)  # type: ignore[attr-defined]
@@ -454,7 +453,7 @@ class Trainer:
         failed = 1 - norm.isfinite().float()
         optimizer.found_inf = failed  # type: ignore[attr-defined]
         optimizer.step()
-        # A loss may leave gradients in another objective's module, as a generator's loss does in the discriminator.
+        # A loss may leave gradients in another objective's module.
         for every in self.optimizers.values():
             every.zero_grad(set_to_none=True)
         for decay, average in objective.averages.items():
