@@ -150,7 +150,7 @@ def evaluation(settings: Settings) -> tuple[str, Runs]:
         for first in range(0, count, BATCH):
             size = min(BATCH, count - first)
             pixels = torch.rand(size, 3, 32, 32, generator=generator, device=device)
-            yield Images(pixels, torch.full((size,), -1, device=device))
+            yield Images(pixels, torch.full((size,), -1, device=device), torch.arange(first, first + size))
 
     def run(count: int) -> None:
         score_stream(generated(count), [FrechetDistance(Stub(dim), reference)], World(device=device))

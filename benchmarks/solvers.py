@@ -47,7 +47,7 @@ def latents(model: Model, labels: list[int], sampling: Sampling) -> Tensor:
 @torch.no_grad()
 def decoded(model: Model, z: Tensor) -> Iterable[Images]:
     for part in torch.arange(len(z)).split(BATCH):
-        yield Images(model.autoencoder.decode(z[part]).clamp(0, 1), torch.full_like(part, -1), indices=part)
+        yield Images(model.autoencoder.decode(z[part]).clamp(0, 1), torch.full_like(part, -1), part)
 
 
 def distances(images: Iterable[Images], networks: list[ReferenceNetwork], real: Reference) -> dict[str, float]:

@@ -497,7 +497,8 @@ class Given:
 
 def given_batch(features: Tensor, network: FeatureNetwork) -> Images:
     """Return a batch of images with the given features."""
-    batch = Images(torch.zeros(len(features), 3, 1, 1), torch.full((len(features),), -1))
+    indices = torch.arange(len(features))
+    batch = Images(torch.zeros(len(features), 3, 1, 1), torch.full_like(indices, -1), indices)
     batch._features[network] = features
     return batch
 

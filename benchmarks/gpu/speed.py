@@ -149,13 +149,13 @@ def fid(setting: Setting) -> None:
     pixels = torch.rand(batch, 3, side, side, device=device)
 
     def made() -> Iterator[Images]:
-        for _ in range(0, count, batch):
-            yield Images(pixels, torch.full((batch,), -1, device=device))
+        for first in range(0, count, batch):
+            yield Images(pixels, torch.full((batch,), -1, device=device), torch.arange(first, first + batch))
 
     def read(workers: int) -> Iterator[Images]:
         loader = Loader(DataConfig(source=source, split="all", image_size=side, workers=workers), seed=0)
         for each in islice(loader.stream(0, batch, setting.world), -(-count // batch)):
-            yield Images(each.to(device).pixels(), each.labels)
+            yield Images(each.to(device).pixels(), each.labels, each.positions)
 
     variants: dict[str, Callable[[], object]] = {
         f"{name}, images at hand": lambda part=part: reference_moments(made(), part, setting.world)

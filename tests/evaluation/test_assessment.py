@@ -99,7 +99,7 @@ def test_a_report_has_the_scores_of_the_samples_and_all_settings_that_affect_the
     assert list(report.results) == [f"fd_{name}", f"precision_{name}", f"recall_{name}"]
     labels = Samples(load(str(tiny_model)), 60, SAMPLING, seed=3).labels
     stream = (
-        Images(batch.images, batch.labels)
+        Images(batch.images, batch.labels, batch.indices)
         for batch in generate(load(str(tiny_model)), labels, seed=3, sampling=SAMPLING)
     )
     network = load_networks(str(tiny_model), ALONE.device)[name]
@@ -264,7 +264,8 @@ def test_reconstructions_are_compared_with_their_originals(inception, images, ti
     loader = Loader(DataConfig(source=images, split="train", image_size=16), seed=0)
     originals = torch.cat([batch.pixels() for batch in loader.once(5, ALONE)])
     with torch.no_grad():
-        whole = Images(reconstruct(model, originals), torch.zeros(len(originals)).long(), originals)
+        indices = torch.arange(len(originals))
+        whole = Images(reconstruct(model, originals), torch.zeros_like(indices), indices, originals)
     distance = FrechetDistance(network, reference.gaussian(network))
     plain = score_stream([whole], [distance, PairMean(PairScore("psnr", psnr))], ALONE)
     assert report.results[f"rfd_{name}"] == pytest.approx(plain[f"fd_{name}"], rel=1e-6)

@@ -38,7 +38,7 @@ class Noise:
     def batches(self, chunks: Sequence[range], world: World) -> Iterator[Images]:
         for chunk in chunks:
             for numbers in torch.tensor(chunk).split(self.size):
-                yield Images(self.images[numbers], numbers % 3, indices=numbers)
+                yield Images(self.images[numbers], numbers % 3, numbers)
 
     def settings(self) -> dict[str, Any]:
         return {}

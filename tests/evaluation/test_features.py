@@ -106,7 +106,7 @@ def test_quantize_rounds_to_the_levels_that_files_have():
 def test_images_are_rounded_and_their_features_computed_once():
     features, encoder = network()
     raw = torch.rand(2, 3, 16, 16)
-    batch = Images(raw, torch.zeros(2).long(), originals=raw)
+    batch = Images(raw, torch.zeros(2).long(), torch.arange(2), raw)
     assert len(batch) == 2
     assert torch.equal(batch.images, quantize(raw))
     assert batch.originals is not None
@@ -118,19 +118,21 @@ def test_images_are_rounded_and_their_features_computed_once():
 
 
 @pytest.mark.parametrize(
-    ("shape", "labels", "originals", "dtype"),
+    ("shape", "labels", "indices", "originals", "dtype"),
     [
-        ((2, 1, 8, 8), 2, None, torch.float32),
-        ((2, 3, 8, 8), 2, None, torch.uint8),
-        ((2, 3, 8, 8), 3, None, torch.float32),
-        ((2, 3, 8, 8), 2, (2, 3, 4, 4), torch.float32),
+        ((2, 1, 8, 8), 2, 2, None, torch.float32),
+        ((2, 3, 8, 8), 2, 2, None, torch.uint8),
+        ((2, 3, 8, 8), 3, 2, None, torch.float32),
+        ((2, 3, 8, 8), 2, 1, None, torch.float32),
+        ((2, 3, 8, 8), 2, 2, (2, 3, 4, 4), torch.float32),
     ],
 )
-def test_malformed_batches_are_rejected(shape, labels, originals, dtype):
+def test_malformed_batches_are_rejected(shape, labels, indices, originals, dtype):
     with pytest.raises(ValueError, match="images"):
         Images(
             torch.zeros(shape, dtype=dtype),
             torch.zeros(labels).long(),
+            torch.arange(indices),
             None if originals is None else torch.zeros(originals),
         )
 
@@ -162,7 +164,7 @@ def test_the_parts_of_inception_share_one_pass():
     inception = FakeInception()
     features = InceptionFeatures(cast(Inception, inception))
     parts = (features.pool, features.logits, features.spatial)
-    batch = Images(torch.rand(2, 3, 8, 8), torch.zeros(2).long())
+    batch = Images(torch.rand(2, 3, 8, 8), torch.zeros(2).long(), torch.arange(2))
     found = [batch.features(part) for part in parts]
     assert inception.calls == 1
     assert torch.equal(torch.cat(found, 1), features(batch.images))

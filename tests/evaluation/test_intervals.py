@@ -94,14 +94,10 @@ def test_two_processes_find_the_same_interval(run_ranks: Any):
         assert values == pytest.approx(scored(rows), rel=1e-9)
 
 
-def test_an_interval_needs_enough_images_and_their_indices():
+def test_an_interval_needs_enough_images():
     with pytest.raises(UserError, match="needs at least 40 images, and there are 39"):
         scored(torch.randn(39, DIM))
     assert "fd_rows_low" in scored(torch.randn(40, DIM))
-    unnumbered = Images(torch.rand(2, 3, 4, 4), torch.zeros(2).long())
-    unnumbered._features[NETWORK] = torch.rand(2, DIM)
-    with pytest.raises(ValueError, match="needs the images' indices"):
-        FrechetDistance(NETWORK, REFERENCE, intervals=True).update(unnumbered)
 
 
 def test_shares_have_wilsons_interval():

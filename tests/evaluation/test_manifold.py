@@ -39,7 +39,7 @@ def stream(images: Tensor, size: int, world: World = ALONE):
     for first in range(world.rank * size, len(images), size * world.size):
         part = images[first : first + size]
         numbers = torch.arange(first, first + len(part))
-        yield Images(part, torch.full((len(part),), -1), indices=numbers)
+        yield Images(part, torch.full((len(part),), -1), numbers)
 
 
 def by_definition(real: Tensor, fake: Tensor, k: int) -> tuple[float, float]:
@@ -87,7 +87,7 @@ def test_small_differences_next_to_a_large_mean_are_seen():
     real, fake = pictures(40, 1).flatten(1), pictures(40, 2).flatten(1)
     far = 1000.0  # in float32 arithmetic the distances would be noise
     metric = PrecisionRecall(Rows(), Manifold(real + far))
-    given = Images(torch.zeros(40, 3, 2, 2), torch.zeros(40).long())
+    given = Images(torch.zeros(40, 3, 2, 2), torch.zeros(40).long(), torch.arange(40))
     given._features[metric.network] = fake + far
     metric.update(given)
     metric.reduce(ALONE)
@@ -159,11 +159,3 @@ def test_values_depend_neither_on_batch_size_nor_on_processes(run_ranks):
     assert everything(ALONE, 8) == pytest.approx(one, rel=1e-9)
     for found in run_ranks(everything, 2, 8):
         assert found == pytest.approx(one, rel=1e-9)
-
-
-def test_images_without_indices_are_rejected_on_many_processes():
-    network = Rows()
-    for metric in (PrecisionRecall(network, Manifold(network(pictures(9, 1)))), InceptionScore(network, 9)):
-        metric.update(Images(pictures(9, 2), torch.zeros(9).long()))
-        with pytest.raises(ValueError, match="needs the images' indices"):
-            metric.reduce(World(size=2))

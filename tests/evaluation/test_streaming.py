@@ -50,10 +50,11 @@ def pictures(count: int, seed: int) -> tuple[Tensor, Tensor]:
 def stream(count: int, size: int, seed: int, world: World = ALONE) -> Iterator[Images]:
     """Yield noisy copies with their originals. Every process has its own share."""
     images, labels = (x[world.rank :: world.size] for x in pictures(count, seed))
+    indices = torch.arange(count)[world.rank :: world.size]
     noisy = (images + 0.05 * images.flip(3)).clamp(0, 1)
     for start in range(0, len(images), size):
         part = slice(start, start + size)
-        yield Images(noisy[part], labels[part], images[part])
+        yield Images(noisy[part], labels[part], indices[part], images[part])
 
 
 def metrics(world: World, size: int, network: Thumbnail) -> Sequence[Accumulator]:

@@ -64,18 +64,18 @@ def test_a_trained_classifier_names_the_colours_and_judges_images(config, tmp_pa
     for colour in range(3):
         images[colour::3, 2 - colour] = 0.7
     labels = torch.arange(60) % 3
-    batch = Images(images, labels, indices=torch.arange(60))
+    batch = Images(images, labels, torch.arange(60))
     scores = score_stream([batch], compared.accumulators(60, intervals=True), ONE)
     assert scores[f"class_accuracy_{key}"] == 1.0
     assert scores[f"class_accuracy_{key}_low"] == pytest.approx(60 / (60 + 1.96**2), abs=1e-4)  # Wilson, 60 of 60
     assert scores[f"fd_{key}"] > 0
     torch.testing.assert_close(batch.features(network), model.features(batch.images))
-    wrong = Images(images, (labels + 1) % 3, indices=torch.arange(60))
+    wrong = Images(images, (labels + 1) % 3, torch.arange(60))
     assert score_stream([wrong], compared.accumulators(60), ONE)[f"class_accuracy_{key}"] == 0.0
     for classes, judged in ((("blue", "green", "red"), 1), (("0", "1", "2"), 1), (("green", "red"), 0)):
         assert len(compared.judges_of(classes)) == judged
     assert f"class_accuracy_{key}" not in score_stream([batch], compared.accumulators(60, classes=("a", "b")), ONE)
-    unknown = Images(images, torch.full_like(labels, -1), indices=torch.arange(60))
+    unknown = Images(images, torch.full_like(labels, -1), torch.arange(60))
     assert f"class_accuracy_{key}" not in score_stream([unknown], compared.accumulators(60), ONE)
 
 

@@ -73,15 +73,15 @@ class Images:
     Args:
         images: (B, 3, H, W), float in [0, 1].
         labels: (B,) int64, the intended classes; -1 for an image without a class.
+        indices: (B,) int64, the positions of the images in the complete stream, from 0. With them, no score depends on
+            the number of processes.
         originals: for reconstructions, the images that were reconstructed, in the same order and shape.
-        indices: (B,) int64, the positions of the images in the complete stream, from 0. Metrics that depend on the
-            order of the images need them, so that scores do not depend on the number of processes.
     """
 
     images: Tensor
     labels: Tensor
+    indices: Tensor
     originals: Tensor | None = None
-    indices: Tensor | None = None
     _features: "dict[FeatureNetwork | PairScore, Tensor]" = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -92,7 +92,7 @@ class Images:
             raise ValueError(f"{len(self.images)} images with labels of shape {tuple(self.labels.shape)}")
         if self.originals is not None and self.originals.shape != self.images.shape:
             raise ValueError(f"images {shape} with originals {tuple(self.originals.shape)}")
-        if self.indices is not None and self.indices.shape != self.labels.shape:
+        if self.indices.shape != self.labels.shape:
             raise ValueError(f"{len(self.images)} images with indices of shape {tuple(self.indices.shape)}")
         object.__setattr__(self, "images", quantize(self.images))
         if self.originals is not None:

@@ -89,7 +89,7 @@ class Interpolations:
             ours = self.autoencoder.encode(batch.images)
             theirs = self.autoencoder.encode(torch.cat([next(partners).images for _ in range(len(batch))]))
             middle = torch.cat([slerp(a, b, half) for a, b in zip(ours, theirs, strict=True)])
-            yield Images(self.autoencoder.decode(middle), batch.labels, indices=batch.indices)
+            yield Images(self.autoencoder.decode(middle), batch.labels, batch.indices)
 
     @torch.no_grad()
     def _neighbours(self, world: World) -> list[int]:
@@ -117,7 +117,6 @@ class Interpolations:
             products, others = queries @ latents.mT, latents.norm(dim=1)
             squares = lengths.square() + others.square() - 2 * products
             new = (products / (lengths * others)).double().cpu(), (squares / queries.shape[1]).double().cpu()
-            assert batch.indices is not None
             best = _most_similar([best, (*new, batch.indices.cpu().expand(len(queries), -1))])
             done = min(done + len(batch) * world.size, self.training.count)
             compared = first * self.training.count + done * len(queries)

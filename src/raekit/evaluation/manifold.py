@@ -25,25 +25,16 @@ class Kept:
         self.features: list[Tensor] = []
         self.indices: list[Tensor] = []
 
-    def update(self, features: Tensor, indices: Tensor | None) -> None:
+    def update(self, features: Tensor, indices: Tensor) -> None:
         self.features.append(features.cpu())
-        if indices is not None:
-            self.indices.append(indices.cpu())
+        self.indices.append(indices.cpu())
 
     def gathered(self, world: World) -> Tensor:
-        """Return the features (N, D) float32 of all processes, on this process's device.
-
-        The order needs the images' indices; several processes without them are a ValueError.
-        """
-        ordered = len(self.indices) == len(self.features)
+        """Return the features (N, D) float32 of all processes, on this process's device."""
         mine = torch.cat(self.features) if self.features else torch.empty(0, 0)
-        if world.size > 1 and not ordered:
-            raise ValueError("over several processes, this metric needs the images' indices")
+        numbers = torch.cat(self.indices) if self.indices else torch.empty(0, dtype=torch.int64)
         features = torch.cat([part for part in world.gather(mine) if len(part)])
-        if ordered:
-            numbers = torch.cat(self.indices) if self.indices else torch.empty(0, dtype=torch.int64)
-            features = features[torch.cat(world.gather(numbers)).argsort(stable=True)]
-        return features.to(world.device)
+        return features[torch.cat(world.gather(numbers)).argsort(stable=True)].to(world.device)
 
 
 class Manifold:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from raekit.distributed import CPU, World
+from raekit.distributed import World
 from raekit.errors import UserError
 from raekit.evaluation.features import FeatureNetwork, Images, check_width, named
 from raekit.evaluation.frechet import Gaussian, frechet_distance
@@ -67,8 +67,8 @@ class FrechetDistance:
         reference: the moments of the real images.
         name: name of the metric. Default: `fid`, `sfid` or `clean_fid` for Inception, otherwise `fd_NETWORK`.
         intervals: also report `NAME_low` and `NAME_high`, a 95 % interval by the jackknife over GROUPS groups of
-            images, and `NAME_bias`, the expected excess over the distance of infinitely many images. This needs the
-            images' indices, and memory for the moments of each group.
+            images, and `NAME_bias`, the expected excess over the distance of infinitely many images. This needs memory
+            for the moments of each group.
     """
 
     def __init__(
@@ -85,8 +85,6 @@ class FrechetDistance:
         features = batch.features(self.network)
         self.moments.update(features)
         if self.groups:
-            if batch.indices is None:
-                raise ValueError("an interval needs the images' indices")
             self.waiting.append((features, (batch.indices % GROUPS).to(features.device)))
             if sum(len(rows) for rows, _ in self.waiting) >= _TOGETHER:
                 self._divide()
@@ -183,25 +181,18 @@ class InceptionScore:
     def __init__(self, logits: FeatureNetwork, count: int, split_size: int = SPLIT):
         self.network, self.split_size = logits, split_size
         self.order = torch.from_numpy(numpy_generator(0, "splits", 0).permutation(count))
-        self.done, self.numbered = 0, True
         # For each split: the number of images, the sum of p and the sum of p log p.
         self.splits: dict[int, tuple[int, Tensor, Tensor]] = {}
 
     def update(self, batch: Images) -> None:
         log_p = batch.features(self.network).double().log_softmax(1).cpu()
-        following = torch.arange(self.done, self.done + len(batch), device=CPU)
-        indices = following if batch.indices is None else batch.indices.cpu()
-        self.numbered &= batch.indices is not None
-        self.done += len(batch)
-        of_split = self.order[indices] // self.split_size
+        of_split = self.order[batch.indices.cpu()] // self.split_size
         for split in of_split.unique().tolist():
             rows = log_p[of_split == split]
             p = rows.exp()
             self._add(split, (len(rows), p.sum(0), (p * rows).sum()))
 
     def reduce(self, world: World) -> None:
-        if world.size > 1 and not self.numbered:
-            raise ValueError("over several processes, the Inception Score needs the images' indices")
         everyone = world.gather(self.splits)
         self.splits = {}
         for splits in everyone:

@@ -320,7 +320,7 @@ class _Measured:
     def update(self, batch: Images) -> None:
         features = batch.features(self.network)
         self.moments.update(features)
-        if self.keep and batch.indices is not None:
+        if self.keep:
             chosen = (batch.indices * self.keep) // self.total != ((batch.indices - 1) * self.keep) // self.total
             self.kept.update(features[chosen.to(features.device)], batch.indices[chosen])
 

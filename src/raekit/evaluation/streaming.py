@@ -23,7 +23,7 @@ def images_of(batches: Iterable[Batch], world: World) -> Iterator[Images]:
     """Yield the batches of a loader as images to score, on this process's device."""
     for batch in batches:
         batch = batch.to(world.device)
-        yield Images(batch.pixels(), batch.labels, indices=batch.positions)
+        yield Images(batch.pixels(), batch.labels, batch.positions)
 
 
 @torch.no_grad()

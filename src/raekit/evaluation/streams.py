@@ -219,7 +219,7 @@ class Samples:
                 indices=chunk,
                 must_be_finite=self.must_be_finite,
             ):
-                yield Images(batch.images, batch.labels, indices=batch.indices)
+                yield Images(batch.images, batch.labels, batch.indices)
 
     def share(self, world: World) -> Iterator[Images]:
         """Yield this process's share of all images, in batches."""
@@ -277,7 +277,7 @@ class Reconstructions:
 
     def batches(self, chunks: Sequence[range], world: World) -> Iterator[Images]:
         for batch in self.originals.batches(chunks, world):
-            yield Images(reconstruct(self.autoencoder, batch.images), batch.labels, batch.images, batch.indices)
+            yield Images(reconstruct(self.autoencoder, batch.images), batch.labels, batch.indices, batch.images)
 
     def settings(self) -> dict[str, Any]:
         autoencoder = fingerprint(self.autoencoder.state_dict(), self.autoencoder.config)
@@ -302,7 +302,7 @@ class DecodedNoise:
         for numbers in batches_of(chunks, self.batch_size):
             noise = randomness.normal(self.seed, "noise baseline", numbers, self.autoencoder.latent_shape)
             images = self.autoencoder.decode(noise.to(world.device))
-            yield Images(images, torch.full((len(numbers),), -1), indices=torch.tensor(numbers))
+            yield Images(images, torch.full((len(numbers),), -1), torch.tensor(numbers))
 
     def settings(self) -> dict[str, Any]:
         return {"seed": self.seed, "batch_size": self.batch_size}

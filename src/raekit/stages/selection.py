@@ -86,12 +86,13 @@ def selector(
 
     def reconstructed(model: LatentSpace) -> Iterator[Images]:
         for batch in images_of(heldout.once(BATCH, world), world):
-            yield Images(reconstruct(model, batch.images), batch.labels, batch.images)
+            yield Images(reconstruct(model, batch.images), batch.labels, batch.indices, batch.images)
 
     def decoded(model: LatentSpace, latents: Tensor) -> Iterator[Images]:
-        for part in latents.split(BATCH)[world.rank :: world.size]:
+        for part in torch.arange(len(latents)).split(BATCH)[world.rank :: world.size]:
             with torch.no_grad():
-                yield Images(model.decode(model.whiten(part.to(world.device))), torch.full((len(part),), -1))
+                images = model.decode(model.whiten(latents[part].to(world.device)))
+            yield Images(images, torch.full_like(part, -1), part)
 
     def call(step: int) -> dict[str, float]:
         if not reference:

@@ -137,7 +137,7 @@ def measure(artifact: Path, settings: Settings, folder: Path) -> Values:
 def _decoded(autoencoder: LatentSpace, latents: Tensor) -> Iterator[Images]:
     """Yield the images of latents, in batches."""
     for indices in torch.arange(len(latents)).split(BATCH):
-        yield Images(autoencoder.decode(latents[indices]), torch.full_like(indices, -1), indices=indices)
+        yield Images(autoencoder.decode(latents[indices]), torch.full_like(indices, -1), indices)
 
 
 def judge(results: Sequence[Result], folder: Path) -> list[Claim]:
