@@ -90,6 +90,20 @@ def test_a_process_that_has_done_its_work_waits_for_the_others(rank):
     assert [process.returncode for process in processes] == [0, 0], errors
 
 
+def test_a_process_that_may_not_end_yet_is_not_ended_by_a_stop():
+    """As one that writes a checkpoint for longer than `GRACE`."""
+    code = """
+with world("cpu") as here:
+    here.barrier()
+    with here.watch.on_stop(lambda: None, lambda: False):
+        here.rank or here.watch.request_stop()
+        time.sleep(4)
+"""
+    processes = pair_of(code)
+    errors = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+
+
 def test_a_process_that_has_done_its_work_does_not_wait_for_a_dead_one():
     code = "with world('cpu') as here:\n    here.barrier()\n    here.rank and os.kill(os.getpid(), 9)"
     processes = pair_of(code)
@@ -308,7 +322,14 @@ def test_another_device_is_one_clear_error():
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
-@pytest.mark.parametrize("settings", [{}, {"MALLOC_TRIM_THRESHOLD_": str(2**26), "MALLOC_MMAP_THRESHOLD_": str(2**25)}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"MALLOC_TRIM_THRESHOLD_": str(2**26), "MALLOC_MMAP_THRESHOLD_": str(2**25)},
+        {"GLIBC_TUNABLES": f"glibc.malloc.mmap_threshold={2**25}"},
+    ],
+)
 def test_a_process_on_a_cpu_keeps_freed_memory_unless_the_environment_says_otherwise(settings: dict[str, str]):
     program = (
         "import resource, torch\n"

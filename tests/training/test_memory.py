@@ -11,13 +11,13 @@ from raekit.training.memory import divisors, fitting
 GPU = torch.device("cuda")
 
 
-def found(world: World, share: int, room: float) -> tuple[int, list[int]]:
-    """Return what `fitting` finds where a step takes 100 bytes, 10 more for each image, and `room` bytes are there."""
+def found(world: World, share: int, room: float, each: int = 10) -> tuple[int, list[int]]:
+    """Return what `fitting` finds where a step takes 100 bytes and `each` for an image, and `room` bytes are there."""
     tried: list[int] = []
 
     def peak(trial: Callable[[], None], device: torch.device) -> float:
         trial()
-        return 100 + 10 * tried[-1]
+        return 100 + each * tried[-1]
 
     with patch("raekit.training.memory.peak", peak), patch("raekit.training.memory.capacity", lambda device: room):
         return fitting(share, tried.append, world), tried
@@ -29,6 +29,15 @@ def found(world: World, share: int, room: float) -> tuple[int, list[int]]:
 )
 def test_the_largest_part_that_fits_is_found_by_two_small_trials(share, room, expected):
     assert found(World(device=GPU), share, room) == (expected, [1, 4])
+
+
+def test_a_trial_is_never_larger_than_the_share():
+    assert found(World(device=GPU), 2, 115) == (1, [1, 2])
+    assert found(World(device=GPU), 3, 130) == (3, [1, 3])
+
+
+def test_images_that_take_no_measurable_memory_all_fit():
+    assert found(World(device=GPU), 16, 200, each=0) == (16, [1, 4])
 
 
 def test_on_a_cpu_everything_fits_without_a_trial():

@@ -54,12 +54,21 @@ def test_a_torn_last_line_is_left_out_and_written_over(tmp_path, torn):
     assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3]
 
 
-def test_a_damaged_line_is_not_written_over(tmp_path):
+@pytest.mark.parametrize("line", ['{"a": 1}', '{"step": 1, "loss": "low"}'])
+def test_a_damaged_line_is_not_written_over(tmp_path, line):
     write(tmp_path, 0, [1])
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"a": 1}\n')
+        file.write(line + "\n")
     with pytest.raises(UserError, match=r"metrics\.jsonl: line 2 is damaged"):
         write(tmp_path, 1, [2])
+
+
+def test_a_record_that_cannot_be_written_is_one_message(tmp_path):
+    tracker = Tracking(tmp_path, 0)
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"metrics\.jsonl: could not be written \(Is a directory\); check the disk"):
+        tracker.scalars(1, {"loss": 1.0})
 
 
 def test_what_is_not_finite_can_be_written_and_read(tmp_path):
@@ -152,6 +161,12 @@ def test_a_run_that_starts_again_from_nothing_has_another_name_in_its_trackers(t
     assert all(re.fullmatch(r"a-run-1-[0-9a-f]{8}", name) for name in names)
 
 
+def test_a_long_name_of_a_run_is_cut(tmp_path):
+    Tracking(tmp_path / ("long" * 40), 0, ["tensorboard"]).close()
+    name = json.loads((tmp_path / ("long" * 40) / "tracker.json").read_text())["run"]
+    assert len(name) <= 64, "the longest name that Weights & Biases allows"
+
+
 @pytest.mark.parametrize("when", ["start", "scalars", "images", "close"])
 def test_a_tracker_that_fails_is_left_out_with_one_warning(tmp_path, monkeypatch, caplog, when):
     calls = []
@@ -197,8 +212,11 @@ def test_pictures_of_steps_that_will_come_again_are_dropped(tmp_path):
     for step in (2, 4):
         made.images(step, {"samples": RED})
     assert pictures_of(tmp_path) == [(step, tmp_path / "samples" / f"step-0000000{step}.png") for step in (2, 4)]
-    Tracking(tmp_path, 3)
-    assert [step for step, _ in pictures_of(tmp_path)] == [2]
+    (tmp_path / "samples" / "step-best.png").touch()  # a file of the user
+    for resumed in (3, 2):
+        Tracking(tmp_path, resumed)
+        assert [step for step, _ in pictures_of(tmp_path)] == [2]
+    assert (tmp_path / "samples" / "step-best.png").exists()
 
 
 def test_steps_to_a_target_are_read_from_the_curve():

@@ -20,8 +20,10 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
+from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -246,9 +248,34 @@ def test_a_milestone_that_was_not_written_completely_is_written_again(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         trainer(tmp_path, config=config, export=export).fit()
     killed = False
+    (tmp_path / "milestones" / "step-00000002.raekit-partial" / "of another model").touch()
     trainer(tmp_path, config=config, export=export).fit()
     kept = {str(path.relative_to(tmp_path / "milestones")) for path in (tmp_path / "milestones").rglob("*")}
     assert kept == {"step-00000002", "step-00000002/denoiser", "step-00000002/autoencoder"}
+
+
+def test_a_milestone_that_is_there_is_left_alone(tmp_path):
+    def export(folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "model").write_text(str(len(starts)))
+
+    starts = []
+    for _ in range(2):
+        starts.append("start")
+        trainer(tmp_path, config=replace(CONFIG, milestones=(8,)), export=export).fit()
+    assert (tmp_path / "milestones" / "step-00000008" / "model").read_text() == "1"
+    assert (tmp_path / "artifact" / "model").read_text() == "2"
+
+
+def test_a_run_that_stops_before_its_first_step_has_no_artifact(tmp_path):
+    def stopping(start: int) -> Iterator[Rows]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        yield from rows(ONE, start)
+
+    exported: list[Path] = []
+    trained = Trainer(tmp_path, CONFIG, [objective()], stopping, ONE, export=exported.append)
+    assert not finishes(trained)
+    assert exported == checkpoint.checkpoints(tmp_path / "checkpoints") == []
 
 
 def test_a_stopped_run_publishes_what_it_saved(tmp_path):
@@ -265,7 +292,7 @@ def test_saves_in_the_background_change_nothing(tmp_path, alone, stop):
     resumed = trainer(tmp_path, config=config)
     resumed.fit()
     assert same(state(resumed), alone[1])
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] != []
+    assert checkpoint.checkpoints(tmp_path / "checkpoints")[-1].name == "step-00000008"
     assert not list((tmp_path / "checkpoints").glob("*.raekit-partial"))
 
 
@@ -277,6 +304,53 @@ def test_a_run_with_an_artifact_has_a_checkpoint(tmp_path):
 
     trainer(tmp_path, config=replace(CONFIG, background_saves=True), export=export).fit()
     assert min(saved) == 1
+
+
+@pytest.mark.parametrize("stop", [False, True])
+def test_a_run_that_ends_early_completes_its_save_in_the_background(tmp_path, monkeypatch, stop):
+    """The run ends right after the save of step 4 began: with an error in the next step, or with a signal."""
+    go, write = threading.Event(), FileSystemWriter.write_data
+    one, exported = objective(), []
+    loss = one.loss
+
+    def slowly(*arguments: Any) -> Any:
+        assert not exported or go.wait(30)  # the first checkpoint is complete before the first export
+        return write(*arguments)
+
+    def export(folder: Path) -> None:
+        exported.append(folder)
+        if len(exported) == 2 and stop:
+            threading.Timer(0.2, go.set).start()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def fail(batch: Rows, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        if step == 4:
+            threading.Timer(0.2, go.set).start()
+            raise RuntimeError
+        return loss(batch, step)
+
+    one.loss = fail
+    monkeypatch.setattr(FileSystemWriter, "write_data", slowly)
+    config = replace(CONFIG, background_saves=True, checkpoint_every=2)
+    trained = trainer(tmp_path, config=config, one=one, export=export)
+    if stop:
+        assert not finishes(trained)
+    else:
+        with pytest.raises(RuntimeError):
+            trained.fit()
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000002", "step-00000004"]
+
+
+def test_an_evaluation_finds_its_checkpoint_complete_also_in_the_background(tmp_path):
+    found = []
+
+    def call(step: int) -> dict[str, float]:
+        found.append(checkpoint.checkpoints(tmp_path / "checkpoints")[-1].name)
+        return {}
+
+    config = replace(CONFIG, background_saves=True)
+    trainer(tmp_path, config=config, periodics=[Periodic(every=4, call=call)]).fit()
+    assert found == ["step-00000004", "step-00000008"]
 
 
 def test_a_failed_save_in_the_background_ends_the_run_at_the_next_step(tmp_path, monkeypatch):
@@ -316,9 +390,16 @@ def test_a_world_that_cannot_be_sharded_is_refused(tmp_path):
         Trainer(tmp_path, replace(CONFIG, shard=3), [], partial(rows, ONE), World(size=4))
 
 
-def test_a_config_with_a_zero_is_refused():
-    with pytest.raises(UserError, match=r"train\.log_every: 0 "):
-        replace(CONFIG, log_every=0)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("steps", "batch_size", "micro_batch", "log_every", "monitor_every"),
+        *("checkpoint_every", "keep", "max_skipped", "shard"),
+    ],
+)
+def test_a_config_with_a_zero_is_refused(name):
+    with pytest.raises(UserError, match=rf"train\.{name}: 0 "):
+        replace(CONFIG, **{name: 0})
 
 
 def test_metrics_are_means_over_the_steps_since_the_last_record(tmp_path, alone):
@@ -346,6 +427,49 @@ def test_periodic_calls_come_on_time_after_the_checkpoint_and_are_recorded(tmp_p
     assert calls == [(3, "step-00000003"), (6, "step-00000006"), (8, "step-00000008")]
     scores = [(r["step"], r["evaluation/score"]) for r in read_metrics(tmp_path) if "evaluation/score" in r]
     assert scores == [(3, 1.5), (6, 3.0), (8, 4.0)]
+
+
+def test_an_evaluation_may_leave_the_module_in_its_mode(tmp_path, alone):
+    one = objective()
+    trained = trainer(tmp_path, one=one, periodics=[Periodic(every=2, call=lambda step: one.module.eval() and {})])
+    trained.fit()
+    assert same(state(trained), alone[1])
+
+
+def test_the_values_of_an_evaluation_are_recorded_after_its_pictures(tmp_path, monkeypatch):
+    """The values say that the evaluation is done, so that a restart does not repeat it."""
+
+    def fail(*arguments: object) -> None:
+        raise UserError("no space for the picture")
+
+    monkeypatch.setattr("raekit.training.tracking.RunFiles.images", fail)
+    call = Periodic(every=8, call=lambda step: {"score": 1.0, "picture": Image.new("RGB", (2, 2))})
+    with pytest.raises(UserError, match="no space for the picture"):
+        trainer(tmp_path, periodics=[call]).fit()
+    assert not any("evaluation/score" in record for record in read_metrics(tmp_path))
+
+
+def test_only_steps_count_for_the_speed(tmp_path, monkeypatch):
+    """Saves, exports, evaluations and the counting of FLOPs are left out of it."""
+    inside, others = [0], []
+    pause, save, count = Speed.paused, checkpoint.Writer.save, Trainer._count_flops
+
+    @contextmanager
+    def paused(speed: Speed) -> Iterator[None]:
+        with pause(speed):
+            inside[0] += 1
+            yield
+            inside[0] -= 1
+
+    def note(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *arguments: others.append((name, inside[0])) or call(*arguments)
+
+    monkeypatch.setattr(Speed, "paused", paused)
+    monkeypatch.setattr(checkpoint.Writer, "save", note("save", save))
+    monkeypatch.setattr(Trainer, "_count_flops", note("flops", count))
+    evaluation = Periodic(every=8, call=note("evaluation", lambda step: {}))
+    trainer(tmp_path, periodics=[evaluation], export=note("export", lambda folder: None)).fit()
+    assert others == [("flops", 1), ("save", 1), ("export", 1), ("evaluation", 1)]
 
 
 def test_an_evaluation_that_was_killed_is_made_up_for(tmp_path, alone):
@@ -681,7 +805,6 @@ def test_a_signal_while_a_batch_is_loaded_is_heard_at_once(tmp_path):
         stream = rows(ONE, start)
         yield next(stream)
         os.kill(os.getpid(), signal.SIGUSR1)
-        yield next(stream)
         raise AssertionError
 
     trained = Trainer(tmp_path, CONFIG, [objective()], slow, ONE)
@@ -1084,6 +1207,7 @@ def test_the_count_of_skipped_steps_survives_a_restart(tmp_path):
 # Two processes
 
 BETWEEN = replace(CONFIG, checkpoint_every=4, log_every=5)  # with a checkpoint between two records
+BF16 = replace(CONFIG, precision="bf16", micro_batch=2)
 
 
 def in_two(world: World, folder: Path) -> dict[str, Any]:
@@ -1094,6 +1218,29 @@ def in_two(world: World, folder: Path) -> dict[str, Any]:
     for name, settings in ways.items():
         trained = trainer(folder / name, world, replace(CONFIG, **settings))
         found[name] = fit(trained), state(trained)
+
+    found["bf16"] = fit(trainer(folder / "bf16", world, BF16))
+
+    exported: list[str] = []
+
+    def export(to: Path) -> None:
+        exported.append(str(to.relative_to(folder)))
+        if world.is_main:
+            to.mkdir(parents=True, exist_ok=True)
+
+    trainer(folder / "kept", world, replace(CONFIG, milestones=(2,)), export=export).fit()
+    found["exported"] = exported
+
+    def broken(start: int) -> Iterator[Rows]:
+        for step, batch in enumerate(rows(world, start)):
+            if step == 3 and not world.is_main:
+                raise UserError("no more images")
+            yield batch
+
+    fails = Trainer(folder / "broken", CONFIG, [objective()], broken, world)
+    with pytest.raises(UserError) as error:
+        fails.fit()
+    found["broken"] = fails.saved, str(error.value)
 
     two = pair_trainer(folder / "pair", world, replace(CONFIG, micro_batch=2))
     two.fit()
@@ -1168,6 +1315,24 @@ def test_two_processes_train_as_one(two, alone, how):
     records = read_metrics(two[0] / how)
     assert [r["net/loss"] for r in records] == pytest.approx(alone[0], rel=1e-5)
     assert [r["net/lr"] for r in records] == [learning_rate(OPTIM, step) for step in range(8)]
+
+
+def test_two_processes_train_in_bf16_as_one(two, tmp_path):
+    losses = fit(trainer(tmp_path, config=BF16))
+    for rank in two[1]:
+        assert rank["bf16"] == pytest.approx(losses, rel=0.05)
+
+
+def test_all_processes_export_and_the_first_keeps_a_milestone(two):
+    milestone = "kept/milestones/step-00000002"
+    expected = ["kept/artifact", f"{milestone}.raekit-partial", "kept/artifact"]
+    assert [rank["exported"] for rank in two[1]] == [expected] * 2
+    assert [path.name for path in (two[0] / "kept" / "milestones").iterdir()] == ["step-00000002"]
+
+
+def test_an_error_of_one_stream_ends_all_processes_after_a_checkpoint(two):
+    elsewhere = "another process could not load its batch; its own message says why"
+    assert [rank["broken"] for rank in two[1]] == [(3, elsewhere), (3, "no more images")]
 
 
 def test_two_processes_log_the_largest_of_what_is_monitored(two, tmp_path):
@@ -1349,6 +1514,40 @@ def test_a_trial_has_the_memory_of_a_step_with_several_micro_batches(tmp_path):
     assert found == [False, True]
     assert all(p.grad is None for p in one.module.parameters())
     assert_close(state(parts), before)
+
+
+def test_a_trial_does_the_work_of_the_last_step(tmp_path):
+    """Also of an objective that does not train in the first step."""
+    one, two = pair()
+    steps: list[tuple[str, int]] = []
+
+    def watched(name: str, loss: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda batch, step: steps.append((name, step)) or loss(batch, step)
+
+    for each in (one, two):
+        each.loss = watched(each.name, each.loss)
+    Trainer(tmp_path, CONFIG, [one, two], partial(rows, ONE), ONE)._trial(next(rows(ONE, 0)), 2)
+    assert steps == [("generator", 7)] * 2 + [("discriminator", 7)] * 2
+
+
+def test_an_automatic_micro_batch_is_the_one_that_fits(tmp_path, monkeypatch, alone):
+    def fitting(share: int, trial: Callable[[int], None], world: World) -> int:
+        trial(1)
+        trial(4)
+        assert share == 8
+        return 2
+
+    def batches(start: int) -> Iterator[Rows]:
+        streams.append(start)
+        return rows(ONE, start)
+
+    streams: list[int] = []
+    monkeypatch.setattr("raekit.training.trainer.fitting", fitting)
+    trained = Trainer(tmp_path, replace(CONFIG, micro_batch="auto"), [objective()], batches, ONE)
+    assert fit(trained) == pytest.approx(alone[0], rel=1e-5)
+    assert trained.micro_batch == 2
+    assert streams == [0, 0], "one batch for all trials, and then the training"
+    assert_close(state(trained), alone[1])
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
