@@ -4,13 +4,16 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import Any, Self, cast
 
 import pytest
 import torch
 
 from raekit.distributed import World, check_shared, prepare_device, world
+from raekit.distributed.liveness import Watch
 from raekit.errors import UserError
 from raekit.training import checkpoint
 from raekit.training.tracking import read_metrics
@@ -102,6 +105,38 @@ with world("cpu") as here:
     processes = pair_of(code)
     errors = [process.communicate(timeout=300)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
+
+
+def test_a_late_request_to_stop_does_not_stop_the_next_piece_of_work(monkeypatch):
+    looked, go, again = threading.Event(), threading.Event(), threading.Event()
+    interrupted = []
+
+    class Store:
+        """Another process wants to stop the first piece of work. This process learns of it late."""
+
+        def clone(self) -> Self:
+            return self
+
+        def add(self, key: str, amount: int) -> int:
+            if go.is_set():
+                again.set()
+            return 1
+
+        def check(self, keys: list[str]) -> bool:
+            if keys == ["failed"]:
+                looked.set()
+                go.wait(30)
+            return keys == ["stop/1"]
+
+    monkeypatch.setattr("torch.distributed.PrefixStore", lambda prefix, store: store)
+    watch = Watch(cast(Any, Store()), 0, 1)
+    with watch.on_stop(lambda: interrupted.append("first"), lambda: True):
+        assert looked.wait(30)
+    with watch.on_stop(lambda: interrupted.append("second"), lambda: True):
+        go.set()
+        assert again.wait(30)
+    watch.leave(failed=False)
+    assert interrupted == []
 
 
 def test_a_process_that_has_done_its_work_does_not_wait_for_a_dead_one():

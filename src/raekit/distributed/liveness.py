@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from raekit.errors import Stopped
@@ -26,6 +27,27 @@ GRACE = 20.0
 
 _worlds = itertools.count()
 """The number of the next world of this process. All of its processes count the same."""
+
+
+@dataclass(eq=False)
+class _Work:
+    """A piece of work of all processes, as one of them sees it. A request to stop belongs to one piece.
+
+    Attributes:
+        key: What all processes call a request to stop it.
+        interrupt: Interrupts it.
+        may_end: Whether the process may end in the middle of it.
+        wanted: Whether this process wants all to stop.
+        stopping: The time of the first interrupt.
+        ended: Whether it has ended.
+    """
+
+    key: str
+    interrupt: Callable[[], None]
+    may_end: Callable[[], bool]
+    wanted: bool = False
+    stopping: float | None = None
+    ended: bool = False
 
 
 class Watch:
@@ -46,12 +68,11 @@ class Watch:
 
         connection = store.clone()  # pyright: ignore[reportAttributeAccessIssue]
         self._store, self._rank, self._size = PrefixStore(f"watch/{next(_worlds)}", connection), rank, size
-        self._wanted = False  # this process wants all to stop
         self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._given: dict[str, set[str]] = {}  # the names that this process has counted
-        self._works = 0  # pieces of work so far; a request to stop belongs to one of them
-        self._interrupt: Callable[[], None] | None = None
-        self._may_end: Callable[[], bool] = lambda: True
+        self._works = 0  # pieces of work so far
+        self._work = _Work("stop/0", lambda: None, lambda: True, ended=True)  # the newest
+        self._interrupting = threading.Lock()
         self._failed = False  # another process failed, as far as this one has noticed
         self._leaving, self._left = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
@@ -59,11 +80,11 @@ class Watch:
 
     def request_stop(self) -> None:
         """Ask all processes to stop. A signal handler may call this method: it takes no lock and does not wait."""
-        self._wanted = True
+        self._work.wanted = True
 
     def stop_requested(self) -> bool:
         """Return whether a process asked all to stop."""
-        return self._has(self._stop)
+        return self._has(self._work.key)
 
     def failed(self) -> bool:
         """Return whether another process failed or died."""
@@ -88,10 +109,6 @@ class Watch:
         except RuntimeError:  # the process that holds the store has ended
             return len(names)
 
-    @property
-    def _stop(self) -> str:
-        return f"stop/{self._works}"
-
     def _tell(self, key: str, value: str = "") -> None:
         with suppress(RuntimeError):  # the process that holds the store has ended
             self._store.set(key, value)
@@ -110,13 +127,15 @@ class Watch:
         and `may_end()` is true, it ends with the exit status of a stop.
         """
         self._works += 1
-        self._wanted, self._interrupt, self._may_end = False, interrupt, may_end
+        work = self._work = _Work(f"stop/{self._works}", interrupt, may_end)
         try:
             yield
         finally:
-            if self._wanted:
-                self._tell(self._stop)
-            self._interrupt, self._may_end = None, lambda: True
+            work.ended = True
+            with self._interrupting:  # the next piece of work would receive an interrupt that has begun
+                pass
+            if work.wanted:
+                self._tell(work.key)
 
     def leave(self, failed: bool) -> None:
         """Tell the others that this process ends, and stop watching.
@@ -145,44 +164,46 @@ class Watch:
 
     def _run(self) -> None:
         seen: dict[int, tuple[int, float]] = {}
-        stopping: float | None = None
         watched = range(1, self._size) if self._rank == 0 else (0,)
         while not self._left.wait(PULSE):
-            now = time.monotonic()
+            now, work = time.monotonic(), self._work
             try:
                 self._store.add(f"pulse/{self._rank}", 1)
                 if self._launcher not in (None, os.getppid()):  # nobody would restart or stop this process any more
-                    self._wanted = True
-                if self._wanted:
-                    self._store.set(self._stop, "")
-                stop, failed = self._store.check([self._stop]), self._store.check(["failed"])
+                    work.wanted = True
+                if work.wanted:
+                    self._store.set(work.key, "")
+                stop, failed = self._store.check([work.key]), self._store.check(["failed"])
                 pulses = {rank: self._store.add(f"pulse/{rank}", 0) for rank in watched}
             except RuntimeError:  # the process that holds the store has ended
-                self._end("the first process, or the launcher, ended", 1, stopping)
+                self._end("the first process, or the launcher, ended", 1, work)
                 return
             if failed:
                 self._failed = True
-                self._end(f"process {self._store.get('failed').decode()} failed; its own message says why", 1, stopping)
+                self._end(f"process {self._store.get('failed').decode()} failed; its own message says why", 1, work)
                 return
             for rank, pulse in pulses.items():
                 if seen.get(rank, (-1, 0.0))[0] != pulse:
                     seen[rank] = pulse, now
                 elif now - seen[rank][1] > DEAD:
                     self._store.set("failed", str(rank))
-                    self._end(f"process {rank} gave no sign of life for {DEAD:.0f} seconds", 1, stopping)
+                    self._end(f"process {rank} gave no sign of life for {DEAD:.0f} seconds", 1, work)
                     return
-            if stop and (interrupt := self._interrupt):  # the main thread may set it to None at any time
-                stopping = stopping or now
-                interrupt()
-                if now - stopping > GRACE and self._may_end():
-                    self._end("", Stopped.STATUS, stopping)
+            if stop:
+                with self._interrupting:
+                    if work.ended:
+                        continue
+                    work.stopping = work.stopping or now
+                    work.interrupt()
+                if now - work.stopping > GRACE and work.may_end():
+                    self._end("", Stopped.STATUS, work)
                     return
 
-    def _end(self, why: str, status: int, stopping: float | None) -> None:
+    def _end(self, why: str, status: int, work: _Work) -> None:
         """End this process, unless it leaves by itself within `GRACE` seconds."""
         if self._leaving.wait(GRACE if why else 0):
             return
-        if stopping and self._may_end():
+        if work.stopping and (work.ended or work.may_end()):
             status = Stopped.STATUS
         elif why:
             sys.stderr.write(f"error: {why}; run the same command again to resume\n")
