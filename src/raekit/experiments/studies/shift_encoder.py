@@ -16,7 +16,7 @@ Here:   Fashion-MNIST, the first 6,000 training images, padded to 32 x 32 pixels
         compared.
         The images are read from the Debian package dataset-fashion-mnist, or from the folder `fashion-mnist`, or a link
         to it, in the folder of the study.
-Cost:   about 32 minutes on one core of an Intel Xeon with AVX-512
+Cost:   about 80 minutes on one core of an Intel Xeon with AVX-512
 """
 
 import math
