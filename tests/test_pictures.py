@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from raekit.errors import UserError
-from raekit.pictures import check_grid, grid, save_picture
+from raekit.pictures import check_grid, save_grid
 
 
 @pytest.mark.parametrize(
@@ -29,9 +29,10 @@ def test_a_picture_that_cannot_be_written_is_rejected(
 def test_the_largest_webp_is_written(tmp_path: Path):
     path = tmp_path / "row.webp"
     check_grid(path, 1, (8, 16_379))
-    sheet = grid([Image.new("RGB", (16_379, 8))])
-    assert sheet.width == 16_383
-    save_picture(sheet, path, "webp")
+    save_grid([Image.new("RGB", (16_379, 8), "red")], path)
+    with Image.open(path) as sheet:
+        assert (sheet.format, sheet.size) == ("WEBP", (16_383, 12))
+        assert sheet.getpixel((2, 2)) == (255, 0, 0)
     with pytest.raises(UserError, match=r"at most 16,383; give a .png file"):
         check_grid(path, 1, (8, 16_380))
     check_grid(path.with_suffix(".png"), 1, (8, 16_380))

@@ -14,8 +14,11 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from raekit.errors import UserError
+from raekit.files import whole
 
 _ORIGIN = "raekit"
+GAP = 2
+"""Pixels between the images of a grid, and around them."""
 MAX_WEBP = 16_383
 """The longest side of a WebP picture in pixels."""
 MAX_SHEET = 500_000_000
@@ -52,14 +55,6 @@ def write_picture(image: Image.Image, path: Path, origin: object, form: PictureF
     image.save(path, format="PNG", pnginfo=text)
 
 
-def save_picture(image: Image.Image, path: Path, form: PictureFormat) -> None:
-    """Write an image to `path` without loss, whatever the suffix of `path`."""
-    if form == "webp":
-        image.save(path, format="WEBP", lossless=True)
-    else:
-        image.save(path, format="PNG")
-
-
 def read_origin(path: Path) -> Any:
     """Return the `origin` that `write_picture` stored in `path`, or None if the file is missing or has no origin."""
     if not path.is_file():  # opening a named pipe would block
@@ -74,31 +69,37 @@ def read_origin(path: Path) -> Any:
         return None
 
 
-def grid(images: Sequence[Image.Image], columns: int | None = None, gap: int = 2) -> Image.Image:
+def grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
     """Tile images of one size row by row on white. By default, the grid is as square as possible."""
     columns, rows = _layout(len(images), columns)
-    width, height = images[0].width + gap, images[0].height + gap
-    sheet = Image.new("RGB", (columns * width + gap, rows * height + gap), "white")
+    width, height = images[0].width + GAP, images[0].height + GAP
+    sheet = Image.new("RGB", (columns * width + GAP, rows * height + GAP), "white")
     for i, image in enumerate(images):
-        sheet.paste(image, (gap + i % columns * width, gap + i // columns * height))
+        sheet.paste(image, (GAP + i % columns * width, GAP + i // columns * height))
     return sheet
 
 
-def check_grid(path: Path, count: int, shape: tuple[int, int], columns: int | None = None, gap: int = 2) -> None:
-    """Check, before any work starts, that `grid` can make a picture of `count` images and `save_picture` can write it.
+def save_grid(images: Sequence[Image.Image], path: Path, columns: int | None = None) -> None:
+    """Write the `grid` of images without loss, as WebP if the suffix of `path` is .webp, otherwise as PNG."""
+    form = "WEBP" if path.suffix.lower() == ".webp" else "PNG"
+    with whole(path) as partial:
+        grid(images, columns).save(partial, format=form, lossless=True)
+
+
+def check_grid(path: Path, count: int, shape: tuple[int, int], columns: int | None = None) -> None:
+    """Check, before any work starts, that `save_grid` can write a grid of `count` images.
 
     Args:
         path: the file of the picture, for its format and for the error message.
         count: the number of images.
         shape: the height and width of an image in pixels.
         columns: as for `grid`.
-        gap: as for `grid`.
 
     Raises:
         UserError: the picture has too many pixels.
     """
     columns, rows = _layout(count, columns)
-    height, width = rows * (shape[0] + gap) + gap, columns * (shape[1] + gap) + gap
+    height, width = rows * (shape[0] + GAP) + GAP, columns * (shape[1] + GAP) + GAP
     size = f"{path}: {count:,} images make a picture of {width:,} x {height:,} pixels"
     if width * height > MAX_SHEET:
         raise UserError(f"{size}, more than {MAX_SHEET:,}; make fewer images, or write them to a folder")

@@ -75,7 +75,7 @@ def generate(
     from raekit.inference.generation import generate as stream
     from raekit.inference.generation import random_labels
     from raekit.inference.sample_folders import generate_folder, generate_npz, parts_of
-    from raekit.pictures import check_grid, to_pil
+    from raekit.pictures import check_grid, save_grid, to_pil
 
     whole_number("--count", count, 1, MAX_COUNT)
     model, classes = _model_and_classes(model, classes, published)
@@ -126,8 +126,9 @@ def generate(
             except KeyboardInterrupt:
                 console.err.print("stopped; a grid cannot be resumed, so give a folder as --out for many images")
                 raise
-            rows = [tiles[row :: len(labels)] for row in range(len(labels))] if several else [tiles]
-            _write_grid(rows, out, columns)
+            if several:  # a row for each class
+                tiles = [tile for row in range(len(labels)) for tile in tiles[row :: len(labels)]]
+            save_grid(tiles, out, columns)
         elif suffix == ".npz":
             shared |= {"total": total, "world": here, "progress": progress}
             passes = generate_npz(loaded, out, labels or None, **shared)
@@ -169,7 +170,7 @@ def interpolate(
     """
     from raekit.inference.generation import interpolate as between
     from raekit.inference.model import load
-    from raekit.pictures import check_grid, to_pil
+    from raekit.pictures import check_grid, save_grid, to_pil
 
     _check_picture(out)
     whole_number("--frames", frames, 2, MAX_COUNT)
@@ -192,7 +193,7 @@ def interpolate(
             images += map(to_pil, batch.images)
             passes |= batch.passes
             shown.finish(len(batch))
-    _write_grid([images], out, columns=len(images))
+    save_grid(images, out, columns=len(images))
     console.out.print(f"{frames} images: {out}{_cost(passes)}")
 
 
@@ -228,7 +229,7 @@ def trajectory(
     """
     from raekit.inference.generation import trajectory as follow
     from raekit.inference.model import load
-    from raekit.pictures import check_grid, to_pil
+    from raekit.pictures import check_grid, save_grid, to_pil
 
     _check_picture(out)
     model, classes = _model_and_classes(model, classes)
@@ -254,7 +255,7 @@ def trajectory(
         shown.finish(shown.total)
     rows = [[to_pil(image) for image in row] for row in images.transpose(0, 1)]
     classes_first = [row for first in range(max(len(labels), 1)) for row in rows[first :: max(len(labels), 1)]]
-    _write_grid(classes_first, out, columns=frames)
+    save_grid([image for row in classes_first for image in row], out, columns=frames)
     at = ", ".join(f"{t:.3f}" for t in times)
     console.out.print(f"{len(rows)} x {frames} images at times {at}: {out}")
 
@@ -344,16 +345,6 @@ def _pair(values: Sequence[int], name: str) -> tuple[int, int]:
     if len(values) not in (1, 2):
         raise UserError(f"--{name}: takes one value for both ends, or two values, not {len(values)}")
     return (values[0], values[-1])
-
-
-def _write_grid(rows: Sequence[Sequence[Any]], out: Path, columns: int | None) -> None:
-    """Write the images of `rows` as one picture, in the format of the suffix of `out`."""
-    from raekit.files import whole
-    from raekit.pictures import grid, save_picture
-
-    sheet = grid([image for row in rows for image in row], columns)
-    with whole(out) as partial:
-        save_picture(sheet, partial, "webp" if out.suffix.lower() == ".webp" else "png")
 
 
 def _cost(passes: Counter[str]) -> str:

@@ -18,7 +18,7 @@ from raekit.evaluation import streams
 from raekit.evaluation.features import FeatureNetwork, Images, PairScore
 from raekit.evaluation.streams import Stream
 from raekit.files import sweep, whole
-from raekit.pictures import grid, to_pil
+from raekit.pictures import save_grid, to_pil
 from raekit.progress import Progress, silent
 from raekit.weights import read_weights
 
@@ -66,8 +66,7 @@ def collect(
             labels.append(batch.labels.cpu())
             digest.update(batch.images.mul(255).round().byte().cpu().numpy().tobytes())
             if chunk.start == 0 and left == len(chunk):
-                with whole(picture) as partial:
-                    grid([to_pil(image) for image in batch.images[:_PICTURE]]).save(partial, format="PNG")
+                save_grid([to_pil(image) for image in batch.images[:_PICTURE]], picture)
             left -= len(batch)
             done = min(done + len(batch) * world.size, stream.count)
             progress(what, done, stream.count)

@@ -58,12 +58,10 @@ def score_stream(
 
 
 @torch.no_grad()
-def reference_moments(
-    stream: Iterable[Images], network: FeatureNetwork, world: World, done: Done | None = None
-) -> Moments:
+def reference_moments(stream: Iterable[Images], network: FeatureNetwork, world: World) -> Moments:
     """Return the moments of the features of all processes' images, which a Frechet distance needs."""
     moments = Moments(network.width)
-    for batch in _counted(stream, world, done):
+    for batch in _counted(stream, world, None):
         moments.update(batch.features(network))
     return moments.reduce(world)
 

@@ -40,7 +40,7 @@ from raekit.inference.model import Model, load, reconstruct
 from raekit.models.autoencoder import load_autoencoder
 from raekit.models.denoiser_config import TransformerConfig
 from raekit.models.latent_space import LatentSpace
-from raekit.pictures import embed, grid, to_pil
+from raekit.pictures import embed, save_grid, to_pil
 from raekit.progress import Progress
 from raekit.recipes import find
 from raekit.stages.generation import GenerationConfig
@@ -304,8 +304,7 @@ class Demo:
         for batch in stream:
             images += [to_pil(image) for image in batch.images]
             self.progress(f"{name}, picture", len(images), len(labels or range(3 * PER_CLASS)))
-        with whole(path) as partial:
-            grid(images, columns=PER_CLASS).save(partial, format="PNG")
+        save_grid(images, path, columns=PER_CLASS)
 
     def sampling(self, model: Model) -> Sampling:
         """Return how to sample from `model`. CFG needs classes, and internal guidance needs a base output."""
@@ -336,8 +335,7 @@ class Demo:
         batch = next(iter(loader.once(min(2 * PER_CLASS, len(loader)), World()))).to(self.world.device)
         images = reconstruct(autoencoder, batch.pixels())
         pairs = [to_pil(image) for pair in zip(batch.pixels(), images, strict=True) for image in pair]
-        with whole(self.run / "pictures" / f"reconstructions, {name}.png") as partial:
-            grid(pairs, columns=PER_CLASS).save(partial, format="PNG")
+        save_grid(pairs, self.run / "pictures" / f"reconstructions, {name}.png", columns=PER_CLASS)
         return {metric: float(score(images, batch.pixels()).mean()) for metric, score in METRICS.items()}
 
     def report(self, scores: "Scores") -> None:

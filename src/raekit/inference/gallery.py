@@ -15,7 +15,7 @@ from torch import Tensor
 
 from raekit.files import as_path, check_file, check_folder, whole
 from raekit.inference.sample_folders import numbers_there
-from raekit.pictures import check_grid, embed, grid, to_pil, write_picture
+from raekit.pictures import check_grid, embed, grid, save_grid, to_pil, write_picture
 
 SHOWN = 64
 """The most images that a notebook shows of one result."""
@@ -80,8 +80,7 @@ class Pictures(Sequence[Any]):
             images = self.pil()
             width, height = images[0].size if images else (0, 0)
             check_grid(path, len(images), (height, width), self.columns)
-            with whole(path) as partial:
-                grid(images, self.columns).save(partial, format=path.suffix[1:].upper(), lossless=True)
+            save_grid(images, path, self.columns)
             return
         check_folder(path)
         images = self.pil()

@@ -21,7 +21,7 @@ from raekit.files import check_file, check_folder, sweep, whole
 from raekit.flow.sampling import check_finite
 from raekit.inference.model import reconstruct
 from raekit.models.latent_space import LatentSpace
-from raekit.pictures import from_pil, grid, quantize, read_origin, to_pil, write_picture
+from raekit.pictures import from_pil, grid, quantize, read_origin, save_grid, to_pil, write_picture
 from raekit.progress import Progress, silent
 from raekit.weights import fingerprint
 
@@ -225,5 +225,4 @@ def _write_contact_sheet(pictures: Sequence[Reconstruction], out: Path, side: in
         grid([read_image(p.image, side, fit), center_crop(read_image(p.output, side), side)], columns=1)
         for p in pictures
     ]
-    with whole(out / CONTACT_SHEET) as partial:
-        grid(pairs, columns=_COLUMNS).save(partial, format="PNG")
+    save_grid(pairs, out / CONTACT_SHEET, columns=_COLUMNS)
