@@ -16,7 +16,7 @@ Here:   Fashion-MNIST, the first 6,000 training images, padded to 32 x 32 pixels
         compared.
         The images are read from the Debian package dataset-fashion-mnist, or from the folder `fashion-mnist`, or a link
         to it, in the folder of the study.
-Cost:   about 80 minutes on one core of an Intel Xeon with AVX-512
+Cost:   about 100 minutes on one core of an Intel Xeon with AVX-512
 """
 
 import math
@@ -66,7 +66,7 @@ BASES = {
 2.8, 8 and 23 for m = 3,072, and 1, 2.8, 8, 23 and 64 for m = 12,288."""
 SEEDS = (0, 1, 2, 3)
 SAMPLES = 500
-EVALUATIONS = 10
+EVALUATIONS = 30
 PRETRAINING_STEPS, STEPS = 600, 1200
 
 
