@@ -22,7 +22,7 @@ def check_compiler(option: str, device: torch.device) -> None:
 
 
 def compile_parts(parts: Iterable[nn.Module], **options: Any) -> None:
-    """Compile modules in place, with the options of `torch.compile`. The compilation starts when a module first runs."""
+    """Compile modules in place, with the options of `torch.compile`. Each is compiled when it first runs."""
     import torch._dynamo as dynamo  # torch imports it slowly
 
     # All blocks share the code of one class, and each width, batch size and kind of guidance needs a graph of its own.
